@@ -1,0 +1,33 @@
+"""Causal language modelling: blocks of packed documents into inputs and labels."""
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+
+
+def clm_batch(block_BT1: Tensor, bos_id: int) -> dict[str, Tensor]:
+    """Inputs and labels of blocks of T + 1 tokens, in which every document begins with `bos_id`.
+
+        input_ids[t]     block[t]
+        labels[t]        block[t + 1], the target of position t; -100 where it is bos: what comes next is chance
+        document_ids[t]  0 for the document the row begins in, one more at each bos
+        position_ids[t]  t - (position of the last bos at or before t, or 0)
+
+    All are int64 of (B, T). Labels are masked by that rule alone: an eos is a target like any other.
+
+    >>> batch = clm_batch(torch.tensor([[7, 8, 2, 1, 5, 6]]), bos_id=1)
+    >>> batch["labels"].tolist(), batch["document_ids"].tolist(), batch["position_ids"].tolist()
+    ([[8, 2, -100, 5, 6]], [[0, 0, 0, 1, 1]], [[0, 1, 2, 0, 1]])
+    """
+    input_BT, target_BT = block_BT1[:, :-1], block_BT1[:, 1:]
+    starts_BT = input_BT == bos_id
+    document_BT = starts_BT.cumsum(-1)
+    position_T = torch.arange(input_BT.size(-1), device=block_BT1.device)
+    start_BT = torch.where(starts_BT, position_T, 0).cummax(-1).values
+    return {
+        "input_ids": input_BT.contiguous(),
+        "labels": target_BT.masked_fill(target_BT == bos_id, IGNORE),
+        "document_ids": document_BT - document_BT[:, :1],
+        "position_ids": position_T - start_BT,
+    }

@@ -1,0 +1,53 @@
+"""Settings of the data part, and its error. Standard library only: --help imports this and no torch."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+BUILT_IN = ("stdlib-docs", "stdlib-code")
+
+
+class DataError(ValueError):
+    """Bad input. The message names the thing and what to do; command lines print it without a traceback."""
+
+
+def default_cache() -> Path:
+    return Path.home() / ".cache" / "touchstone"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which text, and how it becomes tokens."""
+
+    corpus: tuple[str, ...] = ("stdlib-docs",)
+    """What to read: stdlib-docs, stdlib-code, or files, folders and globs of .txt .md .py .jsonl, each also .gz."""
+
+    text_key: str = "text"
+    """The key of a .jsonl line that holds its text."""
+
+    on_bad_text: Literal["error", "replace", "skip"] = "error"
+    """Text that is not valid UTF-8: stop, put U+FFFD in its place, or leave that document out."""
+
+    vocab_size: int = 2048
+    """Pieces of the tokenizer, 3 control and 256 byte pieces included."""
+
+    val_fraction: float = 0.05
+    """Share of the documents held out for validation, chosen by a hash of each document's text."""
+
+    dedup: bool = True
+    """Drop near duplicates before the split. (Exact duplicates always go.)"""
+
+    cache: Path = field(default_factory=default_cache)
+    """Folder for prepared shards; they are reused while the corpus and these settings stay the same."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.corpus, str):
+            raise DataError(f"corpus={self.corpus!r} is a string: give a tuple of names, ({self.corpus!r},)")
+        if not self.corpus:
+            raise DataError(f"corpus is empty: name files, folders, globs or one of {', '.join(BUILT_IN)}")
+        if not 260 <= self.vocab_size <= 1 << 24:
+            raise DataError(f"vocab_size={self.vocab_size} is outside [260, {1 << 24}]: 3 control ids, 256 bytes")
+        if not 0 < self.val_fraction < 1:
+            raise DataError(f"val_fraction={self.val_fraction} is outside (0, 1)")
+        if self.on_bad_text not in ("error", "replace", "skip"):
+            raise DataError(f"on_bad_text={self.on_bad_text!r} is none of error, replace, skip")

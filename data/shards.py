@@ -1,0 +1,260 @@
+"""Corpus to shards: tokens in memory-mapped files, built once and reused while corpus and settings stay the same.
+
+A folder holds train.bin and validation.bin (the ids of `<s> document </s>` one after another, uint16 or uint32,
+little-endian, nothing else), tokenizer.model, and index.json, which is written last.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from data.config import DataConfig, DataError
+from data.corpus import cut, find_corpus, read_corpus
+from data.dedup import deduplicate
+from data.files import Document, ReadReport
+from data.tokenizer import BOS, EOS, FILE, Tokenizer, train_tokenizer
+
+FORMAT = 1
+SPLITS = ("train", "validation")
+LARGEST_PIECE = 1 << 14  # bytes, when a corpus of few documents is cut
+
+
+@dataclass(frozen=True)
+class Split:
+    """One file of ids. `bytes` counts the UTF-8 bytes of its text."""
+
+    path: Path
+    dtype: str
+    tokens: int
+    documents: int
+    bytes: int
+
+    @cached_property
+    def ids(self) -> np.memmap:
+        return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.tokens,))
+
+    @property
+    def targets(self) -> int:
+        """Targets that count: every token but each document's <s>."""
+        return self.tokens - self.documents
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A prepared corpus. `built`: by this call, not found in the cache. `report`: what was read and dropped."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    train: Split
+    validation: Split
+    built: bool
+    report: dict[str, Any]
+
+
+class DamagedError(Exception):
+    """A folder of the cache is not whole; the message says what is wrong."""
+
+
+def prepare(
+    config: DataConfig,
+    *,
+    tokenizer: Tokenizer | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    progress: bool = False,
+) -> Shards:
+    """The shards of `config`, from its cache or built now. `tokenizer`: use it instead of training one.
+
+    Raises DataError for bad input. Any number of processes may prepare the same corpus at once.
+    """
+    key = cache_key(config, tokenizer)
+    folder = config.cache.expanduser() / key
+    built = False
+    for _ in range(3):  # another process may replace a damaged folder at the same time
+        if folder.exists():
+            try:
+                return open_shards(folder, built)
+            except DamagedError as error:
+                say(f"cached shards {folder} are damaged ({error}): building them again")
+        say(f"preparing {' '.join(config.corpus)} in {folder}")
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{key}-", dir=folder.parent) as making:
+                build(Path(making, "shards"), config, key, tokenizer, say, progress)
+                publish(Path(making, "shards"), folder)
+        except OSError as error:
+            raise DataError(f"{folder.parent}: {error.strerror}. Name another cache folder by --cache") from error
+        built = True
+    raise DataError(f"{folder}: damaged again each time that it was built")
+
+
+def cache_key(config: DataConfig, tokenizer: Tokenizer | None) -> str:
+    """16 hex digits of a hash of all that decides what shards hold: files (path, size, time), settings, tokenizer."""
+    files = []
+    for name, paths in find_corpus(config):
+        for path in paths:
+            stat = path.stat()
+            files.append((name, str(path.absolute()), stat.st_size, stat.st_mtime_ns))
+    settings = [config.text_key, config.on_bad_text, config.vocab_size, config.val_fraction, config.dedup]
+    if tokenizer is not None:
+        settings[2] = tokenizer.sha256
+    return hashlib.sha256(json.dumps([FORMAT, sys.version, settings, files]).encode()).hexdigest()[:16]
+
+
+def split_fraction(text: str) -> float:
+    """A document's place in [0, 1), by its text alone: below `val_fraction` it is validation, wherever it stood."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def split(documents: list[Document], val_fraction: float) -> dict[str, list[Document]]:
+    """Training and validation documents. Where chance leaves one split empty, the nearest document goes there."""
+    if len(documents) < 2:
+        raise DataError(
+            f"the corpus has {len(documents)} document after duplicates were dropped, and training and validation need "
+            "one each. Add files, or use a .jsonl with one document a line"
+        )
+    fractions = [split_fraction(document.text) for document in documents]
+    threshold = min(max(val_fraction, np.nextafter(min(fractions), 1)), max(fractions))
+    return {
+        "train": [document for document, f in zip(documents, fractions, strict=True) if f >= threshold],
+        "validation": [document for document, f in zip(documents, fractions, strict=True) if f < threshold],
+    }
+
+
+def build(
+    folder: Path,
+    config: DataConfig,
+    key: str,
+    tokenizer: Tokenizer | None,
+    say: Callable[[str], None],
+    progress: bool,
+) -> None:
+    """Everything of a folder, from reading to index.json."""
+    folder.mkdir()
+    read = ReadReport()
+    documents = list(tqdm(read_corpus(config, read), "reading", unit=" documents", disable=not progress, leave=False))
+    for names, what in ((read.skipped, "left out"), (read.replaced, "mended with U+FFFD")):
+        if names:
+            say(f"{len(names)} documents of bad text {what}: {shortened(names)}")
+    was_cut = len(documents) * config.val_fraction < 1
+    if was_cut:  # a book in one file: validation would get all of it or nothing
+        size = int(min(LARGEST_PIECE, max(256, read.bytes * config.val_fraction / 4)))
+        few = len(documents)
+        documents = [piece for document in documents for piece in cut(document, size)]
+        share = f"{config.val_fraction:.0%}"
+        say(f"{few} documents are too few to hold out {share} of: cut after blank lines into {len(documents)}")
+    kept, dropped = deduplicate(documents, near=config.dedup)
+    if len(kept) < len(documents):
+        say(f"{len(documents):,} documents: dropped {len(dropped.exact)} exact and {len(dropped.near)} near duplicates")
+    parts = split(kept, config.val_fraction)
+    if tokenizer is None:
+        say(f"training a tokenizer of {config.vocab_size:,} pieces on {len(parts['train']):,} documents")
+        tokenizer = train_tokenizer((document.text for document in parts["train"]), config.vocab_size)
+    tokenizer.save(folder)
+    dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+    index = {
+        "format": FORMAT,
+        "key": key,
+        "dtype": dtype,
+        "tokenizer_sha256": tokenizer.sha256,
+        "splits": {
+            name: write_split(folder / f"{name}.bin", parts[name], tokenizer, dtype, progress) for name in SPLITS
+        },
+        "report": {
+            "corpus": list(config.corpus),
+            "documents": read.documents,
+            "bytes": read.bytes,
+            "empty": read.empty,
+            "skipped": read.skipped,
+            "replaced": read.replaced,
+            "cut_into": len(documents) if was_cut else None,
+            "exact_duplicates": dropped.exact,
+            "near_duplicates": dropped.near,
+        },
+    }
+    (folder / "index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+    for path in folder.iterdir():
+        sync(path)
+    sync(folder)
+
+
+def write_split(
+    path: Path, documents: list[Document], tokenizer: Tokenizer, dtype: str, progress: bool
+) -> dict[str, int]:
+    tokens = size = 0
+    with path.open("wb") as stream:
+        for document in tqdm(documents, f"encoding {path.stem}", unit=" documents", disable=not progress, leave=False):
+            ids = [BOS, *tokenizer.encode(document.text), EOS]
+            stream.write(np.array(ids, dtype=dtype).tobytes())
+            tokens += len(ids)
+            size += len(document.text.encode())
+    return {"tokens": tokens, "documents": len(documents), "bytes": size}
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has it: a rename must not become durable before what it names."""
+    if path.is_dir() and os.name == "nt":  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() or os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(making: Path, folder: Path) -> None:
+    """Give `making` its place in one rename. A whole folder that another process put there meanwhile stays."""
+    while True:
+        try:
+            os.rename(making, folder)
+            return sync(folder.parent)
+        except OSError:
+            if not folder.exists():
+                raise
+        try:
+            open_shards(folder, built=False)
+            return
+        except DamagedError:
+            aside = Path(tempfile.mkdtemp(prefix=".damaged-", dir=folder.parent))
+            try:
+                os.rename(folder, aside / "shards")
+            except FileNotFoundError:  # another process took it away first
+                pass
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def open_shards(folder: Path, built: bool) -> Shards:
+    """The shards in `folder`. Raises DamagedError for a missing file, a wrong size, another tokenizer."""
+    try:
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        if index["format"] != FORMAT:
+            raise DamagedError(f"index.json has format {index['format']}, this reads {FORMAT}")
+        dtype, splits = index["dtype"], {}
+        for name in SPLITS:
+            counts, path = index["splits"][name], folder / f"{name}.bin"
+            expected, found = counts["tokens"] * np.dtype(dtype).itemsize, path.stat().st_size
+            if expected != found:
+                raise DamagedError(f"{path.name} has {found} bytes, not {expected}")
+            splits[name] = Split(path, dtype, **counts)
+        model = (folder / FILE).read_bytes()
+        if hashlib.sha256(model).hexdigest() != index["tokenizer_sha256"]:
+            raise DamagedError(f"{FILE} is not the one they were made with")
+        return Shards(folder, Tokenizer(model), **splits, built=built, report=index["report"])
+    except OSError as error:
+        raise DamagedError(f"{Path(error.filename or folder).name}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"index.json cannot be read: {error!r}") from error
+
+
+def shortened(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

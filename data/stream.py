@@ -1,0 +1,159 @@
+"""Tokens into blocks: the global batch of a step as a pure function of (seed, step)."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.config import DataError
+
+
+class BlockStream:
+    """Shuffled blocks of `context` + 1 tokens (each ends with the first token of the next: its last target).
+
+    The N tokens form a ring, joined where the last document's eos meets the first one's bos. Epoch e cuts it into
+    floor(N / context) blocks, from an offset in [0, context) and in an order that are drawn from (seed, e):
+
+        block(i) = ids[(offset_e + order_e[i mod blocks] * context + 0..context) mod N],   e = floor(i / blocks)
+        batch(step) = blocks step * batch_size ... (step + 1) * batch_size - 1
+
+    so every block of an epoch comes once, boundaries move from epoch to epoch, and any step's batch costs the same.
+
+    >>> stream = BlockStream(np.arange(10), context=3, batch_size=3, seed=0)
+    >>> stream.blocks, stream.batch(5).shape
+    (3, torch.Size([3, 4]))
+    """
+
+    def __init__(self, ids: np.ndarray, context: int, batch_size: int, seed: int):
+        if context < 1 or batch_size < 1 or seed < 0:
+            raise DataError(f"context={context} and batch_size={batch_size} must be at least 1, seed={seed} at least 0")
+        check_length(ids, context, "training")
+        self.ids, self.context, self.batch_size, self.seed = ids, context, batch_size, seed
+        self.blocks = len(ids) // context
+        self._last: tuple[int, int, np.ndarray] | None = None
+
+    def epoch(self, epoch: int) -> tuple[int, np.ndarray]:
+        """(offset, order) of one epoch; the last one asked for is kept."""
+        last = self._last  # read once: another thread may replace it
+        if last is None or last[0] != epoch:
+            random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+            last = self._last = (epoch, int(random.integers(self.context)), random.permutation(self.blocks))
+        return last[1], last[2]
+
+    def batch(self, step: int) -> Tensor:
+        """int64 of (batch_size, context + 1). It may take the end of one epoch and the beginning of the next."""
+        index_B = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        start_B = np.empty_like(index_B)
+        for epoch in range(index_B[0] // self.blocks, index_B[-1] // self.blocks + 1):
+            offset, order = self.epoch(epoch)
+            here = index_B // self.blocks == epoch
+            start_B[here] = offset + order[index_B[here] % self.blocks] * self.context
+        index_BT1 = (start_B[:, None] + np.arange(self.context + 1)) % len(self.ids)
+        return torch.from_numpy(self.ids[index_BT1].astype(np.int64))
+
+
+def sequential(ids: np.ndarray, context: int, batch_size: int, bos_id: int = 1) -> Iterator[Tensor]:
+    """Blocks in order, int64 of (batch_size, context + 1), in which each of the N - 1 transitions comes exactly once.
+
+    The last block and the last batch are filled up with `bos_id`, so that all have one shape: a target that is bos is
+    never scored (data.clm). The scored targets are then N minus the number of documents.
+    """
+    check_length(ids, 1, "validation")
+    rows = -(-(len(ids) - 1) // context)
+    for first in range(0, rows, batch_size):
+        block_BT1 = np.full((batch_size, context + 1), bos_id, dtype=np.int64)
+        for row in range(min(batch_size, rows - first)):
+            start = (first + row) * context
+            part = ids[start : start + context + 1]
+            block_BT1[row, : len(part)] = part
+        yield torch.from_numpy(block_BT1)
+
+
+def check_length(ids: np.ndarray, context: int, split: str) -> None:
+    if len(ids) < context + 1:
+        raise DataError(
+            f"the {split} split has {len(ids)} tokens, fewer than one block of context={context} and its last target: "
+            f"use a context of at most {max(len(ids) - 1, 1)}, or more text"
+        )
+
+
+class Prefetcher:
+    """make(start), make(start + 1), … made ahead in a thread, `depth` of them waiting; tensors pinned if asked.
+
+    Iterate over it, inside a `with`: leaving that ends the thread. What `make` raises is raised by the iteration.
+
+    >>> with Prefetcher(lambda step: step * step, start=2, stop=5) as squares:
+    ...     list(squares)
+    [4, 9, 16]
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int], Any],
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        depth: int = 2,
+        pin_memory: bool = False,
+    ):
+        self.make, self.step, self.stop, self.pin_memory = make, start, stop, pin_memory
+        self.queue: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
+        self.closing = threading.Event()
+        self.ended: tuple[str, Any] | None = None
+        self.thread = threading.Thread(target=self._work, args=(start,), name="prefetch", daemon=True)
+        self.thread.start()
+
+    def _work(self, step: int) -> None:
+        try:
+            while self.stop is None or step < self.stop:
+                value = self.make(step)
+                if not self._put(("value", pin(value) if self.pin_memory else value)):
+                    return
+                step += 1
+            self._put(("end", None))
+        except BaseException as error:
+            self._put(("error", error))
+
+    def _put(self, item: tuple[str, Any]) -> bool:
+        while not self.closing.is_set():
+            try:
+                self.queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                pass
+        return False
+
+    def __iter__(self) -> "Prefetcher":
+        return self
+
+    def __next__(self) -> Any:
+        if self.closing.is_set():
+            raise RuntimeError("this Prefetcher is closed")
+        what, value = self.ended or self.queue.get()
+        if what == "value":
+            return value
+        self.ended = (what, value)  # asked again, it says the same
+        if what == "error":
+            raise value
+        raise StopIteration
+
+    def close(self) -> None:
+        self.closing.set()
+        self.thread.join()
+
+    def __enter__(self) -> "Prefetcher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def pin(value: Any) -> Any:
+    """Tensors, alone or in a dict, into page-locked memory, from which copies to a GPU need not wait."""
+    if isinstance(value, dict):
+        return {name: pin(item) for name, item in value.items()}
+    return value.pin_memory() if isinstance(value, Tensor) else value

@@ -1,0 +1,101 @@
+"""Scaled dot-product attention, and the layer around it."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.cache import LayerCache
+from model.config import ModelConfig
+from model.mask import Plan
+from model.position import rotate
+
+
+def attention_reference(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, plan: Plan, dropout: float = 0.0) -> Tensor:
+    """softmax(q kᵀ / √K) v over the allowed keys; a query with no key yields 0.
+
+    With fewer key heads than query heads (G < H), key head g serves query heads g·H/G … (g+1)·H/G - 1: V0 V0 V1 V1.
+    Source: Vaswani et al. 2017, arXiv 1706.03762, equation 1; Ainslie et al. 2023, arXiv 2305.13245.
+    """
+    k_BHSK, v_BHSK = (x.repeat_interleave(q_BHTK.size(1) // x.size(1), dim=1) for x in (k_BGSK, v_BGSK))
+    score_BHTS = q_BHTK @ k_BHSK.mT / math.sqrt(q_BHTK.size(-1))
+    allowed = plan.allowed_B1TS
+    if plan.causal:
+        allowed = torch.ones(score_BHTS.shape[-2:], dtype=torch.bool, device=score_BHTS.device).tril()
+    if allowed is not None:
+        score_BHTS = score_BHTS.masked_fill(~allowed, -math.inf)
+    weight_BHTS = score_BHTS.softmax(-1)
+    if allowed is not None:
+        weight_BHTS = weight_BHTS.masked_fill(~allowed, 0)  # a row with no key gives 0, not NaN
+    return F.dropout(weight_BHTS, dropout, training=dropout > 0) @ v_BHSK
+
+
+def attention_sdpa(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, plan: Plan, dropout: float = 0.0) -> Tensor:
+    """The same by torch's fused kernels (flash attention on CPU and GPU)."""
+    return F.scaled_dot_product_attention(
+        q_BHTK,
+        k_BGSK,
+        v_BGSK,
+        attn_mask=plan.allowed_B1TS,
+        dropout_p=dropout,
+        is_causal=plan.causal,
+        enable_gqa=q_BHTK.size(1) != k_BGSK.size(1),
+    )
+
+
+ATTENTIONS = {"reference": attention_reference, "sdpa": attention_sdpa}
+
+
+class SeparateProjection(nn.Module):
+    """q = x Wqᵀ, k = x Wkᵀ, v = x Wvᵀ: three matrices, as LLaMA publishes them."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        bias, key_width = config.attention_bias, config.kv_heads * config.head_width
+        self.query = nn.Linear(config.width, config.width, bias)
+        self.key = nn.Linear(config.width, key_width, bias)
+        self.value = nn.Linear(config.width, key_width, bias)
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+
+
+class FusedProjection(nn.Module):
+    """q, k, v = the thirds of x Wᵀ: one matrix, as GPT-2 publishes it."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.qkv = nn.Linear(config.width, 3 * config.width, config.attention_bias)
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
+        return self.qkv(x_BTD).chunk(3, dim=-1)
+
+
+PROJECTIONS = {"separate": SeparateProjection, "fused": FusedProjection}
+
+
+def split_heads(x_BTD: Tensor, head_width: int) -> Tensor:
+    return x_BTD.unflatten(-1, (-1, head_width)).transpose(1, 2)  # BHTK
+
+
+class Attention(nn.Module):
+    """Self-attention: project, turn by position, attend, put the heads together, project back."""
+
+    def __init__(self, config: ModelConfig, attention: str = "sdpa"):
+        super().__init__()
+        self.project = PROJECTIONS[config.projection](config)
+        self.out = nn.Linear(config.width, config.width, config.attention_bias)
+        self.attend = ATTENTIONS[attention]
+        self.head_width = config.head_width
+        self.dropout = config.attention_dropout
+
+    def forward(
+        self, x_BTD: Tensor, plan: Plan, rope: tuple[Tensor, Tensor] | None, cache: LayerCache | None = None
+    ) -> Tensor:
+        q_BHTK, k_BGTK, v_BGTK = (split_heads(x, self.head_width) for x in self.project(x_BTD))
+        if rope is not None:
+            q_BHTK, k_BGTK = rotate(q_BHTK, *rope), rotate(k_BGTK, *rope)
+        k_BGSK, v_BGSK = (k_BGTK, v_BGTK) if cache is None else cache.update(k_BGTK, v_BGTK)
+        y_BHTK = self.attend(q_BHTK, k_BGSK, v_BGSK, plan, self.dropout if self.training else 0.0)
+        return self.out(y_BHTK.transpose(1, 2).flatten(2))

@@ -1,0 +1,8 @@
+"""The proof. Run from a checkout: `python -m pytest`; `-m slow` for the long ones, `-m gpu` where there is a card.
+
+    oracle/      the same numbers as the library that people trust; each comparison is a row of the parity table
+    invariant/   what must hold whatever the numbers: causality, resume, packing; each with a mutant that must fail
+    fault/       bad input, full disks, killed processes, through the real command
+    bench/       speed, as ratios: `python -m tests.bench`; figures and conditions in bench/RESULTS.md
+    gpu/         what only a card can show; skips itself without one
+"""

@@ -1,0 +1,355 @@
+"""The built-in corpus, duplicates, the split, and shards that are built once."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data.shards
+from data.config import DataConfig
+from data.corpus import cut, read_corpus
+from data.dedup import deduplicate, find_covered, shared_shingles, shingles
+from data.files import Document, ReadReport
+from data.shards import prepare, split
+from data.tokenizer import train_tokenizer
+
+WORDS = [
+    f"{a}{b}" for a in ("ta", "ri", "mo", "ke", "su", "lan", "por", "vi") for b in ("n", "ro", "le", "st", "mi", "d")
+]
+
+
+def prose(seed, words=200):
+    draw = np.random.default_rng(seed)
+    return " ".join(draw.choice(WORDS, words)) + ".\n\n"
+
+
+@pytest.fixture(scope="session")
+def documents():
+    return list(read_corpus(DataConfig()))
+
+
+@pytest.fixture(scope="session")
+def stdlib_docs(tmp_path_factory):
+    """The default corpus, built once for all tests of this run."""
+    return prepare(DataConfig(cache=tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A small corpus of 60 documents in a .jsonl."""
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": prose(n)}) + "\n" for n in range(60)))
+    return DataConfig(
+        corpus=(str(tmp_path / "text.jsonl"),), vocab_size=300, val_fraction=0.2, cache=tmp_path / "cache"
+    )
+
+
+# --- corpus -----------------------------------------------------------------------------------------------------------
+
+
+def test_built_in_documentation(documents):
+    assert len(documents) > 500
+    assert 1_200_000 < sum(len(document.text.encode()) for document in documents) < 4_000_000
+    names = [document.name for document in documents]
+    assert len(set(names)) == len(names)
+    assert not [name for name in names if ".test" in name or "site-packages" in name]
+    text = {document.name: document.text for document in documents}
+    assert (
+        "JSONEncoder.encode(o)\n\nReturn a JSON string representation of a Python" in text["stdlib-docs:json.encoder"]
+    )
+    assert sum("topic " in name for name in names) > 50
+
+
+def test_built_in_corpus_imports_nothing():
+    names = ["antigravity", "this", "turtle", "pydoc_data.topics"]
+    code = (
+        "import sys; from data.corpus import stdlib_docs, stdlib_files;"
+        "found = list(stdlib_docs([p for p in stdlib_files() if p.stem in ('antigravity', 'this', 'turtle', 'topics')]));"
+        f"print(len(found) > 50, set({names}) & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True set()\n"
+
+
+def test_cut_loses_nothing():
+    text = "".join(prose(n, 40) for n in range(50)) + "no end"
+    pieces = cut(Document("book", text), 1000)
+    assert len(pieces) > 8 and "".join(piece.text for piece in pieces) == text
+    assert max(len(piece.text) for piece in pieces) < 2000
+    unbroken = "line\n" * 5000
+    assert "".join(piece.text for piece in cut(Document("list", unbroken), 1000)) == unbroken
+    assert len(cut(Document("list", unbroken), 1000)) > 4
+
+
+# --- duplicates -------------------------------------------------------------------------------------------------------
+
+
+def test_exact_and_near_duplicates_go():
+    a, b, c = prose(1), prose(2), prose(3, 600)
+    texts = {
+        "a": a,
+        "b": b,
+        "c": c,
+        "A": "  " + a.upper(),
+        "in c": c[500:1200],
+        "a+b": a + b,
+        "near": c.replace("tan", "tann", 1),
+    }
+    kept, report = deduplicate([Document(name, text) for name, text in texts.items()])
+    assert report.exact == [("A", "a")]
+    gone = {name: (holder, share) for name, holder, share in report.near}
+    assert gone["in c"][0] in ("c", "near") and gone["in c"][1] > 0.9
+    assert {"a", "b"} <= set(gone), "they stand in a+b, and the longest stays"
+    assert ("c" in gone) != ("near" in gone)
+    assert [document.name for document in kept] == [name for name in texts if name not in gone and name != "A"]
+    assert [d.name for d in deduplicate([Document(n, t) for n, t in texts.items()], near=False)[0]] == [
+        n for n in texts if n != "A"
+    ]
+
+
+def test_text_put_together_from_several_is_found():
+    parts = [prose(n, 400) for n in range(4)]
+    patchwork = "".join(" ".join(part.split()[:60]) + " " for part in parts)
+    assert set(find_covered([*parts, patchwork])) == {4}
+    # The mutant: compared with one text at a time, no text holds half of it.
+    assert all(1 not in find_covered([part, patchwork]) for part in parts)
+
+
+def test_sampling_agrees_with_comparing_everything(monkeypatch):
+    texts = [prose(n, 2000) for n in range(6)]
+    texts += [texts[0][:6000], texts[1][:2000] + prose(99, 2000)]
+    everything = find_covered(texts)
+    monkeypatch.setattr("data.dedup.SAMPLE_ABOVE", 2000)
+    sampled = find_covered(texts)
+    assert set(sampled) == set(everything) == {6}
+
+
+def test_texts_without_words():
+    assert find_covered(["...", "", "!!"]) == {} and find_covered([]) == {}
+
+
+def leak(documents, rounds=12):
+    """Mean share of the validation split's distinct shingles that training has, over splits by several hashes."""
+    hashes, shares = [np.unique(shingles(document.text, 8)) for document in documents], []
+    for salt in range(rounds):
+        held = [hashlib.sha256(f"{salt}{document.text}".encode()).digest()[0] < 13 for document in documents]
+        validation = np.unique(np.concatenate([h for h, out in zip(hashes, held, strict=True) if out]))
+        training = np.concatenate([h for h, out in zip(hashes, held, strict=True) if not out])
+        shares.append(np.isin(validation, training).mean())
+    return sum(shares) / rounds
+
+
+def test_validation_does_not_leak(documents):
+    kept, _ = deduplicate(documents)
+    after, before = leak(kept), leak(documents)  # 0.02 and 0.10 with Python 3.11
+    assert after < 0.04
+    assert before > 2 * after, "the mutant: nothing dropped"
+
+
+def test_default_validation_split_does_not_leak(stdlib_docs):
+    texts = [stdlib_docs.tokenizer.decode(getattr(stdlib_docs, name).ids) for name in ("validation", "train")]
+    assert shared_shingles(texts[:1], texts[1:]) < 0.1
+
+
+# --- shards -----------------------------------------------------------------------------------------------------------
+
+
+def test_shards_hold_the_documents(stdlib_docs, documents):
+    kept, _ = deduplicate(documents)
+    parts = split(kept, DataConfig().val_fraction)
+    assert stdlib_docs.report["documents"] == len(documents)
+    for name in ("train", "validation"):
+        part, ids = getattr(stdlib_docs, name), getattr(stdlib_docs, name).ids
+        assert isinstance(ids, np.memmap) and ids.dtype == np.uint16
+        assert len(ids) == part.tokens and (ids == 1).sum() == (ids == 2).sum() == part.documents == len(parts[name])
+        assert stdlib_docs.tokenizer.piece_bytes[ids].sum() == part.bytes
+        assert part.targets == part.tokens - part.documents
+        assert stdlib_docs.tokenizer.decode(ids[: 1 + int(np.argmax(ids == 2))]) == parts[name][0].text
+    assert stdlib_docs.validation.bytes > 50_000
+    assert stdlib_docs.tokenizer.vocab_size == 2048
+    assert stdlib_docs.train.bytes / stdlib_docs.train.tokens > 2.8
+
+
+def test_tokenizer_sees_the_training_split_alone(config):
+    shards = prepare(config)
+    kept, _ = deduplicate(list(read_corpus(config)))
+    parts = split(kept, config.val_fraction)
+    assert train_tokenizer((d.text for d in parts["train"]), 300).sha256 == shards.tokenizer.sha256
+    assert train_tokenizer((d.text for d in kept), 300).sha256 != shards.tokenizer.sha256, "the mutant"
+
+
+def test_split_ignores_position():
+    documents = [Document(str(n), prose(n)) for n in range(100)]
+    parts, turned = split(documents, 0.2), split(documents[::-1], 0.2)
+    assert {d.name for d in parts["validation"]} == {d.name for d in turned["validation"]}
+    alone = split(documents[:50], 0.2)
+    assert {d.name for d in alone["validation"]} == {d.name for d in parts["validation"]} & {
+        d.name for d in documents[:50]
+    }
+    assert 5 < len(parts["validation"]) < 40
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 0.5, 1 - 1e-9])
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_no_split_is_empty(count, fraction):
+    parts = split([Document(str(n), prose(n)) for n in range(count)], fraction)
+    assert parts["train"] and parts["validation"] and sum(map(len, parts.values())) == count
+
+
+def test_second_call_reuses_and_reads_nothing(stdlib_docs, config, monkeypatch):
+    prepare(config)
+    monkeypatch.setattr(data.shards, "read_corpus", None)
+    start = time.perf_counter()
+    assert not prepare(config).built
+    again = prepare(DataConfig(cache=stdlib_docs.folder.parent))
+    assert time.perf_counter() - start < 0.5
+    assert stdlib_docs.built and not again.built and again.folder == stdlib_docs.folder
+
+
+@pytest.mark.parametrize("change", [{"vocab_size": 310}, {"val_fraction": 0.3}, {"dedup": False}])
+def test_another_setting_builds_anew(config, change):
+    first = prepare(config)
+    second = prepare(DataConfig(**{**vars(config), **change}))
+    assert second.built and second.folder != first.folder
+
+
+def test_changed_corpus_builds_anew(config):
+    first = prepare(config)
+    with open(config.corpus[0], "a") as stream:
+        stream.write(json.dumps({"text": prose(1000)}) + "\n")
+    second = prepare(config)
+    assert second.built and second.report["documents"] == first.report["documents"] + 1
+
+
+def test_given_tokenizer_is_used(config):
+    tokenizer = train_tokenizer([prose(n) for n in range(500, 520)], 290)
+    shards = prepare(config, tokenizer=tokenizer)
+    assert shards.tokenizer.sha256 == tokenizer.sha256
+    assert not prepare(config, tokenizer=tokenizer).built and prepare(config).built
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_two_builds_are_equal_byte_for_byte(config, tmp_path):
+    first = contents(prepare(config).folder)
+    shutil.rmtree(config.cache)
+    assert contents(prepare(config).folder) == first
+
+
+def test_many_pieces_take_four_bytes(config):
+    tokenizer = train_tokenizer([prose(n) for n in range(20)], 290)
+    tokenizer.vocab_size = 70_000
+    tokenizer.encode = lambda text: [69_999] * 3
+    shards = prepare(config, tokenizer=tokenizer)
+    assert shards.train.ids.dtype == np.uint32 and shards.train.ids[1] == 69_999
+
+
+def truncate(folder):
+    (folder / "train.bin").write_bytes((folder / "train.bin").read_bytes()[:-2])
+
+
+def flip(folder):
+    model = bytearray((folder / "tokenizer.model").read_bytes())
+    model[100] ^= 1
+    (folder / "tokenizer.model").write_bytes(model)
+
+
+DAMAGE = {
+    "train.bin has": truncate,
+    "tokenizer.model is not": flip,
+    "validation.bin: No such file": lambda folder: (folder / "validation.bin").unlink(),
+    "index.json cannot be read": lambda folder: (folder / "index.json").write_text("{"),
+    "index.json has format": lambda folder: (folder / "index.json").write_text('{"format": 999}'),
+    "index.json: No such file": lambda folder: (folder / "index.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("why", DAMAGE)
+def test_damaged_cache_is_noticed_and_rebuilt(config, why):
+    first = prepare(config)
+    whole = contents(first.folder)
+    DAMAGE[why](first.folder)
+    said = []
+    again = prepare(config, say=said.append)
+    assert again.built and contents(again.folder) == whole
+    assert any("damaged" in line and why in line for line in said)
+    assert [path.name for path in config.cache.iterdir()] == [first.folder.name], "something was left behind"
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_two_processes_at_once(config, damaged):
+    if damaged:
+        truncate(prepare(config).folder)
+    code = (
+        "import sys; from pathlib import Path; from data.config import DataConfig; from data.shards import prepare;"
+        f"made = prepare(DataConfig(corpus={config.corpus!r}, vocab_size=300, val_fraction=0.2, cache=Path(sys.argv[1])));"
+        "print(made.folder, len(made.train.ids))"
+    )
+    command = [sys.executable, "-c", code, str(config.cache)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    answers = [process.communicate() for process in both]
+    assert answers[0][0] and answers[0] == answers[1] and not answers[0][1], answers
+    assert len(list(config.cache.iterdir())) == 1
+
+
+def test_failed_build_leaves_nothing(config, monkeypatch):
+    monkeypatch.setattr(data.shards, "write_split", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare(config)
+    assert list(config.cache.iterdir()) == []
+
+
+def test_one_long_file_is_cut(tmp_path):
+    (tmp_path / "book.txt").write_text("".join(prose(n, 80) for n in range(300)))
+    said = []
+    shards = prepare(DataConfig(corpus=(str(tmp_path),), vocab_size=300, cache=tmp_path / "cache"), say=said.append)
+    assert shards.report["documents"] == 1 and shards.report["cut_into"] > 40
+    assert shards.validation.documents >= 1 and any("cut after blank lines" in line for line in said)
+
+
+def test_report_counts_what_was_left_out(tmp_path):
+    for n in range(5):
+        (tmp_path / f"{n}.txt").write_text(prose(n))
+    (tmp_path / "bad.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "empty.txt").write_text(" \n")
+    report = ReadReport()
+    list(read_corpus(DataConfig(corpus=(str(tmp_path),), on_bad_text="skip"), report))
+    assert (report.documents, report.empty, report.skipped) == (5, 1, [str(tmp_path / "bad.txt")])
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def test_help_and_config_import_no_torch():
+    start = time.perf_counter()
+    shown = subprocess.run(
+        [sys.executable, "-m", "data", "prepare", "--help"], capture_output=True, text=True, check=True
+    )
+    assert time.perf_counter() - start < 3 and "--on-bad-text" in shown.stdout  # 0.3 s on a machine that is not busy
+    code = "import sys, data.config, data.__main__; print({'torch', 'numpy', 'sentencepiece'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_command_prepares_and_names_errors(config):
+    arguments = [
+        sys.executable,
+        "-m",
+        "data",
+        "prepare",
+        "--vocab-size",
+        "300",
+        "--cache",
+        str(config.cache),
+        "--corpus",
+    ]
+    done = subprocess.run([*arguments, config.corpus[0]], capture_output=True, text=True, check=True)
+    assert "bytes/token" in done.stdout and str(config.cache) in done.stdout and not done.stderr
+    failed = subprocess.run([*arguments, str(Path(config.corpus[0]) / "no")], capture_output=True, text=True)
+    assert failed.returncode == 2 and failed.stderr.startswith("error: ") and "Traceback" not in failed.stderr

@@ -1,0 +1,154 @@
+"""The tokenizer loses nothing: not a byte of any text, and not a document of what it is trained on."""
+
+import random
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from data.config import DataError
+from data.tokenizer import BOS, EOS, UNK, Tokenizer, feed, train_tokenizer, trainer_options
+
+TEXTS = [
+    f"def f{n}(x):\n    return x + {n}  # the sum\n\n\tText, more of the text; caf\u00e9.\n" * 5 for n in range(30)
+]
+ODD = [
+    "", " ", "  two  ", "\t\tx", "\n\n\n", "a\r\nb\r", "nul\0nul", "e\u0301", "\u0301", "\U0001f600\U0001f468\u200d\U0001f469",
+    "\u2581", "a\u2581 \u2581\u2581b", "\u2047", "\u2585", "<s>", "</s>", "<unk>", "<0x41>", " <s> </s>", "\ufeff", "\ufffd",
+    "\uff21\ufb01", "\u2028\u00a0\u3000", " " * 1000, "\u4e2d\u6587", "\U0010ffff", "\x1f\x7f\x80",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(TEXTS, 360)
+
+
+def random_texts(count):
+    draw = random.Random(0)
+    pool = "".join(ODD) + "the text \n"
+    for _ in range(count):
+        wild = [chr(c) for c in (draw.randrange(0x110000) for _ in range(5)) if not 0xD800 <= c < 0xE000]
+        yield "".join(draw.choices(pool, k=draw.randrange(40)) + wild)
+
+
+def loses(encode, decode, texts):
+    return [text for text in texts if decode(encode(text)) != text]
+
+
+def test_round_trip_of_any_text(tokenizer):
+    texts = ODD + list(random_texts(2000))
+    assert loses(tokenizer.encode, tokenizer.decode, texts) == []
+    # The mutant: the library's own encode and decode.
+    assert loses(tokenizer.processor.encode, tokenizer.processor.decode, ODD)
+
+
+def test_piece_bytes_add_up_to_the_text(tokenizer):
+    assert tokenizer.piece_bytes.dtype == np.int64 and tokenizer.piece_bytes.shape == (tokenizer.vocab_size,)
+    assert tokenizer.piece_bytes[[UNK, BOS, EOS]].tolist() == [0, 0, 0]
+    for text in ODD + list(random_texts(500)):
+        assert tokenizer.piece_bytes[tokenizer.encode(text)].sum() == len(text.encode())
+
+
+def test_text_never_makes_control_ids(tokenizer):
+    for text in ODD:
+        assert not {UNK, BOS, EOS} & set(tokenizer.encode(text))
+
+
+def test_control_ids_vanish_and_half_a_character_shows(tokenizer):
+    ids = [BOS, *tokenizer.encode("a\U0001f600"), EOS]
+    assert tokenizer.decode(ids) == "a\U0001f600"
+    assert tokenizer.decode(ids[:-2]) == "a\ufffd"
+    assert tokenizer.decode(np.array(ids, dtype=np.uint16)) == "a\U0001f600"
+
+
+def test_lone_surrogate_is_refused(tokenizer):
+    with pytest.raises(UnicodeEncodeError):
+        tokenizer.encode("\ud800")
+
+
+def test_training_is_deterministic():
+    first, second = train_tokenizer(TEXTS, 360), train_tokenizer(iter(TEXTS), 360)
+    assert first.model_bytes == second.model_bytes and first.sha256 == second.sha256
+    assert first.vocab_size == 360
+
+
+# Every way in which the trainer would leave text out: a long document, reserved characters, control pieces, last newlines.
+GIVEN = [
+    "long " * 5000 + "\n\n",
+    "reserved \u2585 here\n",
+    "space \u2581 here",
+    "<s>, </s>, <unk>, <0x41>\r\n",
+    "\n",
+    "nul\0",
+]
+
+
+def characters_seen(sentences, **options):
+    """What SentencePiece's own log says that it counted. In a process of its own: the log goes to the standard error."""
+    code = (
+        "import io, sentencepiece; sentencepiece.SentencePieceTrainer.train("
+        f"sentence_iterator=iter({sentences!r}), model_writer=io.BytesIO(), **{options!r})"
+    )
+    log = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
+    return int(re.search(r"all chars count=(\d+)", log)[1])
+
+
+def test_characters_seen_are_characters_given():
+    options = trainer_options(280) | {"minloglevel": 0, "hard_vocab_limit": False}
+    given = sum(len(re.sub("[\0\u2581\u2585]", "", text)) for text in GIVEN)
+    assert characters_seen([feed(text) for text in GIVEN], **options) == given
+    # The mutants: text fed as it is; the library's own limit on length.
+    assert characters_seen(GIVEN, **options) < given
+    assert characters_seen([feed(text) for text in GIVEN], **options | {"max_sentence_length": 4192}) < given / 10
+
+
+def test_a_long_document_is_learnt_from():
+    text = "".join(f"{word} " for word in ["zebra", "quagga"] * 150_000)  # 1.9 MB, cut once
+    pieces = {train_tokenizer([text, "abc"], 275).bytes_of[i] for i in range(275)}
+    assert b" quagga" in pieces
+
+
+def test_white_space_has_pieces_and_no_piece_crosses_words(tokenizer):
+    pieces = tokenizer.bytes_of[259:]
+    assert b"\n\n" in pieces or b".\n\n" in pieces
+    assert any(piece.strip(b" ") == b"" and len(piece) > 2 for piece in pieces)
+    assert not [piece for piece in pieces if re.search(rb"\S .|\w\n|\n\w", piece)]
+
+
+def test_more_characters_than_pieces():
+    text = "".join(map(chr, range(0x4E00, 0x4E00 + 3000))) * 2 + "\u4e2d\u6587" * 500
+    tokenizer = train_tokenizer([text], 400)
+    assert tokenizer.vocab_size == 400 and tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_vocabulary_that_the_text_cannot_fill():
+    with pytest.raises(DataError, match=r"vocab_size=5000 .* (\d+) pieces at most.*--vocab-size") as caught:
+        train_tokenizer(["to be or not to be"], 5000)
+    largest = int(re.search(r"--vocab-size (\d+)", str(caught.value))[1])
+    assert train_tokenizer(["to be or not to be"], largest).vocab_size == largest
+
+
+def test_save_and_load(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    for path in (tmp_path, tmp_path / "tokenizer.model"):
+        assert Tokenizer.load(path).sha256 == tokenizer.sha256
+
+
+def test_what_is_not_such_a_model_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no tokenizer can be read"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"not a model")
+    with pytest.raises(DataError, match=r"tokenizer\.model: not a SentencePiece model"):
+        Tokenizer.load(tmp_path)
+    import io
+
+    lossy = io.BytesIO()  # the library's defaults: NFKC, white space merged
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=lossy, vocab_size=60, minloglevel=2, hard_vocab_limit=False
+    )
+    with pytest.raises(DataError, match="does not give back"):
+        Tokenizer(lossy.getvalue())

@@ -1,0 +1,404 @@
+"""AdamW and Muon against their plain twins and torch.optim; groups by role; state that stops half-way."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from train.muon import COEFFICIENTS, Muon, orthogonalize, orthogonalize_batch
+from train.optim import AdamW, NamedOptimizer, Optimizers, build_optimizer, can_fuse, parameter_groups
+
+TORCH = f"torch {torch.__version__.split('+')[0]}"
+SHAPES = {"a": (5, 7), "b": (13,), "c": (7, 5), "d": (3, 4, 2), "e": (1,), "f": (40, 33)}
+MATRICES = {"a": (5, 7), "b": (7, 5), "c": (5, 7), "d": (16, 16), "e": (1, 9), "f": (40, 24)}
+
+
+def weights(shapes: dict[str, tuple], dtype=torch.float64) -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(1)
+    return {n: nn.Parameter(torch.randn(s, generator=generator, dtype=dtype)) for n, s in shapes.items()}
+
+
+def groups_of(params: dict[str, Tensor]) -> list[dict]:
+    rows = [("a", "b"), ("c",), tuple(n for n in params if n not in "abc")]
+    decays = [0.1, 0.0, 0.03]
+    return [
+        {"params": [params[n] for n in names], "names": list(names), "weight_decay": decay}
+        for names, decay in zip(rows, decays, strict=True)
+    ]
+
+
+def train(optimizer, params: dict[str, Tensor], steps: range) -> None:
+    """Steps with gradients and rates that depend on the step number alone; some gradients are None at some steps."""
+    for step in steps:
+        generator = torch.Generator().manual_seed(1000 + step)
+        for index, param in enumerate(params.values()):
+            grad = torch.randn(param.shape, generator=generator, dtype=torch.float64).to(param.dtype)
+            absent = (step + index) % (index + 2) == 0  # every second step for the first, every third for the next, …
+            param.grad = None if absent else grad * 3.0 ** (index - 2)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.02 / (1 + step)
+        optimizer.step()
+
+
+def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
+    return max((left[n].double() - right[n].double()).abs().max().item() for n in left)
+
+
+def bitwise_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    same_names = left.keys() == right.keys()
+    return same_names and all(torch.equal(left[n], right[n]) and left[n].dtype == right[n].dtype for n in left)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("torch_kind", ["fused", "foreach", "plain"])
+def test_adamw_equals_torch(parity, fused, torch_kind):
+    ours, theirs = weights(SHAPES), weights(SHAPES)
+    settings = {"lr": 0.02, "betas": (0.8, 0.97), "eps": 1e-7}
+    optimizer = AdamW(groups_of(ours), **settings, fused=fused)
+    kind = {"fused": {"fused": True}, "foreach": {"foreach": True}, "plain": {"foreach": False}}[torch_kind]
+    oracle = torch.optim.AdamW(groups_of(theirs), **settings, **kind)
+    train(optimizer, ours, range(50))
+    train(oracle, theirs, range(50))
+    reason = "float64, rounding of 50 steps; weights of size 1"
+    part = f"AdamW ({'fused' if fused else 'plain twin'})"
+    parity(part, f"{TORCH} AdamW ({torch_kind})", difference(ours, theirs), 1e-13, reason)
+    state = optimizer.named_state()
+    for name, param in theirs.items():
+        for slot in ("exp_avg", "exp_avg_sq", "step"):
+            error = (state[f"{name}.{slot}"].double() - oracle.state[param][slot].double()).abs().max()
+            assert error <= 1e-12 * (1 + oracle.state[param][slot].abs().max()), (name, slot)
+    assert {int(state[f"{n}.step"]) for n in ours} != {50}  # the steps without a gradient did not count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_adamw_fused_equals_its_plain_twin(dtype):
+    plain, fast = weights(SHAPES, dtype), weights(SHAPES, dtype)
+    train(AdamW(groups_of(plain), lr=0.02, fused=False), plain, range(50))
+    train(AdamW(groups_of(fast), lr=0.02, fused=True), fast, range(50))
+    # Rounding differs in order only; the largest weight is about 4, and 50 steps add up a few units in the last place.
+    assert difference(plain, fast) <= 100 * torch.finfo(dtype).eps
+
+
+def test_adamw_with_gradients_of_other_strides():
+    """The fused kernel walks memory: torch's own pairs wrong elements here, ours must not."""
+    start = torch.randn(3, 4, dtype=torch.float64).mT  # dense, not contiguous
+    grad = torch.randn(4, 3, dtype=torch.float64)
+
+    def step(optimizer_class, **kind) -> Tensor:
+        param = nn.Parameter(start.clone(memory_format=torch.preserve_format))
+        param.grad = grad.clone()
+        assert param.stride() != param.grad.stride()
+        optimizer_class([param], lr=0.1, **kind).step()
+        return param.detach()
+
+    expected = step(AdamW, fused=False)
+    torch.testing.assert_close(step(torch.optim.AdamW, foreach=False), expected, rtol=0, atol=1e-15)
+    torch.testing.assert_close(step(AdamW, fused=True), expected, rtol=0, atol=1e-15)
+
+
+def test_fused_is_chosen_at_construction():
+    param, gapped = nn.Parameter(torch.zeros(4, 4)), torch.zeros(4, 8)[:, ::2].requires_grad_()
+    assert AdamW([param]).fused and not AdamW([param], fused=False).fused
+    assert not can_fuse(gapped) and not AdamW([param, gapped]).fused
+    with pytest.raises(ValueError, match="dense"):
+        AdamW([gapped], fused=True)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("adjust_lr", ["original", "match_rms_adamw"])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_muon_equals_torch(parity, batched, adjust_lr, nesterov):
+    ours, theirs = weights(MATRICES, torch.float32), weights(MATRICES, torch.float32)
+    settings = {"lr": 0.02, "momentum": 0.9, "nesterov": nesterov}
+    optimizer = Muon(groups_of(ours), **settings, adjust_lr=adjust_lr, ns_dtype=torch.bfloat16, batched=batched)
+    oracle = torch.optim.Muon(groups_of(theirs), **settings, adjust_lr_fn=adjust_lr)
+    train(optimizer, ours, range(30))
+    train(oracle, theirs, range(30))
+    # torch iterates in bfloat16. With its order of operations the result is the same to the last bit; the twin, written as
+    # in the paper, rounds elsewhere: 2^-8 of a direction, times the sum of the rates (0.08) and sqrt(40) at most.
+    tolerance, reason = (0.0, "same operations in the same order") if batched else (2e-2, "bfloat16 rounds elsewhere")
+    part = f"Muon ({'batched' if batched else 'plain twin'}, bfloat16, {adjust_lr}{', Nesterov' if nesterov else ''})"
+    parity(part, f"{TORCH} Muon", difference(ours, theirs), tolerance, reason)
+
+
+def test_muon_in_float64_equals_torch_but_for_bfloat16(parity, monkeypatch):
+    """With torch's iteration kept in float64 everything else must agree to rounding, in both of our paths."""
+    monkeypatch.setattr(Tensor, "bfloat16", lambda tensor: tensor.clone())
+    for batched in (False, True):
+        ours, theirs = weights(MATRICES), weights(MATRICES)
+        train(Muon(groups_of(ours), lr=0.02, batched=batched), ours, range(30))
+        train(torch.optim.Muon(groups_of(theirs), lr=0.02), theirs, range(30))
+        part = f"Muon ({'batched' if batched else 'plain twin'}, float64)"
+        reason = "float64; the iteration enlarges tiny singular values, and their rounding, by 3.4^5 = 485"
+        parity(part, f"{TORCH} Muon, its bfloat16 cast removed", difference(ours, theirs), 1e-11, reason)
+
+
+def singular_value_map(s: Tensor, steps: int) -> Tensor:
+    a, b, c = COEFFICIENTS
+    for _ in range(steps):
+        s = a * s + b * s**3 + c * s**5
+    return s
+
+
+@pytest.mark.parametrize("shape", [(12, 12), (8, 30), (30, 8), (1, 5)])
+def test_orthogonalize_acts_on_singular_values_alone(parity, shape):
+    update_OI = torch.randn(shape, dtype=torch.float64)
+    u, s, v = torch.linalg.svd(update_OI, full_matrices=False)
+    expected = u @ torch.diag(singular_value_map(s / s.norm(), 5)) @ v
+    for result in (orthogonalize(update_OI), orthogonalize_batch(update_OI[None])[0]):
+        parity(f"orthogonalize {shape}", f"{TORCH} linalg.svd", (result - expected).abs().max(), 1e-10, "float64")
+    mutant = u @ torch.diag(singular_value_map(s / s.norm(), 4)) @ v  # one step less
+    assert (mutant - expected).abs().max() > 1e-3
+
+
+def test_singular_values_come_near_one():
+    spectrum = torch.linspace(0.05, 1, 24, dtype=torch.float64)
+    u, v = (torch.linalg.qr(torch.randn(24, 24, dtype=torch.float64))[0] for _ in range(2))
+    after = torch.linalg.svdvals(orthogonalize(u @ torch.diag(spectrum) @ v))
+    assert 0.65 < after.min() and after.max() < 1.22
+    before = torch.linalg.svdvals(orthogonalize(u @ torch.diag(spectrum) @ v, steps=1))
+    assert before.min() < 0.1  # the mutant: one step is not enough
+    assert torch.equal(orthogonalize(torch.zeros(3, 4)), torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-3)])
+def test_orthogonalize_batch_equals_its_plain_twin(dtype, tolerance):
+    """The iteration enlarges small singular values, and rounding with them, by up to 3.4^5 = 485."""
+    for shape in [(6, 9, 20), (6, 20, 9), (3, 16, 16)]:
+        update_BOI = torch.randn(shape, dtype=torch.float64)
+        one_by_one = torch.stack([orthogonalize(update_OI, dtype=dtype) for update_OI in update_BOI])
+        torch.testing.assert_close(orthogonalize_batch(update_BOI, dtype=dtype), one_by_one, rtol=0, atol=tolerance)
+
+
+def test_muon_stacks_are_cut_without_changing_the_result(monkeypatch):
+    whole, cut = weights(MATRICES), weights(MATRICES)
+    train(Muon(groups_of(whole)), whole, range(5))
+    monkeypatch.setattr("train.muon.BATCH_ELEMENTS", 1)
+    train(Muon(groups_of(cut)), cut, range(5))
+    assert difference(whole, cut) <= 1e-12
+
+
+def test_muon_refuses_what_is_not_a_matrix():
+    with pytest.raises(ValueError, match=r"\(3,\)"):
+        Muon([nn.Parameter(torch.zeros(3))])
+    with pytest.raises(ValueError, match="match_rms_adamw"):
+        Muon([nn.Parameter(torch.zeros(3, 3))], adjust_lr="rms")
+
+
+OPTIMIZERS = {
+    "AdamW fused": lambda params: AdamW(groups_of(params), fused=True),
+    "AdamW plain": lambda params: AdamW(groups_of(params), fused=False),
+    "Muon batched": lambda params: Muon(groups_of(params)),
+    "Muon plain": lambda params: Muon(groups_of(params), batched=False),
+    "both": lambda params: build_optimizer(
+        "muon", params.items(), lambda name: "matrix" if name in "abc" else "head", lr=0.01, matrix_lr=0.02
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_stopping_half_way_changes_nothing(kind, dtype):
+    straight = weights(MATRICES, dtype)
+    optimizer = OPTIMIZERS[kind](straight)
+    train(optimizer, straight, range(20))
+
+    first = weights(MATRICES, dtype)
+    stopped = OPTIMIZERS[kind](first)
+    train(stopped, first, range(9))
+    saved_weights = {n: p.detach().clone() for n, p in first.items()}
+    saved_state = {key: value.clone() for key, value in stopped.named_state().items()}
+
+    def resume(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        second = {n: nn.Parameter(value.clone()) for n, value in saved_weights.items()}
+        resumed = OPTIMIZERS[kind](second)
+        resumed.load_named_state(state)
+        assert bitwise_equal(resumed.named_state(), state)
+        train(resumed, second, range(9, 20))
+        return second, resumed.named_state()
+
+    second, state = resume(saved_state)
+    assert bitwise_equal(second, straight) and bitwise_equal(state, optimizer.named_state())
+    second, _ = resume({})  # the mutant: weights alone are not enough
+    assert not bitwise_equal(second, straight)
+
+
+def test_a_parameter_that_never_stepped_has_no_state():
+    params = weights({"a": (2, 3), "b": (2, 3), "c": (4,)})
+    optimizer = AdamW(params.items())
+    assert optimizer.named_state() == {}
+    params["b"].grad = torch.ones(2, 3, dtype=torch.float64)
+    optimizer.step()
+    assert sorted(optimizer.named_state()) == ["b.exp_avg", "b.exp_avg_sq", "b.step"]
+    restored = AdamW(weights({"a": (2, 3), "b": (2, 3), "c": (4,)}).items())
+    restored.load_named_state(optimizer.named_state())
+    assert bitwise_equal(restored.named_state(), optimizer.named_state())
+    restored.load_named_state({})
+    assert restored.named_state() == {}
+
+
+def test_loading_copies():
+    params = weights({"a": (2, 3)})
+    optimizer, other = AdamW(params.items()), AdamW(weights({"a": (2, 3)}).items())
+    train(optimizer, params, range(1, 2))
+    other.load_named_state(optimizer.named_state())
+    before = {key: value.clone() for key, value in other.named_state().items()}
+    train(optimizer, params, range(2, 6))
+    assert bitwise_equal(other.named_state(), before)
+
+
+def test_a_step_not_called_or_without_gradients_moves_nothing():
+    """What a gradient scaler relies on when it skips."""
+    params = weights(MATRICES)
+    optimizer = OPTIMIZERS["both"](params)
+    train(optimizer, params, range(5))
+    everything = {**optimizer.named_state(), **params}
+    before = {key: value.detach().clone() for key, value in everything.items()}
+    optimizer.set_lr(0.5)
+    optimizer.zero_grad()
+    assert all(param.grad is None for param in params.values())
+    optimizer.step()
+    assert bitwise_equal({**optimizer.named_state(), **params}, before)
+    train(optimizer, params, range(5, 7))
+    assert not bitwise_equal({**optimizer.named_state(), **params}, before)
+
+
+@pytest.mark.parametrize("kind", ["AdamW fused", "both"])
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda state: state.pop("f.exp_avg"), "f.exp_avg"),
+        (lambda state: state.update({"g.exp_avg": torch.zeros(1)}), "g.exp_avg"),
+        (lambda state: state.update({"f.exp_avg": torch.zeros(24, 40)}), "f.exp_avg"),
+        (lambda state: state.update({"f.exp_avg": state["f.exp_avg"].double()}), "f.exp_avg"),
+        (lambda state: state.update({"f.momentum": state["f.exp_avg"]}), "f.momentum"),
+    ],
+    ids=["missing", "of no parameter", "other shape", "other dtype", "other slot"],
+)
+def test_state_that_does_not_fit_is_refused_by_name(kind, damage, named):
+    params = weights(MATRICES, torch.float32)
+    optimizer = OPTIMIZERS[kind](params)
+    train(optimizer, params, range(8))
+    before = {key: value.clone() for key, value in optimizer.named_state().items()}
+    state = copy.deepcopy(before)
+    damage(state)
+    for value in state.values():
+        value.add_(1)  # a partial load would show
+    with pytest.raises((KeyError, ValueError), match=named.replace(".", r"\.")):
+        optimizer.load_named_state(state)
+    assert bitwise_equal(optimizer.named_state(), before)
+
+
+def test_names_are_unique_and_complete():
+    left, right = (nn.Parameter(torch.zeros(2)) for _ in range(2))
+    with pytest.raises(ValueError, match="repeated.*same"):
+        AdamW([{"params": [left], "names": ["same"]}, {"params": [right], "names": ["same"]}])
+    with pytest.raises(ValueError, match="1 names for 2"):
+        AdamW([{"params": [left, right], "names": ["left"]}])
+    with pytest.raises(ValueError, match="needs names"):
+        AdamW([left, right]).named_state()
+    assert list(AdamW([("x", left), ("y", right)]).named_parameters()) == ["x", "y"]
+
+
+class Network(nn.Module):
+    """One of each role, a frozen weight and a head tied to the embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 6)
+        self.position = nn.Embedding(5, 6)
+        self.linear = nn.Linear(6, 4)
+        self.experts = nn.Parameter(torch.randn(2, 4, 6))
+        self.norm = nn.LayerNorm(6)
+        self.frozen = nn.Linear(6, 6, bias=False).requires_grad_(False)
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def role_of(name: str) -> str:
+    if name.endswith("bias"):
+        return "bias"
+    part = name.split(".")[0]
+    return {"embed": "embedding", "linear": "matrix", "experts": "matrix", "frozen": "matrix"}.get(part, part)
+
+
+def named_with_ties(network: nn.Module) -> list[tuple[str, Tensor]]:
+    return list(network.named_parameters(remove_duplicate=False))
+
+
+def test_decay_goes_by_role_and_each_tied_weight_counts_once():
+    network = Network()
+    assert "head.weight" in dict(named_with_ties(network))
+    groups = parameter_groups(named_with_ties(network), role_of, 0.1)
+    assert [(sorted(group["names"]), group["weight_decay"]) for group in groups] == [
+        (["embed.weight", "experts", "linear.weight", "position.weight"], 0.1),
+        (["linear.bias", "norm.bias", "norm.weight"], 0.0),
+    ]
+    assert all(dict(network.named_parameters())[n] is p for g in groups for n, p in zip(g["names"], g["params"]))  # noqa: B905
+    with pytest.raises(ValueError, match=r"'embed.weight'.*'vocabulary'"):
+        parameter_groups(network.named_parameters(), lambda name: "vocabulary", 0.1)
+
+
+def test_decayed_names_equal_the_hugging_face_trainer(parity):
+    transformers = pytest.importorskip("transformers")
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    config = transformers.GPT2Config(n_layer=2, n_embd=8, n_head=2, n_positions=16, vocab_size=17)
+    network = transformers.GPT2LMHeadModel(config)
+    forbidden = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]  # Trainer's own list
+    theirs = set(get_parameter_names(network, [nn.LayerNorm], forbidden))
+    theirs &= {name for name, _ in network.named_parameters()}
+
+    def gpt2_role(name: str) -> str:
+        part = name.split(".")[-2]
+        kinds = {"wte": "embedding", "wpe": "position", "ln_1": "norm", "ln_2": "norm", "ln_f": "norm"}
+        return "bias" if name.endswith("bias") else kinds.get(part, "matrix")
+
+    decayed, undecayed = parameter_groups(network.named_parameters(), gpt2_role, 0.1)
+    assert "transformer.wte.weight" in decayed["names"] and "transformer.ln_f.weight" in undecayed["names"]
+    library = f"transformers {transformers.__version__} Trainer"
+    parity("names with weight decay", library, len(theirs ^ set(decayed["names"])), 0, "sets of names, exact")
+
+
+def test_build_optimizer_sends_matrices_to_muon():
+    def names(optimizers: Optimizers) -> list[tuple[type, float, float, list[str]]]:
+        return [
+            (type(optimizer), group["lr"], group["weight_decay"], sorted(group["names"]))
+            for optimizer in optimizers.optimizers
+            for group in optimizer.param_groups
+        ]
+
+    settings = {"lr": 0.001, "matrix_lr": 0.02, "weight_decay": 0.1}
+    small = ["linear.bias", "norm.bias", "norm.weight"]
+    assert names(build_optimizer("muon", named_with_ties(Network()), role_of, **settings)) == [
+        (Muon, 0.02, 0.1, ["linear.weight"]),
+        (AdamW, 0.001, 0.1, ["embed.weight", "experts", "position.weight"]),
+        (AdamW, 0.001, 0.0, small),
+    ]
+    assert names(build_optimizer("adamw", named_with_ties(Network()), role_of, **settings)) == [
+        (AdamW, 0.001, 0.1, ["embed.weight", "experts", "linear.weight", "position.weight"]),
+        (AdamW, 0.001, 0.0, small),
+    ]
+    with pytest.raises(ValueError, match="adamw"):
+        build_optimizer("adam", named_with_ties(Network()), role_of, **settings)
+    with pytest.raises(ValueError, match="matrix_lr"):
+        build_optimizer("muon", named_with_ties(Network()), role_of, lr=0.001)
+
+
+def test_set_lr_scales_the_base_rate_of_every_group():
+    optimizers = build_optimizer("muon", named_with_ties(Network()), role_of, lr=0.001, matrix_lr=0.02)
+    for factor in (0.5, 0.0, 0.25):  # from the base each time, not from the rate before
+        optimizers.set_lr(factor)
+        assert [group["lr"] for group in optimizers.param_groups] == [0.02 * factor, 0.001 * factor, 0.001 * factor]
+
+
+def test_torch_schedulers_and_scalers_accept_ours():
+    param = nn.Parameter(torch.ones(2, 2))
+    optimizer = AdamW([("weight", param)], lr=0.1)
+    assert isinstance(optimizer, torch.optim.Optimizer) and isinstance(optimizer, NamedOptimizer)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    param.grad = torch.ones(2, 2)
+    optimizer.step()
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == 0.05

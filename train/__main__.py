@@ -1,0 +1,79 @@
+"""`python -m train`: options in, a run out. Nothing heavy is imported before the options are understood."""
+
+import sys
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import tyro
+
+from data.config import DataError
+from model.config import ConfigError
+from train.config import TrainConfig, TrainError, from_plain
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def read_recipe(name: str) -> TrainConfig:
+    """Settings from a TOML file, or from `train/recipes/NAME.toml`; what it leaves out keeps its default."""
+    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.toml")))
+        raise TrainError(f"--recipe {name}: there is no {path}; recipes: {known}; or give a .toml file")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise TrainError(f"{path} is not TOML: {error}") from None
+    return from_plain(TrainConfig, table, str(path))
+
+
+def value_of(option: str, arguments: list[str]) -> str | None:
+    """What `--option VALUE` or `--option=VALUE` says, before the other options are read."""
+    for index, argument in enumerate(arguments):
+        if argument == option and index + 1 < len(arguments):
+            return arguments[index + 1]
+        if argument.startswith(option + "="):
+            return argument.removeprefix(option + "=")
+    return None
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        recipe = value_of("--recipe", arguments)
+        default = read_recipe(recipe) if recipe else TrainConfig()
+        flat = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+        config = tyro.cli(TrainConfig, args=arguments, default=default, prog="python -m train", config=flat)
+        folder = config.run.resume
+        if folder is not None and replace(config, run=replace(config.run, resume=None)) != TrainConfig():
+            raise TrainError(
+                "--resume goes on with the run's own settings, so that it ends as it would have; to change them, start a "
+                f"new run from its weights: --init {folder}"
+            )
+        config.check()
+        if folder is None and config.run.init is None:
+            from model.config import ModelConfig
+
+            ModelConfig.preset(config.network.preset)  # a wrong name is told before torch is imported
+    except (TrainError, ConfigError, DataError) as error:
+        return fail(error)
+
+    from model.hub import HubError
+    from train.checkpoint import CheckpointError
+    from train.loop import resume, start
+
+    try:
+        start(config) if folder is None else resume(folder)
+    except (TrainError, DataError, ConfigError, HubError, CheckpointError) as error:
+        return fail(error)
+    except KeyboardInterrupt:
+        return fail("stopped at once; the last checkpoint is whole")
+    return 0
+
+
+def fail(error: Exception | str) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

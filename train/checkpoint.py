@@ -1,0 +1,169 @@
+"""A run's state on disk. At every moment a checkpoint is whole or is not there.
+
+A checkpoint is a folder of safetensors and JSON; nothing in it can run code:
+
+    config.json, model.safetensors   the network in the Hugging Face layout (`model.hub`)
+    tokenizer.model                  the tokenizer
+    optimizer.safetensors            every optimizer slot, by parameter name
+    random.safetensors               torch's random states
+    state.json                       step, tokens, best validation …
+    manifest.json                    format version; size and SHA-256 of each file above
+
+It is written to a temporary folder, synced, then renamed; so a crash leaves the previous one untouched. Loading checks
+every file against the manifest before anything is believed.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d+)")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is not what was written; the message names the file and what is wrong with it."""
+
+
+def write_checkpoint(run: Path, step: int, write: Callable[[Path], None]) -> Path:
+    """Call `write(folder)` on a temporary folder, seal it, and make it `run/checkpoints/step-N` in one rename.
+
+    An OSError (a full disk) removes the temporary folder and leaves the earlier checkpoints as they were.
+    """
+    parent = run / "checkpoints"
+    parent.mkdir(parents=True, exist_ok=True)
+    target, making = parent / f"step-{step}", parent / f".making-step-{step}"
+    shutil.rmtree(making, ignore_errors=True)  # left by a kill
+    try:
+        making.mkdir()
+        write(making)
+        files = sorted(path for path in making.iterdir())
+        entries = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+        (making / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": entries}, indent=2) + "\n", encoding="utf-8")
+        for path in (*files, making / MANIFEST, making):
+            sync(path)
+        if target.exists():  # a broken one from before a resume, or the same step again
+            old = parent / f".old-step-{step}"
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+            making.rename(target)
+            shutil.rmtree(old)
+        else:
+            making.rename(target)
+        sync(parent)
+    except BaseException:
+        shutil.rmtree(making, ignore_errors=True)
+        raise
+    return target
+
+
+def verify(folder: Path) -> None:
+    """Raise CheckpointError unless every file of the manifest is there with its size and SHA-256."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        version, files = manifest["format"], dict(manifest["files"])
+        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder / MANIFEST} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST} cannot be read: {error}") from None
+    if version != FORMAT:
+        raise CheckpointError(f"{folder / MANIFEST} has format {version!r}; this version reads {FORMAT}")
+    for name, (size, digest) in files.items():
+        path = folder / name
+        if Path(name).name != name:
+            raise CheckpointError(f"{folder / MANIFEST} points outside its folder: {name!r}")
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+        if path.stat().st_size != size:
+            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, {size:,} were written")
+        if _sha256(path) != digest:
+            raise CheckpointError(f"{path} was changed after it was written (its SHA-256 differs)")
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The run's checkpoints, latest first; what a kill left half-made is not among them."""
+    folders = [path for path in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name)]
+    return sorted(folders, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    return int(_NAME.fullmatch(folder.name)[1])
+
+
+def latest_whole(run: Path, say: Callable[[str], None]) -> Path | None:
+    """The latest checkpoint that verifies; each broken one is named. None if there is no checkpoint at all."""
+    folders = checkpoints(run)
+    for folder in folders:
+        try:
+            verify(folder)
+            return folder
+        except CheckpointError as error:
+            say(f"skipping checkpoint {folder.name}: {error}")
+    if folders:
+        raise CheckpointError(f"none of the {len(folders)} checkpoints in {run / 'checkpoints'} is whole")
+    return None
+
+
+def point(run: Path, name: str, folder: Path, **values: object) -> None:
+    """Write the pointer `best.json` or `last.json` in one rename."""
+    entry = {"checkpoint": f"checkpoints/{folder.name}", "step": step_of(folder), **values}
+    making = run / f".{name}.json"
+    making.write_text(json.dumps(entry) + "\n", encoding="utf-8")
+    sync(making)
+    making.rename(run / f"{name}.json")
+    sync(run)
+
+
+def pointed(run: Path, name: str) -> Path | None:
+    """The checkpoint that a pointer names, if both are there."""
+    path = run / f"{name}.json"
+    if not path.is_file():
+        return None
+    try:
+        checkpoint = str(json.loads(path.read_text(encoding="utf-8"))["checkpoint"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    folder = run / "checkpoints" / Path(checkpoint).name  # never outside the run
+    return folder if folder.is_dir() else None
+
+
+def resolve(path: str | Path) -> Path:
+    """What a command given RUN opens: a run's best checkpoint, then its last; or a model folder itself."""
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path.absolute()} does not exist")
+    if (path / "config.json").is_file():
+        return path
+    for name in ("best", "last"):
+        folder = pointed(path, name)
+        if folder is not None:
+            return folder
+    raise CheckpointError(f"{path} is neither a run (no best.json, no last.json) nor a model folder (no config.json)")
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove all but the latest `keep` checkpoints and those that best.json and last.json name."""
+    named = {pointed(run, "best"), pointed(run, "last")}
+    for folder in checkpoints(run)[keep:]:
+        if folder not in named:
+            shutil.rmtree(folder)
+
+
+def sync(path: Path) -> None:
+    """Ask the disk to hold what was written: a file's bytes, or a folder's entries."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

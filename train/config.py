@@ -1,0 +1,216 @@
+"""What a training run is told: the dataclasses behind `python -m train --help`. Standard library only.
+
+A value "auto" is resolved once, when the run starts, and what was chosen stands in the run's `config.toml`.
+"""
+
+import types
+import typing
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from data.config import DataConfig
+
+
+class TrainError(ValueError):
+    """Something the user can put right; the command line prints the message without a traceback."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run: what is trained, where to, for how long."""
+
+    objective: Literal["clm"] = "clm"
+    """What is learned: clm, the next token."""
+    out: Path | None = None
+    """The run's folder. Default: runs/PRESET-DATE-TIME."""
+    resume: Path | None = None
+    """Go on with the run in this folder, with its own settings; no other option goes with it."""
+    recipe: str | None = None
+    """Start from the settings in this TOML file, or in train/recipes/NAME.toml; other options still win."""
+    init: Path | None = None
+    """Start from this run's or model folder's weights and tokenizer instead of random weights."""
+    steps: int = 600
+    """Optimizer steps."""
+    seed: int = 0
+    """Decides first weights, batches, dropout and samples."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
+    threads: int = 0
+    """CPU threads; 0 leaves torch's choice."""
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The network: a preset, and changes to it."""
+
+    preset: str = "tiny"
+    """tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
+    context: int | None = None
+    """Tokens in a training sequence, and the longest that the network reads. Default: the preset's."""
+    width: int | None = None
+    """D, the width of the hidden state."""
+    depth: int | None = None
+    """Number of layers."""
+    heads: int | None = None
+    """Number of attention heads (key/value heads follow)."""
+    mlp_width: int | None = None
+    """F, the width of the feed-forward layer."""
+    dropout: float = 0.0
+    """Of the embedding, the sublayers (families that have it) and the attention weights."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimization: what a step does."""
+
+    batch_size: int = 16
+    """Sequences in a micro-batch."""
+    accumulate: int = 1
+    """Micro-batches in an optimizer step."""
+    optimizer: Literal["adamw", "muon"] = "muon"
+    """muon: hidden matrices by Muon, the rest by AdamW."""
+    lr: float = 3e-3
+    """AdamW's learning rate at its height."""
+    matrix_lr: float = 2e-2
+    """Muon's learning rate at its height."""
+    weight_decay: float = 0.1
+    """Decoupled; by parameter role: matrices and embeddings, not norms and biases."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the two moments."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    momentum: float = 0.95
+    """Muon's momentum."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    schedule: Literal["cosine", "constant", "linear", "wsd", "inverse_sqrt"] = "cosine"
+    """How the learning rate goes from its height to its end."""
+    warmup: float = 0.05
+    """Warm-up, as a fraction of the steps."""
+    final_lr: float = 0.0
+    """The learning rate at the end, as a fraction of its height (cosine, linear, wsd)."""
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    """Speed: the same numbers, sooner."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 is autocast with float32 weights. auto: bf16 on a GPU, and on a CPU that is measured to be faster with it."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile, a block at a time. auto: on a GPU."""
+    deterministic: Literal["auto", "on", "off"] = "auto"
+    """Only kernels that repeat bit for bit. auto: on a CPU."""
+    attention: Literal["sdpa", "reference"] = "sdpa"
+    """torch's fused attention, or the plain twin."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Reports and checkpoints: how often, how many."""
+
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    eval_every: int = 100
+    """Steps between validations."""
+    eval_tokens: int = 200_000
+    """Validate on at most so many tokens of the validation split."""
+    sample_every: int = 200
+    """Steps between text samples; 0: none."""
+    save_every: int = 100
+    """Steps between checkpoints (the best validation and the last step are always saved)."""
+    keep: int = 3
+    """How many of the latest checkpoints stay; the best stays anyway."""
+    early_stop: int = 0
+    """Stop after so many validations without a new best; 0: never."""
+    verbose: bool = True
+    """Print more than errors and the end."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a language model on real text; without options: a small LLaMA on Python's own documentation, in about two
+    minutes on two CPU cores."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+
+    def check(self) -> None:
+        """Refuse values that no run can have; each message names the option and its value."""
+        run, optimizer, report = self.run, self.optimizer, self.report
+        least = {
+            "steps": (run.steps, 1),
+            "threads": (run.threads, 0),
+            "batch-size": (optimizer.batch_size, 1),
+            "accumulate": (optimizer.accumulate, 1),
+            "log-every": (report.log_every, 1),
+            "eval-every": (report.eval_every, 1),
+            "eval-tokens": (report.eval_tokens, 2),
+            "sample-every": (report.sample_every, 0),
+            "save-every": (report.save_every, 1),
+            "keep": (report.keep, 1),
+            "early-stop": (report.early_stop, 0),
+            "clip": (optimizer.clip, 0),
+            "lr": (optimizer.lr, 0),
+            "matrix-lr": (optimizer.matrix_lr, 0),
+            "weight-decay": (optimizer.weight_decay, 0),
+        }
+        for name, (value, minimum) in least.items():
+            if not value >= minimum:  # so that NaN is refused too
+                raise TrainError(f"--{name} {value}: must be at least {minimum}")
+        if not 0 <= optimizer.warmup <= 1:
+            raise TrainError(f"--warmup {optimizer.warmup}: a fraction of the steps, from 0 to 1")
+
+
+def to_plain(config: Any) -> dict:
+    """A dataclass as tables of plain values for TOML, which has no null: a field that is None is left out."""
+    return {k: _plain(v) for k, v in asdict(config).items() if v is not None}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items() if v is not None}
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def from_plain(kind: type, table: dict, where: str) -> Any:
+    """The reverse; an unknown key, or a value of the wrong type, is an error that names it and the file."""
+    hints = typing.get_type_hints(kind)
+    known = {f.name for f in fields(kind)}
+    if unknown := sorted(set(table) - known):
+        raise TrainError(f"{where}: unknown setting {unknown[0]!r}; known here: {', '.join(sorted(known))}")
+    values = {}
+    for name, value in table.items():
+        hint = hints[name]
+        place = f"{where}: {name}"
+        values[name] = from_plain(hint, value, place) if is_dataclass(hint) else _typed(hint, value, place)
+    return kind(**values)
+
+
+def _typed(hint: Any, value: Any, place: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value in args:
+            return value
+        raise TrainError(f"{place} = {value!r}: one of {', '.join(map(repr, args))}")
+    if origin in (types.UnionType, typing.Union):
+        return _typed(next(arg for arg in args if arg is not types.NoneType), value, place)
+    if origin is tuple and isinstance(value, list):
+        inner = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        if len(inner) != len(value):
+            raise TrainError(f"{place} = {value!r}: {len(inner)} values are expected")
+        return tuple(_typed(h, v, place) for h, v in zip(inner, value, strict=True))
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise TrainError(f"{place} = {value!r}: {getattr(hint, '__name__', hint)} is expected")

@@ -1,0 +1,93 @@
+"""`curves.png`: how the run went, and a caption that says healthy, overfitting or underfitting, and why."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+RISE = 0.01  # the last validation loss this much above the best: overfitting
+STILL_FALLING = 0.02  # the validation loss fell this much over the last fifth: more steps would help
+
+
+class Diagnosis(NamedTuple):
+    verdict: str  # "healthy", "overfitting", "underfitting" or "too short to tell"
+    why: str
+
+
+def diagnose(rows: list[dict]) -> Diagnosis:
+    """Read a verdict off the lines of metrics.jsonl.
+
+    overfitting   the best validation loss lies behind by more than 1 %, while the training loss went on falling
+    underfitting  the validation loss is worse than counting bigrams, or still fell more than 2 % over the last fifth
+    healthy       neither
+    """
+    train = [(row["step"], row["loss"]) for row in rows if row["split"] == "train"]
+    held_out = [row for row in rows if row["split"] == "validation"]
+    if len(held_out) < 3 or len(train) < 2:
+        return Diagnosis("too short to tell", f"{len(held_out)} validations; three are the least to see a trend")
+    best, last = min(held_out, key=lambda row: row["loss"]), held_out[-1]
+    if last["loss"] > best["loss"] * (1 + RISE):
+        near_best = [loss for step, loss in train if step <= best["step"]][-5:]
+        latest = [loss for _, loss in train][-5:]
+        if near_best and sum(latest) / len(latest) < sum(near_best) / len(near_best):
+            return Diagnosis(
+                "overfitting",
+                f"validation loss was best at step {best['step']} ({best['loss']:.3f}) and is now {last['loss']:.3f}, "
+                "while training loss went on falling: more text, dropout, or --early-stop",
+            )
+        return Diagnosis(
+            "unstable",
+            f"validation loss rose from {best['loss']:.3f} (step {best['step']}) to {last['loss']:.3f}, and training loss "
+            "with it: a lower --lr",
+        )
+    bits, bigram = last.get("bits_per_byte"), last.get("bigram_bits_per_byte")
+    if bits is not None and bigram is not None and bits >= bigram:
+        return Diagnosis(
+            "underfitting",
+            f"{bits:.3f} bits per byte is no better than counting bigrams ({bigram:.3f}): more steps, or a larger network",
+        )
+    before = max((row for row in held_out if row["step"] <= 0.8 * last["step"]), key=lambda row: row["step"], default=None)
+    if before is not None and last["loss"] < before["loss"] * (1 - STILL_FALLING):
+        fall = 100 * (1 - last["loss"] / before["loss"])
+        return Diagnosis(
+            "underfitting",
+            f"validation loss still fell {fall:.1f} % over the last fifth of the run: more steps would help",
+        )
+    return Diagnosis("healthy", f"validation loss {last['loss']:.3f} is within 1 % of its best and has levelled off")
+
+
+def plot(rows: list[dict], path: Path, title: str = "") -> Diagnosis:
+    """Draw four panels (loss, bits per byte, learning rate, gradient norm) and the caption; needs matplotlib."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    diagnosis = diagnose(rows)
+    train = [row for row in rows if row["split"] == "train"]
+    held_out = [row for row in rows if row["split"] == "validation"]
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    (loss, bits), (rate, norm) = figure.subplots(2, 2, sharex=True)
+
+    def line(axes, rows, key, **style):
+        axes.plot([row["step"] for row in rows], [row[key] for row in rows], **style)
+
+    line(loss, train, "loss", label="training", color="tab:blue", alpha=0.7, linewidth=1)
+    line(loss, held_out, "loss", label="validation", color="tab:orange", marker="o", markersize=3)
+    loss.set(title="loss", ylabel="nats per token")
+    loss.legend()
+    line(bits, held_out, "bits_per_byte", label="validation", color="tab:orange", marker="o", markersize=3)
+    for key, name, dashes in (("unigram", "unigram count", ":"), ("bigram", "bigram count (Kneser-Ney)", "--")):
+        if held_out:
+            bits.axhline(held_out[-1][f"{key}_bits_per_byte"], color="grey", linestyle=dashes, label=name)
+    bits.set(title="validation, beside counting", ylabel="bits per byte")
+    bits.legend()
+    line(rate, train, "lr", color="tab:green")
+    rate.set(title="learning rate", xlabel="step")
+    line(norm, train, "grad_norm", color="tab:red", linewidth=1)
+    norm.set(title="gradient norm, before clipping", xlabel="step", yscale="log")
+    for axes in (loss, bits, rate, norm):
+        axes.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.supxlabel(f"{diagnosis.verdict}: {diagnosis.why}", fontsize=10, wrap=True)
+    making = path.with_name(f".{path.name}")
+    figure.savefig(making, dpi=110, format="png")
+    making.rename(path)
+    return diagnosis

@@ -1,0 +1,54 @@
+"""The loss on held-out text, and what a count of words would have reached on the same text."""
+
+import math
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eval.ngram import kneser_ney_bits, unigram_bits
+from train.objective import Objective
+
+
+class Baselines(NamedTuple):
+    """Bits per byte of two models that only count, on the scored targets of the same validation text."""
+
+    unigram: float
+    bigram: float  # interpolated Kneser-Ney, discount 0.75
+
+
+def baselines(train_ids: np.ndarray, val_ids: np.ndarray, vocab_size: int, bos_id: int, val_bytes: int) -> Baselines:
+    unigram = unigram_bits(train_ids, val_ids, vocab_size, bos_id)
+    bigram = kneser_ney_bits(train_ids, val_ids, vocab_size, bos_id)
+    return Baselines(unigram / val_bytes, bigram / val_bytes)
+
+
+@torch.no_grad()
+def evaluate(
+    objective: Objective,
+    batches: Iterable[dict[str, Tensor]],
+    *,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> tuple[float, int]:
+    """(sum of token losses in nats, count) over all batches, dropout off: sums and counts, so that the size of a batch
+    does not matter. Only one batch's logits exist at a time."""
+    was_training = objective.training
+    objective.eval()
+    total, count = 0.0, 0
+    try:
+        for batch in batches:
+            with autocast():
+                term = objective(batch)["loss"]
+            total += term.sum.double()
+            count += term.count
+    finally:
+        objective.train(was_training)
+    return float(total), int(count)
+
+
+def bits_per_byte(nats: float, text_bytes: int) -> float:
+    """Σ nats / ln 2 / bytes of text: comparable between tokenizers, unlike the loss per token."""
+    return nats / math.log(2) / text_bytes

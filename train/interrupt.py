@@ -1,0 +1,29 @@
+"""Ctrl-C and SIGTERM ask the loop to stop at the next step boundary; a second one stops at once."""
+
+import signal
+import threading
+from types import FrameType
+
+
+class StopRequest:
+    """A context: inside, the first SIGINT or SIGTERM only sets `.name`; the loop looks at it between steps."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.name is not None:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals to that one alone
+            self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,326 @@
+"""The run around the steps: batches in, then log, validate, sample, save, stop."""
+
+import json
+import math
+import time
+import tomllib
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import tomli_w
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import model.hub
+from data.stream import Prefetcher
+from model.generate import generate
+from train.checkpoint import CheckpointError, latest_whole, point, prune, step_of, write_checkpoint
+from train.config import TrainConfig, TrainError, from_plain, to_plain
+from train.curves import plot
+from train.evaluate import Baselines, baselines, bits_per_byte, evaluate
+from train.interrupt import StopRequest
+from train.log import Console, Metrics, clock, cut_back, read_metrics
+from train.loss.cross_entropy import IGNORE
+from train.objective import Objective
+from train.precision import autocast
+from train.schedule import SCHEDULES
+from train.setup import (
+    compile_blocks,
+    open_batches,
+    open_data,
+    open_network,
+    open_optimizers,
+    resolve_machine,
+    resolve_network,
+    validation_ids,
+)
+from train.step import train_step
+
+SAMPLE_TOKENS = 80
+
+
+def start(config: TrainConfig) -> Path:
+    """A new run; returns its folder."""
+    config.check()
+    config = resolve_machine(config)
+    out = config.run.out
+    if (out / "config.toml").exists() or (out / "checkpoints").exists():
+        raise TrainError(f"{out} already holds a run: go on with `python -m train --resume {out}`, or choose another --out")
+    if out.exists() and not out.is_dir():
+        raise TrainError(f"--out {out} is a file")
+    return Run(config, resume=False).train()
+
+
+def resume(folder: Path) -> Path:
+    """Go on with the run in `folder` from its latest whole checkpoint, or from step 0 if it has none."""
+    path = folder / "config.toml"
+    if not path.is_file():
+        raise TrainError(f"--resume {folder}: not a run, there is no {path.absolute()}")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise TrainError(f"{path} is not TOML: {error}") from None
+    config = from_plain(TrainConfig, table, str(path))
+    return Run(resolve_machine(replace(config, run=replace(config.run, out=folder))), resume=True).train()
+
+
+class Run:
+    """One process's share of a run. What advances is `step`, `tokens`, `best`, `bad_evaluations`, the network, the
+    optimizers and torch's random states: exactly these are in a checkpoint. Batches and rates are functions of the step."""
+
+    def __init__(self, config: TrainConfig, *, resume: bool):
+        self.out = config.run.out
+        self.console = Console(config.report.verbose)
+        say = self.console.say
+        checkpoint = latest_whole(self.out, print) if resume else None
+        torch.manual_seed(config.run.seed)
+        self.shards = open_data(config, say)
+        self.tokenizer = self.shards.tokenizer
+        network = open_network(config, self.tokenizer, checkpoint)
+        config = self.config = resolve_network(config, network)
+        self.device = torch.device(config.run.device)
+        self.batches = open_batches(config, self.shards)
+        self.baselines = self._baselines()
+        self.optimizers = open_optimizers(config, network)
+        self.autocast = autocast(self.device, config.speed.precision)
+        self.objective = Objective(network)
+        self.step, self.tokens, self.bad_evaluations = 0, 0, 0
+        self.best: dict | None = None
+        if checkpoint is not None:
+            self._load(checkpoint)
+
+        self.out.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            (self.out / "config.toml").write_text(tomli_w.dumps(to_plain(config)), encoding="utf-8")
+        cut_back(self.out / "metrics.jsonl", self.step)
+        self.metrics = Metrics(self.out / "metrics.jsonl")
+        self._introduce(network)
+        if config.speed.compile == "on":
+            compile_blocks(network, say)
+
+    def train(self) -> Path:
+        """Steps until the last one, an early stop, or a signal; returns the run's folder."""
+        config, report, console = self.config, self.config.report, self.console
+        network, began, first = self.objective.network, time.monotonic(), self.step
+        factor = partial(
+            SCHEDULES[config.optimizer.schedule],
+            warmup=round(config.optimizer.warmup * config.run.steps),
+            total=config.run.steps,
+            final=config.optimizer.final_lr,
+        )
+        self.objective.train()
+        console.begin(self.step, config.run.steps)
+        tokens, tokens_before, seconds, stopped = 0, self.tokens, 0.0, ""
+        with StopRequest() as request, self._source() as source:
+            for micro_batches in source:
+                clock_start = time.monotonic()
+                count = sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches)
+                micro_batches = [self._to_device(batch) for batch in micro_batches]
+                self.optimizers.set_lr(rate := factor(self.step))
+                result = train_step(
+                    self.objective,
+                    micro_batches,
+                    self.optimizers,
+                    max_norm=config.optimizer.clip or None,
+                    autocast=self.autocast,
+                )
+                self.step, self.tokens, tokens = self.step + 1, self.tokens + count, tokens + count
+                last = self.step == config.run.steps
+                if self.step % report.log_every == 0 or self.step == first + 1 or last:
+                    loss = self._finite(result.loss)  # on a GPU this waits for the step
+                    seconds += time.monotonic() - clock_start
+                    self.metrics.write(
+                        step=self.step,
+                        split="train",
+                        loss=loss,
+                        tokens=self.tokens,
+                        lr=config.optimizer.lr * rate,
+                        grad_norm=float(result.grad_norm),
+                        tokens_per_s=round(tokens / seconds, 1),
+                    )
+                    console.progress(self.step, loss, tokens / seconds)
+                    tokens, seconds = 0, 0.0
+                else:
+                    seconds += time.monotonic() - clock_start
+
+                improved = False
+                if self.step % report.eval_every == 0 or last:
+                    improved = self._validate()
+                if report.sample_every and (self.step % report.sample_every == 0 or last):
+                    self._sample()
+                if report.early_stop and self.bad_evaluations >= report.early_stop:
+                    stopped = f"early: {self.bad_evaluations} validations without a new best"
+                if request.name:
+                    stopped = f"on {request.name}"
+                if improved or stopped or last or self.step % report.save_every == 0:
+                    self._finite(result.loss)
+                    self._save(improved)
+                console.advance(self.step)
+                if stopped:
+                    break
+        console.end()
+        self.metrics.close()
+        took = time.monotonic() - began
+        per_second = (self.tokens - tokens_before) / max(took, 1e-9)
+        self._conclude(stopped, f"{self.tokens:,} tokens; this session {clock(took)}, {per_second:,.0f} tokens/s", network)
+        return self.out
+
+    def _source(self):
+        """Micro-batches from the current step on; made ahead, in pinned memory, where a GPU would otherwise wait."""
+        steps = self.config.run.steps
+        if self.device.type == "cuda":
+            return Prefetcher(self.batches.step, self.step, steps, pin_memory=True)
+        return nullcontext(self.batches.step(step) for step in range(self.step, steps))
+
+    def _to_device(self, batch: dict) -> dict:
+        return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
+
+    def _finite(self, loss: torch.Tensor) -> float:
+        value = float(loss)
+        if not math.isfinite(value):
+            raise TrainError(
+                f"the loss is {value} at step {self.step}; nothing was saved since the last checkpoint in {self.out}. "
+                "Try a lower --lr and --matrix-lr, or --precision fp32"
+            )
+        return value
+
+    def _baselines(self) -> Baselines:
+        held_out, tokenizer = validation_ids(self.config, self.shards), self.tokenizer
+        train_ids, text_bytes = self.shards.train.ids, self.batches.validation_bytes
+        return baselines(train_ids, held_out, tokenizer.vocab_size, tokenizer.bos_id, text_bytes)
+
+    def _validate(self) -> bool:
+        """Score the validation batches; returns whether this is the best so far."""
+        nats, count = evaluate(self.objective, map(self._to_device, self.batches.validation), autocast=self.autocast)
+        loss, bits = nats / count, bits_per_byte(nats, self.batches.validation_bytes)
+        counted = self.baselines
+        self.metrics.write(
+            step=self.step,
+            split="validation",
+            loss=loss,
+            tokens=self.tokens,
+            perplexity=math.exp(min(loss, 700)),
+            bits_per_byte=bits,
+            unigram_bits_per_byte=counted.unigram,
+            bigram_bits_per_byte=counted.bigram,
+        )
+        improved = self.best is None or loss < self.best["loss"]
+        if improved:
+            self.best = {"step": self.step, "loss": loss, "bits_per_byte": bits}
+        self.bad_evaluations = 0 if improved else self.bad_evaluations + 1
+        self.console.say(
+            f"validation at step {self.step}: loss {loss:.4f} · perplexity {math.exp(min(loss, 700)):.1f} · "
+            f"{bits:.3f} bits per byte (counting: bigrams {counted.bigram:.3f}, unigrams {counted.unigram:.3f})"
+            + (" · best so far" if improved else "")
+        )
+        return improved
+
+    def _sample(self) -> None:
+        """A text from nothing, always with the same seed, so that samples can be compared along the run."""
+        network, generator = self.objective.network, torch.Generator(self.device).manual_seed(self.config.run.seed)
+        prompt = torch.tensor([[self.tokenizer.bos_id]], device=self.device)
+        with torch.compiler.set_stance("force_eager"):  # lengths vary: compiling for each would take longer
+            ids = generate(
+                network,
+                prompt,
+                max_new_tokens=SAMPLE_TOKENS,
+                temperature=0.8,
+                top_k=50,
+                eos_id=self.tokenizer.eos_id,
+                generator=generator,
+            )
+        text = self.tokenizer.decode(ids[0].tolist()).strip("\n")
+        self.console.say("\n".join(f"    | {line}" for line in text.split("\n")))
+
+    def _save(self, improved: bool) -> None:
+        """A checkpoint at this step boundary; a failure leaves the earlier ones and says how to go on."""
+
+        def write(folder: Path) -> None:
+            model.hub.save(self.objective.network, folder)
+            self.tokenizer.save(folder)
+            state = {key: value.contiguous() for key, value in self.optimizers.named_state().items()}
+            save_file(state, folder / "optimizer.safetensors")
+            random = {"cpu": torch.get_rng_state()}
+            if self.device.type == "cuda":
+                random["cuda"] = torch.cuda.get_rng_state(self.device)
+            save_file(random, folder / "random.safetensors")
+            advances = {k: getattr(self, k) for k in ("step", "tokens", "best", "bad_evaluations")}
+            (folder / "state.json").write_text(json.dumps(advances, indent=2) + "\n", encoding="utf-8")
+
+        try:
+            self.metrics.sync()
+            folder = write_checkpoint(self.out, self.step, write)
+            if improved:
+                point(self.out, "best", folder, **{k: v for k, v in self.best.items() if k != "step"})
+            point(self.out, "last", folder)
+            prune(self.out, self.config.report.keep)
+        except (OSError, SafetensorError) as error:
+            raise TrainError(
+                f"could not save step {self.step}: {error}. The checkpoints before it are untouched; "
+                f"when there is room: python -m train --resume {self.out}"
+            ) from error
+
+    def _load(self, folder: Path) -> None:
+        """All that advances, from a checkpoint that was verified; the network's weights are in place already."""
+        try:
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            self.optimizers.load_named_state(load_file(folder / "optimizer.safetensors"))
+            random = load_file(folder / "random.safetensors")
+            for key in ("step", "tokens", "best", "bad_evaluations"):
+                setattr(self, key, state[key])
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{folder} does not fit this run: {error}") from error
+        torch.set_rng_state(random["cpu"])
+        if "cuda" in random and self.device.type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"], self.device)
+        if self.step != step_of(folder):
+            raise CheckpointError(f"{folder} says that it is step {self.step}")
+
+    def _introduce(self, network: torch.nn.Module) -> None:
+        config, shards, has = self.config, self.shards, network.config
+        per_step = config.optimizer.batch_size * config.optimizer.accumulate * config.network.context
+        parameters = sum(parameter.numel() for parameter in network.parameters())
+        epochs = config.run.steps * per_step / shards.train.tokens
+        bytes_per_token = shards.train.bytes / shards.train.targets
+        speed = config.speed
+        machine = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{config.run.threads} threads"
+        how = ("compiled" if speed.compile == "on" else "eager") + (", deterministic" * (speed.deterministic == "on"))
+        self.console.say(
+            f"text     {' '.join(config.data.corpus)}: {shards.train.documents:,} documents, {shards.train.bytes:,} bytes "
+            f"to train on; {shards.validation.documents:,} documents, {shards.validation.bytes:,} bytes held out\n"
+            f"tokens   {self.tokenizer.vocab_size:,} pieces, {bytes_per_token:.2f} bytes a token; "
+            f"{shards.train.tokens:,} to train on; shards in {shards.folder} ({'built' if shards.built else 'reused'})\n"
+            f"network  {has.family}, {has.depth} layers of width {has.width}, {has.heads} heads, "
+            f"context {config.network.context}: {parameters:,} parameters\n"
+            f"machine  {self.device}, {machine}, {speed.precision}, {how}\n"
+            f"run      {self.out}: steps {self.step} to {config.run.steps} of {per_step:,} tokens, {epochs:.1f} epochs in all"
+        )
+
+    def _conclude(self, stopped: str, work: str, network: torch.nn.Module) -> None:
+        """What was reached, the curves, and what to type next."""
+        say, out = print, self.out
+        say(f"\nstopped {stopped}, saved at step {self.step}" if stopped else f"\ndone at step {self.step}")
+        say(f"work     {work}")
+        if self.best:
+            gap = 100 * (1 - self.best["bits_per_byte"] / self.baselines.bigram)
+            side = "below" if gap >= 0 else "above"
+            say(
+                f"best     step {self.best['step']}: validation loss {self.best['loss']:.4f}, {self.best['bits_per_byte']:.3f} "
+                f"bits per byte, {abs(gap):.1f} % {side} counting bigrams ({self.baselines.bigram:.3f})"
+            )
+        try:
+            name = f"{out.name}: {network.config.family}, {network.config.depth} × {network.config.width}"
+            diagnosis = plot(read_metrics(out / "metrics.jsonl"), out / "curves.png", name)
+            say(f"curves   {out / 'curves.png'} ({diagnosis.verdict}: {diagnosis.why})")
+        except ImportError:
+            say("curves   not drawn: matplotlib is not installed (pip install -c constraints.txt -e '.[plots]')")
+        say("next")
+        if stopped.startswith("on"):
+            say(f"  python -m train --resume {out}")
+        say(f'  python -m model generate {out} --prompt "Return the"')
+        say("  python -m train --corpus PATH            # your own .txt, .md, .py or .jsonl files")
+        if not stopped.startswith("on"):
+            say(f"  python -m train --init {out} --steps 300   # start from these weights")

@@ -1,0 +1,28 @@
+"""Cross-entropy of the next token, from hidden states and the head's matrix."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORE = -100  # a label that is not scored
+
+
+def cross_entropy_reference(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """sum over scored rows n of  log Σ_v exp(logits[n, v]) - logits[n, labels[n]].
+
+    Rows labelled -100 are left out first, so that nothing of theirs can leak in. Returns a scalar in nats, in float32
+    or wider; no row scored gives 0.
+    """
+    scored = labels_N != IGNORE
+    logits_NV, labels_N = logits_NV[scored], labels_N[scored]
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    return (logits_NV.logsumexp(-1) - logits_NV.gather(-1, labels_N[:, None])[:, 0]).sum()
+
+
+def linear_cross_entropy(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """The same from hidden states: logits = hidden Wᵀ. Returns (sum in nats, count of scored labels)."""
+    logits_NV = F.linear(hidden_BTD.flatten(0, 1), weight_VD)
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    labels_N = labels_BT.flatten()
+    total = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE, reduction="sum")
+    return total, (labels_N != IGNORE).sum()

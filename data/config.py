@@ -45,8 +45,8 @@ class DataConfig:
             raise DataError(f"corpus={self.corpus!r} is a string: give a tuple of names, ({self.corpus!r},)")
         if not self.corpus:
             raise DataError(f"corpus is empty: name files, folders, globs or one of {', '.join(BUILT_IN)}")
-        if not 260 <= self.vocab_size <= 1 << 24:
-            raise DataError(f"vocab_size={self.vocab_size} is outside [260, {1 << 24}]: 3 control ids, 256 bytes")
+        if not 264 <= self.vocab_size <= 1 << 24:
+            raise DataError(f"vocab_size={self.vocab_size} is outside [264, {1 << 24}]: 3 control ids, 256 bytes")
         if not 0 < self.val_fraction < 1:
             raise DataError(f"val_fraction={self.val_fraction} is outside (0, 1)")
         if self.on_bad_text not in ("error", "replace", "skip"):

@@ -194,7 +194,7 @@ def test_full_disk(tmp_path, monkeypatch):
 
     monkeypatch.setattr("data.shards.write_split", full)
     with pytest.raises(DataError, match=r"No space left on device.*--cache"):
-        prepare(DataConfig(corpus=(str(tmp_path),), vocab_size=270, cache=tmp_path / "cache"))
+        prepare(DataConfig(corpus=(str(tmp_path),), vocab_size=280, cache=tmp_path / "cache"))
     assert list((tmp_path / "cache").iterdir()) == []
 
 

@@ -1,5 +1,6 @@
 """The tokenizer loses nothing: not a byte of any text, and not a document of what it is trained on."""
 
+import io
 import random
 import re
 import subprocess
@@ -16,9 +17,10 @@ TEXTS = [
     f"def f{n}(x):\n    return x + {n}  # the sum\n\n\tText, more of the text; caf\u00e9.\n" * 5 for n in range(30)
 ]
 ODD = [
-    "", " ", "  two  ", "\t\tx", "\n\n\n", "a\r\nb\r", "nul\0nul", "e\u0301", "\u0301", "\U0001f600\U0001f468\u200d\U0001f469",
-    "\u2581", "a\u2581 \u2581\u2581b", "\u2047", "\u2585", "<s>", "</s>", "<unk>", "<0x41>", " <s> </s>", "\ufeff", "\ufffd",
-    "\uff21\ufb01", "\u2028\u00a0\u3000", " " * 1000, "\u4e2d\u6587", "\U0010ffff", "\x1f\x7f\x80",
+    "", " ", "  two  ", "\t\tx", "\n\n\n", "a\r\nb\r", "nul\0nul", "e\u0301", "\u0301", "\U0001f600",
+    "\U0001f468\u200d\U0001f469", "\u2581", "a\u2581 \u2581\u2581b", "\u2047", "\u2585", "<s>", "</s>", "<unk>",
+    "<0x41>", " <s> </s>", "\ufeff", "\ufffd", "\uff21\ufb01", "\u2028\u00a0\u3000", " " * 1000, "\u4e2d\u6587",
+    "\U0010ffff", "\x1f\x7f\x80",
 ]  # fmt: skip
 
 
@@ -76,7 +78,7 @@ def test_training_is_deterministic():
     assert first.vocab_size == 360
 
 
-# Every way in which the trainer would leave text out: a long document, reserved characters, control pieces, last newlines.
+# What the trainer would leave out: long documents, reserved characters, control pieces, last newlines.
 GIVEN = [
     "long " * 5000 + "\n\n",
     "reserved \u2585 here\n",
@@ -88,7 +90,7 @@ GIVEN = [
 
 
 def characters_seen(sentences, **options):
-    """What SentencePiece's own log says that it counted. In a process of its own: the log goes to the standard error."""
+    """What SentencePiece's own log says that it counted, in a process whose standard error can be read."""
     code = (
         "import io, sentencepiece; sentencepiece.SentencePieceTrainer.train("
         f"sentence_iterator=iter({sentences!r}), model_writer=io.BytesIO(), **{options!r})"
@@ -98,7 +100,7 @@ def characters_seen(sentences, **options):
 
 
 def test_characters_seen_are_characters_given():
-    options = trainer_options(280) | {"minloglevel": 0, "hard_vocab_limit": False}
+    options = trainer_options(300) | {"minloglevel": 0, "hard_vocab_limit": False}
     given = sum(len(re.sub("[\0\u2581\u2585]", "", text)) for text in GIVEN)
     assert characters_seen([feed(text) for text in GIVEN], **options) == given
     # The mutants: text fed as it is; the library's own limit on length.
@@ -107,22 +109,22 @@ def test_characters_seen_are_characters_given():
 
 
 def test_a_long_document_is_learnt_from():
-    text = "".join(f"{word} " for word in ["zebra", "quagga"] * 150_000)  # 1.9 MB, cut once
-    pieces = {train_tokenizer([text, "abc"], 275).bytes_of[i] for i in range(275)}
+    text = "zebra quagga " * 150_000  # 2 MB: cut for the trainer
+    pieces = set(train_tokenizer([text], 280).bytes_of)
     assert b" quagga" in pieces
 
 
 def test_white_space_has_pieces_and_no_piece_crosses_words(tokenizer):
     pieces = tokenizer.bytes_of[259:]
-    assert b"\n\n" in pieces or b".\n\n" in pieces
+    assert any(b"\n" in piece and len(piece) > 1 for piece in pieces)
     assert any(piece.strip(b" ") == b"" and len(piece) > 2 for piece in pieces)
     assert not [piece for piece in pieces if re.search(rb"\S .|\w\n|\n\w", piece)]
 
 
 def test_more_characters_than_pieces():
     text = "".join(map(chr, range(0x4E00, 0x4E00 + 3000))) * 2 + "\u4e2d\u6587" * 500
-    tokenizer = train_tokenizer([text], 400)
-    assert tokenizer.vocab_size == 400 and tokenizer.decode(tokenizer.encode(text)) == text
+    tokenizer = train_tokenizer([text], 400)  # no space in it: spaces must come back all the same
+    assert tokenizer.vocab_size == 400 and loses(tokenizer.encode, tokenizer.decode, [text, *ODD]) == []
 
 
 def test_vocabulary_that_the_text_cannot_fill():
@@ -144,8 +146,6 @@ def test_what_is_not_such_a_model_is_refused(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(DataError, match=r"tokenizer\.model: not a SentencePiece model"):
         Tokenizer.load(tmp_path)
-    import io
-
     lossy = io.BytesIO()  # the library's defaults: NFKC, white space merged
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS), model_writer=lossy, vocab_size=60, minloglevel=2, hard_vocab_limit=False

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ TRAIN, VALID = documents(60, 1), documents(25, 2, ids=VOCAB)
 
 
 def pairs_of(rows: list[list[int]]) -> list[tuple[int, int]]:
-    return [pair for row in rows for pair in zip(row, row[1:], strict=False)]
+    return [pair for row in rows for pair in pairwise(row)]
 
 
 def twin_probability(rows: list[list[int]], d: float, context: int, target: int) -> float:
@@ -65,9 +66,7 @@ def test_equals_nltk_but_for_the_lowest_order(parity):
     oracle.fit([list(everygrams(text, max_len=2)) for text in texts], [token for text in texts for token in text])
     model = KneserNey(stream(TRAIN), VOCAB, BOS, 0.75, lowest_discount=0)
     seen = [w for w in range(VOCAB) if w not in UNSEEN]  # nltk maps the others to <UNK>
-    worst = max(
-        abs(oracle.score(str(w), [str(v)]) - model.probability(v, w)) for v in seen for w in seen
-    )
+    worst = max(abs(oracle.score(str(w), [str(v)]) - model.probability(v, w)) for v in seen for w in seen)
     reason = "float64; nltk's lowest order taken, words it has seen"
     parity("Kneser-Ney bigrams", f"nltk {nltk.__version__} KneserNeyInterpolated", worst, 1e-15, reason)
     default = KneserNey(stream(TRAIN), VOCAB, BOS, 0.75)  # the mutant: our own convention is another one

@@ -115,9 +115,10 @@ def test_muon_equals_torch(parity, batched, adjust_lr, nesterov):
     oracle = torch.optim.Muon(groups_of(theirs), **settings, adjust_lr_fn=adjust_lr)
     train(optimizer, ours, range(30))
     train(oracle, theirs, range(30))
-    # torch iterates in bfloat16. With its order of operations the result is the same to the last bit; the twin, written as
-    # in the paper, rounds elsewhere: 2^-8 of a direction, times the sum of the rates (0.08) and sqrt(40) at most.
-    tolerance, reason = (0.0, "same operations in the same order") if batched else (2e-2, "bfloat16 rounds elsewhere")
+    # torch iterates in bfloat16. The stack does the same operations in the same order: equal, but for the product of a
+    # stack, which seldom sums in another order (measured: one entry in 30 steps). The twin, written as in the paper,
+    # rounds everywhere else. The rates add up to 0.08, and a unit of bfloat16 is 2^-8.
+    tolerance, reason = (3e-4, "a unit of bfloat16, seldom") if batched else (1e-2, "bfloat16 rounds elsewhere")
     part = f"Muon ({'batched' if batched else 'plain twin'}, bfloat16, {adjust_lr}{', Nesterov' if nesterov else ''})"
     parity(part, f"{TORCH} Muon", difference(ours, theirs), tolerance, reason)
 
@@ -146,8 +147,10 @@ def test_orthogonalize_acts_on_singular_values_alone(parity, shape):
     update_OI = torch.randn(shape, dtype=torch.float64)
     u, s, v = torch.linalg.svd(update_OI, full_matrices=False)
     expected = u @ torch.diag(singular_value_map(s / s.norm(), 5)) @ v
-    for result in (orthogonalize(update_OI), orthogonalize_batch(update_OI[None])[0]):
-        parity(f"orthogonalize {shape}", f"{TORCH} linalg.svd", (result - expected).abs().max(), 1e-10, "float64")
+    results = {"plain twin": orthogonalize(update_OI), "batched": orthogonalize_batch(update_OI[None])[0]}
+    for kind, result in results.items():
+        error = (result - expected).abs().max()
+        parity(f"orthogonalize ({kind}) {shape}", f"{TORCH} linalg.svd", error, 1e-10, "float64: U p(S) V'")
     mutant = u @ torch.diag(singular_value_map(s / s.norm(), 4)) @ v  # one step less
     assert (mutant - expected).abs().max() > 1e-3
 
@@ -292,7 +295,7 @@ def test_state_that_does_not_fit_is_refused_by_name(kind, damage, named):
 
 def test_names_are_unique_and_complete():
     left, right = (nn.Parameter(torch.zeros(2)) for _ in range(2))
-    with pytest.raises(ValueError, match="repeated.*same"):
+    with pytest.raises(ValueError, match=r"repeated.*same"):
         AdamW([{"params": [left], "names": ["same"]}, {"params": [right], "names": ["same"]}])
     with pytest.raises(ValueError, match="1 names for 2"):
         AdamW([{"params": [left, right], "names": ["left"]}])
@@ -335,8 +338,9 @@ def test_decay_goes_by_role_and_each_tied_weight_counts_once():
         (["embed.weight", "experts", "linear.weight", "position.weight"], 0.1),
         (["linear.bias", "norm.bias", "norm.weight"], 0.0),
     ]
-    assert all(dict(network.named_parameters())[n] is p for g in groups for n, p in zip(g["names"], g["params"]))  # noqa: B905
-    with pytest.raises(ValueError, match=r"'embed.weight'.*'vocabulary'"):
+    weight = dict(network.named_parameters())
+    assert all(weight[n] is p for group in groups for n, p in zip(group["names"], group["params"], strict=True))
+    with pytest.raises(ValueError, match=r"'experts'.*'vocabulary'"):
         parameter_groups(network.named_parameters(), lambda name: "vocabulary", 0.1)
 
 

@@ -1,0 +1,172 @@
+"""Each plain twin against torch's or transformers' operator, and each fast twin against its plain one."""
+
+import math
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional as F
+
+from model.attention import attention_reference, attention_sdpa
+from model.mask import Mask, Plan
+from model.norm import LayerNorm, RMSNorm, layer_norm_reference, rms_norm_reference
+from model.position import rope_tables, rotate
+from train.loss.cross_entropy import cross_entropy_reference, linear_cross_entropy
+
+TORCH = f"torch {torch.__version__}"
+ROUNDING = "float64 rounding; sums in another order"
+
+
+def gradients(output, inputs):
+    direction = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(1))
+    return torch.autograd.grad((output * direction).sum(), inputs)
+
+
+def worst(one, other):
+    return max((a - b).abs().max() for a, b in zip(one, other, strict=True))
+
+
+def leaf(*shape):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+def test_layer_norm(parity):
+    x, module = leaf(3, 5, 24), LayerNorm(24, 1e-5).double()
+    nn.init.normal_(module.weight), nn.init.normal_(module.bias)
+    inputs = (x, module.weight, module.bias)
+    twin, theirs = layer_norm_reference(x, module.weight, module.bias, 1e-5), F.layer_norm(x, (24,), *inputs[1:])
+    error = worst((twin, *gradients(twin, inputs)), (theirs, *gradients(theirs, inputs)))
+    parity("layer norm", TORCH, error, 1e-12, ROUNDING)
+    assert torch.equal(module(x), theirs)
+
+
+def test_rms_norm(parity):
+    x, module = leaf(3, 5, 24), RMSNorm(24, 1e-5).double()
+    nn.init.normal_(module.weight)
+    inputs = (x, module.weight)
+    twin, theirs = rms_norm_reference(x, module.weight, 1e-5), F.rms_norm(x, (24,), module.weight, 1e-5)
+    error = worst((twin, *gradients(twin, inputs)), (theirs, *gradients(theirs, inputs)))
+    parity("RMS norm", TORCH, error, 1e-12, ROUNDING)
+    ours = module(x)
+    error = worst((ours, *gradients(ours, inputs)), (theirs, *gradients(theirs, inputs)))
+    parity("RMS norm, fast twin", TORCH, error, 1e-12, ROUNDING)
+
+
+MASKS = {
+    "all": Mask(causal=False),
+    "causal": Mask(),
+    "window": Mask(window=3),
+    "documents": Mask(document_ids=torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 2, 2, 3]])),
+    "padding": Mask(attention_mask=torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0]])),
+    "everything": Mask(
+        window=3,
+        document_ids=torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 2, 2, 3]]),
+        attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0]]),
+    ),
+}
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("name", MASKS)
+def test_attention(name, kv_heads, parity):
+    q, k, v = leaf(2, 4, 7, 6), leaf(2, kv_heads, 7, 6), leaf(2, kv_heads, 7, 6)
+    plan = MASKS[name].plan(7, 7)
+    twin, fast = attention_reference(q, k, v, plan), attention_sdpa(q, k, v, plan)
+    assert twin.isfinite().all() and fast.isfinite().all()
+    all_gradients = gradients(twin, (q, k, v)), gradients(fast, (q, k, v))
+    assert all(gradient.isfinite().all() for pair in all_gradients for gradient in pair)  # rows without a key too
+    error = worst((twin, *all_gradients[0]), (fast, *all_gradients[1]))
+    parity(f"attention, mask {name}, {kv_heads} of 4 key heads", f"{TORCH} SDPA", error, 1e-12, ROUNDING)
+
+
+def test_mask_by_hand():
+    """The dense table, rule by rule, against the definitions; and the queries are the last of the keys."""
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    real = torch.tensor([[0, 1, 1, 1, 1, 1]])
+    mask = Mask(window=3, document_ids=documents, attention_mask=real)
+    allowed = mask.allowed(6, 6)[0, 0]
+    for t in range(6):
+        for s in range(6):
+            expected = s <= t and t - s < 3 and documents[0, t] == documents[0, s] and real[0, s] == 1
+            assert allowed[t, s] == expected
+    assert torch.equal(mask.allowed(2, 6)[0, 0], allowed[-2:])
+
+
+def test_plan_uses_flags_where_they_say_the_same():
+    assert Mask().plan(5, 5) == Plan(True, None)
+    assert Mask().plan(1, 9) == Plan(False, None)
+    assert Mask(window=9).plan(5, 5) == Plan(True, None)
+    assert Mask(causal=False).plan(5, 5) == Plan(False, None)
+    assert Mask().plan(3, 9).allowed_B1TS is not None  # SDPA's flag would align the wrong corner
+    assert Mask(window=2).plan(1, 9).allowed_B1TS is not None
+
+
+def test_rows_without_a_key_give_zero():
+    q, k, v = leaf(1, 1, 3, 4), leaf(1, 1, 3, 4), leaf(1, 1, 3, 4)
+    plan = Mask(attention_mask=torch.tensor([[0, 1, 1]])).plan(3, 3)
+    for attend in (attention_reference, attention_sdpa):
+        assert torch.equal(attend(q, k, v, plan)[0, 0, 0], torch.zeros(4, dtype=torch.float64))
+
+
+def test_key_heads_are_repeated_not_tiled():
+    """4 query heads, 2 key heads, uniform attention over constant values: V0 V0 V1 V1; tiling would give V0 V1 V0 V1."""
+    q, k = torch.zeros(1, 4, 2, 3), torch.zeros(1, 2, 2, 3)
+    v = torch.stack((torch.full((2, 3), 10.0), torch.full((2, 3), 20.0)))[None]
+    for attend in (attention_reference, attention_sdpa):
+        assert attend(q, k, v, Plan(False, None))[0, :, 0, 0].tolist() == [10, 10, 20, 20]
+    tiled = v.repeat(1, 2, 1, 1)  # the mutant
+    assert attention_reference(q, k.repeat(1, 2, 1, 1), tiled, Plan(False, None))[0, :, 0, 0].tolist() != [10, 10, 20, 20]
+
+
+def test_rope_against_transformers(parity):
+    config = transformers.LlamaConfig(hidden_size=24, num_attention_heads=4, max_position_embeddings=64)
+    rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+    x, positions = torch.randn(2, 4, 9, 6), torch.randint(0, 64, (2, 9))
+    cos, sin = rotary(x, positions)
+    expected, _ = transformers.models.llama.modeling_llama.apply_rotary_pos_emb(x, x, cos, sin)
+    ours = rotate(x, *rope_tables(positions, 6, 10000.0, torch.float32))
+    parity("rotary positions, float32", f"transformers {transformers.__version__}", (ours - expected).abs().max(), 2e-6,
+           "float32 phases, powers taken in another order")
+
+
+def test_rope_by_complex_numbers(parity):
+    """The paper's own form: multiply x_i + j x_{i + K/2} by e^{j p f_i}."""
+    x, positions = torch.randn(2, 4, 9, 6, dtype=torch.float64), torch.randint(0, 5000, (2, 9))
+    frequency = 10000.0 ** (-torch.arange(3, dtype=torch.float64) / 3)
+    turn = torch.polar(torch.ones(2, 1, 9, 3, dtype=torch.float64), positions[:, None, :, None] * frequency)
+    turned = torch.complex(x[..., :3], x[..., 3:]) * turn
+    expected = torch.cat((turned.real, turned.imag), -1)
+    error = (rotate(x, *rope_tables(positions, 6, 10000.0, torch.float64)) - expected).abs().max()
+    parity("rotary positions, float64", "complex numbers", error, 1e-11, "float64 phases up to 5000 rad")
+
+
+def test_rope_phases_are_not_bfloat16():
+    positions = torch.arange(32768)[None]
+    wide = rope_tables(positions, 64, 10000.0, torch.float32)
+    narrow = rope_tables(positions, 64, 10000.0, torch.bfloat16)
+    assert all(torch.equal(w.bfloat16(), n) for w, n in zip(wide, narrow, strict=True))
+    frequency = 10000.0 ** (-torch.arange(32) / 32)
+    mutant = (positions.bfloat16()[..., None] * frequency.bfloat16()).cos()[:, None]
+    assert (mutant - narrow[0]).abs().max() > 0.5
+
+
+def test_cross_entropy(parity):
+    hidden, weight = leaf(2, 7, 12), leaf(31, 12)
+    labels = torch.randint(0, 31, (2, 7))
+    labels[0, :3] = -100
+    twin = cross_entropy_reference(F.linear(hidden, weight).flatten(0, 1), labels.flatten())
+    total, count = linear_cross_entropy(hidden, weight, labels)
+    theirs = F.cross_entropy(F.linear(hidden, weight).flatten(0, 1), labels.flatten(), reduction="sum")
+    inputs = (hidden, weight)
+    expected = (theirs, *torch.autograd.grad(theirs, inputs))
+    parity("cross-entropy", TORCH, worst((twin, *torch.autograd.grad(twin, inputs)), expected), 1e-12, ROUNDING)
+    parity("cross-entropy, fast twin", TORCH, worst((total, *torch.autograd.grad(total, inputs)), expected), 1e-12, ROUNDING)
+    assert count == 11
+
+
+def test_cross_entropy_of_nothing_is_zero():
+    labels = torch.full((1, 3), -100)
+    total, count = linear_cross_entropy(leaf(1, 3, 4), leaf(5, 4), labels)
+    assert total == 0 and count == 0 and math.isfinite(total)
+    assert cross_entropy_reference(torch.randn(3, 5), labels[0]) == 0

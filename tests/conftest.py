@@ -45,7 +45,7 @@ def parity(request):
     """parity(part, library, error, tolerance, reason): assert error <= tolerance and record the table's row."""
 
     def record(part: str, library: str, error: float, tolerance: float, reason: str) -> None:
-        error = float(error)
+        error = float(error.detach()) if isinstance(error, torch.Tensor) else float(error)
         request.config.stash[ROWS].append((part, library, error, float(tolerance), reason))
         assert error <= tolerance, f"{part} against {library}: {error:.3e} > {tolerance:.1e} ({reason})"
 

@@ -48,9 +48,7 @@ def test_rms_norm(parity):
     twin, theirs = rms_norm_reference(x, module.weight, 1e-5), F.rms_norm(x, (24,), module.weight, 1e-5)
     error = worst((twin, *gradients(twin, inputs)), (theirs, *gradients(theirs, inputs)))
     parity("RMS norm", TORCH, error, 1e-12, ROUNDING)
-    ours = module(x)
-    error = worst((ours, *gradients(ours, inputs)), (theirs, *gradients(theirs, inputs)))
-    parity("RMS norm, fast twin", TORCH, error, 1e-12, ROUNDING)
+    assert torch.equal(module(x), theirs)
 
 
 MASKS = {
@@ -157,7 +155,7 @@ def test_cross_entropy(parity):
     labels[0, :3] = -100
     twin = cross_entropy_reference(F.linear(hidden, weight).flatten(0, 1), labels.flatten())
     total, count = linear_cross_entropy(hidden, weight, labels)
-    theirs = F.cross_entropy(F.linear(hidden, weight).flatten(0, 1), labels.flatten(), reduction="sum")
+    theirs = F.cross_entropy(F.linear(hidden, weight).flatten(0, 1), labels.flatten(), reduction="sum")  # ignores -100
     inputs = (hidden, weight)
     expected = (theirs, *torch.autograd.grad(theirs, inputs))
     parity("cross-entropy", TORCH, worst((twin, *torch.autograd.grad(twin, inputs)), expected), 1e-12, ROUNDING)

@@ -1,0 +1,100 @@
+"""The house's arrows: which folder may import which, and what an import may cost."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("model", "data", "quant", "eval", "lora", "train", "tests")
+MAY_IMPORT = {
+    "model": set(),
+    "data": set(),
+    "quant": set(),
+    "eval": set(),
+    "lora": {"model", "quant"},
+    "train": {"model", "data", "quant", "eval", "lora"},
+}
+DOORS = {("model/hub.py", "quant")}
+LIBRARIES = {
+    "model": {"torch", "safetensors"},
+    "data": {"torch", "numpy", "sentencepiece", "tokenizers", "tqdm"},
+    "quant": {"torch", "safetensors", "triton"},
+    "eval": {"torch", "numpy", "tqdm"},
+    "lora": {"torch", "safetensors", "triton"},
+    "train": {"torch", "numpy", "safetensors", "tqdm", "tomli_w", "matplotlib", "triton"},
+}
+
+
+def imported(tree: ast.Module) -> set[str]:
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names.add(node.module)
+    return {name.partition(".")[0] for name in names}
+
+
+def wrong_imports(file: str, tree: ast.Module) -> set[str]:
+    """Names that this file may not import. `__main__.py` is a command line and may import anything."""
+    folder = file.partition("/")[0]
+    if file.endswith("__main__.py"):
+        return set()
+    names = imported(tree)
+    ours = {name for name in names & set(FOLDERS) - {folder} if name not in MAY_IMPORT[folder] and (file, name) not in DOORS}
+    return ours | (names - set(FOLDERS) - set(sys.stdlib_module_names) - LIBRARIES[folder])
+
+
+def sources() -> list[str]:
+    return [p.relative_to(ROOT).as_posix() for folder in MAY_IMPORT for p in sorted((ROOT / folder).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("file", sources())
+def test_arrows(file):
+    assert wrong_imports(file, ast.parse((ROOT / file).read_text(encoding="utf-8"))) == set()
+
+
+def test_mutants_are_caught():
+    assert wrong_imports("model/norm.py", ast.parse("from train.step import train_step")) == {"train"}
+    assert wrong_imports("data/clm.py", ast.parse("def f():\n    import model.hub")) == {"model"}
+    assert wrong_imports("train/loop.py", ast.parse("import transformers")) == {"transformers"}
+    assert wrong_imports("eval/ngram.py", ast.parse("import pickle, quant.nf4")) == {"quant"}
+
+
+@pytest.mark.parametrize("file", [f for f in sources() if f.endswith("/config.py") or "/families/" in f])
+def test_configs_import_the_standard_library_alone(file):
+    names = imported(ast.parse((ROOT / file).read_text(encoding="utf-8")))
+    foreign = names - set(sys.stdlib_module_names)
+    assert foreign <= ({"data"} if file == "train/config.py" else set())
+
+
+@pytest.mark.parametrize("file", [f for f in sources() if f.endswith("__init__.py")])
+def test_package_files_hold_only_a_map(file):
+    body = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+    assert len(body) == 1 and isinstance(body[0], ast.Expr), "names are imported from the file that defines them"
+
+
+@pytest.mark.parametrize("file", sources())
+def test_nothing_that_can_run_foreign_code(file):
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    assert not imported(tree) & {"pickle", "marshal", "shelve", "dill", "cloudpickle"}
+    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert not calls & {"eval", "exec", "torch.load", "torch.save", "os.system"}
+
+
+@pytest.mark.parametrize("module", ["train.__main__", "model.__main__", "data.__main__", "data.config", "model.config"])
+def test_command_lines_start_without_torch(module):
+    """`--help` answers at once because nothing heavy is imported before the options are understood."""
+    heavy = ["torch", "numpy", "sentencepiece", "safetensors", "matplotlib"]
+    code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"
+
+
+def test_files_are_one_idea_long():
+    long = {file: n for file in sources() if (n := len((ROOT / file).read_text(encoding="utf-8").splitlines())) > 380}
+    assert not long

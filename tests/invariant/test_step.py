@@ -1,0 +1,123 @@
+"""One optimizer step: what it divides by, and that it can learn."""
+
+import pytest
+import torch
+
+from model.init import build
+from model.weights import role_of
+from tests.conftest import randomized, tiny_config
+from train.evaluate import evaluate
+from train.objective import Objective
+from train.optim import build_optimizer
+from train.step import train_step
+
+
+def uneven_batch(rows: int = 8) -> dict[str, torch.Tensor]:
+    """Rows with 1 to 20 scored labels: means of micro-batches weigh them wrongly."""
+    ids = torch.randint(3, 61, (rows, 21))
+    labels = ids[:, 1:].clone()
+    for row in range(rows):
+        labels[row, 1 + 19 * row // (rows - 1) :] = -100
+    return {"input_ids": ids[:, :-1], "labels": labels}
+
+
+def split(batch: dict, parts: int) -> list[dict]:
+    pieces = {name: value.chunk(parts) for name, value in batch.items()}
+    return [{name: chunks[i] for name, chunks in pieces.items()} for i in range(parts)]
+
+
+class Recorder:
+    """In the optimizer's place: keeps the gradients of a step."""
+
+    def __init__(self, objective):
+        self.objective = objective
+
+    def step(self):
+        self.gradients = [parameter.grad.clone() for parameter in self.objective.parameters()]
+
+    def zero_grad(self, set_to_none=True):
+        self.objective.zero_grad(set_to_none=set_to_none)
+
+
+def gradients_of(network, micro_batches, mean_of_means: bool = False):
+    objective = Objective(network)
+    recorder = Recorder(objective)
+    if mean_of_means:  # the mutant: each micro-batch divides by its own count
+        total = {"loss": None}
+        counts = [Objective.counts(batch)["loss"] for batch in micro_batches]
+        for batch, count in zip(micro_batches, counts, strict=True):
+            (objective(batch)["loss"].sum / count / len(micro_batches)).backward()
+        recorder.step()
+        return total, recorder.gradients
+    result = train_step(objective, micro_batches, recorder)
+    return result, recorder.gradients
+
+
+def largest(one, other):
+    return max((a - b).abs().max().item() for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_accumulation_equals_one_batch(parts):
+    network, batch = randomized(tiny_config("llama")), uneven_batch()
+    whole, expected = gradients_of(network, [batch])
+    result, gradients = gradients_of(network, split(batch, parts))
+    assert largest(gradients, expected) < 1e-12
+    assert result.loss.item() == pytest.approx(whole.loss.item(), abs=1e-12)
+    assert result.grad_norm.item() == pytest.approx(whole.grad_norm.item(), abs=1e-12)
+    assert result.count == whole.count == (batch["labels"] != -100).sum()
+
+
+def test_mutant_that_averages_means_is_caught():
+    network, batch = randomized(tiny_config("llama")), uneven_batch()
+    _, expected = gradients_of(network, [batch])
+    _, mutant = gradients_of(network, split(batch, 8), mean_of_means=True)
+    assert largest(mutant, expected) > 1e-3
+
+
+def test_a_micro_batch_without_labels_weighs_nothing():
+    network, batch = randomized(tiny_config("gpt2")), uneven_batch()
+    empty = {"input_ids": batch["input_ids"], "labels": torch.full_like(batch["labels"], -100)}
+    _, expected = gradients_of(network, [batch])
+    _, gradients = gradients_of(network, [batch, empty])
+    assert largest(gradients, expected) < 1e-12
+    result, gradients = gradients_of(network, [empty])
+    assert result.loss == 0 and all((gradient == 0).all() for gradient in gradients)
+
+
+def test_evaluation_does_not_depend_on_the_batch():
+    network, batch = randomized(tiny_config("llama", attention_dropout=0.5)).train(), uneven_batch(24)
+    objective = Objective(network)
+    totals = [evaluate(objective, split(batch, parts)) for parts in (1, 3, 8, 24)]
+    assert objective.training  # and the mode is as before
+    for nats, count in totals:
+        assert nats == pytest.approx(totals[0][0], rel=1e-12) and count == totals[0][1]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_overfits_one_batch(family, optimizer):
+    config = tiny_config(family)
+    network = build(config, seed=0)
+    ids = torch.randint(3, 61, (4, 25))
+    batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
+    rates = {"lr": 1e-2, "matrix_lr": 2e-2, "weight_decay": 0.0}
+    optimizers = build_optimizer(optimizer, network.named_parameters(), lambda n: role_of(config, n), **rates)
+    objective = Objective(network)
+    for step in range(400):
+        optimizers.set_lr(1 - step / 400)
+        loss = train_step(objective, [batch], optimizers, max_norm=1.0).loss
+    assert loss < 0.01
+
+
+def test_every_parameter_is_trained_and_decayed_by_role():
+    for family in ("gpt2", "llama"):
+        config = tiny_config(family)
+        network = build(config, seed=0)
+        optimizers = build_optimizer(
+            "muon", network.named_parameters(), lambda n: role_of(config, n), lr=1e-3, matrix_lr=1e-2, weight_decay=0.1
+        )
+        names = [name for group in optimizers.param_groups for name in group["names"]]
+        assert sorted(names) == sorted(name for name, _ in network.named_parameters())
+        kept = {n for group in optimizers.param_groups if group["weight_decay"] == 0 for n in group["names"]}
+        assert kept == {n for n in names if "norm" in n or n.endswith("bias")}

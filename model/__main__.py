@@ -45,29 +45,36 @@ def main(arguments: list[str]) -> int:
     from model.generate import generate
     from model.hub import HubError, load
     from train.checkpoint import CheckpointError, resolve
+    from train.config import TrainError
+    from train.setup import checked_device
 
     try:
+        device = checked_device(options.device)
         folder = resolve(options.run)
         tokenizer = Tokenizer.load(folder)
-        network = load(folder, device=options.device)
+        network = load(folder, device=device)
         ids = [tokenizer.bos_id, *tokenizer.encode(options.prompt)]
         new = generate(
             network,
-            torch.tensor([ids], device=options.device),
+            torch.tensor([ids], device=device),
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
             eos_id=tokenizer.eos_id,
-            generator=torch.Generator(options.device).manual_seed(options.seed),
+            generator=torch.Generator(device).manual_seed(options.seed),
             use_cache=options.cache,
         )
-    except (ConfigError, DataError, HubError, CheckpointError) as error:
+    except (ConfigError, DataError, HubError, CheckpointError, TrainError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except UnicodeEncodeError:
+        print("error: --prompt is not valid UTF-8", file=sys.stderr)
         return 2
     print(tokenizer.decode([*ids, *new[0].tolist()]))
     return 0
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # for a terminal without UTF-8
     sys.exit(main(sys.argv[1:]))

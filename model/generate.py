@@ -44,7 +44,7 @@ def generate(
     generator: torch.Generator | None = None,
     use_cache: bool = True,
 ) -> Tensor:
-    """Continue each row of input_ids (B T, left-padded where attention_mask is 0); returns the new tokens, B up to max_new_tokens.
+    """Continue each row of input_ids (B T, left-padded where attention_mask is 0); returns the new tokens alone.
 
     temperature 0 takes the best token. After eos_id a row is filled with it; all rows at their end stop the loop.
     Past the network's context the window slides: the last half of it is read again, and generation goes on from there.
@@ -94,7 +94,7 @@ def _choose(
 
 
 def _check(temperature: float, top_k: int | None, top_p: float | None, max_new_tokens: int, input_ids: Tensor) -> None:
-    if temperature < 0:
+    if not temperature >= 0:  # so that NaN is refused too
         raise ConfigError(f"temperature={temperature} must be 0 (take the best token) or above")
     if top_k is not None and top_k < 1:
         raise ConfigError(f"top_k={top_k} must be at least 1")

@@ -8,10 +8,11 @@ from pathlib import Path
 import tyro
 
 from data.config import DataError
-from model.config import ConfigError
+from model.config import ConfigError, ModelConfig
 from train.config import TrainConfig, TrainError, from_plain
 
 RECIPES = Path(__file__).parent / "recipes"
+STOPPED = 130  # as a shell says of a process that SIGINT ended
 
 
 def read_recipe(name: str) -> TrainConfig:
@@ -46,34 +47,37 @@ def main(arguments: list[str]) -> int:
         folder = config.run.resume
         if folder is not None and replace(config, run=replace(config.run, resume=None)) != TrainConfig():
             raise TrainError(
-                "--resume goes on with the run's own settings, so that it ends as it would have; to change them, start a "
-                f"new run from its weights: --init {folder}"
+                "--resume goes on with the run's own settings, so that it ends as it would have; to change them, start "
+                f"a new run from its weights: --init {folder}"
             )
         config.check()
         if folder is None and config.run.init is None:
-            from model.config import ModelConfig
-
             ModelConfig.preset(config.network.preset)  # a wrong name is told before torch is imported
-    except (TrainError, ConfigError, DataError) as error:
+    except (TrainError, ConfigError, DataError, OSError) as error:
         return fail(error)
-
-    from model.hub import HubError
-    from train.checkpoint import CheckpointError
-    from train.loop import resume, start
 
     try:
+        from model.hub import HubError
+        from train.checkpoint import CheckpointError
+        from train.loop import resume, start
+    except KeyboardInterrupt:
+        return STOPPED
+    try:
         start(config) if folder is None else resume(folder)
-    except (TrainError, DataError, ConfigError, HubError, CheckpointError) as error:
+    except (TrainError, DataError, ConfigError, HubError, CheckpointError, OSError) as error:
         return fail(error)
     except KeyboardInterrupt:
-        return fail("stopped at once; the last checkpoint is whole")
+        print("stopped at once, without saving; the checkpoints before are whole", file=sys.stderr)
+        return STOPPED
     return 0
 
 
-def fail(error: Exception | str) -> int:
+def fail(error: Exception) -> int:
     print(f"error: {error}", file=sys.stderr)
     return 2
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without UTF-8 must not end a run that prints an emoji
     sys.exit(main(sys.argv[1:]))

@@ -37,24 +37,21 @@ def write_checkpoint(run: Path, step: int, write: Callable[[Path], None]) -> Pat
     """
     parent = run / "checkpoints"
     parent.mkdir(parents=True, exist_ok=True)
+    for left in parent.glob(".*-step-*"):  # by a kill, at this step or at another
+        shutil.rmtree(left)
     target, making = parent / f"step-{step}", parent / f".making-step-{step}"
-    shutil.rmtree(making, ignore_errors=True)  # left by a kill
     try:
         making.mkdir()
         write(making)
         files = sorted(path for path in making.iterdir())
         entries = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
-        (making / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": entries}, indent=2) + "\n", encoding="utf-8")
+        manifest = json.dumps({"format": FORMAT, "files": entries}, indent=2)
+        (making / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
         for path in (*files, making / MANIFEST, making):
             sync(path)
-        if target.exists():  # a broken one from before a resume, or the same step again
-            old = parent / f".old-step-{step}"
-            shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)
-            making.rename(target)
-            shutil.rmtree(old)
-        else:
-            making.rename(target)
+        if target.exists():  # a broken one, which a resume passed over
+            _remove(target)
+        making.rename(target)
         sync(parent)
     except BaseException:
         shutil.rmtree(making, ignore_errors=True)
@@ -83,7 +80,7 @@ def verify(folder: Path) -> None:
         if path.stat().st_size != size:
             raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, {size:,} were written")
         if _sha256(path) != digest:
-            raise CheckpointError(f"{path} was changed after it was written (its SHA-256 differs)")
+            raise CheckpointError(f"{path} was changed after it was written (its SHA-256 is not that of {MANIFEST})")
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -113,11 +110,7 @@ def latest_whole(run: Path, say: Callable[[str], None]) -> Path | None:
 def point(run: Path, name: str, folder: Path, **values: object) -> None:
     """Write the pointer `best.json` or `last.json` in one rename."""
     entry = {"checkpoint": f"checkpoints/{folder.name}", "step": step_of(folder), **values}
-    making = run / f".{name}.json"
-    making.write_text(json.dumps(entry) + "\n", encoding="utf-8")
-    sync(making)
-    making.rename(run / f"{name}.json")
-    sync(run)
+    write_whole(run / f"{name}.json", json.dumps(entry) + "\n")
 
 
 def pointed(run: Path, name: str) -> Path | None:
@@ -133,16 +126,35 @@ def pointed(run: Path, name: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def repoint(run: Path, last: Path, best: dict | None) -> None:
+    """Make the pointers say what the checkpoint `last` says, from which a resume goes on.
+
+    A kill between a checkpoint and its pointers leaves them behind it; a broken checkpoint leaves them ahead.
+    """
+    point(run, "last", last)
+    folder = run / "checkpoints" / f"step-{best['step']}" if best else None
+    if folder is not None and folder.is_dir():
+        point(run, "best", folder, **{key: value for key, value in best.items() if key != "step"})
+    else:
+        (run / "best.json").unlink(missing_ok=True)
+
+
 def resolve(path: str | Path) -> Path:
-    """What a command given RUN opens: a run's best checkpoint, then its last; or a model folder itself."""
+    """What a command given RUN opens: a run's best checkpoint, then its last; or a model folder itself.
+
+    A checkpoint is verified; a model folder of other origin has no manifest to verify it by.
+    """
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path.absolute()} does not exist")
     if (path / "config.json").is_file():
+        if (path / MANIFEST).exists():
+            verify(path)
         return path
     for name in ("best", "last"):
         folder = pointed(path, name)
         if folder is not None:
+            verify(folder)
             return folder
     raise CheckpointError(f"{path} is neither a run (no best.json, no last.json) nor a model folder (no config.json)")
 
@@ -152,7 +164,27 @@ def prune(run: Path, keep: int) -> None:
     named = {pointed(run, "best"), pointed(run, "last")}
     for folder in checkpoints(run)[keep:]:
         if folder not in named:
-            shutil.rmtree(folder)
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Out of sight in one rename, then file by file: a kill leaves no half of a checkpoint."""
+    old = folder.with_name(f".old-{folder.name}")
+    folder.rename(old)
+    shutil.rmtree(old)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A small file in one rename: a crash or a full disk leaves what stood there before."""
+    making = path.with_name(f".{path.name}")
+    try:
+        making.write_text(text, encoding="utf-8")
+        sync(making)
+        making.rename(path)
+    except BaseException:
+        making.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
 
 
 def sync(path: Path) -> None:

@@ -3,6 +3,7 @@
 A value "auto" is resolved once, when the run starts, and what was chosen stands in the run's `config.toml`.
 """
 
+import math
 import types
 import typing
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -145,6 +146,7 @@ class TrainConfig:
         run, optimizer, report = self.run, self.optimizer, self.report
         least = {
             "steps": (run.steps, 1),
+            "seed": (run.seed, 0),
             "threads": (run.threads, 0),
             "batch-size": (optimizer.batch_size, 1),
             "accumulate": (optimizer.accumulate, 1),
@@ -161,8 +163,8 @@ class TrainConfig:
             "weight-decay": (optimizer.weight_decay, 0),
         }
         for name, (value, minimum) in least.items():
-            if not value >= minimum:  # so that NaN is refused too
-                raise TrainError(f"--{name} {value}: must be at least {minimum}")
+            if not minimum <= value < math.inf:  # so that NaN is refused too
+                raise TrainError(f"--{name} {value}: must be at least {minimum}, and finite")
         if not 0 <= optimizer.warmup <= 1:
             raise TrainError(f"--warmup {optimizer.warmup}: a fraction of the steps, from 0 to 1")
 
@@ -182,6 +184,8 @@ def _plain(value: Any) -> Any:
 
 def from_plain(kind: type, table: dict, where: str) -> Any:
     """The reverse; an unknown key, or a value of the wrong type, is an error that names it and the file."""
+    if not isinstance(table, dict):
+        raise TrainError(f"{where} = {table!r}: a table is expected")
     hints = typing.get_type_hints(kind)
     known = {f.name for f in fields(kind)}
     if unknown := sorted(set(table) - known):

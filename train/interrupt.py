@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM ask the loop to stop at the next step boundary; a second one stops at once."""
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -17,6 +18,8 @@ class StopRequest:
         if self.name is not None:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, f"\n{self.name}: saving after this step; a second signal stops at once\n".encode())
 
     def __enter__(self) -> "StopRequest":
         self._before = {}

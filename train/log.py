@@ -4,9 +4,12 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
+
+from train.checkpoint import write_whole
 
 QUIET_SECONDS = 5.0  # without a terminal, lines of progress come no more often
 
@@ -89,7 +92,8 @@ class Metrics:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with suppress(OSError):  # each line was flushed: what is left is one that had no room, and has been told
+            self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -107,9 +111,4 @@ def read_metrics(path: Path) -> list[dict]:
 def cut_back(path: Path, step: int) -> None:
     """Drop lines of later steps than the checkpoint that a resume goes on from."""
     rows = [row for row in read_metrics(path) if row["step"] <= step]
-    making = path.with_suffix(".tmp")
-    with open(making, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    making.rename(path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -17,7 +17,17 @@ from safetensors.torch import load_file, save_file
 import model.hub
 from data.stream import Prefetcher
 from model.generate import generate
-from train.checkpoint import CheckpointError, latest_whole, point, prune, step_of, write_checkpoint
+from train.checkpoint import (
+    CheckpointError,
+    latest_whole,
+    point,
+    prune,
+    repoint,
+    resolve,
+    step_of,
+    write_checkpoint,
+    write_whole,
+)
 from train.config import TrainConfig, TrainError, from_plain, to_plain
 from train.curves import plot
 from train.evaluate import Baselines, baselines, bits_per_byte, evaluate
@@ -40,6 +50,7 @@ from train.setup import (
 from train.step import train_step
 
 SAMPLE_TOKENS = 80
+ADVANCES = ("step", "tokens", "best", "bad_evaluations")  # beside the network, the optimizers and torch's random states
 
 
 def start(config: TrainConfig) -> Path:
@@ -47,10 +58,12 @@ def start(config: TrainConfig) -> Path:
     config.check()
     config = resolve_machine(config)
     out = config.run.out
-    if (out / "config.toml").exists() or (out / "checkpoints").exists():
-        raise TrainError(f"{out} already holds a run: go on with `python -m train --resume {out}`, or choose another --out")
+    if any((out / name).exists() for name in ("config.toml", "metrics.jsonl", "checkpoints")):
+        raise TrainError(f"{out} already holds a run: go on, `python -m train --resume {out}`, or choose another --out")
     if out.exists() and not out.is_dir():
         raise TrainError(f"--out {out} is a file")
+    if config.run.init is not None:  # a run's best checkpoint may be another one by the time of a resume
+        config = replace(config, run=replace(config.run, init=resolve(config.run.init)))
     return Run(config, resume=False).train()
 
 
@@ -64,20 +77,20 @@ def resume(folder: Path) -> Path:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TrainError(f"{path} is not TOML: {error}") from None
     config = from_plain(TrainConfig, table, str(path))
+    config.check()
     return Run(resolve_machine(replace(config, run=replace(config.run, out=folder))), resume=True).train()
 
 
 class Run:
-    """One process's share of a run. What advances is `step`, `tokens`, `best`, `bad_evaluations`, the network, the
-    optimizers and torch's random states: exactly these are in a checkpoint. Batches and rates are functions of the step."""
+    """One process's share of a run. What advances is `ADVANCES`, the network, the optimizers and torch's random states:
+    exactly these are in a checkpoint. Batches and rates are functions of the step."""
 
     def __init__(self, config: TrainConfig, *, resume: bool):
         self.out = config.run.out
         self.console = Console(config.report.verbose)
         say = self.console.say
         checkpoint = latest_whole(self.out, print) if resume else None
-        torch.manual_seed(config.run.seed)
-        self.shards = open_data(config, say)
+        self.shards = open_data(config, checkpoint, say)
         self.tokenizer = self.shards.tokenizer
         network = open_network(config, self.tokenizer, checkpoint)
         config = self.config = resolve_network(config, network)
@@ -89,22 +102,44 @@ class Run:
         self.objective = Objective(network)
         self.step, self.tokens, self.bad_evaluations = 0, 0, 0
         self.best: dict | None = None
+        if config.speed.compile == "on" and not compile_blocks(network, say):
+            config = self.config = replace(config, speed=replace(config.speed, compile="off"))
+        # Last, for what stands above may draw random numbers (choosing a precision does), a resume others than a start.
+        torch.manual_seed(config.run.seed)
         if checkpoint is not None:
             self._load(checkpoint)
 
         self.out.mkdir(parents=True, exist_ok=True)
         if not resume:
-            (self.out / "config.toml").write_text(tomli_w.dumps(to_plain(config)), encoding="utf-8")
+            write_whole(self.out / "config.toml", tomli_w.dumps(to_plain(config)))
+        if checkpoint is not None:
+            repoint(self.out, checkpoint, self.best)
         cut_back(self.out / "metrics.jsonl", self.step)
         self.metrics = Metrics(self.out / "metrics.jsonl")
         self._introduce(network)
-        if config.speed.compile == "on":
-            compile_blocks(network, say)
 
     def train(self) -> Path:
         """Steps until the last one, an early stop, or a signal; returns the run's folder."""
+        began, tokens_before = time.monotonic(), self.tokens
+        self.console.begin(self.step, self.config.run.steps)
+        try:
+            stopped = self._steps()
+        except (OSError, SafetensorError) as error:
+            raise TrainError(
+                f"could not write at step {self.step}: {error}. The checkpoints in {self.out} are untouched; "
+                f"when there is room: python -m train --resume {self.out}"
+            ) from error
+        finally:
+            self.console.end()
+            self.metrics.close()
+        took = time.monotonic() - began
+        per_second = (self.tokens - tokens_before) / max(took, 1e-9)
+        self._conclude(stopped, f"{self.tokens:,} tokens; this session {clock(took)}, {per_second:,.0f} tokens/s")
+        return self.out
+
+    def _steps(self) -> str:
+        """Returns why it stopped before the last step, or ""."""
         config, report, console = self.config, self.config.report, self.console
-        network, began, first = self.objective.network, time.monotonic(), self.step
         factor = partial(
             SCHEDULES[config.optimizer.schedule],
             warmup=round(config.optimizer.warmup * config.run.steps),
@@ -112,10 +147,9 @@ class Run:
             final=config.optimizer.final_lr,
         )
         self.objective.train()
-        console.begin(self.step, config.run.steps)
-        tokens, tokens_before, seconds, stopped = 0, self.tokens, 0.0, ""
+        tokens, seconds, stopped = 0, 0.0, self._early()
         with StopRequest() as request, self._source() as source:
-            for micro_batches in source:
+            for micro_batches in source if not stopped else ():
                 clock_start = time.monotonic()
                 count = sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches)
                 micro_batches = [self._to_device(batch) for batch in micro_batches]
@@ -129,7 +163,7 @@ class Run:
                 )
                 self.step, self.tokens, tokens = self.step + 1, self.tokens + count, tokens + count
                 last = self.step == config.run.steps
-                if self.step % report.log_every == 0 or self.step == first + 1 or last:
+                if self.step % report.log_every == 0 or self.step == 1 or last:
                     loss = self._finite(result.loss)  # on a GPU this waits for the step
                     seconds += time.monotonic() - clock_start
                     self.metrics.write(
@@ -151,22 +185,20 @@ class Run:
                     improved = self._validate()
                 if report.sample_every and (self.step % report.sample_every == 0 or last):
                     self._sample()
-                if report.early_stop and self.bad_evaluations >= report.early_stop:
-                    stopped = f"early: {self.bad_evaluations} validations without a new best"
+                stopped = self._early()
                 if request.name:
                     stopped = f"on {request.name}"
                 if improved or stopped or last or self.step % report.save_every == 0:
-                    self._finite(result.loss)
                     self._save(improved)
                 console.advance(self.step)
                 if stopped:
                     break
-        console.end()
-        self.metrics.close()
-        took = time.monotonic() - began
-        per_second = (self.tokens - tokens_before) / max(took, 1e-9)
-        self._conclude(stopped, f"{self.tokens:,} tokens; this session {clock(took)}, {per_second:,.0f} tokens/s", network)
-        return self.out
+        return stopped
+
+    def _early(self) -> str:
+        """Why there is nothing more to hope for, by --early-stop; else ""."""
+        enough = self.config.report.early_stop
+        return f"early: {self.bad_evaluations} validations without a new best" * (0 < enough <= self.bad_evaluations)
 
     def _source(self):
         """Micro-batches from the current step on; made ahead, in pinned memory, where a GPU would otherwise wait."""
@@ -178,11 +210,11 @@ class Run:
     def _to_device(self, batch: dict) -> dict:
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
-    def _finite(self, loss: torch.Tensor) -> float:
-        value = float(loss)
+    def _finite(self, value: torch.Tensor, what: str = "loss") -> float:
+        value = float(value)
         if not math.isfinite(value):
             raise TrainError(
-                f"the loss is {value} at step {self.step}; nothing was saved since the last checkpoint in {self.out}. "
+                f"the {what} is {value} at step {self.step}; nothing was saved since the last checkpoint in {self.out}. "
                 "Try a lower --lr and --matrix-lr, or --precision fp32"
             )
         return value
@@ -222,7 +254,9 @@ class Run:
         """A text from nothing, always with the same seed, so that samples can be compared along the run."""
         network, generator = self.objective.network, torch.Generator(self.device).manual_seed(self.config.run.seed)
         prompt = torch.tensor([[self.tokenizer.bos_id]], device=self.device)
-        with torch.compiler.set_stance("force_eager"):  # lengths vary: compiling for each would take longer
+        compiled = self.config.speed.compile == "on"
+        # Lengths vary: compiling for each would take longer. (Where nothing is compiled, its machinery stays unloaded.)
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
             ids = generate(
                 network,
                 prompt,
@@ -236,7 +270,7 @@ class Run:
         self.console.say("\n".join(f"    | {line}" for line in text.split("\n")))
 
     def _save(self, improved: bool) -> None:
-        """A checkpoint at this step boundary; a failure leaves the earlier ones and says how to go on."""
+        """A checkpoint at this step boundary; a failure leaves the earlier ones."""
 
         def write(folder: Path) -> None:
             model.hub.save(self.objective.network, folder)
@@ -247,30 +281,38 @@ class Run:
             if self.device.type == "cuda":
                 random["cuda"] = torch.cuda.get_rng_state(self.device)
             save_file(random, folder / "random.safetensors")
-            advances = {k: getattr(self, k) for k in ("step", "tokens", "best", "bad_evaluations")}
-            (folder / "state.json").write_text(json.dumps(advances, indent=2) + "\n", encoding="utf-8")
+            state = {key: getattr(self, key) for key in ADVANCES} | {"text": self._text()}
+            (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
-        try:
-            self.metrics.sync()
-            folder = write_checkpoint(self.out, self.step, write)
-            if improved:
-                point(self.out, "best", folder, **{k: v for k, v in self.best.items() if k != "step"})
-            point(self.out, "last", folder)
-            prune(self.out, self.config.report.keep)
-        except (OSError, SafetensorError) as error:
-            raise TrainError(
-                f"could not save step {self.step}: {error}. The checkpoints before it are untouched; "
-                f"when there is room: python -m train --resume {self.out}"
-            ) from error
+        weights = self.objective.network.parameters()  # a finite loss may have ruined them in the update after it
+        self._finite(sum(weight.detach().sum(dtype=torch.float64) for weight in weights), "sum of all weights")
+        self.metrics.sync()
+        folder = write_checkpoint(self.out, self.step, write)
+        if improved:
+            point(self.out, "best", folder, **{k: v for k, v in self.best.items() if k != "step"})
+        point(self.out, "last", folder)
+        prune(self.out, self.config.report.keep)
+
+    def _text(self) -> dict:
+        """What a resume must find again, or batches would be others."""
+        splits = {"train_tokens": self.shards.train.tokens, "validation_tokens": self.shards.validation.tokens}
+        return {"tokenizer_sha256": self.tokenizer.sha256, **splits}
 
     def _load(self, folder: Path) -> None:
         """All that advances, from a checkpoint that was verified; the network's weights are in place already."""
         try:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            if state["text"] != self._text():
+                raise TrainError(
+                    f"the corpus {' '.join(self.config.data.corpus)} is no longer the text that {self.out} began with; "
+                    f"to train its weights on other text: --init {self.out}"
+                )
             self.optimizers.load_named_state(load_file(folder / "optimizer.safetensors"))
             random = load_file(folder / "random.safetensors")
-            for key in ("step", "tokens", "best", "bad_evaluations"):
+            for key in ADVANCES:
                 setattr(self, key, state[key])
+        except TrainError:
+            raise
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise CheckpointError(f"{folder} does not fit this run: {error}") from error
         torch.set_rng_state(random["cpu"])
@@ -286,37 +328,43 @@ class Run:
         epochs = config.run.steps * per_step / shards.train.tokens
         bytes_per_token = shards.train.bytes / shards.train.targets
         speed = config.speed
-        machine = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else f"{config.run.threads} threads"
+        gpu = self.device.type == "cuda"
+        machine = torch.cuda.get_device_name(self.device) if gpu else f"{config.run.threads} threads"
         how = ("compiled" if speed.compile == "on" else "eager") + (", deterministic" * (speed.deterministic == "on"))
         self.console.say(
-            f"text     {' '.join(config.data.corpus)}: {shards.train.documents:,} documents, {shards.train.bytes:,} bytes "
-            f"to train on; {shards.validation.documents:,} documents, {shards.validation.bytes:,} bytes held out\n"
+            f"text     {' '.join(config.data.corpus)}: {shards.train.documents:,} documents, {shards.train.bytes:,} "
+            f"bytes to train on; {shards.validation.documents:,} documents, {shards.validation.bytes:,} held out\n"
             f"tokens   {self.tokenizer.vocab_size:,} pieces, {bytes_per_token:.2f} bytes a token; "
-            f"{shards.train.tokens:,} to train on; shards in {shards.folder} ({'built' if shards.built else 'reused'})\n"
+            f"{shards.train.tokens:,} to train on; shards in {shards.folder} "
+            f"({'built' if shards.built else 'reused'})\n"
             f"network  {has.family}, {has.depth} layers of width {has.width}, {has.heads} heads, "
             f"context {config.network.context}: {parameters:,} parameters\n"
             f"machine  {self.device}, {machine}, {speed.precision}, {how}\n"
-            f"run      {self.out}: steps {self.step} to {config.run.steps} of {per_step:,} tokens, {epochs:.1f} epochs in all"
+            f"run      {self.out}: steps {self.step} to {config.run.steps} of {per_step:,} tokens, "
+            f"{epochs:.1f} epochs in all"
         )
 
-    def _conclude(self, stopped: str, work: str, network: torch.nn.Module) -> None:
+    def _conclude(self, stopped: str, work: str) -> None:
         """What was reached, the curves, and what to type next."""
-        say, out = print, self.out
+        say, out, has = print, self.out, self.objective.network.config
         say(f"\nstopped {stopped}, saved at step {self.step}" if stopped else f"\ndone at step {self.step}")
         say(f"work     {work}")
         if self.best:
             gap = 100 * (1 - self.best["bits_per_byte"] / self.baselines.bigram)
             side = "below" if gap >= 0 else "above"
             say(
-                f"best     step {self.best['step']}: validation loss {self.best['loss']:.4f}, {self.best['bits_per_byte']:.3f} "
-                f"bits per byte, {abs(gap):.1f} % {side} counting bigrams ({self.baselines.bigram:.3f})"
+                f"best     step {self.best['step']}: validation loss {self.best['loss']:.4f}, "
+                f"{self.best['bits_per_byte']:.3f} bits per byte, {abs(gap):.1f} % {side} counting bigrams "
+                f"({self.baselines.bigram:.3f})"
             )
         try:
-            name = f"{out.name}: {network.config.family}, {network.config.depth} × {network.config.width}"
+            name = f"{out.name}: {has.family}, {has.depth} × {has.width}"
             diagnosis = plot(read_metrics(out / "metrics.jsonl"), out / "curves.png", name)
             say(f"curves   {out / 'curves.png'} ({diagnosis.verdict}: {diagnosis.why})")
         except ImportError:
             say("curves   not drawn: matplotlib is not installed (pip install -c constraints.txt -e '.[plots]')")
+        except OSError as error:
+            say(f"curves   not drawn: {error}")
         say("next")
         if stopped.startswith("on"):
             say(f"  python -m train --resume {out}")

@@ -95,8 +95,7 @@ class Muon(NamedOptimizer):
     ) -> None:
         if not (lr >= 0 and weight_decay >= 0 and 0 <= momentum < 1):
             raise ValueError(
-                f"need lr, weight_decay >= 0 and momentum in [0, 1): "
-                f"lr={lr}, weight_decay={weight_decay}, momentum={momentum}"
+                f"need lr, weight_decay >= 0 and momentum in [0, 1): lr={lr}, weight_decay={weight_decay}, momentum={momentum}"
             )
         if adjust_lr not in LR_ADJUSTMENTS:
             raise ValueError(f"unknown adjust_lr {adjust_lr!r}; known: {sorted(LR_ADJUSTMENTS)}")

@@ -1,6 +1,7 @@
 """From options to objects: the machine, the data, the network, the optimizers. Every "auto" is decided here, once."""
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -32,14 +33,7 @@ def resolve_machine(config: TrainConfig) -> TrainConfig:
     device = run.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise TrainError(f"--device {device}: not a device; cpu, cuda, cuda:1 … are") from None
-    if kind not in ("cpu", "cuda"):
-        raise TrainError(f"--device {device}: cpu and cuda are supported")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise TrainError(f"--device {device}: torch {torch.__version__} sees no CUDA device here")
+    kind = checked_device(device).type
     if run.threads:
         torch.set_num_threads(run.threads)
     deterministic = speed.deterministic
@@ -54,6 +48,20 @@ def resolve_machine(config: TrainConfig) -> TrainConfig:
     out = run.out or Path("runs") / f"{config.network.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = replace(run, device=device, threads=torch.get_num_threads(), out=out)
     return replace(config, run=run, speed=replace(speed, deterministic=deterministic))
+
+
+def checked_device(name: str) -> torch.device:
+    """The device of that name, if this machine has it."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise TrainError(f"--device {name}: not a device; cpu, cuda, cuda:1 … are") from None
+    if device.type not in ("cpu", "cuda"):
+        raise TrainError(f"--device {name}: cpu and cuda are supported")
+    found = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= found:
+        raise TrainError(f"--device {name}: torch {torch.__version__} sees {found} {device.type} devices here")
+    return device
 
 
 def network_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
@@ -72,12 +80,12 @@ def network_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
     )
 
 
-def open_data(config: TrainConfig, say: Say) -> Shards:
+def open_data(config: TrainConfig, checkpoint: Path | None, say: Say) -> Shards:
     """Prepared shards; with --init, in the tokens of the folder that the weights come from."""
     tokenizer = None
-    if config.run.init is not None:
-        tokenizer = Tokenizer.load(resolve(config.run.init))
-    return prepare(config.data, tokenizer=tokenizer, say=say, progress=config.report.verbose)
+    if config.run.init is not None:  # a resume has them in its own checkpoint, and needs that folder no more
+        tokenizer = Tokenizer.load(checkpoint or resolve(config.run.init))
+    return prepare(config.data, tokenizer=tokenizer, say=say, progress=config.report.verbose and sys.stderr.isatty())
 
 
 def open_network(config: TrainConfig, tokenizer: Tokenizer, checkpoint: Path | None) -> nn.Module:
@@ -94,7 +102,8 @@ def open_network(config: TrainConfig, tokenizer: Tokenizer, checkpoint: Path | N
         if given is not None and given != has and not (name == "context" and given < has):
             raise TrainError(f"--{name.replace('_', '-')} {given} does not go with --init {run.init}, which has {has}")
     if tokenizer.vocab_size != network.config.vocab_size:
-        raise TrainError(f"{run.init}: the tokenizer has {tokenizer.vocab_size} ids, the network {network.config.vocab_size}")
+        given, has = tokenizer.vocab_size, network.config.vocab_size
+        raise TrainError(f"{run.init}: the tokenizer has {given} ids, the network {has}")
     return network
 
 
@@ -102,9 +111,7 @@ def resolve_network(config: TrainConfig, network: nn.Module) -> TrainConfig:
     """Write what the network is, and what speed will be used, back into the settings."""
     has, speed = network.config, config.speed
     context = config.network.context or has.context
-    asked = replace(
-        config.network, context=context, width=has.width, depth=has.depth, heads=has.heads, mlp_width=has.mlp_width
-    )
+    asked = replace(config.network, context=context, width=has.width, depth=has.depth, heads=has.heads, mlp_width=has.mlp_width)
     device = torch.device(config.run.device)
     precision = speed.precision
     if precision == "auto":
@@ -116,7 +123,7 @@ def resolve_network(config: TrainConfig, network: nn.Module) -> TrainConfig:
 
 
 def compile_blocks(network: nn.Module, say: Say) -> bool:
-    """torch.compile, a block at a time: one small graph serves all layers. Where it cannot work, eager, and a line why."""
+    """torch.compile, a block at a time: one small graph serves all. False, and a line why, where that cannot work."""
     device = network.head.weight.device
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
@@ -131,17 +138,20 @@ def compile_blocks(network: nn.Module, say: Say) -> bool:
 
 def open_optimizers(config: TrainConfig, network: nn.Module) -> Optimizers:
     asked = config.optimizer
-    return build_optimizer(
-        asked.optimizer,
-        network.named_parameters(),
-        lambda name: role_of(network.config, name),
-        lr=asked.lr,
-        matrix_lr=asked.matrix_lr,
-        weight_decay=asked.weight_decay,
-        betas=asked.betas,
-        eps=asked.eps,
-        momentum=asked.momentum,
-    )
+    try:
+        return build_optimizer(
+            asked.optimizer,
+            network.named_parameters(),
+            lambda name: role_of(network.config, name),
+            lr=asked.lr,
+            matrix_lr=asked.matrix_lr,
+            weight_decay=asked.weight_decay,
+            betas=asked.betas,
+            eps=asked.eps,
+            momentum=asked.momentum,
+        )
+    except ValueError as error:  # the optimizers know which values they can have
+        raise TrainError(f"--optimizer {asked.optimizer}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -173,5 +183,3 @@ def open_batches(config: TrainConfig, shards: Shards) -> Batches:
 
 def validation_ids(config: TrainConfig, shards: Shards):
     return shards.validation.ids[: config.report.eval_tokens]
-
-

@@ -1,5 +1,7 @@
 """One optimizer step: what it divides by, and that it can learn."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -43,12 +45,11 @@ def gradients_of(network, micro_batches, mean_of_means: bool = False):
     objective = Objective(network)
     recorder = Recorder(objective)
     if mean_of_means:  # the mutant: each micro-batch divides by its own count
-        total = {"loss": None}
         counts = [Objective.counts(batch)["loss"] for batch in micro_batches]
         for batch, count in zip(micro_batches, counts, strict=True):
             (objective(batch)["loss"].sum / count / len(micro_batches)).backward()
         recorder.step()
-        return total, recorder.gradients
+        return None, recorder.gradients
     result = train_step(objective, micro_batches, recorder)
     return result, recorder.gradients
 
@@ -115,7 +116,7 @@ def test_every_parameter_is_trained_and_decayed_by_role():
         config = tiny_config(family)
         network = build(config, seed=0)
         optimizers = build_optimizer(
-            "muon", network.named_parameters(), lambda n: role_of(config, n), lr=1e-3, matrix_lr=1e-2, weight_decay=0.1
+            "muon", network.named_parameters(), partial(role_of, config), lr=1e-3, matrix_lr=1e-2, weight_decay=0.1
         )
         names = [name for group in optimizers.param_groups for name in group["names"]]
         assert sorted(names) == sorted(name for name, _ in network.named_parameters())

@@ -1,7 +1,5 @@
 """Our networks against transformers': float64, every logit, every layer's hidden state, every parameter's gradient."""
 
-import math
-
 import pytest
 import torch
 import transformers

@@ -1,0 +1,30 @@
+"""`python -m tests.bench NAME`: speed as ratios, measured alternately in one process; medians.
+
+    train   our training step beside a Hugging Face GPT2LMHeadModel loop of the same size, batch and dtype
+"""
+
+import argparse
+import platform
+
+import torch
+
+from tests.bench.train import bench_train
+
+BENCHES = {"train": bench_train}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__.split("\n\n")[0])
+    parser.add_argument("name", nargs="?", choices=[*BENCHES, "all"], default="all", help="which one (default: all)")
+    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each side (default: 15)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    print(f"torch {torch.__version__}, {where}, {options.threads} threads, Python {platform.python_version()}\n")
+    for name in BENCHES if options.name == "all" else [options.name]:
+        BENCHES[name](options.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,370 @@
+"""Broken, missing and half-written checkpoints; full disks; crashes at every point of a save."""
+
+import errno
+import gc
+import json
+import os
+import resource
+import shutil
+import subprocess
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+import train.checkpoint
+from tests.runs import assert_same_end, command, last_checkpoint
+from train.checkpoint import (
+    CheckpointError,
+    checkpoints,
+    latest_whole,
+    point,
+    pointed,
+    prune,
+    repoint,
+    resolve,
+    step_of,
+    verify,
+    write_checkpoint,
+    write_whole,
+)
+
+FILES = [
+    "config.json",
+    "manifest.json",
+    "model.safetensors",
+    "optimizer.safetensors",
+    "random.safetensors",
+    "state.json",
+    "tokenizer.model",
+]
+
+
+def remove(path):
+    path.unlink()
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def shorten(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def steps_of(run):
+    return [step_of(folder) for folder in checkpoints(run)]
+
+
+def nothing_half_made(run):
+    return all(not path.name.startswith(".") for path in run.rglob("*"))
+
+
+def test_a_checkpoint_holds_these_files(finished):
+    assert sorted(path.name for path in last_checkpoint(finished).iterdir()) == FILES
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", [remove, flip, shorten])
+def test_damage_is_named_and_passed_over(halfway, name, damage):
+    latest, before = checkpoints(halfway)[:2]
+    damage(latest / name)
+    if (damage, name) == (shorten, "manifest.json"):  # its last byte is a newline
+        shorten(latest / name)
+    with pytest.raises(CheckpointError, match=name):
+        verify(latest)
+    said = []
+    assert latest_whole(halfway, said.append) == before
+    assert len(said) == 1 and latest.name in said[0] and name in said[0]
+
+
+def test_resume_falls_back_to_the_one_before(halfway, finished):
+    flip(last_checkpoint(halfway) / "model.safetensors")
+    said = command("--resume", halfway)
+    assert said.code == 0, said.err
+    assert "skipping checkpoint step-70" in said.out and "model.safetensors was changed" in said.out
+    assert "steps 60 to 160" in said.out
+    assert_same_end(halfway, finished)
+
+
+def test_all_broken(halfway):
+    for folder in checkpoints(halfway):
+        remove(folder / "state.json")
+    said = command("--resume", halfway)
+    assert said.code == 2 and "none of the 3 checkpoints" in said.err and "Traceback" not in said.err
+    assert said.out.count("state.json is missing") == 3
+
+
+@pytest.mark.parametrize(
+    "manifest, message",
+    [
+        ('{"format": 99, "files": {}}', "format 99; this version reads 1"),
+        ('{"format": 1}', "cannot be read"),
+        ("[1]", "cannot be read"),
+        ('{"format": 1, "files": {"../config.toml": {"bytes": 1, "sha256": ""}}}', "outside its folder"),
+    ],
+)
+def test_manifest_of_another_kind(tmp_path, manifest, message):
+    (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(CheckpointError, match=message):
+        verify(tmp_path)
+
+
+def test_what_a_command_opens_is_verified(halfway):
+    best = pointed(halfway, "best")
+    assert resolve(halfway) == best and resolve(best) == best
+    flip(best / "model.safetensors")
+    for path in (halfway, best):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors was changed"):
+            resolve(path)
+    (halfway / "best.json").unlink()
+    assert resolve(halfway) == last_checkpoint(halfway)
+    (halfway / "last.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"last\.json cannot be read"):
+        resolve(halfway)
+    (halfway / "last.json").unlink()
+    with pytest.raises(CheckpointError, match=r"neither a run .* nor a model folder"):
+        resolve(halfway)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        resolve(halfway / "nothing")
+
+
+def test_pointers_never_lead_out_of_the_run(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "best.json").write_text('{"checkpoint": "../elsewhere", "step": 1}')
+    assert pointed(tmp_path / "run", "best") is None
+
+
+def test_repoint(tmp_path):
+    folder = write_checkpoint(tmp_path, 4, small)
+    repoint(tmp_path, folder, {"step": 4, "loss": 2.0})
+    assert json.loads((tmp_path / "best.json").read_text()) == {
+        "checkpoint": "checkpoints/step-4",
+        "step": 4,
+        "loss": 2.0,
+    }
+    repoint(tmp_path, folder, {"step": 3, "loss": 1.0})  # no such checkpoint any more
+    assert not (tmp_path / "best.json").exists() and pointed(tmp_path, "last") == folder
+
+
+# Crashes. What follows a crash is nothing: every later call raises too, `except` and `finally` notwithstanding.
+
+
+class Crash(BaseException):
+    pass
+
+
+CALLS = ("mkdir", "rename", "fsync", "unlink", "rmdir")
+
+
+@contextmanager
+def crash_at(monkeypatch, call: int, root: Path):
+    """The call-th file-system call, and all after it, raise. Then what was written and never synced is lost."""
+    counted, crashed, synced = [0], [], {path.stat().st_ino for path in root.rglob("*")}
+
+    def counting(real, name):
+        def act(*args, **keywords):
+            counted[0] += 1
+            if counted[0] >= call:
+                raise Crash(f"{name} {args}")
+            if name == "fsync":
+                synced.add(os.fstat(args[0]).st_ino)
+            result = real(*args, **keywords)
+            if name == "write_text":
+                synced.discard(args[0].stat().st_ino)  # the number may have been another file's
+            return result
+
+        return act
+
+    with monkeypatch.context() as patched:
+        for name in CALLS:
+            patched.setattr(os, name, counting(getattr(os, name), name))
+        patched.setattr(Path, "write_text", counting(Path.write_text, "write_text"))
+        try:
+            yield crashed
+        except Crash:
+            crashed.append(call)
+    for path in root.rglob("*"):
+        if path.is_file() and path.stat().st_ino not in synced:
+            os.truncate(path, 0)
+
+
+def small(folder):
+    (folder / "config.json").write_text("{}")
+    (folder / "weights").write_text(folder.name)
+
+
+def save(run, step, *, best):
+    folder = write_checkpoint(run, step, small)
+    if best:
+        point(run, "best", folder, loss=1.0)
+    point(run, "last", folder)
+    prune(run, keep=1)
+
+
+def old_run(root):
+    run = root / "run"
+    run.mkdir()
+    save(run, 1, best=True)
+    save(run, 2, best=False)
+    (run / "checkpoints" / ".making-step-3").mkdir()  # of a kill before
+    small(run / "checkpoints" / ".making-step-3")
+    return run
+
+
+def broken_run(root):
+    """Step 3 is there and broken; a resume from step 2 comes to it again."""
+    run = old_run(root)
+    write_checkpoint(run, 3, small)
+    (run / "checkpoints" / "step-3" / "weights").unlink()
+    return run
+
+
+@pytest.mark.parametrize("make", [old_run, broken_run])
+def test_a_crash_at_any_call_leaves_a_whole_checkpoint(make, tmp_path, monkeypatch):
+    crashes, found = 0, set()
+    while True:
+        root = tmp_path / str(crashes)
+        root.mkdir()
+        run = make(root)
+        with crash_at(monkeypatch, crashes + 1, root) as crashed:
+            save(run, 3, best=True)
+        if not crashed:
+            break  # that was the last call
+        crashes += 1
+        latest = latest_whole(run, lambda _: None)
+        found.add(latest.name)
+        assert latest.name in ("step-2", "step-3")
+        verify(resolve(run))  # best, or last where best is not there
+        for folder in checkpoints(run):
+            if folder.name != "step-3" or make is old_run:
+                verify(folder)  # none of them is half of one
+        if latest.name == "step-2":  # what a resume does: step 3 once more
+            save(run, 3, best=True)
+        else:
+            repoint(run, latest, {"step": 3, "loss": 1.0})
+        save(run, 4, best=False)
+        assert steps_of(run) == [4, 3] and pointed(run, "best").name == "step-3"
+        assert nothing_half_made(run)
+    assert crashes >= 20 and found == {"step-2", "step-3"}
+
+
+def test_mutant_that_does_not_sync_loses_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.checkpoint, "sync", lambda path: None)
+    latest = []
+    for call in range(1, 15):
+        root = tmp_path / str(call)
+        root.mkdir()
+        run = old_run(root)
+        with crash_at(monkeypatch, call, root):
+            save(run, 3, best=True)
+        try:
+            verify(checkpoints(run)[0])
+        except CheckpointError:
+            latest.append(call)
+    assert latest
+
+
+@pytest.mark.parametrize("call", ["mkdir", "rename", "fsync", "write"])
+def test_an_error_while_saving_leaves_nothing_half_made(call, tmp_path, monkeypatch):
+    run = old_run(tmp_path)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        if call != "write":
+            patched.setattr(os, call, full)
+        write_checkpoint(run, 3, full if call == "write" else small)
+    assert steps_of(run) == [2, 1] and nothing_half_made(run)
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr(os, "fsync", full)
+        write_whole(run / "last.json", "{}")
+    assert pointed(run, "last").name == "step-2" and nothing_half_made(run)
+
+
+def test_a_safetensors_error_is_a_full_disk_too(halfway, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("train.loop.save_file", full)
+        said = command("--resume", halfway)
+    assert said.code == 2 and "No space left" in said.err and nothing_half_made(halfway)
+
+
+# Full disks, by the kernel's own word.
+
+
+@contextmanager
+def files_no_larger_than(size):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def assert_full_and_then_room(run, finished, no_room):
+    before = steps_of(run)
+    with no_room:
+        said = command("--resume", run)
+    assert said.code == 2 and said.err.count("\n") == 1, said.err
+    assert said.err.startswith("error: could not write at step ") and f"--resume {run}" in said.err
+    assert "File too large" in said.err or "No space left" in said.err
+    assert steps_of(run) == before and nothing_half_made(run)
+    for folder in checkpoints(run):
+        verify(folder)
+    assert resolve(run) == pointed(run, "best")
+    said = command("--resume", run)
+    assert said.code == 0, said.err
+    assert_same_end(run, finished)
+
+
+def test_no_room_for_the_weights(halfway, finished):
+    assert_full_and_then_room(halfway, finished, files_no_larger_than(100_000))  # the weights take 147,000
+
+
+def test_no_room_for_the_metrics(halfway, finished):
+    size = (halfway / "metrics.jsonl").stat().st_size
+    assert_full_and_then_room(halfway, finished, files_no_larger_than(size + 300))
+
+
+def test_full_file_system(halfway, finished, tmp_path):
+    """The same on a small file system of memory that is full; beside the two above, where one can be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk]
+    if not shutil.which("mount") or subprocess.run(mounting, capture_output=True).returncode:
+        pytest.skip("a tmpfs cannot be mounted here")
+    try:
+        run = disk / "run"
+        shutil.copytree(halfway, run)
+
+        @contextmanager
+        def filled():
+            free = shutil.disk_usage(disk).free
+            (disk / "filler").write_bytes(bytes(free - 300_000))  # a checkpoint takes 450,000
+            yield
+            (disk / "filler").unlink()
+
+        assert_full_and_then_room(run, finished, filled())
+    finally:
+        gc.collect()  # networks read from there map their files
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_no_room_for_the_curves(halfway, monkeypatch):
+    """The run is done and saved: a picture that cannot be drawn does not make it fail."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("tests.runs.diagnose", full)
+    said = command("--resume", halfway)
+    assert said.code == 0 and "curves   not drawn: [Errno 28] No space left on device" in said.out

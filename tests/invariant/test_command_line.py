@@ -1,0 +1,243 @@
+"""The commands themselves: help, a run through the real command, what it leaves, generate, --init, --early-stop."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import tomllib
+
+import pytest
+import torch
+
+import model.__main__
+from tests.runs import (
+    ROOT,
+    STEPS,
+    arguments,
+    assert_same_end,
+    command,
+    last_checkpoint,
+    process,
+    stopped_at,
+    torch_as_it_was,
+    wait_for_step,
+    write_corpus,
+)
+from train.checkpoint import checkpoints, step_of
+from train.config import TrainConfig, from_plain
+from train.evaluate import evaluate
+from train.log import read_metrics
+from train.objective import Objective
+from train.setup import open_batches, open_data, open_network
+
+HEAVY = ("torch", "numpy", "sentencepiece", "safetensors", "matplotlib", "triton")
+HELP = """
+import runpy, sys
+sys.argv = [sys.argv[1], *sys.argv[2:]]
+try:
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+except SystemExit as stop:
+    assert not stop.code, stop.code
+print("loaded:", *sorted({name.partition(".")[0] for name in sys.modules}))
+"""
+
+
+@pytest.mark.parametrize(
+    "line, shown",
+    [
+        ("train --help", ["run options", "data options", "network options", "optimizer options", "speed options",
+                          "report options", "--resume", "--corpus", "--preset", "--lr", "--compile", "--save-every"]),
+        ("model --help", ["generate"]),
+        ("model generate --help", ["--prompt", "--temperature", "--top-k", "--top-p", "--seed"]),
+        ("data --help", ["prepare", "Text in, batches out."]),
+    ],
+)  # fmt: skip
+def test_help_imports_nothing_heavy(line, shown):
+    done = subprocess.run([sys.executable, "-c", HELP, *line.split()], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    help, _, loaded = done.stdout.partition("loaded:")
+    assert not set(HEAVY) & set(loaded.split())
+    for words in shown:
+        assert words in help
+    assert f"python -m {line.partition(' ')[0]}" in help
+
+
+def test_the_real_command_writes_to_out_and_cache_alone(options, uninterrupted, tmp_path):
+    """In an empty folder and home, on a terminal without UTF-8, ended by SIGTERM: then the same bytes as ever."""
+    here, home, run = (tmp_path / name for name in ("here", "home", "run"))
+    here.mkdir(), home.mkdir()
+    environment = {"HOME": str(home), "TMPDIR": str(home), "PYTHONIOENCODING": "ascii", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment["MPLCONFIGDIR"] = str(tmp_path / "fonts")  # matplotlib's own list of fonts
+    changes = {"cache": tmp_path / "cache", "out": run, "sample-every": 20}
+    with process(*options, *arguments(changes), cwd=here, **environment) as running:
+        wait_for_step(running, run, 62)
+        running.send_signal(signal.SIGTERM)
+        out, err = running.communicate(timeout=120)
+    assert running.returncode == 0, err
+    assert err == "\nSIGTERM: saving after this step; a second signal stops at once\n"  # no bar, of data or of steps
+    assert "\x1b" not in out + err and "\r" not in out and "    | " in out
+    assert re.search(r"stopped on SIGTERM, saved at step \d+", out) and f"python -m train --resume {run}" in out
+    assert list(here.iterdir()) == list(home.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"here", "home", "run", "cache", "fonts"}
+    assert {path.name for path in run.iterdir()} == {
+        *("config.toml", "metrics.jsonl", "curves.png", "checkpoints", "best.json", "last.json")
+    }
+    assert 62 <= step_of(last_checkpoint(run)) < STEPS
+    assert command("--resume", run).code == 0
+    assert_same_end(run, uninterrupted())
+
+
+def test_metrics_hold_what_was_promised(finished):
+    rows = read_metrics(finished / "metrics.jsonl")
+    train, held_out = ([row for row in rows if row["split"] == split] for split in ("train", "validation"))
+    assert [row["step"] for row in train] == [1, *range(2, STEPS + 1, 2)]
+    assert [row["step"] for row in held_out] == [40, 80, 120, 160]
+    assert all(set(row) == {"step", "split", "loss", "tokens", "lr", "grad_norm", "tokens_per_s"} for row in train)
+    baselines = {"unigram_bits_per_byte", "bigram_bits_per_byte"}
+    for row in held_out:
+        assert set(row) == {"step", "split", "loss", "tokens", "perplexity", "bits_per_byte"} | baselines
+        assert row["perplexity"] == pytest.approx(2.718281828459045 ** row["loss"])
+    tokens = [row["tokens"] for row in train]
+    assert tokens == sorted(tokens) and 0.97 < tokens[-1] / (STEPS * 4 * 32) < 1  # all but the first of each document
+    assert train[-1]["lr"] == pytest.approx(0, abs=1e-6) and max(row["lr"] for row in train) == 3e-3
+
+
+def test_config_holds_what_was_chosen(options, tmp_path):
+    run = tmp_path / "run"
+    automatic = arguments({"precision": "auto", "device": "auto", "threads": 0, "steps": 1, "out": run})
+    assert command(*options, *automatic, "--optimizer", "adamw").code == 0
+    text = (run / "config.toml").read_text()
+    assert "auto" not in text
+    config = from_plain(TrainConfig, tomllib.loads(text), "config.toml")
+    assert config.run.threads >= 1 and config.network.mlp_width == 128 and config.optimizer.optimizer == "adamw"
+    assert config.speed.compile in ("on", "off") and config.speed.precision in ("fp32", "bf16")
+
+
+def test_where_nothing_can_be_compiled_it_is_said_and_written_down(options, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("No working C++ compiler found\nmore lines")
+
+    monkeypatch.setattr("train.setup.torch.compile", broken)
+    said = command(*options, "--compile", "on", "--steps", 1, "--out", tmp_path / "run")
+    assert said.code == 0
+    assert "not compiled, because torch.compile does not work here: No working C++ compiler found\n" in said.out
+    assert ", eager" in said.out and 'compile = "off"' in (tmp_path / "run" / "config.toml").read_text()
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_keep(keep, options, tmp_path):
+    """The latest K, and the best, wherever it stands: here a rate that grows ruins what the first steps reached."""
+    run = tmp_path / "run"
+    changes = {"steps": 60, "save-every": 10, "eval-every": 20, "schedule": "linear", "warmup": 1, "lr": 3, "matrix-lr": 9}
+    assert command(*options, *arguments(changes), "--keep", keep, "--out", run).code == 0
+    best, last = (json.loads((run / f"{name}.json").read_text())["step"] for name in ("best", "last"))
+    assert best == 20 and last == 60
+    assert [step_of(folder) for folder in checkpoints(run)] == [60, 50][:keep] + [20]
+
+
+def test_early_stop(options, tmp_path):
+    run = tmp_path / "run"
+    changes = {"eval-every": 10, "schedule": "linear", "warmup": 1, "lr": 20, "matrix-lr": 50}
+    said = command(*options, *arguments(changes), "--early-stop", 2, "--out", run)
+    assert said.code == 0 and "stopped early: 2 validations without a new best" in said.out
+    losses = [row["loss"] for row in read_metrics(run / "metrics.jsonl") if row["split"] == "validation"]
+    assert len(losses) < 16 and min(losses) == losses[-3]
+    reached = step_of(last_checkpoint(run))
+    said = command("--resume", run)  # stays stopped
+    assert said.code == 0 and "stopped early" in said.out
+    assert step_of(last_checkpoint(run)) == reached == 10 * len(losses)
+
+
+def test_init_goes_on_with_the_runs_tokenizer(options, finished, tmp_path):
+    corpus, run = write_corpus(tmp_path / "corpus", seed=1), tmp_path / "run"
+    changes = {"corpus": corpus, "init": finished, "steps": 20, "lr": 1e-3, "out": run}
+    said = command(*options, *arguments(changes))
+    assert said.code == 0, said.err
+    tokenizers = [(last_checkpoint(folder) / "tokenizer.model").read_bytes() for folder in (run, finished)]
+    assert tokenizers[0] == tokenizers[1]
+    first, before = read_metrics(run / "metrics.jsonl")[0], read_metrics(finished / "metrics.jsonl")[-1]
+    assert first["step"] == 1 and first["loss"] < before["loss"] + 0.5  # not the 5.8 of random weights
+    config = tomllib.loads((run / "config.toml").read_text())
+    assert config["run"]["init"] == str(last_checkpoint(finished))  # the very checkpoint, in case that its run goes on
+
+
+def generate(*options):
+    return command("generate", *options, main=model.__main__.main)
+
+
+def test_generate(finished):
+    with_seed = ["--prompt", "the file", "--max-new-tokens", 30]
+    said = generate(finished, *with_seed, "--seed", 3)
+    assert said.code == 0 and said.out.startswith("the file") and len(said.out) > 20
+    assert generate(finished, *with_seed, "--seed", 3).out == said.out
+    assert generate(last_checkpoint(finished), *with_seed, "--seed", 3).out == said.out  # its best is its last
+    assert generate(finished, *with_seed, "--seed", 3, "--no-cache").out == said.out
+    assert generate(finished, *with_seed, "--seed", 4).out != said.out
+    best = generate(finished, *with_seed, "--temperature", 0).out
+    assert best == generate(finished, *with_seed, "--temperature", 0, "--seed", 4).out
+    assert best == generate(finished, *with_seed, "--top-k", 1).out
+    assert generate(finished, "--prompt", "the file", "--max-new-tokens", 0).out == "the file\n"
+    assert generate(finished, "--prompt", "the file " * 40, "--max-new-tokens", 40).code == 0  # longer than the context
+    assert generate(finished, "--max-new-tokens", 5).code == 0  # no prompt: a document's beginning
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ("--temperature -1", "temperature=-1.0"),
+        ("--temperature nan", "temperature=nan"),
+        ("--top-k 0", "top_k=0"),
+        ("--top-p 0", "top_p=0.0"),
+        ("--top-p 1.5", "top_p=1.5"),
+        ("--max-new-tokens -1", "max_new_tokens=-1"),
+        ("--device nonsense", "--device nonsense: not a device"),
+        ("--device cuda:99", "--device cuda:99"),
+        ("--prompt caf\udce9", "not valid UTF-8"),
+    ],
+)
+def test_generate_with_a_bad_value(given, message, finished):
+    said = generate(finished, *given.split(" "))
+    assert said.code == 2 and said.err.startswith("error: ") and said.err.count("\n") == 1 and message in said.err
+    assert not said.out
+
+
+def test_generate_from_nothing(tmp_path, halfway):
+    assert "nothing does not exist" in generate(tmp_path / "nothing").err
+    assert "neither a run" in generate(tmp_path).err
+    (checkpoints(halfway)[-1] / "tokenizer.model").unlink()
+    assert "tokenizer.model is missing" in generate(halfway).err
+    for path in (tmp_path / "nothing", tmp_path, halfway):
+        assert generate(path).code == 2
+
+
+def test_validation_does_not_depend_on_the_batch(finished):
+    config = from_plain(TrainConfig, tomllib.loads((finished / "config.toml").read_text()), "config.toml")
+    checkpoint = last_checkpoint(finished)
+    losses, counts = [], []
+    with torch_as_it_was():
+        shards = open_data(config, checkpoint, print)
+        objective = Objective(open_network(config, shards.tokenizer, checkpoint).double())
+        for size in (1, 3, 8):
+            table = tomllib.loads((finished / "config.toml").read_text())
+            table["optimizer"]["batch_size"] = size
+            batches = open_batches(from_plain(TrainConfig, table, "config.toml"), shards).validation
+            assert all(batch["input_ids"].size(0) == size for batch in batches)
+            nats, count = evaluate(objective, batches)
+            losses.append(nats / count)
+            counts.append(count)
+    assert len(set(counts)) == 1 and max(losses) - min(losses) < 1e-10
+    assert losses[0] == pytest.approx(read_metrics(finished / "metrics.jsonl")[-1]["loss"], abs=1e-6)
+    objective.eval()  # the mutant: a mean of means, though the last batch is short
+    with torch.no_grad():
+        means = [objective(batch)["loss"] for batch in batches]
+    wrong = float(torch.stack([term.sum / term.count for term in means]).mean())
+    assert abs(wrong - losses[0]) > 1e-4
+
+
+def test_first_line_of_a_session_is_not_one_more(options, tmp_path):
+    """A resume logs what the run would have logged: no line for its own first step."""
+    run = tmp_path / "run"
+    stopped_at(10, *options, "--steps", 20, "--log-every", 10, "--out", run)
+    assert command("--resume", run).code == 0
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [1, 10, 20, 20]

@@ -1,0 +1,156 @@
+"""What a person sees, and metrics.jsonl."""
+
+import fcntl
+import io
+import json
+import os
+import struct
+import sys
+import termios
+from contextlib import suppress
+
+import pytest
+
+import train.log
+from train.curves import diagnose, plot
+from train.log import Console, Metrics, clock, cut_back, read_metrics
+
+
+def validation(step, loss, bits=1.0, bigram=2.0):
+    return {
+        "step": step,
+        "split": "validation",
+        "loss": loss,
+        "bits_per_byte": bits,
+        "unigram_bits_per_byte": 3.0,
+        "bigram_bits_per_byte": bigram,
+    }
+
+
+def rows(train_losses, validations):
+    lines = [
+        {"step": 10 * n, "split": "train", "loss": loss, "lr": 0.1, "grad_norm": 1.0}
+        for n, loss in enumerate(train_losses, start=1)
+    ]
+    return sorted(lines + [validation(*each) for each in validations], key=lambda row: row["step"])
+
+
+FALLING = [4 - 0.1 * n for n in range(20)]
+VERDICTS = [
+    ("healthy", FALLING, [(50, 3.5), (150, 3.01), (200, 3.0)], "levelled off"),
+    ("overfitting", FALLING, [(50, 3.5), (100, 3.0), (200, 3.2)], "best at step 100"),
+    ("unstable", FALLING[::-1], [(50, 3.5), (100, 3.0), (200, 3.2)], "lower --lr"),
+    ("underfitting", FALLING, [(50, 3.5), (150, 3.2), (200, 3.0)], "still fell 6.2 %"),
+    ("underfitting", FALLING, [(50, 3.5), (150, 3.01), (200, 3.0, 2.1)], "no better than counting bigrams"),
+    ("too short to tell", FALLING, [(50, 3.5), (200, 3.0)], "2 validations"),
+    ("too short to tell", [], [(50, 3.5), (100, 3.2), (200, 3.0)], "3 validations"),
+]
+
+
+@pytest.mark.parametrize("verdict, train_losses, validations, why", VERDICTS)
+def test_diagnosis(verdict, train_losses, validations, why):
+    diagnosis = diagnose(rows(train_losses, validations))
+    assert diagnosis.verdict == verdict and why in diagnosis.why
+
+
+@pytest.mark.parametrize("lines", [rows(FALLING, VERDICTS[0][2]), rows(FALLING[:1], []), []])
+def test_plot_writes_a_png(lines, tmp_path):
+    path = tmp_path / "curves.png"
+    assert plot(lines, path, "a title") == diagnose(lines)
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and list(tmp_path.iterdir()) == [path]
+
+
+def test_metrics_are_read_without_a_line_that_was_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_metrics(path) == []
+    metrics = Metrics(path)
+    metrics.write(step=1, loss=0.1)
+    metrics.write(step=2, loss=1 / 3)
+    metrics.close()
+    whole = path.read_text()
+    for cut in range(1, 15):
+        path.write_text(whole[:-cut])
+        assert [row["step"] for row in read_metrics(path)] == ([1, 2] if cut == 1 else [1])
+    path.write_bytes(whole.encode() + b'\xff\n[1]\n"step"\n{"loss": 1}\n')
+    assert read_metrics(path) == [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 1 / 3}]
+
+
+def test_cut_back(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in (1, 2, 2, 3)]
+    path.write_text("".join(lines) + '{"step": 4, "lo')
+    cut_back(path, 2)
+    assert path.read_text() == "".join(lines[:3]) and list(tmp_path.iterdir()) == [path]
+    cut_back(path, 0)
+    assert path.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    "seconds, said",
+    [(None, "?"), (0, "0:00"), (59.6, "1:00"), (3599.4, "59:59"), (3600, "1:00:00"), (100 * 3600 + 61, "100:01:01")],
+)
+def test_clock(seconds, said):
+    assert clock(seconds) == said
+
+
+def test_time_left_is_reckoned_from_this_session(monkeypatch):
+    """A resume at step 1000 of 2000: the thousand steps before took no time of this session."""
+    now = [50.0]
+    monkeypatch.setattr(train.log.time, "monotonic", lambda: now[0])
+    console = Console(verbose=False)
+    console.begin(1000, 2000)
+    assert console.seconds_left(1000) is None
+    now[0] = 90.0  # 40 s of compilation say nothing about later steps
+    console.advance(1001)
+    assert console.seconds_left(1001) is None
+    now[0] = 100.0
+    assert console.seconds_left(1021) == (2000 - 1021) * 0.5
+    assert console.seconds_left(2000) == 0
+
+
+def through_console(stream, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    now = [100.0]
+    with monkeypatch.context() as patched:
+        patched.setattr(train.log.time, "monotonic", lambda: now[0])
+        console = Console()
+        console.begin(0, 100)
+        for step in range(1, 101):
+            now[0] += 1
+            console.progress(step, 2.5, 1000.0)
+            console.advance(step)
+            if step == 50:
+                console.say("validation at step 50")
+        console.end()
+    stream.flush()
+
+
+def test_lines_alone_without_a_terminal(monkeypatch):
+    stream = io.StringIO()
+    through_console(stream, monkeypatch)
+    text = stream.getvalue()
+    assert "\r" not in text and "\x1b" not in text and "%|" not in text
+    lines = text.splitlines()
+    assert "validation at step 50" in lines
+    progress = [line for line in lines if line.startswith("step ")]
+    assert len(progress) == 20  # one in five seconds
+    assert progress[10] == "step     51/100  loss 2.500  1,000 tokens/s  0:49 left"
+
+
+def read_to_the_end(terminal):
+    parts = []
+    with open(terminal, "rb", buffering=0) as stream, suppress(OSError):  # Linux ends a terminal's output with EIO
+        while part := stream.read(1 << 16):
+            parts.append(part)
+    return b"".join(parts).decode(errors="replace")
+
+
+def test_a_bar_on_a_terminal(monkeypatch):
+    main, side = os.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
+    with open(side, "w", encoding="utf-8") as terminal, monkeypatch.context() as patched:
+        through_console(terminal, patched)
+    text = read_to_the_end(main)
+    assert "100%|" in text and "100/100" in text and "loss 2.500" in text and "1,000 tokens/s" in text
+    assert "validation at step 50" in text and "step     51/100" not in text

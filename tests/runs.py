@@ -72,10 +72,11 @@ def arguments(settings: dict) -> list[str]:
 
 @contextmanager
 def torch_as_it_was() -> Iterator[None]:
-    """A run sets switches of the whole process; other tests must not see them."""
+    """A run sets switches of the whole process; other tests must not see them. Inside: one thread, for speed."""
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.set_num_threads(1)
     try:
         yield
     finally:

@@ -30,7 +30,7 @@ class ModelConfig:
     >>> ModelConfig.preset("gtp2")
     Traceback (most recent call last):
         ...
-    model.config.ConfigError: unknown preset 'gtp2'; nearest: gpt2, gpt2-xl; all: gpt2, gpt2-large, gpt2-medium, ...
+    model.config.ConfigError: unknown preset 'gtp2'; nearest: gpt2; all: gpt2, gpt2-large, gpt2-medium, gpt2-xl, tiny
     """
 
     family: str

@@ -88,7 +88,7 @@ def torch_as_it_was() -> Iterator[None]:
 def command(*options: object, main: Callable[[list[str]], int] = train.__main__.main) -> Said:
     """`python -m train …` in this process, without drawing: that takes as long as the steps."""
     out, err = io.StringIO(), io.StringIO()
-    undrawn = patch("train.loop.plot", lambda rows, *_: diagnose(rows))
+    undrawn = patch("train.report.plot", lambda rows, *_: diagnose(rows))
     with torch_as_it_was(), redirect_stdout(out), redirect_stderr(err), undrawn:
         try:
             code = main([str(option) for option in options])

@@ -11,7 +11,8 @@ Where to read first: `step` (one optimizer step: the heart, in 40 lines), then `
     evaluate     the loss on held-out text, beside two baselines counted on the same text
     checkpoint   a run's state on disk: whole or absent, never half
     setup        from options to objects: data, network, optimizers, machine
-    log curves   what a person sees: bar, lines, metrics.jsonl, curves.png
+    log report curves   what a person sees: bar, lines, metrics.jsonl; the words before and after; curves.png
+    interrupt    Ctrl-C and SIGTERM
     recipes/     settings in TOML, for `--recipe`
 
 Labels are shifted already: `labels[t]` is the target of position t, and -100 is ignored.

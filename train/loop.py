@@ -29,13 +29,13 @@ from train.checkpoint import (
     write_whole,
 )
 from train.config import TrainConfig, TrainError, from_plain, to_plain
-from train.curves import plot
 from train.evaluate import Baselines, baselines, bits_per_byte, evaluate
 from train.interrupt import StopRequest
-from train.log import Console, Metrics, clock, cut_back, read_metrics
+from train.log import Console, Metrics, clock, cut_back
 from train.loss.cross_entropy import IGNORE
 from train.objective import Objective
 from train.precision import autocast
+from train.report import conclude, introduction
 from train.schedule import SCHEDULES
 from train.setup import (
     compile_blocks,
@@ -116,7 +116,7 @@ class Run:
             repoint(self.out, checkpoint, self.best)
         cut_back(self.out / "metrics.jsonl", self.step)
         self.metrics = Metrics(self.out / "metrics.jsonl")
-        self._introduce(network)
+        say(introduction(self))
 
     def train(self) -> Path:
         """Steps until the last one, an early stop, or a signal; returns the run's folder."""
@@ -134,7 +134,7 @@ class Run:
             self.metrics.close()
         took = time.monotonic() - began
         per_second = (self.tokens - tokens_before) / max(took, 1e-9)
-        self._conclude(stopped, f"{self.tokens:,} tokens; this session {clock(took)}, {per_second:,.0f} tokens/s")
+        conclude(self, stopped, f"{self.tokens:,} tokens; this session {clock(took)}, {per_second:,.0f} tokens/s")
         return self.out
 
     def _steps(self) -> str:
@@ -320,55 +320,3 @@ class Run:
             torch.cuda.set_rng_state(random["cuda"], self.device)
         if self.step != step_of(folder):
             raise CheckpointError(f"{folder} says that it is step {self.step}")
-
-    def _introduce(self, network: torch.nn.Module) -> None:
-        config, shards, has = self.config, self.shards, network.config
-        per_step = config.optimizer.batch_size * config.optimizer.accumulate * config.network.context
-        parameters = sum(parameter.numel() for parameter in network.parameters())
-        epochs = config.run.steps * per_step / shards.train.tokens
-        bytes_per_token = shards.train.bytes / shards.train.targets
-        speed = config.speed
-        gpu = self.device.type == "cuda"
-        machine = torch.cuda.get_device_name(self.device) if gpu else f"{config.run.threads} threads"
-        how = ("compiled" if speed.compile == "on" else "eager") + (", deterministic" * (speed.deterministic == "on"))
-        self.console.say(
-            f"text     {' '.join(config.data.corpus)}: {shards.train.documents:,} documents, {shards.train.bytes:,} "
-            f"bytes to train on; {shards.validation.documents:,} documents, {shards.validation.bytes:,} held out\n"
-            f"tokens   {self.tokenizer.vocab_size:,} pieces, {bytes_per_token:.2f} bytes a token; "
-            f"{shards.train.tokens:,} to train on; shards in {shards.folder} "
-            f"({'built' if shards.built else 'reused'})\n"
-            f"network  {has.family}, {has.depth} layers of width {has.width}, {has.heads} heads, "
-            f"context {config.network.context}: {parameters:,} parameters\n"
-            f"machine  {self.device}, {machine}, {speed.precision}, {how}\n"
-            f"run      {self.out}: steps {self.step} to {config.run.steps} of {per_step:,} tokens, "
-            f"{epochs:.1f} epochs in all"
-        )
-
-    def _conclude(self, stopped: str, work: str) -> None:
-        """What was reached, the curves, and what to type next."""
-        say, out, has = print, self.out, self.objective.network.config
-        say(f"\nstopped {stopped}, saved at step {self.step}" if stopped else f"\ndone at step {self.step}")
-        say(f"work     {work}")
-        if self.best:
-            gap = 100 * (1 - self.best["bits_per_byte"] / self.baselines.bigram)
-            side = "below" if gap >= 0 else "above"
-            say(
-                f"best     step {self.best['step']}: validation loss {self.best['loss']:.4f}, "
-                f"{self.best['bits_per_byte']:.3f} bits per byte, {abs(gap):.1f} % {side} counting bigrams "
-                f"({self.baselines.bigram:.3f})"
-            )
-        try:
-            name = f"{out.name}: {has.family}, {has.depth} × {has.width}"
-            diagnosis = plot(read_metrics(out / "metrics.jsonl"), out / "curves.png", name)
-            say(f"curves   {out / 'curves.png'} ({diagnosis.verdict}: {diagnosis.why})")
-        except ImportError:
-            say("curves   not drawn: matplotlib is not installed (pip install -c constraints.txt -e '.[plots]')")
-        except OSError as error:
-            say(f"curves   not drawn: {error}")
-        say("next")
-        if stopped.startswith("on"):
-            say(f"  python -m train --resume {out}")
-        say(f'  python -m model generate {out} --prompt "Return the"')
-        say("  python -m train --corpus PATH            # your own .txt, .md, .py or .jsonl files")
-        if not stopped.startswith("on"):
-            say(f"  python -m train --init {out} --steps 300   # start from these weights")

@@ -35,7 +35,7 @@ def run(tmp_path_factory):
 
 def test_what_a_person_sees(run):
     folder, shown = run
-    for part in ("stdlib-docs", "held out", "parameters", "validation at step 10", "bits per byte", "bigrams", "next", "    | "):
+    for part in ("stdlib-docs", "held out", "parameters", "validation at step 10", "bits per byte", "bigrams", "    | "):
         assert part in shown
     assert str(folder / "curves.png") in shown and "\x1b" not in shown
     assert (folder / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

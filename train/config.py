@@ -31,7 +31,7 @@ class RunConfig:
     """Start from the settings in this TOML file, or in train/recipes/NAME.toml; other options still win."""
     init: Path | None = None
     """Start from this run's or model folder's weights and tokenizer instead of random weights."""
-    steps: int = 600
+    steps: int = 500
     """Optimizer steps."""
     seed: int = 0
     """Decides first weights, batches, dropout and samples."""
@@ -71,11 +71,11 @@ class OptimizerConfig:
     """Micro-batches in an optimizer step."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """muon: hidden matrices by Muon, the rest by AdamW."""
-    lr: float = 3e-3
+    lr: float = 8e-3
     """AdamW's learning rate at its height."""
-    matrix_lr: float = 2e-2
+    matrix_lr: float = 4e-2
     """Muon's learning rate at its height."""
-    weight_decay: float = 0.1
+    weight_decay: float = 0.2
     """Decoupled; by parameter role: matrices and embeddings, not norms and biases."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates of the two moments."""
@@ -117,7 +117,7 @@ class ReportConfig:
     """Steps between validations."""
     eval_tokens: int = 200_000
     """Validate on at most so many tokens of the validation split."""
-    sample_every: int = 200
+    sample_every: int = 250
     """Steps between text samples; 0: none."""
     save_every: int = 100
     """Steps between checkpoints (the best validation and the last step are always saved)."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-IGNORE = -100
+IGNORE = -100  # a label that is not scored
 
 
 def clm_batch(block_BT1: Tensor, bos_id: int) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import model.hub
+from data.clm import IGNORE
 from data.stream import Prefetcher
 from model.generate import generate
 from train.checkpoint import (
@@ -32,7 +33,6 @@ from train.config import TrainConfig, TrainError, from_plain, to_plain
 from train.evaluate import Baselines, baselines, bits_per_byte, evaluate
 from train.interrupt import StopRequest
 from train.log import Console, Metrics, clock, cut_back
-from train.loss.cross_entropy import IGNORE
 from train.objective import Objective
 from train.precision import autocast
 from train.report import conclude, introduction

@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from train.loss.cross_entropy import IGNORE, linear_cross_entropy
+from data.clm import IGNORE
+from train.loss.cross_entropy import linear_cross_entropy
 
 
 class Term(NamedTuple):

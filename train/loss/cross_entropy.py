@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-IGNORE = -100  # a label that is not scored
+from data.clm import IGNORE
 
 
 def cross_entropy_reference(logits_NV: Tensor, labels_N: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ PRESETS = {
     | {
         "vocab_size": 2048,
         "width": 128,
-        "depth": 4,
+        "depth": 3,
         "heads": 4,
         "kv_heads": 4,
         "mlp_width": 352,

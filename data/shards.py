@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sentencepiece
 from tqdm import tqdm
 
 from data.config import DataConfig, DataError
 from data.corpus import cut, find_corpus, read_corpus
 from data.dedup import deduplicate
 from data.files import Document, ReadReport
-from data.tokenizer import BOS, EOS, FILE, Tokenizer, train_tokenizer
+from data.tokenizer import BOS, EOS, FILE, Tokenizer, train_tokenizer, trainer_options
 
 FORMAT = 1
 SPLITS = ("train", "validation")
@@ -105,9 +106,8 @@ def cache_key(config: DataConfig, tokenizer: Tokenizer | None) -> str:
         for path in paths:
             stat = path.stat()
             files.append((name, str(path.absolute()), stat.st_size, stat.st_mtime_ns))
-    settings = [config.text_key, config.on_bad_text, config.vocab_size, config.val_fraction, config.dedup]
-    if tokenizer is not None:
-        settings[2] = tokenizer.sha256
+    made_by = tokenizer.sha256 if tokenizer else [sentencepiece.__version__, trainer_options(config.vocab_size)]
+    settings = [config.text_key, config.on_bad_text, config.val_fraction, config.dedup, made_by]
     return hashlib.sha256(json.dumps([FORMAT, sys.version, settings, files]).encode()).hexdigest()[:16]
 
 

@@ -110,7 +110,7 @@ def _target_counts(ids, vocab_size: int, bos_id: int | None) -> np.ndarray:
 
 def _pairs(ids, vocab_size: int, bos_id: int | None):
     """Neighbours (context, target), int64, a chunk at a time; chunks share one id, so that no pair is lost."""
-    ids = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else ids
+    ids = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asanyarray(ids)
     if ids.ndim != 1:
         raise ValueError(f"ids must be one stream, got shape {ids.shape}")
     for start in range(0, len(ids) - 1, CHUNK):

@@ -49,7 +49,7 @@ def generate(
     temperature 0 takes the best token. After eos_id a row is filled with it; all rows at their end stop the loop.
     Past the network's context the window slides: the last half of it is read again, and generation goes on from there.
     """
-    _check(temperature, top_k, top_p, max_new_tokens, input_ids)
+    _check(temperature, top_k, top_p, max_new_tokens, input_ids, attention_mask)
     config, context = network.config, network.config.context
     was_training = network.training
     network.eval()
@@ -93,7 +93,14 @@ def _choose(
     return torch.multinomial(probability_BV, 1, generator=generator)[:, 0]
 
 
-def _check(temperature: float, top_k: int | None, top_p: float | None, max_new_tokens: int, input_ids: Tensor) -> None:
+def _check(
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    max_new_tokens: int,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+) -> None:
     if not temperature >= 0:  # so that NaN is refused too
         raise ConfigError(f"temperature={temperature} must be 0 (take the best token) or above")
     if top_k is not None and top_k < 1:
@@ -102,5 +109,7 @@ def _check(temperature: float, top_k: int | None, top_p: float | None, max_new_t
         raise ConfigError(f"top_p={top_p} is not in (0, 1]")
     if max_new_tokens < 0:
         raise ConfigError(f"max_new_tokens={max_new_tokens} must not be negative")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ConfigError(f"attention_mask of shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}")
     if input_ids.ndim != 2 or input_ids.size(1) == 0:
         raise ConfigError(f"input_ids of shape {tuple(input_ids.shape)}: expected (batch, at least one token)")

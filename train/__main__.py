@@ -64,6 +64,9 @@ def main(arguments: list[str]) -> int:
         return STOPPED
     try:
         start(config) if folder is None else resume(folder)
+    except BrokenPipeError:
+        sys.stdout = None  # or Python complains once more at its end
+        return fail("the output was closed, so the run stopped; without --resume it goes no further than its last checkpoint")
     except (TrainError, DataError, ConfigError, HubError, CheckpointError, OSError) as error:
         return fail(error)
     except KeyboardInterrupt:
@@ -72,7 +75,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def fail(error: Exception) -> int:
+def fail(error: Exception | str) -> int:
     print(f"error: {error}", file=sys.stderr)
     return 2
 

@@ -113,14 +113,14 @@ class ReportConfig:
 
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
-    eval_every: int = 100
-    """Steps between validations."""
+    eval_every: int | None = None
+    """Steps between validations. Default: a sixth of the steps, at most 100."""
     eval_tokens: int = 200_000
     """Validate on at most so many tokens of the validation split."""
-    sample_every: int = 250
-    """Steps between text samples; 0: none."""
-    save_every: int = 100
-    """Steps between checkpoints (the best validation and the last step are always saved)."""
+    sample_every: int = 200
+    """Steps between text samples, and one at the end; 0: none."""
+    save_every: int | None = None
+    """Steps between checkpoints (the best validation and the last step are always saved). Default: as validations."""
     keep: int = 3
     """How many of the latest checkpoints stay; the best stays anyway."""
     early_stop: int = 0
@@ -151,10 +151,10 @@ class TrainConfig:
             "batch-size": (optimizer.batch_size, 1),
             "accumulate": (optimizer.accumulate, 1),
             "log-every": (report.log_every, 1),
-            "eval-every": (report.eval_every, 1),
+            "eval-every": (1 if report.eval_every is None else report.eval_every, 1),
             "eval-tokens": (report.eval_tokens, 2),
             "sample-every": (report.sample_every, 0),
-            "save-every": (report.save_every, 1),
+            "save-every": (1 if report.save_every is None else report.save_every, 1),
             "keep": (report.keep, 1),
             "early-stop": (report.early_stop, 0),
             "clip": (optimizer.clip, 0),
@@ -165,8 +165,21 @@ class TrainConfig:
         for name, (value, minimum) in least.items():
             if not minimum <= value < math.inf:  # so that NaN is refused too
                 raise TrainError(f"--{name} {value}: must be at least {minimum}, and finite")
-        if not 0 <= optimizer.warmup <= 1:
-            raise TrainError(f"--warmup {optimizer.warmup}: a fraction of the steps, from 0 to 1")
+        for name, value in (("warmup", optimizer.warmup), ("final-lr", optimizer.final_lr)):
+            if not 0 <= value <= 1:
+                raise TrainError(f"--{name} {value}: a fraction, from 0 to 1")
+        rates = [("momentum", optimizer.momentum), ("dropout", self.network.dropout)]
+        for name, value in rates + [("betas", beta) for beta in optimizer.betas]:
+            if not 0 <= value < 1:
+                raise TrainError(f"--{name} {value}: must be at least 0 and below 1")
+        if run.seed >= 2**63:
+            raise TrainError(f"--seed {run.seed}: must be below 2^63")
+        if run.threads > 1024:
+            raise TrainError(f"--threads {run.threads}: must be at most 1024, and is best at most the number of cores")
+        for name in ("context", "width", "depth", "heads", "mlp_width"):
+            value = getattr(self.network, name)
+            if value is not None and value < 1:
+                raise TrainError(f"--{name.replace('_', '-')} {value}: must be at least 1")
 
 
 def to_plain(config: Any) -> dict:

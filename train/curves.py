@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 RISE = 0.01  # the last validation loss this much above the best: overfitting
-STILL_FALLING = 0.02  # the validation loss fell this much over the last fifth: more steps would help
+STILL_FALLING = 0.02  # the validation loss fell this much towards the end: more steps would help
 
 
 class Diagnosis(NamedTuple):
-    verdict: str  # "healthy", "overfitting", "underfitting" or "too short to tell"
+    verdict: str  # "healthy", "overfitting", "underfitting", "unstable" or "too short to tell"
     why: str
 
 
@@ -16,13 +16,15 @@ def diagnose(rows: list[dict]) -> Diagnosis:
     """Read a verdict off the lines of metrics.jsonl.
 
     overfitting   the best validation loss lies behind by more than 1 %, while the training loss went on falling
-    underfitting  the validation loss is worse than counting bigrams, or still fell more than 2 % over the last fifth
-    healthy       neither
+    unstable      as far behind, and the training loss rose too
+    underfitting  the validation loss is worse than counting bigrams, or still fell more than 2 % since the last
+                  validation of the first four fifths
+    healthy       none of these
     """
     train = [(row["step"], row["loss"]) for row in rows if row["split"] == "train"]
     held_out = [row for row in rows if row["split"] == "validation"]
     if len(held_out) < 3 or len(train) < 2:
-        return Diagnosis("too short to tell", f"{len(held_out)} validations; three are the least to see a trend")
+        return Diagnosis("too short to tell", f"validations: {len(held_out)}; three are the least to see a trend")
     best, last = min(held_out, key=lambda row: row["loss"]), held_out[-1]
     if last["loss"] > best["loss"] * (1 + RISE):
         near_best = [loss for step, loss in train if step <= best["step"]][-5:]
@@ -49,9 +51,9 @@ def diagnose(rows: list[dict]) -> Diagnosis:
         fall = 100 * (1 - last["loss"] / before["loss"])
         return Diagnosis(
             "underfitting",
-            f"validation loss still fell {fall:.1f} % over the last fifth of the run: more steps would help",
+            f"validation loss still fell {fall:.1f} % since step {before['step']}: more steps would help",
         )
-    return Diagnosis("healthy", f"validation loss {last['loss']:.3f} is within 1 % of its best and has levelled off")
+    return Diagnosis("healthy", f"validation loss {last['loss']:.3f} is within 1 % of its best and hardly falls any more")
 
 
 def plot(rows: list[dict], path: Path, title: str = "") -> Diagnosis:

@@ -49,7 +49,7 @@ from train.setup import (
 )
 from train.step import train_step
 
-SAMPLE_TOKENS = 80
+SAMPLE_PROMPT, SAMPLE_TOKENS = 16, 80
 ADVANCES = ("step", "tokens", "best", "bad_evaluations")  # beside the network, the optimizers and torch's random states
 
 
@@ -124,6 +124,8 @@ class Run:
         self.console.begin(self.step, self.config.run.steps)
         try:
             stopped = self._steps()
+        except BrokenPipeError:
+            raise  # whoever read the output has gone
         except (OSError, SafetensorError) as error:
             raise TrainError(
                 f"could not write at step {self.step}: {error}. The checkpoints in {self.out} are untouched; "
@@ -251,22 +253,24 @@ class Run:
         return improved
 
     def _sample(self) -> None:
-        """A text from nothing, always with the same seed, so that samples can be compared along the run."""
-        network, generator = self.objective.network, torch.Generator(self.device).manual_seed(self.config.run.seed)
-        prompt = torch.tensor([[self.tokenizer.bos_id]], device=self.device)
+        """Go on from the opening of the first held-out document; always with the same seed, so that samples compare."""
+        network, tokenizer = self.objective.network, self.tokenizer
+        generator = torch.Generator(self.device).manual_seed(self.config.run.seed)
+        opening = self.shards.validation.ids[: SAMPLE_PROMPT + 1].astype("int64").tolist()
         compiled = self.config.speed.compile == "on"
         # Lengths vary: compiling for each would take longer. (Where nothing is compiled, its machinery stays unloaded.)
         with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-            ids = generate(
+            new = generate(
                 network,
-                prompt,
+                torch.tensor([opening], device=self.device),
                 max_new_tokens=SAMPLE_TOKENS,
                 temperature=0.8,
                 top_k=50,
-                eos_id=self.tokenizer.eos_id,
+                eos_id=tokenizer.eos_id,
                 generator=generator,
             )
-        text = self.tokenizer.decode(ids[0].tolist()).strip("\n")
+        text = f"{tokenizer.decode(opening)}[…]{tokenizer.decode(new[0].tolist())}".strip("\n")
+        self.console.say("sample: from […] on, the network goes on from a held-out document's opening")
         self.console.say("\n".join(f"    | {line}" for line in text.split("\n")))
 
     def _save(self, improved: bool) -> None:

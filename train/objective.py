@@ -18,7 +18,8 @@ class Term(NamedTuple):
 
 
 class Objective(nn.Module):
-    """forward(batch) -> {"loss": Term}. The loss sees the head's matrix, so that it need not build N × V logits."""
+    """forward(batch) -> {"loss": Term}. The loss sees the head's matrix rather than logits, so that one that never
+    builds all N × V of them can take its place."""
 
     def __init__(self, network: nn.Module, loss: Callable = linear_cross_entropy):
         super().__init__()

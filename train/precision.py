@@ -1,5 +1,6 @@
 """The number format of a step: float32, or bfloat16 where the machine is faster with it."""
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -27,23 +28,29 @@ def choose_precision(device: torch.device, width: int, mlp_width: int) -> str:
     return "bf16" if bf16_speedup(width, mlp_width) >= WORTHWHILE else "fp32"
 
 
-def bf16_speedup(width: int, mlp_width: int, rows: int = 256) -> float:
-    """seconds(float32) / seconds(bfloat16) of one linear layer, forward and backward, best of a few.
+def bf16_speedup(width: int, mlp_width: int, rounds: int = 5) -> float:
+    """seconds(float32) / seconds(bfloat16) of one linear layer, forward and backward; the lowest of the rounds' ratios.
 
-    CPUs without bfloat16 instructions emulate them, at a hundredth of the speed: then one try is enough.
+    The two take turns, and every round must agree, so that a neighbour on the machine cannot decide. The layer has at least
+    2 GFLOP a round: less is over before the clock can tell. CPUs without bfloat16 instructions emulate them, at a
+    hundredth of the speed: then a small first try is enough.
     """
-    layer = nn.Linear(width, mlp_width)
-    x_ND = torch.randn(rows, width, requires_grad=True, generator=torch.Generator().manual_seed(0))
+    layer, generator = nn.Linear(width, mlp_width), torch.Generator().manual_seed(0)
 
-    def seconds(enabled: bool) -> float:
+    def seconds(rows: int, enabled: bool) -> float:
+        x_ND = torch.randn(rows, width, requires_grad=True, generator=generator)
         start = time.perf_counter()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             y_NF = layer(x_ND)
         y_NF.float().sum().backward()
         return time.perf_counter() - start
 
-    float32 = min(seconds(False) for _ in range(5))
-    first = seconds(True)
-    if first > 20 * float32:
-        return float32 / first
-    return float32 / min(first, *(seconds(True) for _ in range(5)))
+    def ratio(rows: int) -> float:
+        return seconds(rows, False) / seconds(rows, True)
+
+    rows = math.ceil(2e9 / (6 * width * mlp_width))
+    few = max(16, rows // 64)
+    ratio(few)  # the first products start threads and choose kernels
+    if (first := ratio(few)) < 0.2:
+        return first
+    return min(ratio(rows) for _ in range(rounds))

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from data.config import DataConfig
 from train.curves import plot
 from train.log import read_metrics
 
@@ -62,7 +63,16 @@ def conclude(run: "Run", stopped: str, work: str) -> None:
     say("next")
     if stopped.startswith("on"):
         say(f"  python -m train --resume {folder}")
-    say(f'  python -m model generate {folder} --prompt "Return the"')
+    built_in = run.config.data.corpus == DataConfig().corpus
+    prompt = "Return the" if built_in else opening(run)
+    say(f"  python -m model generate {folder} --prompt {shlex.quote(prompt)}")
     say("  python -m train --corpus PATH            # your own .txt, .md, .py or .jsonl files")
     if not stopped.startswith("on"):
-        say(f"  python -m train --init {folder} --steps 300   # go on from these weights")
+        corpus = "" if built_in else f" --corpus {shlex.join(run.config.data.corpus)}"
+        say(f"  python -m train --init {folder}{corpus} --steps 300   # go on from these weights")
+
+
+def opening(run: "Run", words: int = 3) -> str:
+    """The first words of the held-out text."""
+    ids = run.shards.validation.ids[1:33].astype("int64").tolist()
+    return " ".join(run.tokenizer.decode(ids).split()[:words])

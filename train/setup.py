@@ -47,7 +47,10 @@ def resolve_machine(config: TrainConfig) -> TrainConfig:
         torch.set_float32_matmul_precision("high")
     out = run.out or Path("runs") / f"{config.network.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = replace(run, device=device, threads=torch.get_num_threads(), out=out)
-    return replace(config, run=run, speed=replace(speed, deterministic=deterministic))
+    report = config.report
+    eval_every = report.eval_every or max(1, min(100, run.steps // 6))
+    report = replace(report, eval_every=eval_every, save_every=report.save_every or eval_every)
+    return replace(config, run=run, speed=replace(speed, deterministic=deterministic), report=report)
 
 
 def checked_device(name: str) -> torch.device:

@@ -12,7 +12,7 @@ from train.optim import Optimizers
 
 
 class StepResult(NamedTuple):
-    loss: Tensor  # mean over all scored labels of the step, in nats; still on the device, so that no step waits for it
+    loss: Tensor  # Σ over terms of weight · sum / count, in nats; still on the device, so that no step waits for it
     count: Tensor  # scored labels
     grad_norm: Tensor  # before clipping
 

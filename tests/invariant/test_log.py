@@ -37,13 +37,13 @@ def rows(train_losses, validations):
 
 FALLING = [4 - 0.1 * n for n in range(20)]
 VERDICTS = [
-    ("healthy", FALLING, [(50, 3.5), (150, 3.01), (200, 3.0)], "levelled off"),
+    ("healthy", FALLING, [(50, 3.5), (150, 3.01), (200, 3.0)], "hardly falls"),
     ("overfitting", FALLING, [(50, 3.5), (100, 3.0), (200, 3.2)], "best at step 100"),
     ("unstable", FALLING[::-1], [(50, 3.5), (100, 3.0), (200, 3.2)], "lower --lr"),
     ("underfitting", FALLING, [(50, 3.5), (150, 3.2), (200, 3.0)], "still fell 6.2 %"),
     ("underfitting", FALLING, [(50, 3.5), (150, 3.01), (200, 3.0, 2.1)], "no better than counting bigrams"),
-    ("too short to tell", FALLING, [(50, 3.5), (200, 3.0)], "2 validations"),
-    ("too short to tell", [], [(50, 3.5), (100, 3.2), (200, 3.0)], "3 validations"),
+    ("too short to tell", FALLING, [(50, 3.5), (200, 3.0)], "validations: 2"),
+    ("too short to tell", [], [(50, 3.5), (100, 3.2), (200, 3.0)], "validations: 3"),
 ]
 
 

@@ -167,9 +167,19 @@ def test_generation_with_and_without_cache_is_the_same():
 def test_generation_slides_past_the_context(family):
     """More tokens than the context holds: each window's tokens are those of reading that window afresh."""
     network = randomized(tiny_config(family))  # context 32
-    new = generate(network, torch.randint(3, 61, (2, 5)), max_new_tokens=70, temperature=0)
-    again = generate(network, torch.randint(3, 61, (2, 40)), max_new_tokens=1, temperature=0)
-    assert new.shape == (2, 70) and again.shape == (2, 1)
+    prompt, context = torch.randint(3, 61, (2, 5)), network.config.context
+    for use_cache in (True, False):
+        new = generate(network, prompt, max_new_tokens=70, temperature=0, use_cache=use_cache)
+        window = expected = prompt
+        for _ in range(70):
+            if window.size(1) > context:
+                window = window[:, -context // 2 :]
+            token = network(window).logits[:, -1].argmax(-1, keepdim=True)
+            window, expected = torch.cat((window, token), 1), torch.cat((expected, token), 1)
+        assert torch.equal(new, expected[:, 5:])
+    long = torch.randint(3, 61, (2, 40))  # a prompt longer than the context: its end counts
+    again = generate(network, long, max_new_tokens=1, temperature=0)
+    assert torch.equal(again, generate(network, long[:, -context:], max_new_tokens=1, temperature=0))
 
 
 def test_rows_end_at_eos():

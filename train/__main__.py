@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> int:
         start(config) if folder is None else resume(folder)
     except BrokenPipeError:
         sys.stdout = None  # or Python complains once more at its end
-        return fail("the output was closed, so the run stopped; without --resume it goes no further than its last checkpoint")
+        return fail("the output was closed, so the run stopped; --resume goes on from its last checkpoint")
     except (TrainError, DataError, ConfigError, HubError, CheckpointError, OSError) as error:
         return fail(error)
     except KeyboardInterrupt:

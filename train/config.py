@@ -31,7 +31,7 @@ class RunConfig:
     """Start from the settings in this TOML file, or in train/recipes/NAME.toml; other options still win."""
     init: Path | None = None
     """Start from this run's or model folder's weights and tokenizer instead of random weights."""
-    steps: int = 600
+    steps: int = 700
     """Optimizer steps."""
     seed: int = 0
     """Decides first weights, batches, dropout and samples."""

@@ -87,7 +87,7 @@ def prepare(
                 return open_shards(folder, built)
             except DamagedError as error:
                 say(f"cached shards {folder} are damaged ({error}): building them again")
-        say(f"preparing {' '.join(config.corpus)} in {folder}")
+        say(f"preparing {' '.join(config.corpus)}")
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{key}-", dir=folder.parent) as making:

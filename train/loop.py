@@ -264,7 +264,7 @@ class Run:
                 network,
                 torch.tensor([opening], device=self.device),
                 max_new_tokens=SAMPLE_TOKENS,
-                temperature=0.8,
+                temperature=0.7,
                 top_k=50,
                 eos_id=tokenizer.eos_id,
                 generator=generator,

@@ -1,6 +1,7 @@
 """What a run says before its first step and after its last: what it is, what it reached, what to type next."""
 
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +21,8 @@ def introduction(run: "Run") -> str:
     parameters = sum(parameter.numel() for parameter in run.objective.network.parameters())
     epochs = config.run.steps * per_step / shards.train.tokens
     bytes_per_token = shards.train.bytes / shards.train.targets
-    speed = config.speed
+    speed, home = config.speed, str(Path.home())
+    cache = str(shards.folder).replace(home, "~", 1) if home != "/" else str(shards.folder)
     gpu = run.device.type == "cuda"
     machine = torch.cuda.get_device_name(run.device) if gpu else f"{config.run.threads} threads"
     how = ("compiled" if speed.compile == "on" else "eager") + (", deterministic" * (speed.deterministic == "on"))
@@ -28,7 +30,7 @@ def introduction(run: "Run") -> str:
         f"text     {' '.join(config.data.corpus)}: {shards.train.documents:,} documents, {shards.train.bytes:,} "
         f"bytes to train on; {shards.validation.documents:,} documents, {shards.validation.bytes:,} held out\n"
         f"tokens   {run.tokenizer.vocab_size:,} pieces, {bytes_per_token:.2f} bytes a token; "
-        f"{shards.train.tokens:,} to train on; shards in {shards.folder} "
+        f"{shards.train.tokens:,} to train on; shards in {cache} "
         f"({'built' if shards.built else 'reused'})\n"
         f"network  {has.family}, {has.depth} layers of width {has.width}, {has.heads} heads, "
         f"context {config.network.context}: {parameters:,} parameters\n"

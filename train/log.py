@@ -76,7 +76,11 @@ def clock(seconds: float | None) -> str:
 
 
 class Metrics:
-    """`metrics.jsonl`: one object a line, appended and flushed."""
+    """`metrics.jsonl`: one object a line, appended and flushed.
+
+    `tokens` counts the labels that were scored since step 0; `loss` is in nats a label; `lr` is AdamW's; `grad_norm` is
+    the norm before clipping; `tokens_per_s` is since the line before, validation and saving left out.
+    """
 
     def __init__(self, path: Path):
         self.path = path

@@ -35,7 +35,7 @@ from train.interrupt import StopRequest
 from train.log import Console, Metrics, clock, cut_back
 from train.objective import Objective
 from train.precision import autocast
-from train.report import conclude, introduction
+from train.report import conclude, introduction, opening_ids
 from train.schedule import SCHEDULES
 from train.setup import (
     compile_blocks,
@@ -49,7 +49,7 @@ from train.setup import (
 )
 from train.step import train_step
 
-SAMPLE_PROMPT, SAMPLE_TOKENS = 16, 80
+SAMPLE_TOKENS = 80
 ADVANCES = ("step", "tokens", "best", "bad_evaluations")  # beside the network, the optimizers and torch's random states
 
 
@@ -253,10 +253,10 @@ class Run:
         return improved
 
     def _sample(self) -> None:
-        """Go on from the opening of the first held-out document; always with the same seed, so that samples compare."""
+        """Go on from the opening of a held-out document; always the same one and seed, so that samples compare."""
         network, tokenizer = self.objective.network, self.tokenizer
         generator = torch.Generator(self.device).manual_seed(self.config.run.seed)
-        opening = self.shards.validation.ids[: SAMPLE_PROMPT + 1].astype("int64").tolist()
+        opening = opening_ids(self)
         compiled = self.config.speed.compile == "on"
         # Lengths vary: compiling for each would take longer. (Where nothing is compiled, its machinery stays unloaded.)
         with torch.compiler.set_stance("force_eager") if compiled else nullcontext():

@@ -4,11 +4,13 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from data.config import DataConfig
 from train.curves import plot
 from train.log import read_metrics
+from train.setup import validation_ids
 
 if TYPE_CHECKING:
     from train.loop import Run
@@ -66,7 +68,7 @@ def conclude(run: "Run", stopped: str, work: str) -> None:
     if stopped.startswith("on"):
         say(f"  python -m train --resume {folder}")
     built_in = run.config.data.corpus == DataConfig().corpus
-    prompt = "Return the" if built_in else opening(run)
+    prompt = "Return the" if built_in else " ".join(run.tokenizer.decode(opening_ids(run)).split()[:3])
     say(f"  python -m model generate {folder} --prompt {shlex.quote(prompt)}")
     say("  python -m train --corpus PATH            # your own .txt, .md, .py or .jsonl files")
     if not stopped.startswith("on"):
@@ -74,7 +76,12 @@ def conclude(run: "Run", stopped: str, work: str) -> None:
         say(f"  python -m train --init {folder}{corpus} --steps 300   # go on from these weights")
 
 
-def opening(run: "Run", words: int = 3) -> str:
-    """The first words of the held-out text."""
-    ids = run.shards.validation.ids[1:33].astype("int64").tolist()
-    return " ".join(run.tokenizer.decode(ids).split()[:words])
+def opening_ids(run: "Run", tokens: int = 16) -> list[int]:
+    """The first ids of the last document that validation scores, to the end of a word."""
+    ids = validation_ids(run.config, run.shards)
+    start = int(np.flatnonzero(ids == run.tokenizer.bos_id)[-1])
+    opening = ids[start : start + 4 * tokens].astype("int64").tolist()
+    if run.tokenizer.eos_id in opening:
+        opening = opening[: opening.index(run.tokenizer.eos_id)]
+    begins_word = (i for i, id in enumerate(opening) if i > tokens and run.tokenizer.bytes_of[id][:1].isspace())
+    return opening[: next(begins_word, tokens + 1)]

@@ -34,7 +34,7 @@ class Console:
         """The bar counts all steps; the time left is reckoned from this session's alone."""
         self.first, self.steps, self.started = step, steps, None
         if self.verbose and sys.stderr.isatty() and sys.stdout.isatty():
-            layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix}"
+            layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
             self.bar = tqdm(total=steps, initial=step, bar_format=layout, desc="step", dynamic_ncols=True)
 
     def advance(self, step: int) -> None:

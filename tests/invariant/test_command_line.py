@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import model.__main__
+import train.__main__
+from model.config import ModelConfig
 from tests.runs import (
     ROOT,
     STEPS,
@@ -241,3 +243,10 @@ def test_first_line_of_a_session_is_not_one_more(options, tmp_path):
     stopped_at(10, *options, "--steps", 20, "--log-every", 10, "--out", run)
     assert command("--resume", run).code == 0
     assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [1, 10, 20, 20]
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in train.__main__.RECIPES.glob("*.toml")))
+def test_every_recipe_is_a_run_that_could_start(recipe):
+    config = train.__main__.read_recipe(recipe)
+    config.check()
+    assert config != type(config)() and ModelConfig.preset(config.network.preset)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -68,17 +68,18 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, device="cpu", 
     table = {row.published: row for row in weight_table(config).values()}
     with torch.device("meta"):
         network = LanguageModel(config, attention)
-    parameters, filled = dict(network.named_parameters()), set()
+    parameters, filled, spare = dict(network.named_parameters()), set(), {}
     for path, names in files.items():
-        with safe_open(path, framework="pt") as opened:
+        with _open(path) as opened:
             for published in names:
                 row = table.get(_canonical(published, config))
                 if row is None or (row.name not in parameters and row.role != "head"):
                     if published in _ignored(config):
                         continue
                     raise HubError(f"{path.name} holds {published!r}, which {config.family} of this config has no place for")
-                if row.name not in parameters:
-                    continue  # a tied head that was saved all the same: it is the embedding
+                if row.name not in parameters:  # a tied head that was saved all the same
+                    spare[published] = opened.get_tensor(published)
+                    continue
                 value = opened.get_tensor(published)
                 value = value.T if row.transposed else value
                 expected = tuple(parameters[row.name].shape)
@@ -90,14 +91,28 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, device="cpu", 
         published = [weight_table(config)[name].published for name in missing]
         raise HubError(f"{folder} lacks {len(missing)} weights: {', '.join(published[:5])}")
     network.tie_weights()
+    for published, value in spare.items():
+        if not torch.equal(network.body.embedding.weight, value.to(network.body.embedding.weight)):
+            raise HubError(f"{published!r} differs from the embedding, though config.json says that the two are tied")
     return network
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise HubError(f"{path} cannot be read: {error}") from None
 
 
 def _weight_files(folder: Path) -> dict[Path, list[str]]:
     """The files that hold weights, and which weights each holds."""
     if (folder / INDEX).is_file():
         files: dict[Path, list[str]] = {}
-        for name, file in json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].items():
+        try:
+            weight_map = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise HubError(f"{folder / INDEX} cannot be read: {error!r}") from None
+        for name, file in weight_map.items():
             if Path(file).name != file:
                 raise HubError(f"{INDEX} points outside its folder: {file!r}")
             files.setdefault(folder / file, []).append(name)
@@ -107,11 +122,8 @@ def _weight_files(folder: Path) -> dict[Path, list[str]]:
         return files
     path = folder / SINGLE
     if path.is_file():
-        try:
-            with safe_open(path, framework="pt") as opened:
-                return {path: list(opened.keys())}
-        except Exception as error:  # safetensors raises its own type, which is not exported in every version
-            raise HubError(f"{path} cannot be read: {error}") from None
+        with _open(path) as opened:
+            return {path: list(opened.keys())}
     if (folder / "pytorch_model.bin").exists():
         raise HubError(
             f"{folder} holds pytorch_model.bin, a pickle, which can run code when opened and is refused; convert it with "
@@ -135,5 +147,3 @@ def _ignored(config: ModelConfig) -> set[str]:
 def _assign(network: torch.nn.Module, name: str, value: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(network.get_submodule(owner), leaf, torch.nn.Parameter(value))
-
-

@@ -1,6 +1,7 @@
 """A family's table of weights, read for one network: our name -> published name, role, layout."""
 
 from dataclasses import dataclass
+from functools import cache
 
 from model.config import ModelConfig, family
 
@@ -13,6 +14,7 @@ class Weight:
     transposed: bool  # published as I × O
 
 
+@cache  # asked once a parameter by role_of
 def weight_table(config: ModelConfig) -> dict[str, Weight]:
     """Every parameter that a network of this config may have, by our name."""
     table = {}

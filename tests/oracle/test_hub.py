@@ -118,3 +118,26 @@ def test_a_cut_file_is_named(folder):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(HubError, match=r"model\.safetensors cannot be read"):
         model.hub.load(folder)
+
+
+def test_a_tied_head_saved_apart_must_be_the_embedding(tmp_path):
+    network = randomized(tiny_config("gpt2"), dtype=torch.float32)
+    model.hub.save(network, tmp_path)
+    head = network.head.weight.detach().clone()
+    edit(tmp_path, lambda t: t.update({"lm_head.weight": head}))
+    assert same(network, model.hub.load(tmp_path))
+    edit(tmp_path, lambda t: t.update({"lm_head.weight": head + 1}))
+    with pytest.raises(HubError, match="differs from the embedding"):
+        model.hub.load(tmp_path)
+
+
+def test_a_broken_index_or_shard_is_named(folder):
+    index = folder / "model.safetensors.index.json"
+    for text in ("{", "{}", '{"weight_map": 3}'):
+        index.write_text(text)
+        with pytest.raises(HubError, match=r"index\.json cannot be read"):
+            model.hub.load(folder)
+    (folder / "part.safetensors").write_bytes(b"not safetensors")
+    index.write_text(json.dumps({"weight_map": {NAME: "part.safetensors"}}))
+    with pytest.raises(HubError, match=r"part\.safetensors cannot be read"):
+        model.hub.load(folder)

@@ -1,17 +1,20 @@
 """The default run, shortened, through the real command; its checkpoint opens in transformers with the same logits."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
 
 import model.hub
 from data.tokenizer import Tokenizer
+from eval.ngram import kneser_ney_bits
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -51,6 +54,19 @@ def test_it_learns(run):
     last = held_out[-1]
     assert last["bigram_bits_per_byte"] < last["unigram_bits_per_byte"] < last["bits_per_byte"] * 1.3
     assert last["perplexity"] == pytest.approx(torch.tensor(last["loss"]).exp().item(), rel=1e-4)
+
+
+def test_bits_per_byte_are_of_the_whole_held_out_text(run):
+    """Recomputed from the files: nats of all targets over the bytes of the documents, the baseline likewise."""
+    (index,) = (run[0].parent / "cache").glob("*/index.json")
+    held_out = json.loads(index.read_text())["splits"]["validation"]
+    rows = [json.loads(line) for line in (run[0] / "metrics.jsonl").read_text().splitlines()]
+    targets = held_out["tokens"] - held_out["documents"]
+    for row in (row for row in rows if row["split"] == "validation"):
+        assert row["bits_per_byte"] == pytest.approx(row["loss"] * targets / math.log(2) / held_out["bytes"], rel=1e-6)
+        train_ids, ids = (np.fromfile(index.parent / f"{name}.bin", "<u2") for name in ("train", "validation"))
+        bits = kneser_ney_bits(train_ids, ids, 2048, bos_id=1)
+        assert row["bigram_bits_per_byte"] == pytest.approx(bits / held_out["bytes"], rel=1e-12)
 
 
 def test_checkpoint_opens_in_transformers(run, parity):

@@ -10,6 +10,7 @@ import torch
 from model.config import ModelConfig
 from model.init import build
 from tests.runs import _halfway, finished, halfway, options, uninterrupted  # noqa: F401, fixtures
+from tests.texts import documents, stdlib_docs  # noqa: F401, fixtures
 
 ROWS = pytest.StashKey[list[tuple]]()
 

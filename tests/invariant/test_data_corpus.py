@@ -1,0 +1,123 @@
+"""The built-in corpus, and the duplicates that must not reach the validation split."""
+
+import hashlib
+import subprocess
+import sys
+
+import numpy as np
+
+from data.corpus import cut
+from data.dedup import deduplicate, find_covered, shared_shingles, shingles
+from data.files import Document
+from tests.texts import prose
+
+# --- corpus -----------------------------------------------------------------------------------------------------------
+
+
+def test_built_in_documentation(documents):
+    assert len(documents) > 500
+    assert 1_200_000 < sum(len(document.text.encode()) for document in documents) < 4_000_000
+    names = [document.name for document in documents]
+    assert len(set(names)) == len(names)
+    assert not [name for name in names if ".test" in name or "site-packages" in name]
+    text = {document.name: document.text for document in documents}
+    assert (
+        "JSONEncoder.encode(o)\n\nReturn a JSON string representation of a Python" in text["stdlib-docs:json.encoder"]
+    )
+    assert sum("topic " in name for name in names) > 50
+
+
+def test_built_in_corpus_imports_nothing():
+    names = ["antigravity", "this", "turtle", "pydoc_data.topics"]
+    code = (
+        "import sys; from data.corpus import stdlib_docs, stdlib_files;"
+        "paths = [p for p in stdlib_files() if p.stem in ('antigravity', 'this', 'turtle', 'topics')];"
+        "found = list(stdlib_docs(paths));"
+        f"print(len(found) > 50, set({names}) & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True set()\n"
+
+
+def test_cut_loses_nothing():
+    text = "".join(prose(n, 40) for n in range(50)) + "no end"
+    pieces = cut(Document("book", text), 1000)
+    assert len(pieces) > 8 and "".join(piece.text for piece in pieces) == text
+    assert max(len(piece.text) for piece in pieces) < 2000
+    unbroken = "line\n" * 5000
+    assert "".join(piece.text for piece in cut(Document("list", unbroken), 1000)) == unbroken
+    assert len(cut(Document("list", unbroken), 1000)) > 4
+
+
+# --- duplicates -------------------------------------------------------------------------------------------------------
+
+
+def test_exact_and_near_duplicates_go():
+    a, b, c = prose(1), prose(2), prose(3, 600)
+    texts = {
+        "a": a,
+        "b": b,
+        "c": c,
+        "A": "  " + a.upper(),
+        "in c": c[500:1200],
+        "a+b": a + b,
+        "near": c.replace("tan", "tann", 1),
+    }
+    kept, report = deduplicate([Document(name, text) for name, text in texts.items()])
+    assert report.exact == [("A", "a")]
+    gone = {name: (holder, share) for name, holder, share in report.near}
+    assert gone["in c"][0] in ("c", "near") and gone["in c"][1] > 0.9
+    assert {"a", "b"} <= set(gone), "they stand in a+b, and the longest stays"
+    assert ("c" in gone) != ("near" in gone)
+    assert [document.name for document in kept] == [name for name in texts if name not in gone and name != "A"]
+    assert [d.name for d in deduplicate([Document(n, t) for n, t in texts.items()], near=False)[0]] == [
+        n for n in texts if n != "A"
+    ]
+
+
+def test_text_put_together_from_several_is_found():
+    parts = [prose(n, 400) for n in range(4)]
+    patchwork = "".join(" ".join(part.split()[:60]) + " " for part in parts)
+    assert set(find_covered([*parts, patchwork])) == {4}
+    # The mutant: compared with one text at a time, no text holds half of it.
+    assert all(1 not in find_covered([part, patchwork]) for part in parts)
+
+
+def test_sampling_agrees_with_comparing_everything(monkeypatch):
+    texts = [prose(n, 2000) for n in range(6)]
+    texts += [texts[0][:6000], texts[1][:2000] + prose(99, 2000)]
+    everything = find_covered(texts)
+    monkeypatch.setattr("data.dedup.SAMPLE_ABOVE", 2000)
+    sampled = find_covered(texts)
+    assert set(sampled) == set(everything) == {6}
+
+
+def test_texts_without_words():
+    assert find_covered(["...", "", "!!"]) == {} and find_covered([]) == {}
+
+
+def leak(documents, rounds=12):
+    """Mean share of the validation split's distinct shingles that training has, over splits by several hashes."""
+    hashes = [np.unique(shingles(document.text, 8)) for document in documents]
+    ids = np.unique(np.concatenate(hashes), return_inverse=True)[1]
+    owner = np.repeat(np.arange(len(documents)), [len(h) for h in hashes])
+    shares = []
+    for salt in range(rounds):
+        digests = [hashlib.sha256(f"{salt}{document.text}".encode()).digest() for document in documents]
+        held = np.array([digest[0] < 13 for digest in digests])[owner]
+        seen = np.zeros(ids.max() + 1, dtype=bool)
+        seen[ids[~held]] = True
+        shares.append(seen[np.unique(ids[held])].mean())
+    return sum(shares) / rounds
+
+
+def test_validation_does_not_leak(documents):
+    kept, _ = deduplicate(documents)
+    after, before = leak(kept), leak(documents)  # 0.02 and 0.10 with Python 3.11
+    assert after < 0.04
+    assert before > 2 * after, "the mutant: nothing dropped"
+
+
+def test_default_validation_split_does_not_leak(stdlib_docs):
+    texts = [stdlib_docs.tokenizer.decode(getattr(stdlib_docs, name).ids) for name in ("validation", "train")]
+    assert shared_shingles(texts[:1], texts[1:]) < 0.1

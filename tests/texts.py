@@ -1,0 +1,28 @@
+"""Texts that tests of the data share: the built-in documentation, read and built once, and prose of no meaning."""
+
+import numpy as np
+import pytest
+
+from data.config import DataConfig
+from data.corpus import read_corpus
+from data.shards import prepare
+
+WORDS = [
+    f"{a}{b}" for a in ("ta", "ri", "mo", "ke", "su", "lan", "por", "vi") for b in ("n", "ro", "le", "st", "mi", "d")
+]
+
+
+def prose(seed, words=200):
+    draw = np.random.default_rng(seed)
+    return " ".join(draw.choice(WORDS, words)) + ".\n\n"
+
+
+@pytest.fixture(scope="session")
+def documents():
+    return list(read_corpus(DataConfig()))
+
+
+@pytest.fixture(scope="session")
+def stdlib_docs(tmp_path_factory):
+    """The default corpus, built once for all tests of this run."""
+    return prepare(DataConfig(cache=tmp_path_factory.mktemp("cache")))

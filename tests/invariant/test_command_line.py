@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -31,7 +32,9 @@ from train.config import TrainConfig, from_plain
 from train.evaluate import evaluate
 from train.log import read_metrics
 from train.objective import Objective
+from train.schedule import cosine
 from train.setup import open_batches, open_data, open_network
+from train.step import train_step
 
 HEAVY = ("torch", "numpy", "sentencepiece", "safetensors", "matplotlib", "triton")
 HELP = """
@@ -250,3 +253,24 @@ def test_every_recipe_is_a_run_that_could_start(recipe):
     config = train.__main__.read_recipe(recipe)
     config.check()
     assert config != type(config)() and ModelConfig.preset(config.network.preset)
+
+
+def test_a_step_gets_its_rate_its_clip_and_its_micro_batches(options, tmp_path):
+    given = []
+
+    def watched(objective, micro_batches, optimizers, **settings):
+        rates = [group["lr"] / group["base_lr"] for group in optimizers.param_groups]
+        given.append((rates, len(micro_batches), {len(batch["labels"]) for batch in micro_batches}, settings["max_norm"]))
+        return train_step(objective, micro_batches, optimizers, **settings)
+
+    run, steps = tmp_path / "run", 20
+    changes = {"steps": steps, "accumulate": 3, "clip": 0.25, "warmup": 0.2, "log-every": 1, "out": run}
+    with patch("train.loop.train_step", watched):
+        assert command(*options, *arguments(changes)).code == 0
+    factors = [cosine(step, warmup=4, total=steps) for step in range(steps)]
+    assert len(given) == steps
+    for (rates, *_), factor in zip(given, factors, strict=True):
+        assert rates == pytest.approx([factor] * len(rates))
+    assert all(rest == [3, {4}, 0.25] for _, *rest in given)
+    logged = [row["lr"] for row in read_metrics(run / "metrics.jsonl") if row["split"] == "train"]
+    assert logged == pytest.approx([8e-3 * factor for factor in factors])

@@ -253,3 +253,18 @@ def test_learned_positions_end():
     network = randomized(tiny_config("gpt2"))
     with pytest.raises(ConfigError, match="33 positions were asked of a network with context=32"):
         network(torch.zeros(1, 33, dtype=torch.long))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "reference"])
+@pytest.mark.parametrize(("field", "silent"), [("attention_dropout", "mlp"), ("dropout", "mlp"), ("dropout", "attention")])
+def test_each_dropout_acts_in_training_alone(field, silent, attention):
+    """In a block with one sublayer silenced, so that the other's dropout is seen by itself."""
+    network = randomized(tiny_config("gpt2", **{field: 0.3}), attention=attention)
+    block, plan = network.body.blocks[0], model.mask.Mask().plan(9, 9)
+    last = {"mlp": block.mlp.down, "attention": block.attention.out}[silent]
+    with torch.no_grad():
+        last.weight.zero_(), last.bias.zero_()
+    x = torch.randn(2, 9, 24, dtype=torch.float64)
+    assert torch.equal(block(x, plan, None), block(x, plan, None))
+    network.train()
+    assert not torch.equal(block(x, plan, None), block(x, plan, None))

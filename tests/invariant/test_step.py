@@ -122,3 +122,13 @@ def test_every_parameter_is_trained_and_decayed_by_role():
         assert sorted(names) == sorted(name for name, _ in network.named_parameters())
         kept = {n for group in optimizers.param_groups if group["weight_decay"] == 0 for n in group["names"]}
         assert kept == {n for n in names if "norm" in n or n.endswith("bias")}
+
+
+def test_forwards_run_under_autocast():
+    network, batch = randomized(tiny_config("llama"), dtype=torch.float32), uneven_batch()
+    seen = []
+    network.body.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    cast = partial(torch.autocast, "cpu", torch.bfloat16)
+    train_step(Objective(network), split(batch, 2), Recorder(network), autocast=cast)
+    evaluate(Objective(network), split(batch, 2), autocast=cast)
+    assert seen == [True] * 4

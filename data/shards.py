@@ -1,7 +1,11 @@
 """Corpus to shards: tokens in memory-mapped files, built once and reused while corpus and settings stay the same.
 
-A folder holds train.bin and validation.bin (the ids of `<s> document </s>` one after another, uint16 or uint32,
-little-endian, nothing else), tokenizer.model, and index.json, which is written last.
+A folder holds train.bin and validation.bin (ids, uint16 or uint32, little-endian, nothing else), the tokenizer's files,
+and index.json, which is written last. The ids are documents one after another, in one of two layouts:
+
+    bos document eos bos document eos          where the tokenizer has a token for each
+    bos document bos document bos              where one token is both (GPT-2's <|endoftext|>): the end of a document is
+                                               the beginning of the next, and one more ends the last
 """
 
 import hashlib
@@ -24,7 +28,8 @@ from data.config import DataConfig, DataError
 from data.corpus import cut, find_corpus, read_corpus
 from data.dedup import deduplicate
 from data.files import Document, ReadReport
-from data.tokenizer import BOS, EOS, FILE, Tokenizer, train_tokenizer, trainer_options
+from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer_training import train_tokenizer, trainer_options
 
 FORMAT = 1
 SPLITS = ("train", "validation")
@@ -33,13 +38,14 @@ LARGEST_PIECE = 1 << 14  # bytes, when a corpus of few documents is cut
 
 @dataclass(frozen=True)
 class Split:
-    """One file of ids. `bytes` counts the UTF-8 bytes of its text."""
+    """One file of ids. `bytes` counts the UTF-8 bytes of its text. `one_separator`: bos and eos are one id."""
 
     path: Path
     dtype: str
     tokens: int
     documents: int
     bytes: int
+    one_separator: bool = False
 
     @cached_property
     def ids(self) -> np.memmap:
@@ -47,8 +53,8 @@ class Split:
 
     @property
     def targets(self) -> int:
-        """Targets that count: every token but each document's <s>."""
-        return self.tokens - self.documents
+        """Targets that count: every token but each document's bos; but the first token, where bos ends documents too."""
+        return self.tokens - (1 if self.one_separator else self.documents)
 
 
 @dataclass(frozen=True)
@@ -71,27 +77,35 @@ def prepare(
     config: DataConfig,
     *,
     tokenizer: Tokenizer | None = None,
+    mask: bool = False,
     say: Callable[[str], None] = lambda line: None,
     progress: bool = False,
 ) -> Shards:
     """The shards of `config`, from its cache or built now. `tokenizer`: use it instead of training one.
 
+    `mask`: the tokenizer must have a mask token; one that is trained gets it.
     Raises DataError for bad input. Any number of processes may prepare the same corpus at once.
     """
-    key = cache_key(config, tokenizer)
+    if mask and tokenizer is not None and tokenizer.mask_id is None:
+        raise DataError(
+            f"masked-language modelling needs a mask token, and this tokenizer ({', '.join(tokenizer.files)}, "
+            f"{tokenizer.vocab_size} ids) has none. Start from a network that was trained with one, or from random "
+            "weights: a tokenizer with [MASK] is then trained"
+        )
+    key = cache_key(config, tokenizer, mask)
     folder = config.cache.expanduser() / key
     built = False
     for _ in range(3):  # another process may replace a damaged folder at the same time
         if folder.exists():
             try:
-                return open_shards(folder, built)
+                return open_shards(folder, built, tokenizer)
             except DamagedError as error:
                 say(f"cached shards {folder} are damaged ({error}): building them again")
         say(f"preparing {' '.join(config.corpus)}")
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{key}-", dir=folder.parent) as making:
-                build(Path(making, "shards"), config, key, tokenizer, say, progress)
+                build(Path(making, "shards"), config, key, tokenizer, mask, say, progress)
                 publish(Path(making, "shards"), folder)
         except OSError as error:
             raise DataError(f"{folder.parent}: {error.strerror}. Name another cache folder by --cache") from error
@@ -99,14 +113,14 @@ def prepare(
     raise DataError(f"{folder}: damaged again each time that it was built")
 
 
-def cache_key(config: DataConfig, tokenizer: Tokenizer | None) -> str:
+def cache_key(config: DataConfig, tokenizer: Tokenizer | None, mask: bool = False) -> str:
     """16 hex digits of a hash of all that decides what shards hold: files (path, size, time), settings, tokenizer."""
     files = []
     for name, paths in find_corpus(config):
         for path in paths:
             stat = path.stat()
             files.append((name, str(path.absolute()), stat.st_size, stat.st_mtime_ns))
-    made_by = tokenizer.sha256 if tokenizer else [sentencepiece.__version__, trainer_options(config.vocab_size)]
+    made_by = tokenizer.sha256 if tokenizer else [sentencepiece.__version__, trainer_options(config.vocab_size, mask)]
     settings = [config.text_key, config.on_bad_text, config.val_fraction, config.dedup, made_by]
     return hashlib.sha256(json.dumps([FORMAT, sys.version, settings, files]).encode()).hexdigest()[:16]
 
@@ -136,6 +150,7 @@ def build(
     config: DataConfig,
     key: str,
     tokenizer: Tokenizer | None,
+    mask: bool,
     say: Callable[[str], None],
     progress: bool,
 ) -> None:
@@ -159,8 +174,9 @@ def build(
     parts = split(kept, config.val_fraction)
     if tokenizer is None:
         say(f"training a tokenizer of {config.vocab_size:,} pieces on {len(parts['train']):,} documents")
-        tokenizer = train_tokenizer((document.text for document in parts["train"]), config.vocab_size)
-    tokenizer.save(folder)
+        tokenizer = train_tokenizer((document.text for document in parts["train"]), config.vocab_size, mask)
+    for name, content in tokenizer.files.items():
+        (folder / name).write_bytes(content)
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     index = {
         "format": FORMAT,
@@ -191,14 +207,23 @@ def build(
 def write_split(
     path: Path, documents: list[Document], tokenizer: Tokenizer, dtype: str, progress: bool
 ) -> dict[str, int]:
-    tokens = size = 0
+    one_separator = tokenizer.bos_id == tokenizer.eos_id
+    end = [] if one_separator else [tokenizer.eos_id]
+    tokens = count = size = 0
     with path.open("wb") as stream:
         for document in tqdm(documents, f"encoding {path.stem}", unit=" documents", disable=not progress, leave=False):
-            ids = [BOS, *tokenizer.encode(document.text), EOS]
+            ids = tokenizer.encode(document.text)
+            if not ids:  # nothing is left of it by a normalisation that drops control characters
+                continue
+            ids = [tokenizer.bos_id, *ids, *end]
             stream.write(np.array(ids, dtype=dtype).tobytes())
             tokens += len(ids)
+            count += 1
             size += len(document.text.encode())
-    return {"tokens": tokens, "documents": len(documents), "bytes": size}
+        if one_separator:
+            stream.write(np.array([tokenizer.eos_id], dtype=dtype).tobytes())
+            tokens += 1
+    return {"tokens": tokens, "documents": count, "bytes": size}
 
 
 def sync(path: Path) -> None:
@@ -233,23 +258,28 @@ def publish(making: Path, folder: Path) -> None:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def open_shards(folder: Path, built: bool) -> Shards:
-    """The shards in `folder`. Raises DamagedError for a missing file, a wrong size, another tokenizer."""
+def open_shards(folder: Path, built: bool, tokenizer: Tokenizer | None = None) -> Shards:
+    """The shards in `folder`. Raises DamagedError for a missing file, a wrong size, another tokenizer.
+
+    `tokenizer`: the one they were made with, where the caller has it; it may be padded to a network's vocabulary.
+    """
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         if index["format"] != FORMAT:
             raise DamagedError(f"index.json has format {index['format']}, this reads {FORMAT}")
+        tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
+        if tokenizer.sha256 != index["tokenizer_sha256"]:
+            raise DamagedError(f"{next(iter(tokenizer.files))} is not the one they were made with")
         dtype, splits = index["dtype"], {}
         for name in SPLITS:
             counts, path = index["splits"][name], folder / f"{name}.bin"
             expected, found = counts["tokens"] * np.dtype(dtype).itemsize, path.stat().st_size
             if expected != found:
                 raise DamagedError(f"{path.name} has {found} bytes, not {expected}")
-            splits[name] = Split(path, dtype, **counts)
-        model = (folder / FILE).read_bytes()
-        if hashlib.sha256(model).hexdigest() != index["tokenizer_sha256"]:
-            raise DamagedError(f"{FILE} is not the one they were made with")
-        return Shards(folder, Tokenizer(model), **splits, built=built, report=index["report"])
+            splits[name] = Split(path, dtype, **counts, one_separator=tokenizer.bos_id == tokenizer.eos_id)
+        return Shards(folder, tokenizer, **splits, built=built, report=index["report"])
+    except DataError as error:
+        raise DamagedError(str(error)) from error
     except OSError as error:
         raise DamagedError(f"{Path(error.filename or folder).name}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:

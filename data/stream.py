@@ -11,6 +11,8 @@ from torch import Tensor
 
 from data.config import DataError
 
+FILLER = -1  # no token: bos takes its place in a network's input, and nothing scores it
+
 
 class BlockStream:
     """Shuffled blocks of `context` + 1 tokens (each ends with the first token of the next: its last target).
@@ -56,16 +58,17 @@ class BlockStream:
         return torch.from_numpy(self.ids[index_BT1].astype(np.int64))
 
 
-def sequential(ids: np.ndarray, context: int, batch_size: int, bos_id: int = 1) -> Iterator[Tensor]:
+def sequential(ids: np.ndarray, context: int, batch_size: int, filler: int = FILLER) -> Iterator[Tensor]:
     """Blocks in order, int64 of (batch_size, context + 1), in which each of the N - 1 transitions comes exactly once.
 
-    The last block and the last batch are filled up with `bos_id`, so that all have one shape: a target that is bos is
-    never scored (data.clm). The scored targets are then N minus the number of documents.
+    The last block and the last batch are filled up with `filler`, so that all have one shape: it is never scored
+    (data.clm, data.mlm). The scored targets are then N minus the number of documents, or N - 1 where one id is both
+    bos and eos.
     """
     check_length(ids, 1, "validation")
     rows = -(-(len(ids) - 1) // context)
     for first in range(0, rows, batch_size):
-        block_BT1 = np.full((batch_size, context + 1), bos_id, dtype=np.int64)
+        block_BT1 = np.full((batch_size, context + 1), filler, dtype=np.int64)
         for row in range(min(batch_size, rows - first)):
             start = (first + row) * context
             part = ids[start : start + context + 1]

@@ -1,188 +1,162 @@
-"""SentencePiece BPE with byte fallback, made lossless: decode(encode(text)) == text for any UTF-8.
+"""One interface to every tokenizer, and the choice of its kind by the files of a folder.
 
-Source: Kudo and Richardson 2018, arXiv 1808.06226. What its library does to some text, and what is done about it here:
+    tokenizer.model, spiece.model          SentencePiece            data.tokenizer_sentencepiece
+    tokenizer.json                         any, by `tokenizers`     data.tokenizer_json
+    vocab.txt                              BERT's WordPiece         data.tokenizer_json
 
-    U+2581          stands for a space inside, and comes back as one    its three byte pieces are written directly
-    U+2585          a document that holds it is left out of training    kept from the trainer
-    <s> <unk> ...   as text, left out of training                       cut in two for the trainer
-    no space        in the trained text: one comes back as U+2581       the trainer is shown one
-    final newlines  stripped from what is trained on                    a NUL, which is not counted, is put behind them
-    long documents  above max_sentence_length left out in silence       cut far apart, and the limit raised
+The kinds are imported when a file asks for them: only tokenizer.json and vocab.txt need the library `tokenizers`.
 """
 
-import hashlib
-import io
-import re
-from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
 
 from data.config import DataError
 
-FILE = "tokenizer.model"
-SPACE = "\u2581"
-UNK, BOS, EOS = 0, 1, 2
-FIRST_PIECES = 3 + 256  # control, bytes
-LONGEST = 1 << 16  # characters; sentences of 2^20 took the trainer 80 s for 2 MB of two words, instead of 0.3
-COVERAGE = 0.9999  # of the text; the rarest characters are spelled in bytes
+SENTENCEPIECE, JSON, SPIECE, BPE, VOCAB = FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.txt",
+)
+SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json")  # which token has which role
 PROBE = " a  b\t\r\n\n c \u2581\u00e9e\u0301\uff21\U0001f600<s></s>\0"  # what a tokenizer that is not lossless changes
 
 
 class Tokenizer:
-    """Text to ids and back. Control ids (0 `<unk>`, 1 `<s>`, 2 `</s>`) are never made from text, and decode to nothing.
+    """Text to ids and back.
 
-    encode(a) + encode(b) decodes to a + b, though it need not equal encode(a + b).
+        encode(text)   ids without any control token; with specials=True the text of a control token is that token
+        decode(ids)    text; control ids are nothing
+        bytes_of       what each id stands for, in UTF-8; b"" for control ids
+        special_ids    ids that no text makes: control tokens, and what pads a vocabulary to a network's size
+        bos_id eos_id  begin and end a document; one and the same id where a tokenizer has no token that begins (GPT-2)
+        mask_id pad_id None where there is none
+        lossless       decode(encode(text)) == text, for any text; encode(a) + encode(b) then decodes to a + b
+        vocab_size     the network's, when it was given: larger by ids that stand for nothing
+        sha256         of all that decides ids
+        files          name -> content, byte for byte, of the files that it is made from
+
+    A tokenizer that is not lossless normalises (lower case, NFKC, one space for two, a space put in front).
+    `unknown_id`, where there is one, is what it gives for text that it cannot spell.
     """
 
-    bos_id = BOS
-    eos_id = EOS
+    def __init__(
+        self,
+        files: dict[str, bytes],
+        bytes_of: list[bytes],
+        *,
+        roles: dict[str, int | None],
+        control_ids: Iterable[int],
+        sha256: str,
+        vocab_size: int | None,
+    ):
+        own, asked = len(bytes_of), len(bytes_of) if vocab_size is None else vocab_size
+        if asked < own:
+            raise DataError(f"the tokenizer has {own} ids, more than the network's vocab_size={asked}")
+        self.files, self.sha256, self.vocab_size = files, sha256, asked
+        self.bytes_of = bytes_of + [b""] * (asked - own)
+        self.special_ids = frozenset(control_ids) | frozenset(range(own, asked))
+        eos = roles["bos"] if roles["eos"] is None else roles["eos"]
+        if eos is None:
+            raise DataError("no token of this tokenizer ends or begins a document (no </s>, [SEP], <|endoftext|> or the like)")
+        self.eos_id = eos
+        self.bos_id = eos if roles["bos"] is None else roles["bos"]
+        self.mask_id, self.pad_id, self.unknown_id = roles["mask"], roles["pad"], roles["unk"]
+        self.lossless = False  # until the kind knows
 
-    def __init__(self, model_bytes: bytes):
-        try:
-            self.processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
-        except RuntimeError as error:
-            raise DataError(f"not a SentencePiece model ({error})") from error
-        self.model_bytes = model_bytes
-        self.vocab_size = self.processor.vocab_size()
-        # What each id stands for, in UTF-8: text is put together from these, so that broken sequences stay visible.
-        self.bytes_of = [self._bytes_of(i) for i in range(self.vocab_size)]
-        self.space_ids = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-        ids = self.encode(PROBE)
-        if (self.processor.bos_id(), self.processor.eos_id()) != (BOS, EOS) or UNK in ids or self.decode(ids) != PROBE:
-            raise DataError(
-                "this SentencePiece model does not give back the text it is given, or its <s> and </s> are not 1, 2. "
-                "It needs byte fallback, identity normalisation and no dummy prefix, as train_tokenizer asks for"
-            )
-
-    def _bytes_of(self, i: int) -> bytes:
-        piece = self.processor.id_to_piece(i)
-        if self.processor.is_control(i) or self.processor.is_unknown(i):
-            return b""
-        return bytes([int(piece[3:5], 16)]) if self.processor.is_byte(i) else piece.replace(SPACE, " ").encode()
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Tokenizer":
-        """From a model file, or from a folder that holds tokenizer.model."""
-        path = Path(path)
-        path = path / FILE if path.is_dir() else path
-        try:
-            return cls(path.read_bytes())
-        except OSError as error:
-            raise DataError(f"{path}: no tokenizer can be read there ({error.strerror})") from error
-        except DataError as error:
-            raise DataError(f"{path}: {error}") from error
-
-    def save(self, folder: str | Path) -> None:
-        Path(folder, FILE).write_bytes(self.model_bytes)
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without <s> and </s>. A lone surrogate, which has no UTF-8, raises UnicodeEncodeError."""
-        first, *rest = text.split(SPACE)
-        try:
-            ids = self.processor.encode(first)
-            for part in rest:
-                ids += self.space_ids
-                ids += self.processor.encode(part)
-        except RuntimeError:
-            text.encode()  # says which character and where; the library says "unable to cast"
-            raise
-        return ids
+    def encode(self, text: str, *, specials: bool = False) -> list[int]:
+        """The ids of `text`. A lone surrogate, which has no UTF-8, raises UnicodeEncodeError."""
+        raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`. Bytes that are no UTF-8, such as half an emoji, become U+FFFD."""
-        return b"".join([self.bytes_of[i] for i in ids]).decode(errors="replace")
-
-    @cached_property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.model_bytes).hexdigest()
+        raise NotImplementedError
 
     @cached_property
     def piece_bytes(self) -> np.ndarray:
-        """int64 of (vocab_size,): bytes of text each id stands for. piece_bytes[encode(t)].sum() == len(t.encode())."""
+        """int64 of (vocab_size,): bytes of text each id stands for.
+
+        Of a lossless tokenizer piece_bytes[encode(t)].sum() == len(t.encode()), and bits per byte compare with those of
+        any other. Otherwise the sum counts the bytes of the text as the tokenizer normalised it: a space put in front
+        is one byte, an unknown token none, capitals and accents that it drops are not counted. Bits per byte are then
+        bits per byte of that text, which compares networks with this tokenizer, and others only roughly.
+        """
         return np.array([len(piece) for piece in self.bytes_of], dtype=np.int64)
 
+    def save(self, folder: str | Path) -> None:
+        """The files that `load_tokenizer` makes this tokenizer from, byte for byte as they came."""
+        for name, content in self.files.items():
+            Path(folder, name).write_bytes(content)
 
-def trainer_options(vocab_size: int) -> dict[str, object]:
-    """What SentencePiece's trainer is told, but for the text and its characters.
+    @staticmethod
+    def load(path: str | Path) -> "Tokenizer":
+        return load_tokenizer(path)
 
-    White space gets pieces of its own ("    ", "\\n\\n"), as text with indentation needs. Measured on the standard
-    library's documentation at 2,048 pieces: 3.19 bytes a token, 3.08 without, 2.97 when lines are fed one by one, which
-    loses the newlines. Pieces never join two words (3.28, and "s the" for a piece), nor a word and a newline (3.29).
+
+def load_tokenizer(path: str | Path, vocab_size: int | None = None) -> Tokenizer:
+    """The tokenizer of a folder, or of one of its files; `vocab_size` is the network's, which may be larger.
+
+    The first of FILES that is there decides, but that a tokenizer.model which is not lossless gives way to a
+    tokenizer.json: published networks were trained with the ids of the latter. Raises DataError, which names the file.
     """
-    return {
-        "model_type": "bpe",
-        "vocab_size": vocab_size,
-        "byte_fallback": True,
-        "normalization_rule_name": "identity",
-        "add_dummy_prefix": False,
-        "remove_extra_whitespaces": False,
-        "allow_whitespace_only_pieces": True,
-        "unk_id": UNK,
-        "bos_id": BOS,
-        "eos_id": EOS,
-        "pad_id": -1,
-        "character_coverage": 1.0,  # what is too rare is kept from the trainer (see rare)
-        "max_sentence_length": 2**30,
-        "num_threads": 1,  # the same text gives the same bytes
-        "minloglevel": 2,
-    }
-
-
-def feed(text: str) -> str:
-    """`text` as the trainer must get it, for every character but U+2581 and U+2585 to count (see above).
-
-    >>> feed("a<s>\\n")
-    'a<\\x00s>\\n\\x00'
-    """
-    text = re.sub("[\u2581\u2585]", "\0", text)
-    return re.sub(r"<(?=(?:/?s|unk|0x[0-9A-F]{2})>)", "<\0", text) + "\0"
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A tokenizer of exactly `vocab_size` ids, trained on the whole of `texts`.
-
-    Raises DataError when the text has too few distinct pieces to fill it, with the largest size that it fills.
-    """
-    sentences = [feed(text[i : i + LONGEST]) for text in texts for i in range(0, len(text), LONGEST)]
-    sentences.append(feed(" "))  # without a piece for the space, spaces would be spelled in the bytes of U+2581
-    spelled = dict.fromkeys(map(ord, rare(sentences, (vocab_size - FIRST_PIECES) // 2)), "\0")
-    sentences = [sentence.translate(spelled) for sentence in sentences] if spelled else sentences
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),
-            model_writer=model,
-            **trainer_options(vocab_size),
-        )
-    except RuntimeError as error:
-        largest = re.search(r"value <= (\d+)", str(error))
-        if largest is None:
-            raise DataError(f"no tokenizer of vocab_size={vocab_size} can be trained on this text ({error})") from error
+    path = Path(path)
+    if not path.is_dir():
+        return read_tokenizer(path, vocab_size)
+    found = [path / name for name in FILES if (path / name).is_file()]
+    if not found:
         raise DataError(
-            f"vocab_size={vocab_size} is more than this text can fill: it gives {largest[1]} pieces at most. "
-            f"Use --vocab-size {largest[1]}, or more text"
-        ) from error
-    return Tokenizer(model.getvalue())
+            f"{path}: no tokenizer can be read there: none of {', '.join(FILES)} exists. "
+            "(transformers' AutoTokenizer.from_pretrained(…).save_pretrained writes a tokenizer.json for most models)"
+        )
+    if found[0].name == BPE:
+        raise DataError(
+            f"{found[0]}: the models that carry it (XLM-RoBERTa, mBART, …) shift its ids, each in its own way, and only "
+            f"a {JSON} beside it says how. Save one with transformers; or name the file itself to read its own ids"
+        )
+    tokenizer = read_tokenizer(found[0], vocab_size)
+    if found[0].name == SENTENCEPIECE and not tokenizer.lossless and path / JSON in found:
+        return read_tokenizer(path / JSON, vocab_size)
+    return tokenizer
 
 
-def rare(sentences: list[str], most: int) -> set[str]:
-    """Characters that get no piece of their own: those beyond COVERAGE of the text, and all but the `most` frequent.
+def read_tokenizer(file: Path, vocab_size: int | None) -> Tokenizer:
+    """The tokenizer of one file, its kind told by the name."""
+    try:
+        content = file.read_bytes()
+        beside = {name: (file.parent / name).read_bytes() for name in SIDE_FILES if (file.parent / name).is_file()}
+        if file.suffix == ".model":
+            from data.tokenizer_sentencepiece import SentencePieceTokenizer
 
-    SentencePiece refuses a vocabulary that cannot hold every character it is shown, as a small one cannot for Chinese,
-    and its own character_coverage goes no lower than 0.98. Here characters never take more than half the vocabulary.
+            return SentencePieceTokenizer(content, vocab_size, name=file.name, beside=beside)
+        if file.suffix not in (".json", ".txt"):
+            raise DataError(f"not a tokenizer's file: read are {', '.join(FILES)}")
+        from data.tokenizer_json import JsonTokenizer
+
+        return JsonTokenizer({(JSON if file.suffix == ".json" else VOCAB): content} | beside, vocab_size)
+    except OSError as error:
+        raise DataError(f"{file}: no tokenizer can be read there ({error.strerror})") from error
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from error
+
+
+def first_id(ids: dict[str, int], names: Iterable[str]) -> int | None:
+    """The id of the first of `names` that there is.
+
+    >>> first_id({"[CLS]": 101, "<s>": 3}, ("<s>", "[CLS]"))
+    3
     """
-    counts: Counter[str] = Counter()
-    for sentence in sentences:
-        counts.update(sentence)
-    del counts["\0"], counts[" "]  # a space always has a piece
-    kept, left = set(), COVERAGE * counts.total()
-    for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[: max(most, 1)]:
-        if left <= 0:
-            break
-        kept.add(character)
-        left -= count
-    return counts.keys() - kept
+    return next((ids[name] for name in names if name in ids), None)
+
+
+# What control tokens are called where no file says which has which role. GPT-2's one token ends documents.
+WELL_KNOWN = {
+    "bos": ("<s>", "[CLS]"),
+    "eos": ("</s>", "[SEP]", "<|endoftext|>"),
+    "mask": ("[MASK]", "<mask>"),
+    "pad": ("[PAD]", "<pad>"),
+    "unk": ("[UNK]", "<unk>"),
+}

@@ -1,9 +1,17 @@
 """The network and its weights.
 
 Where to read first: `config` (what a network is made of), then bottom up, as a paper would introduce the parts:
-`norm` · `position` · `mask` · `attention` · `cache` · `mlp` · `block` · `decoder`, and what is done with them:
-`init` (first weights) · `hub` (folders in the Hugging Face layout) · `generate` (text out) · `families/` (one table per
-published family) · `python -m model` (the command line).
+
+    norm · position · rope · mask · attention · cache · mlp · block      the parts
+    stack · decoder · encoder · encoder_decoder                          the bodies
+    heads · network                                                      what is read off them, and the whole
+    families/ · weights                                                  one table per published family, and how it is read
+    init · safetensors_file · hub                                        first weights; folders in the Hugging Face layout
+    decoding · sampling · stopping · generate · beam · streaming         text out
+    fill                                                                 what a masked-language model reads into gaps
+    parameters · flops · activations · memory                            what a network costs, before it is built
+
+and `python -m model` is the command line: generate, fill, info.
 
 The legend of shapes. A tensor's name ends in the letters of its axes, in order, and they mean the same in every file:
 

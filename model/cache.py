@@ -1,5 +1,7 @@
 """Keys and values already computed, so that generation does not compute them again."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -23,9 +25,29 @@ class LayerCache:
         self.length = end
         return self.key_BGSK[:, :, :end], self.value_BGSK[:, :, :end]
 
+    def reorder(self, row_B: Tensor) -> None:
+        """Row b becomes what row row_B[b] was: a beam goes on from another one's past."""
+        self.key_BGSK[:, :, : self.length] = self.key_BGSK[row_B, :, : self.length]
+        self.value_BGSK[:, :, : self.length] = self.value_BGSK[row_B, :, : self.length]
+
+
+class CrossCache:
+    """One layer's keys and values of the encoder's output, computed when they are first asked for."""
+
+    def __init__(self):
+        self.keys_and_values: tuple[Tensor, Tensor] | None = None
+
+    def get(self, compute: Callable[[Tensor], tuple[Tensor, Tensor]], memory_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        if self.keys_and_values is None:
+            self.keys_and_values = compute(memory_BSD)
+        return self.keys_and_values
+
 
 class Cache:
-    """One `LayerCache` a layer. 2 · L · G · K numbers a position."""
+    """For each layer that generates a `LayerCache`, and a `CrossCache` where it looks at an encoder.
+
+    2 · L · G · K numbers a position and row. Beams of one text must stay together: `reorder` leaves the cross caches.
+    """
 
     def __init__(
         self,
@@ -36,9 +58,14 @@ class Cache:
         device: torch.device | str = "cpu",
     ):
         shape = (batch_size, config.kv_heads, capacity, config.head_width)
-        self.layers = [LayerCache(shape, dtype, device) for _ in config.layers]
+        self.layers = [LayerCache(shape, dtype, device) for _ in config.decoder_layers]
+        self.cross = [CrossCache() for _ in config.decoder_layers]
 
     @property
     def length(self) -> int:
         """How many positions are held."""
         return self.layers[0].length
+
+    def reorder(self, row_B: Tensor) -> None:
+        for layer in self.layers:
+            layer.reorder(row_B)

@@ -2,10 +2,11 @@
 
 import difflib
 import importlib
+import math
 from dataclasses import dataclass, fields, replace
 from types import ModuleType
 
-FAMILIES = ("gpt2", "llama")
+FAMILIES = ("bart", "bert", "gpt2", "llama", "mistral", "qwen2", "qwen3", "roberta", "roformer", "t5", "vaswani")
 
 
 class ConfigError(ValueError):
@@ -13,16 +14,45 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True)
+class Rope:
+    """Rotary positions: their base, and how they are stretched past the context that the network was trained with.
+
+    `kind` is a key of `model.rope.STRETCHES`, which holds the equations; the other fields are what these read.
+    """
+
+    base: float = 10000.0
+    kind: str = "plain"
+    factor: float = 1.0  # how many times longer
+    trained_context: int = 0  # what the network was first trained with (dynamic, yarn, llama3)
+    slow: float = 1.0  # turns over the trained context: below this many, all of the factor (llama3, yarn)
+    fast: float = 4.0  # above this many, none of it
+    magnitude: float | None = None  # of the turned vectors; None: 0.1 ln(factor) + 1 (yarn)
+    whole_pairs: bool = True  # the ramp between slow and fast begins and ends at a whole pair (yarn)
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """What one layer is; `ModelConfig.layers` yields one a layer, so that families may alternate kinds."""
 
     window: int | None = None  # attention reaches this many positions back, itself included; None: all of them
-    rope_base: float | None = None  # None: this layer does not rotate
+    rope: Rope | None = None  # None: this layer does not rotate
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """How a family publishes one head: the class that opens it in transformers, its parts, its weights' names."""
+
+    architecture: str | None = None  # None: transformers has no such class for the family
+    weights: tuple[tuple, ...] = ()  # rows as in a family's WEIGHTS
+    pool: str = "first"  # model.heads.POOLS: which position speaks for the sequence
+    dense: bool = False  # a further layer, tanh(x W + b), before the last
+    bias: bool = True  # of the last layer
+    prefix: str | None = None  # of the body's names, where this class differs from the family's PREFIX
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder's description in the field's own words; `families/` hold the published values.
+    """A network's description in the field's own words; `families/` hold the published values.
 
     >>> config = ModelConfig.preset("gpt2")
     >>> config.width, config.depth, config.heads, config.head_width
@@ -30,59 +60,105 @@ class ModelConfig:
     >>> ModelConfig.preset("gtp2")
     Traceback (most recent call last):
         ...
-    model.config.ConfigError: unknown preset 'gtp2'; nearest: gpt2; all: gpt2, gpt2-large, gpt2-medium, gpt2-xl, tiny
+    model.config.ConfigError: unknown preset 'gtp2'; nearest: gpt2; all: bart-base, ...
     """
 
     family: str
     vocab_size: int
     width: int
-    depth: int
+    depth: int  # layers; of the encoder, where there are two stacks
     heads: int
     kv_heads: int
     mlp_width: int
     context: int  # the longest sequence that the network is made for
     norm: str  # model.norm.NORMS
     norm_eps: float
-    position: str  # "learned" or "rope"
+    position: str  # "learned", "sinusoidal", "rope" or "relative"
     activation: str  # model.mlp.ACTIVATIONS
     mlp: str  # model.mlp.MLPS
     projection: str  # model.attention.PROJECTIONS: one matrix for q, k and v, or one each, as the family publishes them
-    attention_bias: bool
+    qkv_bias: bool
+    out_bias: bool
     mlp_bias: bool
     tie_embeddings: bool  # the head's matrix is the embedding
-    rope_base: float | None = None
+    architecture: str = "decoder"  # "encoder", "decoder" or "encoder-decoder"
+    decoder_depth: int | None = None  # layers of the second stack, of an encoder-decoder alone
+    norm_first: bool = True  # normalize before each sublayer and once at the end, or after each sum
+    embedding_norm: bool = False
+    scale_embedding: bool = False  # by √D
+    scale_head: bool = False  # what the head reads, by 1/√D
+    score_scale: float | None = None  # of q kᵀ; None: 1/√K
+    qk_norm: bool = False  # RMSNorm of each head of q and k, before they turn
+    free_head_width: int | None = None  # K, where it is not width / heads
+    position_offset: int = 0  # rows of the position table that stand before position 0
+    token_types: int = 0  # kinds of segment that have an embedding
+    relative_buckets: int = 32
+    relative_distance: int = 128  # from here on all distances share a bucket
+    rope: Rope | None = None
+    windows: tuple[int | None, ...] = (None,)  # of the layers, in turn
+    head: str = "lm"  # model.heads.HEADS
+    labels: int = 2  # of a classifying head; 1: regression
     dropout: float = 0.0  # of the embedding and of what each sublayer adds
     attention_dropout: float = 0.0  # of the attention weights
+    mlp_dropout: float = 0.0  # inside the feed-forward sublayer
+    output_dropout: float = 0.0  # of what a stack returns
+    init: str = "depth_scaled"  # model.init.INITS
     init_std: float = 0.02
     bos_id: int | None = None
     eos_id: int | None = None
+    stop_ids: tuple[int, ...] = ()  # further ids that end a generated text
     pad_id: int | None = None
+    decoder_start_id: int | None = None  # what an encoder-decoder's output begins with
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "width", "depth", "heads", "kv_heads", "mlp_width", "context"):
+        for name in ("vocab_size", "width", "depth", "heads", "kv_heads", "mlp_width", "context", "labels"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.width % self.heads:
+        if self.free_head_width is None and self.width % self.heads:
             raise ConfigError(f"width={self.width} is not divisible by heads={self.heads}")
         if self.heads % self.kv_heads:
             raise ConfigError(f"heads={self.heads} is not divisible by kv_heads={self.kv_heads}")
         if self.projection == "fused" and self.kv_heads != self.heads:
             raise ConfigError(f"one fused projection has kv_heads={self.kv_heads} equal to heads={self.heads}")
+        if (self.position == "rope") != (self.rope is not None):
+            raise ConfigError(f"position={self.position!r} does not go with rope={self.rope}")
         if self.position == "rope" and self.head_width % 2:
-            raise ConfigError(f"RoPE turns pairs: head_width={self.head_width} (width / heads) must be even")
-        if (self.position == "rope") != (self.rope_base is not None):
-            raise ConfigError(f"position={self.position!r} does not go with rope_base={self.rope_base}")
-        for name in ("dropout", "attention_dropout"):
+            raise ConfigError(f"RoPE turns pairs: head_width={self.head_width} must be even")
+        if self.position == "sinusoidal" and self.width % 2:
+            raise ConfigError(f"sinusoidal positions come in pairs: width={self.width} must be even")
+        if (self.decoder_depth is not None) != (self.architecture == "encoder-decoder"):
+            raise ConfigError(f"architecture={self.architecture!r} does not go with decoder_depth={self.decoder_depth}")
+        if self.decoder_depth is not None and self.decoder_depth < 1:
+            raise ConfigError(f"decoder_depth={self.decoder_depth} must be at least 1")
+        if not self.windows or any(window is not None and window < 1 for window in self.windows):
+            raise ConfigError(f"windows={self.windows}: each is at least 1, or None for no limit")
+        for name in ("dropout", "attention_dropout", "mlp_dropout", "output_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is not in [0, 1)")
 
     @property
     def head_width(self) -> int:
-        return self.width // self.heads
+        return self.free_head_width or self.width // self.heads
 
     @property
     def layers(self) -> tuple[LayerSpec, ...]:
-        return (LayerSpec(rope_base=self.rope_base),) * self.depth
+        return self._layers(self.depth)
+
+    @property
+    def decoder_layers(self) -> tuple[LayerSpec, ...]:
+        """The layers that generate: of an encoder-decoder the second stack's."""
+        return self._layers(self.depth if self.decoder_depth is None else self.decoder_depth)
+
+    def _layers(self, depth: int) -> tuple[LayerSpec, ...]:
+        return tuple(LayerSpec(self.windows[i % len(self.windows)], self.rope) for i in range(depth))
+
+    @property
+    def embedding_scale(self) -> float:
+        return math.sqrt(self.width) if self.scale_embedding else 1.0
+
+    @property
+    def head_scale(self) -> float:
+        return 1 / math.sqrt(self.width) if self.scale_head else 1.0
 
     def replace(self, **changes) -> "ModelConfig":
         """A copy with other values; an unknown name is an error that lists the fields."""

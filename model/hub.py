@@ -4,19 +4,25 @@ The network only; a tokenizer's files beside it belong to `data.tokenizer`. Noth
 """
 
 import json
+import warnings
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from model.config import ModelConfig, family
-from model.decoder import LanguageModel
-from model.weights import weight_table
+from model.init import initialize
+from model.network import Network
+from model.rope import interleaved_to_halves
+from model.safetensors_file import WeightFile, WeightFileError
+from model.weights import Weight, head_spec, published_constants, published_names, published_shape, to_published, weight_table
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+CLASSIFIERS = ("sequence", "token")  # heads with a number of labels
 
 
 class HubError(ValueError):
@@ -24,7 +30,7 @@ class HubError(ValueError):
 
 
 def read_config(folder: str | Path) -> ModelConfig:
-    """`config.json` -> ModelConfig, by its `model_type`."""
+    """`config.json` -> ModelConfig, by its `model_type`; the head by its `architectures`."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise HubError(f"{folder} is not a model folder: it holds no config.json")
@@ -32,99 +38,205 @@ def read_config(folder: str | Path) -> ModelConfig:
         published = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise HubError(f"{path} is not JSON: {error}") from None
-    if "model_type" not in published:
+    if not isinstance(published, dict) or "model_type" not in published:
         raise HubError(f"{path} names no model_type")
     try:
-        return ModelConfig(**family(published["model_type"]).read_config(published))
-    except ValueError as error:
-        raise HubError(f"{path}: {error}") from None
+        rules = family(published["model_type"])
+        values = rules.read_config(published) | {"head": _read_head(published, rules.HEADS)}
+        if values["head"] in CLASSIFIERS:
+            values["labels"] = int(published.get("num_labels") or len(published.get("id2label") or ()) or 2)
+        return ModelConfig(**values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise HubError(f"{path}: {error if isinstance(error, ValueError) else repr(error)}") from None
 
 
-def save(network: LanguageModel, folder: str | Path) -> None:
-    """Write `config.json` and `model.safetensors` with the published names and layouts; a tied weight is written once."""
+def _read_head(published: dict, heads: dict) -> str:
+    """`head`, which we write where no class of transformers says it; else the architecture; else the family's first."""
+    if "head" in published:
+        return published["head"]
+    names = published.get("architectures") or [next(iter(heads.values())).architecture]
+    for head, spec in heads.items():
+        if spec.architecture == names[0]:
+            return head
+    known = ", ".join(dict.fromkeys(spec.architecture for spec in heads.values() if spec.architecture))
+    raise ValueError(f"the architecture {names[0]!r} is not supported; supported: {known}")
+
+
+def write_config(network: Network, folder: str | Path) -> None:
+    """`config.json` as the family publishes it, with the class that opens it in transformers where there is one."""
+    config = network.config
+    rules, architecture = family(config.family), head_spec(config).architecture
+    head = {"model_type": rules.MODEL_TYPE, "dtype": str(next(network.parameters()).dtype).removeprefix("torch.")}
+    head |= {"architectures": [architecture]} if architecture and config.head != "none" else {"head": config.head}
+    if config.head == "none":
+        head["architectures"] = [architecture] if architecture else []
+    if config.head in CLASSIFIERS:
+        head["id2label"] = {str(label): f"LABEL_{label}" for label in range(config.labels)}
+        head["label2id"] = {f"LABEL_{label}": label for label in range(config.labels)}
+        head |= {"problem_type": "regression"} if config.labels == 1 else {}
+    text = json.dumps(head | rules.write_config(config), indent=2)
+    Path(folder, "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def save(network: Network, folder: str | Path, *, shard_bytes: int = 5_000_000_000) -> None:
+    """Write `config.json` and the weights with the published names and layouts; a tied weight is written once.
+
+    More than `shard_bytes` are spread over several files with an index, as transformers does.
+    """
     folder, config = Path(folder), network.config
     folder.mkdir(parents=True, exist_ok=True)
-    table, tensors = weight_table(config), {}
+    write_config(network, folder)
+    table, shards, sizes = weight_table(config), [{}], [0]
     for name, parameter in network.named_parameters():
-        row, value = table[name], parameter.detach()
-        tensors[row.published] = (value.T if row.transposed else value).contiguous().cpu()
-    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
-    rules = family(config.family)
-    dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
-    head = {"architectures": [rules.ARCHITECTURE], "model_type": rules.MODEL_TYPE, "dtype": dtype}
-    text = json.dumps(head | rules.write_config(config), indent=2)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        size = parameter.numel() * parameter.element_size()
+        if shards[-1] and sizes[-1] + size > shard_bytes:
+            shards.append({})
+            sizes.append(0)
+        shards[-1][table[name].published] = (table[name], parameter.detach())
+        sizes[-1] += size
+    total = len(shards)
+    files = [SINGLE] if total == 1 else [f"model-{n + 1:05}-of-{total:05}.safetensors" for n in range(total)]
+    for file, shard in zip(files, shards, strict=True):
+        tensors = {name: to_published(row, value, config).contiguous().cpu() for name, (row, value) in shard.items()}
+        if shard is shards[0]:
+            tensors |= published_constants(config)
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    (folder / INDEX).unlink(missing_ok=True)
+    if total > 1:
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        weight_map |= dict.fromkeys(published_constants(config), files[0])
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()
-def load(folder: str | Path, *, dtype: torch.dtype | None = None, device="cpu", attention: str = "sdpa") -> LanguageModel:
+def load(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    attention: str = "sdpa",
+    head: str | None = None,
+    labels: int | None = None,
+    seed: int = 0,
+) -> Network:
     """Read a folder into a new network, in the folder's dtype unless one is given.
 
-    Every weight must be there, with its shape, and nothing else: what is missing, left over or misshapen is an error.
+    The network is made on the meta device; each weight is read from its place in the file into its own new memory, so
+    that nothing is held twice. Every weight must be there, with its shape, and nothing else: what is missing, left over
+    or misshapen is an error. Weights of another head that the family knows are passed over with a warning.
+
+    head: another one than the folder's (`model.heads.HEADS`), with `labels` classes; those of its weights that the folder
+    does not hold in this shape are then new, from `seed`.
     """
     folder = Path(folder)
-    config = read_config(folder)
-    files = _weight_files(folder)
-    table = {row.published: row for row in weight_table(config).values()}
+    own = read_config(folder)
+    changes = {"head": head, "labels": labels}
+    config = own.replace(**{name: value for name, value in changes.items() if value is not None})
+    asked = (config.head, config.labels) != (own.head, own.labels)
     with torch.device("meta"):
-        network = LanguageModel(config, attention)
-    parameters, filled, spare = dict(network.named_parameters()), set(), {}
-    for path, names in files.items():
-        with _open(path) as opened:
-            for published in names:
-                row = table.get(_canonical(published, config))
-                if row is None or (row.name not in parameters and row.role != "head"):
-                    if published in _ignored(config):
-                        continue
-                    raise HubError(f"{path.name} holds {published!r}, which {config.family} of this config has no place for")
-                if row.name not in parameters:  # a tied head that was saved all the same
-                    spare[published] = opened.get_tensor(published)
-                    continue
-                value = opened.get_tensor(published)
-                value = value.T if row.transposed else value
-                expected = tuple(parameters[row.name].shape)
-                if tuple(value.shape) != expected:
-                    raise HubError(f"{published!r} has shape {tuple(value.shape)}, {row.name} expects {expected}")
-                _assign(network, row.name, value.to(device=device, dtype=dtype or value.dtype).contiguous())
-                filled.add(row.name)
-    if missing := sorted(set(parameters) - filled):
-        published = [weight_table(config)[name].published for name in missing]
-        raise HubError(f"{folder} lacks {len(missing)} weights: {', '.join(published[:5])}")
-    network.tie_weights()
-    for published, value in spare.items():
-        if not torch.equal(network.body.embedding.weight, value.to(network.body.embedding.weight)):
-            raise HubError(f"{published!r} differs from the embedding, though config.json says that the two are tied")
+        network = Network(config, attention)
+    parameters, table = dict(network.named_parameters()), weight_table(config)
+    try:
+        with ExitStack() as opened:
+            files = {path: opened.enter_context(WeightFile(path)) for path in _weight_files(folder)}
+            found = _match(files, config, parameters, asked=asked)
+            missing = sorted(set(parameters) - set(found.sources))
+            if any(not (asked and name.startswith("head.")) for name in missing):
+                names = ", ".join(table[name].published for name in missing[:5])
+                raise HubError(f"{folder} lacks {len(missing)} weights: {names}")
+            for name, empty in parameters.items():
+                if name in missing:
+                    wanted = dtype or network.body.embedding.weight.dtype
+                    parameter = torch.empty(empty.shape, dtype=wanted, device=device)
+                else:
+                    path, published = found.sources[name]
+                    parameter = _read(files[path], published, table[name], empty, config, dtype, device)
+                _assign(network, name, parameter, empty.requires_grad)
+            network.tie_weights()
+            named = dict(network.named_parameters())
+            for path, published, name in found.copies:
+                if not files[path].holds(published, named[name]):
+                    original = table[name].published
+                    raise HubError(f"{published!r} differs from {original!r}, though config.json says that the two are tied")
+    except WeightFileError as error:
+        raise HubError(str(error)) from None
+    initialize(network, seed, names=missing)
+    if found.other_heads and not asked:
+        names = ", ".join(found.other_heads[:5]) + (" …" if len(found.other_heads) > 5 else "")
+        warnings.warn(f"{folder}: left out of a network with the head {config.head!r}: {names}", stacklevel=2)
     return network
 
 
-def _open(path: Path):
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise HubError(f"{path} cannot be read: {error}") from None
+@dataclass
+class Found:
+    """Where each of our weights stands in the files."""
+
+    sources: dict[str, tuple[Path, str]] = field(default_factory=dict)  # our name -> file, its name there
+    copies: list[tuple[Path, str, str]] = field(default_factory=list)  # file, name there, our name of what it repeats
+    other_heads: list[str] = field(default_factory=list)
 
 
-def _weight_files(folder: Path) -> dict[Path, list[str]]:
-    """The files that hold weights, and which weights each holds."""
+def _match(files: dict[Path, WeightFile], config: ModelConfig, parameters: dict[str, Tensor], *, asked: bool) -> Found:
+    """Find the row of every tensor in the files; what has none raises, naming it. `asked`: the head is not the folder's."""
+    names, heads, found, copies = published_names(config), published_names(config, heads=True), Found(), []
+    for path, file in files.items():
+        for published in file.names:
+            spelled = names.canonical(published)
+            name = names.rows.get(spelled)
+            if name in parameters:
+                there = published_shape(weight_table(config)[name], tuple(parameters[name].shape))
+                if asked and name.startswith("head.") and file.shape(published) != there:
+                    continue  # such as a classifier of another number of labels
+                if name in found.sources:
+                    raise HubError(f"{path.name}: {published!r} and {found.sources[name][1]!r} are both {name}")
+                found.sources[name] = (path, published)
+            elif spelled in names.aliases:
+                copies.append((path, published, names.rows[names.aliases[spelled]]))
+            elif heads.knows(published):
+                found.other_heads.append(published)
+            elif spelled not in names.ignored:
+                raise HubError(f"{path.name} holds {published!r}, which {config.family} of this config has no place for")
+    for path, published, name in copies:  # a file may hold a tied weight under any of its names
+        if name not in found.sources:
+            found.sources[name] = (path, published)
+        else:
+            found.copies.append((path, published, name))
+    return found
+
+
+def _read(
+    file: WeightFile, published: str, row: Weight, empty: Tensor, config: ModelConfig, dtype: torch.dtype | None, device
+) -> Tensor:
+    """One weight from its place in the file, in our layout."""
+    shape, there = tuple(empty.shape), published_shape(row, tuple(empty.shape))
+    if file.shape(published) != there:
+        raise HubError(f"{file.path.name}: {published!r} has shape {file.shape(published)}, {row.name} expects {there}")
+    dtype = dtype or file.dtype(published)
+    if row.layout == "wide" and dtype == torch.float16:
+        dtype = torch.float32
+    out = torch.empty(shape, dtype=dtype, device=device)
+    file.read(published, out[None] if row.layout == "row" else out, transposed=row.layout == "transposed")
+    return interleaved_to_halves(out, config.head_width) if row.layout == "interleaved" else out
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that hold weights: those that the index names, or the one."""
     if (folder / INDEX).is_file():
-        files: dict[Path, list[str]] = {}
         try:
             weight_map = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+            names = sorted({str(file) for file in weight_map.values()})
         except (ValueError, KeyError, TypeError) as error:
             raise HubError(f"{folder / INDEX} cannot be read: {error!r}") from None
-        for name, file in weight_map.items():
-            if Path(file).name != file:
-                raise HubError(f"{INDEX} points outside its folder: {file!r}")
-            files.setdefault(folder / file, []).append(name)
-        for path in files:
-            if not path.is_file():
-                raise HubError(f"{INDEX} names {path.name}, which is not there")
-        return files
-    path = folder / SINGLE
-    if path.is_file():
-        with _open(path) as opened:
-            return {path: list(opened.keys())}
-    if (folder / "pytorch_model.bin").exists():
+        for name in names:
+            if Path(name).name != name:
+                raise HubError(f"{INDEX} points outside its folder: {name!r}")
+            if not (folder / name).is_file():
+                raise HubError(f"{INDEX} names {name}, which is not there")
+        return [folder / name for name in names]
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if sorted(folder.glob("pytorch_model*.bin")):
         raise HubError(
             f"{folder} holds pytorch_model.bin, a pickle, which can run code when opened and is refused; convert it with "
             "transformers' save_pretrained(folder, safe_serialization=True) in a place that you trust"
@@ -132,18 +244,7 @@ def _weight_files(folder: Path) -> dict[Path, list[str]]:
     raise HubError(f"{folder} holds neither {SINGLE} nor {INDEX}")
 
 
-def _canonical(published: str, config: ModelConfig) -> str:
-    """A file that was saved from the body alone names its weights without the family's prefix."""
-    prefix = family(config.family).PREFIX
-    return published if published.startswith((prefix, "lm_head.")) else prefix + published
-
-
-def _ignored(config: ModelConfig) -> set[str]:
-    rules = family(config.family)
-    names = {name.format(layer=layer) for name in rules.IGNORED for layer in range(config.depth)}
-    return names | {name.removeprefix(rules.PREFIX) for name in names}
-
-
-def _assign(network: torch.nn.Module, name: str, value: Tensor) -> None:
+def _assign(network: torch.nn.Module, name: str, value: Tensor, requires_grad: bool) -> None:
     owner, _, leaf = name.rpartition(".")
-    setattr(network.get_submodule(owner), leaf, torch.nn.Parameter(value))
+    setattr(network.get_submodule(owner), leaf, torch.nn.Parameter(value, requires_grad=requires_grad))
+

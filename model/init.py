@@ -2,45 +2,82 @@
 
 import hashlib
 import math
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.decoder import LanguageModel
+from model.network import Network
 from model.weights import weight_table
 
 # What these matrices produce is added to the residual stream, 2 L times in all.
 _RESIDUAL = ("attention.out.weight", "mlp.down.weight")
 
 
-def initial_value(config: ModelConfig, name: str, role: str, shape: torch.Size, seed: int) -> Tensor:
-    """norms 1, biases 0, all else N(0, std²); std shrinks by √(2L) for what is added to the residual stream.
+def depth_scaled(config: ModelConfig, name: str, role: str, shape: torch.Size) -> float:
+    """init_std, smaller by √(2L) for what is added to the residual stream. Source: Radford et al. 2019, section 2.3."""
+    return config.init_std / (math.sqrt(2 * config.depth) if name.endswith(_RESIDUAL) else 1)
 
-    Source: Radford et al. 2019, section 2.3. Drawn on the CPU in float32, so that it is the same on every device.
+
+def same(config: ModelConfig, name: str, role: str, shape: torch.Size) -> float:
+    """init_std everywhere. Source: Devlin et al. 2018, its published code."""
+    return config.init_std
+
+
+def fan_in(config: ModelConfig, name: str, role: str, shape: torch.Size) -> float:
+    """T5: 1/√(in features) · init_std, q smaller by √K because its scores are not scaled, embeddings init_std itself.
+
+    Source: Raffel et al. 2020, its published code (Mesh TensorFlow).
+    """
+    if role == "embedding" or name == "head.weight":
+        return config.init_std
+    if role == "position":  # the relative bias
+        return config.init_std / math.sqrt(config.width)
+    return config.init_std / math.sqrt(shape[1] * (config.head_width if "query" in name else 1))
+
+
+def xavier(config: ModelConfig, name: str, role: str, shape: torch.Size) -> float:
+    """√(2 / (in + out)) (Glorot and Bengio 2010); embeddings 1/√D, which the scale √D then makes 1."""
+    return config.width**-0.5 if role in ("embedding", "position") else math.sqrt(2 / (shape[0] + shape[1]))
+
+
+INITS: dict[str, Callable[[ModelConfig, str, str, torch.Size], float]] = {
+    "depth_scaled": depth_scaled,
+    "same": same,
+    "fan_in": fan_in,
+    "xavier": xavier,
+}
+
+
+def initial_value(config: ModelConfig, name: str, role: str, shape: torch.Size, seed: int) -> Tensor:
+    """norms 1, biases 0, all else N(0, std²) with std by `INITS[config.init]`.
+
+    Drawn on the CPU in float32, so that it is the same on every device.
     """
     if role == "bias":
         return torch.zeros(shape)
     if role == "norm":
         return torch.ones(shape)
-    std = config.init_std / (math.sqrt(2 * config.depth) if name.endswith(_RESIDUAL) else 1)
+    std = INITS[config.init](config, name, role, shape)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
 @torch.no_grad()
-def initialize(network: nn.Module, seed: int) -> None:
-    """Fill every parameter of a network in place."""
+def initialize(network: nn.Module, seed: int, *, names: Collection[str] | None = None) -> None:
+    """Fill every parameter of a network in place, or those of the given names."""
     table = weight_table(network.config)
     for name, parameter in network.named_parameters():  # a tied parameter comes once, under its first name
-        parameter.copy_(initial_value(network.config, name, table[name].role, parameter.shape, seed))
+        if names is None or name in names:
+            parameter.copy_(initial_value(network.config, name, table[name].role, parameter.shape, seed))
 
 
-def build(config: ModelConfig, *, seed: int, device="cpu", dtype=torch.float32, attention: str = "sdpa") -> LanguageModel:
+def build(config: ModelConfig, *, seed: int, device="cpu", dtype=torch.float32, attention: str = "sdpa") -> Network:
     """A new network: made without memory on the meta device, then filled."""
     with torch.device("meta"):
-        network = LanguageModel(config, attention)
+        network = Network(config, attention)
     network.to(dtype).to_empty(device=device).tie_weights()
     initialize(network, seed)
     return network

@@ -11,10 +11,12 @@ from torch import Tensor
 
 
 class Plan(NamedTuple):
-    """What scaled-dot-product attention is told: a flag, or a dense table, or neither (all keys allowed)."""
+    """What scaled-dot-product attention is told: a flag, or a dense table, or neither (all keys allowed); and what it
+    adds to the scores, if anything."""
 
     causal: bool
     allowed_B1TS: Tensor | None
+    bias_1HTS: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,10 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm_reference` by torch's own operator (fused on a GPU)."""
+    """`rms_norm_reference` by torch's own operator (fused on a GPU); the result has the weight's dtype.
+
+    (A residual stream that is wider than the weights, as T5's in float16, is narrowed here.)
+    """
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -48,7 +51,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if x.dtype == self.weight.dtype:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, None, self.eps).to(self.weight.dtype) * self.weight
 
 
 NORMS = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}

@@ -1,7 +1,14 @@
-"""Where a token stands: positions from the mask, and rotary embedding of queries and keys."""
+"""Where a token stands: positions from the mask, and what is added for them to embeddings or to attention scores.
+
+Rotary positions, which turn queries and keys instead, are in `model.rope`.
+"""
+
+import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from model.config import ModelConfig
 
 
 def positions_from_mask(attention_mask_BS: Tensor) -> Tensor:
@@ -15,25 +22,81 @@ def positions_from_mask(attention_mask_BS: Tensor) -> Tensor:
     return (attention_mask_BS.long().cumsum(-1) - 1).clamp_min(0)
 
 
-def rope_tables(position_BT: Tensor, head_width: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos(p f_i) and sin(p f_i) with f_i = base^(-2i / K), i = 0 … K/2 - 1, each of shape B1TK', K' = K/2.
+class Learned(nn.Embedding):
+    """A vector for each position: row `position_offset` of the table is position 0 (RoBERTa and BART begin at 2)."""
 
-    The phases are float32 (float64 for a float64 network) and only the result is cast: bfloat16 phases are off by
-    0.8 rad at position 4095. transformers takes them in float32 always.
-    Source: Su et al. 2021, arXiv 2104.09864, section 3.2.2.
+    def __init__(self, config: ModelConfig):
+        super().__init__(config.context + config.position_offset, config.width)
+        self.offset = config.position_offset
+
+    def forward(self, position_BT: Tensor) -> Tensor:
+        return super().forward(position_BT + self.offset)
+
+
+def sinusoid(position_BT: Tensor, width: int) -> Tensor:
+    """PE(p, 2i) = sin(p / 10000^(2i / D)), PE(p, 2i + 1) = cos of the same; float64, to be cast where it is added.
+
+    Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.5.
     """
-    wide = torch.promote_types(dtype, torch.float32)
-    exponent = torch.arange(0, head_width, 2, dtype=wide, device=position_BT.device) / head_width
-    phase_B1TK = (position_BT.to(wide)[..., None] * (1.0 / base**exponent))[:, None]
-    return phase_B1TK.cos().to(dtype), phase_B1TK.sin().to(dtype)
+    exponent = torch.arange(0, width, 2, dtype=torch.float64, device=position_BT.device) / width
+    phase_BTD = position_BT.double()[..., None] / 10000.0**exponent
+    return torch.stack((phase_BTD.sin(), phase_BTD.cos()), dim=-1).flatten(-2)
 
 
-def rotate(x_BHTK: Tensor, cos_B1TK: Tensor, sin_B1TK: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + K/2}) by its phase.
+class Sinusoidal(nn.Module):
+    """`sinusoid` as a part without parameters."""
 
-    The pairs are the two halves of the head, as in GPT-NeoX and transformers; the paper (and Meta's own LLaMA
-    weights) pair neighbours (x_2i, x_2i+1). The two differ by a permutation of the rows of the q and k matrices,
-    which a converted checkpoint already carries.
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.width = config.width
+
+    def forward(self, position_BT: Tensor) -> Tensor:
+        return sinusoid(position_BT, self.width)
+
+
+def nothing(config: ModelConfig) -> None:
+    """For families that tell positions elsewhere: rotary ones in attention, relative ones in its scores."""
+
+
+POSITIONS = {"learned": Learned, "sinusoidal": Sinusoidal, "rope": nothing, "relative": nothing}
+
+
+def relative_bucket(distance: Tensor, buckets: int, farthest: int, both_ways: bool) -> Tensor:
+    """The bucket of distance = key - query: near ones have one each, far ones share, in steps of equal ratio.
+
+    With n buckets and e = n / 2 exact ones, -distance = d < e has bucket d; above that
+    bucket = e + floor(ln(d / e) / ln(farthest / e) · (n - e)), at most n - 1. Where keys may stand after the query, each
+    direction has half the buckets, the keys after it the second half; else these count as distance 0.
+    Source: Raffel et al. 2020, arXiv 1910.10683, section 2.1, and its code. The logarithm is float32 as there: rounding
+    decides the bucket of a distance that is a border.
+
+    >>> relative_bucket(torch.tensor([-40, -9, -3, 0, 3]), 32, 128, both_ways=False).tolist()
+    [23, 9, 3, 0, 0]
     """
-    first, second = x_BHTK.chunk(2, dim=-1)
-    return torch.cat((first * cos_B1TK - second * sin_B1TK, second * cos_B1TK + first * sin_B1TK), dim=-1)
+    first = torch.zeros_like(distance)
+    if both_ways:
+        buckets //= 2
+        first = (distance > 0) * buckets
+        back = distance.abs()
+    else:
+        back = (-distance).clamp_min(0)
+    exact = buckets // 2
+    ratio = torch.log(back.clamp_min(1).float() / exact) / math.log(farthest / exact)
+    shared = (exact + (ratio * (buckets - exact)).long()).clamp_max(buckets - 1)
+    return first + torch.where(back < exact, back, shared)
+
+
+class RelativeBias(nn.Module):
+    """A number a head and bucket, added to the scores of all layers: score_BHTS + bias_1HTS."""
+
+    def __init__(self, config: ModelConfig, both_ways: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config.relative_buckets, config.heads))
+        self.farthest, self.both_ways = config.relative_distance, both_ways
+
+    def forward(self, queries: int, keys: int) -> Tensor:
+        """The queries are the last of the keys."""
+        device = self.weight.device
+        distance_TS = torch.arange(keys, device=device) - torch.arange(keys - queries, keys, device=device)[:, None]
+        bucket_TS = relative_bucket(distance_TS, self.weight.size(0), self.farthest, self.both_ways)
+        return self.weight[bucket_TS].permute(2, 0, 1)[None]

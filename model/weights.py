@@ -1,9 +1,14 @@
 """A family's table of weights, read for one network: our name -> published name, role, layout."""
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 
-from model.config import ModelConfig, family
+import torch
+from torch import Tensor
+
+from model.config import HeadSpec, ModelConfig, family
+from model.rope import halves_to_interleaved, rope_tables
 
 
 @dataclass(frozen=True)
@@ -11,18 +16,142 @@ class Weight:
     name: str  # ours
     published: str
     role: str
-    transposed: bool  # published as I × O
+    layout: str = ""  # see model/families/__init__.py
+
+
+# Heads that a family has no class for in transformers: our own names, in both directions.
+_OUT = (("head.out.weight", "head.out.weight", "head"), ("head.out.bias", "head.out.bias", "bias"))
+_MASKED = (
+    ("head.dense.weight", "head.dense.weight", "matrix"),
+    ("head.dense.bias", "head.dense.bias", "bias"),
+    ("head.norm.weight", "head.norm.weight", "norm"),
+    ("head.norm.bias", "head.norm.bias", "bias"),
+    ("head.weight", "head.weight", "head"),
+    ("head.bias", "head.bias", "bias"),
+)
+_PAIR = (("head.pair.out.weight", "head.pair.out.weight", "head"), ("head.pair.out.bias", "head.pair.out.bias", "bias"))
+_DENSE = (("head.dense.weight", "head.dense.weight", "matrix"), ("head.dense.bias", "head.dense.bias", "bias"))
+OURS = {
+    "lm": HeadSpec(weights=_MASKED[4:5], bias=False),
+    "mlm": HeadSpec(weights=_MASKED),
+    "nsp": HeadSpec(weights=_OUT),
+    "pretraining": HeadSpec(weights=_MASKED + _PAIR),
+    "sequence": HeadSpec(weights=_OUT),
+    "token": HeadSpec(weights=_OUT),
+    "qa": HeadSpec(weights=_OUT),
+    "value": HeadSpec(weights=_OUT),
+    "pooler": HeadSpec(weights=_DENSE, dense=True),
+    "none": HeadSpec(),
+}
+
+
+def head_spec(config: ModelConfig) -> HeadSpec:
+    """The head as the family publishes it, or one of ours: the last token speaks for a text that is read causally."""
+    published = family(config.family).HEADS
+    if config.head in published:
+        return published[config.head]
+    return replace(OURS[config.head], pool="first" if config.architecture == "encoder" else "last")
+
+
+def rows(config: ModelConfig, table: tuple[tuple, ...], body: str) -> Iterator[Weight]:
+    """A table's rows, one a layer; `{body}` in published names becomes the given prefix."""
+    for name, published, role, *layout in table:
+        depth, key = 1, "layer"
+        if "{layer}" in published:
+            depth = config.depth
+        elif "{decoder_layer}" in published:
+            depth, key = len(config.decoder_layers), "decoder_layer"
+        for layer in range(depth):
+            fill = {key: layer, "body": body}
+            yield Weight(name.format(**fill), published.format(**fill), role, *layout)
 
 
 @cache  # asked once a parameter by role_of
 def weight_table(config: ModelConfig) -> dict[str, Weight]:
     """Every parameter that a network of this config may have, by our name."""
-    table = {}
-    for name, published, role, *layout in family(config.family).WEIGHTS:
-        for layer in range(config.depth) if "{layer}" in name else (0,):
-            ours = name.format(layer=layer)
-            table[ours] = Weight(ours, published.format(layer=layer), role, "transposed" in layout)
-    return table
+    spec = head_spec(config)
+    table = family(config.family).weights(config) + spec.weights
+    return {row.name: row for row in rows(config, table, _prefix(config, spec))}
+
+
+def _prefix(config: ModelConfig, spec: HeadSpec) -> str:
+    if config.head in ("none", "pooler"):
+        return ""  # the body alone
+    return family(config.family).PREFIX if spec.prefix is None else spec.prefix
+
+
+def to_published(row: Weight, value: Tensor, config: ModelConfig) -> Tensor:
+    """A parameter (or its gradient) in the layout that the family publishes."""
+    if row.layout == "transposed":
+        return value.T
+    if row.layout == "row":
+        return value[None]
+    return halves_to_interleaved(value, config.head_width) if row.layout == "interleaved" else value
+
+
+def published_shape(row: Weight, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return {"transposed": shape[::-1], "row": (1, *shape)}.get(row.layout, shape)
+
+
+def sines_then_cosines(config: ModelConfig) -> Tensor:
+    """RoFormer's rotary table, positions × K: sin(p f_i), then cos(p f_i)."""
+    cos_B1TK, sin_B1TK = rope_tables(torch.arange(config.context)[None], config.head_width, config.rope, torch.float64)
+    return torch.cat((sin_B1TK, cos_B1TK), dim=-1)[0, 0].float()
+
+
+CONSTANTS = {"sines_then_cosines": sines_then_cosines}
+
+
+def published_constants(config: ModelConfig) -> dict[str, Tensor]:
+    body = _prefix(config, head_spec(config))
+    table = family(config.family).CONSTANTS
+    return {name.replace("{body}", body): CONSTANTS[kind](config) for name, kind in table.items()}
+
+
+@dataclass(frozen=True)
+class PublishedNames:
+    """What a file's tensors may be called, and what they then are. `{body}` stands for the prefix, whatever it is."""
+
+    rows: dict[str, str]  # published name -> ours
+    aliases: dict[str, str]  # published name -> the published name of which it is a copy
+    ignored: frozenset[str]
+    prefixes: tuple[str, ...]  # of the body's names, the longest first
+    renamed: tuple[tuple[str, str], ...]
+
+    def canonical(self, published: str) -> str:
+        """The spelling that `rows`, `aliases` and `ignored` have, if any: the file's may lack the prefix, or be old."""
+        for old, new in self.renamed:
+            published = published.removesuffix(old) + new if published.endswith(old) else published
+        for prefix in self.prefixes:
+            spelled = "{body}" + published.removeprefix(prefix)
+            if published.startswith(prefix) and (spelled in self.rows or spelled in self.aliases or spelled in self.ignored):
+                return spelled
+        return published
+
+    def knows(self, published: str) -> bool:
+        spelled = self.canonical(published)
+        return spelled in self.rows or spelled in self.aliases
+
+
+def published_names(config: ModelConfig, *, heads: bool = False) -> PublishedNames:
+    """The names of one network's weights; with `heads`, those of all of its family's heads instead."""
+    rules, body = family(config.family), "{body}"
+    specs = [head_spec(config)]
+    table = rules.weights(config) + specs[0].weights
+    if heads:
+        specs = list(rules.HEADS.values())
+        table = tuple(row for spec in specs for row in spec.weights)
+    prefixes = {rules.PREFIX, ""} | {spec.prefix for spec in specs if spec.prefix is not None}
+    ignored = [("", name, "") for name in rules.IGNORED]
+    names = {row.published: row.name for row in rows(config, table, body)}
+    tied = config.tie_embeddings
+    return PublishedNames(
+        rows=names,
+        aliases={a: b for a, b in rules.ALIASES.items() if heads or (b in names and (tied or a not in names))},
+        ignored=frozenset(row.published for row in rows(config, tuple(ignored), body)),
+        prefixes=tuple(sorted(prefixes, key=len, reverse=True)),
+        renamed=tuple(rules.RENAMED.items()),
+    )
 
 
 def role_of(config: ModelConfig, name: str) -> str:

@@ -8,7 +8,8 @@ Where to read first: `step` (one optimizer step: the heart, in 40 lines), then `
     schedule     the learning rate as a function of the step
     clip         the global gradient norm
     precision    float32 or bfloat16, decided by measurement
-    evaluate     the loss on held-out text, beside two baselines counted on the same text
+    tasks/       an objective's batches, its scores beside counting, an example of what was learned: next token, masked token
+    evaluate     sums and counts over held-out text; bits per byte, and what counting reaches
     checkpoint   a run's state on disk: whole or absent, never half
     setup        from options to objects: data, network, optimizers, machine
     log report curves   what a person sees: bar, lines, metrics.jsonl; the words before and after; curves.png

@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
                 f"a new run from its weights: --init {folder}"
             )
         config.check()
-        if folder is None and config.run.init is None:
+        if folder is None and config.run.init is None and config.network.preset is not None:
             ModelConfig.preset(config.network.preset)  # a wrong name is told before torch is imported
     except (TrainError, ConfigError, DataError, OSError) as error:
         return fail(error)

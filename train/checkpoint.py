@@ -3,7 +3,7 @@
 A checkpoint is a folder of safetensors and JSON; nothing in it can run code:
 
     config.json, model.safetensors   the network in the Hugging Face layout (`model.hub`)
-    tokenizer.model                  the tokenizer
+    tokenizer.model                  the tokenizer; tokenizer.json and tokenizer_config.json say it to transformers
     optimizer.safetensors            every optimizer slot, by parameter name
     random.safetensors               torch's random states
     state.json                       step, tokens, best validation …

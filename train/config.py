@@ -12,6 +12,10 @@ from typing import Any, Literal
 
 from data.config import DataConfig
 
+# By objective, where nothing else is asked for: measured, see LOG.md.
+DEFAULT_PRESETS = {"clm": "tiny", "mlm": "tiny-encoder"}
+DEFAULT_LR = {"clm": 8e-3, "mlm": 3e-3}
+
 
 class TrainError(ValueError):
     """Something the user can put right; the command line prints the message without a traceback."""
@@ -21,8 +25,8 @@ class TrainError(ValueError):
 class RunConfig:
     """The run: what is trained, where to, for how long."""
 
-    objective: Literal["clm"] = "clm"
-    """What is learned: clm, the next token."""
+    objective: Literal["clm", "mlm"] = "clm"
+    """What is learned: clm, the next token; mlm, masked tokens from both sides."""
     out: Path | None = None
     """The run's folder. Default: runs/PRESET-DATE-TIME."""
     resume: Path | None = None
@@ -45,8 +49,8 @@ class RunConfig:
 class NetworkConfig:
     """The network: a preset, and changes to it."""
 
-    preset: str = "tiny"
-    """tiny, gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
+    preset: str | None = None
+    """A published shape (`python -m model info` lists them) or one of our own. Default: tiny, or tiny-encoder for mlm."""
     context: int | None = None
     """Tokens in a training sequence, and the longest that the network reads. Default: the preset's."""
     width: int | None = None
@@ -71,8 +75,8 @@ class OptimizerConfig:
     """Micro-batches in an optimizer step."""
     optimizer: Literal["adamw", "muon"] = "muon"
     """muon: hidden matrices by Muon, the rest by AdamW."""
-    lr: float = 8e-3
-    """AdamW's learning rate at its height."""
+    lr: float | None = None
+    """AdamW's learning rate at its height. Default: 8e-3, or 3e-3 for mlm."""
     matrix_lr: float = 4e-2
     """Muon's learning rate at its height."""
     weight_decay: float = 0.2
@@ -158,7 +162,7 @@ class TrainConfig:
             "keep": (report.keep, 1),
             "early-stop": (report.early_stop, 0),
             "clip": (optimizer.clip, 0),
-            "lr": (optimizer.lr, 0),
+            "lr": (0 if optimizer.lr is None else optimizer.lr, 0),
             "matrix-lr": (optimizer.matrix_lr, 0),
             "weight-decay": (optimizer.weight_decay, 0),
         }

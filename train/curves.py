@@ -7,6 +7,27 @@ RISE = 0.01  # the last validation loss this much above the best: overfitting
 STILL_FALLING = 0.02  # the validation loss fell this much towards the end: more steps would help
 
 
+class Panel(NamedTuple):
+    """What a validation line says beside its loss, and what counting says to that."""
+
+    key: str
+    unit: str
+    baselines: tuple[tuple[str, str, str], ...]  # key, name, style of the line
+
+
+PANELS = (
+    Panel(
+        "bits_per_byte",
+        "bits per byte",
+        (
+            ("unigram_bits_per_byte", "unigram count", ":"),
+            ("bigram_bits_per_byte", "bigram count (Kneser-Ney)", "--"),
+        ),
+    ),
+    Panel("masked_accuracy", "share of masked tokens", (("unigram_accuracy", "the most frequent token", ":"),)),
+)
+
+
 class Diagnosis(NamedTuple):
     verdict: str  # "healthy", "overfitting", "underfitting", "unstable" or "too short to tell"
     why: str
@@ -17,8 +38,8 @@ def diagnose(rows: list[dict]) -> Diagnosis:
 
     overfitting   the best validation loss lies behind by more than 1 %, while the training loss went on falling
     unstable      as far behind, and the training loss rose too
-    underfitting  the validation loss is worse than counting bigrams, or still fell more than 2 % since the last
-                  validation of the first four fifths
+    underfitting  the validation loss is worse than counting (bigrams; for masked tokens unigrams), or still fell more
+                  than 2 % since the last validation of the first four fifths
     healthy       none of these
     """
     train = [(row["step"], row["loss"]) for row in rows if row["split"] == "train"]
@@ -40,6 +61,12 @@ def diagnose(rows: list[dict]) -> Diagnosis:
             f"validation loss rose from {best['loss']:.3f} (step {best['step']}) to {last['loss']:.3f}, and training loss "
             "with it: a lower --lr",
         )
+    perplexity, counted = last.get("perplexity"), last.get("unigram_perplexity")
+    if counted is not None and perplexity >= counted:
+        return Diagnosis(
+            "underfitting",
+            f"pseudo-perplexity {perplexity:.1f} is no better than counting tokens ({counted:.1f}): more steps would help",
+        )
     bits, bigram = last.get("bits_per_byte"), last.get("bigram_bits_per_byte")
     if bits is not None and bigram is not None and bits >= bigram:
         return Diagnosis(
@@ -57,7 +84,7 @@ def diagnose(rows: list[dict]) -> Diagnosis:
 
 
 def plot(rows: list[dict], path: Path, title: str = "") -> Diagnosis:
-    """Draw four panels (loss, bits per byte, learning rate, gradient norm) and the caption; needs matplotlib."""
+    """Draw four panels (loss, a score beside counting, learning rate, gradient norm) and the caption; needs matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -66,7 +93,7 @@ def plot(rows: list[dict], path: Path, title: str = "") -> Diagnosis:
     held_out = [row for row in rows if row["split"] == "validation"]
     figure = Figure(figsize=(10, 7), layout="constrained")
     FigureCanvasAgg(figure)
-    (loss, bits), (rate, norm) = figure.subplots(2, 2, sharex=True)
+    (loss, counted), (rate, norm) = figure.subplots(2, 2, sharex=True)
 
     def line(axes, rows, key, **style):
         axes.plot([row["step"] for row in rows], [row[key] for row in rows], **style)
@@ -75,17 +102,17 @@ def plot(rows: list[dict], path: Path, title: str = "") -> Diagnosis:
     line(loss, held_out, "loss", label="validation", color="tab:orange", marker="o", markersize=3)
     loss.set(title="loss", ylabel="nats per token")
     loss.legend()
-    line(bits, held_out, "bits_per_byte", label="validation", color="tab:orange", marker="o", markersize=3)
-    for key, name, dashes in (("unigram", "unigram count", ":"), ("bigram", "bigram count (Kneser-Ney)", "--")):
-        if held_out:
-            bits.axhline(held_out[-1][f"{key}_bits_per_byte"], color="grey", linestyle=dashes, label=name)
-    bits.set(title="validation, beside counting", ylabel="bits per byte")
-    bits.legend()
+    for panel in [panel for panel in PANELS if held_out and panel.key in held_out[-1]]:
+        line(counted, held_out, panel.key, label="validation", color="tab:orange", marker="o", markersize=3)
+        for key, name, dashes in panel.baselines:
+            counted.axhline(held_out[-1][key], color="grey", linestyle=dashes, label=name)
+        counted.set(title="validation, beside counting", ylabel=panel.unit)
+        counted.legend()
     line(rate, train, "lr", color="tab:green")
     rate.set(title="learning rate", xlabel="step")
     line(norm, train, "grad_norm", color="tab:red", linewidth=1)
     norm.set(title="gradient norm, before clipping", xlabel="step", yscale="log")
-    for axes in (loss, bits, rate, norm):
+    for axes in (loss, counted, rate, norm):
         axes.grid(alpha=0.3)
     figure.suptitle(title)
     figure.supxlabel(f"{diagnosis.verdict}: {diagnosis.why}", fontsize=10, wrap=True)

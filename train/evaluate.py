@@ -1,6 +1,7 @@
 """The loss on held-out text, and what a count of words would have reached on the same text."""
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -20,7 +21,10 @@ class Baselines(NamedTuple):
     bigram: float  # interpolated Kneser-Ney, discount 0.75
 
 
-def baselines(train_ids: np.ndarray, val_ids: np.ndarray, vocab_size: int, bos_id: int, val_bytes: int) -> Baselines:
+def baselines(
+    train_ids: np.ndarray, val_ids: np.ndarray, vocab_size: int, bos_id: int | None, val_bytes: int
+) -> Baselines:
+    """`bos_id` None: one id both begins and ends documents, and every target counts."""
     unigram = unigram_bits(train_ids, val_ids, vocab_size, bos_id)
     bigram = kneser_ney_bits(train_ids, val_ids, vocab_size, bos_id)
     return Baselines(unigram / val_bytes, bigram / val_bytes)
@@ -32,21 +36,22 @@ def evaluate(
     batches: Iterable[dict[str, Tensor]],
     *,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
-) -> tuple[float, int]:
-    """(sum of token losses in nats, count) over all batches, dropout off: sums and counts, so that the size of a batch
-    does not matter. Only one batch's logits exist at a time."""
+) -> dict[str, tuple[float, int]]:
+    """Each term's (sum, count) over all batches, dropout off: sums and counts, so that the size of a batch does not
+    matter. Only one batch's logits exist at a time."""
     was_training = objective.training
     objective.eval()
-    total, count = 0.0, 0
+    sums, counts = defaultdict(float), defaultdict(int)
     try:
         for batch in batches:
             with autocast():
-                term = objective(batch)["loss"]
-            total += term.sum.double()
-            count += term.count
+                terms = objective(batch)
+            for name, term in terms.items():
+                sums[name] += term.sum.double()
+                counts[name] += term.count
     finally:
         objective.train(was_training)
-    return float(total), int(count)
+    return {name: (float(sums[name]), int(counts[name])) for name in sums}
 
 
 def bits_per_byte(nats: float, text_bytes: int) -> float:

@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 import model.hub
 from data.clm import IGNORE
 from data.stream import Prefetcher
-from model.generate import generate
 from train.checkpoint import (
     CheckpointError,
     latest_whole,
@@ -30,26 +29,23 @@ from train.checkpoint import (
     write_whole,
 )
 from train.config import TrainConfig, TrainError, from_plain, to_plain
-from train.evaluate import Baselines, baselines, bits_per_byte, evaluate
+from train.evaluate import evaluate
 from train.interrupt import StopRequest
 from train.log import Console, Metrics, clock, cut_back
-from train.objective import Objective
 from train.precision import autocast
-from train.report import conclude, introduction, opening_ids
+from train.report import conclude, introduction
 from train.schedule import SCHEDULES
 from train.setup import (
+    TASKS,
     compile_blocks,
-    open_batches,
     open_data,
     open_network,
     open_optimizers,
     resolve_machine,
     resolve_network,
-    validation_ids,
 )
 from train.step import train_step
 
-SAMPLE_TOKENS = 80
 ADVANCES = ("step", "tokens", "best", "bad_evaluations")  # beside the network, the optimizers and torch's random states
 
 
@@ -92,14 +88,13 @@ class Run:
         checkpoint = latest_whole(self.out, print) if resume else None
         self.shards = open_data(config, checkpoint, say)
         self.tokenizer = self.shards.tokenizer
-        network = open_network(config, self.tokenizer, checkpoint)
+        network = open_network(config, self.tokenizer, checkpoint, say)
         config = self.config = resolve_network(config, network)
         self.device = torch.device(config.run.device)
-        self.batches = open_batches(config, self.shards)
-        self.baselines = self._baselines()
+        self.task = TASKS[config.run.objective](config, self.shards)
         self.optimizers = open_optimizers(config, network)
         self.autocast = autocast(self.device, config.speed.precision)
-        self.objective = Objective(network)
+        self.objective = self.task.objective(network)
         self.step, self.tokens, self.bad_evaluations = 0, 0, 0
         self.best: dict | None = None
         if config.speed.compile == "on" and not compile_blocks(network, say):
@@ -206,8 +201,8 @@ class Run:
         """Micro-batches from the current step on; made ahead, in pinned memory, where a GPU would otherwise wait."""
         steps = self.config.run.steps
         if self.device.type == "cuda":
-            return Prefetcher(self.batches.step, self.step, steps, pin_memory=True)
-        return nullcontext(self.batches.step(step) for step in range(self.step, steps))
+            return Prefetcher(self.task.step, self.step, steps, pin_memory=True)
+        return nullcontext(self.task.step(step) for step in range(self.step, steps))
 
     def _to_device(self, batch: dict) -> dict:
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
@@ -221,56 +216,25 @@ class Run:
             )
         return value
 
-    def _baselines(self) -> Baselines:
-        held_out, tokenizer = validation_ids(self.config, self.shards), self.tokenizer
-        train_ids, text_bytes = self.shards.train.ids, self.batches.validation_bytes
-        return baselines(train_ids, held_out, tokenizer.vocab_size, tokenizer.bos_id, text_bytes)
-
     def _validate(self) -> bool:
         """Score the validation batches; returns whether this is the best so far."""
-        nats, count = evaluate(self.objective, map(self._to_device, self.batches.validation), autocast=self.autocast)
-        loss, bits = nats / count, bits_per_byte(nats, self.batches.validation_bytes)
-        counted = self.baselines
-        self.metrics.write(
-            step=self.step,
-            split="validation",
-            loss=loss,
-            tokens=self.tokens,
-            perplexity=math.exp(min(loss, 700)),
-            bits_per_byte=bits,
-            unigram_bits_per_byte=counted.unigram,
-            bigram_bits_per_byte=counted.bigram,
-        )
-        improved = self.best is None or loss < self.best["loss"]
+        batches = map(self._to_device, self.task.validation)
+        scores = self.task.scores(evaluate(self.objective, batches, autocast=self.autocast))
+        self.metrics.write(step=self.step, split="validation", tokens=self.tokens, **scores)
+        improved = self.best is None or scores["loss"] < self.best["loss"]
         if improved:
-            self.best = {"step": self.step, "loss": loss, "bits_per_byte": bits}
+            self.best = {"step": self.step, **scores}
         self.bad_evaluations = 0 if improved else self.bad_evaluations + 1
-        self.console.say(
-            f"validation at step {self.step}: loss {loss:.4f} · perplexity {math.exp(min(loss, 700)):.1f} · "
-            f"{bits:.3f} bits per byte (counting: bigrams {counted.bigram:.3f}, unigrams {counted.unigram:.3f})"
-            + (" · best so far" if improved else "")
-        )
+        line = self.task.line(scores) + " · best so far" * improved
+        self.console.say(f"validation at step {self.step}: {line}")
         return improved
 
     def _sample(self) -> None:
-        """Go on from the opening of a held-out document; always the same one and seed, so that samples compare."""
-        network, tokenizer = self.objective.network, self.tokenizer
-        generator = torch.Generator(self.device).manual_seed(self.config.run.seed)
-        opening = opening_ids(self)
         compiled = self.config.speed.compile == "on"
         # Lengths vary: compiling for each would take longer. (Where nothing is compiled, its machinery stays unloaded.)
         with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-            new = generate(
-                network,
-                torch.tensor([opening], device=self.device),
-                max_new_tokens=SAMPLE_TOKENS,
-                temperature=0.7,
-                top_k=50,
-                eos_id=tokenizer.eos_id,
-                generator=generator,
-            )
-        text = f"{tokenizer.decode(opening)}[…]{tokenizer.decode(new[0].tolist())}".strip("\n")
-        self.console.say("sample: from […] on, the network goes on from a held-out document's opening")
+            what, text = self.task.sample(self.objective.network, self.device)
+        self.console.say(f"sample: {what}")
         self.console.say("\n".join(f"    | {line}" for line in text.split("\n")))
 
     def _save(self, improved: bool) -> None:

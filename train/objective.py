@@ -33,9 +33,30 @@ class Objective(nn.Module):
             position_ids=batch.get("position_ids"),
             document_ids=batch.get("document_ids"),
         )
-        return {"loss": Term(*self.loss(output.hidden, self.network.head.weight, batch["labels"]))}
+        return self.terms(output.hidden, batch["labels"])
+
+    def terms(self, hidden_BTD: Tensor, labels_BT: Tensor) -> dict[str, Term]:
+        head = self.network.head
+        return {"loss": Term(*self.loss(head.features(hidden_BTD), head.weight, labels_BT, head.bias))}
 
     @staticmethod
     def counts(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """How many labels each term will score, known before any forward."""
         return {"loss": (batch["labels"] != IGNORE).sum()}
+
+
+class MaskedObjective(Objective):
+    """The same where few labels are scored: the head, with a layer of its own, sees only their hidden states.
+
+    In eval mode there is a second term, "accuracy", of weight 0: how many of the labels are the best guess.
+    """
+
+    def terms(self, hidden_BTD: Tensor, labels_BT: Tensor) -> dict[str, Term]:
+        head, scored = self.network.head, (labels_BT != IGNORE).flatten().nonzero()[:, 0]
+        hidden_ND, labels_N = hidden_BTD.flatten(0, 1)[scored], labels_BT.flatten()[scored]
+        features_ND = head.features(hidden_ND)
+        terms = {"loss": Term(*self.loss(features_ND, head.weight, labels_N, head.bias))}
+        if not self.training:
+            guess_N = nn.functional.linear(features_ND, head.weight, head.bias).argmax(-1)
+            terms["accuracy"] = Term((guess_N == labels_N).sum(), terms["loss"].count, weight=0.0)
+        return terms

@@ -4,13 +4,11 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
-from data.config import DataConfig
 from train.curves import plot
 from train.log import read_metrics
-from train.setup import validation_ids
+from train.tasks.task import built_in
 
 if TYPE_CHECKING:
     from train.loop import Run
@@ -48,13 +46,7 @@ def conclude(run: "Run", stopped: str, work: str) -> None:
     say(f"\nstopped {stopped}, saved at step {run.step}" if stopped else f"\ndone at step {run.step}")
     say(f"work     {work}")
     if run.best:
-        gap = 100 * (1 - run.best["bits_per_byte"] / run.baselines.bigram)
-        side = "below" if gap >= 0 else "above"
-        say(
-            f"best     step {run.best['step']}: validation loss {run.best['loss']:.4f}, "
-            f"{run.best['bits_per_byte']:.3f} bits per byte, {abs(gap):.1f} % {side} counting bigrams "
-            f"({run.baselines.bigram:.3f})"
-        )
+        say(f"best     step {run.best['step']}: validation loss {run.best['loss']:.4f}, {run.task.verdict(run.best)}")
     try:
         name = f"{out.name}: {has.family}, {has.depth} × {has.width}"
         diagnosis = plot(read_metrics(out / "metrics.jsonl"), out / "curves.png", name)
@@ -67,21 +59,10 @@ def conclude(run: "Run", stopped: str, work: str) -> None:
     say("next")
     if stopped.startswith("on"):
         say(f"  python -m train --resume {folder}")
-    built_in = run.config.data.corpus == DataConfig().corpus
-    prompt = "Return the" if built_in else " ".join(run.tokenizer.decode(opening_ids(run)).split()[:3])
-    say(f"  python -m model generate {folder} --prompt {shlex.quote(prompt)}")
-    say("  python -m train --corpus PATH            # your own .txt, .md, .py or .jsonl files")
+    say(f"  {run.task.try_it(folder)}")
+    objective = "" if run.config.run.objective == "clm" else f" --objective {run.config.run.objective}"
+    say(f"  python -m train{objective} --corpus PATH            # your own .txt, .md, .py or .jsonl files")
     if not stopped.startswith("on"):
-        corpus = "" if built_in else f" --corpus {shlex.join(run.config.data.corpus)}"
-        say(f"  python -m train --init {folder}{corpus} --steps 300   # go on from these weights")
+        corpus = "" if built_in(run.config) else f" --corpus {shlex.join(run.config.data.corpus)}"
+        say(f"  python -m train{objective} --init {folder}{corpus} --steps 300   # go on from these weights")
 
-
-def opening_ids(run: "Run", tokens: int = 16) -> list[int]:
-    """The first ids of the last document that validation scores, to the end of a word."""
-    ids = validation_ids(run.config, run.shards)
-    start = int(np.flatnonzero(ids == run.tokenizer.bos_id)[-1])
-    opening = ids[start : start + 4 * tokens].astype("int64").tolist()
-    if run.tokenizer.eos_id in opening:
-        opening = opening[: opening.index(run.tokenizer.eos_id)]
-    begins_word = (i for i, id in enumerate(opening) if i > tokens and run.tokenizer.bytes_of[id][:1].isspace())
-    return opening[: next(begins_word, tokens + 1)]

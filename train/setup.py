@@ -4,27 +4,27 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import model.hub
-from data.clm import clm_batch
 from data.shards import Shards, prepare
-from data.stream import BlockStream, check_length, sequential
-from data.tokenizer import Tokenizer
-from model.config import ModelConfig, family
+from data.tokenizer import Tokenizer, load_tokenizer
+from model.config import ModelConfig, family, presets
 from model.init import build
 from model.weights import role_of
 from train.checkpoint import resolve
-from train.config import TrainConfig, TrainError
+from train.config import DEFAULT_LR, DEFAULT_PRESETS, TrainConfig, TrainError
 from train.optim import Optimizers, build_optimizer
 from train.precision import choose_precision
+from train.tasks.causal import CausalTask
+from train.tasks.masked import MaskedTask
 
 Say = Callable[[str], None]
-Batch = dict[str, Tensor]
+TASKS = {"clm": CausalTask, "mlm": MaskedTask}
 
 
 def resolve_machine(config: TrainConfig) -> TrainConfig:
@@ -45,12 +45,15 @@ def resolve_machine(config: TrainConfig) -> TrainConfig:
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over memory
     if kind == "cuda":
         torch.set_float32_matmul_precision("high")
-    out = run.out or Path("runs") / f"{config.network.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    network = replace(config.network, preset=config.network.preset or DEFAULT_PRESETS[run.objective])
+    out = run.out or Path("runs") / f"{network.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = replace(run, device=device, threads=torch.get_num_threads(), out=out)
+    lr = DEFAULT_LR[run.objective] if config.optimizer.lr is None else config.optimizer.lr
     report = config.report
     eval_every = report.eval_every or max(1, min(100, run.steps // 6))
     report = replace(report, eval_every=eval_every, save_every=report.save_every or eval_every)
-    return replace(config, run=run, speed=replace(speed, deterministic=deterministic), report=report)
+    optimizer, speed = replace(config.optimizer, lr=lr), replace(speed, deterministic=deterministic)
+    return replace(config, run=run, network=network, optimizer=optimizer, speed=speed, report=report)
 
 
 def checked_device(name: str) -> torch.device:
@@ -69,8 +72,14 @@ def checked_device(name: str) -> torch.device:
 
 def network_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
     """The preset, changed by the options and by the tokenizer's vocabulary."""
-    asked = config.network
+    asked, task = config.network, TASKS[config.run.objective]
     base = ModelConfig.preset(asked.preset)
+    if base.architecture != task.architecture:
+        fitting = [name for name, values in presets().items() if values.get("architecture", "decoder") == task.architecture]
+        raise TrainError(
+            f"--objective {config.run.objective} trains networks of the architecture {task.architecture!r}; "
+            f"--preset {asked.preset} is one of {base.architecture!r}. Those that fit: {', '.join(fitting)}"
+        )
     changes = {name: getattr(asked, name) for name in ("context", "width", "depth", "heads", "mlp_width")}
     changes = {name: value for name, value in changes.items() if value is not None}
     if asked.width is not None and asked.mlp_width is None:  # keep the preset's proportion, in multiples of 16
@@ -78,35 +87,49 @@ def network_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
     if asked.heads is not None:
         changes["kv_heads"] = asked.heads
     changes |= dict.fromkeys(family(base.family).DROPOUTS, asked.dropout)
-    return base.replace(
-        **changes, vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=None
-    )
+    pad_id = tokenizer.pad_id
+    if base.architecture == "encoder":
+        pad_id = tokenizer.unknown_id if pad_id is None else pad_id  # such a family's config.json has one always
+        if base.position_offset:  # RoBERTa's first position has the row after the pad's
+            changes["position_offset"] = pad_id + 1
+    ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "stop_ids": (), "pad_id": pad_id}
+    return base.replace(**changes, **ids, vocab_size=tokenizer.vocab_size, head=task.head)
 
 
 def open_data(config: TrainConfig, checkpoint: Path | None, say: Say) -> Shards:
     """Prepared shards; with --init, in the tokens of the folder that the weights come from."""
-    tokenizer = None
+    tokenizer, mask = None, config.run.objective == "mlm"
     if config.run.init is not None:  # a resume has them in its own checkpoint, and needs that folder no more
-        tokenizer = Tokenizer.load(checkpoint or resolve(config.run.init))
-    return prepare(config.data, tokenizer=tokenizer, say=say, progress=config.report.verbose and sys.stderr.isatty())
+        folder = checkpoint or resolve(config.run.init)
+        found, wanted = model.hub.read_config(folder), TASKS[config.run.objective].architecture
+        if found.architecture != wanted:
+            raise TrainError(
+                f"--objective {config.run.objective} trains networks of the architecture {wanted!r}; "
+                f"--init {config.run.init} is one of {found.architecture!r}"
+            )
+        tokenizer = load_tokenizer(folder, found.vocab_size)
+    progress = config.report.verbose and sys.stderr.isatty()
+    return prepare(config.data, tokenizer=tokenizer, mask=mask, say=say, progress=progress)
 
 
-def open_network(config: TrainConfig, tokenizer: Tokenizer, checkpoint: Path | None) -> nn.Module:
+def open_network(config: TrainConfig, tokenizer: Tokenizer, checkpoint: Path | None, say: Say = print) -> nn.Module:
     """From a checkpoint, else from --init, else new; in float32 always: bf16 is a matter of autocast."""
+    task = TASKS[config.run.objective]
     run, asked = config.run, config.network
     device, attention = torch.device(run.device), config.speed.attention
     if checkpoint is not None:
         return model.hub.load(checkpoint, dtype=torch.float32, device=device, attention=attention)
     if run.init is None:
         return build(network_config(config, tokenizer), seed=run.seed, device=device, attention=attention)
-    network = model.hub.load(resolve(run.init), dtype=torch.float32, device=device, attention=attention)
+    folder = resolve(run.init)
+    found = model.hub.read_config(folder)
+    if found.head != task.head:
+        say(f"{run.init} has the head {found.head!r}: {task.head!r} takes its place")
+    network = model.hub.load(folder, dtype=torch.float32, device=device, attention=attention, head=task.head, seed=run.seed)
     for name in ("context", "width", "depth", "heads", "mlp_width"):
         given, has = getattr(asked, name), getattr(network.config, name)
         if given is not None and given != has and not (name == "context" and given < has):
             raise TrainError(f"--{name.replace('_', '-')} {given} does not go with --init {run.init}, which has {has}")
-    if tokenizer.vocab_size != network.config.vocab_size:
-        given, has = tokenizer.vocab_size, network.config.vocab_size
-        raise TrainError(f"{run.init}: the tokenizer has {given} ids, the network {has}")
     return network
 
 
@@ -127,7 +150,7 @@ def resolve_network(config: TrainConfig, network: nn.Module) -> TrainConfig:
 
 def compile_blocks(network: nn.Module, say: Say) -> bool:
     """torch.compile, a block at a time: one small graph serves all. False, and a line why, where that cannot work."""
-    device = network.head.weight.device
+    device = next(network.parameters()).device
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     except Exception as error:  # whatever a missing or broken compiler raises, the run can go on without it
@@ -155,34 +178,3 @@ def open_optimizers(config: TrainConfig, network: nn.Module) -> Optimizers:
         )
     except ValueError as error:  # the optimizers know which values they can have
         raise TrainError(f"--optimizer {asked.optimizer}: {error}") from None
-
-
-@dataclass(frozen=True)
-class Batches:
-    """Training and validation batches of a prepared corpus."""
-
-    stream: BlockStream
-    accumulate: int
-    bos_id: int
-    validation: list[Batch]
-    validation_bytes: int  # of text, in the targets that the validation batches score
-
-    def step(self, step: int) -> list[Batch]:
-        """The micro-batches of an optimizer step, counted from 0: a pure function of (seed, step)."""
-        block_BT = self.stream.batch(step)
-        return [clm_batch(part, self.bos_id) for part in block_BT.chunk(self.accumulate)]
-
-
-def open_batches(config: TrainConfig, shards: Shards) -> Batches:
-    asked, context, bos_id = config.optimizer, config.network.context, shards.tokenizer.bos_id
-    stream = BlockStream(shards.train.ids, context, asked.batch_size * asked.accumulate, config.run.seed)
-    held_out = validation_ids(config, shards)
-    check_length(held_out, 1, "validation")
-    blocks = sequential(held_out, context, asked.batch_size, bos_id)
-    validation = [clm_batch(block_BT, bos_id) for block_BT in blocks]
-    # Every scored target stands for known bytes of text, so that part of the split has an exact size too.
-    return Batches(stream, asked.accumulate, bos_id, validation, int(shards.tokenizer.piece_bytes[held_out[1:]].sum()))
-
-
-def validation_ids(config: TrainConfig, shards: Shards):
-    return shards.validation.ids[: config.report.eval_tokens]

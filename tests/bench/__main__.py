@@ -1,6 +1,8 @@
-"""`python -m tests.bench NAME`: speed as ratios, measured alternately in one process; medians.
+"""`python -m tests.bench NAME`: speed and memory as ratios, both sides in turn; medians.
 
-    train   our training step beside a Hugging Face GPT2LMHeadModel loop of the same size, batch and dtype
+    train     our training step beside a Hugging Face GPT2LMHeadModel loop of the same size, batch and dtype
+    generate  tokens a second of our cached generation beside transformers' generate, the same network
+    loading   peak memory of model.hub.load beside transformers' from_pretrained, in fresh processes, over the weights' bytes
 """
 
 import argparse
@@ -8,9 +10,11 @@ import platform
 
 import torch
 
+from tests.bench.generate import bench_generate
+from tests.bench.loading import bench_loading
 from tests.bench.train import bench_train
 
-BENCHES = {"train": bench_train}
+BENCHES = {"train": bench_train, "generate": bench_generate, "loading": bench_loading}
 
 
 def main() -> None:

@@ -37,7 +37,9 @@ FILES = [
     "optimizer.safetensors",
     "random.safetensors",
     "state.json",
+    "tokenizer.json",
     "tokenizer.model",
+    "tokenizer_config.json",
 ]
 
 

@@ -37,7 +37,7 @@ BAD_VALUES = {
     "--device mps": ("--device mps: cpu and cuda are supported",),
     "--device cuda:99": ("--device cuda:99",),
     "--preset gpt3": ("unknown preset 'gpt3'; nearest: gpt2", "tiny"),
-    "--preset zzz": ("unknown preset 'zzz'; all: gpt2, ",),
+    "--preset zzz": ("unknown preset 'zzz'; all: bart-base, ",),
     "--context 100000": ("training split", "fewer than one block of context=100000", "use a context of at most"),
     "--vocab-size 5000": ("vocab_size=5000 is more than this text can fill", "--vocab-size"),
     "--recipe nothing": ("--recipe nothing: there is no", "recipes: gpt2-124m"),
@@ -181,7 +181,7 @@ def test_init_of_nothing(options, tmp_path, halfway):
     (tmp_path / "empty").mkdir()
     assert_one_clear_line(command(*options, "--init", tmp_path / "empty", "--out", out), "neither a run")
     (tmp_path / "empty" / "config.json").write_text("{}")
-    assert_one_clear_line(command(*options, "--init", tmp_path / "empty", "--out", out), "tokenizer.model")
+    assert_one_clear_line(command(*options, "--init", tmp_path / "empty", "--out", out), "names no model_type")
     said = command(*options, "--init", halfway, "--width", 64, "--out", out)
     assert_one_clear_line(said, "--width 64 does not go with --init", "which has 32")
     (checkpoints(halfway)[-1] / "model.safetensors").write_bytes(b"")  # its best

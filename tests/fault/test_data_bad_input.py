@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from data.config import DataConfig, DataError
 from data.corpus import read_corpus
 from data.files import ReadReport
 from data.shards import prepare
+from data.tokenizer import load_tokenizer
 
 
 def read(*corpus, **settings):
@@ -212,3 +214,103 @@ def test_full_disk(tmp_path, monkeypatch):
 def test_settings(setting, message):
     with pytest.raises(DataError, match=message):
         DataConfig(**setting)
+
+
+# --- tokenizers of a folder -------------------------------------------------------------------------------------------
+
+FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+VOCABULARY = "[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n##b\n"
+
+
+def spec(**changes):
+    model = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
+    model["vocab"] = {piece: id for id, piece in enumerate(VOCABULARY.split())}
+    added = [{"id": 4, "content": "[MASK]", "special": True} | FLAGS]
+    return {"version": "1.0", "added_tokens": added, "model": model} | changes
+
+
+def test_folder_without_a_tokenizer(tmp_path):
+    write(tmp_path / "vocab.json", "{}")
+    with pytest.raises(DataError, match=r"no tokenizer can be read there: none of tokenizer\.model, .*vocab\.txt") as caught:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    with pytest.raises(DataError, match=r"nowhere: no tokenizer can be read there \(No such file"):
+        load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"notes\.bin: not a tokenizer's file: read are tokenizer\.model"):
+        load_tokenizer(write(tmp_path / "notes.bin", "x"))
+
+
+DAMAGED = [
+    "{",
+    "[]",
+    "null",
+    "{}",
+    '{"model": {}}',
+    b"\xff",
+    json.dumps(spec(model={"type": "WordPiece", "vocab": [1]})),
+    json.dumps(spec(model={"type": "WordPiece", "vocab": {"a": "b"}})),
+    json.dumps(spec(pre_tokenizer={"type": "NoSuchThing"})),
+    json.dumps(spec(added_tokens=[{"id": 0}])),
+    json.dumps(spec())[:-40],
+]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_damaged_tokenizer_json(tmp_path, content):
+    pytest.importorskip("tokenizers")
+    load_tokenizer(write(tmp_path / "tokenizer.json", json.dumps(spec())))
+    write(tmp_path / "tokenizer.json", content)
+    with pytest.raises(DataError, match=r"tokenizer\.json: .*(is damaged|cannot read it)"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("content", ["{", "[1]", '{"eos_token": {}}'])
+def test_damaged_settings_beside_it(tmp_path, name, content):
+    write(tmp_path / "tokenizer.json", json.dumps(spec()))
+    write(tmp_path / name, content)
+    with pytest.raises(DataError, match=rf"tokenizer\.json: the file, or .*{name}.* is damaged"):
+        load_tokenizer(tmp_path)
+
+
+def test_vocab_txt_that_is_none(tmp_path):
+    with pytest.raises(DataError, match=r"vocab\.txt: .*no line of it is \[UNK\]"):
+        load_tokenizer(write(tmp_path / "vocab.txt", "a\nb\n"))
+
+
+@pytest.mark.parametrize("id, given", [(3, 4), (10, 4)])
+def test_added_token_with_another_id(tmp_path, id, given):
+    pytest.importorskip("tokenizers")
+    added = {"id": id, "content": "[MASK]", "special": True} | FLAGS
+    write(tmp_path / "tokenizer.json", json.dumps(spec(added_tokens=[added])))
+    with pytest.raises(DataError, match=rf"tokenizer\.json: it says that '\[MASK\]' has id {id}, .* gives it {given}"):
+        load_tokenizer(tmp_path)
+
+
+def test_no_token_ends_a_document(tmp_path):
+    model = spec()["model"] | {"vocab": {"[UNK]": 0, "a": 1}}
+    write(tmp_path / "tokenizer.json", json.dumps(spec(model=model, added_tokens=[])))
+    with pytest.raises(DataError, match=r"tokenizer\.json: no token of this tokenizer ends or begins a document"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name, content", [("tokenizer.json", json.dumps(spec())), ("vocab.txt", VOCABULARY)])
+def test_library_that_is_not_installed(tmp_path, monkeypatch, name, content):
+    write(tmp_path / name, content)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(DataError, match=r"library tokenizers: pip install -c constraints\.txt -e '\.\[hub\]'") as caught:
+        load_tokenizer(tmp_path)
+    assert name in str(caught.value)
+
+
+def test_model_whose_ids_others_shift(tmp_path):
+    write(tmp_path / "sentencepiece.bpe.model", "any")
+    with pytest.raises(DataError, match=r"sentencepiece\.bpe\.model: .*shift its ids.*tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_lone_surrogate_says_which(tmp_path):
+    pytest.importorskip("tokenizers")
+    tokenizer = load_tokenizer(write(tmp_path / "tokenizer.json", json.dumps(spec())))
+    with pytest.raises(UnicodeEncodeError, match="position 1"):
+        tokenizer.encode("a\ud800")

@@ -33,8 +33,9 @@ from train.evaluate import evaluate
 from train.log import read_metrics
 from train.objective import Objective
 from train.schedule import cosine
-from train.setup import open_batches, open_data, open_network
+from train.setup import open_data, open_network
 from train.step import train_step
+from train.tasks.causal import CausalTask
 
 HEAVY = ("torch", "numpy", "sentencepiece", "safetensors", "matplotlib", "triton")
 HELP = """
@@ -226,9 +227,9 @@ def test_validation_does_not_depend_on_the_batch(finished):
         for size in (1, 3, 8):
             table = tomllib.loads((finished / "config.toml").read_text())
             table["optimizer"]["batch_size"] = size
-            batches = open_batches(from_plain(TrainConfig, table, "config.toml"), shards).validation
+            batches = CausalTask(from_plain(TrainConfig, table, "config.toml"), shards).validation
             assert all(batch["input_ids"].size(0) == size for batch in batches)
-            nats, count = evaluate(objective, batches)
+            nats, count = evaluate(objective, batches)["loss"]
             losses.append(nats / count)
             counts.append(count)
     assert len(set(counts)) == 1 and max(losses) - min(losses) < 1e-10

@@ -16,7 +16,7 @@ from data.corpus import read_corpus
 from data.dedup import deduplicate
 from data.files import Document, ReadReport
 from data.shards import prepare, split
-from data.tokenizer import train_tokenizer
+from data.tokenizer_training import train_tokenizer
 from tests.texts import prose
 
 
@@ -133,7 +133,7 @@ def flip(folder):
 
 DAMAGE = {
     "train.bin has": truncate,
-    "tokenizer.model is not": flip,
+    "tokenizer.model": flip,
     "validation.bin: No such file": lambda folder: (folder / "validation.bin").unlink(),
     "index.json cannot be read": lambda folder: (folder / "index.json").write_text("{"),
     "index.json has format": lambda folder: (folder / "index.json").write_text('{"format": 999}'),

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from model.config import FAMILIES
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("model", "data", "quant", "eval", "lora", "train", "tests")
 MAY_IMPORT = {
@@ -69,7 +71,14 @@ def test_mutants_are_caught():
 def test_configs_import_the_standard_library_alone(file):
     names = imported(ast.parse((ROOT / file).read_text(encoding="utf-8")))
     foreign = names - set(sys.stdlib_module_names)
-    assert foreign <= ({"data"} if file == "train/config.py" else set())
+    assert foreign <= ({"data"} if file == "train/config.py" else {"model"} if "/families/" in file else set())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_import_without_torch(name):
+    code = f"import sys, model.families.{name}; print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "False"
 
 
 @pytest.mark.parametrize("file", [f for f in sources() if f.endswith("__init__.py")])

@@ -11,11 +11,10 @@ import model.mask
 from data.clm import clm_batch
 from model.cache import Cache
 from model.config import ConfigError, ModelConfig
-from model.generate import generate
 from model.init import build
 from tests.conftest import randomized, tiny_config
 
-FAMILIES = ["gpt2", "llama"]
+FAMILIES = ["gpt2", "llama", "mistral", "qwen2", "qwen3"]
 VARIANTS = [(family, attention) for family in FAMILIES for attention in ("sdpa", "reference")]
 
 
@@ -123,7 +122,7 @@ def test_left_padding_changes_nothing(family, attention):
     alone, beside = network(ids).logits, network(padded, mask).logits[:, 6:]
     assert (alone - beside).abs().max() < 1e-12
     mutant = network(padded, mask, position_ids=torch.arange(15)[None]).logits[:, 6:]  # positions not from the mask
-    if family == "gpt2":  # rotary positions are relative: for LLaMA the shift is harmless
+    if family == "gpt2":  # rotary positions are relative: for the others the shift is harmless
         assert (alone - mutant).abs().max() > 1e-3
 
 
@@ -148,60 +147,6 @@ def test_fast_and_plain_attention_agree_in_gradients(family):
         F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()).backward()
         gradients.append([parameter.grad for parameter in network.parameters()])
     assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(*gradients, strict=True))
-
-
-def test_generation_with_and_without_cache_is_the_same():
-    network = randomized(tiny_config("llama"))
-    ids, mask = torch.randint(3, 61, (3, 6)), torch.ones(3, 6, dtype=torch.long)
-    mask[0, :4] = 0
-
-    def tokens(**options):
-        options = {"max_new_tokens": 20, "attention_mask": mask, "top_k": 20} | options
-        return generate(network, ids, generator=torch.Generator().manual_seed(3), **options)
-
-    assert torch.equal(tokens(), tokens(use_cache=False))
-    assert not torch.equal(tokens(), tokens(temperature=3.0))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_generation_slides_past_the_context(family):
-    """More tokens than the context holds: each window's tokens are those of reading that window afresh."""
-    network = randomized(tiny_config(family))  # context 32
-    prompt, context = torch.randint(3, 61, (2, 5)), network.config.context
-    for use_cache in (True, False):
-        new = generate(network, prompt, max_new_tokens=70, temperature=0, use_cache=use_cache)
-        window = expected = prompt
-        for _ in range(70):
-            if window.size(1) > context:
-                window = window[:, -context // 2 :]
-            token = network(window).logits[:, -1].argmax(-1, keepdim=True)
-            window, expected = torch.cat((window, token), 1), torch.cat((expected, token), 1)
-        assert torch.equal(new, expected[:, 5:])
-    long = torch.randint(3, 61, (2, 40))  # a prompt longer than the context: its end counts
-    again = generate(network, long, max_new_tokens=1, temperature=0)
-    assert torch.equal(again, generate(network, long[:, -context:], max_new_tokens=1, temperature=0))
-
-
-def test_rows_end_at_eos():
-    network = randomized(tiny_config("llama"))
-    ids = torch.randint(3, 61, (4, 5))
-    free = generate(network, ids, max_new_tokens=12, temperature=0)
-    eos = free[0, 3].item()
-    ended = generate(network, ids, max_new_tokens=12, temperature=0, eos_id=eos)
-    for row, full in zip(ended.tolist(), free.tolist(), strict=True):
-        end = full.index(eos) + 1 if eos in full else len(row)
-        assert row[:end] == full[:end][: len(row)] and all(token == eos for token in row[end:])
-
-
-def test_generation_keeps_mode_and_checks_its_options():
-    network = randomized(tiny_config("llama")).train()
-    ids = torch.randint(3, 61, (1, 5))
-    assert generate(network, ids, max_new_tokens=0).shape == (1, 0) and network.training
-    for wrong in ({"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"max_new_tokens": -1}):
-        with pytest.raises(ConfigError, match=next(iter(wrong))):
-            generate(network, ids, **({"max_new_tokens": 3} | wrong))
-    with pytest.raises(ConfigError, match="at least one token"):
-        generate(network, ids[:, :0], max_new_tokens=3)
 
 
 def test_loss_at_start_is_ln_v():
@@ -242,7 +187,7 @@ def test_configs_that_cannot_be_built_name_the_numbers():
         ({"kv_heads": 3}, "heads=4 is not divisible by kv_heads=3"),
         ({"depth": 0}, "depth=0 must be at least 1"),
         ({"dropout": 1.0}, r"dropout=1.0 is not in \[0, 1\)"),
-        ({"width": 12}, "head_width=3 .* must be even"),
+        ({"width": 12}, "head_width=3 must be even"),
         ({"widht": 12}, "no such field: widht; fields: family"),
     ):
         with pytest.raises(ConfigError, match=message):

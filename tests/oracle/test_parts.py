@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from model.attention import attention_reference, attention_sdpa
 from model.mask import Mask, Plan
 from model.norm import LayerNorm, RMSNorm, layer_norm_reference, rms_norm_reference
-from model.position import rope_tables, rotate
+from model.position import relative_bucket
 from train.loss.cross_entropy import cross_entropy_reference, linear_cross_entropy
 
 TORCH = f"torch {torch.__version__}"
@@ -73,7 +73,7 @@ def test_attention(name, kv_heads, parity):
     all_gradients = gradients(twin, (q, k, v)), gradients(fast, (q, k, v))
     assert all(gradient.isfinite().all() for pair in all_gradients for gradient in pair)  # rows without a key too
     error = worst((twin, *all_gradients[0]), (fast, *all_gradients[1]))
-    parity(f"attention, mask {name}, {kv_heads} of 4 key heads", f"{TORCH} SDPA", error, 1e-12, ROUNDING)
+    parity(f"attention: mask {name}, {kv_heads} of 4 key heads", f"{TORCH} SDPA", error, 1e-12, ROUNDING)
 
 
 def test_mask_by_hand():
@@ -122,36 +122,30 @@ def test_key_heads_are_repeated_not_tiled():
     assert attention_reference(q, k.repeat(1, 2, 1, 1), tiled, Plan(False, None))[0, :, 0, 0].tolist() != [10, 10, 20, 20]
 
 
-def test_rope_against_transformers(parity):
-    config = transformers.LlamaConfig(hidden_size=24, num_attention_heads=4, max_position_embeddings=64)
-    rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
-    x, positions = torch.randn(2, 4, 9, 6), torch.randint(0, 64, (2, 9))
-    cos, sin = rotary(x, positions)
-    expected, _ = transformers.models.llama.modeling_llama.apply_rotary_pos_emb(x, x, cos, sin)
-    ours = rotate(x, *rope_tables(positions, 6, 10000.0, torch.float32))
-    parity("rotary positions, float32", f"transformers {transformers.__version__}", (ours - expected).abs().max(), 2e-6,
-           "float32 phases, powers taken in another order")
+@pytest.mark.parametrize("name", MASKS)
+def test_attention_with_bias_and_scale(name, parity):
+    """As T5 has it: something is added to the scores, which are not scaled by √K."""
+    q, k, v, bias = leaf(2, 4, 7, 6), leaf(2, 4, 7, 6), leaf(2, 4, 7, 6), leaf(1, 4, 7, 7)
+    plan = MASKS[name].plan(7, 7)._replace(bias_1HTS=bias)
+    twin, fast = (attend(q, k, v, plan, scale=1.0) for attend in (attention_reference, attention_sdpa))
+    inputs = (q, k, v, bias)
+    all_gradients = gradients(twin, inputs), gradients(fast, inputs)
+    assert all(x.isfinite().all() for x in (twin, fast, *all_gradients[0], *all_gradients[1]))
+    error = worst((twin, *all_gradients[0]), (fast, *all_gradients[1]))
+    parity(f"attention: with bias, mask {name}", f"{TORCH} SDPA", error, 1e-12, ROUNDING)
+    without = attention_reference(q, k, v, plan._replace(bias_1HTS=None), scale=1.0)
+    scaled = attention_reference(q, k, v, plan)
+    assert (twin - without).abs().max() > 1e-2 and (twin - scaled).abs().max() > 1e-2
 
 
-def test_rope_by_complex_numbers(parity):
-    """The paper's own form: multiply x_i + j x_{i + K/2} by e^{j p f_i}."""
-    x, positions = torch.randn(2, 4, 9, 6, dtype=torch.float64), torch.randint(0, 5000, (2, 9))
-    frequency = 10000.0 ** (-torch.arange(3, dtype=torch.float64) / 3)
-    turn = torch.polar(torch.ones(2, 1, 9, 3, dtype=torch.float64), positions[:, None, :, None] * frequency)
-    turned = torch.complex(x[..., :3], x[..., 3:]) * turn
-    expected = torch.cat((turned.real, turned.imag), -1)
-    error = (rotate(x, *rope_tables(positions, 6, 10000.0, torch.float64)) - expected).abs().max()
-    parity("rotary positions, float64", "complex numbers", error, 1e-11, "float64 phases up to 5000 rad")
-
-
-def test_rope_phases_are_not_bfloat16():
-    positions = torch.arange(32768)[None]
-    wide = rope_tables(positions, 64, 10000.0, torch.float32)
-    narrow = rope_tables(positions, 64, 10000.0, torch.bfloat16)
-    assert all(torch.equal(w.bfloat16(), n) for w, n in zip(wide, narrow, strict=True))
-    frequency = 10000.0 ** (-torch.arange(32) / 32)
-    mutant = (positions.bfloat16()[..., None] * frequency.bfloat16()).cos()[:, None]
-    assert (mutant - narrow[0]).abs().max() > 0.5
+@pytest.mark.parametrize("both_ways", [True, False])
+@pytest.mark.parametrize(("buckets", "farthest"), [(32, 128), (8, 20), (16, 50)])
+def test_relative_buckets_against_transformers(both_ways, buckets, farthest):
+    distance = torch.arange(-300, 301)
+    theirs = transformers.models.t5.modeling_t5.T5Attention._relative_position_bucket(distance, both_ways, buckets, farthest)
+    ours = relative_bucket(distance, buckets, farthest, both_ways)
+    assert torch.equal(ours, theirs)
+    assert ours.unique().numel() == buckets - (both_ways is True and 1)  # no key is 0 before: that bucket is never met
 
 
 def test_cross_entropy(parity):

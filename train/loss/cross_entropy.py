@@ -19,10 +19,12 @@ def cross_entropy_reference(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     return (logits_NV.logsumexp(-1) - logits_NV.gather(-1, labels_N[:, None])[:, 0]).sum()
 
 
-def linear_cross_entropy(hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """The same from hidden states: logits = hidden Wᵀ. Returns (sum in nats, count of scored labels)."""
-    logits_NV = F.linear(hidden_BTD.flatten(0, 1), weight_VD)
+def linear_cross_entropy(
+    hidden: Tensor, weight_VD: Tensor, labels: Tensor, bias_V: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same from hidden states, B T D or N D: logits = hidden Wᵀ + b. Returns (sum in nats, count of scored labels)."""
+    logits_NV = F.linear(hidden.flatten(0, -2), weight_VD, bias_V)
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-    labels_N = labels_BT.flatten()
+    labels_N = labels.flatten()
     total = F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORE, reduction="sum")
     return total, (labels_N != IGNORE).sum()

@@ -1,0 +1,171 @@
+"""What a network costs, as one page of text: the table to read before renting a GPU."""
+
+import textwrap
+from dataclasses import replace
+
+from model.activations import Training
+from model.config import ConfigError, ModelConfig
+from model.flops import flops_per_token
+from model.memory import BITS, Memory, training_memory
+from model.parameters import adapter_parameters, cache_bytes, parameters, parameters_by_part
+
+LABELS = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
+PRECISIONS = ("fp32", "bf16")
+
+
+def info(
+    config: ModelConfig,
+    *,
+    batch_size: int = 1,
+    context: int | None = None,
+    accumulate: int = 1,
+    method: str = "full",
+    precision: str = "bf16",
+    recompute: bool = False,
+    optimizer: str = "adamw",
+    rank: int = 8,
+    targets: str = "all-linear",
+    device: str = "cuda",
+) -> str:
+    """Parameters by part, operations and cache a token, and the memory of every way to train; one way in detail.
+
+    context: tokens of each text (default: the config's). `method`, `precision` and `recompute` choose the way whose parts
+    are listed. A value that is not possible raises ConfigError and names the option.
+    """
+    if context is None:
+        context = config.context
+    if config.position == "learned" and context > config.context:
+        raise ConfigError(f"context={context} is more than the {config.context} positions of the network")
+    if precision not in PRECISIONS:
+        raise ConfigError(f"unknown precision={precision!r}; known: {', '.join(PRECISIONS)}")
+    training = Training(
+        batch_size=batch_size,
+        context=context,
+        method=method,
+        mixed=precision == "bf16",
+        recompute=recompute,
+        accumulate=accumulate,
+        optimizer=optimizer,
+        rank=rank,
+        targets=targets,
+        device=device,
+    )
+    adapter_parameters(config, rank, targets)  # raises on targets that are none, before anything is said
+    parts = (title(config), parameter_table(config, training), flops_table(config, training), cache_text(config, context))
+    return "\n\n".join((*parts, memory_table(config, training), assumptions(config, training)))
+
+
+def title(config: ModelConfig) -> str:
+    depth = f"{config.depth}" if config.decoder_depth is None else f"{config.depth} + {config.decoder_depth}"
+    heads = f"{config.heads} heads of {config.head_width}"
+    heads += f" ({config.kv_heads} of keys and values)" if config.kv_heads != config.heads else ""
+    total = sum(parameters_by_part(config).values())
+    return (
+        f"{config.family} {config.architecture} · head {config.head} · {depth} layers · width {config.width:,} · {heads} · "
+        f"mlp {config.mlp_width:,}\nvocabulary {config.vocab_size:,} · context {config.context:,} · "
+        f"weights {amount(4 * total)} in float32, {amount(2 * total)} in bfloat16"
+    )
+
+
+def parameter_table(config: ModelConfig, training: Training) -> str:
+    counts = parameters_by_part(config)
+    total, trained = sum(counts.values()), sum(p.size for p in parameters(config).values() if p.trained)
+    rows = [(part, f"{count:,}", f"{count / total:.1%}") for part, count in counts.items()]
+    rows.append(("total", f"{total:,}", "100.0%"))
+    rows += [("trainable", f"{trained:,}", f"{trained / total:.1%}")] if trained != total else []
+    added = adapter_parameters(config, training.rank, training.targets)
+    rows.append((f"LoRA r={training.rank}", f"{added:,}", f"{added / total:.2%}"))
+    tied = config.tie_embeddings and config.head in ("lm", "mlm", "pretraining")
+    return "parameters" + (" (the head's matrix is the embedding)" if tied else "") + "\n" + columns(rows)
+
+
+def flops_table(config: ModelConfig, training: Training) -> str:
+    rows = [("", "forward", "matrices", "scores", "backward", "recomputed")]
+    for label, rank in (("full", 0), ("LoRA", training.rank)):
+        kept, again = (
+            flops_per_token(config, training.context, rank=rank, targets=training.targets, recompute=recompute)
+            for recompute in (False, True)
+        )
+        values = (kept.forward, kept.matrices, kept.scores, kept.backward, again.backward)
+        rows.append((label, *map(operations, values)))
+    two = ", of the input and of the output together" if config.decoder_depth is not None else ""
+    return f"operations a token{two}, at {training.context:,} tokens\n" + columns(rows)
+
+
+def cache_text(config: ModelConfig, context: int) -> str:
+    cache = cache_bytes(config, context)
+    if not cache.token:
+        return "key/value cache: none, an encoder does not generate"
+    text = f"key/value cache, bfloat16: {amount(cache.token)} a token"
+    text += f", {amount(cache.source_token)} a token of the input" if cache.source_token else ""
+    text += f"; {amount(cache.full)} at {context:,} tokens"
+    return text + (f", of which the windows reach {amount(cache.in_reach)}" if cache.in_reach < cache.full else "")
+
+
+def memory_table(config: ModelConfig, chosen: Training) -> str:
+    """The highest moment of a step for every way to train, then what the chosen one's consists of."""
+    rows = [("", *(f"{precision} {kind}" for precision in PRECISIONS for kind in ("kept", "recomputed")))]
+    for method, label in LABELS.items():
+        ways = [replace(chosen, method=method, mixed=m, recompute=r) for m in (False, True) for r in (False, True)]
+        rows.append((label, *(amount(training_memory(config, way).peak) for way in ways)))
+    precision, kind = PRECISIONS[chosen.mixed], "recomputed" if chosen.recompute else "kept"
+    detail = parts_of(training_memory(config, chosen))
+    heading = f"\n\nof {LABELS[chosen.method]}, {precision} {kind} (not all at one time)\n"
+    return "memory of a training step at its highest\n" + columns(rows) + heading + columns(detail)
+
+
+def parts_of(memory: Memory) -> list[tuple[str, str]]:
+    named = (
+        ("weights", memory.weights),
+        ("16-bit copies", memory.copies),
+        ("gradients", memory.gradients),
+        ("optimizer", memory.optimizer),
+        ("activations", memory.activations),
+        ("logits", memory.logits),
+        ("at its highest", memory.peak),
+    )
+    return [(name, amount(size)) for name, size in named if size]
+
+
+def assumptions(config: ModelConfig, training: Training) -> str:
+    rates = ("dropout", "attention_dropout", "mlp_dropout", "output_dropout")
+    dropouts = ", ".join(f"{name} {getattr(config, name):g}" for name in rates if getattr(config, name))
+    micro = f" x {training.accumulate} micro-batches" if training.accumulate > 1 else ""
+    how = (
+        f"assumed: batch {training.batch_size}{micro} of {training.context:,} tokens · {training.optimizer} · "
+        f"LoRA r={training.rank} on {training.targets} · {dropouts or 'no dropout'}. "
+        "bf16: float32 weights and autocast; a frozen base in 16 bits. Recomputed: each block's forward, from its input. "
+        f"QLoRA: the blocks' matrices in {BITS:.3f} bits, the rest in 16, adapters in float32. "
+        f"Operators as on {training.device}, attention fused, masked scores skipped, all logits at once. Not counted: the "
+        "CUDA context and the libraries' workspaces (about 1 GiB), fragmentation."
+    )
+    return textwrap.fill(how, 110, subsequent_indent="  ")
+
+
+def columns(rows: list[tuple[str, ...]]) -> str:
+    """The first column to the left, the others to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("   ".join(("  " + first.ljust(widths[0]), *cells)))
+    return "\n".join(lines)
+
+
+def amount(size: float) -> str:
+    """
+    >>> amount(36_864), amount(500_000_000), amount(16 * 2**30)
+    ('36.0 KiB', '476.8 MiB', '16.00 GiB')
+    """
+    for unit, digits, bytes_each in (("GiB", 2, 2**30), ("MiB", 1, 2**20), ("KiB", 1, 2**10)):
+        if size >= bytes_each:
+            return f"{size / bytes_each:,.{digits}f} {unit}"
+    return f"{size:.0f} B"
+
+
+def operations(count: float) -> str:
+    """
+    >>> operations(266_000_000), operations(1.6e10)
+    ('266.0 M', '16.00 G')
+    """
+    return f"{count / 1e9:,.2f} G" if count >= 1e9 else f"{count / 1e6:,.1f} M"

@@ -1,0 +1,329 @@
+"""What a training step keeps between forward and backward, operation by operation: a tape of bytes.
+
+Each operation keeps what its derivative needs, and no more: a matrix its input, a norm its input and the statistics, an
+activation function its input, a product both factors, attention q, k, v, its result and one logsumexp a query, dropout
+its mask, the loss the log-probabilities; a sum keeps nothing. A tensor that two operations keep stands once, with the one
+whose backward runs last. `model.memory` walks the tape.
+
+Source: Korthikanti et al. 2022, arXiv 2205.05198, section 4, whose count is of 16-bit networks without fused attention.
+Under autocast what enters matrices and attention has 16 bits and the stream between the blocks 32, and every matrix that
+reads the stream keeps its own 16-bit copy, as autocast makes it.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from model.config import ConfigError, LayerSpec, ModelConfig
+from model.flops import POOLED_HEADS
+from model.parameters import Parameter, adapted, parameters
+
+WIDE = 4  # bytes of a float32 number
+INDEX = 8  # of an id
+
+
+class Kernels(NamedTuple):
+    """Where torch's operators keep different things on a CPU and on a GPU."""
+
+    fused_rms_norm: bool  # else the normalized values are kept beside the input, for the weight
+    bool_dropout: bool  # a mask of one byte; else the noise itself
+    fused_attention: bool  # also with dropout or with a bias that is trained; else these keep the T × S weights
+
+
+METHODS = ("full", "lora", "qlora")
+OPTIMIZERS = ("adamw", "muon")
+KERNELS = {"cuda": Kernels(True, True, True), "cpu": Kernels(False, False, False)}
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a network is trained, as far as memory depends on it."""
+
+    batch_size: int = 1  # of a micro-batch
+    context: int = 1024  # tokens of each text; of an encoder-decoder of the input and of the output
+    method: str = "full"  # METHODS
+    mixed: bool = False  # float32 weights and autocast to bfloat16; else all is float32
+    recompute: bool = False  # blocks keep their input alone and run again in the backward
+    accumulate: int = 1  # micro-batches a step: from the second one on the gradients are there in the forward
+    optimizer: str = "adamw"  # OPTIMIZERS
+    rank: int = 8  # of adapters
+    targets: str = "all-linear"  # of adapters: model.parameters.TARGETS
+    device: str = "cuda"  # KERNELS
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "context", "accumulate", "rank"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        for name, known in (("method", METHODS), ("optimizer", OPTIMIZERS), ("device", tuple(KERNELS))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"unknown {name}={getattr(self, name)!r}; known: {', '.join(known)}")
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number inside matrices and attention."""
+        return 2 if self.mixed else WIDE
+
+
+class Op(NamedTuple):
+    """One operation, in bytes."""
+
+    name: str
+    kept: int = 0  # from its forward to its backward
+    copies: int = 0  # likewise: autocast's 16-bit copy of its weight
+    grads: int = 0  # gradients of weights that its backward leaves
+    pending: int = 0  # of a weight that is used twice: it waits for the other one, then the two are summed
+    moving: int = 0  # what lives in its backward alone: gradients that come in, go out, or are about to be cast
+
+
+@dataclass
+class Segment:
+    """Operations that are recomputed together: a block, or what stands before and after the blocks."""
+
+    name: str
+    ops: list[Op] = field(default_factory=list)
+    entry: int = 0  # bytes of a block's input, all that is kept of it where it is recomputed; else 0
+    shared: int = 0  # of these, what `ops` count too
+    stream: int = 0  # gradients that pass by all of its operations
+
+    @property
+    def kept(self) -> int:
+        return sum(op.kept + op.copies for op in self.ops)
+
+
+def tape(config: ModelConfig, training: Training) -> list[Segment]:
+    """The segments of one micro-batch's forward, in order."""
+    return Recorder(config, training).record()
+
+
+def activation_bytes(config: ModelConfig, training: Training) -> int:
+    """What is kept when the forward of one micro-batch has ended; 16-bit copies of weights are not counted.
+
+    >>> config = ModelConfig.preset("gpt2", dropout=0.0, attention_dropout=0.0)
+    >>> activation_bytes(config, Training(batch_size=1)) // 2**20
+    779
+    """
+    segments = tape(config, training)
+    if training.recompute:
+        return sum(segment.entry or sum(op.kept for op in segment.ops) for segment in segments)
+    return sum(op.kept for segment in segments for op in segment.ops)
+
+
+class Recorder:
+    """Writes the tape of a network, following `Stack.forward`, `Block.forward` and the heads' line by line."""
+
+    def __init__(self, config: ModelConfig, training: Training):
+        self.config, self.training = config, training
+        self.kernels, self.size = KERNELS[training.device], training.itemsize
+        self.texts, self.rows = training.batch_size, training.batch_size * training.context
+        self.weights = parameters(config)
+        self.full = training.method == "full"
+        self.adapted = set() if self.full else {p.name for p in adapted(config, training.targets)}
+        self.stream = self.rows * config.width * WIDE
+        self.tied = config.tie_embeddings and config.head in ("lm", "mlm", "pretraining")
+        self.ops: list[Op] = []
+        self.differentiated = self.full  # what comes in needs a gradient; below the first adapter nothing does
+
+    def record(self) -> list[Segment]:
+        config = self.config
+        if config.architecture == "encoder-decoder":
+            segments = self.stack("body.encoder", config.layers, causal=False)
+            segments += self.stack("body.decoder", config.decoder_layers, causal=True, cross=True)
+        else:
+            causal = config.architecture == "decoder"
+            segments = self.stack("body", config.decoder_layers if causal else config.layers, causal=causal)
+        return [*segments, self.segment("head", self.head)]
+
+    def segment(self, name: str, write, *arguments, **fields) -> Segment:
+        self.ops = []
+        write(*arguments)
+        return Segment(name, self.ops, **fields)
+
+    def add(self, name: str, **sizes: int) -> None:
+        self.ops.append(Op(name, **sizes))
+
+    def stack(self, name: str, layers: tuple[LayerSpec, ...], *, causal: bool, cross: bool = False) -> list[Segment]:
+        shared = self.stream if self.config.norm_first or not self.training.mixed else 0
+        biased = self.config.position == "relative" and self.full
+        stream = self.stream * (1 + cross) + self.table(WIDE) * biased  # of the memory and of the bias all layers add up
+        fields = {"entry": self.stream, "shared": shared, "stream": stream}
+        self.differentiated = self.full
+        segments = [self.segment(f"{name}.embed", self.embed, name, causal)]
+        for index, layer in enumerate(layers):
+            block = f"{name}.blocks.{index}"
+            segments.append(self.segment(block, self.block, block, layer, causal, cross, **fields))
+        return [*segments, self.segment(f"{name}.norm", self.last_norm, name)]
+
+    def embed(self, name: str, causal: bool) -> None:
+        """Ids, for the tables' gradients; the norm and the dropout of their sum; what the layers share."""
+        config, length = self.config, self.training.context
+        if self.full:
+            ids = self.rows * INDEX * (1 + bool(config.token_types)) + length * INDEX * (config.position == "learned")
+            tables = ("embedding.", "position.", "token_type.")
+            own = [p for p in self.weights.values() if p.name.startswith(tuple(f"{name}.{table}" for table in tables))]
+            own += [p for p in self.weights.values() if p.name == "body.embedding.weight" and name == "body.encoder"]
+            grads = sum(p.size for p in own) * WIDE
+            table = config.vocab_size * config.width * WIDE if name == "body.decoder" else 0  # the encoder's too
+            waits = {"moving": self.stream + table} if self.tied else {"moving": self.stream, "pending": table}
+            self.add("embedding", kept=ids, grads=grads, **waits)
+        if config.position == "relative" and self.full:
+            self.add("relative", kept=length**2 * INDEX, grads=self.weights[f"{name}.relative.weight"].size * WIDE)
+        fused = not causal and self.kernels.fused_attention and not self.training.mixed
+        if config.position == "relative" and (fused or self.training.recompute):  # blocks that run again hold it as input
+            self.add("bias", kept=self.table(WIDE))
+        if config.position == "rope":
+            self.add("rope tables", kept=length * config.head_width * WIDE)
+        if config.embedding_norm:
+            self.norm(f"{name}.embedding_norm", self.rows, config.width)
+        self.dropout(self.rows * config.width, config.dropout, WIDE)
+
+    def table(self, size: int) -> int:
+        """H · T · S numbers of a bias, the same for all texts."""
+        return self.config.heads * self.training.context**2 * size
+
+    def block(self, name: str, layer: LayerSpec, causal: bool, cross: bool) -> None:
+        for sublayer in ("attention", "cross", "mlp") if cross else ("attention", "mlp"):
+            if self.config.norm_first:
+                self.norm(f"{name}.{sublayer}_norm", self.rows, self.config.width)
+            if sublayer == "mlp":
+                self.mlp(f"{name}.mlp")
+            else:
+                self.attention(f"{name}.{sublayer}", layer, causal, across=sublayer == "cross")
+            self.dropout(self.rows * self.config.width, self.config.dropout, self.size)
+            if not self.config.norm_first:
+                self.norm(f"{name}.{sublayer}_norm", self.rows, self.config.width)
+
+    def attention(self, name: str, layer: LayerSpec, causal: bool, *, across: bool) -> None:
+        config, size, length = self.config, self.size, self.training.context
+        queries, keys = (self.rows * heads * config.head_width for heads in (config.heads, config.kv_heads))
+        if f"{name}.project.qkv.weight" in self.weights:
+            self.linears([f"{name}.project.qkv"], fresh=True)
+        elif across:
+            self.linears([f"{name}.project.query"], fresh=True)
+            # In float32 all layers read the one memory, which the last norm of the encoder has counted.
+            self.linears([f"{name}.project.key", f"{name}.project.value"], fresh=self.training.mixed)
+        else:
+            self.linears([f"{name}.project.{part}" for part in ("query", "key", "value")], fresh=True)
+        if config.qk_norm and not across:
+            for part, numbers in (("query", queries), ("key", keys)):
+                self.norm(f"{name}.{part}_norm", numbers // config.head_width, config.head_width, size)
+        rotated = layer.rope is not None and not across
+        if rotated:
+            self.add("rotate", moving=3 * queries * size + 2 * keys * size)
+        rate, biased = config.attention_dropout, config.position == "relative" and not across
+        weights = self.texts * config.heads * length**2
+        if self.kernels.fused_attention or (not rate and not biased):
+            kept = (2 * queries + 2 * keys) * size + self.rows * config.heads * WIDE
+            if biased and (causal or self.training.mixed):
+                kept += self.table(size) + length**2 * causal  # made anew in each layer, from bias and mask
+            elif layer.window is not None and layer.window < length and not across:
+                kept += length**2 * size  # the mask as numbers
+            self.add("attention", kept=kept, moving=2 * (queries + keys) * size)
+        else:
+            kept = 3 * queries * WIDE + weights * WIDE * (3 if rate else 1) + length**2 * (biased and causal)
+            self.add("attention", kept=kept, moving=(2 * weights + queries) * size)
+        # The fused kernel lays its result out as q is laid out; behind a rotation that is one copy from what `out` reads.
+        copied = rotated or not (self.kernels.fused_attention or (not rate and not biased))
+        self.linears([f"{name}.out"], fresh=copied, last=True)
+
+    def mlp(self, name: str) -> None:
+        config, size = self.config, self.size
+        inner, rate = self.rows * config.mlp_width * size, config.mlp_dropout
+        gated, relu = config.mlp == "gated", config.activation == "relu"
+        self.linears([f"{name}.gate", f"{name}.up"] if gated else [f"{name}.up"], fresh=True)
+        self.add("activation", kept=inner, moving=2 * inner)  # relu keeps its result, the others their input
+        if gated:
+            self.add("gate", kept=inner if relu else 2 * inner, moving=3 * inner)
+        self.dropout(self.rows * config.mlp_width, rate, size)
+        self.linears([f"{name}.down"], fresh=gated or not relu or rate > 0, last=True)
+
+    def last_norm(self, name: str) -> None:
+        config = self.config
+        if config.norm_first:
+            self.norm(f"{name}.norm", self.rows, config.width)
+        self.dropout(self.rows * config.width, config.output_dropout, WIDE)
+        if name == "body.encoder" and not self.training.mixed:
+            self.add("memory", kept=self.stream)
+
+    def norm(self, name: str, rows: int, width: int, size: int = WIDE) -> None:
+        """Its input and the inverse deviation; the mean too, where there is one."""
+        config, numbers = self.config, rows * width
+        if not self.differentiated:
+            return
+        rms = config.norm == "rmsnorm" and f"{name}.bias" not in self.weights
+        kept = numbers * WIDE + rows * WIDE * (1 if rms else 2)
+        if rms and self.full and (size != WIDE or not self.kernels.fused_rms_norm):
+            kept += numbers * WIDE
+        weights = sum(p.size for p in self.weights.values() if p.name.startswith(f"{name}."))
+        self.add(name, kept=kept, grads=weights * WIDE if self.full else 0, moving=2 * numbers * WIDE)
+
+    def dropout(self, numbers: int, rate: float, size: int) -> None:
+        if rate and self.differentiated:
+            self.add("dropout", kept=numbers * (1 if self.kernels.bool_dropout else size), moving=numbers * size)
+
+    def linears(self, names: list[str], *, fresh: bool, last: bool = False) -> None:
+        """Matrices that read the same input. `fresh`: nobody else keeps this input. One that reads the 32-bit stream
+        under autocast casts it for itself. `last`: of the sublayer; its gradient is the stream's, unless that is cast or
+        masked on the way."""
+        size, kept_already = self.size, not fresh
+        for name in names:
+            weight = self.weights[f"{name}.weight"]
+            (out, into), bias = weight.shape, self.weights.get(f"{name}.bias")
+            reads = self.full or weight.name in self.adapted
+            kept = 0 if kept_already or not reads else self.rows * into * size
+            kept_already = kept_already or (bool(kept) and not self.training.mixed)
+            sizes = self.weight_bytes(weight, bias, self.rows)
+            if last and not self.training.mixed and not self.config.dropout:
+                sizes["moving"] -= self.rows * out * size
+            if weight.name in self.adapted:  # the gradient that the adapter has made for the same input
+                sizes["moving"] += self.rows * into * size
+            self.add(name, kept=kept, **sizes)
+            if weight.name in self.adapted:
+                self.adapter(out, into)
+        self.differentiated = self.differentiated or any(f"{name}.weight" in self.adapted for name in names)
+
+    def adapter(self, out: int, into: int) -> None:
+        """y + B (A x) · scale: A's result is kept for B; x is kept already."""
+        rank, size = self.training.rank, self.size
+        copies = rank * (out + into) * size if self.training.mixed else 0
+        moving = self.rows * (into + rank + out * self.training.mixed) * size + copies
+        kept = self.rows * rank * size
+        self.add("adapter", kept=kept, copies=copies, grads=rank * (out + into) * WIDE, moving=moving)
+
+    def weight_bytes(self, weight: Parameter, bias: Parameter | None, rows: int) -> dict[str, int]:
+        """What a matrix costs beside its input: a copy, gradients, and in QLoRA the matrix itself, unpacked for a moment."""
+        (out, into), size = weight.shape, self.size
+        moving = rows * (out + into) * size
+        if self.full:
+            numbers = weight.size + (bias.size if bias is not None and bias.trained else 0)
+            copies = weight.size * size if self.training.mixed else 0
+            return {"copies": copies, "grads": numbers * WIDE, "moving": moving + copies}
+        unpacked = weight.size * size if self.training.method == "qlora" and weight.in_block else 0
+        return {"moving": moving + unpacked, "grads": 0}
+
+    def head(self) -> None:
+        """The head's matrices, then the loss: log-probabilities in float32, and two gradients of their size on the way."""
+        config, size = self.config, self.size
+        rows = self.texts if config.head in POOLED_HEADS else self.rows
+        for weight in self.weights.values():
+            if weight.part == "head" and weight.role == "matrix":
+                bias = self.weights.get(weight.name.removesuffix("weight") + "bias")
+                kept = rows * weight.shape[1] * size * self.full + rows * weight.shape[0] * size
+                self.add(weight.name, kept=kept, **self.weight_bytes(weight, bias, rows))
+        if config.head in ("mlm", "pretraining"):
+            self.norm("head.norm", rows, config.width)
+        if config.head in ("lm", "mlm", "pretraining"):
+            shape = (config.vocab_size, config.width)
+            weight = self.weights.get("head.weight", Parameter("head.weight", shape, "head", "head", True))
+            own = self.weights.get("head.bias")
+            self.classes(weight, own if own is not None and own.trained else None, rows)
+        else:
+            for weight in self.weights.values():
+                if weight.part == "head" and weight.role == "head" and len(weight.shape) == 2:
+                    self.classes(weight, self.weights.get(weight.name.removesuffix("weight") + "bias"), rows)
+
+    def classes(self, weight: Parameter, bias: Parameter | None, rows: int) -> None:
+        logits = rows * weight.shape[0] * WIDE
+        sizes = self.weight_bytes(weight, bias, rows)
+        if self.tied and self.full and weight.shape[0] == self.config.vocab_size:
+            sizes |= {"grads": sizes["grads"] - weight.size * WIDE, "pending": weight.size * WIDE}
+        self.add("head", kept=rows * weight.shape[1] * self.size * self.full, **sizes)
+        self.add("logits", kept=logits + rows * INDEX, moving=2 * logits)

@@ -1,0 +1,126 @@
+"""Beam search: the k most probable beginnings go on together, and the best of what has ended is returned."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model.config import ConfigError
+from model.decoding import Decoding, evaluating
+from model.stopping import Stop
+
+
+class Beams(NamedTuple):
+    """The best texts of each input, best first."""
+
+    tokens: Tensor  # B R N: the new tokens of R texts, filled as by `generate`
+    scores: Tensor  # B R
+
+
+class Finished:
+    """The k best texts of one input that have ended: score = log p(text) / length^penalty, length without the prompt.
+
+    `closed` says that no later text can enter: by the first k (early stopping), or by the rule of transformers, that even
+    the best running text, ended as it is, would not score above the worst of the k. With a penalty above 0 a longer text
+    might: it is a heuristic.
+    """
+
+    def __init__(self, beams: int, length_penalty: float, early_stopping: bool):
+        self.beams, self.length_penalty, self.early_stopping = beams, length_penalty, early_stopping
+        self.texts: list[tuple[float, list[int]]] = []
+        self.closed = False
+
+    def score(self, log_probability: float, length: int) -> float:
+        return log_probability / length**self.length_penalty
+
+    def add(self, log_probability: float, tokens: list[int]) -> None:
+        self.texts.append((self.score(log_probability, len(tokens)), tokens))
+        self.texts.sort(key=lambda text: text[0], reverse=True)
+        del self.texts[self.beams :]
+
+    def close_if_settled(self, best_running: float, length: int) -> None:
+        if len(self.texts) == self.beams:
+            worst = self.texts[-1][0]
+            self.closed |= self.early_stopping or self.score(best_running, length) <= worst
+
+
+def beam_search(
+    network: nn.Module,
+    input_ids: Tensor,
+    *,
+    beams: int,
+    max_new_tokens: int,
+    attention_mask: Tensor | None = None,
+    length_penalty: float = 1.0,
+    early_stopping: bool = False,
+    eos_id: int | None = None,
+    stop_ids: Sequence[int] = (),
+    num_return: int = 1,
+    use_cache: bool = True,
+) -> Beams:
+    """Of each input (as for `generate`) the `num_return` best texts that `beams` running ones, k, come to.
+
+    At each step the k running texts have k · V continuations. Of the best 2k (more where several ids stop), those that
+    stop leave, as finished texts if they are among the best k; the best k of the others run on. At max_new_tokens all
+    stop. length_penalty above 0 favours long texts. Equal to transformers' `generate(num_beams=k, do_sample=False)`.
+    Source: Graves 2012, arXiv 1211.3711, section 2.5; the length penalty as in Sutskever et al. 2014, arXiv 1409.3215, and
+    Wu et al. 2016, arXiv 1609.08144, section 7, of whose form transformers keeps the power.
+    """
+    if beams < 1 or not 1 <= num_return <= beams:
+        raise ConfigError(f"beams={beams} must be at least 1, num_return={num_return} from 1 to that")
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens={max_new_tokens}: a beam search needs at least 1")
+    stop = Stop(eos_id, stop_ids)
+    rows, vocab_size, device = input_ids.size(0), network.config.vocab_size, input_ids.device
+    options = {"max_new_tokens": max_new_tokens, "use_cache": use_cache, "copies": beams}
+    finished = [Finished(beams, length_penalty, early_stopping) for _ in range(rows)]
+    width = min(max(2, 1 + len(stop.ids)) * beams, beams * vocab_size)  # enough of them run on, even if every text may stop
+    with evaluating(network):
+        text = Decoding(network, input_ids, attention_mask, **options)
+        first_B1 = torch.arange(rows, device=device)[:, None] * beams  # each input's first row in the batch
+        running_Bk = torch.full((rows, beams), -torch.inf, device=device)
+        running_Bk[:, 0] = 0  # the beams of an input begin as copies: only one of them counts
+        for length in range(1, max_new_tokens + 1):
+            logits_BkV = text.next_logits().unflatten(0, (rows, beams))
+            wide = torch.promote_types(logits_BkV.dtype, torch.float32)
+            total_BkV = running_Bk[..., None] + logits_BkV.log_softmax(-1, dtype=wide)
+            best_BC, place_BC = total_BkV.flatten(1).topk(width)  # C candidates, best first
+            beam_BC, token_BC = place_BC // vocab_size, place_BC % vocab_size
+            stops_BC = stop.among(token_BC) | (length == max_new_tokens)
+            _finish(finished, text.new_BT, first_B1, best_BC, beam_BC, token_BC, stops_BC, beams)
+
+            running_Bk, choice_Bk = best_BC.masked_fill(stops_BC, -torch.inf).topk(beams)
+            text.reorder((first_B1 + beam_BC.gather(1, choice_Bk)).flatten())
+            text.append(token_BC.gather(1, choice_Bk).flatten())
+            for one, best_running in zip(finished, running_Bk[:, 0].tolist(), strict=True):
+                one.close_if_settled(best_running, length)
+            if all(one.closed for one in finished):
+                break
+    return _best(finished, num_return, stop.fill(network.config.pad_id), device)
+
+
+def _finish(
+    finished: list[Finished],
+    new_BT: Tensor,
+    first_B1: Tensor,
+    best_BC: Tensor,
+    beam_BC: Tensor,
+    token_BC: Tensor,
+    stops_BC: Tensor,
+    beams: int,
+) -> None:
+    """Put away the texts that stop among the best k candidates. (Those behind them were only there to run on.)"""
+    best, token = best_BC.tolist(), token_BC.tolist()
+    source = (first_B1 + beam_BC).tolist()
+    for b, c in stops_BC[:, :beams].nonzero().tolist():
+        if not finished[b].closed:
+            finished[b].add(best[b][c], [*new_BT[source[b][c]].tolist(), token[b][c]])
+
+
+def _best(finished: list[Finished], num_return: int, fill: int, device: torch.device) -> Beams:
+    texts = [one.texts[:num_return] for one in finished]
+    longest = max(len(tokens) for row in texts for _, tokens in row)
+    tokens = [[[*tokens, *[fill] * (longest - len(tokens))] for _, tokens in row] for row in texts]
+    scores = [[score for score, _ in row] for row in texts]
+    return Beams(torch.tensor(tokens, device=device), torch.tensor(scores, device=device))

@@ -1,0 +1,115 @@
+"""A batch of texts that grow by one token at a time, and what a network says comes next; `generate` and `beam` build on it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from model.cache import Cache
+from model.config import ConfigError
+
+
+class Decoding:
+    """The texts so far, and the cache of what has been read of them: `next_logits`, `append`, `reorder`.
+
+    input_ids B S, attention_mask B S: 1 real, 0 pad (a decoder's prompt is padded on the left). A decoder goes on from
+    them; an encoder-decoder encodes them once, and its text begins with config.decoder_start_id. Each row is held `copies`
+    times, one after the other, as beams need it.
+
+    A cache holds no more than the text can come to. Past the network's context the window slides: its last half is read
+    again, and the text goes on from there. Relative positions (T5) know no such end.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        max_new_tokens: int,
+        use_cache: bool = True,
+        copies: int = 1,
+    ):
+        _check(network, input_ids, attention_mask, max_new_tokens)
+        config = network.config
+        self.network, self.config, self.use_cache = network, config, use_cache
+        mask_BS = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        self.memory = self.memory_mask = None
+        if config.architecture == "encoder-decoder":
+            self.memory_mask = mask_BS.repeat_interleave(copies, 0) if (mask_BS == 0).any() else None
+            memory_BSD = network.body.encode(input_ids, attention_mask).hidden
+            self.memory = memory_BSD.repeat_interleave(copies, 0)
+            input_ids = torch.full_like(input_ids[:, :1], config.decoder_start_id)
+            mask_BS = torch.ones_like(input_ids)
+        self.padded = bool((mask_BS == 0).any())
+        rest = input_ids.new_zeros(input_ids.size(0), max_new_tokens)
+        self.ids_BT = torch.cat((input_ids, rest), dim=1).repeat_interleave(copies, 0)
+        self.mask_BT = torch.cat((mask_BS, torch.ones_like(rest)), dim=1).repeat_interleave(copies, 0)
+        self.prompt = self.end = input_ids.size(1)  # positions that are given, and that are filled
+        self.limit = config.context if config.position != "relative" else self.ids_BT.size(1)
+        self.start = max(0, self.end - self.limit)  # of the window that is read
+        self.read = self.start  # up to here the cache holds the window
+        self.cache: Cache | None = None
+
+    def next_logits(self) -> Tensor:
+        """logits B V of the token that comes next."""
+        if self.end - self.start > self.limit:  # slide: halve what is read, so that this happens once in limit / 2 tokens
+            self.start = self.read = self.end - (self.limit // 2 or 1)
+            self.cache = None
+        if self.cache is None and self.use_cache:
+            weight, capacity = self.network.head.weight, min(self.limit, self.ids_BT.size(1))
+            self.cache = Cache(self.config, self.ids_BT.size(0), capacity, weight.dtype, weight.device)
+        unread_BT = self.ids_BT[:, self.read : self.end]
+        mask_BT = self.mask_BT[:, self.start : self.end] if self.padded else None
+        if self.memory is None:
+            hidden_BTD = self.network.body(unread_BT, mask_BT, cache=self.cache).hidden
+        else:
+            options = {"decoder_input_ids": unread_BT, "memory": self.memory, "cache": self.cache}
+            hidden_BTD = self.network.body(None, self.memory_mask, **options).hidden
+        if self.use_cache:
+            self.read = self.end
+        return self.network.head(hidden_BTD[:, -1])
+
+    def append(self, token_B: Tensor) -> None:
+        self.ids_BT[:, self.end] = token_B
+        self.end += 1
+
+    def reorder(self, row_B: Tensor) -> None:
+        """Row b goes on from what row row_B[b] was; both belong to the same input."""
+        self.ids_BT = self.ids_BT[row_B]
+        if self.cache is not None:
+            self.cache.reorder(row_B)
+
+    @property
+    def new_BT(self) -> Tensor:
+        """What has been appended so far."""
+        return self.ids_BT[:, self.prompt : self.end]
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Without dropout and without gradients; the network's mode is given back."""
+    was_training = network.training
+    network.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        network.train(was_training)
+
+
+def _check(network: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int) -> None:
+    config = network.config
+    if config.architecture == "encoder":
+        raise ConfigError(f"{config.family} of this config is an encoder alone: it fills gaps, and cannot go on from a text")
+    if config.head != "lm":
+        raise ConfigError(f"a network with the head {config.head!r} makes no text; it needs the head 'lm'")
+    if config.architecture == "encoder-decoder" and config.decoder_start_id is None:
+        raise ConfigError("this encoder-decoder has no decoder_start_id: what its output begins with is unknown")
+    if max_new_tokens < 0:
+        raise ConfigError(f"max_new_tokens={max_new_tokens} must not be negative")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ConfigError(f"attention_mask of shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}")
+    if input_ids.ndim != 2 or input_ids.size(1) == 0:
+        raise ConfigError(f"input_ids of shape {tuple(input_ids.shape)}: expected (batch, at least one token)")

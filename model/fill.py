@@ -1,0 +1,35 @@
+"""What a masked-language model reads into the gaps of a text."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model.config import ConfigError
+
+
+class Guess(NamedTuple):
+    id: int
+    probability: float
+
+
+@torch.no_grad()
+def fill(network: nn.Module, input_ids: Tensor, mask_id: int, *, top: int = 5) -> list[list[Guess]]:
+    """For each gap (mask_id) of one text, input_ids 1 T with its first and last token: the best `top` guesses, best first.
+
+    Several gaps are filled each by itself, the others still open. Without a gap, or with another head: ConfigError.
+    """
+    if network.config.head not in ("mlm", "pretraining"):
+        raise ConfigError(f"a network with the head {network.config.head!r} fills no gaps: a masked-language model does")
+    if not 1 <= top <= network.config.vocab_size:
+        raise ConfigError(f"top={top} is not from 1 to {network.config.vocab_size}")
+    place_N = (input_ids[0] == mask_id).nonzero()[:, 0]
+    if not len(place_N):
+        raise ConfigError("the text has no gap: write [MASK] (or the tokenizer's own mask token) where one is")
+    was_training = network.training
+    network.eval()
+    probability_NV = network(input_ids).logits[0, place_N].float().softmax(-1)
+    network.train(was_training)
+    best = probability_NV.topk(top)
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [[Guess(*guess) for guess in zip(ids, values, strict=True)] for ids, values in pairs]

@@ -1,0 +1,123 @@
+"""The memory that training takes: weights, gradients, optimizer state, and the highest point of a step.
+
+The step is walked on the tape of `model.activations`: forward, then backward operation by operation, each of which frees
+what it kept and leaves its weights' gradients; then the update. What stands still plus the highest moment is the answer.
+It leaves out what no tensor holds: the CUDA context (0.3 to 0.6 GiB), workspaces of libraries, fragmentation.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from model.activations import WIDE, Segment, Training, activation_bytes, tape
+from model.config import ModelConfig
+from model.parameters import adapted, adapter_parameters, parameters
+
+# NF4 in blocks of 64 whose scales are 8-bit in blocks of 256 (Dettmers et al. 2023, arXiv 2305.14314, section 3).
+BITS = 4 + 8 / 64 + 32 / (64 * 256)
+HALF = 2  # bytes of a frozen number that is not quantized
+BATCH_ELEMENTS = 1 << 27  # as in train.muon: matrices of one shape are orthogonalised together, so many numbers at a time
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. What stands through the step, what the forward leaves for the backward, and the highest moment of all."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float  # logits not among them
+    logits: float  # log-probabilities in float32, and at the highest moment their two gradients
+    copies: float  # autocast's 16-bit copies of weights
+    peak: float
+
+
+def training_memory(config: ModelConfig, training: Training) -> Memory:
+    """What one device needs to train the whole network.
+
+    `full`: float32 weights and gradients, of AdamW two moments, of Muon one for the blocks' matrices; under autocast a
+    16-bit copy of each matrix lives from its forward to its backward. `lora`: the base is frozen, in float32, or 16 bits
+    where training is mixed (nothing updates it); adapters, their gradients and moments are float32. `qlora`: the blocks'
+    matrices have 4.127 bits, the rest of the base 16. Gradients are freed after each update; with one micro-batch a step
+    they grow while the activations go, with several they stand beside them.
+
+    >>> memory = training_memory(ModelConfig.preset("gpt2"), Training(batch_size=8))
+    >>> memory.weights == memory.gradients == memory.optimizer / 2 == 4 * 124439808
+    True
+    """
+    segments = tape(config, training)
+    weights, gradients, optimizer = standing(config, training)
+    kept = activation_bytes(config, training)
+    copies = sum(op.copies for segment in segments for op in segment.ops if not (training.recompute and segment.entry))
+    logits = sum(op.kept for op in segments[-1].ops if op.name == "logits")
+    waiting = gradients if training.accumulate > 1 else 0.0
+    moments = forward_peak(segments, training) + waiting, backward_peak(segments, training, waiting)
+    peak = weights + optimizer + max(*moments, gradients + update_workspace(config, training))
+    return Memory(weights, gradients, optimizer, kept - logits, 3 * logits, copies, peak)
+
+
+def standing(config: ModelConfig, training: Training) -> tuple[float, float, float]:
+    """Bytes of weights, of all gradients, and of the optimizer's state."""
+    everything = parameters(config).values()
+    if training.method == "full":
+        trained = [p for p in everything if p.trained]
+        numbers = sum(p.size for p in trained)
+        matrices = sum(p.size for p in trained if p.role == "matrix" and len(p.shape) == 2)
+        state = 2 * numbers - (matrices if training.optimizer == "muon" else 0)
+        return sum(p.size for p in everything) * WIDE, numbers * WIDE, state * WIDE
+    added = adapter_parameters(config, training.rank, training.targets)
+    packed = sum(p.size for p in everything if p.role == "matrix" and p.in_block) if training.method == "qlora" else 0
+    rest = sum(p.size for p in everything) - packed
+    base = packed * BITS / 8 + rest * (HALF if training.mixed or training.method == "qlora" else WIDE)
+    # An adapter's two matrices are hidden matrices to the optimizer too.
+    state = added * (1 if training.optimizer == "muon" else 2)
+    return base + added * WIDE, added * WIDE, state * WIDE
+
+
+def forward_peak(segments: list[Segment], training: Training) -> float:
+    """When the logits are made: everything kept, the logits, and their log-probabilities (among what is kept).
+
+    Autocast holds its copies of the weights to the end of the forward, also those of blocks that are to run again.
+    """
+    held = 0
+    for segment in segments:
+        copies = sum(op.copies for op in segment.ops)
+        held += segment.entry + copies if training.recompute and segment.entry else segment.kept
+    return held + sum(op.kept for op in segments[-1].ops if op.name == "logits")
+
+
+def backward_peak(segments: list[Segment], training: Training, waiting: float) -> float:
+    """The highest moment of the backward. `waiting`: gradients of earlier micro-batches."""
+    again = [segment.entry if training.recompute else 0 for segment in segments]
+    live = sum(entry or segment.kept for entry, segment in zip(again, segments, strict=True))
+    grads, highest = waiting, 0.0
+    for entry, segment in zip(reversed(again), reversed(segments), strict=True):
+        if entry:
+            live += segment.kept - segment.shared
+        for op in reversed(segment.ops):
+            highest = max(highest, live + grads + segment.stream + op.moving + op.grads + op.pending)
+            live += op.pending - op.kept - op.copies
+            grads += 0 if waiting else op.grads
+        live -= entry - segment.shared if entry else 0
+    return highest
+
+
+def update_workspace(config: ModelConfig, training: Training) -> float:
+    """What the update needs beside gradients and state: AdamW's kernel nothing, Muon its iteration.
+
+    Muon's is the averaged update of every matrix, then for those of one shape a float32 stack of these, and in the
+    iteration's format (bfloat16 on a GPU) the iterate and the next one, with two squares.
+    """
+    if training.optimizer != "muon":
+        return 0.0
+    if training.method == "full":
+        shapes = [p.shape for p in parameters(config).values() if p.role == "matrix" and p.trained and len(p.shape) == 2]
+    else:
+        sides = (p.shape for p in adapted(config, training.targets))
+        shapes = [shape for out, into in sides for shape in ((training.rank, into), (out, training.rank))]
+    size, highest, before = 2 if training.device == "cuda" else WIDE, 0, 0
+    for (out, into), count in Counter(shapes).items():
+        stack = min(count, max(1, BATCH_ELEMENTS // (out * into)))
+        numbers, squares = stack * out * into, stack * min(out, into) ** 2
+        highest = max(highest, before + numbers * (WIDE + 2 * size) + 2 * squares * size)
+        before = numbers * size  # this stack's result is there while the next one begins
+    return sum(out * into for out, into in shapes) * WIDE + highest

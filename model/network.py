@@ -1,0 +1,40 @@
+"""The network: a body (decoder, encoder or both) and a head."""
+
+from torch import Tensor, nn
+
+from model.config import ConfigError, ModelConfig
+from model.decoder import Decoder
+from model.encoder import Encoder
+from model.encoder_decoder import EncoderDecoder
+from model.heads import HEADS
+from model.stack import Output
+from model.weights import head_spec
+
+BODIES = {"decoder": Decoder, "encoder": Encoder, "encoder-decoder": EncoderDecoder}
+
+
+class Network(nn.Module):
+    """`body` turns ids into hidden states, `head` these into what `config.head` says (`model.heads`).
+
+    With tied embeddings the matrix of a language or masked-language head is the embedding's.
+    """
+
+    def __init__(self, config: ModelConfig, attention: str = "sdpa"):
+        super().__init__()
+        if config.head not in HEADS:
+            raise ConfigError(f"unknown head {config.head!r}; heads: {', '.join(HEADS)}")
+        self.config = config
+        self.body = BODIES[config.architecture](config, attention)
+        self.head = HEADS[config.head](config, head_spec(config))
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the head and the embedding one parameter, where the config says so (again after loading)."""
+        if self.config.tie_embeddings and self.config.head in ("lm", "mlm", "pretraining"):
+            self.head.weight = self.body.embedding.weight
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options) -> Output:
+        """As the body's forward, with logits."""
+        output = self.body(input_ids, attention_mask, **options)
+        own = options.get("decoder_input_ids") is not None  # else the output is the input, and shares its mask
+        return self.head.read(output, options.get("decoder_attention_mask") if own else attention_mask)

@@ -1,0 +1,253 @@
+"""The safetensors format, read by hand: each tensor goes from the file into memory that is already there.
+
+    bytes 0 to 7     N, little-endian, unsigned: the length of the header
+    N bytes          JSON, {name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, "__metadata__": {str: str}}
+    the rest         the tensors, row by row, little-endian; offsets count from here, and no byte is left over or used twice
+
+The library's own reader maps the whole file into memory, where its pages are resident beside the tensors made from them: a
+network then needs twice its size. Reading by offset needs each tensor once, and `chunk_bytes` where one is cast, moved or
+transposed on the way.
+
+Source: the format's description, https://huggingface.co/docs/safetensors. For machines that are little-endian.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LONGEST_HEADER = 100_000_000  # bytes; the format's own limit, so that a damaged length cannot ask for all memory
+CHUNK_BYTES = 2**20  # stays in the cache: 16 MiB pieces were slower to transpose
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+MOST_BYTES = max(dtype.itemsize for dtype in DTYPES.values())
+
+
+class WeightFileError(ValueError):
+    """A file that is not whole safetensors, or a tensor that does not fit; the message names the file and the tensor."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where one tensor lies."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int  # bytes after the header
+    end: int
+
+
+class WeightFile:
+    """One open safetensors file; its header is read and checked at once, its tensors when asked for.
+
+    `names` are in the order of the data, which is the fastest order to read them in. Not for several threads at a time.
+
+    >>> import tempfile
+    >>> header = b'{"w": {"dtype": "I16", "shape": [2], "data_offsets": [0, 4]}}'
+    >>> path = Path(tempfile.mkdtemp(), "example.safetensors")
+    >>> _ = path.write_bytes(len(header).to_bytes(8, "little") + header + bytes([1, 0, 0, 1]))
+    >>> with WeightFile(path) as file:
+    ...     out = torch.empty(file.shape("w"))
+    ...     file.read("w", out)
+    ...     file.names, file.dtype("w"), out.tolist()
+    (['w'], torch.int16, [1.0, 256.0])
+    """
+
+    def __init__(self, path: str | Path, *, chunk_bytes: int = CHUNK_BYTES):
+        self.path, self.chunk_bytes = Path(path), max(chunk_bytes, MOST_BYTES)
+        self._staging: Tensor | None = None
+        try:
+            self._file = open(path, "rb", buffering=0)
+        except OSError as error:
+            raise self._error(error.strerror) from None
+        try:
+            self._entries, self.metadata, self._data_start = self._read_header()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "WeightFile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._file.close()
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._entry(name).dtype
+
+    def read(self, name: str, out: Tensor, *, transposed: bool = False) -> None:
+        """Fill `out` in place, cast to its dtype and moved to its device; `transposed` if the file holds `out.T`.
+
+        Errors: another shape; a cast to a lesser kind, such as float to int (`torch.can_cast`); a file cut meanwhile.
+        """
+        entry = self._entry(name)
+        if transposed and out.ndim != 2:
+            raise self._error(f"{name!r} can be transposed into two dimensions only, not into {tuple(out.shape)}")
+        target = out.detach().T if transposed else out.detach()  # a view of `out` in the file's order
+        if tuple(target.shape) != entry.shape:
+            raise self._error(f"{name!r} has shape {entry.shape}, {tuple(target.shape)} is expected")
+        if not torch.can_cast(entry.dtype, out.dtype):
+            raise self._error(f"{name!r} is {entry.dtype}, which cannot be cast to {out.dtype}")
+        self._fill(target, name, entry.dtype, self._data_start + entry.begin)
+
+    def holds(self, name: str, value: Tensor) -> bool:
+        """Whether the tensor in the file is `value`, but for its dtype; read a piece at a time."""
+        entry = self._entry(name)
+        if entry.shape != tuple(value.shape):
+            return False
+        size, flat, offset = value.numel(), value.detach().reshape(-1), self._data_start + entry.begin
+        count = max(self.chunk_bytes // entry.dtype.itemsize, 1)
+        for start in range(0, size, count):
+            piece = torch.empty(min(count, size - start), dtype=value.dtype, device=value.device)
+            self._fill(piece, name, entry.dtype, offset + start * entry.dtype.itemsize)
+            if not torch.equal(piece, flat[start : start + count]):
+                return False
+        return True
+
+    def _fill(self, target: Tensor, name: str, dtype: torch.dtype, offset: int) -> None:
+        """Straight into the target's own memory where the bytes are the same, else by way of a piece of `chunk_bytes`."""
+        if target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous():
+            self._read_bytes(_memory(target), offset, repr(name))
+            return
+        size = target.numel() * dtype.itemsize
+        if size <= self.chunk_bytes:
+            if self._staging is None:  # kept: one for each tensor leaves holes in the heap, measured as 1.4 times the weights
+                self._staging = torch.empty(self.chunk_bytes, dtype=torch.uint8)
+            piece = self._staging[:size]
+            self._read_bytes(_memory(piece), offset, repr(name))
+            target.copy_(piece.view(dtype).view(target.shape))
+            return
+        rows = self.chunk_bytes * len(target) // size
+        for part in target.split(rows) if rows else target.unbind():  # unbind: one row alone is longer than a chunk
+            self._fill(part, name, dtype, offset)
+            offset += part.numel() * dtype.itemsize
+
+    def _read_bytes(self, memory: memoryview, offset: int, what: str) -> None:
+        try:
+            self._file.seek(offset)
+            done = 0
+            while done < len(memory):  # one call reads 2 GiB at most
+                count = self._file.readinto(memory[done:])
+                if not count:
+                    raise self._error(f"ends at byte {offset + done}, {len(memory) - done} bytes before the end of {what}")
+                done += count
+        except OSError as error:
+            raise self._error(f"{what} cannot be read: {error.strerror}") from None
+
+    def _read_header(self) -> tuple[dict[str, Entry], dict[str, str], int]:
+        """The entries by offset, the metadata, and where the data starts."""
+        size = os.fstat(self._file.fileno()).st_size
+        if size < 8:
+            raise self._error(f"{size} bytes are too few for safetensors")
+        length = bytearray(8)
+        self._read_bytes(memoryview(length), 0, "the header's length")
+        header_size = int.from_bytes(length, "little")
+        longest = min(LONGEST_HEADER, size - 8)
+        if header_size > longest:
+            raise self._error(f"the header's length is given as {header_size} bytes, {longest} are possible")
+        text = bytearray(header_size)
+        self._read_bytes(memoryview(text), 8, "the header")
+        header = self._parse(text)
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise self._error("'__metadata__' is not an object of strings")
+        entries = {name: self._checked(name, value) for name, value in header.items()}
+        data_start = 8 + header_size
+        return self._gapless(entries, size - data_start), metadata, data_start
+
+    def _parse(self, text: bytearray) -> dict:
+        if not text.startswith(b"{"):
+            raise self._error(f"the header is not a JSON object: it starts with {bytes(text[:8])!r}")
+        try:
+            return json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
+        except (ValueError, RecursionError) as error:
+            raise self._error(f"the header is not JSON: {error}") from None
+
+    def _checked(self, name: str, value: object) -> Entry:
+        """One tensor's entry, if it makes sense by itself."""
+        if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
+            raise self._error(f"{name!r} is not described by dtype, shape and data_offsets: {value!r}")
+        code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+        if not isinstance(code, str) or code not in DTYPES:
+            raise self._error(f"{name!r} has dtype {code!r}; known: {', '.join(DTYPES)}")
+        if not _is_sizes(shape):
+            raise self._error(f"{name!r} has shape {shape!r}, not a list of sizes")
+        if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+            raise self._error(f"{name!r} has data_offsets {offsets!r}, not [begin, end]")
+        (begin, end), dtype = offsets, DTYPES[code]
+        if end - begin != (needed := math.prod(shape) * dtype.itemsize):
+            raise self._error(f"{name!r} of {code} {shape} needs {needed} bytes, its data_offsets {offsets} hold {end - begin}")
+        return Entry(dtype, tuple(shape), begin, end)
+
+    def _gapless(self, entries: dict[str, Entry], size: int) -> dict[str, Entry]:
+        """Sorted by offset, if each tensor starts where the one before it ends, and the last ends with the file."""
+        ordered = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
+        reached = 0
+        for name, entry in ordered.items():
+            if entry.begin != reached:
+                raise self._error(f"{name!r} starts at byte {entry.begin} of the data, where {reached} is expected")
+            reached = entry.end
+        if reached != size:
+            raise self._error(f"the header describes {reached} bytes of data, the file holds {size}")
+        return ordered
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self._entries:
+            raise self._error(f"holds no tensor {name!r}")
+        return self._entries[name]
+
+    def _error(self, what: str) -> WeightFileError:
+        return WeightFileError(f"{self.path}: {what}")
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    """A contiguous tensor's own bytes, writable; as uint8, for numpy knows neither bfloat16 nor float8."""
+    return memoryview(tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy())
+
+
+def _is_sizes(value: object) -> bool:
+    """A list of non-negative 64-bit integers; `True` is an int in Python, but not here."""
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict:
+    """A name that stands twice would drop a tensor in silence."""
+    values: dict = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"{name!r} stands twice")
+        values[name] = value
+    return values

@@ -1,0 +1,181 @@
+"""Generated tokens against transformers' `generate`: float64 networks, twenty prompts each, padded; and each filter."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from model.beam import beam_search
+from model.config import ModelConfig
+from model.generate import generate
+from model.sampling import filter_logits, penalize
+from tests.conftest import randomized, tiny_config
+from tests.oracle.test_model import LIBRARY, published, widen
+
+FAMILIES = ["gpt2", "llama", "mistral", "qwen2", "qwen3", "t5", "t5-gated", "bart"]
+PROMPTS, LONGEST, NEW = 20, 20, 24
+
+
+def pair(family: str, folder) -> tuple[nn.Module, nn.Module]:
+    """Our network and theirs with the same weights; whatever else a family's own generate would do is switched off."""
+    # transformers' cache for T5 has as many layers as the encoder
+    changes = {"decoder_depth": 2} if family == "t5" else {}
+    network = lively(randomized(tiny_config(family, context=64, **changes)))
+    theirs = published(network, folder)
+    widen(theirs)
+    start = network.config.decoder_start_id
+    theirs.generation_config = transformers.GenerationConfig(pad_token_id=0, decoder_start_token_id=start)
+    return network, theirs
+
+
+def lively(network: nn.Module) -> nn.Module:
+    """Attention and positions made to matter more: small random networks else say one word again and again."""
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if parameter.ndim == 2 and any(part in name for part in (".attention.", ".cross.", "position", "relative")):
+                parameter.mul_(3)
+    return network
+
+
+def prompts(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids and mask; a decoder's are padded on the left, an encoder's on the right."""
+    ids, mask = torch.zeros(PROMPTS, LONGEST, dtype=torch.long), torch.zeros(PROMPTS, LONGEST, dtype=torch.long)
+    for row, length in enumerate(torch.randint(1, LONGEST, (PROMPTS,)).tolist()):
+        where = slice(LONGEST - length, None) if config.architecture == "decoder" else slice(length)
+        ids[row, where], mask[row, where] = torch.randint(3, 61, (length,)), 1
+    return ids, mask
+
+
+def their_new_tokens(theirs: nn.Module, ids: torch.Tensor, mask: torch.Tensor, eos, **options) -> torch.Tensor:
+    options = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": eos} | options
+    tokens = theirs.generate(ids, attention_mask=mask, **options)
+    return tokens[:, 1 if theirs.config.is_encoder_decoder else ids.size(1) :]
+
+
+def upto(tokens: torch.Tensor, stops: list[int]) -> list[list[int]]:
+    """Each row up to its end: what stands behind it is filling."""
+    rows = []
+    for row in tokens.tolist():
+        ends = [place for place, token in enumerate(row) if token in stops]
+        rows.append(row[: ends[0] + 1] if ends else row)
+    return rows
+
+
+def endings(tokens: torch.Tensor, count: int = 1) -> list[int]:
+    """The ids that, as ends, make rows end at the most different steps."""
+
+    def lengths(token: int) -> int:
+        return len({len(row) for row in upto(tokens, [token])})
+
+    return sorted(range(61), key=lengths, reverse=True)[:count]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens(family, tmp_path, parity):
+    network, theirs = pair(family, tmp_path)
+    ids, mask = prompts(network.config)
+    free = generate(network, ids, attention_mask=mask, max_new_tokens=NEW, temperature=0)
+    different = (free != their_new_tokens(theirs, ids, mask, None)).sum()
+    for stops in (endings(free), endings(free, 3)):
+        ours = generate(network, ids, attention_mask=mask, max_new_tokens=NEW, temperature=0, stop_ids=stops)
+        expected = upto(their_new_tokens(theirs, ids, mask, stops), stops)
+        assert len({len(row) for row in expected}) > 1
+        different += sum(a != b for a, b in zip(upto(ours, stops), expected, strict=True))
+    options = {"attention_mask": mask, "max_new_tokens": NEW, "temperature": 0}
+    penalized = generate(network, ids, repetition_penalty=1.7, **options)
+    different += (penalized != their_new_tokens(theirs, ids, mask, None, repetition_penalty=1.7)).sum()
+    assert not torch.equal(penalized, free)
+    parity(f"{family} greedy tokens", LIBRARY, different, 0, "tokens are equal or not: count of different ones")
+    for row, real in enumerate(mask.bool()):  # and padding changes nothing
+        alone = generate(network, ids[row, real][None], max_new_tokens=NEW, temperature=0)
+        assert torch.equal(alone[0], free[row])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_beam_tokens_and_scores(family, tmp_path, parity):
+    """2 and 4 beams, penalties that favour short and long texts, both ends of the search, with and without an eos."""
+    network, theirs = pair(family, tmp_path)
+    ids, mask = prompts(network.config)
+    free = generate(network, ids, attention_mask=mask, max_new_tokens=NEW, temperature=0)
+    different, error, lengths = 0, 0.0, set()
+    cases = [(beams, penalty, early, stops) for beams in (2, 4) for penalty, early, stops in CASES]
+    for beams, penalty, early, count in cases:
+        stops = endings(free, count)
+        settings = {"length_penalty": penalty, "early_stopping": early}
+        ours = beam_search(
+            network, ids, attention_mask=mask, beams=beams, max_new_tokens=NEW, stop_ids=stops, num_return=2, **settings
+        )
+        options = {"num_beams": beams, "num_return_sequences": 2, "return_dict_in_generate": True, "output_scores": True}
+        options |= {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": stops or None}
+        expected = theirs.generate(ids, attention_mask=mask, **options, **settings)
+        first = 1 if theirs.config.is_encoder_decoder else ids.size(1)
+        rows = upto(expected.sequences[:, first:], stops)
+        different += sum(a != b for a, b in zip(upto(ours.tokens.flatten(0, 1), stops), rows, strict=True))
+        error = max(error, (ours.scores.flatten() - expected.sequences_scores).abs().max().item())
+        lengths |= {len(row) for row in rows}
+    assert len(lengths) > 3
+    parity(f"{family} beam tokens", LIBRARY, different, 0, "tokens are equal or not: count of different rows")
+    parity(f"{family} beam scores", LIBRARY, error, 2e-5, "transformers adds up log probabilities in float32")
+
+
+CASES = [
+    (0.6, False, 1),
+    (1.0, False, 1),
+    (2.0, False, 1),
+    (1.0, True, 1),
+    (2.0, True, 3),
+    (1.0, False, 3),
+    (1.0, False, 0),
+]  # length penalty, early stopping, how many ids stop
+
+
+SETTINGS = [
+    {"temperature": 0.7, "top_k": 5},
+    {"temperature": 1.3, "top_p": 0.8},
+    {"temperature": 1.0, "top_k": 9, "top_p": 0.6},
+    {"temperature": 0.7, "min_p": 0.2},
+    {"temperature": 1.7, "top_k": 30, "top_p": 0.9, "min_p": 0.05},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: " ".join(f"{k}={v}" for k, v in settings.items()))
+def test_filters(settings, parity):
+    logits = torch.randn(50, 61, dtype=torch.float64) * 2
+    warpers = {
+        "temperature": transformers.TemperatureLogitsWarper,
+        "top_k": transformers.TopKLogitsWarper,
+        "top_p": transformers.TopPLogitsWarper,
+        "min_p": transformers.MinPLogitsWarper,
+    }
+    expected = logits
+    for name, value in settings.items():
+        expected = warpers[name](value)(None, expected)
+    ours = filter_logits(logits, **({"top_k": None, "top_p": None} | settings))
+    assert torch.equal(ours.isinf(), expected.isinf()) and ours.isinf().any()
+    kept = ~expected.isinf()
+    error = (ours - expected)[kept].abs().max()
+    parity(f"sampling filters {settings}", LIBRARY, error, 0.0, "the same operations")
+
+
+@pytest.mark.parametrize("penalty", [0.8, 1.3])
+def test_repetition_penalty(penalty, parity):
+    logits, ids = torch.randn(50, 61, dtype=torch.float64), torch.randint(0, 61, (50, 12))
+    expected = transformers.RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
+    seen = torch.zeros(50, 61, dtype=torch.bool).scatter(1, ids, True)
+    error = (penalize(logits, seen, penalty) - expected).abs().max()
+    parity(f"repetition penalty {penalty}", LIBRARY, error, 0.0, "the same operations")
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 8}, {"top_p": 0.7, "min_p": 0.05}, {"temperature": 0.6, "top_k": 20}])
+def test_order_of_processors(settings, tmp_path):
+    """What transformers draws from, step by step: the penalty comes first, then temperature, top-k, top-p, min-p."""
+    network, theirs = pair("gpt2", tmp_path)
+    ids, mask = prompts(network.config)
+    options = {"temperature": 1.0, "top_k": 0, "max_new_tokens": 1, "eos_token_id": None, "do_sample": True} | settings
+    options |= {"repetition_penalty": 1.5, "return_dict_in_generate": True, "output_scores": True}
+    scores = theirs.generate(ids, attention_mask=mask, **options).scores[0]
+    seen = torch.zeros(PROMPTS, 61).scatter_add(1, ids, mask.float()) > 0
+    logits = penalize(network(ids, mask).logits[:, -1].float(), seen, 1.5)
+    ours = filter_logits(logits, **({"temperature": 1.0, "top_k": None, "top_p": None} | settings))
+    assert torch.equal(ours.isinf(), scores.isinf())
+    torch.testing.assert_close(ours[~ours.isinf()], scores[~ours.isinf()])

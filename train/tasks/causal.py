@@ -1,0 +1,78 @@
+"""The next token: every token of the text is a target, given those before it in its document."""
+
+import math
+import shlex
+
+import torch
+from torch import Tensor, nn
+
+from data.clm import clm_batch
+from data.shards import Shards
+from model.generate import generate
+from train.config import TrainConfig
+from train.evaluate import baselines, bits_per_byte
+from train.objective import Objective
+from train.tasks.task import Batch, Scores, Task, Totals, built_in
+
+SAMPLE_TOKENS = 80
+
+
+class CausalTask(Task):
+    """Scored in bits per byte, beside unigrams and bigrams counted on the same text."""
+
+    architecture, head, objective = "decoder", "lm", Objective
+
+    def __init__(self, config: TrainConfig, shards: Shards):
+        super().__init__(config, shards)
+        tokenizer = self.tokenizer
+        # Every scored target stands for known bytes of text, so that part of the split has an exact size too.
+        self.validation_bytes = int(tokenizer.piece_bytes[self.held_out[1:]].sum())
+        bos_id = None if tokenizer.bos_id == tokenizer.eos_id else tokenizer.bos_id
+        self.baselines = baselines(shards.train.ids, self.held_out, tokenizer.vocab_size, bos_id, self.validation_bytes)
+
+    def batch(self, block_BT1: Tensor, step: int, first_row: int) -> Batch:
+        return clm_batch(block_BT1, self.tokenizer.bos_id, self.tokenizer.eos_id)
+
+    def validation_batch(self, block_BT1: Tensor, first_row: int) -> Batch:
+        return clm_batch(block_BT1, self.tokenizer.bos_id, self.tokenizer.eos_id)
+
+    def scores(self, totals: Totals) -> Scores:
+        nats, count = totals["loss"]
+        return {
+            "loss": nats / count,
+            "perplexity": math.exp(min(nats / count, 700)),
+            "bits_per_byte": bits_per_byte(nats, self.validation_bytes),
+            "unigram_bits_per_byte": self.baselines.unigram,
+            "bigram_bits_per_byte": self.baselines.bigram,
+        }
+
+    def line(self, scores: Scores) -> str:
+        return (
+            f"loss {scores['loss']:.4f} · perplexity {scores['perplexity']:.1f} · {scores['bits_per_byte']:.3f} bits per byte "
+            f"(counting: bigrams {scores['bigram_bits_per_byte']:.3f}, unigrams {scores['unigram_bits_per_byte']:.3f})"
+        )
+
+    def verdict(self, scores: Scores) -> str:
+        bits, bigram = scores["bits_per_byte"], scores["bigram_bits_per_byte"]
+        gap = 100 * (1 - bits / bigram)
+        return f"{bits:.3f} bits per byte, {abs(gap):.1f} % {'below' if gap >= 0 else 'above'} counting bigrams ({bigram:.3f})"
+
+    def sample(self, network: nn.Module, device: torch.device) -> tuple[str, str]:
+        opening, tokenizer = self.opening(), self.tokenizer
+        new = generate(
+            network,
+            torch.tensor([opening], device=device),
+            max_new_tokens=SAMPLE_TOKENS,
+            temperature=0.7,
+            top_k=50,
+            eos_id=tokenizer.eos_id,
+            generator=torch.Generator(device).manual_seed(self.config.run.seed),
+        )
+        text = f"{tokenizer.decode(opening)}[…]{tokenizer.decode(new[0].tolist())}".strip("\n")
+        return "from […] on, the network goes on from a held-out document's opening", text
+
+    def try_it(self, folder: str) -> str:
+        prompt = "Return the"
+        if not built_in(self.config):
+            prompt = " ".join(self.tokenizer.decode(self.opening()).split()[:3])
+        return f"python -m model generate {folder} --prompt {shlex.quote(prompt)}"

@@ -1,0 +1,104 @@
+"""The masked token: 15 % of the tokens are targets, given all others of their document on both sides."""
+
+import math
+import shlex
+
+import torch
+from torch import Tensor, nn
+
+from data.config import DataError
+from data.mlm import VALIDATION, mlm_batch, unigram_baseline
+from data.shards import Shards
+from train.config import TrainConfig
+from train.objective import MaskedObjective
+from train.tasks.task import Batch, Scores, Task, Totals, built_in
+
+MASK = "[MASK]"
+SAMPLE_TOKENS, SAMPLE_EVERY = 40, 6
+
+
+class MaskedTask(Task):
+    """Scored on fixed masks: the share of masked tokens that are guessed, and the pseudo-perplexity, exp of the mean nats a
+    masked token; beside a guess that knows only how frequent each token is.
+
+    In validation every chosen token is masked, so that no target stands in its own context (training leaves or replaces
+    a fifth). Salazar et al. 2020, arXiv 1910.14659, mask one token at a time; here 15 % are missing at once.
+    """
+
+    architecture, head, objective = "encoder", "mlm", MaskedObjective
+
+    def __init__(self, config: TrainConfig, shards: Shards):
+        if shards.tokenizer.mask_id is None:
+            raise DataError("masked-language modelling needs a tokenizer with a mask token")
+        super().__init__(config, shards)
+        labels = [batch["labels"] for batch in self.validation]
+        self.baseline = unigram_baseline(shards.train.ids, labels, self.tokenizer.special_ids, self.tokenizer.vocab_size)
+
+    def batch(self, block_BT1: Tensor, step: int, first_row: int) -> Batch:
+        return self._masked(block_BT1, step, first_row)
+
+    def validation_batch(self, block_BT1: Tensor, first_row: int) -> Batch:
+        return self._masked(block_BT1, VALIDATION, first_row, masked=1.0, replaced=0.0)
+
+    def _masked(self, block_BT1: Tensor, step: int, first_row: int, **shares: float) -> Batch:
+        tokenizer = self.tokenizer
+        return mlm_batch(
+            block_BT1[:, :-1],
+            seed=self.config.run.seed,
+            step=step,
+            first_row=first_row,
+            mask_id=tokenizer.mask_id,
+            special_ids=tokenizer.special_ids,
+            vocab_size=tokenizer.vocab_size,
+            bos_id=tokenizer.bos_id,
+            **shares,
+        )
+
+    def scores(self, totals: Totals) -> Scores:
+        (nats, count), (correct, _) = totals["loss"], totals["accuracy"]
+        return {
+            "loss": nats / count,
+            "perplexity": math.exp(min(nats / count, 700)),
+            "masked_accuracy": correct / count,
+            "unigram_perplexity": self.baseline.perplexity,
+            "unigram_accuracy": self.baseline.accuracy,
+        }
+
+    def line(self, scores: Scores) -> str:
+        return (
+            f"loss {scores['loss']:.4f} · pseudo-perplexity {scores['perplexity']:.1f} · masked accuracy "
+            f"{100 * scores['masked_accuracy']:.1f} % (counting: unigrams {scores['unigram_perplexity']:.1f}, "
+            f"{100 * scores['unigram_accuracy']:.1f} %)"
+        )
+
+    def verdict(self, scores: Scores) -> str:
+        return (
+            f"masked accuracy {100 * scores['masked_accuracy']:.1f} % (most frequent token: "
+            f"{100 * scores['unigram_accuracy']:.1f} %), pseudo-perplexity {scores['perplexity']:.1f} "
+            f"(unigrams: {scores['unigram_perplexity']:.1f})"
+        )
+
+    @torch.no_grad()
+    def sample(self, network: nn.Module, device: torch.device) -> tuple[str, str]:
+        """Every sixth token of a held-out opening is masked; what is guessed stands in brackets, beside what was there."""
+        tokenizer, ids = self.tokenizer, self.opening(SAMPLE_TOKENS)[: self.config.network.context]
+        places = [i for i in range(SAMPLE_EVERY // 2, len(ids), SAMPLE_EVERY) if ids[i] not in tokenizer.special_ids]
+        masked = torch.tensor([ids], device=device)
+        masked[0, places] = tokenizer.mask_id
+        was_training = network.training
+        network.eval()
+        guesses = network(masked).logits[0].argmax(-1).tolist()
+        network.train(was_training)
+        shown = ""
+        for place, id in enumerate(ids):
+            there, guess = tokenizer.decode([id]), tokenizer.decode([guesses[place]])
+            same = f"[{there}]" if guess == there else f"[{guess}, not {there}]"
+            shown += same if place in places else there
+        return "in brackets, what the network reads into the gaps of a held-out document's opening", shown.strip("\n")
+
+    def try_it(self, folder: str) -> str:
+        text = f"The {MASK} statement"
+        if not built_in(self.config):
+            first, _, *rest = [*self.tokenizer.decode(self.opening()).split(), "", "", ""][:4]
+            text = " ".join([first, MASK, *rest]).strip()
+        return f"python -m model fill {folder} {shlex.quote(text)}"

@@ -171,8 +171,10 @@ def fill(options: Fill) -> None:
     if tokenizer.mask_id is None:
         raise ConfigError(f"{folder}: its tokenizer has no mask token, so that no gap can be told")
     try:
-        # [MASK] is understood whatever the tokenizer calls its own mask token (RoBERTa: <mask>).
-        parts = [tokenizer.encode(part, specials=True) for part in options.text.split(GAP)]
+        # [MASK] is understood whatever the tokenizer calls its own mask token (RoBERTa: <mask>). A space before it belongs
+        # to the token that is missing: pieces begin with theirs, or (WordPiece) spaces are not kept at all.
+        *before, last = options.text.split(GAP)
+        parts = [tokenizer.encode(part, specials=True) for part in (*(part.removesuffix(" ") for part in before), last)]
     except UnicodeEncodeError:
         raise ConfigError("the text is not valid UTF-8") from None
     ids = [tokenizer.bos_id, *parts[0]]

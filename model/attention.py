@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from model.cache import CrossCache, LayerCache
 from model.config import ModelConfig
+from model.linear import Linear
 from model.mask import Plan
 from model.norm import RMSNorm
 from model.rope import rotate
@@ -69,9 +70,9 @@ class SeparateProjection(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         bias, key_width = config.qkv_bias, config.kv_heads * config.head_width
-        self.query = nn.Linear(config.width, config.heads * config.head_width, bias)
-        self.key = nn.Linear(config.width, key_width, bias)
-        self.value = nn.Linear(config.width, key_width, bias)
+        self.query = Linear(config.width, config.heads * config.head_width, bias)
+        self.key = Linear(config.width, key_width, bias)
+        self.value = Linear(config.width, key_width, bias)
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
@@ -82,7 +83,7 @@ class FusedProjection(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.qkv = nn.Linear(config.width, 3 * config.heads * config.head_width, config.qkv_bias)
+        self.qkv = Linear(config.width, 3 * config.heads * config.head_width, config.qkv_bias)
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, ...]:
         return self.qkv(x_BTD).chunk(3, dim=-1)
@@ -103,7 +104,7 @@ class Attention(nn.Module):
         self.project = PROJECTIONS[config.projection](config)
         self.query_norm = RMSNorm(config.head_width, config.norm_eps) if config.qk_norm else nn.Identity()
         self.key_norm = RMSNorm(config.head_width, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.out = nn.Linear(config.heads * config.head_width, config.width, config.out_bias)
+        self.out = Linear(config.heads * config.head_width, config.width, config.out_bias)
         self.attend = ATTENTIONS[attention]
         self.head_width, self.scale = config.head_width, config.score_scale
         self.dropout = config.attention_dropout
@@ -129,7 +130,7 @@ class CrossAttention(nn.Module):
     def __init__(self, config: ModelConfig, attention: str = "sdpa"):
         super().__init__()
         self.project = SeparateProjection(config)
-        self.out = nn.Linear(config.heads * config.head_width, config.width, config.out_bias)
+        self.out = Linear(config.heads * config.head_width, config.width, config.out_bias)
         self.attend = ATTENTIONS[attention]
         self.head_width, self.scale = config.head_width, config.score_scale
         self.dropout = config.attention_dropout

@@ -57,4 +57,4 @@ class Block(nn.Module):
         return self.add(x_BTD, self.mlp_norm, lambda x: self.drop(self.mlp(x)))
 
     def drop(self, x_BTD: Tensor) -> Tensor:
-        return F.dropout(x_BTD, self.dropout, self.training)
+        return F.dropout(x_BTD, self.dropout) if self.training else x_BTD

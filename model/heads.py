@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.config import HeadSpec, ModelConfig
+from model.linear import linear
 from model.mlp import ACTIVATIONS
 from model.norm import LayerNorm
 from model.stack import Output
@@ -40,7 +41,7 @@ class LanguageHead(Head, nn.Linear):
         return hidden if self.scale == 1 else hidden * self.scale
 
     def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        return F.linear(self.features(hidden), self.weight, self.bias)
+        return linear(self.features(hidden), self.weight, self.bias)
 
 
 class MaskedHead(LanguageHead):

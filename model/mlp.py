@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.config import ModelConfig
+from model.linear import Linear
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -17,7 +18,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Down(nn.Linear):
+class Down(Linear):
     """The matrix back to the model's width. It may be wider in dtype than the rest: T5's overflows float16, so that
     `model.hub.load` keeps it in float32, and the residual stream becomes float32 with it."""
 
@@ -30,7 +31,7 @@ class Mlp(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.up = nn.Linear(config.width, config.mlp_width, config.mlp_bias)
+        self.up = Linear(config.width, config.mlp_width, config.mlp_bias)
         self.down = Down(config.mlp_width, config.width, config.mlp_bias)
         self.activation = ACTIVATIONS[config.activation]
         self.dropout = config.mlp_dropout
@@ -44,8 +45,8 @@ class GatedMlp(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate = nn.Linear(config.width, config.mlp_width, config.mlp_bias)
-        self.up = nn.Linear(config.width, config.mlp_width, config.mlp_bias)
+        self.gate = Linear(config.width, config.mlp_width, config.mlp_bias)
+        self.up = Linear(config.width, config.mlp_width, config.mlp_bias)
         self.down = Down(config.mlp_width, config.width, config.mlp_bias)
         self.activation = ACTIVATIONS[config.activation]
         self.dropout = config.mlp_dropout

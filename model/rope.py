@@ -13,29 +13,30 @@ from torch import Tensor
 from model.config import Rope
 
 
-def plain(rope: Rope, frequency_K: Tensor, length: Tensor) -> Tensor:
+def plain(rope: Rope, frequency_K: Tensor, position_BT: Tensor) -> Tensor:
     return frequency_K
 
 
-def linear(rope: Rope, frequency_K: Tensor, length: Tensor) -> Tensor:
+def linear(rope: Rope, frequency_K: Tensor, position_BT: Tensor) -> Tensor:
     """frequency / factor: positions are squeezed into the trained context. Source: Chen et al. 2023, arXiv 2306.15595."""
     return frequency_K / rope.factor
 
 
-def dynamic(rope: Rope, frequency_K: Tensor, length: Tensor) -> Tensor:
+def dynamic(rope: Rope, frequency_K: Tensor, position_BT: Tensor) -> Tensor:
     """base' = base · (factor · length / C - (factor - 1))^(K / (K - 2)) once the sequence is longer than C.
 
     The slowest pair is then squeezed as by `linear`, the fastest not at all. Keys that a cache holds keep the turn they
     got at the length of their time, as in transformers. Source: bloc97 and emozilla 2023; Peng et al., arXiv 2309.00071,
     section 3.3.
     """
+    length = position_BT.max() + 1  # still on the device: nothing waits for it
     growth = rope.factor * (length / rope.trained_context).clamp_min(1) - (rope.factor - 1)
     pairs = frequency_K.numel()
     pair_K = torch.arange(pairs, dtype=frequency_K.dtype, device=frequency_K.device)
     return frequency_K * growth.to(frequency_K.dtype) ** (-pair_K / max(pairs - 1, 1))
 
 
-def llama3(rope: Rope, frequency_K: Tensor, length: Tensor) -> Tensor:
+def llama3(rope: Rope, frequency_K: Tensor, position_BT: Tensor) -> Tensor:
     """Pairs of fewer than `slow` turns over C are divided by the factor, those of more than `fast` stay, and between the
     two the share that stays grows linearly with the turns. Source: Llama 3.1 (arXiv 2407.21783, section 3.4; its code)."""
     turns_K = rope.trained_context * frequency_K / (2 * math.pi)
@@ -43,7 +44,7 @@ def llama3(rope: Rope, frequency_K: Tensor, length: Tensor) -> Tensor:
     return frequency_K * (stays_K + (1 - stays_K) / rope.factor)
 
 
-def yarn(rope: Rope, frequency_K: Tensor, length: Tensor) -> Tensor:
+def yarn(rope: Rope, frequency_K: Tensor, position_BT: Tensor) -> Tensor:
     """As `llama3`, but the share grows linearly with the pair's number i, between the pairs that make `fast` and `slow`
     turns. Source: Peng et al. 2023, arXiv 2309.00071, section 3.2; bounds rounded outwards as its code does."""
     width = 2 * frequency_K.numel()
@@ -84,10 +85,12 @@ def rope_tables(position_BT: Tensor, head_width: int, rope: Rope, dtype: torch.d
     """
     wide = torch.promote_types(dtype, torch.float32)
     exponent = torch.arange(0, head_width, 2, dtype=wide, device=position_BT.device) / head_width
-    frequency_K = STRETCHES[rope.kind](rope, 1.0 / rope.base**exponent, position_BT.max() + 1)
+    frequency_K = STRETCHES[rope.kind](rope, 1.0 / rope.base**exponent, position_BT)
     phase_B1TK = (position_BT.to(wide)[..., None] * frequency_K)[:, None]
-    scale = magnitude(rope)
-    return (phase_B1TK.cos() * scale).to(dtype), (phase_B1TK.sin() * scale).to(dtype)
+    cos_B1TK, sin_B1TK = phase_B1TK.cos(), phase_B1TK.sin()
+    if (scale := magnitude(rope)) != 1:
+        cos_B1TK, sin_B1TK = cos_B1TK * scale, sin_B1TK * scale
+    return cos_B1TK.to(dtype), sin_B1TK.to(dtype)
 
 
 def rotate(x_BHTK: Tensor, cos_B1TK: Tensor, sin_B1TK: Tensor) -> Tensor:

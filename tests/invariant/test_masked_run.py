@@ -85,7 +85,9 @@ def test_fill_shows_the_best_of_each_gap(run):
     assert fill(run[0], "the [MASK] reads a [MASK] of objects", "--top", 3).out == said.out
     folder = last_checkpoint(run[0])
     network, tokenizer = model.hub.load(folder).eval(), load_tokenizer(folder)
-    ids = [tokenizer.bos_id, *tokenizer.encode("the [MASK] reads a [MASK] of objects", specials=True), tokenizer.eos_id]
+    # "the" " reads a" " of objects": the space before a gap is the missing token's own
+    parts = [tokenizer.encode(part) for part in ("the", " reads a", " of objects")]
+    ids = [tokenizer.bos_id, *parts[0], tokenizer.mask_id, *parts[1], tokenizer.mask_id, *parts[2], tokenizer.eos_id]
     with torch.no_grad():
         best = network(torch.tensor([ids])).logits[0, ids.index(tokenizer.mask_id)].softmax(-1).max().item()
     assert shares[0] == pytest.approx(100 * best, abs=0.06)

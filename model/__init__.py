@@ -2,7 +2,7 @@
 
 Where to read first: `config` (what a network is made of), then bottom up, as a paper would introduce the parts:
 
-    norm · position · rope · mask · attention · cache · mlp · block      the parts
+    norm · position · rope · mask · linear · attention · cache · mlp · block    the parts
     stack · decoder · encoder · encoder_decoder                          the bodies
     heads · network                                                      what is read off them, and the whole
     families/ · weights                                                  one table per published family, and how it is read

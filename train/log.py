@@ -18,7 +18,7 @@ class Console:
     """On a terminal a bar and lines above it; elsewhere lines alone, without colours."""
 
     def __init__(self, verbose: bool = True):
-        self.verbose = verbose
+        self.verbose, self.unit = verbose, "tokens"
         self.bar: tqdm | None = None
         self._last_line = 0.0
 
@@ -52,10 +52,10 @@ class Console:
     def progress(self, step: int, loss: float, tokens_per_s: float) -> None:
         left = clock(self.seconds_left(step))
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {loss:.3f} · {tokens_per_s:,.0f} tokens/s · {left} left")
+            self.bar.set_postfix_str(f"loss {loss:.3f} · {tokens_per_s:,.0f} {self.unit}/s · {left} left")
         elif time.monotonic() - self._last_line >= QUIET_SECONDS:
             self._last_line = time.monotonic()
-            self.say(f"step {step:>6}/{self.steps}  loss {loss:.3f}  {tokens_per_s:,.0f} tokens/s  {left} left")
+            self.say(f"step {step:>6}/{self.steps}  loss {loss:.3f}  {tokens_per_s:,.0f} {self.unit}/s  {left} left")
 
     def end(self) -> None:
         if self.bar is not None:

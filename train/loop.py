@@ -92,6 +92,7 @@ class Run:
         config = self.config = resolve_network(config, network)
         self.device = torch.device(config.run.device)
         self.task = TASKS[config.run.objective](config, self.shards)
+        self.console.unit = self.task.unit
         self.optimizers = open_optimizers(config, network)
         self.autocast = autocast(self.device, config.speed.precision)
         self.objective = self.task.objective(network)
@@ -131,7 +132,8 @@ class Run:
             self.metrics.close()
         took = time.monotonic() - began
         per_second = (self.tokens - tokens_before) / max(took, 1e-9)
-        conclude(self, stopped, f"{self.tokens:,} tokens; this session {clock(took)}, {per_second:,.0f} tokens/s")
+        unit = self.task.unit
+        conclude(self, stopped, f"{self.tokens:,} {unit}; this session {clock(took)}, {per_second:,.0f} {unit}/s")
         return self.out
 
     def _steps(self) -> str:

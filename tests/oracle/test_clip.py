@@ -39,7 +39,7 @@ def test_equals_torch_in_float64(parity, foreach, max_norm):
     norm = clip_grad_norm_(ours, max_norm, foreach=foreach)
     oracle = torch.nn.utils.clip_grad_norm_(theirs, max_norm)
     error = max(abs(norm.item() / oracle.item() - 1), largest(grads(ours), grads(theirs)))
-    part = f"clip_grad_norm_ ({'foreach' if foreach else 'plain twin'}, max_norm {max_norm:g})"
+    part = f"clip_grad_norm_: {'foreach' if foreach else 'plain twin'}, max_norm {max_norm:g}"
     parity(part, TORCH, error, 1e-14, "float64; sums in another order")
 
 
@@ -52,7 +52,7 @@ def test_mixed_dtypes_are_summed_in_float32(parity, foreach):
     norm = clip_grad_norm_(ours, 0.5, foreach=foreach)
     assert norm.dtype == torch.float32 and norm.shape == ()
     reason = "float32 sums of 3,000 squares"
-    part = f"total norm of mixed dtypes ({'foreach' if foreach else 'plain twin'})"
+    part = f"total norm of mixed dtypes: {'foreach' if foreach else 'plain twin'}"
     parity(part, "numpy.linalg.norm in float64", abs(norm.item() / exact - 1), 1e-6, reason)
     for grad, old in zip(grads(ours), before, strict=True):
         expected = old.double() * 0.5 / (exact + 1e-6)  # rounded once, to the gradient's own dtype

@@ -85,7 +85,7 @@ def test_greedy_tokens(family, tmp_path, parity):
     penalized = generate(network, ids, repetition_penalty=1.7, **options)
     different += (penalized != their_new_tokens(theirs, ids, mask, None, repetition_penalty=1.7)).sum()
     assert not torch.equal(penalized, free)
-    parity(f"{family} greedy tokens", LIBRARY, different, 0, "tokens are equal or not: count of different ones")
+    parity(f"greedy tokens: {family}", LIBRARY, different, 0, "tokens are equal or not: count of different ones")
     for row, real in enumerate(mask.bool()):  # and padding changes nothing
         alone = generate(network, ids[row, real][None], max_new_tokens=NEW, temperature=0)
         assert torch.equal(alone[0], free[row])
@@ -114,8 +114,8 @@ def test_beam_tokens_and_scores(family, tmp_path, parity):
         error = max(error, (ours.scores.flatten() - expected.sequences_scores).abs().max().item())
         lengths |= {len(row) for row in rows}
     assert len(lengths) > 3
-    parity(f"{family} beam tokens", LIBRARY, different, 0, "tokens are equal or not: count of different rows")
-    parity(f"{family} beam scores", LIBRARY, error, 2e-5, "transformers adds up log probabilities in float32")
+    parity(f"beam tokens: {family}", LIBRARY, different, 0, "tokens are equal or not: count of different rows")
+    parity(f"beam scores: {family}", LIBRARY, error, 2e-5, "transformers adds up log probabilities in float32")
 
 
 CASES = [
@@ -154,7 +154,7 @@ def test_filters(settings, parity):
     assert torch.equal(ours.isinf(), expected.isinf()) and ours.isinf().any()
     kept = ~expected.isinf()
     error = (ours - expected)[kept].abs().max()
-    parity(f"sampling filters {settings}", LIBRARY, error, 0.0, "the same operations")
+    parity(f"sampling filters: {settings}", LIBRARY, error, 0.0, "the same operations")
 
 
 @pytest.mark.parametrize("penalty", [0.8, 1.3])
@@ -163,7 +163,7 @@ def test_repetition_penalty(penalty, parity):
     expected = transformers.RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
     seen = torch.zeros(50, 61, dtype=torch.bool).scatter(1, ids, True)
     error = (penalize(logits, seen, penalty) - expected).abs().max()
-    parity(f"repetition penalty {penalty}", LIBRARY, error, 0.0, "the same operations")
+    parity(f"repetition penalty: {penalty}", LIBRARY, error, 0.0, "the same operations")
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 8}, {"top_p": 0.7, "min_p": 0.05}, {"temperature": 0.6, "top_k": 20}])

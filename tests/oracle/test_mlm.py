@@ -42,4 +42,4 @@ def test_rates_equal_transformers(parity):
         (p, n), (q, m) = [(float(part.sum() / whole.sum()), int(whole.sum())) for part, whole in (mine, other)]
         sigmas = abs(p - q) / math.sqrt(p * (1 - p) / n + q * (1 - q) / m)
         library = f"transformers {transformers.__version__}"
-        parity(f"masks, share {name}", library, sigmas, 4, "standard deviations between two random shares")
+        parity(f"masks: share {name}", library, sigmas, 4, "standard deviations between two random shares")

@@ -108,7 +108,7 @@ def inputs(config: ModelConfig, padded: bool) -> tuple[dict, dict, torch.Tensor,
 @pytest.mark.parametrize("case", CASES)
 def test_logits_states_and_gradients(case, padded, tmp_path, parity):
     family, changes, wide, (tolerance, reason) = CASES[case]
-    network = randomized(tiny_config(family, **changes))
+    part, network = case.removesuffix("-wide"), randomized(tiny_config(family, **changes))
     theirs = published(network, tmp_path)
     if wide:
         widen(theirs)
@@ -120,7 +120,7 @@ def test_logits_states_and_gradients(case, padded, tmp_path, parity):
     for (mine, their_states), which in zip(lists, real, strict=True):
         assert len(mine) == len(their_states)
         errors += [(a - b)[which].abs().max() / (1 + b.abs().max()) for a, b in zip(mine, their_states, strict=True)]
-    parity(f"{case}: logits, states{', padded' * padded}", LIBRARY, max(errors), tolerance, reason)
+    parity(f"{part}: logits, states{', padded' * padded}", LIBRARY, max(errors), tolerance, reason)
 
     direction = torch.randn_like(ours.logits) * scored[..., None]
     (ours.logits * direction).sum().backward()
@@ -135,7 +135,35 @@ def test_logits_states_and_gradients(case, padded, tmp_path, parity):
         expected = gradients.pop(row.published).grad
         errors.append((to_published(row, parameter.grad, network.config) - expected).abs().max() / (1 + expected.abs().max()))
     assert not [name for name, value in gradients.items() if value.grad is not None]
-    parity(f"{case}: gradients{', padded' * padded}", LIBRARY, max(errors), tolerance, reason)
+    parity(f"{part}: gradients{', padded' * padded}", LIBRARY, max(errors), tolerance, reason)
+
+
+PACKED = ["gpt2", "llama-wide", "mistral-wide", "qwen2-wide", "qwen3-wide", "bert", "roberta", "roformer"]
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_packed(case, tmp_path, parity):
+    """Three documents in one row here, one after the other there: logits, and the sum of the gradients."""
+    family, changes, wide, (tolerance, reason) = CASES[case]
+    network = randomized(tiny_config(family, **changes))
+    theirs = published(network, tmp_path)
+    if wide:
+        widen(theirs)
+    documents = [torch.randint(3, 61, (1, length)) for length in (9, 12, 4)]
+    places = {"position_ids": torch.cat([torch.arange(document.size(1)) for document in documents])[None]}
+    places["document_ids"] = torch.cat([torch.full((document.size(1),), n) for n, document in enumerate(documents)])[None]
+    ours = network(torch.cat(documents, 1), **places).logits
+    other = torch.cat([theirs(input_ids=document).logits for document in documents], 1)
+    errors = [(ours - other).abs().max() / (1 + other.abs().max())]
+    direction = torch.randn_like(ours)
+    (ours * direction).sum().backward()
+    (other * direction).sum().backward()
+    table, gradients = weight_table(network.config), dict(theirs.named_parameters())
+    for name, parameter in network.named_parameters():
+        expected = gradients[table[name].published].grad
+        difference = to_published(table[name], parameter.grad, network.config) - expected
+        errors.append(difference.abs().max() / (1 + expected.abs().max()))
+    parity(f"{case.removesuffix('-wide')}: packed", LIBRARY, max(errors), tolerance, reason)
 
 
 def test_default_network_in_float32(tmp_path, parity):

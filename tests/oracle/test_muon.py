@@ -22,7 +22,7 @@ def test_muon_equals_torch(parity, batched, adjust_lr, nesterov):
     # stack, which seldom sums in another order (measured: one entry in 30 steps). The twin, written as in the paper,
     # rounds everywhere else. The rates add up to 0.08, and a unit of bfloat16 is 2^-8.
     tolerance, reason = (3e-4, "a unit of bfloat16, seldom") if batched else (1e-2, "bfloat16 rounds elsewhere")
-    part = f"Muon ({'batched' if batched else 'plain twin'}, bfloat16, {adjust_lr}{', Nesterov' if nesterov else ''})"
+    part = f"Muon: {'batched' if batched else 'plain twin'}, bfloat16, {adjust_lr}{', Nesterov' if nesterov else ''}"
     parity(part, f"{TORCH} Muon", difference(ours, theirs), tolerance, reason)
 
 
@@ -33,7 +33,7 @@ def test_muon_in_float64_equals_torch_but_for_bfloat16(parity, monkeypatch):
         ours, theirs = weights(MATRICES), weights(MATRICES)
         train(Muon(groups_of(ours), lr=0.02, batched=batched), ours, range(30))
         train(torch.optim.Muon(groups_of(theirs), lr=0.02), theirs, range(30))
-        part = f"Muon ({'batched' if batched else 'plain twin'}, float64)"
+        part = f"Muon: {'batched' if batched else 'plain twin'}, float64"
         reason = "float64; the iteration enlarges tiny singular values, and their rounding, by 3.4^5 = 485"
         parity(part, f"{TORCH} Muon, its bfloat16 cast removed", difference(ours, theirs), 1e-11, reason)
 
@@ -53,7 +53,7 @@ def test_orthogonalize_acts_on_singular_values_alone(parity, shape):
     results = {"plain twin": orthogonalize(update_OI), "batched": orthogonalize_batch(update_OI[None])[0]}
     for kind, result in results.items():
         error = (result - expected).abs().max()
-        parity(f"orthogonalize ({kind}) {shape}", f"{TORCH} linalg.svd", error, 1e-10, "float64: U p(S) V'")
+        parity(f"orthogonalize: {kind} {shape}", f"{TORCH} linalg.svd", error, 1e-10, "float64: U p(S) V'")
     mutant = u @ torch.diag(singular_value_map(s / s.norm(), 4)) @ v  # one step less
     assert (mutant - expected).abs().max() > 1e-3
 

@@ -61,7 +61,7 @@ def test_adamw_equals_torch(parity, fused, torch_kind):
     train(optimizer, ours, range(50))
     train(oracle, theirs, range(50))
     reason = "float64, rounding of 50 steps; weights of size 1"
-    part = f"AdamW ({'fused' if fused else 'plain twin'})"
+    part = f"AdamW: {'fused' if fused else 'plain twin'}"
     parity(part, f"{TORCH} AdamW ({torch_kind})", difference(ours, theirs), 1e-13, reason)
     state = optimizer.named_state()
     for name, param in theirs.items():

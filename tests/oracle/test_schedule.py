@@ -64,7 +64,7 @@ def test_equals_transformers(parity, name):
     ours, arguments, get_schedule, their_arguments = transformers_twins()[name]
     theirs = factors_of(get_schedule, **their_arguments)
     error = max(abs(ours(step, **arguments) - theirs[step]) for step in range(TOTAL + 1))
-    parity(f"schedule {name}", LIBRARY, error, 0.0, "the same float operations, exact")
+    parity(f"schedule: {name}", LIBRARY, error, 0.0, "the same float operations, exact")
 
 
 def test_wsd_with_a_floor_equals_transformers_after_the_warm_up(parity):
@@ -72,7 +72,7 @@ def test_wsd_with_a_floor_equals_transformers_after_the_warm_up(parity):
     ours = partial(wsd, warmup=WARMUP, total=TOTAL, final=0.1, decay_steps=11)
     error = max(abs(ours(step) - theirs[step]) for step in range(WARMUP, TOTAL + 1))
     reason = "exact from the end of the warm-up, which transformers starts at the floor"
-    parity("schedule wsd to 0.1", LIBRARY, error, 0.0, reason)
+    parity("schedule: wsd to 0.1", LIBRARY, error, 0.0, reason)
 
 
 def wasted(schedule, **arguments) -> list[int]:

@@ -133,7 +133,7 @@ def test_ids_equal_transformers(folder, theirs, parity):
         wrong += ours.encode(text, specials=True) != expected
     for text in NAMED:
         wrong += ours.encode(text, specials=True) != theirs(text, add_special_tokens=False)["input_ids"]
-    parity(f"tokenizer.json, {kind(folder)}", f"transformers {transformers.__version__}", wrong, 0, "ids are equal or wrong")
+    parity(f"tokenizer.json: {kind(folder)}", f"transformers {transformers.__version__}", wrong, 0, "ids are equal or wrong")
 
 
 def test_text_never_makes_a_control_id(folder, theirs):

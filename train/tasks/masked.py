@@ -25,7 +25,7 @@ class MaskedTask(Task):
     a fifth). Salazar et al. 2020, arXiv 1910.14659, mask one token at a time; here 15 % are missing at once.
     """
 
-    architecture, head, objective = "encoder", "mlm", MaskedObjective
+    architecture, head, objective, unit = "encoder", "mlm", MaskedObjective, "masked tokens"
 
     def __init__(self, config: TrainConfig, shards: Shards):
         if shards.tokenizer.mask_id is None:

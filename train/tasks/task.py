@@ -22,6 +22,7 @@ class Task(ABC):
     architecture: str  # of the networks that it trains
     head: str
     objective: type[Objective]
+    unit = "tokens"  # what is scored
 
     def __init__(self, config: TrainConfig, shards: Shards):
         self.config, self.shards, self.tokenizer = config, shards, shards.tokenizer

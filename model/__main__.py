@@ -1,4 +1,4 @@
-"""`python -m model generate RUN --prompt "…"`: what a trained network says."""
+"""`python -m model generate|fill|info`: what a trained network says, what it reads into gaps, what a network costs."""
 
 import sys
 from collections.abc import Callable

@@ -112,6 +112,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "depth", "heads", "kv_heads", "mlp_width", "context", "labels"):
+            if type(getattr(self, name)) is not int:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not a whole number")
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.free_head_width is None and self.width % self.heads:
@@ -130,6 +132,15 @@ class ModelConfig:
             raise ConfigError(f"architecture={self.architecture!r} does not go with decoder_depth={self.decoder_depth}")
         if self.decoder_depth is not None and self.decoder_depth < 1:
             raise ConfigError(f"decoder_depth={self.decoder_depth} must be at least 1")
+        for name in ("bos_id", "eos_id", "pad_id", "decoder_start_id"):
+            if getattr(self, name) is not None and (type(getattr(self, name)) is not int or getattr(self, name) < 0):
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not an id")
+        if type(self.tie_embeddings) is not bool:
+            raise ConfigError(f"tie_embeddings={self.tie_embeddings!r} is neither true nor false")
+        if not isinstance(self.norm_eps, float | int) or self.norm_eps < 0:
+            raise ConfigError(f"norm_eps={self.norm_eps!r} is not a number from 0 on")
+        if self.rope is not None and not (self.rope.base > 0 and self.rope.factor > 0):
+            raise ConfigError(f"rope base={self.rope.base} and factor={self.rope.factor} must be above 0")
         if not self.windows or any(window is not None and window < 1 for window in self.windows):
             raise ConfigError(f"windows={self.windows}: each is at least 1, or None for no limit")
         for name in ("dropout", "attention_dropout", "mlp_dropout", "output_dropout"):

@@ -29,8 +29,9 @@ class HubError(ValueError):
     """A folder that cannot be read as a network; the message names the file or the weight."""
 
 
-def read_config(folder: str | Path) -> ModelConfig:
-    """`config.json` -> ModelConfig, by its `model_type`; the head by its `architectures`."""
+def read_config(folder: str | Path, *, any_head: bool = False) -> ModelConfig:
+    """`config.json` -> ModelConfig, by its `model_type`; the head by its `architectures`. `any_head`: one that is not
+    known becomes "unknown" rather than an error, for a caller who wants the body."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise HubError(f"{folder} is not a model folder: it holds no config.json")
@@ -38,26 +39,32 @@ def read_config(folder: str | Path) -> ModelConfig:
         published = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise HubError(f"{path} is not JSON: {error}") from None
-    if not isinstance(published, dict) or "model_type" not in published:
+    if not isinstance(published, dict):
+        raise HubError(f"{path} is not a JSON object")
+    if "model_type" not in published:
         raise HubError(f"{path} names no model_type")
     try:
         rules = family(published["model_type"])
-        values = rules.read_config(published) | {"head": _read_head(published, rules.HEADS)}
+        values = rules.read_config(published) | {"head": _read_head(published, rules.HEADS, any_head)}
         if values["head"] in CLASSIFIERS:
             values["labels"] = int(published.get("num_labels") or len(published.get("id2label") or ()) or 2)
         return ModelConfig(**values)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise HubError(f"{path}: {error if isinstance(error, ValueError) else repr(error)}") from None
 
 
-def _read_head(published: dict, heads: dict) -> str:
+def _read_head(published: dict, heads: dict, any_head: bool) -> str:
     """`head`, which we write where no class of transformers says it; else the architecture; else the family's first."""
     if "head" in published:
         return published["head"]
     names = published.get("architectures") or [next(iter(heads.values())).architecture]
+    if not isinstance(names, list):
+        raise ValueError(f"architectures={names!r} is not a list")
     for head, spec in heads.items():
         if spec.architecture == names[0]:
             return head
+    if any_head:
+        return "unknown"
     known = ", ".join(dict.fromkeys(spec.architecture for spec in heads.values() if spec.architecture))
     raise ValueError(f"the architecture {names[0]!r} is not supported; supported: {known}")
 
@@ -84,6 +91,7 @@ def save(network: Network, folder: str | Path, *, shard_bytes: int = 5_000_000_0
     More than `shard_bytes` are spread over several files with an index, as transformers does.
     """
     folder, config = Path(folder), network.config
+    family(config.family).write_config(config)  # what it cannot say is an error before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     write_config(network, folder)
     table, shards, sizes = weight_table(config), [{}], [0]
@@ -120,17 +128,19 @@ def load(
     labels: int | None = None,
     seed: int = 0,
 ) -> Network:
-    """Read a folder into a new network, in the folder's dtype unless one is given.
+    """Read a folder into a new network, in the folder's dtype unless one is given, and in eval mode: dropout is off
+    until `network.train()`.
 
     The network is made on the meta device; each weight is read from its place in the file into its own new memory, so
     that nothing is held twice. Every weight must be there, with its shape, and nothing else: what is missing, left over
-    or misshapen is an error. Weights of another head that the family knows are passed over with a warning.
+    or misshapen is an error. Weights of another head that the family knows are passed over, with a warning where no head
+    was asked for; so are, in silence, the constant buffers that the family's table names.
 
     head: another one than the folder's (`model.heads.HEADS`), with `labels` classes; those of its weights that the folder
     does not hold in this shape are then new, from `seed`.
     """
     folder = Path(folder)
-    own = read_config(folder)
+    own = read_config(folder, any_head=head is not None)
     changes = {"head": head, "labels": labels}
     config = own.replace(**{name: value for name, value in changes.items() if value is not None})
     asked = (config.head, config.labels) != (own.head, own.labels)
@@ -165,7 +175,7 @@ def load(
     if found.other_heads and not asked:
         names = ", ".join(found.other_heads[:5]) + (" …" if len(found.other_heads) > 5 else "")
         warnings.warn(f"{folder}: left out of a network with the head {config.head!r}: {names}", stacklevel=2)
-    return network
+    return network.eval()
 
 
 @dataclass

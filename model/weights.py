@@ -144,10 +144,10 @@ def published_names(config: ModelConfig, *, heads: bool = False) -> PublishedNam
     prefixes = {rules.PREFIX, ""} | {spec.prefix for spec in specs if spec.prefix is not None}
     ignored = [("", name, "") for name in rules.IGNORED]
     names = {row.published: row.name for row in rows(config, table, body)}
-    tied = config.tie_embeddings
+    untied_heads = set() if config.tie_embeddings else {row[1] for spec in rules.HEADS.values() for row in spec.weights}
     return PublishedNames(
         rows=names,
-        aliases={a: b for a, b in rules.ALIASES.items() if heads or (b in names and (tied or a not in names))},
+        aliases={a: b for a, b in rules.ALIASES.items() if heads or (b in names and a not in untied_heads)},
         ignored=frozenset(row.published for row in rows(config, tuple(ignored), body)),
         prefixes=tuple(sorted(prefixes, key=len, reverse=True)),
         renamed=tuple(rules.RENAMED.items()),

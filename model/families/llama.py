@@ -6,7 +6,7 @@ split, not interleaved (see `model.rope`).
 """
 
 from model.config import HeadSpec, Rope
-from model.families.reading import activation, read_rope, refuse_unless, token_ids, write_rope, write_token_ids
+from model.families.reading import activation, read_rope, token_ids, write_rope, write_token_ids
 
 MODEL_TYPE = "llama"
 
@@ -125,7 +125,6 @@ def write_common(config) -> dict:
 
 
 def read_config(hf: dict) -> dict:
-    refuse_unless(hf, pretraining_tp=1)
     bias = hf.get("attention_bias", False)
     values = read_common(hf, FAMILY, bos=1, eos=2)
     return values | {"qkv_bias": bias, "out_bias": bias, "mlp_bias": hf.get("mlp_bias", False)}

@@ -5,7 +5,6 @@ Source: Jiang et al. 2023, arXiv 2310.06825, section 2. Later releases dropped t
 
 from model.config import Rope
 from model.families import llama
-from model.families.reading import refuse_unless
 
 MODEL_TYPE = "mistral"
 _FAMILY = llama.FAMILY | {"family": MODEL_TYPE}
@@ -31,7 +30,6 @@ PRESETS = {
 
 
 def read_config(hf: dict) -> dict:
-    refuse_unless(hf, attention_bias=False, mlp_bias=False)
     values = llama.read_common(hf, _FAMILY, context=131072, mlp_width=14336, kv_heads=8, bos=1, eos=2)
     return values | {"windows": (hf.get("sliding_window", 4096),)}
 

@@ -5,7 +5,6 @@ Source: Yang et al. 2024, arXiv 2407.10671, section 2.2.
 
 from model.config import Rope
 from model.families import llama
-from model.families.reading import refuse_unless
 
 MODEL_TYPE = "qwen2"
 _FAMILY = llama.FAMILY | {"family": MODEL_TYPE, "qkv_bias": True}
@@ -51,7 +50,6 @@ def write_windows(config) -> dict:
 
 
 def read_config(hf: dict) -> dict:
-    refuse_unless(hf, attention_bias=True, mlp_bias=False)
     values = llama.read_common(hf, _FAMILY, context=32768, mlp_width=22016, kv_heads=32)
     return values | {"windows": read_windows(hf, values["depth"])}
 

@@ -8,6 +8,7 @@ import model.mask
 from data.clm import clm_batch
 from model.cache import Cache
 from model.config import ConfigError
+from model.fill import fill
 from tests.conftest import randomized, tiny_config
 
 ENCODERS = ["bert", "roberta"]
@@ -158,3 +159,29 @@ def test_mutant_that_masks_the_encoder_causally_is_caught(monkeypatch):
     monkeypatch.setattr(model.mask.Mask, "plan", lambda *_: model.mask.Plan(True, None))
     with pytest.raises(AssertionError):
         test_every_position_sees_every_other("bert")
+
+
+def test_the_first_real_token_speaks_whichever_side_is_padded():
+    network = randomized(tiny_config("bert", head="sequence"))
+    ids, pads = torch.randint(3, 61, (1, 9)), torch.randint(3, 61, (1, 5))
+    real, pad = torch.ones(1, 9, dtype=torch.long), torch.zeros(1, 5, dtype=torch.long)
+    left = network(torch.cat((pads, ids), 1), torch.cat((pad, real), 1)).logits
+    assert (left - network(ids).logits).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(("family", "changes"), [("bart", {"attention_dropout": 0.5}), ("bert", {"dropout": 0.5})])
+def test_dropout_of_cross_attention_and_of_the_pooled_head(family, changes):
+    network, x = randomized(tiny_config(family, head="sequence", **changes)), torch.randn(2, 5, 24, dtype=torch.float64)
+    if family == "bart":
+        part, inputs = network.body.decoder.blocks[0].cross, (x, x, model.mask.Plan(False, None))
+    else:
+        part, inputs = network.head, (x,)
+    assert torch.equal(part(*inputs), part(*inputs))
+    part.train()
+    assert not torch.equal(part(*inputs), part(*inputs))
+
+
+def test_fill_gives_the_mode_back():
+    network = randomized(tiny_config("bert")).train()
+    fill(network, torch.tensor([[1, 5, 7, 2]]), 5)
+    assert network.training

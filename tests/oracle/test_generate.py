@@ -179,3 +179,8 @@ def test_order_of_processors(settings, tmp_path):
     ours = filter_logits(logits, **({"temperature": 1.0, "top_k": None, "top_p": None} | settings))
     assert torch.equal(ours.isinf(), scores.isinf())
     torch.testing.assert_close(ours[~ours.isinf()], scores[~ours.isinf()])
+
+
+def test_min_p_of_one_keeps_the_best():
+    kept = filter_logits(torch.tensor([[2.0, 1.0, 2.0]]), 1.0, None, None, min_p=1.0)
+    assert kept.isfinite().tolist() == [[True, False, True]]

@@ -212,3 +212,76 @@ def test_a_broken_index_or_shard_is_named(folder):
     index.write_text(json.dumps({"weight_map": {NAME: "part.safetensors"}}))
     with pytest.raises(HubError, match=r"part\.safetensors: the header"):
         model.hub.load(folder)
+
+
+@pytest.mark.parametrize("head", ["none", "sequence", "value", "mlm", "nsp"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "t5-gated"])
+def test_an_untied_head_gives_way_to_another(family, head, tmp_path):
+    network = randomized(tiny_config(family, tie_embeddings=False), dtype=torch.float32)
+    model.hub.save(network, tmp_path)
+    loaded = model.hub.load(tmp_path, head=head)
+    assert same(loaded.body, network.body) and loaded.config.head == head
+
+
+def test_a_loaded_network_is_in_eval_mode(tmp_path):
+    model.hub.save(randomized(tiny_config("bert", dropout=0.5), dtype=torch.float32), tmp_path)
+    network, ids = model.hub.load(tmp_path), torch.randint(3, 61, (2, 7))
+    assert not network.training and torch.equal(network(ids).logits, network(ids).logits)
+
+
+def test_the_body_of_an_unknown_architecture_can_be_had(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForMultipleChoice"]}))
+    with pytest.raises(HubError, match="'LlamaForMultipleChoice' is not supported; supported: LlamaForCausalLM"):
+        model.hub.load(folder)
+    assert model.hub.load(folder, head="none").config.head == "none"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rope_parameters": "x"}, "AttributeError"),
+        ({"hidden_size": 48.0}, "width=48.0 is not a whole number"),
+        ({"num_hidden_layers": True}, "depth=True is not a whole number"),
+        ({"eos_token_id": "</s>"}, "eos_id='</s>' is not an id"),
+        ({"tie_word_embeddings": "false"}, "tie_embeddings='false' is neither"),
+        ({"rms_norm_eps": "1e-5"}, "norm_eps='1e-5' is not a number"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "must be above 0"),
+        ({"architectures": "LlamaForCausalLM"}, "is not a list"),
+    ],
+)
+def test_wrong_values_in_config_are_named(changes, message, folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(HubError, match=f"config.json: .*{message}"):
+        model.hub.load(folder)
+
+
+def test_what_cannot_be_saved_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match="no place for dropout"):
+        model.hub.save(randomized(tiny_config("llama", dropout=0.1)), tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_settings_that_are_easily_misread(folder):
+    """Published configs: a window that is not used, a trained context beside dynamic scaling, T5's three activations."""
+    config = json.loads((folder / "config.json").read_text())
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4, "original_max_position_embeddings": 7}
+    (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": dynamic}))
+    assert model.hub.read_config(folder).rope.trained_context == 32  # as transformers has it: max_position_embeddings
+    unused = {"model_type": "qwen2", "architectures": None, "use_sliding_window": False, "sliding_window": 8}
+    (folder / "config.json").write_text(json.dumps(config | unused | {"max_window_layers": 0}))
+    assert {spec.window for spec in model.hub.read_config(folder).layers} == {None}
+    from model.families import t5
+
+    published = {name: t5.read_config({"feed_forward_proj": name}) for name in ("relu", "gelu", "gated-gelu", "gated-silu")}
+    assert [(values["mlp"], values["activation"]) for values in published.values()] == [
+        *(("plain", "relu"), ("plain", "gelu")),
+        *(("gated", "gelu_tanh"), ("gated", "silu")),
+    ]
+
+
+def test_regression_says_so(tmp_path):
+    model.hub.save(randomized(tiny_config("bert", head="sequence", labels=1), dtype=torch.float32), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["problem_type"] == "regression"
+    assert model.hub.load(tmp_path).config.labels == 1

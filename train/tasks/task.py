@@ -69,7 +69,10 @@ class Task(ABC):
     def opening(self, tokens: int = 16) -> list[int]:
         """The first ids of the last document that validation scores, to the end of a word."""
         ids = self.held_out
-        start = int(np.flatnonzero(ids == self.tokenizer.bos_id)[-1])
+        starts = np.flatnonzero(ids == self.tokenizer.bos_id)
+        if self.tokenizer.bos_id == self.tokenizer.eos_id and len(starts) > 1:
+            starts = starts[:-1]  # the last one only ends a document
+        start = int(starts[-1])
         opening = ids[start : start + 4 * tokens].astype("int64").tolist()
         if self.tokenizer.eos_id in opening[1:]:
             opening = opening[: opening.index(self.tokenizer.eos_id, 1)]

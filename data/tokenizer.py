@@ -7,6 +7,7 @@
 The kinds are imported when a file asks for them: only tokenizer.json and vocab.txt need the library `tokenizers`.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json")  # which token
 PROBE = " a  b\t\r\n\n c \u2581\u00e9e\u0301\uff21\U0001f600<s></s>\0"  # what a tokenizer that is not lossless changes
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """Text to ids and back.
 
         encode(text)   ids without any control token; with specials=True the text of a control token is that token
@@ -68,13 +69,13 @@ class Tokenizer:
         self.mask_id, self.pad_id, self.unknown_id = roles["mask"], roles["pad"], roles["unk"]
         self.lossless = False  # until the kind knows
 
+    @abstractmethod
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
         """The ids of `text`. A lone surrogate, which has no UTF-8, raises UnicodeEncodeError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`. Bytes that are no UTF-8, such as half an emoji, become U+FFFD."""
-        raise NotImplementedError
 
     @cached_property
     def piece_bytes(self) -> np.ndarray:

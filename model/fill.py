@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from model.config import ConfigError
+from model.decoding import evaluating
 
 
 class Guess(NamedTuple):
@@ -13,7 +13,6 @@ class Guess(NamedTuple):
     probability: float
 
 
-@torch.no_grad()
 def fill(network: nn.Module, input_ids: Tensor, mask_id: int, *, top: int = 5) -> list[list[Guess]]:
     """For each gap (mask_id) of one text, input_ids 1 T with its first and last token: the best `top` guesses, best first.
 
@@ -26,10 +25,7 @@ def fill(network: nn.Module, input_ids: Tensor, mask_id: int, *, top: int = 5) -
     place_N = (input_ids[0] == mask_id).nonzero()[:, 0]
     if not len(place_N):
         raise ConfigError("the text has no gap: write [MASK] (or the tokenizer's own mask token) where one is")
-    was_training = network.training
-    network.eval()
-    probability_NV = network(input_ids).logits[0, place_N].float().softmax(-1)
-    network.train(was_training)
-    best = probability_NV.topk(top)
+    with evaluating(network):
+        best = network(input_ids).logits[0, place_N].float().softmax(-1).topk(top)
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return [[Guess(*guess) for guess in zip(ids, values, strict=True)] for ids, values in pairs]

@@ -69,20 +69,22 @@ def _read_head(published: dict, heads: dict, any_head: bool) -> str:
     raise ValueError(f"the architecture {names[0]!r} is not supported; supported: {known}")
 
 
-def write_config(network: Network, folder: str | Path) -> None:
-    """`config.json` as the family publishes it, with the class that opens it in transformers where there is one."""
+def config_json(network: Network) -> str:
+    """`config.json` as the family publishes it, with the class that opens it in transformers where there is one.
+
+    `head` is ours: it says what no class says, a head of our own or a body without one.
+    """
     config = network.config
     rules, architecture = family(config.family), head_spec(config).architecture
     head = {"model_type": rules.MODEL_TYPE, "dtype": str(next(network.parameters()).dtype).removeprefix("torch.")}
-    head |= {"architectures": [architecture]} if architecture and config.head != "none" else {"head": config.head}
-    if config.head == "none":
-        head["architectures"] = [architecture] if architecture else []
+    head["architectures"] = [architecture] if architecture else []
+    if config.head == "none" or architecture is None:
+        head["head"] = config.head
     if config.head in CLASSIFIERS:
         head["id2label"] = {str(label): f"LABEL_{label}" for label in range(config.labels)}
         head["label2id"] = {f"LABEL_{label}": label for label in range(config.labels)}
         head |= {"problem_type": "regression"} if config.labels == 1 else {}
-    text = json.dumps(head | rules.write_config(config), indent=2)
-    Path(folder, "config.json").write_text(text + "\n", encoding="utf-8")
+    return json.dumps(head | rules.write_config(config), indent=2) + "\n"
 
 
 def save(network: Network, folder: str | Path, *, shard_bytes: int = 5_000_000_000) -> None:
@@ -91,9 +93,9 @@ def save(network: Network, folder: str | Path, *, shard_bytes: int = 5_000_000_0
     More than `shard_bytes` are spread over several files with an index, as transformers does.
     """
     folder, config = Path(folder), network.config
-    family(config.family).write_config(config)  # what it cannot say is an error before anything is written
+    text = config_json(network)  # what it cannot say is an error before anything is written
     folder.mkdir(parents=True, exist_ok=True)
-    write_config(network, folder)
+    (folder / "config.json").write_text(text, encoding="utf-8")
     table, shards, sizes = weight_table(config), [{}], [0]
     for name, parameter in network.named_parameters():
         size = parameter.numel() * parameter.element_size()

@@ -144,6 +144,14 @@ def last_checkpoint(run: Path) -> Path:
     return checkpoints(run)[0]
 
 
+def steps_of(run: Path) -> list[int]:
+    return [step_of(folder) for folder in checkpoints(run)]
+
+
+def nothing_half_made(run: Path) -> bool:
+    return all(not path.name.startswith(".") for path in run.rglob("*"))
+
+
 def metrics(run: Path) -> list[dict]:
     """Every line but for the one value that the clock decides."""
     return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in read_metrics(run / "metrics.jsonl")]

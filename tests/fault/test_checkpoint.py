@@ -1,20 +1,15 @@
-"""Broken, missing and half-written checkpoints; full disks; crashes at every point of a save."""
+"""Broken, missing and half-written checkpoints; crashes at every point of a save."""
 
 import errno
-import gc
 import json
 import os
-import resource
-import shutil
-import subprocess
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from safetensors import SafetensorError
 
 import train.checkpoint
-from tests.runs import assert_same_end, command, last_checkpoint
+from tests.runs import assert_same_end, command, last_checkpoint, nothing_half_made, steps_of
 from train.checkpoint import (
     CheckpointError,
     checkpoints,
@@ -24,7 +19,6 @@ from train.checkpoint import (
     prune,
     repoint,
     resolve,
-    step_of,
     verify,
     write_checkpoint,
     write_whole,
@@ -55,14 +49,6 @@ def flip(path):
 
 def shorten(path):
     path.write_bytes(path.read_bytes()[:-1])
-
-
-def steps_of(run):
-    return [step_of(folder) for folder in checkpoints(run)]
-
-
-def nothing_half_made(run):
-    return all(not path.name.startswith(".") for path in run.rglob("*"))
 
 
 def test_a_checkpoint_holds_these_files(finished):
@@ -288,86 +274,3 @@ def test_an_error_while_saving_leaves_nothing_half_made(call, tmp_path, monkeypa
         patched.setattr(os, "fsync", full)
         write_whole(run / "last.json", "{}")
     assert pointed(run, "last").name == "step-2" and nothing_half_made(run)
-
-
-def test_a_safetensors_error_is_a_full_disk_too(halfway, monkeypatch):
-    def full(*_, **__):
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
-
-    with monkeypatch.context() as patched:
-        patched.setattr("train.loop.save_file", full)
-        said = command("--resume", halfway)
-    assert said.code == 2 and "No space left" in said.err and nothing_half_made(halfway)
-
-
-# Full disks, by the kernel's own word.
-
-
-@contextmanager
-def files_no_larger_than(size):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def assert_full_and_then_room(run, finished, no_room):
-    before = steps_of(run)
-    with no_room:
-        said = command("--resume", run)
-    assert said.code == 2 and said.err.count("\n") == 1, said.err
-    assert said.err.startswith("error: could not write at step ") and f"--resume {run}" in said.err
-    assert "File too large" in said.err or "No space left" in said.err
-    assert steps_of(run) == before and nothing_half_made(run)
-    for folder in checkpoints(run):
-        verify(folder)
-    assert resolve(run) == pointed(run, "best")
-    said = command("--resume", run)
-    assert said.code == 0, said.err
-    assert_same_end(run, finished)
-
-
-def test_no_room_for_the_weights(halfway, finished):
-    assert_full_and_then_room(halfway, finished, files_no_larger_than(100_000))  # the weights take 147,000
-
-
-def test_no_room_for_the_metrics(halfway, finished):
-    size = (halfway / "metrics.jsonl").stat().st_size
-    assert_full_and_then_room(halfway, finished, files_no_larger_than(size + 300))
-
-
-def test_full_file_system(halfway, finished, tmp_path):
-    """The same on a small file system of memory that is full; beside the two above, where one can be mounted."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounting = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk]
-    if not shutil.which("mount") or subprocess.run(mounting, capture_output=True).returncode:
-        pytest.skip("a tmpfs cannot be mounted here")
-    try:
-        run = disk / "run"
-        shutil.copytree(halfway, run)
-
-        @contextmanager
-        def filled():
-            free = shutil.disk_usage(disk).free
-            (disk / "filler").write_bytes(bytes(free - 300_000))  # a checkpoint takes 450,000
-            yield
-            (disk / "filler").unlink()
-
-        assert_full_and_then_room(run, finished, filled())
-    finally:
-        gc.collect()  # networks read from there map their files
-        subprocess.run(["umount", disk], check=True)
-
-
-def test_no_room_for_the_curves(halfway, monkeypatch):
-    """The run is done and saved: a picture that cannot be drawn does not make it fail."""
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("tests.runs.diagnose", full)
-    said = command("--resume", halfway)
-    assert said.code == 0 and "curves   not drawn: [Errno 28] No space left on device" in said.out

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from data.config import DataError
 from data.mlm import VALIDATION, mlm_batch, unigram_baseline
 from data.shards import Shards
+from model.decoding import evaluating
 from train.config import TrainConfig
 from train.objective import MaskedObjective
 from train.tasks.task import Batch, Scores, Task, Totals, built_in
@@ -78,23 +79,21 @@ class MaskedTask(Task):
             f"(unigrams: {scores['unigram_perplexity']:.1f})"
         )
 
-    @torch.no_grad()
     def sample(self, network: nn.Module, device: torch.device) -> tuple[str, str]:
         """Every sixth token of a held-out opening is masked; what is guessed stands in brackets, beside what was there."""
         tokenizer, ids = self.tokenizer, self.opening(SAMPLE_TOKENS)[: self.config.network.context]
         places = [i for i in range(SAMPLE_EVERY // 2, len(ids), SAMPLE_EVERY) if ids[i] not in tokenizer.special_ids]
         masked = torch.tensor([ids], device=device)
         masked[0, places] = tokenizer.mask_id
-        was_training = network.training
-        network.eval()
-        guesses = network(masked).logits[0].argmax(-1).tolist()
-        network.train(was_training)
-        shown = ""
-        for place, id in enumerate(ids):
-            there, guess = tokenizer.decode([id]), tokenizer.decode([guesses[place]])
-            same = f"[{there}]" if guess == there else f"[{guess}, not {there}]"
-            shown += same if place in places else there
-        return "in brackets, what the network reads into the gaps of a held-out document's opening", shown.strip("\n")
+        with evaluating(network):
+            guesses = network(masked).logits[0].argmax(-1).tolist()
+        shown = b""  # put together from bytes: a character may need several tokens
+        for place, there in enumerate(ids):
+            guess, text = tokenizer.bytes_of[guesses[place]], tokenizer.bytes_of[there]
+            gap = b"[%b]" % text if guesses[place] == there else b"[%b, not %b]" % (guess, text)
+            shown += gap if place in places else text
+        what = "in brackets, what the network reads into the gaps of a held-out document's opening"
+        return what, shown.decode(errors="replace").strip("\n")
 
     def try_it(self, folder: str) -> str:
         text = f"The {MASK} statement"

@@ -46,16 +46,19 @@ class BlockStream:
             last = self._last = (epoch, int(random.integers(self.context)), random.permutation(self.blocks))
         return last[1], last[2]
 
-    def batch(self, step: int) -> Tensor:
-        """int64 of (batch_size, context + 1). It may take the end of one epoch and the beginning of the next."""
+    def places(self, step: int) -> np.ndarray:
+        """Where in `ids` each token of a step's batch stands, of (batch_size, context + 1)."""
         index_B = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
         start_B = np.empty_like(index_B)
         for epoch in range(index_B[0] // self.blocks, index_B[-1] // self.blocks + 1):
             offset, order = self.epoch(epoch)
             here = index_B // self.blocks == epoch
             start_B[here] = offset + order[index_B[here] % self.blocks] * self.context
-        index_BT1 = (start_B[:, None] + np.arange(self.context + 1)) % len(self.ids)
-        return torch.from_numpy(self.ids[index_BT1].astype(np.int64))
+        return (start_B[:, None] + np.arange(self.context + 1)) % len(self.ids)
+
+    def batch(self, step: int) -> Tensor:
+        """int64 of (batch_size, context + 1). It may take the end of one epoch and the beginning of the next."""
+        return torch.from_numpy(self.ids[self.places(step)].astype(np.int64))
 
 
 def sequential(ids: np.ndarray, context: int, batch_size: int, filler: int = FILLER) -> Iterator[Tensor]:

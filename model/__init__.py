@@ -9,7 +9,7 @@ Where to read first: `config` (what a network is made of), then bottom up, as a 
     init · safetensors_file · hub                                        first weights; folders in the Hugging Face layout
     decoding · sampling · stopping · generate · beam · streaming         text out
     fill                                                                 what a masked-language model reads into gaps
-    parameters · flops · activations · memory                            what a network costs, before it is built
+    parameters · flops · training · activations · memory                 what a network costs, before it is built
 
 and `python -m model` is the command line: generate, fill, info.
 

@@ -1,4 +1,4 @@
-"""`python -m model generate|fill|info`: what a trained network says, what it reads into gaps, what a network costs."""
+"""`python -m model generate|fill|info|export`: what a trained network says, reads into gaps, and costs; and its folder."""
 
 import sys
 from collections.abc import Callable
@@ -77,18 +77,34 @@ class Info:
     """Micro-batches a step; with several, gradients stand beside activations."""
     method: Literal["full", "lora", "qlora"] = "full"
     """The way of training whose parts are listed."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16: float32 weights and autocast."""
-    recompute: bool = False
-    """List the parts with each block's forward run again in the backward."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    precision: Literal["fp32", "bf16", "fp16", "bf16-pure"] = "bf16"
+    """bf16, fp16: float32 weights and autocast; bf16-pure: weights in 16 bits."""
+    recompute: Literal["none", "blocks", "selective"] = "none"
+    """List the parts with blocks run again in the backward; selective: but for their matrix products."""
+    recompute_every: int = 1
+    """Only every so many blocks."""
+    loss: Literal["plain", "chunked"] = "plain"
+    """All logits at once, or a chunk at a time."""
+    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
     """What keeps state beside the weights."""
+    ema: bool = False
+    """With averages of the weights."""
     rank: int = 8
     """Of LoRA's matrices."""
     targets: Literal["all-linear", "attention", "query-value"] = "all-linear"
     """Which matrices of the blocks get an adapter."""
     device: Literal["cuda", "cpu"] = "cuda"
     """Whose operators: they keep different things."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a run's network and tokenizer as one model folder, which transformers opens; also from a sharded run."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """A run (its best checkpoint, else its last) or one of its checkpoints."""
+    out: Path
+    """The folder to write; it must be empty, or not there yet."""
 
 
 def generate(options: Generate) -> None:
@@ -203,6 +219,12 @@ def info(options: Info) -> None:
     print(info(config, **values))
 
 
+def export(options: Export) -> None:
+    from train.export import export
+
+    print(f"written: {export(options.run, options.out)}")
+
+
 def encode(tokenizer, prompt: str) -> list[int]:
     try:
         return tokenizer.encode(prompt)
@@ -210,7 +232,7 @@ def encode(tokenizer, prompt: str) -> list[int]:
         raise ConfigError("--prompt is not valid UTF-8") from None
 
 
-COMMANDS: dict[type, Callable[[object], None]] = {Generate: generate, Fill: fill, Info: info}
+COMMANDS: dict[type, Callable[[object], None]] = {Generate: generate, Fill: fill, Info: info, Export: export}
 
 
 def main(arguments: list[str]) -> int:

@@ -3,14 +3,15 @@
 import textwrap
 from dataclasses import replace
 
-from model.activations import Training
 from model.config import ConfigError, ModelConfig
 from model.flops import flops_per_token
 from model.memory import BITS, Memory, training_memory
 from model.parameters import adapter_parameters, cache_bytes, parameters, parameters_by_part
+from model.training import Training
 
 LABELS = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
-PRECISIONS = ("fp32", "bf16")
+COLUMNS = ("fp32", "bf16")  # of the table of all ways
+KINDS = {"none": "kept", "blocks": "recomputed", "selective": "recomputed but for products"}
 
 
 def info(
@@ -21,31 +22,35 @@ def info(
     accumulate: int = 1,
     method: str = "full",
     precision: str = "bf16",
-    recompute: bool = False,
+    recompute: str = "none",
+    recompute_every: int = 1,
+    loss: str = "plain",
     optimizer: str = "adamw",
+    ema: bool = False,
     rank: int = 8,
     targets: str = "all-linear",
     device: str = "cuda",
 ) -> str:
     """Parameters by part, operations and cache a token, and the memory of every way to train; one way in detail.
 
-    context: tokens of each text (default: the config's). `method`, `precision` and `recompute` choose the way whose parts
-    are listed. A value that is not possible raises ConfigError and names the option.
+    context: tokens of each text (default: the config's). `method`, `precision`, `recompute` and `recompute_every` choose the
+    way whose parts are listed; the rest holds for all. A value that is not possible raises ConfigError and names the option.
     """
     if context is None:
         context = config.context
     if config.position == "learned" and context > config.context:
         raise ConfigError(f"context={context} is more than the {config.context} positions of the network")
-    if precision not in PRECISIONS:
-        raise ConfigError(f"unknown precision={precision!r}; known: {', '.join(PRECISIONS)}")
     training = Training(
         batch_size=batch_size,
         context=context,
         method=method,
-        mixed=precision == "bf16",
+        precision=precision,
         recompute=recompute,
+        recompute_every=recompute_every,
+        loss=loss,
         accumulate=accumulate,
         optimizer=optimizer,
+        ema=ema,
         rank=rank,
         targets=targets,
         device=device,
@@ -104,13 +109,17 @@ def cache_text(config: ModelConfig, context: int) -> str:
 
 def memory_table(config: ModelConfig, chosen: Training) -> str:
     """The highest moment of a step for every way to train, then what the chosen one's consists of."""
-    rows = [("", *(f"{precision} {kind}" for precision in PRECISIONS for kind in ("kept", "recomputed")))]
+    rows = [("", *(f"{precision} {KINDS[kind]}" for precision in COLUMNS for kind in ("none", "blocks")))]
     for method, label in LABELS.items():
-        ways = [replace(chosen, method=method, mixed=m, recompute=r) for m in (False, True) for r in (False, True)]
+        ways = [
+            replace(chosen, method=method, precision=precision, recompute=kind, recompute_every=1)
+            for precision in COLUMNS
+            for kind in ("none", "blocks")
+        ]
         rows.append((label, *(amount(training_memory(config, way).peak) for way in ways)))
-    precision, kind = PRECISIONS[chosen.mixed], "recomputed" if chosen.recompute else "kept"
+    kind = KINDS[chosen.recompute] + f", every {chosen.recompute_every}. block" * (chosen.recompute_every > 1)
     detail = parts_of(training_memory(config, chosen))
-    heading = f"\n\nof {LABELS[chosen.method]}, {precision} {kind} (not all at one time)\n"
+    heading = f"\n\nof {LABELS[chosen.method]}, {chosen.precision} {kind} (not all at one time)\n"
     return "memory of a training step at its highest\n" + columns(rows) + heading + columns(detail)
 
 
@@ -131,12 +140,14 @@ def assumptions(config: ModelConfig, training: Training) -> str:
     rates = ("dropout", "attention_dropout", "mlp_dropout", "output_dropout")
     dropouts = ", ".join(f"{name} {getattr(config, name):g}" for name in rates if getattr(config, name))
     micro = f" x {training.accumulate} micro-batches" if training.accumulate > 1 else ""
+    optimizer = training.optimizer + " with averages" * training.ema
     how = (
-        f"assumed: batch {training.batch_size}{micro} of {training.context:,} tokens · {training.optimizer} · "
+        f"assumed: batch {training.batch_size}{micro} of {training.context:,} tokens · {optimizer} · "
         f"LoRA r={training.rank} on {training.targets} · {dropouts or 'no dropout'}. "
         "bf16: float32 weights and autocast; a frozen base in 16 bits. Recomputed: each block's forward, from its input. "
         f"QLoRA: the blocks' matrices in {BITS:.3f} bits, the rest in 16, adapters in float32. "
-        f"Operators as on {training.device}, attention fused, masked scores skipped, all logits at once. Not counted: the "
+        f"Operators as on {training.device}, attention fused, masked scores skipped, "
+        f"{'all logits at once' if training.loss == 'plain' else 'logits in chunks'}. Not counted: the "
         "CUDA context and the libraries' workspaces (about 1 GiB), fragmentation."
     )
     return textwrap.fill(how, 110, subsequent_indent="  ")

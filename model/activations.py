@@ -10,57 +10,15 @@ Under autocast what enters matrices and attention has 16 bits and the stream bet
 reads the stream keeps its own 16-bit copy, as autocast makes it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from model.config import ConfigError, LayerSpec, ModelConfig
+from model.config import LayerSpec, ModelConfig
 from model.flops import POOLED_HEADS
 from model.parameters import Parameter, adapted, parameters
+from model.training import KERNELS, WIDE, Training
 
-WIDE = 4  # bytes of a float32 number
-INDEX = 8  # of an id
-
-
-class Kernels(NamedTuple):
-    """Where torch's operators keep different things on a CPU and on a GPU."""
-
-    fused_rms_norm: bool  # else the normalized values are kept beside the input, for the weight
-    bool_dropout: bool  # a mask of one byte; else the noise itself
-    fused_attention: bool  # also with dropout or with a bias that is trained; else these keep the T × S weights
-
-
-METHODS = ("full", "lora", "qlora")
-OPTIMIZERS = ("adamw", "muon")
-KERNELS = {"cuda": Kernels(True, True, True), "cpu": Kernels(False, False, False)}
-
-
-@dataclass(frozen=True)
-class Training:
-    """How a network is trained, as far as memory depends on it."""
-
-    batch_size: int = 1  # of a micro-batch
-    context: int = 1024  # tokens of each text; of an encoder-decoder of the input and of the output
-    method: str = "full"  # METHODS
-    mixed: bool = False  # float32 weights and autocast to bfloat16; else all is float32
-    recompute: bool = False  # blocks keep their input alone and run again in the backward
-    accumulate: int = 1  # micro-batches a step: from the second one on the gradients are there in the forward
-    optimizer: str = "adamw"  # OPTIMIZERS
-    rank: int = 8  # of adapters
-    targets: str = "all-linear"  # of adapters: model.parameters.TARGETS
-    device: str = "cuda"  # KERNELS
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "context", "accumulate", "rank"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        for name, known in (("method", METHODS), ("optimizer", OPTIMIZERS), ("device", tuple(KERNELS))):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"unknown {name}={getattr(self, name)!r}; known: {', '.join(known)}")
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of a number inside matrices and attention."""
-        return 2 if self.mixed else WIDE
+INDEX = 8  # bytes of an id
 
 
 class Op(NamedTuple):
@@ -69,6 +27,9 @@ class Op(NamedTuple):
     name: str
     kept: int = 0  # from its forward to its backward
     copies: int = 0  # likewise: autocast's 16-bit copy of its weight
+    made: int = 0  # of its results, those that selective recomputation keeps
+    workspace: int = 0  # what lives in its forward alone
+    early: int = 0  # of `grads`, what its forward makes already
     grads: int = 0  # gradients of weights that its backward leaves
     pending: int = 0  # of a weight that is used twice: it waits for the other one, then the two are summed
     moving: int = 0  # what lives in its backward alone: gradients that come in, go out, or are about to be cast
@@ -80,13 +41,23 @@ class Segment:
 
     name: str
     ops: list[Op] = field(default_factory=list)
-    entry: int = 0  # bytes of a block's input, all that is kept of it where it is recomputed; else 0
-    shared: int = 0  # of these, what `ops` count too
+    entry: int = 0  # of a block that is to run again: its input; else 0
+    made: int = 0  # of such a block: results that it keeps besides
+    shared: int = 0  # of the input, what `ops` count too
     stream: int = 0  # gradients that pass by all of its operations
 
     @property
     def kept(self) -> int:
         return sum(op.kept + op.copies for op in self.ops)
+
+    @property
+    def held(self) -> int:
+        """From its forward until the backward reaches it."""
+        return self.entry + self.made if self.entry else self.kept
+
+    @property
+    def copies(self) -> int:
+        return sum(op.copies for op in self.ops)
 
 
 def tape(config: ModelConfig, training: Training) -> list[Segment]:
@@ -102,9 +73,7 @@ def activation_bytes(config: ModelConfig, training: Training) -> int:
     779
     """
     segments = tape(config, training)
-    if training.recompute:
-        return sum(segment.entry or sum(op.kept for op in segment.ops) for segment in segments)
-    return sum(op.kept for segment in segments for op in segment.ops)
+    return sum(segment.held - (0 if segment.entry else segment.copies) for segment in segments)
 
 
 class Recorder:
@@ -112,12 +81,13 @@ class Recorder:
 
     def __init__(self, config: ModelConfig, training: Training):
         self.config, self.training = config, training
-        self.kernels, self.size = KERNELS[training.device], training.itemsize
+        self.kernels, self.size, self.wide = KERNELS[training.device], training.itemsize, training.stored
         self.texts, self.rows = training.batch_size, training.batch_size * training.context
+        self.widens = self.wide != WIDE and not self.kernels.fused_rms_norm  # such a norm keeps float32 of what comes in
         self.weights = parameters(config)
         self.full = training.method == "full"
         self.adapted = set() if self.full else {p.name for p in adapted(config, training.targets)}
-        self.stream = self.rows * config.width * WIDE
+        self.stream = self.rows * config.width * self.wide
         self.tied = config.tie_embeddings and config.head in ("lm", "mlm", "pretraining")
         self.ops: list[Op] = []
         self.differentiated = self.full  # what comes in needs a gradient; below the first adapter nothing does
@@ -142,14 +112,19 @@ class Recorder:
 
     def stack(self, name: str, layers: tuple[LayerSpec, ...], *, causal: bool, cross: bool = False) -> list[Segment]:
         shared = self.stream if self.config.norm_first or not self.training.mixed else 0
+        shared = 0 if self.widens and self.config.norm == "rmsnorm" else shared
         biased = self.config.position == "relative" and self.full
-        stream = self.stream * (1 + cross) + self.table(WIDE) * biased  # of the memory and of the bias all layers add up
-        fields = {"entry": self.stream, "shared": shared, "stream": stream}
+        stream = self.stream * (1 + cross) + self.table(self.wide) * biased  # of memory and bias all layers add up
         self.differentiated = self.full
         segments = [self.segment(f"{name}.embed", self.embed, name, causal)]
         for index, layer in enumerate(layers):
             block = f"{name}.blocks.{index}"
-            segments.append(self.segment(block, self.block, block, layer, causal, cross, **fields))
+            written = self.segment(block, self.block, block, layer, causal, cross, stream=stream)
+            if self.training.recomputes(index):
+                selective = self.training.recompute == "selective"
+                made = sum(op.made for op in written.ops) if selective else 0
+                written = replace(written, entry=self.stream, shared=shared, made=made)
+            segments.append(written)
         return [*segments, self.segment(f"{name}.norm", self.last_norm, name)]
 
     def embed(self, name: str, causal: bool) -> None:
@@ -160,20 +135,20 @@ class Recorder:
             tables = ("embedding.", "position.", "token_type.")
             own = [p for p in self.weights.values() if p.name.startswith(tuple(f"{name}.{table}" for table in tables))]
             own += [p for p in self.weights.values() if p.name == "body.embedding.weight" and name == "body.encoder"]
-            grads = sum(p.size for p in own) * WIDE
-            table = config.vocab_size * config.width * WIDE if name == "body.decoder" else 0  # the encoder's too
+            grads = sum(p.size for p in own) * self.wide
+            table = config.vocab_size * config.width * self.wide if name == "body.decoder" else 0  # the encoder's too
             waits = {"moving": self.stream + table} if self.tied else {"moving": self.stream, "pending": table}
             self.add("embedding", kept=ids, grads=grads, **waits)
         if config.position == "relative" and self.full:
-            self.add("relative", kept=length**2 * INDEX, grads=self.weights[f"{name}.relative.weight"].size * WIDE)
+            self.add("relative", kept=length**2 * INDEX, grads=self.weights[f"{name}.relative.weight"].size * self.wide)
         fused = not causal and self.kernels.fused_attention and not self.training.mixed
-        if config.position == "relative" and (fused or self.training.recompute):  # blocks that run again hold it as input
-            self.add("bias", kept=self.table(WIDE))
+        if config.position == "relative" and (fused or self.training.recompute != "none"):  # blocks that run again hold it
+            self.add("bias", kept=self.table(self.wide))
         if config.position == "rope":
-            self.add("rope tables", kept=length * config.head_width * WIDE)
+            self.add("rope tables", kept=length * config.head_width * self.wide)
         if config.embedding_norm:
             self.norm(f"{name}.embedding_norm", self.rows, config.width)
-        self.dropout(self.rows * config.width, config.dropout, WIDE)
+        self.dropout(self.rows * config.width, config.dropout, self.wide)
 
     def table(self, size: int) -> int:
         """H · T · S numbers of a bias, the same for all texts."""
@@ -216,10 +191,12 @@ class Recorder:
                 kept += self.table(size) + length**2 * causal  # made anew in each layer, from bias and mask
             elif layer.window is not None and layer.window < length and not across:
                 kept += length**2 * size  # the mask as numbers
-            self.add("attention", kept=kept, moving=2 * (queries + keys) * size)
+            # With dropout it is made again: its random numbers must be drawn again too (train.recompute).
+            made = 0 if rate else queries * size + self.rows * config.heads * WIDE
+            self.add("attention", kept=kept, made=made, moving=2 * (queries + keys) * size)
         else:
             kept = 3 * queries * WIDE + weights * WIDE * (3 if rate else 1) + length**2 * (biased and causal)
-            self.add("attention", kept=kept, moving=(2 * weights + queries) * size)
+            self.add("attention", kept=kept, made=(weights + queries) * WIDE, moving=(2 * weights + queries) * size)
         # The fused kernel lays its result out as q is laid out; behind a rotation that is one copy from what `out` reads.
         copied = rotated or not (self.kernels.fused_attention or (not rate and not biased))
         self.linears([f"{name}.out"], fresh=copied, last=True)
@@ -239,21 +216,21 @@ class Recorder:
         config = self.config
         if config.norm_first:
             self.norm(f"{name}.norm", self.rows, config.width)
-        self.dropout(self.rows * config.width, config.output_dropout, WIDE)
+        self.dropout(self.rows * config.width, config.output_dropout, self.wide)
         if name == "body.encoder" and not self.training.mixed:
             self.add("memory", kept=self.stream)
 
-    def norm(self, name: str, rows: int, width: int, size: int = WIDE) -> None:
-        """Its input and the inverse deviation; the mean too, where there is one."""
-        config, numbers = self.config, rows * width
+    def norm(self, name: str, rows: int, width: int, size: int | None = None) -> None:
+        """Its input and the inverse deviation; the mean too, where there is one. `size`: of what comes in."""
+        config, numbers, wide = self.config, rows * width, self.wide
         if not self.differentiated:
             return
         rms = config.norm == "rmsnorm" and f"{name}.bias" not in self.weights
-        kept = numbers * WIDE + rows * WIDE * (1 if rms else 2)
-        if rms and self.full and (size != WIDE or not self.kernels.fused_rms_norm):
+        kept = numbers * (WIDE if rms and self.widens else wide) + rows * WIDE * (1 if rms else 2)
+        if rms and self.full and (size not in (None, wide) or not self.kernels.fused_rms_norm):
             kept += numbers * WIDE
         weights = sum(p.size for p in self.weights.values() if p.name.startswith(f"{name}."))
-        self.add(name, kept=kept, grads=weights * WIDE if self.full else 0, moving=2 * numbers * WIDE)
+        self.add(name, kept=kept, grads=weights * wide if self.full else 0, moving=2 * numbers * wide)
 
     def dropout(self, numbers: int, rate: float, size: int) -> None:
         if rate and self.differentiated:
@@ -275,7 +252,7 @@ class Recorder:
                 sizes["moving"] -= self.rows * out * size
             if weight.name in self.adapted:  # the gradient that the adapter has made for the same input
                 sizes["moving"] += self.rows * into * size
-            self.add(name, kept=kept, **sizes)
+            self.add(name, kept=kept, made=self.rows * out * size, **sizes)
             if weight.name in self.adapted:
                 self.adapter(out, into)
         self.differentiated = self.differentiated or any(f"{name}.weight" in self.adapted for name in names)
@@ -286,7 +263,8 @@ class Recorder:
         copies = rank * (out + into) * size if self.training.mixed else 0
         moving = self.rows * (into + rank + out * self.training.mixed) * size + copies
         kept = self.rows * rank * size
-        self.add("adapter", kept=kept, copies=copies, grads=rank * (out + into) * WIDE, moving=moving)
+        made = self.rows * (rank + out) * size
+        self.add("adapter", kept=kept, made=made, copies=copies, grads=rank * (out + into) * self.wide, moving=moving)
 
     def weight_bytes(self, weight: Parameter, bias: Parameter | None, rows: int) -> dict[str, int]:
         """What a matrix costs beside its input: a copy, gradients, and in QLoRA the matrix itself, unpacked for a moment."""
@@ -295,14 +273,14 @@ class Recorder:
         if self.full:
             numbers = weight.size + (bias.size if bias is not None and bias.trained else 0)
             copies = weight.size * size if self.training.mixed else 0
-            return {"copies": copies, "grads": numbers * WIDE, "moving": moving + copies}
+            return {"copies": copies, "grads": numbers * self.wide, "moving": moving + copies}
         unpacked = weight.size * size if self.training.method == "qlora" and weight.in_block else 0
         return {"moving": moving + unpacked, "grads": 0}
 
     def head(self) -> None:
         """The head's matrices, then the loss: log-probabilities in float32, and two gradients of their size on the way."""
         config, size = self.config, self.size
-        rows = self.texts if config.head in POOLED_HEADS else self.rows
+        rows = self.texts if config.head in POOLED_HEADS else max(1, round(self.rows * self.training.scored))
         for weight in self.weights.values():
             if weight.part == "head" and weight.role == "matrix":
                 bias = self.weights.get(weight.name.removesuffix("weight") + "bias")
@@ -321,9 +299,31 @@ class Recorder:
                     self.classes(weight, self.weights.get(weight.name.removesuffix("weight") + "bias"), rows)
 
     def classes(self, weight: Parameter, bias: Parameter | None, rows: int) -> None:
-        logits = rows * weight.shape[0] * WIDE
+        (classes, width), size = weight.shape, self.size
         sizes = self.weight_bytes(weight, bias, rows)
-        if self.tied and self.full and weight.shape[0] == self.config.vocab_size:
-            sizes |= {"grads": sizes["grads"] - weight.size * WIDE, "pending": weight.size * WIDE}
-        self.add("head", kept=rows * weight.shape[1] * self.size * self.full, **sizes)
-        self.add("logits", kept=logits + rows * INDEX, moving=2 * logits)
+        if self.tied and self.full and classes == self.config.vocab_size:
+            table = weight.size * self.wide
+            sizes |= {"grads": sizes["grads"] - table, "pending": table}
+        if self.training.loss != "plain" and self.config.head in ("lm", "mlm", "pretraining"):
+            self.chunked(weight, rows, sizes)
+            return
+        logits = rows * classes * WIDE
+        self.add("head", kept=rows * width * size * self.full, **sizes)
+        self.add("logits", kept=logits + rows * INDEX, workspace=logits, moving=2 * logits)
+
+    def chunked(self, weight: Parameter, rows: int, sizes: dict[str, int]) -> None:
+        """The loss of `train.loss.chunked`, which makes gradients in its forward: float32, of hidden states and matrix.
+
+        Beside them a chunk's logits and, from 16 bits, their float32 copy, the matrix' copy, and a part of its gradient.
+        """
+        (classes, width), size = weight.shape, self.size
+        chunk = self.training.chunk_rows(rows, classes)
+        early = weight.size * WIDE if self.full else 0
+        workspace = chunk * (classes + width) * size + chunk * width * WIDE
+        if size != WIDE:
+            part = self.training.chunk_classes(classes, width) * width * WIDE * self.full
+            workspace += weight.size * size * self.training.mixed + max(chunk * classes * WIDE, part)
+        moving = early if self.wide != WIDE else 0  # gradients in 16 bits stand beside those in 32
+        sizes = {name: sizes[name] for name in ("grads", "pending") if name in sizes}
+        kept = rows * width * (self.wide + WIDE) + rows * INDEX
+        self.add("chunks", kept=kept, workspace=workspace, early=early, moving=moving, **sizes)

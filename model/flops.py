@@ -42,6 +42,7 @@ def flops_per_token(
     targets: str = "all-linear",
     recompute: bool = False,
     skip_masked: bool = True,
+    scored: float = 1.0,
 ) -> Flops:
     """forward = 2 · Σ O · I + 4 · H · K · pairs / T over all layers; backward = 2 · forward.
 
@@ -49,14 +50,15 @@ def flops_per_token(
     reaches, which is what a kernel that skips the masked blocks computes. `skip_masked=False`: all T · S of them.
     The backward of a matrix is one product for its input and one for its weight. With adapters of `rank` > 0 the base
     is frozen: its inputs' gradients remain (counted everywhere, though below the first adapter none is needed), its weights'
-    do not. `recompute`: the blocks' forward once more, as part of the backward. A kernel that also computes the scores
+    do not. `scored`: the share of positions that the head reads, where it leaves out those without a label.
+    `recompute`: the blocks' forward once more, as part of the backward. A kernel that also computes the scores
     anew in its backward (flash attention) does a quarter more there, which is not counted.
 
     >>> flops = flops_per_token(ModelConfig.preset("gpt2"), 1024)
     >>> round(flops.matrices / 1e6), round(flops.scores / 1e6)
     (247, 19)
     """
-    base = {p.name: 2 * matrix_rows(config, p, context) * p.size for p in matrices(config)}
+    base = {p.name: 2 * matrix_rows(config, p, context, scored) * p.size for p in matrices(config)}
     added = 0.0
     if rank:
         added = sum(2 * matrix_rows(config, p, context) * rank * sum(p.shape) for p in adapted(config, targets))
@@ -76,10 +78,12 @@ def matrices(config: ModelConfig) -> tuple[Parameter, ...]:
     return tuple(found)
 
 
-def matrix_rows(config: ModelConfig, matrix: Parameter, context: int) -> float:
-    """How many rows a matrix multiplies for each token: 1, or of a head that reads one token of the text, 1 / T."""
+def matrix_rows(config: ModelConfig, matrix: Parameter, context: int, scored: float = 1.0) -> float:
+    """How many rows a matrix multiplies for each token: 1, the head's `scored`, or if it reads one token of the text 1 / T."""
     pooled = matrix.name.startswith("head.pair.") or (matrix.part == "head" and config.head in POOLED_HEADS)
-    return 1 / context if pooled else 1.0
+    if pooled:
+        return 1 / context
+    return scored if matrix.part == "head" else 1.0
 
 
 def score_flops(config: ModelConfig, context: int, *, skip_masked: bool = True) -> float:

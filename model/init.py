@@ -74,10 +74,16 @@ def initialize(network: nn.Module, seed: int, *, names: Collection[str] | None =
             parameter.copy_(initial_value(network.config, name, table[name].role, parameter.shape, seed))
 
 
-def build(config: ModelConfig, *, seed: int, device="cpu", dtype=torch.float32, attention: str = "sdpa") -> Network:
-    """A new network: made without memory on the meta device, then filled."""
+def empty(config: ModelConfig, *, device="cpu", dtype=torch.float32, attention: str = "sdpa") -> Network:
+    """A network whose weights are still to be filled in: made without memory on the meta device, then given some."""
     with torch.device("meta"):
         network = Network(config, attention)
     network.to(dtype).to_empty(device=device).tie_weights()
+    return network
+
+
+def build(config: ModelConfig, *, seed: int, device="cpu", dtype=torch.float32, attention: str = "sdpa") -> Network:
+    """A new network, filled from the seed."""
+    network = empty(config, device=device, dtype=dtype, attention=attention)
     initialize(network, seed)
     return network

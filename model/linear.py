@@ -27,7 +27,9 @@ def few_rows(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, parts: int)
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x Wᵀ + b over the last axis; by `few_rows` in inference mode, in float32 on a CPU. Training never takes that way."""
-    if torch.is_inference_mode_enabled() and weight_OI.numel() > LARGE and x.numel() <= FEW * x.size(-1):
+    # A compiled block cannot ask for the mode: the question alone would cut its graph in two at every matrix.
+    inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    if inference and weight_OI.numel() > LARGE and x.numel() <= FEW * x.size(-1):
         if x.dtype == weight_OI.dtype == torch.float32 and x.device.type == "cpu":
             y_NO = few_rows(x.flatten(0, -2), weight_OI, bias_O, torch.get_num_threads())
             return y_NO.unflatten(0, x.shape[:-1])

@@ -8,13 +8,15 @@ It leaves out what no tensor holds: the CUDA context (0.3 to 0.6 GiB), workspace
 from collections import Counter
 from dataclasses import dataclass
 
-from model.activations import WIDE, Segment, Training, activation_bytes, tape
+from model.activations import Segment, activation_bytes, tape
 from model.config import ModelConfig
 from model.parameters import adapted, adapter_parameters, parameters
+from model.training import HALF, OPTIMIZERS, WIDE, Training
 
 # NF4 in blocks of 64 whose scales are 8-bit in blocks of 256 (Dettmers et al. 2023, arXiv 2305.14314, section 3).
 BITS = 4 + 8 / 64 + 32 / (64 * 256)
-HALF = 2  # bytes of a frozen number that is not quantized
+ROUNDING = 10  # bytes a number of a weight that is rounded at random: the random bits, and tests for inf and NaN
+WIDENED_ELEMENTS = 1 << 24  # as in train.named_optimizer: of 16-bit weights that are float32 at one time
 BATCH_ELEMENTS = 1 << 27  # as in train.muon: matrices of one shape are orthogonalised together, so many numbers at a time
 
 
@@ -26,19 +28,20 @@ class Memory:
     gradients: float
     optimizer: float
     activations: float  # logits not among them
-    logits: float  # log-probabilities in float32, and at the highest moment their two gradients
+    logits: float  # log-probabilities in float32, and at the highest moment their two gradients; or of one chunk
     copies: float  # autocast's 16-bit copies of weights
+    forward: float  # what the forward of the first micro-batch has added when it ends
     peak: float
 
 
 def training_memory(config: ModelConfig, training: Training) -> Memory:
     """What one device needs to train the whole network.
 
-    `full`: float32 weights and gradients, of AdamW two moments, of Muon one for the blocks' matrices; under autocast a
-    16-bit copy of each matrix lives from its forward to its backward. `lora`: the base is frozen, in float32, or 16 bits
-    where training is mixed (nothing updates it); adapters, their gradients and moments are float32. `qlora`: the blocks'
-    matrices have 4.127 bits, the rest of the base 16. Gradients are freed after each update; with one micro-batch a step
-    they grow while the activations go, with several they stand beside them.
+    `full`: float32 weights and gradients, of AdamW two moments, of SGD one, of Muon one for the blocks' matrices; under
+    autocast a 16-bit copy of each matrix lives from its forward to its backward; in "bf16-pure" all have 16 bits. `lora`: the
+    base is frozen, in float32, or 16 bits where training is mixed (nothing updates it); adapters, their gradients and
+    moments are float32. `qlora`: the blocks' matrices have 4.127 bits, the rest of the base 16. Gradients are freed after
+    each update; with one micro-batch a step they grow while the activations go, with several they stand beside them.
 
     >>> memory = training_memory(ModelConfig.preset("gpt2"), Training(batch_size=8))
     >>> memory.weights == memory.gradients == memory.optimizer / 2 == 4 * 124439808
@@ -47,68 +50,84 @@ def training_memory(config: ModelConfig, training: Training) -> Memory:
     segments = tape(config, training)
     weights, gradients, optimizer = standing(config, training)
     kept = activation_bytes(config, training)
-    copies = sum(op.copies for segment in segments for op in segment.ops if not (training.recompute and segment.entry))
-    logits = sum(op.kept for op in segments[-1].ops if op.name == "logits")
+    copies = sum(segment.copies for segment in segments if not segment.entry)
+    last = segments[-1].ops
+    logits = sum(op.kept for op in last if op.name == "logits")
+    workspace = sum(op.workspace for op in last)
     waiting = gradients if training.accumulate > 1 else 0.0
-    moments = forward_peak(segments, training) + waiting, backward_peak(segments, training, waiting)
+    moments = forward_peak(segments) + waiting, backward_peak(segments, waiting)
     peak = weights + optimizer + max(*moments, gradients + update_workspace(config, training))
-    return Memory(weights, gradients, optimizer, kept - logits, 3 * logits, copies, peak)
+    forward = kept + copies + sum(op.early for op in last)
+    return Memory(weights, gradients, optimizer, kept - logits, 3 * logits or workspace, copies, forward, peak)
 
 
 def standing(config: ModelConfig, training: Training) -> tuple[float, float, float]:
-    """Bytes of weights, of all gradients, and of the optimizer's state."""
-    everything = parameters(config).values()
+    """Bytes of weights, of all gradients, and of the optimizer's state with the averages."""
+    everything, stored = parameters(config).values(), training.stored
+    average = WIDE if training.ema else 0
     if training.method == "full":
         trained = [p for p in everything if p.trained]
         numbers = sum(p.size for p in trained)
         matrices = sum(p.size for p in trained if p.role == "matrix" and len(p.shape) == 2)
-        state = 2 * numbers - (matrices if training.optimizer == "muon" else 0)
-        return sum(p.size for p in everything) * WIDE, numbers * WIDE, state * WIDE
+        moments = 2 * numbers - matrices if training.optimizer == "muon" else OPTIMIZERS[training.optimizer] * numbers
+        return sum(p.size for p in everything) * stored, numbers * stored, moments * stored + numbers * average
     added = adapter_parameters(config, training.rank, training.targets)
     packed = sum(p.size for p in everything if p.role == "matrix" and p.in_block) if training.method == "qlora" else 0
     rest = sum(p.size for p in everything) - packed
-    base = packed * BITS / 8 + rest * (HALF if training.mixed or training.method == "qlora" else WIDE)
+    base = packed * BITS / 8 + rest * (WIDE if training.method == "lora" and training.itemsize == WIDE else HALF)
     # An adapter's two matrices are hidden matrices to the optimizer too.
-    state = added * (1 if training.optimizer == "muon" else 2)
-    return base + added * WIDE, added * WIDE, state * WIDE
+    return base + added * stored, added * stored, added * (OPTIMIZERS[training.optimizer] * stored + average)
 
 
-def forward_peak(segments: list[Segment], training: Training) -> float:
-    """When the logits are made: everything kept, the logits, and their log-probabilities (among what is kept).
+def forward_peak(segments: list[Segment]) -> float:
+    """When the logits are made: everything kept, and the logits beside their log-probabilities (which are kept).
 
     Autocast holds its copies of the weights to the end of the forward, also those of blocks that are to run again.
     """
-    held = 0
-    for segment in segments:
-        copies = sum(op.copies for op in segment.ops)
-        held += segment.entry + copies if training.recompute and segment.entry else segment.kept
-    return held + sum(op.kept for op in segments[-1].ops if op.name == "logits")
+    held = sum(segment.held + (segment.copies if segment.entry else 0) for segment in segments)
+    return held + sum(op.workspace + op.early for op in segments[-1].ops)
 
 
-def backward_peak(segments: list[Segment], training: Training, waiting: float) -> float:
+def backward_peak(segments: list[Segment], waiting: float) -> float:
     """The highest moment of the backward. `waiting`: gradients of earlier micro-batches."""
-    again = [segment.entry if training.recompute else 0 for segment in segments]
-    live = sum(entry or segment.kept for entry, segment in zip(again, segments, strict=True))
-    grads, highest = waiting, 0.0
-    for entry, segment in zip(reversed(again), reversed(segments), strict=True):
-        if entry:
-            live += segment.kept - segment.shared
+    live, grads, highest = sum(segment.held for segment in segments), waiting, 0.0
+    for segment in reversed(segments):
+        again = bool(segment.entry)
+        if again:  # what it kept is used up by the second forward, which leaves all that the backward needs
+            live += segment.kept - segment.shared - segment.made
         for op in reversed(segment.ops):
             highest = max(highest, live + grads + segment.stream + op.moving + op.grads + op.pending)
             live += op.pending - op.kept - op.copies
             grads += 0 if waiting else op.grads
-        live -= entry - segment.shared if entry else 0
+        live -= segment.entry - segment.shared if again else 0
     return highest
 
 
 def update_workspace(config: ModelConfig, training: Training) -> float:
-    """What the update needs beside gradients and state: AdamW's kernel nothing, Muon its iteration.
+    """What the update needs beside gradients and state: AdamW's kernel nothing, SGD the decayed gradients, Muon its iteration;
+    and weights in 16 bits their float32 copies."""
+    sizes = trained_sizes(config, training)
+    widened = 0.0
+    if training.stored == HALF:
+        # Weight, gradient and moments of a few weights in float32; with them SGD's step, or what rounds one weight.
+        few, slots = max(min(sum(sizes), WIDENED_ELEMENTS), max(sizes)), OPTIMIZERS[training.optimizer]
+        passing = max(few * WIDE if training.optimizer == "sgd" else 0, max(sizes) * ROUNDING)
+        widened = few * WIDE * (2 + slots) + passing
+    if training.optimizer == "muon":
+        return widened + muon_workspace(config, training)
+    return widened + (sum(sizes) * training.stored if training.optimizer == "sgd" and not widened else 0.0)
 
-    Muon's is the averaged update of every matrix, then for those of one shape a float32 stack of these, and in the
-    iteration's format (bfloat16 on a GPU) the iterate and the next one, with two squares.
-    """
-    if training.optimizer != "muon":
-        return 0.0
+
+def trained_sizes(config: ModelConfig, training: Training) -> list[int]:
+    """Numbers in each trained tensor."""
+    if training.method == "full":
+        return [p.size for p in parameters(config).values() if p.trained]
+    return [training.rank * side for p in adapted(config, training.targets) for side in p.shape]
+
+
+def muon_workspace(config: ModelConfig, training: Training) -> float:
+    """The averaged update of every matrix, then for those of one shape a float32 stack of these, and in the iteration's
+    format (bfloat16 on a GPU) the iterate and the next one, with two squares."""
     if training.method == "full":
         shapes = [p.shape for p in parameters(config).values() if p.role == "matrix" and p.trained and len(p.shape) == 2]
     else:

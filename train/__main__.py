@@ -9,9 +9,10 @@ import tyro
 
 from data.config import DataError
 from model.config import ConfigError, ModelConfig
-from train.config import TrainConfig, TrainError, from_plain
+from train.config import OVERRIDES, TrainConfig, TrainError, from_plain, overrides
 
 RECIPES = Path(__file__).parent / "recipes"
+FAILED = 2
 STOPPED = 130  # as a shell says of a process that SIGINT ended
 
 
@@ -45,10 +46,12 @@ def main(arguments: list[str]) -> int:
         flat = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
         config = tyro.cli(TrainConfig, args=arguments, default=default, prog="python -m train", config=flat)
         folder = config.run.resume
-        if folder is not None and replace(config, run=replace(config.run, resume=None)) != TrainConfig():
+        given, rest = overrides(config)
+        if folder is not None and replace(rest, run=replace(rest.run, resume=None)) != TrainConfig():
+            allowed = " ".join(f"--{name.replace('_', '-')}" for names in OVERRIDES.values() for name in names)
             raise TrainError(
-                "--resume goes on with the run's own settings, so that it ends as it would have; to change them, start "
-                f"a new run from its weights: --init {folder}"
+                "--resume goes on with the run's own settings, so that it ends as it would have; only these go with it: "
+                f"{allowed}. To change others, start a new run from its weights: --init {folder}"
             )
         config.check()
         if folder is None and config.run.init is None and config.network.preset is not None:
@@ -59,16 +62,19 @@ def main(arguments: list[str]) -> int:
     try:
         from model.hub import HubError
         from train.checkpoint import CheckpointError
+        from train.distributed import OtherRankError
         from train.loop import resume, start
     except KeyboardInterrupt:
         return STOPPED
     try:
-        start(config) if folder is None else resume(folder)
+        start(config) if folder is None else resume(folder, given)
     except BrokenPipeError:
         sys.stdout = None  # or Python complains once more at its end
         return fail("the output was closed, so the run stopped; --resume goes on from its last checkpoint")
     except (TrainError, DataError, ConfigError, HubError, CheckpointError, OSError) as error:
         return fail(error)
+    except OtherRankError:
+        return FAILED
     except KeyboardInterrupt:
         print("stopped at once, without saving; the checkpoints before are whole", file=sys.stderr)
         return STOPPED
@@ -77,7 +83,7 @@ def main(arguments: list[str]) -> int:
 
 def fail(error: Exception | str) -> int:
     print(f"error: {error}", file=sys.stderr)
-    return 2
+    return FAILED
 
 
 if __name__ == "__main__":

@@ -5,9 +5,12 @@ A checkpoint is a folder of safetensors and JSON; nothing in it can run code:
     config.json, model.safetensors   the network in the Hugging Face layout (`model.hub`)
     tokenizer.model                  the tokenizer; tokenizer.json and tokenizer_config.json say it to transformers
     optimizer.safetensors            every optimizer slot, by parameter name
-    random.safetensors               torch's random states
-    state.json                       step, tokens, best validation …
+    averages.safetensors, raw…       with --ema: the averages, and the weights they follow (model.safetensors has averages)
+    state.json                       step, tokens, loss scale, best validation …
     manifest.json                    format version; size and SHA-256 of each file above
+
+Where ranks hold weights in parts, `train.sharded_checkpoint`'s files take the place of all those with tensors. Random states
+are not kept: every draw is a function of the seed and the step.
 
 It is written to a temporary folder, synced, then renamed; so a crash leaves the previous one untouched. Loading checks
 every file against the manifest before anything is believed.
@@ -17,12 +20,16 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-FORMAT = 1
+from train.distributed import Ranks
+
+FORMAT = 2
 MANIFEST = "manifest.json"
+IN_PARTS = "tensors.json"  # the index of train.sharded_checkpoint
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -30,33 +37,44 @@ class CheckpointError(RuntimeError):
     """A checkpoint that is not what was written; the message names the file and what is wrong with it."""
 
 
-def write_checkpoint(run: Path, step: int, write: Callable[[Path], None]) -> Path:
+def write_checkpoint(run: Path, step: int, write: Callable[[Path], None], ranks: Ranks | None = None) -> Path:
     """Call `write(folder)` on a temporary folder, seal it, and make it `run/checkpoints/step-N` in one rename.
 
-    An OSError (a full disk) removes the temporary folder and leaves the earlier checkpoints as they were.
+    Every rank writes its share into the same folder; rank 0 makes it and seals it. An OSError (a full disk) on any of them
+    removes the temporary folder and leaves the earlier checkpoints as they were.
     """
-    parent = run / "checkpoints"
-    parent.mkdir(parents=True, exist_ok=True)
-    for left in parent.glob(".*-step-*"):  # by a kill, at this step or at another
-        shutil.rmtree(left)
+    ranks, parent = ranks or Ranks(), run / "checkpoints"
     target, making = parent / f"step-{step}", parent / f".making-step-{step}"
     try:
-        making.mkdir()
-        write(making)
-        files = sorted(path for path in making.iterdir())
-        entries = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
-        manifest = json.dumps({"format": FORMAT, "files": entries}, indent=2)
-        (making / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
-        for path in (*files, making / MANIFEST, making):
-            sync(path)
-        if target.exists():  # a broken one, which a resume passed over
-            _remove(target)
-        making.rename(target)
-        sync(parent)
+        with ranks.together():
+            if ranks.main:
+                parent.mkdir(parents=True, exist_ok=True)
+                for left in parent.glob(".*-step-*"):  # by a kill, at this step or at another
+                    shutil.rmtree(left)
+                making.mkdir()
+        with ranks.together():
+            write(making)
+        with ranks.together():
+            if ranks.main:
+                seal(making, target)
     except BaseException:
-        shutil.rmtree(making, ignore_errors=True)
+        if ranks.main:
+            shutil.rmtree(making, ignore_errors=True)
         raise
     return target
+
+
+def seal(making: Path, target: Path) -> None:
+    files = sorted(path for path in making.iterdir())
+    entries = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+    manifest = json.dumps({"format": FORMAT, "files": entries}, indent=2)
+    (making / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
+    for path in (*files, making / MANIFEST, making):
+        sync(path)
+    if target.exists():  # a broken one, which a resume passed over
+        _remove(target)
+    making.rename(target)
+    sync(target.parent)
 
 
 def verify(folder: Path) -> None:
@@ -139,8 +157,8 @@ def repoint(run: Path, last: Path, best: dict | None) -> None:
         (run / "best.json").unlink(missing_ok=True)
 
 
-def resolve(path: str | Path) -> Path:
-    """What a command given RUN opens: a run's best checkpoint, then its last; or a model folder itself.
+def checkpoint_of(path: str | Path) -> Path:
+    """What a command given RUN opens: a run's best checkpoint, then its last; or a checkpoint or model folder itself.
 
     A checkpoint is verified; a model folder of other origin has no manifest to verify it by.
     """
@@ -157,6 +175,17 @@ def resolve(path: str | Path) -> Path:
             verify(folder)
             return folder
     raise CheckpointError(f"{path} is neither a run (no best.json, no last.json) nor a model folder (no config.json)")
+
+
+def resolve(path: str | Path) -> Path:
+    """The same, but for a checkpoint in parts, of which the network must be put together first."""
+    folder = checkpoint_of(path)
+    if (folder / IN_PARTS).is_file():
+        raise CheckpointError(
+            f"{folder} holds its weights in parts, as the ranks that wrote it did. Put them together first: "
+            f"python -m model export {shlex.quote(str(path))} --out FOLDER"
+        )
+    return folder
 
 
 def prune(run: Path, keep: int) -> None:

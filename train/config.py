@@ -6,7 +6,7 @@ A value "auto" is resolved once, when the run starts, and what was chosen stands
 import math
 import types
 import typing
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,10 @@ from data.config import DataConfig
 # By objective, where nothing else is asked for: measured, see LOG.md.
 DEFAULT_PRESETS = {"clm": "tiny", "mlm": "tiny-encoder"}
 DEFAULT_LR = {"clm": 8e-3, "mlm": 3e-3}
+
+
+MESH_AXES = ("replicate", "shard")
+MESH_LATER = ("tensor", "pipeline")  # names that are kept for what they mean everywhere
 
 
 class TrainError(ValueError):
@@ -43,6 +47,10 @@ class RunConfig:
     """cpu, cuda, cuda:1 …; auto takes a GPU where there is one."""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
+    mesh: str | None = None
+    """Under torchrun, how ranks share the work: replicate (DDP; default), shard (FSDP2), or replicate=2,shard=4."""
+    on_nonfinite: Literal["stop", "skip"] | None = None
+    """A loss or gradient that is inf or NaN: stop the run (default), or leave that batch out and go on."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +78,13 @@ class OptimizerConfig:
     """Optimization: what a step does."""
 
     batch_size: int = 16
-    """Sequences in a micro-batch."""
+    """Sequences in a micro-batch; ranks share them."""
     accumulate: int = 1
     """Micro-batches in an optimizer step."""
-    optimizer: Literal["adamw", "muon"] = "muon"
+    optimizer: Literal["adamw", "muon", "sgd"] = "muon"
     """muon: hidden matrices by Muon, the rest by AdamW."""
     lr: float | None = None
-    """AdamW's learning rate at its height. Default: 8e-3, or 3e-3 for mlm."""
+    """The learning rate at its height (of AdamW, where Muon has its own). Default: 8e-3, or 3e-3 for mlm."""
     matrix_lr: float = 4e-2
     """Muon's learning rate at its height."""
     weight_decay: float = 0.2
@@ -86,23 +94,38 @@ class OptimizerConfig:
     eps: float = 1e-8
     """AdamW's epsilon."""
     momentum: float = 0.95
-    """Muon's momentum."""
+    """Muon's and SGD's momentum."""
     clip: float = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
-    schedule: Literal["cosine", "constant", "linear", "wsd", "inverse_sqrt"] = "cosine"
+    label_smoothing: float = 0.0
+    """Share of a target's probability that training spreads over the whole vocabulary."""
+    z_loss: float = 0.0
+    """Weight of (log Σ exp logits)², which keeps logits from drifting; 1e-4 is usual."""
+    ema: float = 0.0
+    """Decay of an exponential moving average of the weights, which is then what is validated and used; 0: none."""
+    schedule: Literal["cosine", "constant", "linear", "wsd", "inverse_sqrt", "slanted_triangular"] = "cosine"
     """How the learning rate goes from its height to its end."""
     warmup: float = 0.05
     """Warm-up, as a fraction of the steps."""
     final_lr: float = 0.0
-    """The learning rate at the end, as a fraction of its height (cosine, linear, wsd)."""
+    """The learning rate at the end, as a fraction of its height (cosine, linear, wsd, slanted_triangular)."""
 
 
 @dataclass(frozen=True)
 class SpeedConfig:
     """Speed: the same numbers, sooner."""
 
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16 is autocast with float32 weights. auto: bf16 on a GPU, and on a CPU that is measured to be faster with it."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "bf16-pure"] = "auto"
+    """bf16, fp16: autocast with float32 weights; bf16-pure: all in 16 bits, rounded at random. auto: bf16 on a GPU, and on a
+    CPU that is measured to be faster with it."""
+    loss: Literal["auto", "plain", "chunked", "triton"] = "auto"
+    """Cross-entropy of all logits at once, or a chunk at a time. auto: in chunks where they would be large."""
+    recompute: Literal["none", "blocks", "selective"] = "none"
+    """Less memory: run blocks again in the backward; selective keeps what their matrix products gave."""
+    recompute_every: int = 1
+    """With --recompute blocks: every so many blocks one is run again."""
+    reshard: Literal["on", "off"] = "on"
+    """With --mesh shard: give a block's gathered weights back after its forward, rather than keep them for the backward."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile, a block at a time. auto: on a GPU."""
     deterministic: Literal["auto", "on", "off"] = "auto"
@@ -131,6 +154,10 @@ class ReportConfig:
     """Stop after so many validations without a new best; 0: never."""
     verbose: bool = True
     """Print more than errors and the end."""
+    profile: bool = False
+    """Record a few steps: RUN/profile/ gets a Chrome trace and a table of the operators that take longest."""
+    memory_report: bool = False
+    """After the second step, print its memory: predicted, and measured."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +191,8 @@ class TrainConfig:
             "clip": (optimizer.clip, 0),
             "lr": (0 if optimizer.lr is None else optimizer.lr, 0),
             "matrix-lr": (optimizer.matrix_lr, 0),
+            "z-loss": (optimizer.z_loss, 0),
+            "recompute-every": (self.speed.recompute_every, 1),
             "weight-decay": (optimizer.weight_decay, 0),
         }
         for name, (value, minimum) in least.items():
@@ -172,7 +201,12 @@ class TrainConfig:
         for name, value in (("warmup", optimizer.warmup), ("final-lr", optimizer.final_lr)):
             if not 0 <= value <= 1:
                 raise TrainError(f"--{name} {value}: a fraction, from 0 to 1")
-        rates = [("momentum", optimizer.momentum), ("dropout", self.network.dropout)]
+        rates = [
+            ("momentum", optimizer.momentum),
+            ("dropout", self.network.dropout),
+            ("label-smoothing", optimizer.label_smoothing),
+            ("ema", optimizer.ema),
+        ]
         for name, value in rates + [("betas", beta) for beta in optimizer.betas]:
             if not 0 <= value < 1:
                 raise TrainError(f"--{name} {value}: must be at least 0 and below 1")
@@ -184,6 +218,53 @@ class TrainConfig:
             value = getattr(self.network, name)
             if value is not None and value < 1:
                 raise TrainError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+
+
+# What a resume may be given: none of it changes what is learned, but by leaving out a batch that cannot be learned from.
+OVERRIDES = {"run": ("mesh", "on_nonfinite"), "report": ("verbose", "profile", "memory_report")}
+
+
+def overrides(asked: TrainConfig) -> tuple[dict[str, dict], TrainConfig]:
+    """What was asked for of `OVERRIDES`, and the settings without it."""
+    given, default = {}, TrainConfig()
+    for group, names in OVERRIDES.items():
+        has, usual = getattr(asked, group), getattr(default, group)
+        given[group] = {name: getattr(has, name) for name in names if getattr(has, name) != getattr(usual, name)}
+        back = {name: getattr(usual, name) for name in given[group]}
+        asked = replace(asked, **{group: replace(has, **back)})
+    return given, asked
+
+
+def override(config: TrainConfig, given: dict[str, dict]) -> TrainConfig:
+    return replace(config, **{group: replace(getattr(config, group), **values) for group, values in given.items()})
+
+
+def mesh_sizes(text: str, world: int) -> dict[str, int]:
+    """The size of each axis of `--mesh` on so many ranks; one axis may be without a number: it takes what is left.
+
+    >>> mesh_sizes("shard", 8), mesh_sizes("replicate=2,shard", 8)
+    ({'replicate': 1, 'shard': 8}, {'replicate': 2, 'shard': 4})
+    """
+    sizes, free = dict.fromkeys(MESH_AXES, 1), None
+    for part in text.split(","):
+        name, _, number = part.strip().partition("=")
+        if name in MESH_LATER:
+            raise TrainError(f"--mesh {text}: the axis {name!r} is not built yet; those that are: {', '.join(MESH_AXES)}")
+        if name not in MESH_AXES or (number and not (number.isdecimal() and int(number))):
+            raise TrainError(f"--mesh {text}: {part!r} is not AXIS or AXIS=SIZE; the axes are {', '.join(MESH_AXES)}")
+        if number:
+            sizes[name] = int(number)
+        elif free is not None:
+            raise TrainError(f"--mesh {text}: {free} and {name} both lack a size; one may")
+        else:
+            free = name
+    rest, left = divmod(world, math.prod(sizes.values()))
+    if free is not None and not left:
+        sizes[free] = rest
+    if math.prod(sizes.values()) != world:
+        ranks = f"{world} rank" + "s" * (world > 1)
+        raise TrainError(f"--mesh {text} does not fit {ranks}; how many there are, torchrun --nproc-per-node says")
+    return sizes
 
 
 def to_plain(config: Any) -> dict:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from eval.ngram import kneser_ney_bits, unigram_bits
+from train.distributed import Ranks
 from train.objective import Objective
 
 
@@ -36,9 +37,10 @@ def evaluate(
     batches: Iterable[dict[str, Tensor]],
     *,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
+    ranks: Ranks | None = None,
 ) -> dict[str, tuple[float, int]]:
-    """Each term's (sum, count) over all batches, dropout off: sums and counts, so that the size of a batch does not
-    matter. Only one batch's logits exist at a time."""
+    """Each term's (sum, count) over all batches and ranks, dropout off: sums and counts, so that the size of a batch does
+    not matter. Only one batch's logits exist at a time."""
     was_training = objective.training
     objective.eval()
     sums, counts = defaultdict(float), defaultdict(int)
@@ -51,7 +53,8 @@ def evaluate(
                 counts[name] += term.count
     finally:
         objective.train(was_training)
-    return {name: (float(sums[name]), int(counts[name])) for name in sums}
+    ranks = ranks or Ranks()
+    return {name: (float(ranks.sum(sums[name])), int(ranks.sum(counts[name]))) for name in sums}
 
 
 def bits_per_byte(nats: float, text_bytes: int) -> float:

@@ -7,19 +7,19 @@ from types import FrameType
 
 
 class StopRequest:
-    """A context: inside, the first SIGINT or SIGTERM only sets `.name`; the loop looks at it between steps."""
+    """A context: inside, the first SIGINT or SIGTERM only sets `.number`; the loop looks at it between steps."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
-        self.name: str | None = None
+        self.number = 0
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.name is not None:
+        if self.number:
             raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
+        self.number, name = number, signal.Signals(number).name
         # Not print: the signal may have come in the middle of one.
-        os.write(2, f"\n{self.name}: saving after this step; a second signal stops at once\n".encode())
+        os.write(2, f"\n{name}: saving after this step; a second signal stops at once\n".encode())
 
     def __enter__(self) -> "StopRequest":
         self._before = {}

@@ -82,9 +82,9 @@ class Metrics:
     the norm before clipping; `tokens_per_s` is since the line before, validation and saving left out.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
-        self._file = open(path, "a", encoding="utf-8")
+    def __init__(self, path: Path | None):
+        """None: nothing is kept. Of several ranks one writes."""
+        self._file = open(path or os.devnull, "a", encoding="utf-8")
 
     def write(self, **values: object) -> None:
         self._file.write(json.dumps(values) + "\n")
@@ -93,7 +93,8 @@ class Metrics:
     def sync(self) -> None:
         """Before a checkpoint: what it says must not be ahead of what metrics.jsonl holds."""
         self._file.flush()
-        os.fsync(self._file.fileno())
+        if self._file.name != os.devnull:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         with suppress(OSError):  # each line was flushed: what is left is one that had no room, and has been told

@@ -2,21 +2,22 @@
 
 import json
 import math
+import os
+import signal
 import time
 import tomllib
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import tomli_w
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-import model.hub
 from data.clm import IGNORE
 from data.stream import Prefetcher
+from train.allocator import keep_freed_memory
 from train.checkpoint import (
     CheckpointError,
     latest_whole,
@@ -28,43 +29,59 @@ from train.checkpoint import (
     write_checkpoint,
     write_whole,
 )
-from train.config import TrainConfig, TrainError, from_plain, to_plain
+from train.config import TrainConfig, TrainError, from_plain, override, to_plain
+from train.distributed import Ranks, connected, gathered, lost, share, unwrapped
 from train.evaluate import evaluate
 from train.interrupt import StopRequest
-from train.log import Console, Metrics, clock, cut_back
-from train.precision import autocast
-from train.report import conclude, introduction
-from train.schedule import SCHEDULES
+from train.lock import locked
+from train.log import Console, Metrics, cut_back
+from train.phases import Phases
+from train.report import Session, conclude, introduction, out_of_memory
 from train.setup import (
     TASKS,
-    compile_blocks,
     open_data,
+    open_engine,
     open_network,
-    open_optimizers,
+    own_device,
     resolve_machine,
     resolve_network,
 )
-from train.step import train_step
+from train.step import StepResult
+from train.watch import Watch
 
-ADVANCES = ("step", "tokens", "best", "bad_evaluations")  # beside the network, the optimizers and torch's random states
+ADVANCES = ("tokens", "best", "bad_evaluations")  # beside what the engine holds
+MOST_SKIPPED = 30  # in a row: what never succeeds is not a bad batch
 
 
 def start(config: TrainConfig) -> Path:
-    """A new run; returns its folder."""
+    """A new run; returns its folder. Where torchrun starts its processes anew, the run that they had begun goes on."""
     config.check()
-    config = resolve_machine(config)
-    out = config.run.out
-    if any((out / name).exists() for name in ("config.toml", "metrics.jsonl", "checkpoints")):
-        raise TrainError(f"{out} already holds a run: go on, `python -m train --resume {out}`, or choose another --out")
-    if out.exists() and not out.is_dir():
-        raise TrainError(f"--out {out} is a file")
-    if config.run.init is not None:  # a run's best checkpoint may be another one by the time of a resume
-        config = replace(config, run=replace(config.run, init=resolve(config.run.init)))
-    return Run(config, resume=False).train()
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and config.run.out is None:
+        raise TrainError("with --max-restarts the run needs a name that a restart finds again: give --out")
+    if restarts and (config.run.out / "config.toml").is_file():
+        return resume(config.run.out)
+    with connected() as ranks:
+        config = resolve_machine(config, ranks)
+        out = config.run.out
+        if out.exists() and not out.is_dir():
+            raise TrainError(f"--out {out} is a file")
+        with held(out, ranks):
+            with ranks.together():
+                if ranks.main and any((out / name).exists() for name in ("config.toml", "metrics.jsonl", "checkpoints")):
+                    raise TrainError(
+                        f"{out} already holds a run: go on, `python -m train --resume {out}`, or choose another --out"
+                    )
+            if config.run.init is not None:  # a run's best checkpoint may be another one by the time of a resume
+                config = replace(config, run=replace(config.run, init=resolve(config.run.init)))
+            return Run(config, ranks, resume=False).train()
 
 
-def resume(folder: Path) -> Path:
-    """Go on with the run in `folder` from its latest whole checkpoint, or from step 0 if it has none."""
+def resume(folder: Path, given: dict[str, dict] | None = None) -> Path:
+    """Go on with the run in `folder` from its latest whole checkpoint, or from step 0 if it has none.
+
+    given: settings of `train.config.OVERRIDES` to have now instead of the run's.
+    """
     path = folder / "config.toml"
     if not path.is_file():
         raise TrainError(f"--resume {folder}: not a run, there is no {path.absolute()}")
@@ -72,56 +89,90 @@ def resume(folder: Path) -> Path:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TrainError(f"{path} is not TOML: {error}") from None
-    config = from_plain(TrainConfig, table, str(path))
+    config = override(from_plain(TrainConfig, table, str(path)), given or {})
     config.check()
-    return Run(resolve_machine(replace(config, run=replace(config.run, out=folder))), resume=True).train()
+    with connected() as ranks, held(folder, ranks):
+        config = resolve_machine(replace(config, run=replace(config.run, out=folder)), ranks)
+        return Run(config, ranks, resume=True).train()
+
+
+@contextmanager
+def held(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """The lock on a run's folder: rank 0 has it, for all."""
+    with ExitStack() as stack:
+        with ranks.together():
+            if ranks.main:
+                stack.enter_context(locked(folder))
+        yield
 
 
 class Run:
-    """One process's share of a run. What advances is `ADVANCES`, the network, the optimizers and torch's random states:
-    exactly these are in a checkpoint. Batches and rates are functions of the step."""
+    """One process's share of a run: text, screen and files around the engine. What advances is `ADVANCES` and what the
+    engine holds: exactly these are in a checkpoint. Batches, rates and noise are functions of the step."""
 
-    def __init__(self, config: TrainConfig, *, resume: bool):
-        self.out = config.run.out
-        self.console = Console(config.report.verbose)
+    def __init__(self, config: TrainConfig, ranks: Ranks, *, resume: bool):
+        self.out, self.ranks = config.run.out, ranks
+        self.console = Console(config.report.verbose and ranks.main)
         say = self.console.say
-        checkpoint = latest_whole(self.out, print) if resume else None
-        self.shards = open_data(config, checkpoint, say)
+        checkpoint = self._latest() if resume else None
+        self.device = own_device(config, ranks)
+        self.shards = ranks.local_first(lambda: open_data(config, checkpoint, say))
         self.tokenizer = self.shards.tokenizer
-        network = open_network(config, self.tokenizer, checkpoint, say)
-        config = self.config = resolve_network(config, network)
-        self.device = torch.device(config.run.device)
+        place = "cpu" if "shard" in config.run.mesh else self.device  # whole only there: a GPU gets its part alone
+        network = open_network(config, self.tokenizer, checkpoint, place, say)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        config = self.config = resolve_network(config, ranks, network)
         self.task = TASKS[config.run.objective](config, self.shards)
         self.console.unit = self.task.unit
-        self.optimizers = open_optimizers(config, network)
-        self.autocast = autocast(self.device, config.speed.precision)
-        self.objective = self.task.objective(network)
-        self.step, self.tokens, self.bad_evaluations = 0, 0, 0
+        self.engine, self.config = open_engine(config, ranks, self.device, self.task, network, say)
+        self.tokens, self.bad_evaluations, self.in_a_row = 0, 0, 0
+        self.phases = Phases(self.device)
         self.best: dict | None = None
-        if config.speed.compile == "on" and not compile_blocks(network, say):
-            config = self.config = replace(config, speed=replace(config.speed, compile="off"))
-        # Last, for what stands above may draw random numbers (choosing a precision does), a resume others than a start.
-        torch.manual_seed(config.run.seed)
         if checkpoint is not None:
             self._load(checkpoint)
 
-        self.out.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            write_whole(self.out / "config.toml", tomli_w.dumps(to_plain(config)))
-        if checkpoint is not None:
-            repoint(self.out, checkpoint, self.best)
-        cut_back(self.out / "metrics.jsonl", self.step)
-        self.metrics = Metrics(self.out / "metrics.jsonl")
+        if ranks.main:
+            self.out.mkdir(parents=True, exist_ok=True)
+            if not resume:
+                write_whole(self.out / "config.toml", tomli_w.dumps(to_plain(self.config)))
+            if checkpoint is not None:
+                repoint(self.out, checkpoint, self.best)
+            cut_back(self.out / "metrics.jsonl", self.step)
+        self.metrics = Metrics(self.out / "metrics.jsonl" if ranks.main else None)
         say(introduction(self))
+
+    @property
+    def step(self) -> int:
+        return self.engine.step
+
+    def _latest(self) -> Path | None:
+        """The checkpoint to go on from, the same on every rank."""
+
+        def name() -> str | None:
+            found = latest_whole(self.out, print)
+            return found.name if found is not None else None
+
+        found = self.ranks.from_main(name)
+        return self.out / "checkpoints" / found if found is not None else None
 
     def train(self) -> Path:
         """Steps until the last one, an early stop, or a signal; returns the run's folder."""
-        began, tokens_before = time.monotonic(), self.tokens
+        began, first_step, first_tokens = time.monotonic(), self.step, self.tokens
         self.console.begin(self.step, self.config.run.steps)
         try:
             stopped = self._steps()
         except BrokenPipeError:
             raise  # whoever read the output has gone
+        except torch.OutOfMemoryError as error:
+            raise TrainError(out_of_memory(self, error)) from error
+        except RuntimeError as error:
+            if not (self.ranks.world > 1 and lost(error)):
+                raise
+            raise TrainError(
+                f"rank {self.ranks.rank}: at step {self.step + 1} another rank was gone ({str(error).splitlines()[0]}). The "
+                f"checkpoints in {self.out} are untouched: torchrun … -m train --resume {self.out}"
+            ) from error
         except (OSError, SafetensorError) as error:
             raise TrainError(
                 f"could not write at step {self.step}: {error}. The checkpoints in {self.out} are untouched; "
@@ -130,41 +181,34 @@ class Run:
         finally:
             self.console.end()
             self.metrics.close()
-        took = time.monotonic() - began
-        per_second = (self.tokens - tokens_before) / max(took, 1e-9)
-        unit = self.task.unit
-        conclude(self, stopped, f"{self.tokens:,} {unit}; this session {clock(took)}, {per_second:,.0f} {unit}/s")
+        if self.ranks.main:
+            conclude(self, stopped, Session(time.monotonic() - began, self.step - first_step, self.tokens - first_tokens))
         return self.out
 
     def _steps(self) -> str:
         """Returns why it stopped before the last step, or ""."""
-        config, report, console = self.config, self.config.report, self.console
-        factor = partial(
-            SCHEDULES[config.optimizer.schedule],
-            warmup=round(config.optimizer.warmup * config.run.steps),
-            total=config.run.steps,
-            final=config.optimizer.final_lr,
-        )
-        self.objective.train()
+        config, report, console, phase = self.config, self.config.report, self.console, self.phases
+        self.engine.objective.train()
         tokens, seconds, stopped = 0, 0.0, self._early()
+        watched = Watch(self)
         with StopRequest() as request, self._source() as source:
-            for micro_batches in source if not stopped else ():
-                clock_start = time.monotonic()
-                count = sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches)
-                micro_batches = [self._to_device(batch) for batch in micro_batches]
-                self.optimizers.set_lr(rate := factor(self.step))
-                result = train_step(
-                    self.objective,
-                    micro_batches,
-                    self.optimizers,
-                    max_norm=config.optimizer.clip or None,
-                    autocast=self.autocast,
-                )
-                self.step, self.tokens, tokens = self.step + 1, self.tokens + count, tokens + count
+            while self.step < config.run.steps and not stopped:
+                clock_start, rate = time.monotonic(), self.engine.rate
+                with phase("data"):
+                    micro_batches = next(source)
+                    count = sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches)
+                    mine = [self._to_device(share(batch, self.ranks)) for batch in micro_batches]
+                result = watched.step(mine, phase)
+                self.tokens, tokens = self.tokens + count, tokens + count
+                if result.updated:
+                    self.in_a_row = 0
+                else:
+                    self._not_a_number(result)
                 last = self.step == config.run.steps
-                if self.step % report.log_every == 0 or self.step == 1 or last:
-                    loss = self._finite(result.loss)  # on a GPU this waits for the step
+                if result.updated and (self.step % report.log_every == 0 or self.step == 1 or last):
+                    loss = float(result.loss)
                     seconds += time.monotonic() - clock_start
+                    scale = {"loss_scale": self.engine.scaler.factor} if self.engine.scaler.enabled else {}
                     self.metrics.write(
                         step=self.step,
                         split="train",
@@ -173,6 +217,7 @@ class Run:
                         lr=config.optimizer.lr * rate,
                         grad_norm=float(result.grad_norm),
                         tokens_per_s=round(tokens / seconds, 1),
+                        **scale,
                     )
                     console.progress(self.step, loss, tokens / seconds)
                     tokens, seconds = 0, 0.0
@@ -181,18 +226,41 @@ class Run:
 
                 improved = False
                 if self.step % report.eval_every == 0 or last:
-                    improved = self._validate()
+                    with phase("validation"):
+                        improved = self._validate()
                 if report.sample_every and (self.step % report.sample_every == 0 or last):
-                    self._sample()
+                    with phase("samples"):
+                        self._sample()
                 stopped = self._early()
-                if request.name:
-                    stopped = f"on {request.name}"
+                if number := self.ranks.most(request.number):  # a signal need not reach all ranks before the same step
+                    stopped = f"on {signal.Signals(number).name}"
                 if improved or stopped or last or self.step % report.save_every == 0:
-                    self._save(improved)
+                    with phase("saving"):
+                        self._save(improved)
                 console.advance(self.step)
-                if stopped:
-                    break
+        watched.close()
         return stopped
+
+    def _not_a_number(self, result: StepResult) -> None:
+        """A step whose loss or gradients were inf or NaN; nothing has moved. fp16 lowers its scale and goes on."""
+        loss, step = float(result.loss), self.step - 1
+        self.in_a_row += 1
+        if self.engine.scaler.enabled and math.isfinite(loss) and self.in_a_row <= MOST_SKIPPED:
+            return
+        documents = self.task.documents(step)
+        named = ", ".join(map(str, documents[:12])) + (f" and {len(documents) - 12} more" if len(documents) > 12 else "")
+        what = f"step {self.step}: the loss is {loss}, the gradients' norm {float(result.grad_norm)}"
+        where = f"its batch held parts of the training documents {named}"
+        if self.config.run.on_nonfinite == "skip" and self.in_a_row <= MOST_SKIPPED:
+            self.console.say(f"skipped {what}; {where}")
+            self.metrics.write(step=self.step, split="skipped", loss=str(loss), documents=documents)
+            return
+        times = f" ({self.in_a_row} steps in a row)" if self.in_a_row > 1 else ""
+        raise TrainError(
+            f"{what}{times}; {where}. Nothing was saved since the last checkpoint in {self.out}. To leave such batches out: "
+            f"python -m train --resume {self.out} --on-nonfinite skip; or begin anew with a lower --lr and --matrix-lr, or "
+            "--precision fp32"
+        )
 
     def _early(self) -> str:
         """Why there is nothing more to hope for, by --early-stop; else ""."""
@@ -209,19 +277,17 @@ class Run:
     def _to_device(self, batch: dict) -> dict:
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
-    def _finite(self, value: torch.Tensor, what: str = "loss") -> float:
-        value = float(value)
-        if not math.isfinite(value):
-            raise TrainError(
-                f"the {what} is {value} at step {self.step}; nothing was saved since the last checkpoint in {self.out}. "
-                "Try a lower --lr and --matrix-lr, or --precision fp32"
-            )
-        return value
-
     def _validate(self) -> bool:
         """Score the validation batches; returns whether this is the best so far."""
-        batches = map(self._to_device, self.task.validation)
-        scores = self.task.scores(evaluate(self.objective, batches, autocast=self.autocast))
+        batches = (self._to_device(share(batch, self.ranks)) for batch in self.task.validation)
+        with self.engine.averaged():
+            totals = evaluate(unwrapped(self.engine.objective), batches, autocast=self.engine.autocast, ranks=self.ranks)
+        scores = self.task.scores(totals)
+        if not math.isfinite(scores["loss"]):
+            raise TrainError(
+                f"the validation loss is {scores['loss']} at step {self.step}; nothing was saved since the last checkpoint in "
+                f"{self.out}. Try a lower --lr and --matrix-lr, or --precision fp32"
+            )
         self.metrics.write(step=self.step, split="validation", tokens=self.tokens, **scores)
         improved = self.best is None or scores["loss"] < self.best["loss"]
         if improved:
@@ -234,8 +300,9 @@ class Run:
     def _sample(self) -> None:
         compiled = self.config.speed.compile == "on"
         # Lengths vary: compiling for each would take longer. (Where nothing is compiled, its machinery stays unloaded.)
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-            what, text = self.task.sample(self.objective.network, self.device)
+        eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        with eager, self.engine.averaged(), gathered(self.engine.objective):
+            what, text = self.task.sample(self.engine.network, self.device)
         self.console.say(f"sample: {what}")
         self.console.say("\n".join(f"    | {line}" for line in text.split("\n")))
 
@@ -243,25 +310,24 @@ class Run:
         """A checkpoint at this step boundary; a failure leaves the earlier ones."""
 
         def write(folder: Path) -> None:
-            model.hub.save(self.objective.network, folder)
-            self.tokenizer.save(folder)
-            state = {key: value.contiguous() for key, value in self.optimizers.named_state().items()}
-            save_file(state, folder / "optimizer.safetensors")
-            random = {"cpu": torch.get_rng_state()}
-            if self.device.type == "cuda":
-                random["cuda"] = torch.cuda.get_rng_state(self.device)
-            save_file(random, folder / "random.safetensors")
-            state = {key: getattr(self, key) for key in ADVANCES} | {"text": self._text()}
-            (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+            self.engine.save(folder)
+            if self.ranks.main:
+                self.tokenizer.save(folder)
+                state = {key: getattr(self, key) for key in ADVANCES} | {"text": self._text(), "engine": self.engine.state()}
+                (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
-        weights = self.objective.network.parameters()  # a finite loss may have ruined them in the update after it
-        self._finite(sum(weight.detach().sum(dtype=torch.float64) for weight in weights), "sum of all weights")
+        if not self.engine.finite():  # a finite loss may have ruined the weights in the update after it
+            raise TrainError(
+                f"the weights are inf or NaN after step {self.step}; nothing was saved since the last checkpoint in "
+                f"{self.out}. Try a lower --lr and --matrix-lr, or --precision fp32"
+            )
         self.metrics.sync()
-        folder = write_checkpoint(self.out, self.step, write)
-        if improved:
-            point(self.out, "best", folder, **{k: v for k, v in self.best.items() if k != "step"})
-        point(self.out, "last", folder)
-        prune(self.out, self.config.report.keep)
+        folder = write_checkpoint(self.out, self.step, write, self.ranks)
+        if self.ranks.main:
+            if improved:
+                point(self.out, "best", folder, **{k: v for k, v in self.best.items() if k != "step"})
+            point(self.out, "last", folder)
+            prune(self.out, self.config.report.keep)
 
     def _text(self) -> dict:
         """What a resume must find again, or batches would be others."""
@@ -269,7 +335,7 @@ class Run:
         return {"tokenizer_sha256": self.tokenizer.sha256, **splits}
 
     def _load(self, folder: Path) -> None:
-        """All that advances, from a checkpoint that was verified; the network's weights are in place already."""
+        """All that advances, from a checkpoint that was verified."""
         try:
             state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             if state["text"] != self._text():
@@ -277,16 +343,13 @@ class Run:
                     f"the corpus {' '.join(self.config.data.corpus)} is no longer the text that {self.out} began with; "
                     f"to train its weights on other text: --init {self.out}"
                 )
-            self.optimizers.load_named_state(load_file(folder / "optimizer.safetensors"))
-            random = load_file(folder / "random.safetensors")
             for key in ADVANCES:
                 setattr(self, key, state[key])
+            engine = state["engine"]
         except TrainError:
             raise
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{folder} does not fit this run: {error}") from error
-        torch.set_rng_state(random["cpu"])
-        if "cuda" in random and self.device.type == "cuda":
-            torch.cuda.set_rng_state(random["cuda"], self.device)
+        self.engine.load(folder, engine)
         if self.step != step_of(folder):
             raise CheckpointError(f"{folder} says that it is step {self.step}")

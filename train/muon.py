@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from train.optim import NamedOptimizer
+from train.named_optimizer import NamedOptimizer
+from train.shard import part_of, whole
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steepest slope at 0 whose iterates stay near 1 (Jordan et al. 2024)
 NORM_FLOOR = 1e-7  # a zero matrix stays zero
@@ -102,7 +103,7 @@ class Muon(NamedOptimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         self.nesterov, self.ns_steps, self.ns_dtype = nesterov, ns_steps, ns_dtype
         self.lr_adjustment = LR_ADJUSTMENTS[adjust_lr]
-        self._update = self._update_batched if batched else self._update_plain
+        self.update = self._update_batched if batched else self._update_plain
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
@@ -113,43 +114,41 @@ class Muon(NamedOptimizer):
     def new_state(self, param: Tensor) -> dict[str, Tensor]:
         return {"momentum": torch.zeros_like(param)}
 
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            self._update([param for param in group["params"] if param.grad is not None], group)
-
     def iteration_dtype(self, param: Tensor) -> torch.dtype:
         if self.ns_dtype is not None:
             return self.ns_dtype
         return torch.bfloat16 if param.is_cuda else torch.promote_types(param.dtype, torch.float32)
 
-    def _update_plain(self, params: list[Tensor], group: dict) -> None:
-        lr, momentum = group["lr"], group["momentum"]
-        for param in params:
-            average = self.state_of(param)["momentum"]
-            average.lerp_(param.grad, 1 - momentum)
-            update = param.grad.lerp(average, momentum) if self.nesterov else average
-            direction = orthogonalize(update, self.ns_steps, self.iteration_dtype(param))
-            param.mul_(1 - lr * group["weight_decay"])
-            param.add_(direction, alpha=-lr * self.lr_adjustment(*param.shape))
+    # The iteration needs the whole matrix. Where it is sharded, the momentum, which is element by element, is updated on
+    # this rank's rows; the update is then gathered, every rank orthogonalises all of it, and each applies its own rows. So
+    # a step sends every such matrix once, as gathering the weights for one forward does, and the iteration is repeated on
+    # each rank: it does not get faster with more of them.
 
-    def _update_batched(self, params: list[Tensor], group: dict) -> None:
-        if not params:
-            return
+    def _update_plain(self, params, grads, states, group, owners) -> None:
         lr, momentum = group["lr"], group["momentum"]
-        grads = [param.grad for param in params]
-        averages = [self.state_of(param)["momentum"] for param in params]
+        for param, grad, state, owner in zip(params, grads, states, owners, strict=True):
+            average = state["momentum"]
+            average.lerp_(grad, 1 - momentum)
+            update = grad.lerp(average, momentum) if self.nesterov else average
+            direction = orthogonalize(whole(update, owner), self.ns_steps, self.iteration_dtype(param))
+            param.mul_(1 - lr * group["weight_decay"])
+            param.add_(part_of(direction, owner), alpha=-lr * self.lr_adjustment(*owner.shape))
+
+    def _update_batched(self, params, grads, states, group, owners) -> None:
+        lr, momentum = group["lr"], group["momentum"]
+        averages = [state["momentum"] for state in states]
         torch._foreach_lerp_(averages, grads, 1 - momentum)
         updates = torch._foreach_lerp(grads, averages, momentum) if self.nesterov else averages
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        alike: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
-        for param, update in zip(params, updates, strict=True):
-            alike.setdefault((param.shape, param.dtype, param.device), []).append((param, update))
-        for (shape, _, _), pairs in alike.items():
+        alike: dict[tuple, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        for param, update, owner in zip(params, updates, owners, strict=True):
+            alike.setdefault((owner.shape, param.dtype, param.device), []).append((param, update, owner))
+        for (shape, _, _), rows in alike.items():
             rate = -lr * self.lr_adjustment(*shape)
             size = max(1, BATCH_ELEMENTS // shape.numel())
-            for start in range(0, len(pairs), size):
-                same_params, same_updates = (list(column) for column in zip(*pairs[start : start + size], strict=True))
-                update_BOI = torch.stack(same_updates)
+            for start in range(0, len(rows), size):
+                same_params, same_updates, same_owners = zip(*rows[start : start + size], strict=True)
+                update_BOI = torch.stack(list(map(whole, same_updates, same_owners)))
                 direction_BOI = orthogonalize_batch(update_BOI, self.ns_steps, self.iteration_dtype(same_params[0]))
-                torch._foreach_add_(same_params, list(direction_BOI.unbind()), alpha=rate)
+                parts = list(map(part_of, direction_BOI.unbind(), same_owners))
+                torch._foreach_add_(list(same_params), parts, alpha=rate)

@@ -21,10 +21,14 @@ class Objective(nn.Module):
     """forward(batch) -> {"loss": Term}. The loss sees the head's matrix rather than logits, so that one that never
     builds all N × V of them can take its place."""
 
-    def __init__(self, network: nn.Module, loss: Callable = linear_cross_entropy):
+    def __init__(self, network: nn.Module, loss: Callable = linear_cross_entropy, held_out: Callable | None = None):
+        """`held_out`: the loss in eval mode, where it is another: without smoothing, such as is compared."""
         super().__init__()
         self.network = network
-        self.loss = loss
+        self.losses = {True: loss, False: held_out or loss}
+
+    def loss(self, hidden: Tensor, weight_VD: Tensor, labels: Tensor, bias_V: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.losses[self.training](hidden, weight_VD, labels, bias_V)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Term]:
         output = self.network.body(

@@ -2,13 +2,21 @@
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from data.clm import IGNORE
+from model.flops import flops_per_token
 from train.curves import plot
-from train.log import read_metrics
+from train.log import clock, read_metrics
+from train.memory_report import what_would_fit
+from train.precision import PRECISIONS
+from train.rate import ending, matmul_rate, peak_memory
+from train.setup import training_of
 from train.tasks.task import built_in
+
+LIBRARIES = 2**30  # bytes of a GPU that the CUDA context and the libraries' workspaces take, about
 
 if TYPE_CHECKING:
     from train.loop import Run
@@ -16,15 +24,16 @@ if TYPE_CHECKING:
 
 def introduction(run: "Run") -> str:
     """Five lines before the first step: text, tokens, network, machine, run."""
-    config, shards, has = run.config, run.shards, run.objective.network.config
+    config, shards, has = run.config, run.shards, run.engine.network.config
     per_step = config.optimizer.batch_size * config.optimizer.accumulate * config.network.context
-    parameters = sum(parameter.numel() for parameter in run.objective.network.parameters())
+    parameters = sum(parameter.numel() for parameter in run.engine.network.parameters())
     epochs = config.run.steps * per_step / shards.train.tokens
     bytes_per_token = shards.train.bytes / shards.train.targets
     speed, home = config.speed, str(Path.home())
     cache = str(shards.folder).replace(home, "~", 1) if home != "/" else str(shards.folder)
     gpu = run.device.type == "cuda"
     machine = torch.cuda.get_device_name(run.device) if gpu else f"{config.run.threads} threads"
+    machine += f", {run.ranks.world} ranks ({config.run.mesh})" * (run.ranks.world > 1)
     how = ("compiled" if speed.compile == "on" else "eager") + (", deterministic" * (speed.deterministic == "on"))
     return (
         f"text     {' '.join(config.data.corpus)}: {shards.train.documents:,} documents, {shards.train.bytes:,} "
@@ -40,11 +49,40 @@ def introduction(run: "Run") -> str:
     )
 
 
-def conclude(run: "Run", stopped: str, work: str) -> None:
-    """What was reached, the curves, and what to type next."""
-    say, out, has = print, run.out, run.objective.network.config
+class Session(NamedTuple):
+    """What was done since the start or the resume."""
+
+    seconds: float
+    steps: int
+    tokens: int  # scored labels
+
+
+def speed(run: "Run", session: Session) -> str:
+    """Rates, memory, time by phase. Positions per second in the steps alone are what the machine's own rate is compared with;
+    of several ranks' machines each is taken to be like this one."""
+    config, unit = run.config, run.task.unit
+    phases = run.phases.seconds()
+    training = sum(phases.get(name, 0.0) for name in ("data", "forward", "backward", "optimizer"))
+    positions = session.steps * config.optimizer.batch_size * config.optimizer.accumulate * config.network.context
+    dtype = PRECISIONS[config.speed.precision].autocast or torch.float32
+    return (
+        f"work     {run.tokens:,} {unit}; this session {clock(session.seconds)}, "
+        f"{session.tokens / max(session.seconds, 1e-9):,.0f} {unit}/s\n"
+    ) + ending(
+        phases,
+        session.seconds,
+        tokens_per_s=positions / max(training, 1e-9),
+        flops=flops_per_token(run.engine.network.config, config.network.context, scored=scored(run)),
+        rate=matmul_rate(run.device, dtype) * run.ranks.world,
+        memory=peak_memory(run.device),
+    )
+
+
+def conclude(run: "Run", stopped: str, session: Session) -> None:
+    """What was reached, how fast, the curves, and what to type next."""
+    say, out, has = print, run.out, run.engine.network.config
     say(f"\nstopped {stopped}, saved at step {run.step}" if stopped else f"\ndone at step {run.step}")
-    say(f"work     {work}")
+    say(speed(run, session))
     if run.best:
         say(f"best     step {run.best['step']}: validation loss {run.best['loss']:.4f}, {run.task.verdict(run.best)}")
     try:
@@ -59,6 +97,9 @@ def conclude(run: "Run", stopped: str, work: str) -> None:
     say("next")
     if stopped.startswith("on"):
         say(f"  python -m train --resume {folder}")
+    if run.engine.mesh.shard > 1:  # what other commands open is one folder, not parts
+        say(f"  python -m model export {folder} --out {folder}-model")
+        folder += "-model"
     say(f"  {run.task.try_it(folder)}")
     objective = "" if run.config.run.objective == "clm" else f" --objective {run.config.run.objective}"
     say(f"  python -m train{objective} --corpus PATH            # your own .txt, .md, .py or .jsonl files")
@@ -66,3 +107,18 @@ def conclude(run: "Run", stopped: str, work: str) -> None:
         corpus = "" if built_in(run.config) else f" --corpus {shlex.join(run.config.data.corpus)}"
         say(f"  python -m train{objective} --init {folder}{corpus} --steps 300   # go on from these weights")
 
+
+def scored(run: "Run") -> float:
+    """The share of positions with a label, in the first micro-batch of the run."""
+    return float((run.task.step(0)[0]["labels"] != IGNORE).float().mean())
+
+
+def out_of_memory(run: "Run", error: Exception) -> str:
+    """A GPU had no room: what the step needs, and what to type so that it fits."""
+    has = torch.cuda.get_device_properties(run.device).total_memory if run.device.type == "cuda" else 0
+    training = training_of(run.config, run.ranks, scored(run))
+    advice = what_would_fit(run.engine.network.config, training, has - LIBRARIES, ranks=run.ranks.world)
+    return (
+        f"out of memory at step {run.step + 1} ({str(error).splitlines()[0]}). {advice}\nThe checkpoints in {run.out} are "
+        "untouched."
+    )

@@ -117,4 +117,33 @@ def inverse_sqrt(
     return max(final, 1.0 / math.sqrt((step + timescale - warmup) / timescale))
 
 
-SCHEDULES = {"constant": constant, "linear": linear, "cosine": cosine, "wsd": wsd, "inverse_sqrt": inverse_sqrt}
+def slanted_triangular(
+    step: int, *, warmup: int = 0, total: int, final: float = 0.0, warmup_offset: int = 1, ratio: float = 32.0
+) -> float:
+    """A short straight rise from 1 / ratio to 1, then a long straight fall back to 1 / ratio.
+
+        p = step / warmup                                    while step < warmup (the paper's cut = total · cut_frac)
+        p = 1 - (step - warmup) / (total - warmup)           from there (cut · (1 / cut_frac - 1) = total - cut)
+        factor = (1 + p (ratio - 1)) / ratio
+
+    So 1 / ratio is what `final` is in the others, but at both ends: a `final` above 0 takes its place, and 0, the default
+    there, means the paper's 1 / 32. The rise starts at p = warmup_offset / warmup; offset 0 is the paper's.
+    Source: Howard & Ruder 2018, arXiv 1801.06146, equation 3, where cut_frac is 0.1.
+
+    >>> [slanted_triangular(step, warmup=2, total=6, ratio=4, warmup_offset=0) for step in range(7)]
+    [0.25, 0.625, 1.0, 0.8125, 0.625, 0.4375, 0.25]
+    """
+    lowest = final or 1.0 / ratio
+    rising = step < warmup
+    p = _warm(step, warmup, warmup_offset) if rising else 1.0 - _progress(step, warmup, total)
+    return lowest + (1.0 - lowest) * p
+
+
+SCHEDULES = {
+    "constant": constant,
+    "linear": linear,
+    "cosine": cosine,
+    "wsd": wsd,
+    "inverse_sqrt": inverse_sqrt,
+    "slanted_triangular": slanted_triangular,
+}

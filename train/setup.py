@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,21 +15,30 @@ import model.hub
 from data.shards import Shards, prepare
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.config import ModelConfig, family, presets
-from model.init import build
+from model.init import build, empty
+from model.training import Training
 from model.weights import role_of
-from train.checkpoint import resolve
-from train.config import DEFAULT_LR, DEFAULT_PRESETS, TrainConfig, TrainError
-from train.optim import Optimizers, build_optimizer
-from train.precision import choose_precision
+from train.checkpoint import IN_PARTS, resolve
+from train.config import DEFAULT_LR, DEFAULT_PRESETS, TrainConfig, TrainError, mesh_sizes
+from train.distributed import Ranks, lay_out, spread, unwrapped
+from train.ema import EMA
+from train.engine import Engine
+from train.loss.losses import LOSSES, choose_loss
+from train.named_optimizer import Optimizers
+from train.optim import build_optimizer
+from train.precision import PRECISIONS, GradScaler, autocast, choose_precision
+from train.recompute import recompute
+from train.schedule import SCHEDULES
 from train.tasks.causal import CausalTask
 from train.tasks.masked import MaskedTask
+from train.tasks.task import Task
 
 Say = Callable[[str], None]
 TASKS = {"clm": CausalTask, "mlm": MaskedTask}
 
 
-def resolve_machine(config: TrainConfig) -> TrainConfig:
-    """Device, threads, run folder; and the process-wide switches that follow from them."""
+def resolve_machine(config: TrainConfig, ranks: Ranks) -> TrainConfig:
+    """Device, threads, mesh, run folder; and the process-wide switches that follow from them."""
     run, speed = config.run, config.speed
     device = run.device
     if device == "auto":
@@ -43,17 +53,32 @@ def resolve_machine(config: TrainConfig) -> TrainConfig:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with this
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over memory
-    if kind == "cuda":
-        torch.set_float32_matmul_precision("high")
+    mesh, on_nonfinite = run.mesh or "replicate", run.on_nonfinite or "stop"
+    mesh_sizes(mesh, ranks.world)
+    if config.optimizer.batch_size < ranks.world:
+        raise TrainError(
+            f"--batch-size {config.optimizer.batch_size}: {ranks.world} ranks share its sequences, and each needs one at least"
+        )
     network = replace(config.network, preset=config.network.preset or DEFAULT_PRESETS[run.objective])
-    out = run.out or Path("runs") / f"{network.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run = replace(run, device=device, threads=torch.get_num_threads(), out=out)
+    out = Path(ranks.agree(str(run.out or Path("runs") / f"{network.preset}-{time.strftime('%Y%m%d-%H%M%S')}")))
+    threads = torch.get_num_threads()
+    run = replace(run, device=device, threads=threads, out=out, mesh=mesh, on_nonfinite=on_nonfinite)
     lr = DEFAULT_LR[run.objective] if config.optimizer.lr is None else config.optimizer.lr
     report = config.report
     eval_every = report.eval_every or max(1, min(100, run.steps // 6))
     report = replace(report, eval_every=eval_every, save_every=report.save_every or eval_every)
     optimizer, speed = replace(config.optimizer, lr=lr), replace(speed, deterministic=deterministic)
     return replace(config, run=run, network=network, optimizer=optimizer, speed=speed, report=report)
+
+
+def own_device(config: TrainConfig, ranks: Ranks) -> torch.device:
+    """This rank's: under torchrun each of a machine's ranks has a GPU of its own."""
+    device = torch.device(config.run.device)
+    if device.type == "cuda" and ranks.world > 1:
+        device = checked_device(f"cuda:{ranks.local}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def checked_device(name: str) -> torch.device:
@@ -112,20 +137,28 @@ def open_data(config: TrainConfig, checkpoint: Path | None, say: Say) -> Shards:
     return prepare(config.data, tokenizer=tokenizer, mask=mask, say=say, progress=progress)
 
 
-def open_network(config: TrainConfig, tokenizer: Tokenizer, checkpoint: Path | None, say: Say = print) -> nn.Module:
-    """From a checkpoint, else from --init, else new; in float32 always: bf16 is a matter of autocast."""
+def open_network(
+    config: TrainConfig, tokenizer: Tokenizer, checkpoint: Path | None, device: torch.device, say: Say = print
+) -> nn.Module:
+    """From a checkpoint, else from --init, else new; in float32, unless all is to be in 16 bits.
+
+    Of a checkpoint in parts the weights are not read here: each rank reads its own, when they have been spread.
+    """
     task = TASKS[config.run.objective]
     run, asked = config.run, config.network
-    device, attention = torch.device(run.device), config.speed.attention
+    dtype = torch.bfloat16 if config.speed.precision == "bf16-pure" else torch.float32
+    common = {"dtype": dtype, "device": device, "attention": config.speed.attention}
     if checkpoint is not None:
-        return model.hub.load(checkpoint, dtype=torch.float32, device=device, attention=attention)
+        if (checkpoint / IN_PARTS).is_file():
+            return empty(model.hub.read_config(checkpoint), **common)
+        return model.hub.load(checkpoint, **common)
     if run.init is None:
-        return build(network_config(config, tokenizer), seed=run.seed, device=device, attention=attention)
+        return build(network_config(config, tokenizer), seed=run.seed, **common)
     folder = resolve(run.init)
     found = model.hub.read_config(folder)
     if found.head != task.head:
         say(f"{run.init} has the head {found.head!r}: {task.head!r} takes its place")
-    network = model.hub.load(folder, dtype=torch.float32, device=device, attention=attention, head=task.head, seed=run.seed)
+    network = model.hub.load(folder, head=task.head, seed=run.seed, **common)
     for name in ("context", "width", "depth", "heads", "mlp_width"):
         given, has = getattr(asked, name), getattr(network.config, name)
         if given is not None and given != has and not (name == "context" and given < has):
@@ -133,19 +166,24 @@ def open_network(config: TrainConfig, tokenizer: Tokenizer, checkpoint: Path | N
     return network
 
 
-def resolve_network(config: TrainConfig, network: nn.Module) -> TrainConfig:
+def resolve_network(config: TrainConfig, ranks: Ranks, network: nn.Module) -> TrainConfig:
     """Write what the network is, and what speed will be used, back into the settings."""
     has, speed = network.config, config.speed
     context = config.network.context or has.context
     asked = replace(config.network, context=context, width=has.width, depth=has.depth, heads=has.heads, mlp_width=has.mlp_width)
-    device = torch.device(config.run.device)
     precision = speed.precision
     if precision == "auto":
-        precision = choose_precision(device, has.width, has.mlp_width)
+        precision = ranks.agree(choose_precision(torch.device(config.run.device), has.width, has.mlp_width))
+    if torch.device(config.run.device).type == "cuda":
+        torch.set_float32_matmul_precision(PRECISIONS[precision].matmul)
     compiled = speed.compile
     if compiled == "auto":
-        compiled = "on" if device.type == "cuda" else "off"
-    return replace(config, network=asked, speed=replace(speed, precision=precision, compile=compiled))
+        compiled = "on" if torch.device(config.run.device).type == "cuda" else "off"
+    loss = speed.loss
+    if loss == "auto":
+        rows = -(-config.optimizer.batch_size // ranks.world) * context
+        loss = choose_loss(rows, has.vocab_size, torch.device(config.run.device))
+    return replace(config, network=asked, speed=replace(speed, precision=precision, compile=compiled, loss=loss))
 
 
 def compile_blocks(network: nn.Module, say: Say) -> bool:
@@ -160,6 +198,42 @@ def compile_blocks(network: nn.Module, say: Say) -> bool:
     for block in network.body.blocks:
         block.compile(dynamic=False)
     return True
+
+
+def open_engine(
+    config: TrainConfig, ranks: Ranks, device: torch.device, task: Task, network: nn.Module, say: Say
+) -> tuple[Engine, TrainConfig]:
+    """The network made ready to train: recomputed, compiled, spread over the ranks, with its optimizers; and the settings,
+    which say "off" where compiling did not work."""
+    asked, speed, policy = config.optimizer, config.speed, PRECISIONS[config.speed.precision]
+    loss = LOSSES[speed.loss]
+    learned = partial(loss, smoothing=asked.label_smoothing, z_loss=asked.z_loss)
+    objective = task.objective(network, learned, held_out=loss)
+    recompute(network, speed.recompute, speed.recompute_every)
+    if speed.compile == "on" and ranks.any(not compile_blocks(network, say)):
+        config = replace(config, speed=replace(speed, compile="off"))
+    mesh = lay_out(config.run.mesh, ranks, device)
+    objective = spread(objective, mesh, device, compute=policy.autocast, reshard=speed.reshard == "on")
+    network = unwrapped(objective).network
+    factor = partial(
+        SCHEDULES[asked.schedule],
+        warmup=round(asked.warmup * config.run.steps),
+        total=config.run.steps,
+        final=asked.final_lr,
+    )
+    engine = Engine(
+        objective,
+        open_optimizers(config, network),
+        scaler=GradScaler(enabled=policy.scaled),
+        averages=EMA(network.named_parameters(), asked.ema) if asked.ema else None,
+        factor=factor,
+        max_norm=asked.clip or None,
+        autocast=autocast(device, speed.precision),
+        ranks=ranks,
+        mesh=mesh,
+        seed=config.run.seed,
+    )
+    return engine, config
 
 
 def open_optimizers(config: TrainConfig, network: nn.Module) -> Optimizers:
@@ -178,3 +252,21 @@ def open_optimizers(config: TrainConfig, network: nn.Module) -> Optimizers:
         )
     except ValueError as error:  # the optimizers know which values they can have
         raise TrainError(f"--optimizer {asked.optimizer}: {error}") from None
+
+
+def training_of(config: TrainConfig, ranks: Ranks, scored: float) -> Training:
+    """What a step's memory on one rank depends on, for `model.memory`."""
+    asked, speed = config.optimizer, config.speed
+    return Training(
+        batch_size=-(-asked.batch_size // ranks.world),
+        context=config.network.context,
+        precision=speed.precision,
+        recompute=speed.recompute,
+        recompute_every=speed.recompute_every,
+        loss=speed.loss,
+        scored=scored,
+        accumulate=asked.accumulate,
+        optimizer=asked.optimizer,
+        ema=asked.ema > 0,
+        device=torch.device(config.run.device).type,
+    )

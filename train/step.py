@@ -1,4 +1,4 @@
-"""One optimizer step over micro-batches: count, forward, backward, clip, update."""
+"""One optimizer step over micro-batches and ranks: count, forward, backward, unscale, clip, update."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -7,14 +7,17 @@ from typing import NamedTuple
 from torch import Tensor
 
 from train.clip import clip_grad_norm_
+from train.distributed import Ranks, kept_local, unwrapped
+from train.named_optimizer import Optimizers
 from train.objective import Objective
-from train.optim import Optimizers
+from train.precision import GradScaler
 
 
 class StepResult(NamedTuple):
-    loss: Tensor  # Σ over terms of weight · sum / count, in nats; still on the device, so that no step waits for it
-    count: Tensor  # scored labels
-    grad_norm: Tensor  # before clipping
+    loss: Tensor  # Σ over terms of weight · sum / count, in nats
+    count: Tensor  # scored labels of all ranks
+    grad_norm: Tensor  # before clipping, the same on all ranks
+    updated: bool  # False: loss or gradients were inf or NaN, and nothing has moved
 
 
 def train_step(
@@ -24,23 +27,36 @@ def train_step(
     *,
     max_norm: float | None = None,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
+    scaler: GradScaler | None = None,
+    ranks: Ranks | None = None,
+    phase: Callable[[str], AbstractContextManager] = lambda name: nullcontext(),
 ) -> StepResult:
-    """gradient = Σ over micro-batches of ∇(sum of token losses) / (count of scored labels of the whole step).
+    """gradient = Σ over ranks and micro-batches of ∇(sum of token losses) / (count of scored labels of the whole step).
 
     The count is known before the first forward, and every micro-batch's sum is divided by it *before* its backward:
     micro-batches of unequal counts then weigh by their tokens, as one large batch would (averaging their means does
-    not), and gradients never stand undivided, where fp16 would overflow.
+    not), and gradients never stand undivided, where fp16 would overflow. The engines average gradients over ranks: the
+    factor `world` makes that a sum.
     """
-    counts = [objective.counts(batch) for batch in micro_batches]
-    total = {name: sum(count[name] for count in counts) for name in counts[0]}
+    ranks, scaler = ranks or Ranks(), scaler or GradScaler(enabled=False)
+    counts = [unwrapped(objective).counts(batch) for batch in micro_batches]
+    total = {name: ranks.sum(sum(count[name] for count in counts)) for name in counts[0]}
     loss = 0.0
-    for batch in micro_batches:
-        with autocast():
-            terms = objective(batch)
-        share = sum(term.weight * term.sum / total[name].clamp_min(1) for name, term in terms.items())
-        share.backward()
+    for number, batch in enumerate(micro_batches, 1):
+        with nullcontext() if number == len(micro_batches) else kept_local(objective):
+            with phase("forward"), autocast():
+                terms = objective(batch)
+            share = sum(term.weight * term.sum / total[name].clamp_min(1) for name, term in terms.items())
+            with phase("backward"):
+                scaler.scale(share * ranks.world).backward()
         loss = loss + share.detach()
-    grad_norm = clip_grad_norm_(objective.parameters(), max_norm)
-    optimizers.step()
-    optimizers.zero_grad(set_to_none=True)
-    return StepResult(loss, sum(total.values()), grad_norm)
+    loss = ranks.sum(loss)
+    with phase("optimizer"):
+        scaler.unscale_(objective.parameters())
+        grad_norm = clip_grad_norm_(objective.parameters(), max_norm)
+        updated = bool((grad_norm + loss).isfinite())  # waits for the gradients: no weight may take what is not a number
+        if updated:
+            scaler.step(optimizers)
+        scaler.update()
+        optimizers.zero_grad(set_to_none=True)
+    return StepResult(loss, sum(total.values()), grad_norm, updated)

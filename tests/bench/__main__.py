@@ -3,6 +3,8 @@
     train     our training step beside a Hugging Face GPT2LMHeadModel loop of the same size, batch and dtype
     generate  tokens a second of our cached generation beside transformers' generate, the same network
     loading   peak memory of model.hub.load beside transformers' from_pretrained, in fresh processes, over the weights' bytes
+    engine    a training step on the CPU, eager, compiled, recomputed: operations a second beside the machine's products
+    loss      time and memory of the head's chunked loss beside the plain one's
 """
 
 import argparse
@@ -10,11 +12,19 @@ import platform
 
 import torch
 
+from tests.bench.engine import bench_engine
 from tests.bench.generate import bench_generate
 from tests.bench.loading import bench_loading
+from tests.bench.loss import bench_loss
 from tests.bench.train import bench_train
 
-BENCHES = {"train": bench_train, "generate": bench_generate, "loading": bench_loading}
+BENCHES = {
+    "train": bench_train,
+    "generate": bench_generate,
+    "loading": bench_loading,
+    "engine": bench_engine,
+    "loss": bench_loss,
+}
 
 
 def main() -> None:

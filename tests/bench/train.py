@@ -6,6 +6,7 @@ kernel, clipping at 1, gradients set to None. Theirs uses SDPA attention, as it 
 
 import statistics
 import tempfile
+from collections.abc import Callable
 
 import torch
 import transformers
@@ -20,6 +21,7 @@ from train.optim import build_optimizer
 from train.precision import autocast
 from train.step import train_step
 
+STILL = {"dropout": 0.0, "attention_dropout": 0.0, "bos_id": 1, "eos_id": 2}
 SHAPES = {
     "4 × 128, V 2,048": ({"width": 128, "depth": 4, "heads": 4, "mlp_width": 512, "vocab_size": 2048}, 8, 256),
     "6 × 384, V 8,192": ({"width": 384, "depth": 6, "heads": 6, "mlp_width": 1536, "vocab_size": 8192}, 8, 256),
@@ -29,12 +31,8 @@ SHAPES = {
 def sides(shape: dict, batch_size: int, context: int) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cast = autocast(device, "bf16" if device.type == "cuda" else "fp32")
-    still = {"dropout": 0.0, "attention_dropout": 0.0, "bos_id": 1, "eos_id": 2, "kv_heads": shape["heads"]}
-    config = ModelConfig.preset("gpt2", **shape, **still, context=context)
+    config = ModelConfig.preset("gpt2", **shape, **STILL, kv_heads=shape["heads"], context=context)
     network = build(config, seed=0, device=device)
-    with tempfile.TemporaryDirectory() as folder:
-        model.hub.save(network, folder)
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).to(device).train()
     ids = torch.randint(0, config.vocab_size, (batch_size, context + 1), device=device)
     inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
@@ -45,9 +43,22 @@ def sides(shape: dict, batch_size: int, context: int) -> dict:
         "position_ids": (torch.arange(context, device=device) % 100).expand(batch_size, -1),
     }
     plain = {"input_ids": inputs, "labels": labels}
+
+    def ours(batch: dict) -> None:
+        train_step(objective, [batch], optimizers, max_norm=1.0, autocast=cast)
+
+    huggingface = transformers_step(config, inputs, cast)
+    return {"transformers": huggingface, "ours": lambda: ours(plain), "ours, packed": lambda: ours(plain | documents)}
+
+
+def transformers_step(config: ModelConfig, inputs: torch.Tensor, cast: Callable) -> Callable[[], None]:
+    """The loop that one would write: the first weights are those that ours have."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.hub.save(build(config, seed=0, device=inputs.device), folder)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).to(inputs.device).train()
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
-    def huggingface() -> None:
+    def step() -> None:
         with cast():
             loss = theirs(inputs, labels=inputs).loss  # it shifts the labels itself
         loss.backward()
@@ -55,10 +66,7 @@ def sides(shape: dict, batch_size: int, context: int) -> dict:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def ours(batch: dict) -> None:
-        train_step(objective, [batch], optimizers, max_norm=1.0, autocast=cast)
-
-    return {"transformers": huggingface, "ours": lambda: ours(plain), "ours, packed": lambda: ours(plain | documents)}
+    return step
 
 
 def bench_train(rounds: int) -> None:

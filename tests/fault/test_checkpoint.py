@@ -29,7 +29,6 @@ FILES = [
     "manifest.json",
     "model.safetensors",
     "optimizer.safetensors",
-    "random.safetensors",
     "state.json",
     "tokenizer.json",
     "tokenizer.model",
@@ -89,10 +88,10 @@ def test_all_broken(halfway):
 @pytest.mark.parametrize(
     "manifest, message",
     [
-        ('{"format": 99, "files": {}}', "format 99; this version reads 1"),
-        ('{"format": 1}', "cannot be read"),
+        ('{"format": 99, "files": {}}', "format 99; this version reads 2"),
+        ('{"format": 2}', "cannot be read"),
         ("[1]", "cannot be read"),
-        ('{"format": 1, "files": {"../config.toml": {"bytes": 1, "sha256": ""}}}', "outside its folder"),
+        ('{"format": 2, "files": {"../config.toml": {"bytes": 1, "sha256": ""}}}', "outside its folder"),
     ],
 )
 def test_manifest_of_another_kind(tmp_path, manifest, message):

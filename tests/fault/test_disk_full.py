@@ -25,7 +25,7 @@ def test_a_safetensors_error_is_a_full_disk_too(halfway, monkeypatch):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     with monkeypatch.context() as patched:
-        patched.setattr("train.loop.save_file", full)
+        patched.setattr("train.engine.save_file", full)
         said = command("--resume", halfway)
     assert said.code == 2 and "No space left" in said.err and nothing_half_made(halfway)
 

@@ -223,7 +223,7 @@ def test_validation_does_not_depend_on_the_batch(finished):
     losses, counts = [], []
     with torch_as_it_was():
         shards = open_data(config, checkpoint, print)
-        objective = Objective(open_network(config, shards.tokenizer, checkpoint).double())
+        objective = Objective(open_network(config, shards.tokenizer, checkpoint, torch.device("cpu")).double())
         for size in (1, 3, 8):
             table = tomllib.loads((finished / "config.toml").read_text())
             table["optimizer"]["batch_size"] = size
@@ -266,7 +266,7 @@ def test_a_step_gets_its_rate_its_clip_and_its_micro_batches(options, tmp_path):
 
     run, steps = tmp_path / "run", 20
     changes = {"steps": steps, "accumulate": 3, "clip": 0.25, "warmup": 0.2, "log-every": 1, "out": run}
-    with patch("train.loop.train_step", watched):
+    with patch("train.engine.train_step", watched):
         assert command(*options, *arguments(changes)).code == 0
     factors = [cosine(step, warmup=4, total=steps) for step in range(steps)]
     assert len(given) == steps

@@ -213,3 +213,20 @@ def test_each_dropout_acts_in_training_alone(field, silent, attention):
     assert torch.equal(block(x, plan, None), block(x, plan, None))
     network.train()
     assert not torch.equal(block(x, plan, None), block(x, plan, None))
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, about what its compiler imports
+def test_a_compiled_block_is_one_graph():
+    """No question on the way that cuts it in pieces; and the same logits and gradients."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain, compiled = (randomized(tiny_config("gpt2")) for _ in range(2))
+    for block in compiled.body.blocks:
+        block.compile(dynamic=False, fullgraph=True)
+    ids = torch.randint(0, 61, (2, 12))
+    logits = [network(ids).logits for network in (plain, compiled)]
+    direction = torch.randn_like(logits[0])
+    pairs = [[output, *torch.autograd.grad((output * direction).sum(), list(network.parameters()))]
+             for output, network in zip(logits, (plain, compiled), strict=True)]  # fmt: skip
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert 0 < max((a - b).abs().max().item() for a, b in zip(*pairs, strict=True)) < 1e-11  # 0: it was not compiled

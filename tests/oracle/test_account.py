@@ -8,16 +8,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model.hub
 from model.account import info
-from model.activations import Training
 from model.cache import Cache
 from model.config import ConfigError, ModelConfig, family, presets
 from model.flops import flops_per_token
 from model.init import build
 from model.memory import training_memory
 from model.parameters import PARTS, adapter_parameters, cache_bytes, parameters, parameters_by_part
+from model.training import Training
 from model.weights import head_spec
 from tests.conftest import tiny_config
-from tests.oracle.test_memory import FAMILIES, TORCH, Scored, adapt, batch_of, recomputing
+from tests.oracle.test_memory import FAMILIES, TORCH, Scored, adapt, batch_of
+from train.objective import MaskedObjective
+from train.recompute import recompute
 
 LIBRARY = f"transformers {transformers.__version__}"
 
@@ -114,9 +116,19 @@ def test_operations_of_adapters(parity):
     parity("operations a token: llama with adapters", f"{TORCH} FlopCounterMode", error, 1e-12, "a count")
 
 
+def test_a_head_that_reads_few_positions():
+    """A masked-language objective: 15 of 60 positions are scored."""
+    network, batch = build(tiny_config("bert"), seed=0, attention="reference").train(), batch_of(3, 20)
+    batch["labels"].flatten()[15:] = -100
+    with FlopCounterMode(display=False) as counter:
+        MaskedObjective(network)(batch)
+    ours = flops_per_token(network.config, 20, scored=15 / 60, skip_masked=False)
+    assert ours.forward * 60 == pytest.approx(counter.get_total_flops(), rel=1e-12)
+
+
 def test_recomputation_is_one_more_forward_of_the_blocks():
     config = tiny_config("gpt2")
-    network = recomputing(build(config, seed=0, attention="reference"))
+    network = recompute(build(config, seed=0, attention="reference"), "blocks").train()
     forward, backward = run_counted(network, batch_of(3, 20))
     ours = flops_per_token(config, 20, recompute=True, skip_masked=False)
     assert ours.backward * 60 == pytest.approx(backward, rel=0.06)  # the last product of a block need not run again
@@ -156,6 +168,18 @@ def test_the_page(preset):
     assert max(len(line) for line in text.split("\n")) <= 128
 
 
+def test_the_page_of_one_way():
+    config = ModelConfig.preset("gpt2")
+    text = info(config, precision="bf16-pure", recompute="blocks", recompute_every=3, loss="chunked", optimizer="sgd", ema=True)
+    assert "of full, bf16-pure recomputed, every 3. block (" in text
+    assert "sgd with averages" in text and "logits in chunks" in text
+    detail = dict(line.strip().split("  ", 1) for line in text.partition("of full, bf16-pure")[2].splitlines()[1:5])
+    halves, averages = 2 * 124_439_808 / 2**20, 4 * 124_439_808 / 2**20
+    assert float(detail["weights"].split()[0]) == pytest.approx(halves, abs=0.1)
+    assert float(detail["gradients"].split()[0]) == pytest.approx(halves, abs=0.1)
+    assert float(detail["optimizer"].split()[0]) == pytest.approx(halves + averages, abs=0.1)
+
+
 def test_the_page_of_a_folder(tmp_path):
     network = build(tiny_config("llama"), seed=0)
     model.hub.save(network, tmp_path)
@@ -173,7 +197,10 @@ def test_the_page_of_a_folder(tmp_path):
         ("accumulate", -1),
         ("targets", "mlp"),
         ("method", "ia3"),
-        ("optimizer", "sgd"),
+        ("optimizer", "lion"),
+        ("recompute", "all"),
+        ("recompute_every", 0),
+        ("loss", "sliced"),
         ("precision", "fp8"),
         ("device", "tpu"),
     ],

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from train.schedule import SCHEDULES, constant, cosine, inverse_sqrt, linear, wsd
+from train.schedule import SCHEDULES, constant, cosine, inverse_sqrt, linear, slanted_triangular, wsd
 
 transformers = pytest.importorskip("transformers")
 LIBRARY = f"transformers {transformers.__version__}"
@@ -79,7 +79,7 @@ def wasted(schedule, **arguments) -> list[int]:
     return [step for step in range(TOTAL) if schedule(step, warmup=WARMUP, total=TOTAL, **arguments) == 0]
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", sorted(SCHEDULES.keys() - {"slanted_triangular"}))
 def test_no_step_is_wasted_by_default(name):
     schedule = SCHEDULES[name]
     assert wasted(schedule) == []
@@ -89,7 +89,31 @@ def test_no_step_is_wasted_by_default(name):
     assert schedule(0, total=TOTAL) == 1  # without a warm-up
 
 
-@pytest.mark.parametrize("schedule", [linear, cosine, wsd])
+def equation_3(t: int, total: int, cut_frac: float, ratio: float) -> float:
+    """Howard & Ruder 2018, as printed, for a highest rate of 1."""
+    cut = math.floor(total * cut_frac)
+    p = t / cut if t < cut else 1 - (t - cut) / (cut * (1 / cut_frac - 1))
+    return (1 + p * (ratio - 1)) / ratio
+
+
+@pytest.mark.parametrize(("total", "cut_frac", "ratio"), [(40, 0.1, 32), (200, 0.25, 32), (200, 0.1, 7)])
+def test_slanted_triangular_equals_the_paper(parity, total, cut_frac, ratio):
+    warmup = round(total * cut_frac)
+    ours = partial(slanted_triangular, warmup=warmup, total=total, warmup_offset=0, ratio=ratio)
+    error = max(abs(ours(step) - equation_3(step, total, cut_frac, ratio)) for step in range(total + 1))
+    parity(f"schedule: slanted_triangular, ratio {ratio}", "the paper's equation 3", error, 1e-15, "float64 rounding")
+    assert ours(0) == ours(total) == ours(10 * total) == 1 / ratio and ours(warmup) == 1
+    assert ours(0, final=0.3) == ours(total, final=0.3) == 0.3  # `final` takes the place of 1 / ratio, at both ends
+
+
+def test_slanted_triangular_takes_what_the_others_take():
+    at = partial(SCHEDULES["slanted_triangular"], warmup=WARMUP, total=TOTAL, final=0.0)
+    rise = [at(step) for step in range(WARMUP)]
+    assert rise == sorted(rise) and rise[0] == 1 / 32 + 31 / 32 * (1 / WARMUP) and rise[-1] == at(WARMUP) == 1
+    assert SCHEDULES["slanted_triangular"](0, total=TOTAL) == 1  # without a warm-up
+
+
+@pytest.mark.parametrize("schedule", [linear, cosine, wsd, slanted_triangular])
 def test_decays_end_at_final_and_stay(schedule):
     at = partial(schedule, warmup=WARMUP, total=TOTAL, final=0.1)
     assert all(math.isclose(at(step), 0.1, rel_tol=1e-15) for step in (TOTAL, TOTAL + 1, 10 * TOTAL))
@@ -102,7 +126,7 @@ def test_final_is_a_floor_of_inverse_sqrt():
 
 
 def test_plans_that_do_not_fit_are_refused():
-    for schedule in (linear, cosine):
+    for schedule in (linear, cosine, slanted_triangular):
         with pytest.raises(ValueError, match=r"50.*total=40"):
             schedule(50, warmup=50, total=40)
     with pytest.raises(ValueError, match=r"warmup=35.*32.*total=40"):

@@ -38,6 +38,11 @@ class Task(ABC):
         size, parts = self.config.optimizer.batch_size, self.stream.batch(step).chunk(self.config.optimizer.accumulate)
         return [self.batch(block_BT1, step, i * size) for i, block_BT1 in enumerate(parts)]
 
+    def documents(self, step: int) -> list[int]:
+        """The training documents, counted from 0 in the order of the shards, that a step's batch holds parts of."""
+        starts = np.flatnonzero(self.shards.train.ids == self.tokenizer.bos_id)
+        return np.unique(np.searchsorted(starts, self.stream.places(step)[:, :-1], side="right") - 1).tolist()
+
     @abstractmethod
     def batch(self, block_BT1: Tensor, step: int, first_row: int) -> Batch:
         """Inputs and labels of some rows of a step's global batch, the first of which is row `first_row`."""

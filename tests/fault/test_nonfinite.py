@@ -1,0 +1,99 @@
+"""A batch whose loss or gradients are not numbers: the run stops and names its documents, or leaves it out and goes on."""
+
+import json
+import tomllib
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+
+from tests.runs import STEPS, command, last_checkpoint, metrics, steps_of
+from train.config import TrainConfig, from_plain
+from train.log import read_metrics
+from train.objective import Objective, Term
+from train.setup import TASKS, open_data
+
+BAD = 55  # the step, counted from 1, whose batch is bad
+
+
+@contextmanager
+def bad_batch(kind: str):
+    """The batch of step BAD gives a loss, or only gradients, of inf or NaN; also when it comes again after a resume."""
+    terms, seen = Objective.terms, []
+    value = torch.nan if "nan" in kind else torch.inf
+
+    def spoilt(self, hidden, labels):
+        result = terms(self, hidden, labels)
+        if not self.training:
+            return result
+        seen.append(labels.clone())
+        if len(seen) < BAD or not torch.equal(labels, seen[BAD - 1]):
+            return result
+        total = result["loss"].sum
+        if "gradient" in kind:
+            total.register_hook(lambda gradient: gradient * value)
+            return result
+        return {"loss": Term(total * value, result["loss"].count)}
+
+    with patch.object(Objective, "terms", spoilt):
+        yield
+
+
+@pytest.mark.parametrize("kind", ["nan loss", "inf loss", "nan gradient", "inf gradient"])
+def test_stop_is_what_happens_unasked(kind, options, tmp_path):
+    run = tmp_path / "run"
+    with bad_batch(kind):
+        said = command(*options, "--optimizer", "muon", "--out", run)
+        assert said.code == 2 and said.err.count("\n") == 1
+        assert f"step {BAD}: " in said.err and "training documents" in said.err
+        assert f"--resume {run} --on-nonfinite skip" in said.err
+        assert steps_of(run)[0] == 40 and read_metrics(run / "metrics.jsonl")[-1]["step"] == BAD - 1
+
+        again = command("--resume", run)  # the same batch, the same end; nothing is lost by trying
+        assert again.code == 2 and again.err == said.err
+        skipped = command("--resume", run, "--on-nonfinite", "skip")
+        assert skipped.code == 0, skipped.err
+    assert f"skipped step {BAD}" in skipped.out and steps_of(run)[0] == STEPS
+
+
+def test_skip_names_the_documents_and_moves_nothing_else(options, tmp_path):
+    run = tmp_path / "run"
+    with bad_batch("nan loss"):
+        said = command(*options, "--optimizer", "muon", "--on-nonfinite", "skip", "--out", run)
+    assert said.code == 0, said.err
+    line = next(row for row in read_metrics(run / "metrics.jsonl") if row["split"] == "skipped")
+    assert line["step"] == BAD and line["loss"] == "nan"
+    assert ", ".join(map(str, line["documents"][:3])) in said.out
+    state = json.loads((last_checkpoint(run) / "state.json").read_text())
+    assert state["engine"]["skipped"] == 1 and state["engine"]["step"] == STEPS
+    rows = {row["step"]: row for row in metrics(run) if row["split"] == "train"}
+    # The schedule stood still: what followed the bad batch has the rate that it should have had.
+    whole = tmp_path / "whole"
+    assert command(*options, "--optimizer", "muon", "--log-every", 1, "--out", whole).code == 0
+    rates = {row["step"]: row["lr"] for row in metrics(whole) if row["split"] == "train"}
+    assert rows[BAD + 1]["lr"] == pytest.approx(rates[BAD], rel=1e-12) != rates[BAD + 1]
+
+
+def test_the_documents_are_those_of_the_batch(options, finished):
+    """Against the ids themselves: each row of the batch is found in the documents that are named, and nowhere else."""
+    config = from_plain(TrainConfig, tomllib.loads((finished / "config.toml").read_text()), "config.toml")
+    task = TASKS["clm"](config, open_data(config, None, print))
+    ids = np.asarray(task.shards.train.ids)
+    ends = np.append(np.flatnonzero(ids == task.tokenizer.bos_id)[1:], len(ids))
+    for step in (0, 3, 77):
+        named = set()
+        for row in task.stream.places(step)[:, :-1]:
+            named |= {int((ends <= place).sum()) for place in row}
+        assert task.documents(step) == sorted(named)
+
+
+def test_what_never_succeeds_stops_also_with_skip(options, tmp_path):
+    def spoilt(self, hidden, labels, terms=Objective.terms):
+        total, count, _ = terms(self, hidden, labels)["loss"]
+        return {"loss": Term(total * torch.nan if self.training else total, count)}
+
+    with patch.object(Objective, "terms", spoilt):
+        said = command(*options, "--on-nonfinite", "skip", "--out", tmp_path / "run")
+    assert said.code == 2 and "31 steps in a row" in said.err

@@ -1,0 +1,170 @@
+"""What trains: the network with its optimizers, scaler, averages and place on the mesh; one step, and its state on disk.
+
+Nothing here knows of text, screens or folders of runs: `train.loop` does.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import model.hub
+from train.checkpoint import CheckpointError
+from train.distributed import Mesh, Ranks, unwrapped
+from train.ema import EMA
+from train.named_optimizer import Optimizers
+from train.precision import GradScaler
+from train.shard import copy_, local
+from train.sharded_checkpoint import INDEX, Parts, part_like, write_part
+from train.step import StepResult, train_step
+
+# Beside the folder of `model.hub`, in a checkpoint that is not in parts. With averages, these are the folder's weights.
+FILES = {"optimizer": "optimizer.safetensors", "averages": "averages.safetensors", "weights": "raw.safetensors"}
+
+
+class Engine:
+    """A step trains `objective` (as `train.distributed.spread` made it) and is a function of the state and the batch.
+
+    factor(update) is the schedule. Dropout's noise is a function of (seed, step, rank), and rounding's of (seed, step), so
+    that no random state has to be kept. A step that is skipped, as its loss or gradients are not numbers, moves neither
+    weights, moments, averages nor schedule; only `step`, by which batches are counted.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        optimizers: Optimizers,
+        *,
+        scaler: GradScaler | None = None,
+        averages: EMA | None = None,
+        factor: Callable[[int], float] = lambda update: 1.0,
+        max_norm: float | None = None,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+        ranks: Ranks | None = None,
+        mesh: Mesh | None = None,
+        seed: int = 0,
+    ):
+        self.objective, self.optimizers = objective, optimizers
+        self.scaler, self.averages = scaler or GradScaler(enabled=False), averages
+        self.factor, self.max_norm, self.autocast = factor, max_norm, autocast
+        self.ranks, self.mesh, self.seed = ranks or Ranks(), mesh or Mesh(), seed
+        self.step, self.skipped = 0, 0
+        device = next(objective.parameters()).device
+        self.rounding = torch.Generator(device) if device.type != "meta" else None
+        optimizers.set_rounding(self.rounding)
+
+    @property
+    def network(self) -> nn.Module:
+        return unwrapped(self.objective).network
+
+    @property
+    def rate(self) -> float:
+        """The schedule's factor of the next update."""
+        return self.factor(self.step - self.skipped)
+
+    def train(self, micro_batches: list[dict[str, Tensor]], phase: Callable = lambda name: nullcontext()) -> StepResult:
+        """One step on this rank's rows."""
+        torch.manual_seed(noise_seed("dropout", self.seed, self.step, self.ranks.rank))
+        self.rounding.manual_seed(noise_seed("rounding", self.seed, self.step))
+        self.optimizers.set_lr(self.rate)
+        result = train_step(
+            self.objective,
+            micro_batches,
+            self.optimizers,
+            max_norm=self.max_norm,
+            autocast=self.autocast,
+            scaler=self.scaler,
+            ranks=self.ranks,
+            phase=phase,
+        )
+        self.step += 1
+        if not result.updated:
+            self.skipped += 1
+        elif self.averages is not None:
+            self.averages.update()
+        return result
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights in the network, where there are any; the raw ones again afterwards."""
+        with self.averages.applied(self.objective) if self.averages is not None else nullcontext():
+            yield
+
+    def finite(self) -> bool:
+        """Whether every weight, of all ranks, is a number."""
+        total = sum(local(weight.detach()).sum(dtype=torch.float64) for weight in self.network.parameters())
+        return not self.ranks.any(not bool(total.isfinite()))
+
+    # ---- state
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that advances and is a tensor: `weights.…`, `optimizer.…`, `averages.…`."""
+        named = {"weights": dict(self.network.named_parameters()), "optimizer": self.optimizers.named_state()}
+        named["averages"] = self.averages.named_state() if self.averages is not None else {}
+        return {f"{kind}.{name}": value for kind, values in named.items() for name, value in values.items()}
+
+    def state(self) -> dict:
+        """The rest, as JSON can say it."""
+        return {"step": self.step, "skipped": self.skipped, "scaler": self.scaler.state_dict()}
+
+    def save(self, folder: Path) -> None:
+        """This rank's share of a checkpoint: in parts where weights are in parts, else all of it, by rank 0."""
+        if self.mesh.shard > 1:
+            if self.mesh.writes:
+                write_part(folder, self.tensors(), self.mesh.part, self.mesh.shard)
+            if self.ranks.main:
+                (folder / "config.json").write_text(model.hub.config_json(self.network), encoding="utf-8")
+        elif self.ranks.main:
+            with self.averaged():
+                model.hub.save(self.network, folder)
+            for kind, name in FILES.items():
+                if kind == "optimizer" or self.averages is not None:
+                    values = {k: v.detach().contiguous().cpu() for k, v in self.tensors().items() if k.startswith(kind)}
+                    save_file(values, folder / name)
+
+    def load(self, folder: Path, state: Mapping) -> None:
+        """All that advances, from a checkpoint by any number of ranks; the network of one that is not in parts has its
+        weights already (`model.hub.load`). Whatever does not fit is a CheckpointError that names the folder."""
+        try:
+            stored, parameters = stored_tensors(folder), dict(self.network.named_parameters())
+            read: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}, "averages": {}}
+            for key in stored:
+                kind, name = key.split(".", 1)
+                owner = parameters.get(name.rsplit(".", 1)[0] if kind == "optimizer" else name)
+                read[kind][name] = part_like(stored, key, owner, self.mesh.part, self.mesh.shard)
+            if read["weights"] and (differ := read["weights"].keys() ^ parameters.keys()):
+                raise KeyError(f"not the same weights: {sorted(differ)[:3]}")
+            self.optimizers.load_named_state(read["optimizer"])
+            if self.averages is not None:
+                self.averages.load_named_state(read["averages"])
+            for name, value in read["weights"].items():
+                copy_(parameters[name], value)
+            self.scaler.load_state_dict(state["scaler"])
+            self.step, self.skipped = int(state["step"]), int(state["skipped"])
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{folder} does not fit this run: {error}") from error
+
+
+def stored_tensors(folder: Path) -> Mapping[str, Tensor]:
+    """What a checkpoint holds under the names of `Engine.tensors`, in parts or not."""
+    if (folder / INDEX).is_file():
+        return Parts(folder)
+    found: dict[str, Tensor] = {}
+    for name in FILES.values():
+        if (folder / name).is_file():
+            found |= load_file(folder / name)
+    return found
+
+
+def noise_seed(*parts: object) -> int:
+    """A seed for each (what, seed, step, rank), unlike any other's.
+
+    >>> noise_seed("dropout", 0, 7, 1) == noise_seed("dropout", 0, 7, 1) != noise_seed("dropout", 0, 8, 1)
+    True
+    """
+    return int.from_bytes(sha256(repr(parts).encode()).digest()[:8], "little") >> 1

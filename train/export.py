@@ -1,0 +1,39 @@
+"""A checkpoint as one ordinary model folder: weights that ranks hold in parts are put together, one at a time."""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+import model.hub
+from data.tokenizer import load_tokenizer
+from model.init import empty
+from train.checkpoint import IN_PARTS, MANIFEST, CheckpointError, checkpoint_of
+from train.engine import FILES
+from train.sharded_checkpoint import Parts
+
+
+@torch.no_grad()
+def export(path: Path, out: Path) -> Path:
+    """Write the network and the tokenizer of a run's best checkpoint (else its last), or of a checkpoint, to `out`.
+
+    Where the run keeps an average of its weights, that is what is written. `out` must be empty, or not there yet.
+    """
+    folder = checkpoint_of(path)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise CheckpointError(f"--out {out} is there already, and is not an empty folder")
+    out.mkdir(parents=True, exist_ok=True)
+    if not (folder / IN_PARTS).is_file():
+        for file in folder.iterdir():
+            if file.name not in {*FILES.values(), MANIFEST, "state.json"}:
+                shutil.copy(file, out)
+        return out
+    stored = Parts(folder)
+    kind = "averages" if any(name.startswith("averages.") for name in stored) else "weights"
+    names = [name for name in stored if name.startswith("weights.")]
+    network = empty(model.hub.read_config(folder), dtype=stored[names[-1]].dtype)
+    for name, parameter in network.named_parameters():
+        parameter.copy_(stored[f"{kind}.{name}" if f"{kind}.{name}" in stored.entries else f"weights.{name}"])
+    model.hub.save(network, out)
+    load_tokenizer(folder, network.config.vocab_size).save(out)
+    return out

@@ -1,0 +1,51 @@
+"""A closer look at a few steps, where it was asked for: --profile, --memory-report."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from data.clm import IGNORE
+from train.memory_report import measure_step, report
+from train.profiler import Profiler
+from train.setup import training_of
+from train.step import StepResult
+
+if TYPE_CHECKING:
+    from train.loop import Run
+
+
+class Watch:
+    """Takes the steps of a run, and tells what was seen."""
+
+    def __init__(self, run: "Run"):
+        self.run, self.taken, asked = run, 0, run.config.report
+        self.memory = asked.memory_report and run.ranks.main
+        self.profiler = Profiler(run.out / "profile", run.device) if asked.profile and run.ranks.main else None
+
+    def step(self, micro_batches: list[dict[str, Tensor]], phase: Callable) -> StepResult:
+        self.taken += 1
+        engine = self.run.engine
+        if self.memory and self.taken == 2:  # the first one makes the optimizer's state
+            results = []
+
+            def observed(inner: Callable) -> None:
+                results.append(engine.train(micro_batches, inner))
+
+            state = [value for name, value in engine.tensors().items() if not name.startswith("weights")]
+            measured = measure_step(observed, self.run.device, engine.network.parameters(), state)
+            scored = sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches)
+            scored /= sum(batch["labels"].numel() for batch in micro_batches)
+            training = training_of(self.run.config, self.run.ranks, scored)
+            self.run.console.say(report(engine.network.config, training, measured))
+            return results[0]
+        result = engine.train(micro_batches, phase)
+        self._show(self.profiler.step() if self.profiler else None)
+        return result
+
+    def close(self) -> None:
+        self._show(self.profiler.close() if self.profiler else None)
+
+    def _show(self, table: str | None) -> None:
+        if table:
+            self.run.console.say(f"profile  {self.run.out / 'profile'}\n{table}")

@@ -1,10 +1,11 @@
 """The loop: batches + network -> checkpoint.
 
 Where to read first: `step` (one optimizer step: the heart, in 40 lines), then `objective` and `loss/` (what is minimised),
-`loop` (the run around the steps), and its parts:
+`engine` (what a step trains, and its state on disk), `loop` (the run around the steps), and their parts:
 
     config       what a run is told: the options of `python -m train`
-    optim muon sgd   AdamW, Muon and SGD, each beside its plain twin; which weight is trained by which, by its role
+    distributed  ranks, and how they share a network: DDP, FSDP2
+    optim muon sgd   AdamW, Muon and SGD, each beside its plain twin; which weight goes to which, by its role
     named_optimizer  what they share: one step for plain, sharded and bfloat16 weights, and state that has names
     shard        the part of a tensor that this rank holds, and the whole
     rounding     stochastic rounding to bfloat16
@@ -15,9 +16,13 @@ Where to read first: `step` (one optimizer step: the heart, in 40 lines), then `
     tasks/       an objective's batches, its scores beside counting, an example of what was learned: next token, masked token
     evaluate     sums and counts over held-out text; bits per byte, and what counting reaches
     checkpoint   a run's state on disk: whole or absent, never half
+    sharded_checkpoint   tensors of which each rank holds a part: one file a part, read on any number of ranks
+    export       a checkpoint, in parts or not, as one model folder
+    lock         one live run a folder
     setup        from options to objects: data, network, optimizers, machine
     recompute    less memory: blocks that run again in the backward
-    phases rate profiler memory_report   where time and memory go: by phase, beside the machine's rate, by operator, predicted
+    allocator    memory that a step frees is kept for the next
+    phases rate profiler memory_report watch   where time and memory go: by phase, operator, beside what is predicted
     log report curves   what a person sees: bar, lines, metrics.jsonl; the words before and after; curves.png
     interrupt    Ctrl-C and SIGTERM
     recipes/     settings in TOML, for `--recipe`

@@ -113,12 +113,16 @@ def scored(run: "Run") -> float:
     return float((run.task.step(0)[0]["labels"] != IGNORE).float().mean())
 
 
+def memory_of(device: torch.device) -> int:
+    """Bytes of a GPU."""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
 def out_of_memory(run: "Run", error: Exception) -> str:
     """A GPU had no room: what the step needs, and what to type so that it fits."""
-    has = torch.cuda.get_device_properties(run.device).total_memory if run.device.type == "cuda" else 0
     training = training_of(run.config, run.ranks, scored(run))
-    advice = what_would_fit(run.engine.network.config, training, has - LIBRARIES, ranks=run.ranks.world)
+    advice = what_would_fit(run.engine.network.config, training, memory_of(run.device) - LIBRARIES, ranks=run.ranks.world)
     return (
-        f"out of memory at step {run.step + 1} ({str(error).splitlines()[0]}). {advice}\nThe checkpoints in {run.out} are "
-        "untouched."
+        f"out of memory at step {run.step + 1} ({str(error).splitlines()[0]}). The checkpoints in {run.out} are untouched. "
+        f"{advice}"
     )

@@ -5,6 +5,8 @@
     loading   peak memory of model.hub.load beside transformers' from_pretrained, in fresh processes, over the weights' bytes
     engine    a training step on the CPU, eager, compiled, recomputed: operations a second beside the machine's products
     loss      time and memory of the head's chunked loss beside the plain one's
+    ranks     two ranks of one thread each, DDP and FSDP2, beside one process of two threads
+    gpu       GPT-2 124M on a card, compiled, beside its own products and transformers
 """
 
 import argparse
@@ -14,8 +16,10 @@ import torch
 
 from tests.bench.engine import bench_engine
 from tests.bench.generate import bench_generate
+from tests.bench.gpu import bench_gpu
 from tests.bench.loading import bench_loading
 from tests.bench.loss import bench_loss
+from tests.bench.ranks import bench_ranks
 from tests.bench.train import bench_train
 
 BENCHES = {
@@ -24,6 +28,8 @@ BENCHES = {
     "loading": bench_loading,
     "engine": bench_engine,
     "loss": bench_loss,
+    "ranks": bench_ranks,
+    "gpu": bench_gpu,
 }
 
 

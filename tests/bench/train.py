@@ -51,16 +51,19 @@ def sides(shape: dict, batch_size: int, context: int) -> dict:
     return {"transformers": huggingface, "ours": lambda: ours(plain), "ours, packed": lambda: ours(plain | documents)}
 
 
-def transformers_step(config: ModelConfig, inputs: torch.Tensor, cast: Callable) -> Callable[[], None]:
+def transformers_step(
+    config: ModelConfig, inputs: torch.Tensor, cast: Callable, *, compiled: bool = False
+) -> Callable[[], None]:
     """The loop that one would write: the first weights are those that ours have."""
     with tempfile.TemporaryDirectory() as folder:
         model.hub.save(build(config, seed=0, device=inputs.device), folder)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).to(inputs.device).train()
+    call = torch.compile(theirs) if compiled else theirs
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step() -> None:
         with cast():
-            loss = theirs(inputs, labels=inputs).loss  # it shifts the labels itself
+            loss = call(inputs, labels=inputs).loss  # it shifts the labels itself
         loss.backward()
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         optimizer.step()

@@ -1,0 +1,79 @@
+"""GPT-2 124M on one GPU: bf16, compiled, context 1,024; operations a second beside the card's own products, and transformers.
+
+Network, step and loop are those of training: `open_engine`, fused AdamW, the loss in chunks by Triton. transformers: the same
+weights and batch, SDPA, torch.compile of the whole network, torch's fused AdamW.
+"""
+
+import statistics
+from types import SimpleNamespace
+
+import torch
+
+from model.config import ModelConfig
+from model.flops import flops_per_token
+from model.init import build
+from tests.bench.timing import alternate, ratio, table
+from tests.bench.train import STILL, transformers_step
+from train.config import NetworkConfig, OptimizerConfig, RunConfig, SpeedConfig, TrainConfig
+from train.distributed import Ranks
+from train.engine import Engine
+from train.objective import Objective
+from train.precision import autocast
+from train.rate import matmul_rate
+from train.setup import open_engine, resolve_network
+
+BATCH_SIZE, CONTEXT = 16, 1024
+
+
+def bench_gpu(rounds: int) -> None:
+    if not torch.cuda.is_available():
+        print("no CUDA device here: nothing is measured")
+        return
+    measure(ModelConfig.preset("gpt2", **STILL), torch.device("cuda"), "bf16", rounds, BATCH_SIZE, CONTEXT)
+
+
+def measure(config: ModelConfig, device: torch.device, precision: str, rounds: int, batch_size: int, context: int) -> None:
+    ids = torch.randint(0, config.vocab_size, (batch_size, context + 1), device=device)
+    batch = {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
+    torch.set_float32_matmul_precision("high")
+    cast = autocast(device, precision)
+    sides = {"transformers, eager": transformers_step(config, batch["input_ids"], cast)}
+    sides["transformers, compiled"] = transformers_step(config, batch["input_ids"], cast, compiled=True)
+    for name, compiled, loss in (
+        ("eager", "off", "auto"),
+        ("compiled, plain loss", "on", "plain"),
+        ("compiled", "on", "auto"),
+    ):
+        engine = engine_of(config, device, precision, compiled, loss, batch_size, context)
+        sides[name] = lambda engine=engine: engine.train([batch])
+    seconds = alternate(sides, rounds, warmup=4)
+    rate = matmul_rate(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    flops = flops_per_token(config, context, skip_masked=False)
+    operations = (flops.forward + flops.backward) * batch_size * context
+    rows = [
+        (
+            name,
+            f"{batch_size * context / statistics.median(times):,.0f}",
+            f"**{operations / statistics.median(times) / rate:.1%}**",
+            f"**{ratio(seconds['transformers, compiled'], times):.2f}**",
+        )
+        for name, times in seconds.items()
+    ]
+    print(f"{precision}, {batch_size} × {context:,}; products reach {rate / 1e12:,.1f} TFLOP/s; all T² scores counted\n")
+    print(table(("", "tokens/s", "share of products", "× transformers, compiled"), rows))
+
+
+def engine_of(
+    config: ModelConfig, device: torch.device, precision: str, compiled: str, loss: str, batch_size: int, context: int
+) -> Engine:
+    settings = TrainConfig(
+        run=RunConfig(device=device.type, mesh="replicate"),
+        network=NetworkConfig(context=context),
+        optimizer=OptimizerConfig(batch_size=batch_size, optimizer="adamw", lr=1e-4),
+        speed=SpeedConfig(precision=precision, compile=compiled, loss=loss),
+    )
+    ranks, network = Ranks(), build(config, seed=0, device=device)
+    settings = resolve_network(settings, ranks, network)
+    engine, _ = open_engine(settings, ranks, device, SimpleNamespace(objective=Objective), network, print)
+    engine.objective.train()
+    return engine

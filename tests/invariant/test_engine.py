@@ -1,0 +1,154 @@
+"""The engine through the real command: each way of training ends where it would have, stopped or not, and says what it did."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import model.__main__ as model_command
+import model.hub
+from tests.runs import STEPS, arguments, assert_same_end, command, last_checkpoint, stopped_at
+from train.config import TrainError, mesh_sizes
+from train.log import read_metrics
+from train.tasks.causal import CausalTask
+
+WAYS = {
+    "fp16": {"precision": "fp16", "optimizer": "adamw"},
+    "bf16-pure": {"precision": "bf16-pure", "optimizer": "muon"},
+    "averages": {"ema": "0.9", "optimizer": "muon"},
+    "sgd": {"optimizer": "sgd", "lr": "0.05", "schedule": "slanted_triangular"},
+    "recomputed": {"recompute": "blocks", "recompute-every": "2", "optimizer": "adamw"},
+    "loss": {"loss": "chunked", "label-smoothing": "0.1", "z-loss": "1e-4", "optimizer": "adamw"},
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_stopped_and_resumed_ends_in_the_same_bytes(way, options, uninterrupted, tmp_path):
+    whole, run = uninterrupted(**way), tmp_path / "run"
+    said = stopped_at(50, *options, *arguments(way), "--out", run)
+    assert said.code == 0, said.err
+    said = command("--resume", run)
+    assert said.code == 0, said.err
+    assert_same_end(run, whole)
+
+
+def test_recomputation_changes_nothing(uninterrupted):
+    """Dropout 0.1 included: the same noise the second time."""
+    plain, again = (
+        load_file(last_checkpoint(uninterrupted(**way)) / "model.safetensors")
+        for way in ({"optimizer": "adamw"}, WAYS["recomputed"])
+    )
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+def test_sixteen_bits_are_stored_where_asked(uninterrupted):
+    folder = last_checkpoint(uninterrupted(**WAYS["bf16-pure"]))
+    state = load_file(folder / "optimizer.safetensors") | load_file(folder / "model.safetensors")
+    assert {value.dtype for name, value in state.items() if not name.endswith(".step")} == {torch.bfloat16}
+    folder = last_checkpoint(uninterrupted(**WAYS["fp16"]))
+    state = load_file(folder / "optimizer.safetensors") | load_file(folder / "model.safetensors")
+    assert {value.dtype for value in state.values()} == {torch.float32}
+
+
+def test_fp16_logs_its_scale(uninterrupted):
+    """It begins at 2^16; each step that is skipped halves it, and nothing else does."""
+    run = uninterrupted(**WAYS["fp16"])
+    scales = [row["loss_scale"] for row in read_metrics(run / "metrics.jsonl") if row["split"] == "train"]
+    engine = json.loads((last_checkpoint(run) / "state.json").read_text())["engine"]
+    assert scales[-1] == engine["scaler"]["scale"] == 2.0 ** (16 - engine["skipped"])
+    assert engine["step"] == STEPS and engine["skipped"] < 8
+    steps = load_file(last_checkpoint(run) / "optimizer.safetensors")["optimizer.body.norm.weight.step"]
+    assert int(steps) == STEPS - engine["skipped"]
+
+
+def test_averages_are_what_is_used_and_raw_weights_what_goes_on(uninterrupted):
+    folder = last_checkpoint(uninterrupted(**WAYS["averages"]))
+    used = dict(model.hub.load(folder).named_parameters())
+    averages, raw = load_file(folder / "averages.safetensors"), load_file(folder / "raw.safetensors")
+    assert int(averages["averages.updates"]) == STEPS
+    for name, parameter in used.items():
+        assert torch.equal(parameter, averages[f"averages.{name}"])
+    assert any(not torch.equal(parameter, raw[f"weights.{name}"]) for name, parameter in used.items())
+
+
+def test_smoothing_is_for_training_alone(uninterrupted):
+    """What is validated is the loss itself: it compares with other runs'."""
+    run = uninterrupted(**WAYS["loss"])
+    rows = read_metrics(run / "metrics.jsonl")
+    validation = [row["loss"] for row in rows if row["split"] == "validation"][-1]
+    smoothed = [row["loss"] for row in rows if row["split"] == "train"][-1]
+    plain = [row["loss"] for row in read_metrics(uninterrupted(optimizer="adamw") / "metrics.jsonl") if row["split"] == "train"]
+    assert smoothed > plain[-1] + 0.2 and validation < smoothed
+
+
+def test_a_resume_draws_no_batch_of_the_past(options, halfway, monkeypatch):
+    """So that it takes the same time at any step."""
+    asked, step = [], CausalTask.step
+    monkeypatch.setattr(CausalTask, "step", lambda self, number: asked.append(number) or step(self, number))
+    assert command("--resume", halfway).code == 0
+    assert asked[:-1] == list(range(70, STEPS)) and asked[-1] == 0  # the first again for its share of labels, at the end
+
+
+def test_what_a_resume_may_be_given(options, tmp_path):
+    run = tmp_path / "run"
+    assert stopped_at(4, *options, "--out", run).code == 0
+    before = (run / "config.toml").read_text()
+    said = stopped_at(12, "--resume", run, "--profile", "--memory-report", "--mesh", "shard", "--on-nonfinite", "skip")
+    assert said.code == 0, said.err
+    assert "memory of a step" in said.out and "the prediction is" in said.out
+    assert "3 steps profiled" in said.out and "aten::" in (run / "profile" / "operators.txt").read_text()
+    assert json.loads((run / "profile" / "trace.json").read_text())["traceEvents"]
+    assert (run / "config.toml").read_text() == before  # for this session alone
+    said = command("--resume", run, "--steps", 200)
+    assert said.code == 2 and "--mesh --on-nonfinite" in said.err
+
+
+def test_the_end_says_where_time_went(finished, tmp_path, options):
+    said = stopped_at(20, *options, "--out", tmp_path / "run")
+    for words in ("tokens/s · MFU", "GFLOP/s that this machine reaches", "at its highest", "forward", "backward", "saving"):
+        assert words in said.out, words
+
+
+def test_export_is_a_model_folder(finished, tmp_path, capsys):
+    folder = tmp_path / "folder"
+    assert model_command.main(["export", str(finished), "--out", str(folder)]) == 0
+    names = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.model"} <= names
+    assert not names & {"optimizer.safetensors", "state.json", "manifest.json"}
+    capsys.readouterr()
+    assert model_command.main(["generate", str(folder), "--prompt", "the", "--seed", "1"]) == 0
+    from_folder = capsys.readouterr().out
+    assert model_command.main(["generate", str(finished), "--prompt", "the", "--seed", "1"]) == 0
+    assert capsys.readouterr().out == from_folder
+    assert model_command.main(["export", str(tmp_path / "nothing"), "--out", str(tmp_path / "other")]) == 2
+
+
+@pytest.mark.parametrize(
+    "text, world, words",
+    [
+        ("replicate=3", 4, "does not fit 4 ranks"),
+        ("replicate=2,shard=4", 4, "does not fit 4 ranks"),
+        ("shard,replicate", 4, "both lack a size"),
+        ("shard=0", 4, "not AXIS or AXIS=SIZE"),
+        ("shards", 4, "the axes are replicate, shard"),
+        ("tensor=2", 4, "not built yet"),
+        ("", 4, "not AXIS or AXIS=SIZE"),
+        ("shard=2", 1, "does not fit 1 rank;"),
+    ],
+)
+def test_a_mesh_that_cannot_be(text, world, words):
+    with pytest.raises(TrainError, match=words):
+        mesh_sizes(text, world)
+
+
+def test_a_mesh_is_refused_before_anything_is_done(options, tmp_path):
+    run = tmp_path / "run"
+    said = command(*options, "--mesh", "shard=2", "--out", run)
+    assert said.code == 2 and "--mesh shard=2 does not fit 1 rank;" in said.err and not run.exists()
+
+
+def test_restarts_need_a_name(options, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    said = command(*options)
+    assert said.code == 2 and "give --out" in said.err

@@ -220,8 +220,9 @@ class TrainConfig:
                 raise TrainError(f"--{name.replace('_', '-')} {value}: must be at least 1")
 
 
-# What a resume may be given: none of it changes what is learned, but by leaving out a batch that cannot be learned from.
-OVERRIDES = {"run": ("mesh", "on_nonfinite"), "report": ("verbose", "profile", "memory_report")}
+# What a resume may be given: none of it changes what is learned, but by rounding, and by leaving out a batch that cannot be
+# learned from.
+OVERRIDES = {"run": ("device", "threads", "mesh", "on_nonfinite"), "report": ("verbose", "profile", "memory_report")}
 
 
 def overrides(asked: TrainConfig) -> tuple[dict[str, dict], TrainConfig]:

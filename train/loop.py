@@ -29,7 +29,7 @@ from train.checkpoint import (
     write_checkpoint,
     write_whole,
 )
-from train.config import TrainConfig, TrainError, from_plain, override, to_plain
+from train.config import TrainConfig, TrainError, from_plain, mesh_sizes, override, to_plain
 from train.distributed import Ranks, connected, gathered, lost, share, unwrapped
 from train.evaluate import evaluate
 from train.interrupt import StopRequest
@@ -118,7 +118,8 @@ class Run:
         self.device = own_device(config, ranks)
         self.shards = ranks.local_first(lambda: open_data(config, checkpoint, say))
         self.tokenizer = self.shards.tokenizer
-        place = "cpu" if "shard" in config.run.mesh else self.device  # whole only there: a GPU gets its part alone
+        in_parts = mesh_sizes(config.run.mesh, ranks.world)["shard"] > 1
+        place = torch.device("cpu") if in_parts else self.device  # whole only there: a GPU gets its part alone
         network = open_network(config, self.tokenizer, checkpoint, place, say)
         if self.device.type == "cpu":
             keep_freed_memory()

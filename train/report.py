@@ -64,7 +64,9 @@ def speed(run: "Run", session: Session) -> str:
     phases = run.phases.seconds()
     training = sum(phases.get(name, 0.0) for name in ("data", "forward", "backward", "optimizer"))
     positions = session.steps * config.optimizer.batch_size * config.optimizer.accumulate * config.network.context
-    dtype = PRECISIONS[config.speed.precision].autocast or torch.float32
+    # A CPU without 16-bit instructions multiplies faster in float32: the machine's rate is the better of both.
+    formats = {PRECISIONS[config.speed.precision].autocast or torch.float32}
+    formats |= {torch.float32} if run.device.type == "cpu" else set()
     return (
         f"work     {run.tokens:,} {unit}; this session {clock(session.seconds)}, "
         f"{session.tokens / max(session.seconds, 1e-9):,.0f} {unit}/s\n"
@@ -73,7 +75,7 @@ def speed(run: "Run", session: Session) -> str:
         session.seconds,
         tokens_per_s=positions / max(training, 1e-9),
         flops=flops_per_token(run.engine.network.config, config.network.context, scored=scored(run)),
-        rate=matmul_rate(run.device, dtype) * run.ranks.world,
+        rate=max(matmul_rate(run.device, dtype) for dtype in formats) * run.ranks.world,
         memory=peak_memory(run.device),
     )
 

@@ -101,7 +101,7 @@ def test_what_a_resume_may_be_given(options, tmp_path):
     assert json.loads((run / "profile" / "trace.json").read_text())["traceEvents"]
     assert (run / "config.toml").read_text() == before  # for this session alone
     said = command("--resume", run, "--steps", 200)
-    assert said.code == 2 and "--mesh --on-nonfinite" in said.err
+    assert said.code == 2 and "--device --threads --mesh --on-nonfinite" in said.err
 
 
 def test_the_end_says_where_time_went(finished, tmp_path, options):

@@ -54,9 +54,8 @@ def gradient_bytes(weights: list[Tensor]) -> int:
     return sum(nbytes(weight.grad) for weight in weights if weight.grad is not None)
 
 
-def measure_on_gpu(step: Callable[[Phase], object], device: torch.device, weights: list[Tensor]) -> tuple[int, int, int]:
-    """(gradients, added when the forward ends, added at the highest moment), from the allocator's counters."""
-    gradients, ends = [], []
+def observing(weights: list[Tensor], gradients: list[int], forward_ends: Callable[[], object]) -> Phase:
+    """A phase that counts the gradients when the update begins, and says when a forward has ended."""
 
     @contextmanager
     def phase(name: str) -> Iterator[None]:
@@ -64,11 +63,17 @@ def measure_on_gpu(step: Callable[[Phase], object], device: torch.device, weight
             gradients.append(gradient_bytes(weights))
         yield
         if name == "forward":
-            ends.append(torch.cuda.memory_allocated(device))
+            forward_ends()
 
+    return phase
+
+
+def measure_on_gpu(step: Callable[[Phase], object], device: torch.device, weights: list[Tensor]) -> tuple[int, int, int]:
+    """(gradients, added when the forward ends, added at the highest moment), from the allocator's counters."""
+    gradients, ends = [], []
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    step(phase)
+    step(observing(weights, gradients, lambda: ends.append(torch.cuda.memory_allocated(device))))
     return gradients[0], ends[0] - before, torch.cuda.max_memory_allocated(device) - before
 
 
@@ -76,17 +81,12 @@ def measure_on_cpu(step: Callable[[Phase], object], device: torch.device, weight
     """The same from torch's profiler, which writes down each allocation and release with its time."""
     gradients = []
 
-    @contextmanager
-    def phase(name: str) -> Iterator[None]:
-        if name == "optimizer":
-            gradients.append(gradient_bytes(weights))
-        yield
-        if name == "forward":
-            with record_function(FORWARD_ENDS):
-                pass
+    def mark() -> None:
+        with record_function(FORWARD_ENDS):
+            pass
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step(phase)
+        step(observing(weights, gradients, mark))
     now, highest, forward = 0, 0, None
     for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":

@@ -123,7 +123,7 @@ class SpeedConfig:
     recompute: Literal["none", "blocks", "selective"] = "none"
     """Less memory: run blocks again in the backward; selective keeps what their matrix products gave."""
     recompute_every: int = 1
-    """With --recompute blocks: every so many blocks one is run again."""
+    """With --recompute: every so many blocks one is run again."""
     reshard: Literal["on", "off"] = "on"
     """With --mesh shard: give a block's gathered weights back after its forward, rather than keep them for the backward."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -238,6 +238,19 @@ def overrides(asked: TrainConfig) -> tuple[dict[str, dict], TrainConfig]:
 
 def override(config: TrainConfig, given: dict[str, dict]) -> TrainConfig:
     return replace(config, **{group: replace(getattr(config, group), **values) for group, values in given.items()})
+
+
+def differing(stored: TrainConfig, asked: TrainConfig) -> list[str]:
+    """What was asked for and is not what a run has, as "steps = 20, not 40"; what was left open is decided by the run."""
+    found = []
+    for group in fields(asked):
+        has, wanted = getattr(stored, group.name), getattr(asked, group.name)
+        for name in vars(wanted):
+            value = getattr(wanted, name)
+            open_to_choice = value is None or value == "auto" or name in ("threads", "init", "out", "recipe", "loss")
+            if not open_to_choice and getattr(has, name) != value:
+                found.append(f"{name} = {getattr(has, name)}, not {value}")
+    return found
 
 
 def mesh_sizes(text: str, world: int) -> dict[str, int]:

@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from model.block import Block
+from model.norm import LayerNorm, RMSNorm
 from train.config import mesh_sizes
 
 T = TypeVar("T")
@@ -181,8 +182,8 @@ def replicated(objective: nn.Module, mesh: Mesh, device: torch.device) -> nn.Mod
 
 
 def sharded(objective: nn.Module, mesh: Mesh, compute: torch.dtype | None, reshard: bool) -> nn.Module:
-    """Each block gathers its weights when it runs, in `compute` (autocast's 16-bit format; None: as they are); what no
-    block owns (embedding, last norm, head) is gathered for the whole step in its own format, as without sharding.
+    """Each block gathers its matrices when it runs, in `compute` (autocast's 16-bit format; None: as they are); norms, and
+    what no block owns (embedding, head), in their own format, as they compute without sharding.
 
     Gradients are added up in float32 (or wider). `reshard`: a block gives its gathered weights back after its forward,
     and gathers them again for its backward; without, it keeps them: more memory, a third less to send.
@@ -197,6 +198,9 @@ def sharded(objective: nn.Module, mesh: Mesh, compute: torch.dtype | None, resha
     elsewhere = MixedPrecisionPolicy(reduce_dtype=reduced, cast_forward_inputs=False)
     for module in objective.modules():
         if isinstance(module, Block):
+            norms = [part for part in module.modules() if isinstance(part, LayerNorm | RMSNorm)]  # in their own format too
+            if compute is not None:
+                fully_shard(norms, mesh=devices, mp_policy=elsewhere, reshard_after_forward=reshard)
             fully_shard(module, mesh=devices, mp_policy=in_blocks, reshard_after_forward=reshard)
     return fully_shard(objective, mesh=devices, mp_policy=elsewhere, reshard_after_forward=reshard)
 

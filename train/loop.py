@@ -29,7 +29,7 @@ from train.checkpoint import (
     write_checkpoint,
     write_whole,
 )
-from train.config import TrainConfig, TrainError, from_plain, mesh_sizes, override, to_plain
+from train.config import TrainConfig, TrainError, differing, from_plain, mesh_sizes, override, to_plain
 from train.distributed import Ranks, connected, gathered, lost, share, unwrapped
 from train.evaluate import evaluate
 from train.interrupt import StopRequest
@@ -60,6 +60,8 @@ def start(config: TrainConfig) -> Path:
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and config.run.out is None:
         raise TrainError("with --max-restarts the run needs a name that a restart finds again: give --out")
     if restarts and (config.run.out / "config.toml").is_file():
+        if others := differing(settings(config.run.out), config):
+            raise TrainError(f"{config.run.out} already holds another run ({'; '.join(others)}): choose another --out")
         return resume(config.run.out)
     with connected() as ranks:
         config = resolve_machine(config, ranks)
@@ -82,6 +84,15 @@ def resume(folder: Path, given: dict[str, dict] | None = None) -> Path:
 
     given: settings of `train.config.OVERRIDES` to have now instead of the run's.
     """
+    config = override(settings(folder), given or {})
+    config.check()
+    with connected() as ranks, held(folder, ranks):
+        config = resolve_machine(replace(config, run=replace(config.run, out=folder)), ranks)
+        return Run(config, ranks, resume=True).train()
+
+
+def settings(folder: Path) -> TrainConfig:
+    """What stands in a run's config.toml."""
     path = folder / "config.toml"
     if not path.is_file():
         raise TrainError(f"--resume {folder}: not a run, there is no {path.absolute()}")
@@ -89,11 +100,7 @@ def resume(folder: Path, given: dict[str, dict] | None = None) -> Path:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TrainError(f"{path} is not TOML: {error}") from None
-    config = override(from_plain(TrainConfig, table, str(path)), given or {})
-    config.check()
-    with connected() as ranks, held(folder, ranks):
-        config = resolve_machine(replace(config, run=replace(config.run, out=folder)), ranks)
-        return Run(config, ranks, resume=True).train()
+    return from_plain(TrainConfig, table, str(path))
 
 
 @contextmanager

@@ -97,13 +97,12 @@ def measure_on_cpu(step: Callable[[Phase], object], device: torch.device, weight
     return gradients[0], forward, highest
 
 
-def report(config: ModelConfig, training: Training, measured: Measured) -> str:
+def report(config: ModelConfig, training: Training | None, measured: Measured) -> str:
     """A table of both, and by how much the account is off at the highest moment.
 
     The account is of eager blocks on one device that holds the whole network: compiled blocks keep less of some things, and
-    under sharding a rank has its part of weights, gradients and state.
+    under sharding a rank has its part of weights, gradients and state. `training` None: what was measured alone.
     """
-    predicted = training_memory(config, training)
     parts = {
         "weights": "weights",
         "optimizer": "optimizer's state",
@@ -111,6 +110,10 @@ def report(config: ModelConfig, training: Training, measured: Measured) -> str:
         "forward": "left by the forward",
         "peak": "at its highest",
     }
+    if training is None:
+        rows = [("memory of a step", "measured")]
+        return columns(rows + [(words, amount(getattr(measured, name))) for name, words in parts.items()])
+    predicted = training_memory(config, training)
     rows = [("memory of a step", "predicted", "measured")]
     rows += [(words, amount(getattr(predicted, name)), amount(getattr(measured, name))) for name, words in parts.items()]
     off = predicted.peak / measured.peak - 1

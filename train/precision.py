@@ -88,7 +88,7 @@ class GradScaler:
         self.growth, self.backoff, self.growth_interval = growth, backoff, growth_interval
         self.factor = init_scale if enabled else 1.0  # what `scale` multiplies by
         self.steps_since_change = 0
-        self.found: Tensor | None = None  # of the step since the last update; stays on the device
+        self.looked: list[tuple[set[int], Tensor]] = []  # since the last update: whose gradients, and whether one was inf
 
     def scale(self, loss: Tensor) -> Tensor:
         return loss * self.factor if self.enabled else loss
@@ -98,9 +98,10 @@ class GradScaler:
         """Divide the gradients by the scale, in place; whether one of any rank was inf or NaN: bool, of no dimensions."""
         if not self.enabled:
             return torch.zeros((), dtype=torch.bool)
-        if self.found is not None:
+        own = {id(param): param.grad for param in parameters if param.grad is not None}
+        if any(own.keys() & seen for seen, _ in self.looked):
             raise RuntimeError("unscale_ was called twice in one step: gradients would be divided by the scale twice")
-        grads = [param.grad for param in {id(param): param for param in parameters}.values() if param.grad is not None]
+        grads = list(own.values())
         if not grads:
             raise ValueError("unscale_ found no gradients: it comes after the backward")
         if any(grad.dtype == torch.float16 for grad in grads):
@@ -125,15 +126,17 @@ class GradScaler:
             found = torch.maximum(found, found_here.to(found.device))
         if self.group is not None:
             dist.all_reduce(found, dist.ReduceOp.MAX, self.group)
-        self.found = found > 0
-        return self.found
+        self.looked.append((set(own), found > 0))
+        return found > 0
 
     def step(self, optimizer: torch.optim.Optimizer | Optimizers) -> bool:
-        """`optimizer.step()`, unless a gradient was inf or NaN; whether it stepped. Unscales if nobody has."""
+        """`optimizer.step()`, unless one of its gradients was inf or NaN; whether it stepped. Unscales what nobody has."""
         if self.enabled:
-            if self.found is None:
-                self.unscale_(param for group in optimizer.param_groups for param in group["params"])
-            if bool(self.found):  # waits for the device: a step cannot be taken back
+            params = [param for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
+            own, seen = set(map(id, params)), set().union(*(seen for seen, _ in self.looked))
+            if new := [param for param in params if id(param) not in seen]:
+                self.unscale_(new)
+            if any(bool(found) for seen, found in self.looked if seen & own):  # waits: a step cannot be taken back
                 return False
         optimizer.step()
         return True
@@ -142,16 +145,16 @@ class GradScaler:
         """The scale of the next step; once a step, after it."""
         if not self.enabled:
             return
-        if self.found is None:
+        if not self.looked:
             raise RuntimeError("update has nothing to go by: unscale_ or step comes first")
-        if bool(self.found):
+        if any(bool(found) for _, found in self.looked):
             self.factor, self.steps_since_change = _as_float32(self.factor * self.backoff), 0
         elif self.steps_since_change + 1 == self.growth_interval:
             larger = _as_float32(self.factor * self.growth)
             self.factor, self.steps_since_change = larger if math.isfinite(larger) else self.factor, 0
         else:
             self.steps_since_change += 1
-        self.found = None
+        self.looked.clear()
         if self.factor < SMALLEST_SCALE:
             raise RuntimeError(
                 f"every step is skipped, down to a scale of {self.factor:g}: the gradients are NaN, or too large for float16"

@@ -8,6 +8,7 @@ import torch
 
 from data.clm import IGNORE
 from model.flops import flops_per_token
+from train.checkpoint import IN_PARTS, pointed
 from train.curves import plot
 from train.log import clock, read_metrics
 from train.memory_report import what_would_fit
@@ -99,7 +100,8 @@ def conclude(run: "Run", stopped: str, session: Session) -> None:
     say("next")
     if stopped.startswith("on"):
         say(f"  python -m train --resume {folder}")
-    if run.engine.mesh.shard > 1:  # what other commands open is one folder, not parts
+    opened = pointed(out, "best") or pointed(out, "last")
+    if opened is not None and (opened / IN_PARTS).is_file():  # what other commands open is one folder, not parts
         say(f"  python -m model export {folder} --out {folder}-model")
         folder += "-model"
     say(f"  {run.task.try_it(folder)}")
@@ -121,10 +123,10 @@ def memory_of(device: torch.device) -> int:
 
 
 def out_of_memory(run: "Run", error: Exception) -> str:
-    """A GPU had no room: what the step needs, and what to type so that it fits."""
+    """A GPU had no room: what the step needs, and what to type so that it fits. (The account knows no weights in parts.)"""
+    what = f"out of memory at step {run.step + 1} ({str(error).splitlines()[0]}). The checkpoints in {run.out} are untouched. "
+    if run.engine.mesh.shard > 1:
+        return what + "Less is needed with a smaller --batch-size (and more --accumulate), --recompute blocks, --loss chunked."
     training = training_of(run.config, run.ranks, scored(run))
     advice = what_would_fit(run.engine.network.config, training, memory_of(run.device) - LIBRARIES, ranks=run.ranks.world)
-    return (
-        f"out of memory at step {run.step + 1} ({str(error).splitlines()[0]}). The checkpoints in {run.out} are untouched. "
-        f"{advice}"
-    )
+    return what + advice

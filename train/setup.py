@@ -1,5 +1,6 @@
 """From options to objects: the machine, the data, the network, the optimizers. Every "auto" is decided here, once."""
 
+import importlib.util
 import os
 import sys
 import time
@@ -183,6 +184,8 @@ def resolve_network(config: TrainConfig, ranks: Ranks, network: nn.Module) -> Tr
     if loss == "auto":
         rows = -(-config.optimizer.batch_size // ranks.world) * context
         loss = choose_loss(rows, has.vocab_size, torch.device(config.run.device))
+    if loss == "triton" and (torch.device(config.run.device).type != "cuda" or not importlib.util.find_spec("triton")):
+        raise TrainError("--loss triton needs a CUDA device and triton; --loss chunked computes the same without")
     return replace(config, network=asked, speed=replace(speed, precision=precision, compile=compiled, loss=loss))
 
 

@@ -37,6 +37,8 @@ class Watch:
             scored = sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches)
             scored /= sum(batch["labels"].numel() for batch in micro_batches)
             training = training_of(self.run.config, self.run.ranks, scored)
+            if engine.mesh.shard > 1:  # the account knows one device with all weights
+                training = None
             self.run.console.say(report(engine.network.config, training, measured))
             return results[0]
         result = engine.train(micro_batches, phase)

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import train.checkpoint
 from tests.runs import assert_same_end, command, last_checkpoint, nothing_half_made, steps_of
@@ -23,6 +25,7 @@ from train.checkpoint import (
     write_checkpoint,
     write_whole,
 )
+from train.sharded_checkpoint import INDEX, Parts, file_name, rows
 
 FILES = [
     "config.json",
@@ -136,6 +139,29 @@ def test_repoint(tmp_path):
     }
     repoint(tmp_path, folder, {"step": 3, "loss": 1.0})  # no such checkpoint any more
     assert not (tmp_path / "best.json").exists() and pointed(tmp_path, "last") == folder
+
+
+def test_what_the_pointers_name_stays(tmp_path):
+    """A resume from before a broken checkpoint writes one that is not the latest by its number."""
+    for step in (2, 4, 6, 8):
+        folder = write_checkpoint(tmp_path, step, small)
+        if step < 6:
+            point(tmp_path, "best" if step == 2 else "last", folder)
+    prune(tmp_path, keep=1)
+    assert steps_of(tmp_path) == [8, 4, 2]
+
+
+@pytest.mark.parametrize("readers", range(1, 8))
+def test_any_number_of_ranks_reads_its_rows(readers, tmp_path):
+    """Five rows by four ranks, the last of which had none; some of those that read get none too."""
+    value, cuts = torch.arange(10.0).view(5, 2), [rows(5, part, 4) for part in range(4)]
+    for part, (start, stop) in enumerate(cuts):
+        save_file({"x": value[start:stop].clone()}, tmp_path / file_name(part, 4))
+    (tmp_path / INDEX).write_text(json.dumps({"parts": 4, "tensors": {"x": {"shape": [5, 2], "rows": cuts}}}))
+    stored = Parts(tmp_path)
+    read = [stored.rows("x", *rows(5, part, readers)) for part in range(readers)]
+    assert torch.equal(torch.cat(read), value) and torch.equal(stored["x"], value)
+    assert [len(part) for part in read] == [stop - start for start, stop in (rows(5, p, readers) for p in range(readers))]
 
 
 # Crashes. What follows a crash is nothing: every later call raises too, `except` and `finally` notwithstanding.

@@ -158,7 +158,7 @@ def test_resume_of_no_run(tmp_path):
 @pytest.mark.parametrize(
     "change, expected",
     [
-        (lambda text: text[: len(text) // 2], "is not TOML"),
+        (lambda text: text[: text.index("steps = ") + 3], "is not TOML"),
         (lambda text: text.replace("[run]", "[walk]"), "unknown setting 'walk'"),
         (lambda text: text.replace("steps = 160", "steps = 0"), "--steps 0"),
         (lambda text: text.replace("optimizer = ", "optimiser = "), "unknown setting 'optimiser'"),

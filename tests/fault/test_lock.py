@@ -36,6 +36,10 @@ def test_the_lock_leaves_nothing_behind(tmp_path):
             pass
         assert folder.is_dir()
     assert not folder.exists()
+    folder.mkdir()
+    with locked(folder):
+        pass
+    assert folder.is_dir()  # another made it
     with locked(folder):
         (folder / "kept").touch()
     assert os.listdir(folder) == ["kept"]

@@ -64,7 +64,7 @@ def test_skip_names_the_documents_and_moves_nothing_else(options, tmp_path):
         said = command(*options, "--optimizer", "muon", "--on-nonfinite", "skip", "--out", run)
     assert said.code == 0, said.err
     line = next(row for row in read_metrics(run / "metrics.jsonl") if row["split"] == "skipped")
-    assert line["step"] == BAD and line["loss"] == "nan"
+    assert line["step"] == BAD and line["loss"] == "nan" and line["documents"] == task_of(run).documents(BAD - 1)
     assert ", ".join(map(str, line["documents"][:3])) in said.out
     state = json.loads((last_checkpoint(run) / "state.json").read_text())
     assert state["engine"]["skipped"] == 1 and state["engine"]["step"] == STEPS
@@ -76,17 +76,24 @@ def test_skip_names_the_documents_and_moves_nothing_else(options, tmp_path):
     assert rows[BAD + 1]["lr"] == pytest.approx(rates[BAD], rel=1e-12) != rates[BAD + 1]
 
 
+def task_of(run):
+    config = from_plain(TrainConfig, tomllib.loads((run / "config.toml").read_text()), "config.toml")
+    return TASKS["clm"](config, open_data(config, None, print))
+
+
 def test_the_documents_are_those_of_the_batch(options, finished):
     """Against the ids themselves: each row of the batch is found in the documents that are named, and nowhere else."""
-    config = from_plain(TrainConfig, tomllib.loads((finished / "config.toml").read_text()), "config.toml")
-    task = TASKS["clm"](config, open_data(config, None, print))
+    task = task_of(finished)
     ids = np.asarray(task.shards.train.ids)
     ends = np.append(np.flatnonzero(ids == task.tokenizer.bos_id)[1:], len(ids))
-    for step in (0, 3, 77):
-        named = set()
-        for row in task.stream.places(step)[:, :-1]:
-            named |= {int((ends <= place).sum()) for place in row}
-        assert task.documents(step) == sorted(named)
+
+    def named(places):
+        return {int((ends <= place).sum()) for place in places.flat}
+
+    places = [task.stream.places(step) for step in range(STEPS)]
+    beyond = next(step for step in range(STEPS) if named(places[step]) != named(places[step][:, :-1]))  # by a last target
+    for step in (0, 3, 77, beyond):
+        assert task.documents(step) == sorted(named(places[step][:, :-1]))
 
 
 def test_what_never_succeeds_stops_also_with_skip(options, tmp_path):
@@ -97,3 +104,28 @@ def test_what_never_succeeds_stops_also_with_skip(options, tmp_path):
     with patch.object(Objective, "terms", spoilt):
         said = command(*options, "--on-nonfinite", "skip", "--out", tmp_path / "run")
     assert said.code == 2 and "31 steps in a row" in said.err
+
+
+def test_skips_that_are_not_in_a_row_go_on(options, tmp_path):
+    """35 of 70 steps: more than would stop the run if one followed the other."""
+    calls = []
+
+    def spoilt(self, hidden, labels, terms=Objective.terms):
+        total, count, _ = terms(self, hidden, labels)["loss"]
+        calls.append(self.training)
+        return {"loss": Term(total * torch.nan if self.training and calls.count(True) % 2 else total, count)}
+
+    with patch.object(Objective, "terms", spoilt):
+        said = command(*options, "--steps", 70, "--on-nonfinite", "skip", "--out", tmp_path / "run")
+    assert said.code == 0 and said.out.count("skipped step") == 35, said.err
+
+
+@pytest.mark.parametrize("kind", ["nan loss", "inf gradient"])
+def test_fp16_goes_on_where_its_scale_may_be_the_reason(kind, options, tmp_path):
+    """Gradients alone: the scale was too high. A loss that is no number is so at every scale."""
+    with bad_batch(kind):
+        said = command(*options, "--optimizer", "adamw", "--precision", "fp16", "--steps", 60, "--out", tmp_path / "run")
+    if kind == "nan loss":
+        assert said.code == 2 and f"step {BAD}: the loss is nan" in said.err
+    else:
+        assert said.code == 0 and "skipped" not in said.out, said.err

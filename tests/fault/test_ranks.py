@@ -10,14 +10,22 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
 
 import model.__main__ as model_command
 import model.hub
 from tests.runs import ROOT, STEPS, arguments, assert_same_end, command, last_checkpoint, steps_of, wait_for_step
 from train.checkpoint import step_of
+from train.distributed import Mesh, OtherRankError, Ranks, replicated, share
+from train.engine import Engine
 from train.log import read_metrics
+from train.sharded_checkpoint import Parts
 
 CHANGES = {"optimizer": "adamw", "lr": "1e-3", "dropout": "0.0", "save-every": "20"}
 
@@ -52,6 +60,27 @@ def workers(agent: subprocess.Popen) -> list[int]:
     return [number for rank, number in sorted(found) if rank]
 
 
+def test_a_restart_does_not_go_on_with_another_run(options, finished, monkeypatch):
+    """The first attempt is refused, as the folder holds a run; the second must not take that for its own."""
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    said = command(*options, "--optimizer", "muon", "--steps", 200, "--out", finished)
+    assert said.code == 2 and "already holds another run (steps = 160, not 200)" in said.err
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_norms_compute_alike_in_parts(precision, options, tmp_path):
+    """A LayerNorm takes no weights in 16 bits beside float32 inputs; with and without parts, nearly the same numbers."""
+    changes = CHANGES | {"precision": precision, "steps": "12", "eval-every": "6"}
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    with torchrun(*options, *arguments(changes), "--mesh", "shard", "--recompute", "blocks", "--out", run) as running:
+        _, err = running.communicate(timeout=180)
+    assert running.returncode == 0, err
+    assert command(*options, *arguments(changes), "--out", whole).code == 0
+    assert losses(run) == pytest.approx(losses(whole), abs=2e-3)
+
+
 @pytest.fixture(scope="module")
 def as_two(options, tmp_path_factory) -> Path:
     """An uninterrupted run of two ranks."""
@@ -67,6 +96,8 @@ def test_two_ranks_end_where_one_does(as_two, uninterrupted):
     alone = uninterrupted(**CHANGES)
     assert steps_of(alone) == steps_of(as_two)
     assert losses(as_two) == pytest.approx(losses(alone), abs=2e-5)  # sums in another order, over 160 steps
+    one, two = ([row["tokens"] for row in read_metrics(run / "metrics.jsonl")] for run in (alone, as_two))
+    assert one == two
 
 
 def losses(run: Path) -> list[float]:
@@ -120,10 +151,58 @@ def test_a_signal_saves_in_parts_which_become_one_folder(options, tmp_path, caps
     assert model_command.main(["export", str(last_checkpoint(run)), "--out", str(folder)]) == 0
     assert model_command.main(["generate", str(folder), "--prompt", "the", "--max-new-tokens", "5"]) == 0
     network = model.hub.load(folder)
-    assert all(parameter.isfinite().all() for parameter in network.parameters())
+    stored = Parts(last_checkpoint(run))
+    assert all(torch.equal(parameter, stored[f"averages.{name}"]) for name, parameter in network.named_parameters())
+    assert any(not torch.equal(parameter, stored[f"weights.{name}"]) for name, parameter in network.named_parameters())
     assert model_command.main(["export", str(run), "--out", str(folder)]) == 2  # it is not empty
     assert "not an empty folder" in capsys.readouterr().err
 
     with torchrun("--resume", run) as running:
         out, err = running.communicate(timeout=180)
     assert running.returncode == 0 and f"steps {stopped} to {STEPS}" in out, err
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(options, tmp_path):
+    run = tmp_path / "run"
+    with torchrun(*options, *arguments(CHANGES), "--out", run) as running:
+        wait_for_step(running, run, 30)
+        os.kill(workers(running)[1], signal.SIGTERM)
+        out, err = running.communicate(timeout=180)
+    assert running.returncode == 0 and f"stopped on SIGTERM, saved at step {step_of(last_checkpoint(run))}" in out, err
+    assert step_of(last_checkpoint(run)) < STEPS
+
+
+def meet(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    ranks = Ranks(rank, 2, rank)
+    with pytest.raises(OSError if rank else OtherRankError), ranks.together():
+        if rank:
+            raise OSError("no space left on this rank")
+    assert ranks.most(rank) == 1 and ranks.any(rank == 1) and not ranks.any(False)
+    assert ranks.agree({"rank": rank, "name": "ä" * (rank + 1)}) == {"rank": 0, "name": "ä"}
+
+    def make() -> bool:
+        made = not (folder / "made").exists()
+        (folder / "made").touch()
+        return made
+
+    assert ranks.local_first(make) == (rank == 0)
+    network = nn.Linear(1, 1)
+    nn.init.constant_(network.weight, torch.nan if rank else 1.0)
+    assert not Engine.finite(SimpleNamespace(network=network, ranks=ranks))  # or the other would save alone
+    layer = nn.Linear(3, 1, bias=False, dtype=torch.bfloat16)
+    wrapped = replicated(layer, Mesh(replicate=2), torch.device("cpu"))
+    wrapped(torch.full((1, 3), 1.0 + 2 * rank, dtype=torch.bfloat16)).sum().backward()
+    assert layer.weight.grad.tolist() == [[2.0] * 3]
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_what_ranks_say_to_one_another(tmp_path):
+    mp.spawn(meet, args=(tmp_path,), nprocs=2)
+
+
+@pytest.mark.parametrize("world", range(1, 6))
+def test_every_rank_has_rows_and_every_row_a_rank(world):
+    parts = [share({"rows": torch.arange(5)}, Ranks(rank, world))["rows"] for rank in range(world)]
+    assert torch.equal(torch.cat(parts), torch.arange(5)) and {5 // world, -(-5 // world)} >= {len(part) for part in parts}

@@ -8,9 +8,18 @@ from safetensors.torch import load_file
 
 import model.__main__ as model_command
 import model.hub
+from model.weights import role_of
+from tests.conftest import randomized, tiny_config
 from tests.runs import STEPS, arguments, assert_same_end, command, last_checkpoint, stopped_at
 from train.config import TrainError, mesh_sizes
+from train.distributed import Ranks
+from train.ema import EMA
+from train.engine import Engine
+from train.evaluate import evaluate
 from train.log import read_metrics
+from train.objective import Objective
+from train.optim import build_optimizer
+from train.precision import GradScaler
 from train.tasks.causal import CausalTask
 
 WAYS = {
@@ -72,6 +81,75 @@ def test_averages_are_what_is_used_and_raw_weights_what_goes_on(uninterrupted):
     assert any(not torch.equal(parameter, raw[f"weights.{name}"]) for name, parameter in used.items())
 
 
+def test_averages_are_what_is_validated_and_sampled(options, tmp_path, monkeypatch):
+    run, seen = tmp_path / "run", {}
+
+    def weights(network):
+        return {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+
+    def evaluated(objective, *inputs, **settings):
+        seen["validated"] = weights(objective.network)
+        return evaluate(objective, *inputs, **settings)
+
+    def sampled(self, network, device):
+        seen["sampled"] = weights(network)
+        return "", ""
+
+    monkeypatch.setattr("train.loop.evaluate", evaluated)
+    monkeypatch.setattr(CausalTask, "sample", sampled)
+    assert command(*options, "--steps", 4, "--ema", 0.9, "--sample-every", 4, "--out", run).code == 0
+    averages = load_file(last_checkpoint(run) / "averages.safetensors")
+    for what in ("validated", "sampled"):
+        assert all(torch.equal(value, averages[f"averages.{name}"]) for name, value in seen[what].items()), what
+
+
+def small_engine(seed: int = 0, rank: int = 0) -> Engine:
+    network = randomized(tiny_config("gpt2"), dtype=torch.float32).train()
+    optimizers = build_optimizer("adamw", network.named_parameters(), lambda name: role_of(network.config, name), lr=1e-3)
+    averages, scaler = EMA(network.named_parameters(), 0.9), GradScaler(enabled=True)
+    return Engine(Objective(network), optimizers, averages=averages, scaler=scaler, ranks=Ranks(rank), seed=seed)
+
+
+def batch() -> list[dict[str, torch.Tensor]]:
+    ids = torch.randint(3, 61, (2, 9))
+    return [{"input_ids": ids[:, :-1], "labels": ids[:, 1:]}]
+
+
+def test_noise_is_of_the_seed_the_step_and_the_rank():
+    """Each rank drops its own numbers; but what all of them hold, all of them must round alike."""
+    dropout, rounding = {}, {}
+    for seed in (0, 1):
+        for rank in (0, 1):
+            engine = small_engine(seed, rank)
+            for step in (0, 1):
+                engine.train(batch())
+                dropout[seed, rank, step] = torch.initial_seed()
+                rounding[seed, rank, step] = engine.rounding.initial_seed()
+    assert len(set(dropout.values())) == 8 and len(set(rounding.values())) == 4
+    assert all(value == rounding[seed, 1 - rank, step] for (seed, rank, step), value in rounding.items())
+
+
+def test_a_skipped_step_moves_no_average_and_is_counted(monkeypatch, tmp_path):
+    """And all of it is found again in a checkpoint."""
+    engine = small_engine()
+    engine.train(batch())
+    before = {name: value.clone() for name, value in engine.tensors().items()}
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.scaler, "scale", lambda loss: loss * torch.inf)
+        assert not engine.train(batch()).updated
+    after = engine.tensors()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert engine.state() == {"step": 2, "skipped": 1, "scaler": {"scale": 2.0**15, "steps_since_change": 0}}
+
+    engine.save(tmp_path)
+    other = small_engine()
+    other.load(tmp_path, json.loads(json.dumps(engine.state())))
+    again = other.tensors()
+    assert other.state() == engine.state() and again.keys() == after.keys()
+    assert all(torch.equal(after[name], again[name]) for name in after)
+    assert any(not torch.equal(after[f"weights.{n}"], after[f"averages.{n}"]) for n, _ in engine.network.named_parameters())
+
+
 def test_smoothing_is_for_training_alone(uninterrupted):
     """What is validated is the loss itself: it compares with other runs'."""
     run = uninterrupted(**WAYS["loss"])
@@ -102,6 +180,11 @@ def test_what_a_resume_may_be_given(options, tmp_path):
     assert (run / "config.toml").read_text() == before  # for this session alone
     said = command("--resume", run, "--steps", 200)
     assert said.code == 2 and "--device --threads --mesh --on-nonfinite" in said.err
+
+
+def test_a_resume_may_be_quiet(halfway):
+    said = stopped_at(72, "--resume", halfway, "--no-verbose")
+    assert said.code == 0 and "network  " not in said.out and "stopped on SIGINT" in said.out, said.err
 
 
 def test_the_end_says_where_time_went(finished, tmp_path, options):
@@ -152,3 +235,8 @@ def test_restarts_need_a_name(options, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     said = command(*options)
     assert said.code == 2 and "give --out" in said.err
+
+
+def test_triton_needs_a_card(options, tmp_path):
+    said = command(*options, "--loss", "triton", "--out", tmp_path / "run")
+    assert said.code == 2 and "--loss triton needs a CUDA device" in said.err and not (tmp_path / "run").exists()

@@ -1,15 +1,20 @@
 """What setup makes of options and shards."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from data.config import DataConfig
 from data.shards import prepare
+from model.init import build
+from tests.conftest import randomized, tiny_config
 from tests.runs import write_corpus
-from train.config import TrainConfig, TrainError
-from train.setup import TASKS, network_config
+from train.config import OptimizerConfig, RunConfig, SpeedConfig, TrainConfig, TrainError
+from train.distributed import Mesh, Ranks, spread
+from train.objective import Objective
+from train.setup import TASKS, network_config, open_engine
 from train.tasks.causal import CausalTask
 from train.tasks.task import validation_ids
 
@@ -87,3 +92,53 @@ def test_an_encoder_gets_a_pad_that_no_text_holds(preset, masked):
     has = network_config(replace(config, network=replace(config.network, preset=preset)), shards.tokenizer)
     assert has.pad_id == 0 and shards.tokenizer.bytes_of[0] == b"" and has.head == "mlm"
     assert has.position_offset == (1 if preset == "roberta-base" else 0)
+
+
+def engine_with(optimizer: dict, speed: dict, **run):
+    asked = SpeedConfig(**{"precision": "fp32", "compile": "off", "loss": "plain"} | speed)
+    settings = OptimizerConfig(lr=1e-3, **optimizer)
+    config = TrainConfig(run=RunConfig(steps=100, mesh="replicate", **run), optimizer=settings, speed=asked)
+    task = SimpleNamespace(objective=Objective)
+    return open_engine(config, Ranks(), torch.device("cpu"), task, build(tiny_config("gpt2"), seed=0), print)[0]
+
+
+def test_an_engine_has_what_was_asked_for(monkeypatch):
+    """Each setting that nothing else would miss: the run would go on, and learn something else."""
+    losses = {"plain": lambda *_, **options: ("plain", options), "chunked": lambda *_, **options: ("chunked", options)}
+    monkeypatch.setattr("train.setup.LOSSES", losses)
+    settings = {"label_smoothing": 0.1, "z_loss": 1e-4, "ema": 0.9, "schedule": "linear", "final_lr": 0.5, "clip": 0.0}
+    speed = {"loss": "chunked", "precision": "fp16", "recompute": "blocks", "recompute_every": 2}
+    given = []
+    with monkeypatch.context() as patched:
+        patched.setattr("train.setup.spread", lambda objective, *_, **asked: given.append(asked) or objective)
+        engine = engine_with(settings, speed | {"reshard": "off"}, seed=5)
+    assert given == [{"compute": torch.float16, "reshard": False}]
+    objective = engine.objective.train()
+    assert objective.loss(None, None, None, None) == ("chunked", {"smoothing": 0.1, "z_loss": 1e-4})
+    assert objective.eval().loss(None, None, None, None) == ("chunked", {})
+    assert engine.averages.decay == 0.9 and engine.scaler.enabled and engine.max_norm is None and engine.seed == 5
+    assert [engine.factor(step) for step in (0, 24, 100)] == pytest.approx([0.2, 0.9, 0.5])  # five steps of warm-up
+    assert ["forward" in vars(block) for block in engine.network.body.blocks] == [True, False]
+    with engine.autocast():
+        assert torch.get_autocast_dtype("cpu") == torch.float16
+    plain = engine_with({}, {})
+    assert plain.averages is None and not plain.scaler.enabled and plain.max_norm == 1.0
+    assert plain.objective.train().loss(None, None, None, None)[0] == "plain"
+    assert not any("forward" in vars(block) for block in plain.network.body.blocks)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reduced"), [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float64, torch.float64)]
+)
+def test_blocks_are_sharded_as_asked(dtype, reduced, monkeypatch):
+    calls = []
+    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", lambda module, **asked: calls.append((module, asked)) or module)
+    objective = Objective(randomized(tiny_config("gpt2"), dtype=dtype))
+    mesh = Mesh(shard=2, devices={"shard": "the ranks that share"})
+    spread(objective, mesh, torch.device("cpu"), compute=torch.bfloat16, reshard=False)
+    blocks = objective.network.body.blocks
+    norms = [[block.attention_norm, block.mlp_norm] for block in blocks]
+    assert [module for module, _ in calls] == [norms[0], blocks[0], norms[1], blocks[1], objective]
+    assert all(asked["mesh"] == "the ranks that share" and asked["reshard_after_forward"] is False for _, asked in calls)
+    assert [asked["mp_policy"].param_dtype for _, asked in calls] == [None, torch.bfloat16] * 2 + [None]
+    assert {asked["mp_policy"].reduce_dtype for _, asked in calls} == {reduced}

@@ -9,8 +9,9 @@ from model.init import build
 from model.weights import role_of
 from tests.conftest import randomized, tiny_config
 from train.evaluate import evaluate
-from train.objective import Objective
+from train.objective import Objective, Term
 from train.optim import build_optimizer
+from train.precision import GradScaler
 from train.step import train_step
 
 
@@ -33,6 +34,7 @@ class Recorder:
 
     def __init__(self, objective):
         self.objective = objective
+        self.param_groups = [{"params": list(objective.parameters())}]
 
     def step(self):
         self.gradients = [parameter.grad.clone() for parameter in self.objective.parameters()]
@@ -132,3 +134,43 @@ def test_forwards_run_under_autocast():
     train_step(Objective(network), split(batch, 2), Recorder(network), autocast=cast)
     evaluate(Objective(network), split(batch, 2), autocast=cast)
     assert seen == [True] * 4
+
+
+def test_terms_weigh_as_they_say():
+    class Weighed(Objective):
+        def terms(self, hidden, labels):
+            total, count, _ = super().terms(hidden, labels)["loss"]
+            return {"loss": Term(total, count, weight=0.25)}
+
+    network, batch = randomized(tiny_config("llama")), uneven_batch()
+    expected = train_step(Objective(network), [batch], Recorder(Objective(network)))
+    weighed = train_step(Weighed(network), [batch], Recorder(Objective(network)))
+    assert weighed.loss.item() == pytest.approx(expected.loss.item() / 4, rel=1e-12)
+    assert weighed.grad_norm.item() == pytest.approx(expected.grad_norm.item() / 4, rel=1e-12)
+
+
+def test_a_scale_changes_neither_the_norm_nor_what_is_clipped():
+    network, batch = randomized(tiny_config("llama")), uneven_batch()
+    objective, found = Objective(network), []
+    for enabled in (False, True):
+        recorder = Recorder(objective)
+        result = train_step(objective, [batch], recorder, max_norm=0.1, scaler=GradScaler(enabled=enabled))
+        found.append([result.grad_norm, *recorder.gradients])
+    assert found[0][0] > 0.1 and largest(*found) < 1e-12
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_no_number_moves_nothing(where):
+    """Either alone is enough: a loss may overflow where its gradient does not."""
+
+    class Spoilt(Objective):
+        def terms(self, hidden, labels):
+            total, count, _ = super().terms(hidden, labels)["loss"]
+            if where == "gradient":
+                total.register_hook(lambda gradient: gradient * torch.inf)
+            return {"loss": Term(total + torch.inf if where == "loss" else total, count)}
+
+    network = randomized(tiny_config("llama"))
+    recorder = Recorder(Objective(network))
+    assert not train_step(Spoilt(network), [uneven_batch()], recorder).updated and not hasattr(recorder, "gradients")
+    assert all(parameter.grad is None for parameter in network.parameters())

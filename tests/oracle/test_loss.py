@@ -348,3 +348,10 @@ def test_the_default_chunk_keeps_the_bar():
 
     chunked_linear_cross_entropy(torch.randn(600, 2), torch.randn(128_256, 2), torch.zeros(600, dtype=torch.long), score=spy)
     assert seen == [512, 88]
+
+
+@pytest.mark.parametrize("loss", [linear_cross_entropy, chunked_linear_cross_entropy])
+@pytest.mark.parametrize("labels", [torch.zeros(3, dtype=torch.long), torch.zeros(5, dtype=torch.long), torch.zeros(4)])
+def test_labels_must_be_one_a_row(loss, labels):
+    with pytest.raises(ValueError, match="one a row of"):
+        loss(torch.randn(4, 6), torch.randn(9, 6), labels)

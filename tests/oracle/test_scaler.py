@@ -217,3 +217,23 @@ def test_a_disabled_scaler_lets_everything_through():
     scaler.update()
     assert param.tolist() == [-math.inf] * 2 and scaler.state_dict() == {}
     scaler.load_state_dict({})
+
+
+def test_two_optimizers_are_looked_at_each_for_itself(parity):
+    """An inf in the second one's gradients: the first steps, the second does not, the scale halves; as in torch."""
+    ends = []
+    for scaler in (GradScaler(2.0**16), torch.amp.GradScaler("cpu", init_scale=2.0**16)):
+        one, two = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+        first, second = torch.optim.SGD([one], lr=0.1), torch.optim.SGD([two], lr=0.1)
+        for bad in (1.0, torch.inf, 1.0):
+            scaler.scale(one.sum() + (two * torch.tensor([bad, 1.0])).sum()).backward()
+            scaler.step(first)
+            scaler.step(second)
+            scaler.update()
+            first.zero_grad()
+            second.zero_grad()
+        scale = scaler.factor if isinstance(scaler, GradScaler) else scaler.get_scale()
+        ends.append(torch.cat((one.detach(), two.detach(), torch.tensor([scale]))))
+    assert ends[0][-1] == 2.0**15 and ends[0][0] != ends[0][2]
+    library = f"torch {torch.__version__.split('+')[0]} GradScaler"
+    parity("GradScaler", library, (ends[0] - ends[1]).abs().max(), 0, "the same operations")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from data.clm import IGNORE
+from train.loss.cross_entropy import flattened
 
 CHUNK_BYTES = 2**25  # of float32 logits; more of them than a CPU's cache holds make a chunk slower, not faster
 CHUNK_ROWS = {"cpu": 512, "cuda": 1024}  # but never fewer: each chunk reads and writes the whole gradient of the matrix
@@ -67,7 +68,7 @@ def chunked_linear_cross_entropy(
         chunk_rows = max(CHUNK_ROWS.get(hidden.device.type, 1024), CHUNK_BYTES // (4 * weight_VD.size(0)))
     if chunk_rows < 1:
         raise ValueError(f"chunk_rows={chunk_rows} is not a number of rows")
-    labels_N, hidden_ND = labels.flatten(), hidden.flatten(0, -2)
+    hidden_ND, labels_N = flattened(hidden, labels)
     inputs = hidden_ND, weight_VD, labels_N, bias_V
     options = {"smoothing": smoothing, "z_loss": z_loss, "chunk_rows": chunk_rows, "score": score}
     options["dtype"] = product_dtype(hidden, weight_VD)

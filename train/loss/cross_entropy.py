@@ -31,6 +31,13 @@ def cross_entropy_reference(logits_NV: Tensor, labels_N: Tensor, *, smoothing: f
     return loss_N.sum()
 
 
+def flattened(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and their labels; as many of one as of the other."""
+    if labels.shape != hidden.shape[:-1] or labels.dtype != torch.long:
+        raise ValueError(f"labels {tuple(labels.shape)} {labels.dtype} are not int64 of one a row of {tuple(hidden.shape)}")
+    return hidden.flatten(0, -2), labels.flatten()
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight_VD: Tensor,
@@ -41,7 +48,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The same from hidden states, B T D or N D: logits = hidden Wᵀ + b. Returns (sum in nats, count of scored labels)."""
-    hidden_ND, labels_N = hidden.flatten(0, -2), labels.flatten()
+    hidden_ND, labels_N = flattened(hidden, labels)
     scored = labels_N != IGNORE
     if not scored.all():  # first of all; and no copy where all are scored
         hidden_ND, labels_N = hidden_ND[scored], labels_N[scored]

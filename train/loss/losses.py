@@ -8,7 +8,7 @@ from torch import Tensor
 from train.loss.chunked import chunked_linear_cross_entropy
 from train.loss.cross_entropy import linear_cross_entropy
 
-LARGE = 2**22  # bytes of float32 logits from which on the chunked loss is faster on a CPU too, for it touches less memory
+LARGE = 2**27  # bytes of float32 logits from which on not to have them all is worth a few percent of time on a CPU
 
 
 def triton_linear_cross_entropy(
@@ -26,8 +26,9 @@ LOSSES = {"plain": linear_cross_entropy, "chunked": chunked_linear_cross_entropy
 def choose_loss(rows: int, vocab_size: int, device: torch.device) -> str:
     """For "auto": on a CUDA device Triton's; elsewhere the chunked one where the logits of `rows` rows are not small.
 
-    Measured on a CPU, forward and backward, chunked over plain: 2.2 × the time at 0.5 MB of logits (0.3 ms more, a call's
-    own cost), 0.8 × at 2 MB, 0.6 to 0.8 × from 17 MB on. See `python -m tests.bench loss`.
+    Measured on a CPU, forward and backward, chunked over plain: 0.7 to 0.8 × the time from 67 MB of logits on; with freed
+    memory kept, as in training, 0.95 to 1.05 at 67 MB. Below it costs a call's own time (0.3 ms), and saves little. See
+    `python -m tests.bench loss` and `engine`.
 
     >>> choose_loss(16, 50_000, torch.device("cpu")), choose_loss(2048, 50_000, torch.device("cpu"))
     ('plain', 'chunked')

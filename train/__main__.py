@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
         flat = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
         config = tyro.cli(TrainConfig, args=arguments, default=default, prog="python -m train", config=flat)
         folder = config.run.resume
-        given, rest = overrides(config)
+        given, rest = overrides(config, arguments)
         if folder is not None and replace(rest, run=replace(rest.run, resume=None)) != TrainConfig():
             allowed = " ".join(f"--{name.replace('_', '-')}" for names in OVERRIDES.values() for name in names)
             raise TrainError(

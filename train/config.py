@@ -225,14 +225,15 @@ class TrainConfig:
 OVERRIDES = {"run": ("device", "threads", "mesh", "on_nonfinite"), "report": ("verbose", "profile", "memory_report")}
 
 
-def overrides(asked: TrainConfig) -> tuple[dict[str, dict], TrainConfig]:
-    """What was asked for of `OVERRIDES`, and the settings without it."""
+def overrides(asked: TrainConfig, arguments: list[str]) -> tuple[dict[str, dict], TrainConfig]:
+    """What the arguments ask for of `OVERRIDES`, also where it is the default, and the settings without it."""
+    said = {argument.split("=")[0].replace("_", "-") for argument in arguments}
     given, default = {}, TrainConfig()
     for group, names in OVERRIDES.items():
         has, usual = getattr(asked, group), getattr(default, group)
-        given[group] = {name: getattr(has, name) for name in names if getattr(has, name) != getattr(usual, name)}
-        back = {name: getattr(usual, name) for name in given[group]}
-        asked = replace(asked, **{group: replace(has, **back)})
+        options = {name: name.replace("_", "-") for name in names}
+        given[group] = {n: getattr(has, n) for n, option in options.items() if said & {f"--{option}", f"--no-{option}"}}
+        asked = replace(asked, **{group: replace(has, **{name: getattr(usual, name) for name in given[group]})})
     return given, asked
 
 

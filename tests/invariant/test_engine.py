@@ -185,6 +185,10 @@ def test_what_a_resume_may_be_given(options, tmp_path):
 def test_a_resume_may_be_quiet(halfway):
     said = stopped_at(72, "--resume", halfway, "--no-verbose")
     assert said.code == 0 and "network  " not in said.out and "stopped on SIGINT" in said.out, said.err
+    settings = halfway / "config.toml"
+    settings.write_text(settings.read_text().replace("verbose = true", "verbose = false"))
+    assert "network  " not in stopped_at(74, "--resume", halfway).out
+    assert "network  " in stopped_at(76, "--resume", halfway, "--verbose").out  # though that is the default
 
 
 def test_the_end_says_where_time_went(finished, tmp_path, options):

@@ -23,7 +23,8 @@ from train.shard import copy_, local
 from train.sharded_checkpoint import INDEX, Parts, part_like, write_part
 from train.step import StepResult, train_step
 
-# Beside the folder of `model.hub`, in a checkpoint that is not in parts. With averages, these are the folder's weights.
+# In a checkpoint that is not in parts, beside the files of `model.hub`; the last two only where there are averages, for then
+# model.safetensors has these.
 FILES = {"optimizer": "optimizer.safetensors", "averages": "averages.safetensors", "weights": "raw.safetensors"}
 
 
@@ -54,8 +55,7 @@ class Engine:
         self.factor, self.max_norm, self.autocast = factor, max_norm, autocast
         self.ranks, self.mesh, self.seed = ranks or Ranks(), mesh or Mesh(), seed
         self.step, self.skipped = 0, 0
-        device = next(objective.parameters()).device
-        self.rounding = torch.Generator(device) if device.type != "meta" else None
+        self.rounding = torch.Generator(next(objective.parameters()).device)
         optimizers.set_rounding(self.rounding)
 
     @property

@@ -19,7 +19,19 @@ SMALLEST_SCALE = 2.0**-24  # float16's largest number over this is 10^12: larger
 
 @dataclass(frozen=True)
 class Precision:
-    """Which number format stands where."""
+    """Which number format stands where, and why.
+
+    A product of matrices takes most of the time and tolerates short inputs: its sums are kept in float32, so that rounding
+    errors of the inputs, 2^-9 in bfloat16 and 2^-12 in float16, average out. Softmax, norms, losses and all other sums over
+    many elements stay in float32: there one rounding error can decide (exp of a rounded 20.06 is 4 % off; 1 + 2^-9 = 1 in
+    bfloat16). Parameters, gradients and moments are float32: an update of a thousandth of a weight would be rounded away.
+
+    bfloat16 has float32's exponents and so its range. float16's smallest number is 6e-8, and gradients of activations are
+    often smaller: the loss is multiplied by a large number, and the gradients, in float32 by then, are divided by it.
+    "bf16-pure" stores everything in bfloat16, for half the memory; updates then survive only by stochastic rounding.
+    Source: Micikevicius et al. 2018, arXiv 1710.03740; bfloat16: Kalamkar et al. 2019, arXiv 1905.12322. Which operation is
+    on which side is torch.autocast's own table.
+    """
 
     autocast: torch.dtype | None  # of matrix products and attention; None: the parameters'
     matmul: str  # of float32 products, for torch.set_float32_matmul_precision; "high" lets a GPU read 10 bits of mantissa
@@ -27,15 +39,6 @@ class Precision:
     scaled: bool  # whether the loss must be scaled (`GradScaler`)
 
 
-# A product of matrices takes most of the time and tolerates short inputs: its sums are kept in float32, so that rounding
-# errors of the inputs, 2^-8 in bfloat16 and 2^-11 in float16, average out. Softmax, norms, losses and other sums over many
-# elements stay in float32: there one rounding can decide (in bfloat16 20.06 is 20, and its exp 6 % off; 1 + 2^-8 is 1).
-# Parameters, gradients and moments are float32: an update of a thousandth of a weight would be rounded away.
-# bfloat16 has float32's exponents and so its range. float16's smallest number is 6e-8, and gradients of activations are
-# often smaller: the loss is multiplied by a large number, and the gradients, in float32 by then, are divided by it.
-# "bf16-pure" stores everything in bfloat16, for half the memory; updates then survive only by stochastic rounding.
-# Source: Micikevicius et al. 2018, arXiv 1710.03740; bfloat16: Kalamkar et al. 2019, arXiv 1905.12322. Which operation is on
-# which side is torch.autocast's own table.
 PRECISIONS = {
     "fp32": Precision(None, "highest", torch.float32, scaled=False),
     "tf32": Precision(None, "high", torch.float32, scaled=False),

@@ -147,7 +147,8 @@ def open_network(
     """
     task = TASKS[config.run.objective]
     run, asked = config.run, config.network
-    dtype = torch.bfloat16 if config.speed.precision == "bf16-pure" else torch.float32
+    asked_for = PRECISIONS.get(config.speed.precision)  # None: "auto", which chooses among those with float32 weights
+    dtype = asked_for.parameters if asked_for else torch.float32
     common = {"dtype": dtype, "device": device, "attention": config.speed.attention}
     if checkpoint is not None:
         if (checkpoint / IN_PARTS).is_file():

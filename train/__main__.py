@@ -1,5 +1,6 @@
 """`python -m train`: options in, a run out. Nothing heavy is imported before the options are understood."""
 
+import os
 import sys
 import tomllib
 from dataclasses import replace
@@ -89,4 +90,10 @@ def fail(error: Exception | str) -> int:
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without UTF-8 must not end a run that prints an emoji
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if "RANK" in os.environ:  # gloo's threads may still give tensors back, and an interpreter that ends under them aborts
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)

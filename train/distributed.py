@@ -208,6 +208,11 @@ def sharded(objective: nn.Module, mesh: Mesh, compute: torch.dtype | None, resha
 def average_in_float32(ranks: int, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """DistributedDataParallel's sum of bfloat16 gradients would be rounded to 8 bits at each addition."""
     wide = bucket.buffer().float().div_(ranks)
+    if wide.device.type == "cpu":  # gloo would call back from a thread of its own, even while the interpreter ends
+        dist.all_reduce(wide)
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer().copy_(wide))
+        return done
     future = dist.all_reduce(wide, async_op=True).get_future()
     return future.then(lambda done: bucket.buffer().copy_(done.value()[0]))
 

@@ -15,11 +15,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import model.__main__ as model_command
 import model.hub
+from tests.ranks import in_two_ranks
 from tests.runs import ROOT, STEPS, arguments, assert_same_end, command, last_checkpoint, steps_of, wait_for_step
 from train.checkpoint import step_of
 from train.distributed import Mesh, OtherRankError, Ranks, replicated, share
@@ -195,11 +195,10 @@ def meet(rank: int, folder: Path) -> None:
     wrapped(torch.full((1, 3), 1.0 + 2 * rank, dtype=torch.bfloat16)).sum().backward()
     assert layer.weight.grad.tolist() == [[2.0] * 3]
     dist.barrier()
-    dist.destroy_process_group()
 
 
 def test_what_ranks_say_to_one_another(tmp_path):
-    mp.spawn(meet, args=(tmp_path,), nprocs=2)
+    in_two_ranks(meet, tmp_path)
 
 
 @pytest.mark.parametrize("world", range(1, 6))

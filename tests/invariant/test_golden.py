@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from model.weights import to_published, weight_table
 from tests.conftest import randomized, tiny_config
 from tests.invariant.golden.run import CURVE, DTYPES, FACTORS, STEPS, Way, covering, engine_of, follow, padded, pairs, walk
+from tests.ranks import in_two_ranks
 from train.distributed import Ranks
 from train.objective import Objective
 
@@ -67,7 +67,7 @@ def test_the_curve_is_that_of_the_libraries(parity):
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory) -> dict[str, dict[int, float]]:
     folder = tmp_path_factory.mktemp("golden")
-    mp.spawn(walk, args=(folder,), nprocs=2)
+    in_two_ranks(walk, folder)
     one, other = (json.loads((folder / f"losses-{rank}.json").read_text()) for rank in (0, 1))
     return {key: {int(step): loss for step, loss in (one[key] | other[key]).items()} for key in one}
 

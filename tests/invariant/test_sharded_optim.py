@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import train.clip
 import train.muon
 import train.precision
+from tests.ranks import in_two_ranks
 from train.clip import clip_grad_norm_
 from train.ema import EMA
 from train.muon import Muon
@@ -290,7 +290,7 @@ CHECKS = {
 }
 
 
-def one_rank(rank: int, folder: str) -> None:
+def one_rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
     found = {}
@@ -304,14 +304,14 @@ def one_rank(rank: int, folder: str) -> None:
         dist.all_reduce(failed)
         if failed:  # the ranks may stand at different places now: the rest cannot be told
             break
-    Path(folder, f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
+    (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(one_rank, (str(folder),), nprocs=RANKS)
+    in_two_ranks(one_rank, folder)
     return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(RANKS)]
 
 

@@ -1,1 +1,13 @@
-"""Small trainable parts on a frozen network: LoRA and its kin. Nothing is here yet."""
+"""Small trainable parts on a frozen network: LoRA and its kin.
+
+    config     what an adapter is told, a dataclass a method (no torch)
+    inject     add_adapters, activate, merge, unmerge, remove: all methods alike
+    layer      a frozen layer with parts beside it
+    targets    which layers: names and regular expressions
+    methods    the registry: method -> how its parts come to a network
+
+One file a method: `lora` `dora` `adalora` `ia3` `adapter` (a part beside a layer), `prompt` `ptuning` `prefix` (before the text).
+
+    peft_io    PEFT's folders, in and out
+    __main__   python -m lora merge
+"""

@@ -60,9 +60,13 @@ def initial_value(config: ModelConfig, name: str, role: str, shape: torch.Size, 
     if role == "norm":
         return torch.ones(shape)
     std = INITS[config.init](config, name, role, shape)
+    return torch.empty(shape).normal_(0.0, std, generator=noise(seed, name))
+
+
+def noise(seed: int, name: str) -> torch.Generator:
+    """What a parameter's first values are drawn from, on the CPU: another one for every (seed, name)."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 @torch.no_grad()

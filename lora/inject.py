@@ -1,0 +1,225 @@
+"""Adapters on a network: put on, switched, merged into the weights, taken off.
+
+Every weight of the network is frozen; what is trained stands beside it. Nothing of the network's own is copied: `remove` gives
+back the very modules that were there.
+"""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from lora.config import AdapterError
+from lora.layer import Adapted, AdaptedHead, Holder, Part, Place, Whole
+from lora.methods import BEFORE_THE_TEXT, BESIDE_A_LAYER, LINEAR
+from lora.targets import adaptable, matching, published_modules
+from model.heads import LanguageHead
+from model.init import noise
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+@torch.no_grad()
+def add_adapters(network: Network, config: object, name: str = "default", *, seed: int = 0) -> Network:
+    """Put an adapter of `config`'s method (`lora.config`) on the network, freeze all else, and make it the active one.
+
+    What the network computes is at first, bit for bit, what it computed (but for a prompt or prefix, which is there at once).
+    Further adapters, of any method, need other names. Adapters are float32, or float64 on a float64 network, whatever format
+    the network has. First values are a function of (seed, parameter name). Returns the network.
+
+    Errors (AdapterError): targets that match nothing, an unknown method, a name that is taken.
+    """
+    if config.method not in BESIDE_A_LAYER | BEFORE_THE_TEXT:
+        raise AdapterError(f"unknown method {config.method!r}; methods: {', '.join(BESIDE_A_LAYER | BEFORE_THE_TEXT)}")
+    if not name or "." in name or name in adapters(network):
+        raise AdapterError(f"{name!r} cannot be an adapter's name: it holds a dot, is empty, or the network has one of that name")
+    if merged(network):
+        raise AdapterError("adapters are merged into this network's weights: unmerge them before another one is added")
+    wide = torch.float64 if dtype_of(network) == torch.float64 else torch.float32
+    if not adapters(network):
+        network.trained_before = {path for path, parameter in network.named_parameters() if parameter.requires_grad}
+        network.requires_grad_(False)
+    whole = [path for pattern in config.train_whole for path in matching(network, pattern, "train_whole")]
+    if config.method in BESIDE_A_LAYER:
+        layers, published = adaptable(network), published_modules(network)
+        for path in matching(network, config.targets):
+            if path not in whole:
+                layer = stand_in(network, layers[path], Adapted, path)
+                layer.parts[name] = BESIDE_A_LAYER[config.method](layer.base, config, Place(path, published.get(path, path)))
+    else:
+        BEFORE_THE_TEXT[config.method](network, config, name)
+    for path in whole:
+        holder = stand_in(network, adaptable(network)[path], Whole, path)
+        holder.parts[name] = deepcopy(holder.base).to(wide)
+    for path, part in parts(network, name).items():
+        part.to(device=next(network.parameters()).device, dtype=wide)
+        if isinstance(part, Part):
+            part.reset(noise(seed, path))
+    network.adapters = adapters(network) | {name: config}
+    return activate(network, name)
+
+
+def dtype_of(network: nn.Module) -> torch.dtype:
+    return next(parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
+
+
+def stand_in(network: nn.Module, module: nn.Module, kind: type[Holder], path: str) -> Holder:
+    """What stands in a module's place with room for parts: it does already, or is put there now."""
+    if isinstance(module, Holder):
+        if not isinstance(module, kind):
+            raise AdapterError(f"{path} is trained whole by one adapter and by its parts in another: one network cannot have both")
+        return module
+    holder = (AdaptedHead if kind is Adapted and isinstance(module, LanguageHead) else kind)(module)
+    replace_module(network, module, holder)
+    return holder
+
+
+def replace_module(network: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """In every place: an encoder-decoder has one embedding under three names."""
+    for parent in list(network.modules()):
+        if parent is not new:
+            for name, child in parent._modules.items():
+                if child is old:
+                    parent._modules[name] = new
+
+
+# ---- what there is
+
+
+def adapters(network: nn.Module) -> dict[str, object]:
+    """name -> config, of the adapters on this network."""
+    return getattr(network, "adapters", {})
+
+
+def holders(network: nn.Module) -> dict[str, Holder]:
+    """path -> what holds parts there."""
+    return {path: module for path, module in network.named_modules() if isinstance(module, Holder)}
+
+
+def parts(network: nn.Module, name: str) -> dict[str, nn.Module]:
+    """path -> part, of one adapter; the path says also which adapter."""
+    found = holders(network).items()
+    return {f"{path}.parts.{name}": holder.parts[name] for path, holder in found if name in holder.parts}
+
+
+def merged(network: nn.Module) -> bool:
+    return any(isinstance(holder, Adapted) and holder.original is not None for holder in holders(network).values())
+
+
+# ---- which are used
+
+
+def activate(network: Network, names: str | Mapping[str, float] | tuple[str, ...] = ()) -> Network:
+    """Use these adapters and no others, and train them alone: a name, several, or name -> weight, by which what each one adds
+    is multiplied; none at all is the network without adapters."""
+    if merged(network):
+        raise AdapterError("adapters are merged into this network's weights: unmerge them first")
+    weights = names if isinstance(names, Mapping) else dict.fromkeys((names,) if isinstance(names, str) else names, 1.0)
+    if unknown := sorted(set(weights) - set(adapters(network))):
+        raise AdapterError(f"the network has no adapter {unknown[0]!r}; it has: {', '.join(adapters(network)) or 'none'}")
+    for name, weight in weights.items():
+        if weight != 1 and adapters(network)[name].method not in LINEAR:
+            raise AdapterError(f"adapter {name!r}: what {adapters(network)[name].method} does cannot be taken {weight} times")
+    biased = [name for name in weights if getattr(adapters(network)[name], "bias", "none") != "none"]
+    if biased and len(adapters(network)) > 1:
+        raise AdapterError(f"adapter {biased[0]!r} trains biases of the network itself, which another adapter would then see too")
+    for holder in holders(network).values():
+        holder.active = tuple(name for name in weights if name in holder.parts)
+        for name, part in holder.parts.items():
+            part.requires_grad_(name in weights)
+            if isinstance(part, Part):
+                part.share = weights.get(name, 1.0)
+    for path in biases(network, biased[0]) if biased else ():
+        network.get_parameter(path).requires_grad_(True)
+    return network
+
+
+def biases(network: nn.Module, name: str) -> list[str]:
+    """The network's own biases that an adapter trains too."""
+    mode = getattr(adapters(network)[name], "bias", "none")
+    own = [path for path, _ in network.named_parameters() if path.endswith(".bias") and ".parts." not in path]
+    return [path for path in own if mode == "all" or (mode == "adapted" and path.endswith(".base.bias"))]
+
+
+# ---- into the weights, and out
+
+
+@torch.no_grad()
+def merge(network: Network, *, untie: bool = False) -> Network:
+    """Add the active adapters to the weights, so that the network computes the same at its first speed; `unmerge` gives the
+    weights back bit for bit (they are kept until then, or until `remove`).
+
+    A matrix that stands in two places (a head tied to the embedding) cannot take what was learned in one of them: that is an
+    error, unless `untie` makes two matrices of it, and `network.config` says so.
+    Errors (AdapterError): methods that are no change of weights (prompts, prefixes, bottlenecks); a sum that is not finite.
+    """
+    if merged(network):
+        raise AdapterError("adapters are merged already")
+    if any(not isinstance(holder, Adapted | Whole) and holder.active for holder in holders(network).values()):
+        raise AdapterError("a prompt or prefix is no change of weights: it cannot be merged")
+    changed = {path: layer for path, layer in holders(network).items() if isinstance(layer, Adapted) and layer.chosen()}
+    for path in list(changed):
+        if shared := also_at(network, f"{path}.base.weight"):
+            if not untie:
+                raise AdapterError(
+                    f"{path} was adapted, and its matrix is also {shared[0]}: merged there, it would change both. Untie them "
+                    "(merge(network, untie=True), or --untie), or leave the adapter beside the weights"
+                )
+            changed[path].base.weight = nn.Parameter(changed[path].base.weight.clone(), requires_grad=False)
+            network.config = network.config.replace(tie_embeddings=False)
+    try:
+        for path, layer in changed.items():
+            weight, bias = layer.base.weight, getattr(layer.base, "bias", None)
+            new, new_bias = weight, bias
+            for part in layer.chosen():
+                new, new_bias = part.merged(new, new_bias)
+            if not bool(new.isfinite().all()):
+                raise AdapterError(f"{path}: the merged weight is not finite in {weight.dtype}")
+            layer.original = (weight.data, None if bias is None else bias.data)
+            set_weight(layer.base, new.data, None if new_bias is None else new_bias.data)
+    except (AdapterError, NotImplementedError) as error:
+        unmerge(network)
+        raise AdapterError(str(error)) from None
+    return network
+
+
+@torch.no_grad()
+def unmerge(network: Network) -> Network:
+    """The weights as they were before `merge`, with the adapters beside them again."""
+    for holder in holders(network).values():
+        if isinstance(holder, Adapted) and holder.original is not None:
+            set_weight(holder.base, *holder.original)
+            holder.original = None
+    return network
+
+
+def set_weight(layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    layer.weight.data = weight
+    if bias is not None:
+        layer.bias.data = bias
+
+
+def also_at(network: nn.Module, path: str) -> list[str]:
+    """The other places where the parameter at `path` stands."""
+    own = network.get_parameter(path)
+    owner = network.get_submodule(path.rpartition(".")[0])  # one module may have several names
+    found = ((name, module) for name, module in network.named_modules() if module is not owner)
+    return [f"{name}.{leaf}" for name, module in found for leaf, value in module._parameters.items() if value is own]
+
+
+def remove(network: Network) -> Network:
+    """Take every adapter off. Merged ones stay in the weights, and modules that the active one trained whole in their places;
+    else the network is the one it was. What was trained before is trained again."""
+    for holder in list(holders(network).values()):
+        if isinstance(holder, Adapted):
+            replace_module(network, holder, holder.base)
+        elif isinstance(holder, Whole):
+            replace_module(network, holder, holder.current)
+        else:
+            holder.take_off(network)
+    network.adapters = {}
+    for path, parameter in network.named_parameters():
+        parameter.requires_grad_(path in network.trained_before)
+    return network

@@ -1,0 +1,123 @@
+"""A frozen layer with small trainable parts beside it."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model.stack import Output
+
+
+class Place(NamedTuple):
+    """A layer's name: ours, and the family's published one."""
+
+    name: str
+    published: str
+
+
+class Part(nn.Module):
+    """What one adapter adds to one layer: it may change what the layer reads, and what it gives.
+
+    `share` is how much of it counts, where several adapters are active at once.
+    """
+
+    share: float = 1.0
+
+    def reset(self, generator: torch.Generator) -> None:
+        """Fill the parameters with their first values, drawn on the CPU in float32 from the generator."""
+        raise NotImplementedError
+
+    def enter(self, x: Tensor) -> Tensor:
+        """Before the layer: x, ... × I."""
+        return x
+
+    def leave(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        """After it: x as it was read, y = base(x), ... × O."""
+        return y
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The layer's own weight and bias as they must be to give the same without this part."""
+        raise NotImplementedError(f"{type(self).__name__} cannot be merged: it is not a change of the layer's weight")
+
+
+class Holder(nn.Module):
+    """`parts`, one an adapter; those whose names are in `active` take part, in that order."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleDict()
+        self.active: tuple[str, ...] = ()
+
+
+class Adapted(Holder):
+    """`base`, frozen, and the parts beside it. Names of parameters: `….base.weight`, `….parts.default.A`."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+        self.original: tuple[Tensor, Tensor | None] | None = None  # weight and bias before they were merged
+
+    def chosen(self) -> list[Part]:
+        """The parts that are to be computed: none while they are merged into the base."""
+        return [self.parts[name] for name in self.active] if self.original is None else []
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.chosen()
+        for part in chosen:
+            x = part.enter(x)
+        y = self.base(x)
+        for part in chosen:
+            y = part.leave(x, y, self.base)
+        return y
+
+
+class AdaptedHead(Adapted):
+    """A language head: a loss may ask for `features`, `weight` and `bias` instead of logits, so a low-rank part widens the two:
+    logits = [f, s drop(f) Aᵀ] [W, B]ᵀ."""
+
+    def features(self, hidden: Tensor) -> Tensor:
+        features = self.base.features(hidden)
+        for part in self.chosen():
+            features = part.widen_features(features)
+        return features
+
+    @property
+    def weight(self) -> Tensor:
+        weight_VD = self.base.weight
+        for part in self.chosen():
+            weight_VD = part.widen_weight(weight_VD)
+        return weight_VD
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return nn.functional.linear(self.features(hidden), self.weight, self.bias)
+
+    def read(self, output: Output, attention_mask: Tensor | None) -> Output:
+        if hasattr(self.base, "pair"):
+            output = output._replace(pair_logits=self.base.pair(output.hidden, attention_mask))
+        return output._replace(logits=self(output.hidden, attention_mask))
+
+
+class Whole(Holder):
+    """A module of which each adapter trains a copy of its own, its part; the one that is active stands in for it."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+
+    @property
+    def current(self) -> nn.Module:
+        return self.parts[self.active[-1]] if self.active else self.base
+
+    def forward(self, *inputs, **options):
+        return self.current(*inputs, **options)
+
+    def __getattr__(self, name: str):
+        """What a head offers beside `forward`: the current one's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.current, name)

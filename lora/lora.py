@@ -1,0 +1,105 @@
+"""LoRA: a frozen matrix and a low-rank change of it beside it.
+
+W' = W + s B A with s = α / r, or α / √r where it is rank-stabilized. A begins uniform in ±1/√I (Kaiming), B at zero: at the
+start the network is, bit for bit, what it was.
+Source: Hu et al. 2021, arXiv 2106.09685, section 4.1; Kalajdzievski 2023, arXiv 2312.03732 (rsLoRA). As in PEFT, dropout
+is on what A reads, and an embedding's A begins at zero, its B normal.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora.config import AdapterError, LoraConfig
+from lora.layer import Part, Place
+from lora.targets import by_pattern
+
+
+def lora_reference(x: Tensor, y: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
+    """y + s · (x Aᵀ) Bᵀ."""
+    return y + scale * (x @ A_RI.T) @ B_OR.T
+
+
+def add_low_rank(x: Tensor, y: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
+    """The same; the scaled product is added to y while it is made, rather than in two more passes over ... × O."""
+    h = F.linear(x.to(A_RI.dtype), A_RI)
+    if y.dtype != h.dtype and not torch.is_autocast_enabled(y.device.type):  # float32 adapters on a 16-bit base
+        return y + (scale * F.linear(h, B_OR)).to(y.dtype)
+    return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B_OR.T, alpha=scale).view_as(y)
+
+
+class Lora(Part):
+    """Beside a linear layer. A: R × I, B: O × R."""
+
+    def __init__(self, base: nn.Linear, config: LoraConfig, rank: int, alpha: float):
+        super().__init__()
+        self.A = nn.Parameter(torch.empty(rank, base.in_features))
+        self.B = nn.Parameter(torch.empty(base.out_features, rank))
+        self.rank, self.scale = rank, scaling(config, rank, alpha)
+        self.dropout = config.dropout
+
+    def reset(self, generator: torch.Generator) -> None:
+        bound = 1 / math.sqrt(self.A.size(1))
+        self.A.data.copy_(torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator))
+        self.B.data.zero_()
+
+    def drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+    def leave(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        return add_low_rank(self.drop(x), y, self.A, self.B, self.share * self.scale)
+
+    def delta(self) -> Tensor:
+        """s B A: O × I."""
+        return self.share * self.scale * (self.B @ self.A)
+
+    def merged(self, weight_OI: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """W + s B A, added in the wider of the two formats, in the weight's format."""
+        return (weight_OI + self.delta()).to(weight_OI.dtype), bias_O
+
+    def widen_features(self, features: Tensor) -> Tensor:
+        h = F.linear(self.drop(features).to(self.A.dtype), self.A)
+        return torch.cat((features, (self.share * self.scale * h).to(features.dtype)), dim=-1)
+
+    def widen_weight(self, weight_VD: Tensor) -> Tensor:
+        return torch.cat((weight_VD, self.B.to(weight_VD.dtype)), dim=-1)
+
+
+class EmbeddingLora(Lora):
+    """Beside an embedding: row v of A ... R × V and B: D × R."""
+
+    def __init__(self, base: nn.Embedding, config: LoraConfig, rank: int, alpha: float):
+        Part.__init__(self)
+        self.A = nn.Parameter(torch.empty(rank, base.num_embeddings))
+        self.B = nn.Parameter(torch.empty(base.embedding_dim, rank))
+        self.rank, self.scale, self.dropout = rank, scaling(config, rank, alpha), 0.0
+
+    def reset(self, generator: torch.Generator) -> None:
+        self.A.data.zero_()
+        self.B.data.copy_(torch.empty(self.B.shape).normal_(generator=generator))
+
+    def leave(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        return y + (self.share * self.scale * F.embedding(x, self.A.T) @ self.B.T).to(y.dtype)
+
+    def delta(self) -> Tensor:
+        return self.share * self.scale * (self.B @ self.A).T  # V × D
+
+
+def scaling(config: LoraConfig, rank: int, alpha: float) -> float:
+    """
+    >>> scaling(LoraConfig(alpha=16), 4, 16), scaling(LoraConfig(rank_stabilized=True), 4, 16)
+    (4.0, 8.0)
+    """
+    return alpha / math.sqrt(rank) if config.rank_stabilized else alpha / rank
+
+
+def lora(base: nn.Module, config: LoraConfig, place: Place) -> Lora:
+    """The part for a layer of this kind."""
+    rank, alpha = by_pattern(config.rank_pattern, place, config.r), by_pattern(config.alpha_pattern, place, config.alpha)
+    if isinstance(base, nn.Embedding):
+        return EmbeddingLora(base, config, rank, alpha)
+    if hasattr(base, "in_features"):
+        return Lora(base, config, rank, alpha)
+    raise AdapterError(f"{place.name}: LoRA has no form for a {type(base).__name__}: linear layers and embeddings have one")

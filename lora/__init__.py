@@ -6,7 +6,7 @@
     targets    which layers: names and regular expressions
     methods    the registry: method -> how its parts come to a network
 
-One file a method: `lora` `dora` `adalora` `ia3` `adapter` (a part beside a layer), `prompt` `ptuning` `prefix` (before the text).
+One file a method: `lora` `dora` `adalora` `ia3` `adapter` (parts beside layers), `prompt` `ptuning` `prefix` (before the text).
 
     peft_io    PEFT's folders, in and out
     __main__   python -m lora merge

@@ -94,7 +94,8 @@ class AdaloraConfig(LoraConfig):
 
 @dataclass(frozen=True)
 class Ia3Config(Checked):
-    """Keys, values and the feed-forward's inner activations, each times a learned vector. Source: Liu et al. 2022, 2205.05638."""
+    """Keys, values and the feed-forward's inner activations, each times a learned vector. Source: Liu et al. 2022,
+    arXiv 2205.05638."""
 
     method: ClassVar[str] = "ia3"
 
@@ -124,6 +125,10 @@ class AdapterConfig(Checked):
     """Of the inner activations."""
     train_whole: tuple[str, ...] = ()
     """Modules that are trained whole."""
+
+    @property
+    def targets(self) -> str:
+        return r"mlp\.down$" if self.placement == "pfeiffer" else r"attention\.out$|mlp\.down$"
 
 
 @dataclass(frozen=True)

@@ -34,21 +34,21 @@ def add_adapters(network: Network, config: object, name: str = "default", *, see
     if config.method not in BESIDE_A_LAYER | BEFORE_THE_TEXT:
         raise AdapterError(f"unknown method {config.method!r}; methods: {', '.join(BESIDE_A_LAYER | BEFORE_THE_TEXT)}")
     if not name or "." in name or name in adapters(network):
-        raise AdapterError(f"{name!r} cannot be an adapter's name: it holds a dot, is empty, or the network has one of that name")
+        raise AdapterError(f"{name!r} cannot be an adapter's name: empty, with a dot, or already on this network")
     if merged(network):
         raise AdapterError("adapters are merged into this network's weights: unmerge them before another one is added")
     wide = torch.float64 if dtype_of(network) == torch.float64 else torch.float32
+    whole = [path for pattern in config.train_whole for path in matching(network, pattern, "train_whole")]
+    targets = matching(network, config.targets) if config.method in BESIDE_A_LAYER else []
     if not adapters(network):
         network.trained_before = {path for path, parameter in network.named_parameters() if parameter.requires_grad}
         network.requires_grad_(False)
-    whole = [path for pattern in config.train_whole for path in matching(network, pattern, "train_whole")]
-    if config.method in BESIDE_A_LAYER:
-        layers, published = adaptable(network), published_modules(network)
-        for path in matching(network, config.targets):
-            if path not in whole:
-                layer = stand_in(network, layers[path], Adapted, path)
-                layer.parts[name] = BESIDE_A_LAYER[config.method](layer.base, config, Place(path, published.get(path, path)))
-    else:
+    layers, published = adaptable(network), published_modules(network)
+    for path in targets:
+        if path not in whole:
+            layer = stand_in(network, layers[path], Adapted, path)
+            layer.parts[name] = BESIDE_A_LAYER[config.method](layer.base, config, Place(path, published.get(path, path)))
+    if config.method in BEFORE_THE_TEXT:
         BEFORE_THE_TEXT[config.method](network, config, name)
     for path in whole:
         holder = stand_in(network, adaptable(network)[path], Whole, path)
@@ -69,7 +69,7 @@ def stand_in(network: nn.Module, module: nn.Module, kind: type[Holder], path: st
     """What stands in a module's place with room for parts: it does already, or is put there now."""
     if isinstance(module, Holder):
         if not isinstance(module, kind):
-            raise AdapterError(f"{path} is trained whole by one adapter and by its parts in another: one network cannot have both")
+            raise AdapterError(f"{path} would be trained whole by one adapter and have parts of another: not on one network")
         return module
     holder = (AdaptedHead if kind is Adapted and isinstance(module, LanguageHead) else kind)(module)
     replace_module(network, module, holder)
@@ -124,7 +124,7 @@ def activate(network: Network, names: str | Mapping[str, float] | tuple[str, ...
             raise AdapterError(f"adapter {name!r}: what {adapters(network)[name].method} does cannot be taken {weight} times")
     biased = [name for name in weights if getattr(adapters(network)[name], "bias", "none") != "none"]
     if biased and len(adapters(network)) > 1:
-        raise AdapterError(f"adapter {biased[0]!r} trains biases of the network itself, which another adapter would then see too")
+        raise AdapterError(f"adapter {biased[0]!r} trains biases of the network itself, which other adapters would see too")
     for holder in holders(network).values():
         holder.active = tuple(name for name in weights if name in holder.parts)
         for name, part in holder.parts.items():

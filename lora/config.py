@@ -75,7 +75,7 @@ class AdaloraConfig(LoraConfig):
     SHARES: ClassVar = ("dropout", "beta1", "beta2")
 
     alpha: float = 16.0
-    """The update's scale: s = alpha / rank."""
+    """The update's scale: s = alpha / initial_r."""
     initial_r: int = 12
     """The rank of every layer at the start; r is the mean at the end."""
     warmup: float = 0.1
@@ -90,6 +90,16 @@ class AdaloraConfig(LoraConfig):
     """Decay of the mean of its uncertainty."""
     orthogonality: float = 0.5
     """Weight of the penalty that keeps P and Q orthogonal."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.r > self.initial_r:
+            raise AdapterError(f"adalora: r={self.r}, the mean rank at the end, is above initial_r={self.initial_r}")
+        if self.warmup + self.final >= 1:
+            raise AdapterError(f"adalora: warmup={self.warmup} and final={self.final} leave no steps in which ranks can go")
+        for name in ("rank_stabilized", "rank_pattern", "alpha_pattern"):
+            if getattr(self, name):
+                raise AdapterError(f"adalora: {name}={getattr(self, name)!r} has no meaning here: it shares ranks out itself")
 
 
 @dataclass(frozen=True)
@@ -118,7 +128,8 @@ class AdapterConfig(Checked):
     width: int = 16
     """Of the bottleneck."""
     placement: Literal["houlsby", "pfeiffer"] = "houlsby"
-    """houlsby: after attention and after the feed-forward; pfeiffer: after the feed-forward alone (arXiv 2005.00247)."""
+    """houlsby: after attention (also to an encoder) and after the feed-forward; pfeiffer: after the feed-forward alone
+    (arXiv 2005.00247)."""
     activation: Literal["relu", "gelu", "gelu_tanh", "silu"] = "gelu"
     """f."""
     dropout: float = 0.0
@@ -128,7 +139,7 @@ class AdapterConfig(Checked):
 
     @property
     def targets(self) -> str:
-        return r"mlp\.down$" if self.placement == "pfeiffer" else r"attention\.out$|mlp\.down$"
+        return r"mlp\.down$" if self.placement == "pfeiffer" else r"(attention|cross)\.out$|mlp\.down$"
 
 
 @dataclass(frozen=True)
@@ -142,6 +153,8 @@ class PromptConfig(Checked):
     """How many."""
     text: str | None = None
     """Start from the embeddings of this text, repeated or cut to `tokens`, rather than from random tokens' embeddings."""
+    ids: tuple[int, ...] = ()
+    """The same, of these token ids: what a tokenizer makes of the text."""
     train_whole: tuple[str, ...] = ()
     """Modules that are trained whole."""
 

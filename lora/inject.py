@@ -37,6 +37,8 @@ def add_adapters(network: Network, config: object, name: str = "default", *, see
         raise AdapterError(f"{name!r} cannot be an adapter's name: empty, with a dot, or already on this network")
     if merged(network):
         raise AdapterError("adapters are merged into this network's weights: unmerge them before another one is added")
+    if adapters(network) and any(map(trains_biases, (config, *adapters(network).values()))):
+        raise AdapterError("an adapter that trains biases trains the network's own, which others would see: it stands alone")
     wide = torch.float64 if dtype_of(network) == torch.float64 else torch.float32
     whole = [path for pattern in config.train_whole for path in matching(network, pattern, "train_whole")]
     targets = matching(network, config.targets) if config.method in BESIDE_A_LAYER else []
@@ -122,9 +124,7 @@ def activate(network: Network, names: str | Mapping[str, float] | tuple[str, ...
     for name, weight in weights.items():
         if weight != 1 and adapters(network)[name].method not in LINEAR:
             raise AdapterError(f"adapter {name!r}: what {adapters(network)[name].method} does cannot be taken {weight} times")
-    biased = [name for name in weights if getattr(adapters(network)[name], "bias", "none") != "none"]
-    if biased and len(adapters(network)) > 1:
-        raise AdapterError(f"adapter {biased[0]!r} trains biases of the network itself, which other adapters would see too")
+    biased = [name for name in weights if trains_biases(adapters(network)[name])]
     for holder in holders(network).values():
         holder.active = tuple(name for name in weights if name in holder.parts)
         for name, part in holder.parts.items():
@@ -136,11 +136,17 @@ def activate(network: Network, names: str | Mapping[str, float] | tuple[str, ...
     return network
 
 
+def trains_biases(config: object) -> bool:
+    return getattr(config, "bias", "none") != "none"
+
+
 def biases(network: nn.Module, name: str) -> list[str]:
     """The network's own biases that an adapter trains too."""
-    mode = getattr(adapters(network)[name], "bias", "none")
-    own = [path for path, _ in network.named_parameters() if path.endswith(".bias") and ".parts." not in path]
-    return [path for path in own if mode == "all" or (mode == "adapted" and path.endswith(".base.bias"))]
+    mode = adapters(network)[name].bias
+    if mode == "adapted":
+        layers = {path: layer for path, layer in holders(network).items() if isinstance(layer, Adapted) and name in layer.parts}
+        return [f"{path}.base.bias" for path, layer in layers.items() if getattr(layer.base, "bias", None) is not None]
+    return [path for path, _ in network.named_parameters() if path.endswith(".bias") and ".parts." not in path]
 
 
 # ---- into the weights, and out

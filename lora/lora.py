@@ -13,8 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora.config import AdapterError, LoraConfig
+from lora.fused import lora_linear
 from lora.layer import Part, Place
 from lora.targets import by_pattern
+from model.linear import Linear
+from model.mlp import Down
+
+PLAIN = (nn.Linear, Linear, Down)  # what they give is a product of x, in the weight's format, and no more
 
 
 def lora_reference(x: Tensor, y: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
@@ -67,6 +72,16 @@ class Lora(Part):
         return torch.cat((weight_VD, self.B.to(weight_VD.dtype)), dim=-1)
 
 
+class FusedLora(Lora):
+    """The same in one operation with the layer, where nothing else is there: no other part, no dropout, no packed weight.
+    A class of its own, for a method that builds on `Lora` and changes `leave` must not get it."""
+
+    def around(self, x: Tensor, base: nn.Module) -> Tensor:
+        if type(base) not in PLAIN or (self.dropout and self.training):
+            return super().around(x, base)
+        return lora_linear(x, base.weight, base.bias, self.A, self.B, self.share * self.scale)
+
+
 class EmbeddingLora(Lora):
     """Beside an embedding: row v of A ... R × V and B: D × R."""
 
@@ -101,5 +116,5 @@ def lora(base: nn.Module, config: LoraConfig, place: Place) -> Lora:
     if isinstance(base, nn.Embedding):
         return EmbeddingLora(base, config, rank, alpha)
     if hasattr(base, "in_features"):
-        return Lora(base, config, rank, alpha)
+        return FusedLora(base, config, rank, alpha)
     raise AdapterError(f"{place.name}: LoRA has no form for a {type(base).__name__}: linear layers and embeddings have one")

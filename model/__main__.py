@@ -113,7 +113,6 @@ def generate(options: Generate) -> None:
     from data.tokenizer import load_tokenizer
     from model.beam import beam_search
     from model.generate import generate
-    from model.hub import load
     from model.streaming import TextStream, before_stop
     from train.checkpoint import resolve
     from train.setup import checked_device
@@ -122,7 +121,7 @@ def generate(options: Generate) -> None:
         raise ConfigError("--stop does not go with --beams: beams end at ids")
     device = checked_device(options.device)
     folder = resolve(options.run)
-    network = load(folder, device=device)
+    network = load(folder, device)
     config = network.config
     tokenizer = load_tokenizer(folder, config.vocab_size)
     prompt = encode(tokenizer, options.prompt)
@@ -171,18 +170,28 @@ def generate(options: Generate) -> None:
         print(opening + text[: before_stop(text, options.stop)])
 
 
+def load(folder: Path, device: object) -> object:
+    """The network of a model folder; of an adapter's, its base with it."""
+    if (folder / "adapter_config.json").is_file():
+        from lora.peft_io import open_network
+
+        return open_network(folder, device=device)
+    from model.hub import load
+
+    return load(folder, device=device)
+
+
 def fill(options: Fill) -> None:
     import torch
 
     from data.tokenizer import load_tokenizer
     from model.fill import fill
-    from model.hub import load
     from train.checkpoint import resolve
     from train.setup import checked_device
 
     device = checked_device(options.device)
     folder = resolve(options.run)
-    network = load(folder, device=device)
+    network = load(folder, device)
     tokenizer = load_tokenizer(folder, network.config.vocab_size)
     if tokenizer.mask_id is None:
         raise ConfigError(f"{folder}: its tokenizer has no mask token, so that no gap can be told")
@@ -240,13 +249,14 @@ def main(arguments: list[str]) -> int:
     options = tyro.extras.subcommand_cli_from_dict(named, args=arguments, prog="python -m model")
 
     from data.config import DataError
+    from lora.config import AdapterError
     from model.hub import HubError
     from train.checkpoint import CheckpointError
     from train.config import TrainError
 
     try:
         COMMANDS[type(options)](options)
-    except (ConfigError, DataError, HubError, CheckpointError, TrainError, OSError) as error:
+    except (ConfigError, DataError, AdapterError, HubError, CheckpointError, TrainError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

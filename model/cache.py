@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from model.config import ConfigError, ModelConfig
 
@@ -24,6 +25,11 @@ class LayerCache:
         self.value_BGSK[:, :, start:end] = v_BGTK
         self.length = end
         return self.key_BGSK[:, :, :end], self.value_BGSK[:, :, :end]
+
+    def make_room(self, positions: int) -> None:
+        """Let the buffers hold so many positions more."""
+        self.key_BGSK = F.pad(self.key_BGSK, (0, 0, 0, positions))
+        self.value_BGSK = F.pad(self.value_BGSK, (0, 0, 0, positions))
 
     def reorder(self, row_B: Tensor) -> None:
         """Row b becomes what row row_B[b] was: a beam goes on from another one's past."""
@@ -47,6 +53,7 @@ class Cache:
     """For each layer that generates a `LayerCache`, and a `CrossCache` where it looks at an encoder.
 
     2 · L · G · K numbers a position and row. Beams of one text must stay together: `reorder` leaves the cross caches.
+    capacity: positions of text; a prompt or prefix that stands before it takes its own.
     """
 
     def __init__(
@@ -60,11 +67,19 @@ class Cache:
         shape = (batch_size, config.kv_heads, capacity, config.head_width)
         self.layers = [LayerCache(shape, dtype, device) for _ in config.decoder_layers]
         self.cross = [CrossCache() for _ in config.decoder_layers]
+        self.before = 0  # of the positions held, those of a prompt or prefix (`model.before`)
 
     @property
     def length(self) -> int:
-        """How many positions are held."""
+        """How many positions are held, with those before the text."""
         return self.layers[0].length
+
+    def make_room(self, before: int) -> None:
+        """For what stands before the text; asked of an empty cache."""
+        self.before = before
+        if before:
+            for layer in self.layers:
+                layer.make_room(before)
 
     def reorder(self, row_B: Tensor) -> None:
         for layer in self.layers:

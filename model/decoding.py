@@ -47,7 +47,7 @@ class Decoding:
         self.ids_BT = torch.cat((input_ids, rest), dim=1).repeat_interleave(copies, 0)
         self.mask_BT = torch.cat((mask_BS, torch.ones_like(rest)), dim=1).repeat_interleave(copies, 0)
         self.prompt = self.end = input_ids.size(1)  # positions that are given, and that are filled
-        self.limit = config.context if config.position != "relative" else self.ids_BT.size(1)
+        self.limit = config.context - network.body.before if config.position != "relative" else self.ids_BT.size(1)
         self.start = max(0, self.end - self.limit)  # of the window that is read
         self.read = self.start  # up to here the cache holds the window
         self.cache: Cache | None = None

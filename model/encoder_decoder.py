@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from model.cache import Cache
 from model.config import ConfigError, ModelConfig
@@ -23,8 +24,14 @@ class EncoderDecoder(nn.Module):
         self.encoder = Encoder(config, attention, embedding=self.embedding)
         self.decoder = Decoder(config, attention, cross=True, embedding=self.embedding)
 
+    @property
+    def before(self) -> int:
+        """As `Stack.before`, of the text that is written."""
+        return self.decoder.before
+
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, hidden_states: bool = False) -> Output:
-        return self.encoder(input_ids, attention_mask, hidden_states=hidden_states)
+        """hidden B S D; a prompt of the encoder stays in it (B P+S D): the decoder looks at that too."""
+        return self.encoder(input_ids, attention_mask, hidden_states=hidden_states, keep_prompt=True)
 
     def forward(
         self,
@@ -50,10 +57,15 @@ class EncoderDecoder(nn.Module):
             decoder_input_ids,
             decoder_attention_mask,
             cache=cache,
-            memory=Memory(memory, attention_mask),
+            memory=Memory(memory, self.memory_mask(attention_mask)),
             hidden_states=hidden_states,
         )
         return decoded._replace(memory=memory, memory_states=encoded.hidden_states if encoded is not None else None)
+
+    def memory_mask(self, attention_mask_BS: Tensor | None) -> Tensor | None:
+        """The mask of the input, for what the encoder makes of it."""
+        prompt = self.encoder.prompt.length if self.encoder.prompt is not None else 0
+        return attention_mask_BS if attention_mask_BS is None or not prompt else F.pad(attention_mask_BS, (prompt, 0), value=1)
 
     def shift_right(self, ids_BT: Tensor) -> Tensor:
         """decoder_start_id, then all ids but the last: position t is to predict ids[t]."""

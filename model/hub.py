@@ -33,6 +33,8 @@ def read_config(folder: str | Path, *, any_head: bool = False) -> ModelConfig:
     """`config.json` -> ModelConfig, by its `model_type`; the head by its `architectures`. `any_head`: one that is not
     known becomes "unknown" rather than an error, for a caller who wants the body."""
     path = Path(folder) / "config.json"
+    if (Path(folder) / "adapter_config.json").is_file() and not path.is_file():
+        raise HubError(f"{folder} holds an adapter, not a network: `python -m lora merge BASE {folder} --out DIR` makes one")
     if not path.is_file():
         raise HubError(f"{folder} is not a model folder: it holds no config.json")
     try:
@@ -136,7 +138,7 @@ def load(
     The network is made on the meta device; each weight is read from its place in the file into its own new memory, so
     that nothing is held twice. Every weight must be there, with its shape, and nothing else: what is missing, left over
     or misshapen is an error. Weights of another head that the family knows are passed over, with a warning where no head
-    was asked for; so are, in silence, the constant buffers that the family's table names.
+    was asked for; so are, in silence, the constant buffers that the family's table names. `network.source` is the folder.
 
     head: another one than the folder's (`model.heads.HEADS`), with `labels` classes; those of its weights that the folder
     does not hold in this shape are then new, from `seed`.
@@ -177,6 +179,7 @@ def load(
     if found.other_heads and not asked:
         names = ", ".join(found.other_heads[:5]) + (" …" if len(found.other_heads) > 5 else "")
         warnings.warn(f"{folder}: left out of a network with the head {config.head!r}: {names}", stacklevel=2)
+    network.source = folder
     return network.eval()
 
 

@@ -27,12 +27,18 @@ class Mask:
         window         t - s < window
         document_ids   B S: same document. Packed documents do not see each other.
         attention_mask B S: 1 for a real key, 0 for a pad. A query that may look nowhere (a pad) yields 0.
+        prefix         the first so many keys stand before every document and in every window: neither hides them
+
+    >>> mask = Mask(document_ids=torch.tensor([[-1, 0, 0, 1]]), prefix=1)
+    >>> mask.allowed(3, 4)[0, 0].int().tolist()
+    [[1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]
     """
 
     causal: bool = True
     window: int | None = None
     document_ids: Tensor | None = None
     attention_mask: Tensor | None = None
+    prefix: int = 0
 
     def allowed(self, queries: int, keys: int, device: torch.device | str = "cpu") -> Tensor:
         """The dense table, bool, B1TS (or 11TS where no rule looks at the batch). The queries are the last of the keys."""
@@ -42,10 +48,11 @@ class Mask:
         if self.causal:
             allowed = allowed & (key_1S <= query_T1)
         if self.window is not None:
-            allowed = allowed & (query_T1 - key_1S < self.window)
+            allowed = allowed & ((query_T1 - key_1S < self.window) | (key_1S < self.prefix))
         if self.document_ids is not None:
             ids_BS = self.document_ids
-            allowed = allowed & (ids_BS[:, None, -queries:, None] == ids_BS[:, None, None, :])
+            same = ids_BS[:, None, -queries:, None] == ids_BS[:, None, None, :]
+            allowed = allowed & (same | (key_1S < self.prefix))
         if self.attention_mask is not None:
             allowed = allowed & self.attention_mask.bool()[:, None, None, :]
         return allowed

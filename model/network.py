@@ -1,5 +1,7 @@
 """The network: a body (decoder, encoder or both) and a head."""
 
+from pathlib import Path
+
 from torch import Tensor, nn
 
 from model.config import ConfigError, ModelConfig
@@ -18,6 +20,8 @@ class Network(nn.Module):
 
     With tied embeddings the matrix of a language or masked-language head is the embedding's.
     """
+
+    source: Path | None = None  # the folder that it was loaded from
 
     def __init__(self, config: ModelConfig, attention: str = "sdpa"):
         super().__init__()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.before import before_the_text
 from model.block import Block
 from model.cache import Cache
 from model.config import ConfigError, LayerSpec, ModelConfig
@@ -38,6 +39,9 @@ class Stack(nn.Module):
 
     `attention` chooses the plain or the fused twin (`model.attention.ATTENTIONS`). `embedding` is given where two stacks
     share one. With `norm_first` a last norm ends the stack; otherwise each layer has normalized its own sum.
+
+    Two parts that may be set later stand before the text (`model.before`; `lora.prompt` and `lora.prefix` make them). Called
+    without arguments, `prompt` gives P × D vectors or None, `prefix` keys and values L 2 G P K or None; `length` of each is P.
     """
 
     def __init__(
@@ -59,6 +63,13 @@ class Stack(nn.Module):
         self.relative = RelativeBias(config, both_ways=not causal) if config.position == "relative" else None
         self.blocks = nn.ModuleList(Block(config, attention, cross=cross) for _ in layers)
         self.norm = NORMS[config.norm](config.width, config.norm_eps) if config.norm_first else nn.Identity()
+        self.register_module("prompt", None)
+        self.register_module("prefix", None)
+
+    @property
+    def before(self) -> int:
+        """How many positions prompt and prefix take from the context."""
+        return sum(part.length for part in (self.prompt, self.prefix) if part is not None)
 
     def forward(
         self,
@@ -71,19 +82,25 @@ class Stack(nn.Module):
         cache: Cache | None = None,
         memory: Memory | None = None,
         hidden_states: bool = False,
+        keep_prompt: bool = False,
     ) -> Output:
         """input_ids B T. attention_mask B S (1 real, 0 pad; S counts what the cache holds too). position_ids B T
         (default: counted by the mask). token_type_ids B T (default: 0). document_ids B T: packed documents, which must
-        not see each other."""
+        not see each other; all see prompt and prefix, and a prompt then sees itself alone. hidden B T D, of the text
+        (keep_prompt: B P+T D, of a prompt before it too)."""
         if cache is not None and document_ids is not None:
             raise ConfigError("a cache holds one document a row; document_ids are for training on packed rows")
-        queries = input_ids.size(1)
-        keys = queries + (cache.length if cache is not None else 0)
+        before = before_the_text(self, cache)
+        queries = before.new + input_ids.size(1)
+        keys = before.length + before.held + input_ids.size(1)
+        attention_mask, document_ids = before.covered(attention_mask, 1), before.covered(document_ids, -1)
         if position_ids is None:
             position_ids = positions(attention_mask, queries, keys, input_ids.device)
-        x_BTD = self.embed(input_ids, position_ids, token_type_ids, keys)
+        else:
+            position_ids = before.counted(position_ids)
+        x_BTD = self.embed(input_ids, position_ids, token_type_ids, keys, before.prompt_PD)
 
-        mask = Mask(causal=self.causal, document_ids=document_ids, attention_mask=attention_mask)
+        mask = Mask(self.causal, document_ids=document_ids, attention_mask=attention_mask, prefix=before.length)
         plans = self.plans(mask, queries, keys, x_BTD.device)
         ropes = {
             rope: rope_tables(position_ids, self.config.head_width, rope, x_BTD.dtype) if rope is not None else None
@@ -99,28 +116,42 @@ class Stack(nn.Module):
                 x_BTD,
                 plans[spec.window],
                 ropes[spec.rope],
-                cache.layers[index] if cache is not None else None,
+                before.pasts[index],
                 memory.hidden_BSD if memory is not None else None,
                 memory_plan,
                 cache.cross[index] if cache is not None else None,
             )
             if hidden_states:
                 states.append(x_BTD)
+        if before.new and not keep_prompt:
+            x_BTD, states = x_BTD[:, before.new :], [state_BTD[:, before.new :] for state_BTD in states]
         x_BTD = F.dropout(self.norm(x_BTD), self.config.output_dropout, self.training)
         return Output(None, x_BTD, (*states[:-1], x_BTD) if hidden_states else None)
 
-    def embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None, keys: int) -> Tensor:
-        """token · scale + position + segment, normalized where the family does so."""
+    def words(self, input_ids: Tensor) -> Tensor:
+        """token · scale."""
+        x_BTD = self.embedding(input_ids)
+        return x_BTD * self.config.embedding_scale if self.config.scale_embedding else x_BTD
+
+    def embed(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        token_type_ids: Tensor | None,
+        keys: int,
+        prompt_PD: Tensor | None = None,
+    ) -> Tensor:
+        """word + position + segment, normalized where the family does so; a prompt's vectors are words, of segment 0."""
         if self.config.position == "learned" and keys > self.config.context:
             raise ConfigError(f"{keys} positions were asked of a network with context={self.config.context}")
-        x_BTD = self.embedding(input_ids)
-        if self.config.scale_embedding:
-            x_BTD = x_BTD * self.config.embedding_scale
+        x_BTD = self.words(input_ids)
+        if prompt_PD is not None:
+            x_BTD = torch.cat((prompt_PD.to(x_BTD.dtype).expand(x_BTD.size(0), -1, -1), x_BTD), dim=1)
         if self.position is not None:
             x_BTD = x_BTD + self.position(position_ids).to(x_BTD.dtype)
         if self.token_type is not None:
             kinds = token_type_ids if token_type_ids is not None else torch.zeros_like(input_ids)
-            x_BTD = x_BTD + self.token_type(kinds)
+            x_BTD = x_BTD + self.token_type(F.pad(kinds, (x_BTD.size(1) - kinds.size(1), 0)))
         elif token_type_ids is not None:
             raise ConfigError(f"{self.config.family} of this config has no token types; token_type_ids were given")
         return F.dropout(self.embedding_norm(x_BTD), self.config.dropout, self.training)

@@ -3,12 +3,14 @@
 import os
 import sys
 import tomllib
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 from pathlib import Path
+from typing import Annotated, get_type_hints
 
 import tyro
 
 from data.config import DataError
+from lora.config import CONFIGS, AdapterError
 from model.config import ConfigError, ModelConfig
 from train.config import OVERRIDES, TrainConfig, TrainError, from_plain, overrides
 
@@ -40,12 +42,21 @@ def value_of(option: str, arguments: list[str]) -> str | None:
     return None
 
 
+def read_options(arguments: list[str], default: TrainConfig) -> TrainConfig:
+    """Options have their field's name alone (`--steps`); those of an adapter also its method's (`--lora.r`)."""
+    hints = get_type_hints(TrainConfig)
+    bare = {name: kind if name in CONFIGS else Annotated[kind, tyro.conf.OmitArgPrefixes] for name, kind in hints.items()}
+    options = make_dataclass("Options", [(name, kind, getattr(default, name)) for name, kind in bare.items()], frozen=True)
+    options.__doc__ = TrainConfig.__doc__
+    read = tyro.cli(options, args=arguments, prog="python -m train")
+    return TrainConfig(**{name: getattr(read, name) for name in hints})
+
+
 def main(arguments: list[str]) -> int:
     try:
         recipe = value_of("--recipe", arguments)
         default = read_recipe(recipe) if recipe else TrainConfig()
-        flat = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-        config = tyro.cli(TrainConfig, args=arguments, default=default, prog="python -m train", config=flat)
+        config = read_options(arguments, default)
         folder = config.run.resume
         given, rest = overrides(config, arguments)
         if folder is not None and replace(rest, run=replace(rest.run, resume=None)) != TrainConfig():
@@ -57,7 +68,7 @@ def main(arguments: list[str]) -> int:
         config.check()
         if folder is None and config.run.init is None and config.network.preset is not None:
             ModelConfig.preset(config.network.preset)  # a wrong name is told before torch is imported
-    except (TrainError, ConfigError, DataError, OSError) as error:
+    except (TrainError, ConfigError, DataError, AdapterError, OSError) as error:
         return fail(error)
 
     try:
@@ -72,7 +83,7 @@ def main(arguments: list[str]) -> int:
     except BrokenPipeError:
         sys.stdout = None  # or Python complains once more at its end
         return fail("the output was closed, so the run stopped; --resume goes on from its last checkpoint")
-    except (TrainError, DataError, ConfigError, HubError, CheckpointError, OSError) as error:
+    except (TrainError, DataError, ConfigError, AdapterError, HubError, CheckpointError, OSError) as error:
         return fail(error)
     except OtherRankError:
         return FAILED

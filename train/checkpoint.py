@@ -2,10 +2,12 @@
 
 A checkpoint is a folder of safetensors and JSON; nothing in it can run code:
 
-    config.json, model.safetensors   the network in the Hugging Face layout (`model.hub`)
+    config.json, model.safetensors   the network in the Hugging Face layout (`model.hub`); where an adapter is trained,
+    adapter_config.json, adapter_…   that instead, as PEFT writes it, and base.json: which network it belongs to (`lora.peft_io`)
     tokenizer.model                  the tokenizer; tokenizer.json and tokenizer_config.json say it to transformers
     optimizer.safetensors            every optimizer slot, by parameter name
-    averages.safetensors, raw…       with --ema: the averages, and the weights they follow (model.safetensors has averages)
+    averages.safetensors, raw…       with --ema: the averages, and the weights they follow (model.safetensors has averages);
+                                     of an adapter raw.safetensors is always there: all that is trained, as it is
     state.json                       step, tokens, loss scale, best validation …
     manifest.json                    format version; size and SHA-256 of each file above
 
@@ -158,14 +160,14 @@ def repoint(run: Path, last: Path, best: dict | None) -> None:
 
 
 def checkpoint_of(path: str | Path) -> Path:
-    """What a command given RUN opens: a run's best checkpoint, then its last; or a checkpoint or model folder itself.
+    """What a command given RUN opens: a run's best checkpoint, then its last; or a checkpoint, model or adapter folder itself.
 
     A checkpoint is verified; a model folder of other origin has no manifest to verify it by.
     """
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path.absolute()} does not exist")
-    if (path / "config.json").is_file():
+    if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
         if (path / MANIFEST).exists():
             verify(path)
         return path

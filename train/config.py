@@ -11,11 +11,33 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.config import DataConfig
+from lora.config import (
+    CONFIGS,
+    AdaloraConfig,
+    AdapterConfig,
+    DoraConfig,
+    Ia3Config,
+    LoraConfig,
+    PrefixConfig,
+    PromptConfig,
+    PtuningConfig,
+)
 
 # By objective, where nothing else is asked for: measured, see LOG.md.
 DEFAULT_PRESETS = {"clm": "tiny", "mlm": "tiny-encoder"}
 DEFAULT_LR = {"clm": 8e-3, "mlm": 3e-3}
-
+DEFAULT_DECAY = 0.2
+# With an adapter, whatever the objective.
+ADAPTER_LR = {
+    "lora": 2e-3,
+    "dora": 2e-3,
+    "adalora": 5e-3,
+    "ia3": 2e-2,
+    "adapter": 2e-3,
+    "prompt": 1e-1,
+    "ptuning": 5e-3,
+    "prefix": 3e-2,
+}
 
 MESH_AXES = ("replicate", "shard")
 MESH_LATER = ("tensor", "pipeline")  # names that are kept for what they mean everywhere
@@ -39,6 +61,8 @@ class RunConfig:
     """Start from the settings in this TOML file, or in train/recipes/NAME.toml; other options still win."""
     init: Path | None = None
     """Start from this run's or model folder's weights and tokenizer instead of random weights."""
+    adapter: Literal["none", "lora", "dora", "adalora", "ia3", "adapter", "prompt", "ptuning", "prefix"] = "none"
+    """Freeze the weights of --init, and train a small part beside them (--lora.r and so on); only that part is saved."""
     steps: int = 700
     """Optimizer steps."""
     seed: int = 0
@@ -81,14 +105,15 @@ class OptimizerConfig:
     """Sequences in a micro-batch; ranks share them."""
     accumulate: int = 1
     """Micro-batches in an optimizer step."""
-    optimizer: Literal["adamw", "muon", "sgd"] = "muon"
-    """muon: hidden matrices by Muon, the rest by AdamW."""
+    optimizer: Literal["adamw", "muon", "sgd"] | None = None
+    """muon: hidden matrices by Muon, the rest by AdamW. Default: muon, or adamw with an adapter."""
     lr: float | None = None
-    """The learning rate at its height (of AdamW, where Muon has its own). Default: 8e-3, or 3e-3 for mlm."""
+    """The learning rate at its height (of AdamW, where Muon has its own). Default: 8e-3, 3e-3 for mlm, with an adapter by its
+    method."""
     matrix_lr: float = 4e-2
     """Muon's learning rate at its height."""
-    weight_decay: float = 0.2
-    """Decoupled; by parameter role: matrices and embeddings, not norms and biases."""
+    weight_decay: float | None = None
+    """Decoupled; by parameter role: matrices and embeddings, not norms and biases. Default: 0.2, with an adapter 0."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates of the two moments."""
     eps: float = 1e-8
@@ -171,6 +196,19 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    dora: DoraConfig = field(default_factory=DoraConfig)
+    adalora: AdaloraConfig = field(default_factory=AdaloraConfig)
+    ia3: Ia3Config = field(default_factory=Ia3Config)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    ptuning: PtuningConfig = field(default_factory=PtuningConfig)
+    prefix: PrefixConfig = field(default_factory=PrefixConfig)
+
+    @property
+    def method(self) -> Any:
+        """The settings of the adapter that is asked for; None without one."""
+        return None if self.run.adapter == "none" else getattr(self, self.run.adapter)
 
     def check(self) -> None:
         """Refuse values that no run can have; each message names the option and its value."""
@@ -193,7 +231,7 @@ class TrainConfig:
             "matrix-lr": (optimizer.matrix_lr, 0),
             "z-loss": (optimizer.z_loss, 0),
             "recompute-every": (self.speed.recompute_every, 1),
-            "weight-decay": (optimizer.weight_decay, 0),
+            "weight-decay": (0 if optimizer.weight_decay is None else optimizer.weight_decay, 0),
         }
         for name, (value, minimum) in least.items():
             if not minimum <= value < math.inf:  # so that NaN is refused too
@@ -218,6 +256,19 @@ class TrainConfig:
             value = getattr(self.network, name)
             if value is not None and value < 1:
                 raise TrainError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        self.check_adapter()
+
+    def check_adapter(self) -> None:
+        chosen = self.run.adapter
+        if chosen != "none" and self.run.init is None:
+            raise TrainError(f"--adapter {chosen} stands beside a network's weights: give them, --init RUN or a model folder")
+        if chosen != "none" and "shard" in (self.run.mesh or ""):
+            raise TrainError(f"--adapter {chosen} does not go with --mesh {self.run.mesh}: replicate does")
+        if chosen != "none" and self.speed.precision == "bf16-pure":
+            raise TrainError(f"--adapter {chosen} is trained in float32: --precision bf16 has the network in 16 bits beside it")
+        for name in CONFIGS:
+            if name != chosen and getattr(self, name) != CONFIGS[name]():
+                raise TrainError(f"--{name}.… says how an adapter is made that is not asked for: add --adapter {name}")
 
 
 # What a resume may be given: none of it changes what is learned, but by rounding, and by leaving out a batch that cannot be
@@ -282,9 +333,11 @@ def mesh_sizes(text: str, world: int) -> dict[str, int]:
     return sizes
 
 
-def to_plain(config: Any) -> dict:
-    """A dataclass as tables of plain values for TOML, which has no null: a field that is None is left out."""
-    return {k: _plain(v) for k, v in asdict(config).items() if v is not None}
+def to_plain(config: TrainConfig) -> dict:
+    """Tables of plain values for TOML, which has no null: a field that is None is left out, and so are adapters not asked
+    for."""
+    unused = CONFIGS.keys() - {config.run.adapter}
+    return {k: _plain(v) for k, v in asdict(config).items() if v is not None and k not in unused}
 
 
 def _plain(value: Any) -> Any:
@@ -324,6 +377,8 @@ def _typed(hint: Any, value: Any, place: str) -> Any:
         if len(inner) != len(value):
             raise TrainError(f"{place} = {value!r}: {len(inner)} values are expected")
         return tuple(_typed(h, v, place) for h, v in zip(inner, value, strict=True))
+    if origin is dict and isinstance(value, dict):
+        return {str(key): _typed(args[1], each, f"{place}.{key}") for key, each in value.items()}
     if hint is Path and isinstance(value, str):
         return Path(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

@@ -13,7 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import lora.peft_io
 import model.hub
+from lora.adalora import RankAllocator
+from lora.inject import adapters
+from train.adapters import kept
 from train.checkpoint import CheckpointError
 from train.distributed import Mesh, Ranks, unwrapped
 from train.ema import EMA
@@ -24,7 +28,8 @@ from train.sharded_checkpoint import INDEX, Parts, part_like, write_part
 from train.step import StepResult, train_step
 
 # In a checkpoint that is not in parts, beside the files of `model.hub`; the last two only where there are averages, for then
-# model.safetensors has these.
+# model.safetensors has these. Of a network with an adapter the last one always is there, and holds what is trained alone;
+# beside it, in the place of `model.hub`'s files, stand `lora.peft_io`'s.
 FILES = {"optimizer": "optimizer.safetensors", "averages": "averages.safetensors", "weights": "raw.safetensors"}
 
 
@@ -49,12 +54,14 @@ class Engine:
         ranks: Ranks | None = None,
         mesh: Mesh | None = None,
         seed: int = 0,
+        allocator: RankAllocator | None = None,
     ):
         self.objective, self.optimizers = objective, optimizers
         self.scaler, self.averages = scaler or GradScaler(enabled=False), averages
         self.factor, self.max_norm, self.autocast = factor, max_norm, autocast
         self.ranks, self.mesh, self.seed = ranks or Ranks(), mesh or Mesh(), seed
         self.step, self.skipped = 0, 0
+        self.allocator = allocator  # AdaLoRA's: after each update it decides which ranks stay
         self.rounding = torch.Generator(next(objective.parameters()).device)
         optimizers.set_rounding(self.rounding)
 
@@ -81,6 +88,8 @@ class Engine:
             scaler=self.scaler,
             ranks=self.ranks,
             phase=phase,
+            penalty=self.allocator.penalty if self.allocator is not None else None,
+            updated=self.allocator.after_update if self.allocator is not None else None,
         )
         self.step += 1
         if not result.updated:
@@ -102,15 +111,20 @@ class Engine:
 
     # ---- state
 
+    def weights(self) -> dict[str, Tensor]:
+        """All of the network; where it has an adapter, what is trained."""
+        return kept(self.network) if adapters(self.network) else dict(self.network.named_parameters())
+
     def tensors(self) -> dict[str, Tensor]:
         """Everything that advances and is a tensor: `weights.…`, `optimizer.…`, `averages.…`."""
-        named = {"weights": dict(self.network.named_parameters()), "optimizer": self.optimizers.named_state()}
+        named = {"weights": self.weights(), "optimizer": self.optimizers.named_state()}
         named["averages"] = self.averages.named_state() if self.averages is not None else {}
         return {f"{kind}.{name}": value for kind, values in named.items() for name, value in values.items()}
 
     def state(self) -> dict:
         """The rest, as JSON can say it."""
-        return {"step": self.step, "skipped": self.skipped, "scaler": self.scaler.state_dict()}
+        allocator = {"allocator": self.allocator.state_dict()} if self.allocator is not None else {}
+        return {"step": self.step, "skipped": self.skipped, "scaler": self.scaler.state_dict()} | allocator
 
     def save(self, folder: Path) -> None:
         """This rank's share of a checkpoint: in parts where weights are in parts, else all of it, by rank 0."""
@@ -120,10 +134,12 @@ class Engine:
             if self.ranks.main:
                 (folder / "config.json").write_text(model.hub.config_json(self.network), encoding="utf-8")
         elif self.ranks.main:
+            adapted = bool(adapters(self.network))
             with self.averaged():
-                model.hub.save(self.network, folder)
+                (lora.peft_io if adapted else model.hub).save(self.network, folder)
+            wanted = {"optimizer": True, "averages": self.averages is not None, "weights": adapted or self.averages is not None}
             for kind, name in FILES.items():
-                if kind == "optimizer" or self.averages is not None:
+                if wanted[kind]:
                     values = {k: v.detach().contiguous().cpu() for k, v in self.tensors().items() if k.startswith(kind)}
                     save_file(values, folder / name)
 
@@ -131,7 +147,7 @@ class Engine:
         """All that advances, from a checkpoint by any number of ranks; the network of one that is not in parts has its
         weights already (`model.hub.load`). Whatever does not fit is a CheckpointError that names the folder."""
         try:
-            stored, parameters = stored_tensors(folder), dict(self.network.named_parameters())
+            stored, parameters = stored_tensors(folder), self.weights()
             read: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}, "averages": {}}
             for key in stored:
                 kind, name = key.split(".", 1)
@@ -145,6 +161,8 @@ class Engine:
             for name, value in read["weights"].items():
                 copy_(parameters[name], value)
             self.scaler.load_state_dict(state["scaler"])
+            if self.allocator is not None:
+                self.allocator.load_state_dict(state["allocator"])
             self.step, self.skipped = int(state["step"]), int(state["skipped"])
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{folder} does not fit this run: {error}") from error

@@ -20,6 +20,8 @@ def export(path: Path, out: Path) -> Path:
     Where the run keeps an average of its weights, that is what is written. `out` must be empty, or not there yet.
     """
     folder = checkpoint_of(path)
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(f"{folder} holds an adapter: python -m lora merge BASE {folder} --out {out}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(f"--out {out} is there already, and is not an empty folder")
     out.mkdir(parents=True, exist_ok=True)

@@ -157,6 +157,16 @@ def parameter_groups(
     return [group for group in (decayed, undecayed) if group["params"]]
 
 
+def at_multiples(groups: list[dict], multiple_of: Callable[[str], float], lr: float) -> list[dict]:
+    """The groups, split further where some parameters learn at a multiple of `lr`."""
+    found = []
+    for group in groups:
+        for multiple in dict.fromkeys(map(multiple_of, group["names"])):
+            part = _only([group], lambda name, param, multiple=multiple: multiple_of(name) == multiple)
+            found += [{**each, "lr": lr * multiple} if multiple != 1 else each for each in part]
+    return found
+
+
 def checked_role(role_of: Callable[[str], str], name: str) -> str:
     role = role_of(name)
     if role not in ROLES:
@@ -177,15 +187,20 @@ def build_optimizer(
     momentum: float = 0.95,
     adjust_lr: str = "original",
     fused: bool | None = None,
+    multiple_of: Callable[[str], float] = lambda name: 1.0,
 ) -> Optimizers:
     """The optimizers of a run: "adamw" or "sgd" trains all; "muon" gives 2-D weights of role "matrix" to Muon at `matrix_lr`.
+
+    `multiple_of(name)`: AdamW's rate for that parameter, as a multiple of `lr` (LoRA+).
 
     Embeddings, positions, the head, norms and biases then stay with AdamW at `lr` (Jordan et al. 2024: Muon is for hidden
     layers). The decay of every weight follows `parameter_groups`. `momentum` is Muon's and SGD's.
     """
     if name not in BUILDERS:
         raise ValueError(f"unknown optimizer {name!r}; known: {sorted(BUILDERS)}")
-    groups = parameter_groups(named_parameters, role_of, weight_decay)
+    groups = at_multiples(parameter_groups(named_parameters, role_of, weight_decay), multiple_of, lr)
+    if name != "adamw" and any("lr" in group for group in groups):
+        raise ValueError("rates of its own for some parameters (LoRA+): adamw has them")
     adam_settings = {"lr": lr, "betas": betas, "eps": eps, "fused": fused}
     matrix_settings = {"lr": matrix_lr, "momentum": momentum, "adjust_lr": adjust_lr}
     return Optimizers(BUILDERS[name](groups, role_of, adam_settings, matrix_settings))

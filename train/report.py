@@ -28,6 +28,8 @@ def introduction(run: "Run") -> str:
     config, shards, has = run.config, run.shards, run.engine.network.config
     per_step = config.optimizer.batch_size * config.optimizer.accumulate * config.network.context
     parameters = sum(parameter.numel() for parameter in run.engine.network.parameters())
+    trained = sum(parameter.numel() for parameter in run.engine.network.parameters() if parameter.requires_grad)
+    adapter = f", {trained:,} of them trained ({config.run.adapter})" if config.method is not None else ""
     epochs = config.run.steps * per_step / shards.train.tokens
     bytes_per_token = shards.train.bytes / shards.train.targets
     speed, home = config.speed, str(Path.home())
@@ -43,7 +45,7 @@ def introduction(run: "Run") -> str:
         f"{shards.train.tokens:,} to train on; shards in {cache} "
         f"({'built' if shards.built else 'reused'})\n"
         f"network  {has.family}, {has.depth} layers of width {has.width}, {has.heads} heads, "
-        f"context {config.network.context}: {parameters:,} parameters\n"
+        f"context {config.network.context}: {parameters:,} parameters{adapter}\n"
         f"machine  {run.device}, {machine}, {speed.precision}, {how}\n"
         f"run      {run.out}: steps {run.step} to {config.run.steps} of {per_step:,} tokens, "
         f"{epochs:.1f} epochs in all"
@@ -68,6 +70,7 @@ def speed(run: "Run", session: Session) -> str:
     # A CPU without 16-bit instructions multiplies faster in float32: the machine's rate is the better of both.
     formats = {PRECISIONS[config.speed.precision].autocast or torch.float32}
     formats |= {torch.float32} if run.device.type == "cpu" else set()
+    adapted = {} if config.method is None else {"rank": getattr(config.method, "r", 1)}  # the base's gradients are not made
     return (
         f"work     {run.tokens:,} {unit}; this session {clock(session.seconds)}, "
         f"{session.tokens / max(session.seconds, 1e-9):,.0f} {unit}/s\n"
@@ -75,7 +78,7 @@ def speed(run: "Run", session: Session) -> str:
         phases,
         session.seconds,
         tokens_per_s=positions / max(training, 1e-9),
-        flops=flops_per_token(run.engine.network.config, config.network.context, scored=scored(run)),
+        flops=flops_per_token(run.engine.network.config, config.network.context, scored=scored(run), **adapted),
         rate=max(matmul_rate(run.device, dtype) for dtype in formats) * run.ranks.world,
         memory=peak_memory(run.device),
     )
@@ -83,7 +86,7 @@ def speed(run: "Run", session: Session) -> str:
 
 def conclude(run: "Run", stopped: str, session: Session) -> None:
     """What was reached, how fast, the curves, and what to type next."""
-    say, out, has = print, run.out, run.engine.network.config
+    say, out, has, config = print, run.out, run.engine.network.config, run.config
     say(f"\nstopped {stopped}, saved at step {run.step}" if stopped else f"\ndone at step {run.step}")
     say(speed(run, session))
     if run.best:
@@ -107,7 +110,10 @@ def conclude(run: "Run", stopped: str, session: Session) -> None:
     say(f"  {run.task.try_it(folder)}")
     objective = "" if run.config.run.objective == "clm" else f" --objective {run.config.run.objective}"
     say(f"  python -m train{objective} --corpus PATH            # your own .txt, .md, .py or .jsonl files")
-    if not stopped.startswith("on"):
+    if config.method is not None and opened is not None:
+        base = shlex.quote(str(config.run.init))
+        say(f"  python -m lora merge {base} {shlex.quote(str(opened))} --out {folder}-model   # one ordinary model folder")
+    elif not stopped.startswith("on"):
         corpus = "" if built_in(run.config) else f" --corpus {shlex.join(run.config.data.corpus)}"
         say(f"  python -m train{objective} --init {folder}{corpus} --steps 300   # go on from these weights")
 

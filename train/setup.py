@@ -15,12 +15,16 @@ from torch import nn
 import model.hub
 from data.shards import Shards, prepare
 from data.tokenizer import Tokenizer, load_tokenizer
+from lora.adalora import RankAllocator
+from lora.base import check_base
 from model.config import ModelConfig, family, presets
 from model.init import build, empty
+from model.parameters import TARGETS
 from model.training import Training
 from model.weights import role_of
+from train.adapters import NAME, narrow, put_on, rate, role, table
 from train.checkpoint import IN_PARTS, resolve
-from train.config import DEFAULT_LR, DEFAULT_PRESETS, TrainConfig, TrainError, mesh_sizes
+from train.config import ADAPTER_LR, DEFAULT_DECAY, DEFAULT_LR, DEFAULT_PRESETS, TrainConfig, TrainError, mesh_sizes
 from train.distributed import Ranks, lay_out, spread, unwrapped
 from train.ema import EMA
 from train.engine import Engine
@@ -64,11 +68,14 @@ def resolve_machine(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     out = Path(ranks.agree(str(run.out or Path("runs") / f"{network.preset}-{time.strftime('%Y%m%d-%H%M%S')}")))
     threads = torch.get_num_threads()
     run = replace(run, device=device, threads=threads, out=out, mesh=mesh, on_nonfinite=on_nonfinite)
-    lr = DEFAULT_LR[run.objective] if config.optimizer.lr is None else config.optimizer.lr
+    asked, adapted = config.optimizer, config.method is not None
+    lr = (ADAPTER_LR[run.adapter] if adapted else DEFAULT_LR[run.objective]) if asked.lr is None else asked.lr
+    decay = (0.0 if adapted else DEFAULT_DECAY) if asked.weight_decay is None else asked.weight_decay
+    optimizer = replace(asked, lr=lr, weight_decay=decay, optimizer=asked.optimizer or ("adamw" if adapted else "muon"))
     report = config.report
     eval_every = report.eval_every or max(1, min(100, run.steps // 6))
     report = replace(report, eval_every=eval_every, save_every=report.save_every or eval_every)
-    optimizer, speed = replace(config.optimizer, lr=lr), replace(speed, deterministic=deterministic)
+    speed = replace(speed, deterministic=deterministic)
     return replace(config, run=run, network=network, optimizer=optimizer, speed=speed, report=report)
 
 
@@ -126,8 +133,9 @@ def open_data(config: TrainConfig, checkpoint: Path | None, say: Say) -> Shards:
     """Prepared shards; with --init, in the tokens of the folder that the weights come from."""
     tokenizer, mask = None, config.run.objective == "mlm"
     if config.run.init is not None:  # a resume has them in its own checkpoint, and needs that folder no more
-        folder = checkpoint or resolve(config.run.init)
-        found, wanted = model.hub.read_config(folder), TASKS[config.run.objective].architecture
+        init = resolve(config.run.init) if checkpoint is None or config.method else None  # an adapter's resume needs it too
+        folder = checkpoint or init
+        found, wanted = model.hub.read_config(init or folder), TASKS[config.run.objective].architecture
         if found.architecture != wanted:
             raise TrainError(
                 f"--objective {config.run.objective} trains networks of the architecture {wanted!r}; "
@@ -150,7 +158,7 @@ def open_network(
     asked_for = PRECISIONS.get(config.speed.precision)  # None: "auto", which chooses among those with float32 weights
     dtype = asked_for.parameters if asked_for else torch.float32
     common = {"dtype": dtype, "device": device, "attention": config.speed.attention}
-    if checkpoint is not None:
+    if checkpoint is not None and config.method is None:
         if (checkpoint / IN_PARTS).is_file():
             return empty(model.hub.read_config(checkpoint), **common)
         return model.hub.load(checkpoint, **common)
@@ -165,13 +173,23 @@ def open_network(
         given, has = getattr(asked, name), getattr(network.config, name)
         if given is not None and given != has and not (name == "context" and given < has):
             raise TrainError(f"--{name.replace('_', '-')} {given} does not go with --init {run.init}, which has {has}")
+    if config.method is not None:
+        if checkpoint is not None:
+            check_base(checkpoint, folder)
+        put_on(config, network, tokenizer, new_head=found.head != task.head)
+        say(table(network))
     return network
 
 
 def resolve_network(config: TrainConfig, ranks: Ranks, network: nn.Module) -> TrainConfig:
     """Write what the network is, and what speed will be used, back into the settings."""
     has, speed = network.config, config.speed
-    context = config.network.context or has.context
+    before = network.body.before  # a prompt's or prefix's positions
+    room = has.context if has.position == "relative" else has.context - before
+    context = config.network.context or room
+    if before and context > room:
+        what = f"{before} positions before the text exceed {has.context}"
+        raise TrainError(f"--context {context} and {what}: --context {room} fits")
     asked = replace(config.network, context=context, width=has.width, depth=has.depth, heads=has.heads, mlp_width=has.mlp_width)
     precision = speed.precision
     if precision == "auto":
@@ -212,6 +230,8 @@ def open_engine(
     asked, speed, policy = config.optimizer, config.speed, PRECISIONS[config.speed.precision]
     loss = LOSSES[speed.loss]
     learned = partial(loss, smoothing=asked.label_smoothing, z_loss=asked.z_loss)
+    if config.method is not None:
+        narrow(network, policy.autocast)
     objective = task.objective(network, learned, held_out=loss)
     recompute(network, speed.recompute, speed.recompute_every)
     if speed.compile == "on" and ranks.any(not compile_blocks(network, say)):
@@ -236,6 +256,7 @@ def open_engine(
         ranks=ranks,
         mesh=mesh,
         seed=config.run.seed,
+        allocator=RankAllocator(network, NAME, config.run.steps) if config.run.adapter == "adalora" else None,
     )
     return engine, config
 
@@ -246,20 +267,21 @@ def open_optimizers(config: TrainConfig, network: nn.Module) -> Optimizers:
         return build_optimizer(
             asked.optimizer,
             network.named_parameters(),
-            lambda name: role_of(network.config, name),
+            partial(role, network) if config.method is not None else partial(role_of, network.config),
             lr=asked.lr,
             matrix_lr=asked.matrix_lr,
             weight_decay=asked.weight_decay,
             betas=asked.betas,
             eps=asked.eps,
             momentum=asked.momentum,
+            multiple_of=partial(rate, config),
         )
     except ValueError as error:  # the optimizers know which values they can have
         raise TrainError(f"--optimizer {asked.optimizer}: {error}") from None
 
 
 def training_of(config: TrainConfig, ranks: Ranks, scored: float) -> Training:
-    """What a step's memory on one rank depends on, for `model.memory`."""
+    """What a step's memory on one rank depends on, for `model.memory`; of adapters it knows LoRA."""
     asked, speed = config.optimizer, config.speed
     return Training(
         batch_size=-(-asked.batch_size // ranks.world),
@@ -272,5 +294,8 @@ def training_of(config: TrainConfig, ranks: Ranks, scored: float) -> Training:
         accumulate=asked.accumulate,
         optimizer=asked.optimizer,
         ema=asked.ema > 0,
+        method="full" if config.method is None else "lora",
+        rank=getattr(config.method, "r", 8),
+        targets=config.method.targets if getattr(config.method, "targets", "") in TARGETS else "all-linear",
         device=torch.device(config.run.device).type,
     )

@@ -30,13 +30,16 @@ def train_step(
     scaler: GradScaler | None = None,
     ranks: Ranks | None = None,
     phase: Callable[[str], AbstractContextManager] = lambda name: nullcontext(),
+    penalty: Callable[[], Tensor] | None = None,
+    updated: Callable[[], None] | None = None,
 ) -> StepResult:
     """gradient = Σ over ranks and micro-batches of ∇(sum of token losses) / (count of scored labels of the whole step).
 
     The count is known before the first forward, and every micro-batch's sum is divided by it *before* its backward:
     micro-batches of unequal counts then weigh by their tokens, as one large batch would (averaging their means does
     not), and gradients never stand undivided, where fp16 would overflow. The engines average gradients over ranks: the
-    factor `world` makes that a sum.
+    factor `world` makes that a sum. `penalty()` is a function of the weights that is minimised too, though it is not in the
+    loss that is returned; `updated()` is called after an update, while the gradients are still there.
     """
     ranks, scaler = ranks or Ranks(), scaler or GradScaler(enabled=False)
     counts = [unwrapped(objective).counts(batch) for batch in micro_batches]
@@ -47,16 +50,21 @@ def train_step(
             with phase("forward"), autocast():
                 terms = objective(batch)
             share = sum(term.weight * term.sum / total[name].clamp_min(1) for name, term in terms.items())
+            objective_share = share * ranks.world
+            if penalty is not None:  # of every rank and micro-batch its part of one
+                objective_share = objective_share + penalty() / len(micro_batches)
             with phase("backward"):
-                scaler.scale(share * ranks.world).backward()
+                scaler.scale(objective_share).backward()
         loss = loss + share.detach()
     loss = ranks.sum(loss)
     with phase("optimizer"):
         scaler.unscale_(objective.parameters())
         grad_norm = clip_grad_norm_(objective.parameters(), max_norm)
-        updated = bool((grad_norm + loss).isfinite())  # waits for the gradients: no weight may take what is not a number
-        if updated:
+        sound = bool((grad_norm + loss).isfinite())  # waits for the gradients: no weight may take what is not a number
+        if sound:
             scaler.step(optimizers)
+            if updated is not None:
+                updated()
         scaler.update()
         optimizers.zero_grad(set_to_none=True)
-    return StepResult(loss, sum(total.values()), grad_norm, updated)
+    return StepResult(loss, sum(total.values()), grad_norm, sound)

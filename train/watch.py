@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from data.clm import IGNORE
+from train.adapters import accounted
 from train.memory_report import measure_step, report
 from train.profiler import Profiler
 from train.setup import training_of
@@ -37,7 +38,7 @@ class Watch:
             scored = sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches)
             scored /= sum(batch["labels"].numel() for batch in micro_batches)
             training = training_of(self.run.config, self.run.ranks, scored)
-            if engine.mesh.shard > 1:  # the account knows one device with all weights
+            if engine.mesh.shard > 1 or not accounted(self.run.config):  # the account knows one device with all weights
                 training = None
             self.run.console.say(report(engine.network.config, training, measured))
             return results[0]

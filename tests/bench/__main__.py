@@ -6,6 +6,7 @@
     engine    a training step on the CPU, eager, compiled, recomputed: operations a second beside the machine's products
     loss      time and memory of the head's chunked loss beside the plain one's
     ranks     two ranks of one thread each, DDP and FSDP2, beside one process of two threads
+    adapters  LoRA's step beside PEFT's; and what each method learns of a new corpus, beside full fine-tuning (--steps, --base)
     gpu       GPT-2 124M on a card, compiled, beside its own products and transformers
 """
 
@@ -14,6 +15,7 @@ import platform
 
 import torch
 
+from tests.bench.adapters import bench_adapters
 from tests.bench.engine import bench_engine
 from tests.bench.generate import bench_generate
 from tests.bench.gpu import bench_gpu
@@ -29,6 +31,7 @@ BENCHES = {
     "engine": bench_engine,
     "loss": bench_loss,
     "ranks": bench_ranks,
+    "adapters": bench_adapters,
     "gpu": bench_gpu,
 }
 
@@ -38,12 +41,15 @@ def main() -> None:
     parser.add_argument("name", nargs="?", choices=[*BENCHES, "all"], default="all", help="which one (default: all)")
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each side (default: 15)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--steps", type=int, default=400, help="adapters: optimizer steps of each method (default: 400)")
+    parser.add_argument("--base", help="adapters: a run or model folder to adapt, rather than one that is trained first")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     print(f"torch {torch.__version__}, {where}, {options.threads} threads, Python {platform.python_version()}\n")
     for name in BENCHES if options.name == "all" else [options.name]:
-        BENCHES[name](options.rounds)
+        own = {"steps": options.steps, "base": options.base} if name == "adapters" else {}
+        BENCHES[name](options.rounds, **own)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import nn
 
 import model.__main__ as model_command
@@ -98,6 +99,22 @@ def test_two_ranks_end_where_one_does(as_two, uninterrupted):
     assert losses(as_two) == pytest.approx(losses(alone), abs=2e-5)  # sums in another order, over 160 steps
     one, two = ([row["tokens"] for row in read_metrics(run / "metrics.jsonl")] for run in (alone, as_two))
     assert one == two
+
+
+def test_two_ranks_train_one_adapter(options, uninterrupted, tmp_path):
+    """AdaLoRA: its penalty is of the weights, not of the batch, and both ranks let the same ranks of matrices go."""
+    changes = {"steps": "40", "eval-every": "20", "adapter": "adalora", "adalora.every": "4", "adalora.warmup": "0.1"}
+    changes |= {"init": str(uninterrupted(**CHANGES))}  # without dropout, whose noise each rank draws for itself
+    alone, two = tmp_path / "alone", tmp_path / "two"
+    assert command(*options, *arguments(changes), "--out", alone).code == 0
+    with torchrun(*options, *arguments(changes), "--out", two) as running:
+        _, err = running.communicate(timeout=180)
+    assert running.returncode == 0, err
+    assert losses(two) == pytest.approx(losses(alone), abs=2e-5)
+    kept = [load_file(last_checkpoint(run) / "raw.safetensors") for run in (alone, two)]
+    masks = [{name: value for name, value in each.items() if name.endswith("kept")} for each in kept]
+    assert masks[0] and all(torch.equal(value, masks[1][name]) for name, value in masks[0].items())
+    assert not all(value.all() for value in masks[0].values())
 
 
 def losses(run: Path) -> list[float]:

@@ -25,7 +25,7 @@ LIBRARIES = {
     "data": {"torch", "numpy", "sentencepiece", "tokenizers", "tqdm"},
     "quant": {"torch", "safetensors", "triton"},
     "eval": {"torch", "numpy", "tqdm"},
-    "lora": {"torch", "safetensors", "triton"},
+    "lora": {"torch", "safetensors", "triton", "tqdm"},
     "train": {"torch", "numpy", "safetensors", "tqdm", "tomli_w", "matplotlib", "triton"},
 }
 

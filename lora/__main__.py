@@ -1,0 +1,91 @@
+"""`python -m lora merge BASE ADAPTER --out DIR`: an adapter into the weights of its base."""
+
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from lora.config import AdapterError
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Add an adapter to the weights of its base and write an ordinary model folder, a weight at a time."""
+
+    base: Annotated[Path, tyro.conf.Positional]
+    """The model folder (or run) that the adapter was trained on."""
+    adapter: Annotated[Path, tyro.conf.Positional]
+    """The adapter's folder (PEFT's or ours), or the run that trained it."""
+    out: Path
+    """The folder to write; it must be empty, or not there yet."""
+    untie: bool = False
+    """Where the head's matrix is the embedding's, and one of the two was adapted: write two matrices."""
+    dtype: Literal["fp64", "fp32", "bf16", "fp16"] | None = None
+    """Of all weights. Default: each as in the base."""
+    shard_size: str | None = None
+    """Of each file at the most, such as 5GB. Default: files as the base has them."""
+    any_base: bool = False
+    """Also on a base whose weights are not those that the adapter was trained on."""
+
+
+def size(text: str) -> int:
+    """
+    >>> size("2.5GB")
+    2500000000
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(KB|MB|GB)", text, re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise AdapterError(f"--shard-size {text}: a number and a unit are expected ({', '.join(UNITS)}), such as 5GB")
+    return round(float(match[1]) * UNITS[match[2].upper()])
+
+
+def merge(options: Merge) -> None:
+    shard_bytes = None if options.shard_size is None else size(options.shard_size)
+
+    import torch
+    from tqdm import tqdm
+
+    from lora.merge_folder import merge_folder
+    from train.checkpoint import resolve
+
+    dtypes = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    files = merge_folder(
+        resolve(options.base),
+        resolve(options.adapter),
+        options.out,
+        untie=options.untie,
+        dtype=None if options.dtype is None else dtypes[options.dtype],
+        shard_bytes=shard_bytes,
+        any_base=options.any_base,
+        progress=lambda items: tqdm(items, unit="tensor", desc="merging", disable=not sys.stderr.isatty(), leave=False),
+    )
+    written = sum(file.stat().st_size for file in files)
+    what = f"{len(files)} files" if len(files) > 1 else "one file"
+    print(f"written: {options.out}: {written / 1e6:.1f} MB of weights in {what}")
+    print(f"try it:  python -m model generate {shlex.quote(str(options.out))} --prompt 'The'")
+
+
+def main(arguments: list[str]) -> int:
+    options = tyro.extras.subcommand_cli_from_dict({"merge": Merge}, args=arguments, prog="python -m lora")
+
+    from model.config import ConfigError
+    from model.hub import HubError
+    from train.checkpoint import CheckpointError
+
+    try:
+        merge(options)
+    except (AdapterError, ConfigError, HubError, CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # for a terminal without UTF-8
+    sys.exit(main(sys.argv[1:]))

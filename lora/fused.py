@@ -1,0 +1,112 @@
+"""A linear layer and a low-rank change of it as one operation: no pass over the activations but the products' own.
+
+Composed from torch's layers, the update is a second N × O matrix that is made, scaled and added, and in the backward the two
+gradients of x are two N × I matrices that are added. Here every product adds to what the one before it has made:
+
+    y  = x Wᵀ + b     then  y  += s hᵀ Bᵀ,  with h  = A xᵀ,       R × N
+    dx = dy W         then  dx += dhᵀ A,    with dh = s Bᵀ dyᵀ,   R × N;      dA = dh x,   dB = s (h dy)ᵀ
+
+What is kept for the backward: x and h. The thin matrices lie with the rank first, for a CPU's products of a few columns by a
+long side are slow and those of a few rows are not (measured in float32, one thread, N 2,048, I = O = 384, R 8, where the base's
+product takes 6.9 ms: h 0.28 ms instead of 0.44, dh 0.28 instead of 1.02, dB 0.25 instead of 2.2; dA is 0.25 either way).
+Plain twin: `lora.lora.lora_reference`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from model.linear import linear
+
+# (x ... × I, W, b, h R × N, B, s) → y ... × O
+Product = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], Tensor]
+
+
+def products_in_place(x: Tensor, W_OI: Tensor, b_O: Tensor | None, h_RN: Tensor, B_OR: Tensor, scale: float) -> Tensor:
+    """y = x Wᵀ + b, then y += s hᵀ Bᵀ where it stands."""
+    y = linear(x, W_OI, b_O)
+    y_NO = y.view(-1, y.size(-1))
+    if is_in_torch_dispatch_mode():  # selective recomputation keeps what each product gave: it must not change afterwards
+        return torch.addmm(y_NO, h_RN.T, B_OR.T, alpha=scale).view_as(y)
+    y_NO.addmm_(h_RN.T, B_OR.T, alpha=scale)
+    return y
+
+
+def triton_product(x: Tensor, W_OI: Tensor, b_O: Tensor | None, h_RN: Tensor, B_OR: Tensor, scale: float) -> Tensor:
+    """The same in one kernel; needs a GPU. Not taken by itself: cuBLAS's product and a second, thin one that adds to it (at
+    rank 8 1/256 of the work at O = I = 4,096, and y once more read and written) may well be as fast. `python -m
+    tests.bench gpu` compares the two."""
+    from lora.kernels.lora_linear import lora_linear as in_one_kernel  # here: triton comes when a kernel is wanted
+
+    return in_one_kernel(x.reshape(-1, x.size(-1)), W_OI, b_O, h_RN, B_OR, scale).view(*x.shape[:-1], W_OI.size(0))
+
+
+class LoraLinear(torch.autograd.Function):
+    """x may have any leading axes. All is computed in `dtype`; gradients come back in the inputs' formats."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        W_OI: Tensor,
+        b_O: Tensor | None,
+        A_RI: Tensor,
+        B_OR: Tensor,
+        scale: float,
+        dtype: torch.dtype,
+        product: Product,
+    ) -> Tensor:
+        _, W_needed, _, A_needed, B_needed, *_ = ctx.needs_input_grad
+        ctx.scale, ctx.dtype, ctx.shape = scale, dtype, x.shape
+        x = x.to(dtype)
+        h_RN = A_RI.to(dtype) @ x.reshape(-1, x.size(-1)).T
+        # Weights are kept as they are and cast again in the backward: beside a product that is nothing, and saves their copies.
+        ctx.save_for_backward(x if A_needed or W_needed else None, h_RN if B_needed else None, W_OI, A_RI, B_OR)
+        return product(x, W_OI.to(dtype), None if b_O is None else b_O.to(dtype), h_RN, B_OR.to(dtype), scale)
+
+    @staticmethod
+    @once_differentiable  # h is a number here, no function of x
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x_needed, W_needed, b_needed, A_needed, B_needed, *_ = ctx.needs_input_grad
+        x, h_RN, W_OI, A_RI, B_OR = ctx.saved_tensors
+        dx = dW_OI = db_O = dA_RI = dB_OR = None
+        with torch.autocast(dy.device.type, enabled=False):
+            dy_NO = dy.reshape(-1, dy.size(-1))
+            if x_needed or A_needed:
+                dh_RN = (B_OR.to(ctx.dtype).T @ dy_NO.T).mul_(ctx.scale)
+            if x_needed:
+                dx_NI = dy_NO @ W_OI.to(ctx.dtype)
+                dx = dx_NI.addmm_(dh_RN.T, A_RI.to(ctx.dtype)).view(ctx.shape)
+            if W_needed:
+                dW_OI = dy_NO.T @ x.reshape(-1, x.size(-1))
+            if b_needed:
+                db_O = dy_NO.sum(0)
+            if A_needed:
+                dA_RI = dh_RN @ x.reshape(-1, x.size(-1))
+            if B_needed:
+                dB_OR = (h_RN @ dy_NO).mul_(ctx.scale).T
+        return dx, dW_OI, db_O, dA_RI, dB_OR, None, None, None
+
+
+def lora_linear(
+    x: Tensor,
+    W_OI: Tensor,
+    b_O: Tensor | None,
+    A_RI: Tensor,
+    B_OR: Tensor,
+    scale: float,
+    *,
+    product: Product = products_in_place,
+) -> Tensor:
+    """y = x Wᵀ + b + s (x Aᵀ) Bᵀ over the last axis, in the weight's format, or in autocast's where that is on (float64 stays).
+
+    So float32 adapters beside a 16-bit weight are rounded for the products, as autocast does, and learn in float32. Weight
+    and bias may be trained too; a second derivative is refused.
+    """
+    device, dtype = x.device.type, W_OI.dtype
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return LoraLinear.apply(x, W_OI, b_O, A_RI, B_OR, scale, dtype, product)

@@ -1,0 +1,265 @@
+"""PEFT's names of an adapter's tensors, as a table that is read both ways.
+
+    base_model.model.<module, as the family publishes it>.<what is in the table>     of parts beside a layer
+    base_model.model.<weight, as the family publishes it>                            of modules that were trained whole
+    base_model.model.<module>.base_layer.bias, or <module>.bias                      of biases that were trained too
+    prompt_embeddings                                                                of what stands before the text
+
+PEFT has no bottleneck adapters: `adapter_down.weight` and its like are ours.
+"""
+
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora.adalora import Adalora
+from lora.adapter import Adapter
+from lora.config import AdapterError
+from lora.dora import Dora, EmbeddingDora
+from lora.ia3 import ScaledInput, ScaledOutput
+from lora.inject import adapters, biases, holders, trains_biases
+from lora.layer import Adapted, Part, Whole
+from lora.lora import EmbeddingLora, Lora
+from lora.prefix import Prefix
+from lora.prompt import BeforeTheText
+from lora.targets import adaptable
+from model.config import ModelConfig
+from model.rope import interleaved_to_halves
+from model.weights import Weight, _prefix, head_spec, published_names, published_shape, to_published, weight_table
+
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One parameter of a part."""
+
+    key: str  # after its module's name
+    rows: bool = False  # its first axis is the layer's output, so that rows of q and k lie as theirs do
+    shape: tuple[int, ...] | None = None  # in the file, -1 for all there is; None: ours
+
+
+LOW_RANK = {"A": Leaf("lora_A.weight"), "B": Leaf("lora_B.weight", rows=True)}
+LOW_RANK_OF_ROWS = {"A": Leaf("lora_embedding_A"), "B": Leaf("lora_embedding_B")}
+MAGNITUDE = {"magnitude": Leaf("lora_magnitude_vector", rows=True)}
+LEAVES: dict[type[Part], dict[str, Leaf]] = {  # a class without an entry of its own has its nearest ancestor's
+    Lora: LOW_RANK,
+    EmbeddingLora: LOW_RANK_OF_ROWS,
+    Dora: LOW_RANK | MAGNITUDE,
+    EmbeddingDora: LOW_RANK_OF_ROWS | MAGNITUDE,
+    Adalora: {"A": Leaf("lora_A"), "E": Leaf("lora_E"), "B": Leaf("lora_B", rows=True)},
+    ScaledInput: {"scale_I": Leaf("ia3_l", shape=(1, -1))},
+    ScaledOutput: {"scale_O": Leaf("ia3_l", rows=True, shape=(-1, 1))},
+    Adapter: {
+        "down": Leaf("adapter_down.weight"),
+        "down_bias": Leaf("adapter_down.bias"),
+        "up": Leaf("adapter_up.weight"),
+        "up_bias": Leaf("adapter_up.bias"),
+    },
+}
+BEFORE = "prompt_embeddings"
+KEYS = sorted({leaf.key for leaves in LEAVES.values() for leaf in leaves.values()}, key=len, reverse=True)
+
+
+class Entry(NamedTuple):
+    """Where a tensor of the file belongs on the network."""
+
+    parameter: Tensor
+    row: Weight | None  # whose layout it has; None: ours
+    shape: tuple[int, ...]  # in the file
+    whole: bool = False
+
+    @property
+    def module(self) -> str:
+        return module_of(self.row) if self.row is not None else ""
+
+    def to_file(self, config: ModelConfig) -> Tensor:
+        value = self.parameter.detach().cpu()
+        value = value if self.row is None else to_published(self.row, value, config)
+        return value.reshape(self.shape).clone(memory_format=torch.contiguous_format)
+
+    def of_file(self, value: Tensor, config: ModelConfig) -> Tensor:
+        layout = self.row.layout if self.row is not None else ""
+        value = (value.T if layout == "transposed" else value).reshape(self.parameter.shape)
+        return interleaved_to_halves(value, config.head_width) if layout == "interleaved" else value
+
+
+def plain(path: str) -> str:
+    """A module's or parameter's name as it is without adapters.
+
+    >>> plain("head.base.dense.base.weight")
+    'head.dense.weight'
+    """
+    return path.removesuffix(".base").replace(".base.", ".")
+
+
+def entries(network: nn.Module, name: str) -> dict[str, Entry]:
+    """PEFT's key -> where it belongs, for all that the adapter `name` has on this network."""
+    table, found = weight_table(network.config), {}
+    for path, holder in holders(network).items():
+        if name not in holder.parts:
+            continue
+        part, ours = holder.parts[name], plain(path)
+        if isinstance(holder, Whole):
+            for leaf, parameter in part.named_parameters():
+                row = table[f"{ours}.{leaf}"]
+                shape = published_shape(row, tuple(parameter.shape))
+                found[PREFIX + row.published] = Entry(parameter, row, shape, whole=True)
+        elif isinstance(holder, BeforeTheText):
+            value = before_the_text(part)
+            found[BEFORE] = Entry(value, None, tuple(value.shape))
+        else:
+            row = table[f"{ours}.weight"]
+            for leaf, parameter in part.named_parameters():
+                rule = leaves(part)[leaf]
+                own = replace(row, layout="interleaved" if rule.rows and row.layout == "interleaved" else "")
+                shape = tuple(parameter.shape if rule.shape is None else parameter.view(rule.shape).shape)
+                found[f"{PREFIX}{module_of(row)}.{rule.key}"] = Entry(parameter, own, shape)
+    for path in biases(network, name) if trains_biases(adapters(network)[name]) else ():
+        holder = network.get_submodule(path.removesuffix(".bias").removesuffix(".base"))
+        if not any(path.startswith(f"{place}.base.") for place, other in holders(network).items() if isinstance(other, Whole)):
+            row, parameter = table[plain(path)], network.get_parameter(path)
+            key = bias_key(network.config, row.name) if isinstance(holder, Adapted) else PREFIX + row.published
+            found[key] = Entry(parameter, row, published_shape(row, tuple(parameter.shape)))
+    return found
+
+
+def bias_key(config: ModelConfig, bias: str) -> str:
+    """Of a bias that lies beside an adapted matrix: after that one's name. BERT's head calls it so as well, BART's has none."""
+    table, names = weight_table(config), published_names(config)
+    matrix = table.get(f"{bias.removesuffix('.bias')}.weight")
+    beside = f"{module_of(matrix)}.bias" if matrix is not None else ""
+    known = names.canonical(beside) in names.rows or names.canonical(beside) in names.aliases
+    return f"{PREFIX}{module_of(matrix)}.base_layer.bias" if known else PREFIX + table[bias].published
+
+
+def leaves(part: Part) -> dict[str, Leaf]:
+    kind = next((kind for kind in type(part).__mro__ if kind in LEAVES), None)
+    if kind is None:
+        raise AdapterError(f"a {type(part).__name__} has no name in an adapter's file")
+    return LEAVES[kind]
+
+
+def before_the_text(part: Part) -> Tensor:
+    """What the part gives, as one table of P rows; of what made it nothing is kept, as in PEFT."""
+    if isinstance(part, Prefix):
+        return part.embedding if isinstance(part.mlp, nn.Identity) else part.mlp(part.embedding)
+    return part()
+
+
+def module_of(row: Weight) -> str:
+    return row.published.rpartition(".")[0]
+
+
+def linear_modules(network: nn.Module) -> dict[str, str]:
+    """Published module -> ours, of all layers that PEFT and `lora` can put something beside."""
+    table = weight_table(network.config)
+    return {module_of(table[f"{path}.weight"]): path for path in adaptable(network) if f"{path}.weight" in table}
+
+
+# ---- from a file's keys to ours
+
+
+@dataclass
+class Read:
+    """What a file's keys say."""
+
+    keys: dict[str, str]  # the key as `entries` spells it -> in the file
+    copies: list[tuple[str, str]]  # our name of a weight of the base, and its key: what PEFT saves along
+    layers: dict[str, str]  # the key of a part -> our layer beside which it stands
+    whole: set[str]  # our modules that were trained whole
+    prefix: str  # of the body's names in this file
+
+
+def read_keys(network: nn.Module, found: Iterable[str], file: str, *, all_biases: bool = False) -> Read:
+    """The names of a file's tensors, understood; one that is nothing here is an error. all_biases: a module of which there is
+    a bias alone was not trained whole."""
+    config = network.config
+    names, table = published_names(config), weight_table(config)
+    read = Read({}, [], {}, set(), _prefix(config, head_spec(config)))
+
+    def weight(published: str) -> Weight | None:
+        """The row of a published weight, whatever the prefix."""
+        canonical = names.canonical(published)
+        canonical = canonical if canonical in names.rows else names.aliases.get(canonical, canonical)
+        if canonical not in names.rows:
+            return None
+        row = table[names.rows[canonical]]
+        if canonical.startswith("{body}") and published.endswith(canonical.removeprefix("{body}")):
+            read.prefix = published.removesuffix(canonical.removeprefix("{body}"))
+        return row
+
+    def keep(key: str, there: str) -> None:
+        if key in read.keys:
+            raise AdapterError(f"{file}: {there!r} and {read.keys[key]!r} are both {key}")
+        read.keys[key] = there
+
+    left = []
+    for there in found:
+        if there == BEFORE:
+            keep(BEFORE, there)
+            continue
+        inner = there.removeprefix(PREFIX)
+        ending = next((key for key in KEYS if inner.endswith(f".{key}")), None)
+        if ending is not None:
+            row = weight(inner.removesuffix(ending) + "weight")
+            if row is not None:
+                keep(f"{PREFIX}{module_of(row)}.{ending}", there)
+                read.layers[f"{PREFIX}{module_of(row)}.{ending}"] = row.name.rpartition(".")[0]
+                continue
+        stored = re.sub(r"\.(base_layer|original_module|modules_to_save)(?=\.[^.]+$)", "", inner)
+        row = weight(stored)
+        if row is None or not there.startswith(PREFIX):
+            left.append(there)
+        elif "original_module" in inner or "modules_to_save" in inner or (stored != inner and inner.endswith(".weight")):
+            read.copies.append((row.name, there))
+        elif stored != inner:
+            keep(bias_key(config, row.name), there)
+        elif stored == row.published or names.canonical(stored) in names.rows:
+            keep(PREFIX + row.published, there)
+            if not (all_biases and row.name.endswith(".bias")):
+                read.whole.add(row.name.rpartition(".")[0])
+        else:
+            read.copies.append((row.name, there))
+    if left:
+        raise AdapterError(f"{file} holds tensors that this network has no place for: {', '.join(left[:5])}")
+    return read
+
+
+# ---- which modules, as short as it can be said
+
+
+def endings(modules: Collection[str], others: Collection[str]) -> list[str]:
+    """The shortest ends of names that fit these modules and none of the others.
+
+    >>> endings(["h.0.attn.c_proj", "h.1.attn.c_proj"], ["h.0.mlp.c_proj", "h.0.attn.c_attn"])
+    ['attn.c_proj']
+    """
+    others, found = set(others) - set(modules), {}
+    for module in modules:
+        words = module.split(".")
+        for start in range(len(words) - 1, -1, -1):
+            end = ".".join(words[start:])
+            if start == 0 or not any(other == end or other.endswith(f".{end}") for other in others):
+                found[end] = None
+                break
+    return sorted(found)
+
+
+def exactly(modules: Collection[str], all_of_them: Collection[str]) -> str:
+    """A regular expression for these of our modules: one name for all layers of a stack where all of them are meant.
+
+    >>> exactly(["blocks.0.up", "blocks.1.up", "blocks.0.down"], ["blocks.0.up", "blocks.1.up", "blocks.0.down", "blocks.1.down"])
+    '^(blocks\\\\.0\\\\.down|blocks\\\\.\\\\d+\\\\.up)$'
+    """
+
+    def kind(module: str) -> str:
+        return re.sub(r"\\\.\d+\\\.", lambda _: r"\.\d+\.", re.escape(module))
+
+    missing = {kind(module) for module in set(all_of_them) - set(modules)}
+    words = {re.escape(module) if kind(module) in missing else kind(module) for module in modules}
+    return f"^({'|'.join(sorted(words))})$"

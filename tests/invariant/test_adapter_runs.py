@@ -1,0 +1,193 @@
+"""`python -m train --init … --adapter …`: what is trained, what is saved, how it goes on, and what is refused."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lora.__main__ as lora_command
+import lora.peft_io
+import model.__main__ as model_command
+import model.hub
+from lora.config import CONFIGS, LoraConfig
+from lora.inject import add_adapters, parts
+from model.stack import Output
+from tests.conftest import randomized, tiny_config
+from tests.oracle.adapter_twins import randomize, trained
+from tests.runs import arguments, assert_same_end, command, last_checkpoint, metrics, stopped_at
+from train.checkpoint import step_of
+from train.config import ADAPTER_LR
+from train.recompute import recompute
+
+SMALL = {"sample-every": 0, "dropout": "0.1"}
+METHODS = {
+    "lora": {"lora.r": 2, "lora.dropout": "0.1", "lora.b-lr-ratio": 4},
+    "dora": {"dora.r": 2, "dora.targets": "attention"},
+    "adalora": {"adalora.r": 2, "adalora.initial-r": 3, "adalora.every": 5},
+    "ia3": {},
+    "adapter": {"adapter.width": 4, "adapter.placement": "pfeiffer"},
+    "prompt": {"prompt.tokens": 4, "prompt.text": "the value of a list", "context": 28},
+    "ptuning": {"ptuning.tokens": 4, "ptuning.width": 16, "context": 28},
+    "prefix": {"prefix.tokens": 4, "context": 28},
+}
+
+
+@pytest.fixture(scope="module")
+def base(finished, tmp_path_factory):
+    """A finished run, whose folder these tests may not change; and a copy of its best checkpoint as a model folder."""
+    folder = tmp_path_factory.mktemp("base") / "model"
+    assert model_command.main(["export", str(finished), "--out", str(folder)]) == 0
+    return folder
+
+
+def adapt(options, base, method: str, *more: object, **changes) -> list[object]:
+    settings = METHODS[method] | SMALL | changes
+    return [*options, *arguments(settings), "--init", base, "--adapter", method, *more]
+
+
+def test_every_method_is_here():
+    assert METHODS.keys() == CONFIGS.keys() == ADAPTER_LR.keys()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_trains_and_saves_the_adapter_alone(method, options, base, tmp_path):
+    """And one that was stopped ends in the same bytes."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    said = command(*adapt(options, base, method), "--out", run)
+    assert said.code == 0, said.err
+    checkpoint = last_checkpoint(run)
+    names = {path.name for path in checkpoint.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "base.json", "raw.safetensors"} <= names
+    assert not {"model.safetensors", "config.json"} & names
+    moments = load_file(checkpoint / "optimizer.safetensors")
+    assert moments and all(".parts.default." in name for name in moments)
+    network = lora.peft_io.open_network(checkpoint)
+    own = sum(value.numel() for name, value in network.named_parameters() if ".parts." not in name)
+    counted = re.search(r"in all, of ([\d,]+) +\d+ +([\d,]+) \(", said.out)
+    assert counted, said.out
+    losses = [row["loss"] for row in metrics(run) if row["split"] == "validation"]
+    assert losses[-1] < losses[0] + 0.02
+    assert sum(path.stat().st_size for path in checkpoint.glob("adapter_model*")) < 4 * own
+
+    said = stopped_at(70, *adapt(options, base, method), "--out", other)
+    assert said.code == 0 and step_of(last_checkpoint(other)) == 70, said.err
+    said = command("--resume", other)
+    assert said.code == 0, said.err
+    assert_same_end(run, other)
+
+
+def test_the_weights_of_the_base_stand_still(options, base, tmp_path):
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    run = tmp_path / "run"
+    said = command(*adapt(options, base, "lora", "--ema", "0.9"), "--out", run)
+    assert said.code == 0, said.err
+    assert before == {path.name: path.read_bytes() for path in base.iterdir()}
+    adapted, plain = lora.peft_io.open_network(last_checkpoint(run)), model.hub.load(base)
+    for name, value in plain.named_parameters():
+        found = {n.replace(".base.", "."): p for n, p in adapted.named_parameters() if ".parts." not in n}
+        assert torch.equal(found[name], value)
+    averages = load_file(last_checkpoint(run) / "averages.safetensors")
+    part = parts(adapted, "default")["body.blocks.0.mlp.up.parts.default"]
+    assert torch.equal(part.A, averages["averages.body.blocks.0.mlp.up.parts.default.A"])
+
+
+def test_no_gradient_and_no_state_for_what_is_frozen():
+    network = add_adapters(randomized(tiny_config("llama"), dtype=torch.float32), LoraConfig(r=2))
+    network(torch.randint(0, 61, (2, 9))).logits.logsumexp(-1).sum().backward()
+    with_gradient = {name for name, value in network.named_parameters() if value.grad is not None}
+    assert with_gradient == set(trained(network)) == {n for n, _ in network.named_parameters() if ".parts.default." in n}
+
+
+def test_generate_and_merge_read_the_run(options, base, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert command(*adapt(options, base, "lora"), "--out", run).code == 0
+    line = ["generate", str(run), "--prompt", "the value", "--max-new-tokens", "12", "--temperature", "0"]
+    assert model_command.main(line) == 0
+    text = capsys.readouterr().out
+    checkpoint = run / json.loads((run / "best.json").read_text())["checkpoint"]
+    assert lora_command.main(["merge", str(base), str(checkpoint), "--out", str(tmp_path / "merged")]) == 0
+    capsys.readouterr()
+    line[1] = str(tmp_path / "merged")
+    assert model_command.main(line) == 0 and capsys.readouterr().out == text
+    line[1] = str(base)
+    assert model_command.main(line) == 0 and capsys.readouterr().out != text
+    assert model_command.main(["export", str(run), "--out", str(tmp_path / "no")]) == 2
+    assert "python -m lora merge" in capsys.readouterr().err
+    said = command(*options, "--init", run, "--out", tmp_path / "next")
+    assert said.code == 2 and "python -m lora merge" in said.err
+
+
+def test_masked_language_models_too(options, tmp_path):
+    settings = {"objective": "mlm", "preset": "tiny-encoder", "steps": 60}
+    start, run = tmp_path / "start", tmp_path / "run"
+    said = command(*options, *arguments(settings), "--out", start)
+    assert said.code == 0, said.err
+    said = command(*options, *arguments(settings), "--init", start, "--adapter", "lora", "--lora.r", 2, "--out", run)
+    assert said.code == 0, said.err
+    assert (last_checkpoint(run) / "adapter_model.safetensors").is_file()
+    assert model_command.main(["fill", str(run), "the [MASK] of a list"]) == 0
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_float32_adapters_beside_16_bits(precision, options, base, tmp_path):
+    """fp16 weights that are trained could not be unscaled; adapters can."""
+    run = tmp_path / "run"
+    said = command(*adapt(options, base, "lora", steps=30), "--precision", precision, "--out", run)
+    assert said.code == 0, said.err
+    stored = load_file(last_checkpoint(run) / "raw.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float32}
+    assert all(value.isfinite().all() for value in stored.values())
+    assert any(value.any() for name, value in stored.items() if name.endswith(".B"))
+
+
+@pytest.mark.parametrize("kind", ["blocks", "selective"])
+def test_recomputed_blocks_give_adapters_their_gradients(kind):
+    """The blocks' inputs need no gradient, and dropout draws the same noise again."""
+    found = []
+    for way in ("none", kind):
+        network = randomized(tiny_config("gpt2", dropout=0.1, attention_dropout=0.1)).train()
+        add_adapters(network, LoraConfig(r=2, dropout=0.1))
+        randomize(network)
+        recompute(network, way, 1)
+        torch.manual_seed(5)
+        output: Output = network(torch.arange(18).view(2, 9))
+        output.logits.logsumexp(-1).sum().backward()
+        found.append({name: value.grad for name, value in trained(network).items()})
+    for name, gradient in found[0].items():
+        assert gradient.any() and torch.equal(gradient, found[1][name]), name
+
+
+REFUSED = {
+    "--init RUN or a model folder": ["--adapter", "lora"],
+    "add --adapter lora": ["--lora.r", 4],
+    "does not go with --mesh shard": ["--adapter", "lora", "--init", "BASE", "--mesh", "shard"],
+    "--precision bf16 has the network": ["--adapter", "lora", "--init", "BASE", "--precision", "bf16-pure"],
+    "targets='c_atn' matches no layer; nearest: transformer.h.N.attn.c_attn": [
+        *("--adapter", "lora", "--init", "BASE", "--lora.targets", "c_atn"),
+    ],
+    "adamw has them": [*("--adapter", "lora", "--init", "BASE", "--lora.b-lr-ratio", 4, "--optimizer", "muon")],
+    "--context 32 and 20 positions before the text exceed 32: --context 12 fits": ["--adapter", "prefix", "--init", "BASE"],
+    "leave no steps in": ["--adapter", "adalora", "--init", "BASE", "--adalora.warmup", "0.8"],
+}
+
+
+@pytest.mark.parametrize("error", REFUSED)
+def test_what_is_refused(error, options, base, tmp_path):
+    said = command(*options, *(base if part == "BASE" else part for part in REFUSED[error]), "--out", tmp_path / "run")
+    assert said.code == 2 and error in said.err, said.err
+    assert not (tmp_path / "run" / "config.toml").exists()
+
+
+def test_another_base_is_refused(options, base, halfway, tmp_path):
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(base, moved)
+    assert stopped_at(70, *adapt(options, moved, "lora"), "--out", run).code == 0
+    model.hub.save(model.hub.load(last_checkpoint(halfway)), moved)  # the same network, at an earlier step
+    said = command("--resume", run)
+    assert said.code == 2 and "was trained on another base" in said.err
+    shutil.rmtree(moved)
+    said = command("--resume", run)
+    assert said.code == 2 and str(moved) in said.err

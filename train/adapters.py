@@ -1,0 +1,89 @@
+"""A run that trains an adapter: the network's weights come from --init and stay as they are."""
+
+import re
+from collections import defaultdict
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from data.tokenizer import Tokenizer
+from lora.config import LoraConfig
+from lora.inject import add_adapters, parts
+from lora.layer import Whole
+from model.account import columns
+from model.parameters import TARGETS
+from model.weights import role_of, weight_table
+from train.config import TrainConfig
+
+NAME = "default"
+
+
+def put_on(config: TrainConfig, network: nn.Module, tokenizer: Tokenizer, *, new_head: bool) -> None:
+    """The adapter that was asked for; a head that --init does not have is trained whole, or nothing could be read off it."""
+    method = config.method
+    if config.run.adapter == "prompt" and method.text:
+        method = replace(method, ids=tuple(tokenizer.encode(method.text)))
+    if new_head:
+        method = replace(method, train_whole=(*method.train_whole, "^head"))
+    add_adapters(network, method, NAME, seed=config.run.seed)
+
+
+def role(network: nn.Module, name: str) -> str:
+    """By which trained parameters decay: an adapter's matrices do, its vectors, prompts and prefixes do not. Of the network's
+    own biases, and of a copy of a module, the family's table knows."""
+    path, found, leaf = name.partition(f".parts.{NAME}.")
+    if found and not isinstance(network.get_submodule(path), Whole):
+        return "matrix" if leaf in MATRICES else "bias"
+    own = f"{path}.{leaf}" if found else name
+    return role_of(network.config, own.replace(".base.", "."))
+
+
+MATRICES = ("A", "B", "down", "up")  # of LoRA and its kin, and of a bottleneck
+
+
+def rate(config: TrainConfig, name: str) -> float:
+    """The multiple of --lr: LoRA+ has B learn faster than A."""
+    return getattr(config.method, "b_lr_ratio", 1.0) if name.endswith(f".parts.{NAME}.B") else 1.0
+
+
+def table(network: nn.Module) -> str:
+    """What is trained, by kind of layer, and its share of all parameters."""
+    sizes: dict[str, list[int]] = defaultdict(list)
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            path, _, leaf = name.partition(f".parts.{NAME}.")
+            sizes[re.sub(r"\.\d+\.", ".N.", path.replace(".base", "")) + (f" {leaf}" if leaf else "")].append(parameter.numel())
+    rows = [("trained", "tensors", "parameters")]
+    rows += [(kind, f"{len(each)}", f"{sum(each):,}") for kind, each in sizes.items()]
+    trained, total = sum(map(sum, sizes.values())), sum(parameter.numel() for parameter in network.parameters())
+    rows.append((f"in all, of {total:,}", f"{sum(map(len, sizes.values()))}", f"{trained:,} ({trained / total:.2%})"))
+    return columns(rows)
+
+
+@torch.no_grad()
+def narrow(network: nn.Module, dtype: torch.dtype | None) -> None:
+    """The frozen weights in the format that matrices are multiplied in: nothing updates them, so nothing is lost by rounding.
+    What is trained stays in float32. (T5's wide matrix overflows float16, and stays too.)"""
+    if dtype is None:
+        return
+    wide = {row.name for row in weight_table(network.config).values() if row.layout == "wide" and dtype == torch.float16}
+    for name, parameter in network.named_parameters():
+        if not parameter.requires_grad and f".parts.{NAME}." not in name and name.replace(".base.", ".") not in wide:
+            parameter.data = parameter.data.to(dtype)
+
+
+def accounted(config: TrainConfig) -> bool:
+    """Whether `model.memory`'s account is of this run: of adapters it knows LoRA on the matrices of the blocks."""
+    if config.method is None:
+        return True
+    plain = LoraConfig(r=config.lora.r, targets=config.lora.targets, alpha=config.lora.alpha, b_lr_ratio=config.lora.b_lr_ratio)
+    return config.run.adapter == "lora" and config.lora == plain and config.lora.targets in TARGETS
+
+
+def kept(network: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint must hold of such a network: all that is trained, and the averages that AdaLoRA goes by."""
+    found = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
+    for path, part in parts(network, NAME).items():
+        found |= {f"{path}.{name}": buffer for name, buffer in part.named_buffers()}
+    return found

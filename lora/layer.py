@@ -70,11 +70,13 @@ class Adapted(Holder):
         chosen = self.chosen()
         if len(chosen) == 1:
             return chosen[0].around(x, self.base)
-        for part in chosen:
+        reads = []
+        for part in reversed(chosen):  # each one stands around all before it, as when they are merged in turn
             x = part.enter(x)
+            reads.append(x)
         y = self.base(x)
         for part in chosen:
-            y = part.leave(x, y, self.base)
+            y = part.leave(reads.pop(), y, self.base)
         return y
 
 

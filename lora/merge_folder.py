@@ -28,7 +28,7 @@ from model.hub import INDEX, SINGLE, _weight_files, read_config
 from model.init import empty
 from model.rope import interleaved_to_halves
 from model.safetensors_file import WeightFile, WeightFileError, _memory
-from model.weights import published_names, published_shape, to_published, weight_table
+from model.weights import published_names, to_published, weight_table
 
 LARGEST_COPY = 100_000_000  # bytes of another file of the base that is taken along
 NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
@@ -195,10 +195,11 @@ def merge_folder(
             untied = config.tie_embeddings and (path := merged.tied()) is not None
             if untied:
                 if not untie:
+                    other = "the head" if "embedding" in path else "the embedding"
                     raise AdapterError(
-                        f"{path} was adapted, and its matrix is also that of {'the head' if 'embedding' in path else 'the embedding'}: "
-                        "merged, it would change both. With --untie two matrices are written; or leave the adapter beside the "
-                        f"weights: python -m model generate {adapter}"
+                        f"{path} was adapted, and its matrix is also that of {other}: merged, it would change both. With "
+                        "--untie two matrices are written; or leave the adapter beside the weights: "
+                        f"python -m model generate {adapter}"
                     )
                 settings |= untied_settings(config)
                 scale = config.head_scale

@@ -53,8 +53,8 @@ def read_lora(given: dict, layers: Layers) -> tuple[LoraConfig, set[str]]:
     first = given.get("init_lora_weights", True)
     if isinstance(first, str) and not first.startswith(("gaussian", "eva", "orthogonal")):
         raise AdapterError(
-            f"init_lora_weights={first!r} has changed the base too, so that this is no difference from it: convert it with PEFT's "
-            "save_pretrained(folder, path_initial_model_for_weight_conversion=…)"
+            f"init_lora_weights={first!r} has changed the base too, so that this is no difference from it: convert it with "
+            "PEFT's save_pretrained(folder, path_initial_model_for_weight_conversion=…)"
         )
     kind = DoraConfig if given.get("use_dora") else LoraConfig
     return kind(
@@ -67,7 +67,17 @@ def read_lora(given: dict, layers: Layers) -> tuple[LoraConfig, set[str]]:
         rank_pattern=given.get("rank_pattern") or {},
         alpha_pattern=given.get("alpha_pattern") or {},
         train_whole=layers.whole,
-    ), {"r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "rank_pattern", "alpha_pattern", "use_dora", "init_lora_weights"}
+    ), {
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "use_rslora",
+        "bias",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_dora",
+        "init_lora_weights",
+    }
 
 
 def read_adalora(given: dict, layers: Layers) -> tuple[AdaloraConfig, set[str]]:
@@ -189,12 +199,16 @@ def write_config(network: nn.Module, name: str, base: str | None, entries: dict[
     layers = {module for module, ours in published.items() if ours in adapted} - whole
     kind, values = WRITE[config.method](network, config, entries)
     if network.config.architecture == "encoder-decoder" and (kind == "PREFIX_TUNING" or "body.embedding" in adapted):
-        kind = OURS + kind  # PEFT computes something else with it: see `refuse_what_peft_ignores`; of a prefix it reads another layer's
+        kind = (
+            OURS + kind
+        )  # PEFT computes something else with it: see `refuse_what_peft_ignores`; of a prefix it reads another layer's
     values |= {"modules_to_save": endings(whole - {""}, known) or None}
     if layers:
         inner = {entry.module for entry in entries.values() if entry.shape[:1] == (1,)} if config.method == "ia3" else set()
         values["target_modules"] = endings(layers - inner, known) + endings(inner, known)
-        values["fan_in_fan_out"] = any(weight_table(network.config)[f"{published[m]}.weight"].layout == "transposed" for m in layers)
+        values["fan_in_fan_out"] = any(
+            weight_table(network.config)[f"{published[m]}.weight"].layout == "transposed" for m in layers
+        )
         if config.method == "ia3":
             values["feedforward_modules"] = endings(inner, known)
     if getattr(config, "rank_pattern", {}) or getattr(config, "alpha_pattern", {}):
@@ -203,7 +217,12 @@ def write_config(network: nn.Module, name: str, base: str | None, entries: dict[
             said = {module: by_pattern(getattr(config, field), place, default) for module, place in places.items()}
             groups = {value: {module for module in said if said[module] == value} for value in set(said.values()) - {default}}
             values[field] = {re.escape(end): value for value, group in groups.items() for end in endings(group, layers)}
-    common = {"peft_type": kind, "task_type": task(network, bool(whole)), "base_model_name_or_path": base, "inference_mode": True}
+    common = {
+        "peft_type": kind,
+        "task_type": task(network, bool(whole)),
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+    }
     return common | values
 
 

@@ -64,9 +64,9 @@ def load(
 ) -> Net:
     """Put the adapter of a folder, PEFT's or ours, on the network as `name` and make it the active one. Returns the network.
 
-    Layers are those whose tensors are there. Every tensor must have its place, and every place its tensor, of its shape; else the
-    network is left as it was. Where the folder says on what it was trained and the network where it came from, the two must
-    be the same, unless `any_base`. Errors: AdapterError, which names the file and the tensor or setting.
+    Layers are those whose tensors are there. Every tensor must have its place, and every place its tensor, of its shape; else
+    the network is left as it was. Where the folder says on what it was trained and the network where it came from, the two
+    must be the same, unless `any_base`. Errors: AdapterError, which names the file and the tensor or setting.
 
     A network on the meta device gets real adapters (and biases, where they were trained); `base_weight` then gives the base's
     weights by our name, where one must be looked at.
@@ -146,8 +146,8 @@ def read_json(folder: Path) -> dict:
 def tensor_file(folder: Path) -> Path:
     if not (folder / TENSORS).is_file() and (folder / "adapter_model.bin").is_file():
         raise AdapterError(
-            f"{folder} holds adapter_model.bin, a pickle, which can run code when opened and is refused; convert it with PEFT's "
-            "save_pretrained(folder, safe_serialization=True) in a place that you trust"
+            f"{folder} holds adapter_model.bin, a pickle, which can run code when opened and is refused; convert it with "
+            "PEFT's save_pretrained(folder, safe_serialization=True) in a place that you trust"
         )
     if not (folder / TENSORS).is_file():
         raise AdapterError(f"{folder} holds no {TENSORS}")
@@ -164,9 +164,7 @@ def layers_of(network: nn.Module, read: Read, file: WeightFile) -> Layers:
     if strange := sorted(whole - set(every)):
         raise AdapterError(f"modules_to_save: only linear layers and embeddings can be trained whole here, not {strange[0]}")
     inner = [ours for key, ours in read.layers.items() if key.endswith(".ia3_l") and file.shape(read.keys[key])[:1] == (1,)]
-    return Layers(
-        exactly(set(read.layers.values()), every), (exactly(whole, every),) if whole else (), exactly(inner, every)
-    )
+    return Layers(exactly(set(read.layers.values()), every), (exactly(whole, every),) if whole else (), exactly(inner, every))
 
 
 def expect_all_that_is_meant(network: nn.Module, given: dict, read: Read, path: Path) -> None:
@@ -175,7 +173,8 @@ def expect_all_that_is_meant(network: nn.Module, given: dict, read: Read, path: 
     if read.prefix != default:  # PEFT had the body alone
         modules = {module: ours for module, ours in modules.items() if ours.startswith("body.")}
     spelled = {
-        read.prefix + module.removeprefix(default) if ours.startswith("body.") else module: ours for module, ours in modules.items()
+        read.prefix + module.removeprefix(default) if ours.startswith("body.") else module: ours
+        for module, ours in modules.items()
     }
     wanted = meant(given, spelled) or set()
     lacking = [module for module in sorted(wanted) if spelled[module] not in read.layers.values()]

@@ -253,8 +253,8 @@ def endings(modules: Collection[str], others: Collection[str]) -> list[str]:
 def exactly(modules: Collection[str], all_of_them: Collection[str]) -> str:
     """A regular expression for these of our modules: one name for all layers of a stack where all of them are meant.
 
-    >>> exactly(["blocks.0.up", "blocks.1.up", "blocks.0.down"], ["blocks.0.up", "blocks.1.up", "blocks.0.down", "blocks.1.down"])
-    '^(blocks\\\\.0\\\\.down|blocks\\\\.\\\\d+\\\\.up)$'
+    >>> exactly(["b.0.up", "b.1.up", "b.0.down"], ["b.0.up", "b.1.up", "b.0.down", "b.1.down"])
+    '^(b\\\\.0\\\\.down|b\\\\.\\\\d+\\\\.up)$'
     """
 
     def kind(module: str) -> str:

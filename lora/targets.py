@@ -6,7 +6,7 @@ import re
 from torch import nn
 
 from lora.config import AdapterError
-from lora.layer import Holder, Place
+from lora.layer import Adapted, Place, Whole
 from model.parameters import TARGETS, adapted
 from model.weights import weight_table
 
@@ -31,7 +31,7 @@ def adaptable(network: nn.Module) -> dict[str, nn.Module]:
     found = {}
     for path, module in network.named_modules():
         name = path.removesuffix(".base").replace(".base.", ".")
-        if ".parts." not in path and (isinstance(module, Holder | nn.Embedding) or hasattr(module, "in_features")):
+        if ".parts." not in path and (isinstance(module, Adapted | Whole | nn.Embedding) or hasattr(module, "in_features")):
             found.setdefault(name, module)  # what stands in for a layer comes before it
     return found
 

@@ -12,7 +12,8 @@ import tyro
 from data.config import DataError
 from lora.config import CONFIGS, AdapterError
 from model.config import ConfigError, ModelConfig
-from train.config import OVERRIDES, TrainConfig, TrainError, from_plain, overrides
+from train.config import OVERRIDES, TrainConfig, TrainError, overrides
+from train.plain import from_plain
 
 RECIPES = Path(__file__).parent / "recipes"
 FAILED = 2

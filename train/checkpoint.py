@@ -3,7 +3,7 @@
 A checkpoint is a folder of safetensors and JSON; nothing in it can run code:
 
     config.json, model.safetensors   the network in the Hugging Face layout (`model.hub`); where an adapter is trained,
-    adapter_config.json, adapter_…   that instead, as PEFT writes it, and base.json: which network it belongs to (`lora.peft_io`)
+    adapter_config.json, adapter_…   that instead, as PEFT writes it, and base.json: on which network (`lora.peft_io`)
     tokenizer.model                  the tokenizer; tokenizer.json and tokenizer_config.json say it to transformers
     optimizer.safetensors            every optimizer slot, by parameter name
     averages.safetensors, raw…       with --ema: the averages, and the weights they follow (model.safetensors has averages);

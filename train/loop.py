@@ -29,13 +29,14 @@ from train.checkpoint import (
     write_checkpoint,
     write_whole,
 )
-from train.config import TrainConfig, TrainError, differing, from_plain, mesh_sizes, override, to_plain
+from train.config import TrainConfig, TrainError, differing, mesh_sizes, override
 from train.distributed import Ranks, connected, gathered, lost, share, unwrapped
 from train.evaluate import evaluate
 from train.interrupt import StopRequest
 from train.lock import locked
 from train.log import Console, Metrics, cut_back
 from train.phases import Phases
+from train.plain import from_plain, to_plain
 from train.report import Session, conclude, introduction, out_of_memory
 from train.setup import (
     TASKS,

@@ -1,8 +1,8 @@
 """y = x Wᵀ + b + s hᵀ Bᵀ in one kernel: the low-rank part is added to the sums while they are in registers.
 
-Each program makes a tile of y: it goes along the rank for hᵀ Bᵀ, most often in one step, and then along I for x Wᵀ (the order of
-tiles is that of Triton's tutorial on products). Sums are float32 whatever the inputs are in, and y is rounded once. h = A xᵀ comes from a product before: it is R × N,
-small, and the backward wants it too.
+Each program makes a tile of y: it goes along the rank for hᵀ Bᵀ, most often in one step, and then along I for x Wᵀ (the order
+of tiles is that of Triton's tutorial on products). Sums are float32 whatever the inputs are in, and y is rounded once. h = A xᵀ
+comes from a product before: it is R × N, small, and the backward wants it too.
 """
 
 import torch

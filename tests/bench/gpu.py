@@ -1,14 +1,17 @@
 """GPT-2 124M on one GPU: bf16, compiled, context 1,024; operations a second beside the card's own products, and transformers.
 
 Network, step and loop are those of training: `open_engine`, fused AdamW, the loss in chunks by Triton. transformers: the same
-weights and batch, SDPA, torch.compile of the whole network, torch's fused AdamW.
+weights and batch, SDPA, torch.compile of the whole network, torch's fused AdamW. Then a linear layer with LoRA beside it, its
+forward by cuBLAS's products and by Triton's one kernel.
 """
 
 import statistics
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 
+from lora.fused import products_in_place, triton_product
 from model.config import ModelConfig
 from model.flops import flops_per_token
 from model.init import build
@@ -23,6 +26,7 @@ from train.rate import matmul_rate
 from train.setup import open_engine, resolve_network
 
 BATCH_SIZE, CONTEXT = 16, 1024
+LORA = ((8192, 768, 768), (8192, 4096, 4096), (8192, 4096, 11008))  # N, I, O
 
 
 def bench_gpu(rounds: int) -> None:
@@ -30,6 +34,29 @@ def bench_gpu(rounds: int) -> None:
         print("no CUDA device here: nothing is measured")
         return
     measure(ModelConfig.preset("gpt2", **STILL), torch.device("cuda"), "bf16", rounds, BATCH_SIZE, CONTEXT)
+    print()
+    lora_forward(torch.device("cuda"), rounds)
+
+
+def lora_forward(device: torch.device, rounds: int, repeats: int = 50) -> None:
+    """Milliseconds of y = x Wᵀ + s hᵀ Bᵀ in bfloat16, and of x Wᵀ alone: which of the two ways to take by itself."""
+    rows = []
+    for rank in (8, 64):
+        for n, i, o in LORA:
+            shapes = ((n, i), (o, i), (rank, n), (o, rank))
+            x, weight, h, up = (torch.randn(shape, device=device).bfloat16() for shape in shapes)
+            products = {"base alone": lambda x, weight, *_: x @ weight.T, "cuBLAS": products_in_place, "Triton": triton_product}
+
+            def repeated(product, given=(x, weight, None, h, up, 2.0)) -> None:
+                for _ in range(repeats):
+                    product(*given)
+
+            seconds = alternate({name: partial(repeated, product) for name, product in products.items()}, rounds)
+            each = (f"{statistics.median(times) / repeats * 1e3:.3f} ms" for times in seconds.values())
+            gain = f"**{ratio(seconds['cuBLAS'], seconds['Triton']):.2f}**"
+            rows.append((f"N {n:,}, I {i:,}, O {o:,}, r {rank}", *each, gain))
+    print("A linear layer with LoRA, its forward in bf16\n")
+    print(table(("size", "base alone", "cuBLAS, then added to", "Triton, one kernel", "Triton over cuBLAS, speed"), rows))
 
 
 def measure(config: ModelConfig, device: torch.device, precision: str, rounds: int, batch_size: int, context: int) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 import model.hub
@@ -97,9 +96,7 @@ def open_task(base: Path) -> Task:
         return Text(batches, int(tokenizer.piece_bytes[ids[1:]].sum()))
 
     learned, searched = new.train.ids[:-SEARCHED], new.train.ids[-SEARCHED:]
-    return Task(
-        base, tokenizer, config.context, learned, text(old.validation.ids), text(new.validation.ids), text(searched)
-    )
+    return Task(base, tokenizer, config.context, learned, text(old.validation.ids), text(new.validation.ids), text(searched))
 
 
 def score(network: nn.Module, text: Text) -> float:

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from tests.runs import STEPS, command, last_checkpoint, metrics, steps_of
-from train.config import TrainConfig, from_plain
+from train.config import TrainConfig
 from train.log import read_metrics
 from train.objective import Objective, Term
+from train.plain import from_plain
 from train.setup import TASKS, open_data
 
 BAD = 55  # the step, counted from 1, whose batch is bad

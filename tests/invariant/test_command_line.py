@@ -28,10 +28,11 @@ from tests.runs import (
     write_corpus,
 )
 from train.checkpoint import checkpoints, step_of
-from train.config import TrainConfig, from_plain
+from train.config import TrainConfig
 from train.evaluate import evaluate
 from train.log import read_metrics
 from train.objective import Objective
+from train.plain import from_plain
 from train.schedule import cosine
 from train.setup import open_data, open_network
 from train.step import train_step

@@ -71,7 +71,7 @@ def test_mutants_are_caught():
 def test_configs_import_the_standard_library_alone(file):
     names = imported(ast.parse((ROOT / file).read_text(encoding="utf-8")))
     foreign = names - set(sys.stdlib_module_names)
-    assert foreign <= ({"data"} if file == "train/config.py" else {"model"} if "/families/" in file else set())
+    assert foreign <= ({"data", "lora"} if file == "train/config.py" else {"model"} if "/families/" in file else set())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -95,7 +95,10 @@ def test_nothing_that_can_run_foreign_code(file):
     assert not calls & {"eval", "exec", "torch.load", "torch.save", "os.system"}
 
 
-@pytest.mark.parametrize("module", ["train.__main__", "model.__main__", "data.__main__", "data.config", "model.config"])
+START = ("train.__main__", "model.__main__", "data.__main__", "lora.__main__", "data.config", "model.config", "lora.config")
+
+
+@pytest.mark.parametrize("module", START)
 def test_command_lines_start_without_torch(module):
     """`--help` answers at once because nothing heavy is imported before the options are understood."""
     heavy = ["torch", "numpy", "sentencepiece", "safetensors", "matplotlib"]

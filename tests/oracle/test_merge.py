@@ -203,11 +203,15 @@ def test_memory_is_that_of_one_weight_and_one_file(tmp_path, record_property):
     shake(network)
     peft_io.save(network, tmp_path / "adapter")
     paths = [str(tmp_path / name) for name in ("base", "adapter", "out", "small", "small adapter", "small out")]
-    at_once = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}  # what is freed is given back, as weights above 32 MB always are
+    at_once = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "1000000"
+    }  # what is freed is given back, as weights above 32 MB always are
     shown = subprocess.run([sys.executable, "-c", PEAK, *paths], capture_output=True, text=True, check=True, env=at_once)
     grown = int(shown.stdout)
     record_property("grown", grown)
-    print(f"grown {grown / 1e6:.1f} MB; largest weight {largest / 1e6:.1f}, file {shard / 1e6:.1f}, network {whole / 1e6:.1f} MB")
+    print(
+        f"grown {grown / 1e6:.1f} MB; largest weight {largest / 1e6:.1f}, file {shard / 1e6:.1f}, network {whole / 1e6:.1f} MB"
+    )
     assert grown < largest + shard + BUFFERS < whole / 2
 
 

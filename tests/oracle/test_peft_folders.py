@@ -168,7 +168,10 @@ def test_there_and_back(name, tmp_path, parity):
 
 
 OURS = {  # name: (family, our config)
-    "lora": ("llama", LoraConfig(r=3, targets="all-linear", rank_pattern={r"blocks\.0\..*query": 2}, alpha_pattern={"down": 3.0})),
+    "lora": (
+        "llama",
+        LoraConfig(r=3, targets="all-linear", rank_pattern={r"blocks\.0\..*query": 2}, alpha_pattern={"down": 3.0}),
+    ),
     "lora, fused": ("gpt2", LoraConfig(r=3, targets="attention", rank_stabilized=True, bias="adapted")),
     "lora, head": ("gpt2", LoraConfig(r=3, targets="^head$|embedding$", train_whole=(r"blocks\.1\.mlp\.up",))),
     "lora, both stacks": ("t5", LoraConfig(r=3, targets="query-value", bias="all")),
@@ -234,14 +237,20 @@ def test_a_prefix_of_an_encoder_decoder_is_read_as_peft_does(layers, tmp_path, p
 def test_ranks_that_adalora_gave_up(tmp_path, parity):
     model.hub.save(randomized(tiny_config("gpt2")), tmp_path / "base")
     network = model.hub.load(tmp_path / "base")
-    masks = {"transformer.h.0.attn.c_attn.lora_E": [True, False, True, False], "transformer.h.1.attn.c_attn.lora_E": [False] * 4}
+    masks = {
+        "transformer.h.0.attn.c_attn.lora_E": [True, False, True, False],
+        "transformer.h.1.attn.c_attn.lora_E": [False] * 4,
+    }
 
     def prune(adapted):
         adapted.peft_config["default"].rank_pattern = masks
 
     config = peft.AdaLoraConfig(**ADALORA, **CAUSAL, target_modules=["c_attn"])
     folder = peft_folder(twin(network.config, tmp_path / "base"), config, tmp_path / "theirs", prune)
-    assert load_file(folder / "adapter_model.safetensors")["base_model.model.transformer.h.0.attn.c_attn.lora_A"].shape == (2, 24)
+    assert load_file(folder / "adapter_model.safetensors")["base_model.model.transformer.h.0.attn.c_attn.lora_A"].shape == (
+        2,
+        24,
+    )
     batch = inputs(network.config)
     theirs = opened_by_peft(network.config, tmp_path / "base", folder)(**batch).logits
     error = gap(peft_io.load(network, folder)(**batch).logits, theirs)

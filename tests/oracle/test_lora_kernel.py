@@ -1,0 +1,68 @@
+"""Triton's LoRA linear: interpreted on a CPU it equals its plain twin, and it compiles for cards not here. On a card:
+`tests/gpu/test_lora_kernel.py`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora.fused import triton_product
+from tests.oracle.lora_kernel import CARDS, CASES
+
+ROOT = Path(__file__).resolve().parents[2]
+TWIN = "our plain twin in float64"
+TOLERANCES = {
+    "fp32": (3e-6, "float32 sums of a row"),
+    "fp16": (1e-3, "float16 results"),
+    "bf16": (8e-3, "bfloat16 results"),
+}
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton is a dependency on Linux alone")
+
+
+def fresh(what: str, cache: Path, **environment: str) -> dict:
+    """`tests.oracle.lora_kernel` in a new process, which this one's triton settings do not reach."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    environment = inherited | {"TRITON_CACHE_DIR": str(cache)} | environment
+    command = [sys.executable, "-m", "tests.oracle.lora_kernel", what]
+    shown = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    return json.loads(shown.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory):
+    return fresh("run", tmp_path_factory.mktemp("triton"), TRITON_INTERPRET="1")
+
+
+def check(found: dict, name: str, parity, where: str) -> None:
+    tolerance, reason = TOLERANCES[CASES[name][1]]
+    parity(f"Triton's LoRA, {where}: {name}", TWIN, found["error"], tolerance, reason)
+    assert found["mutant"] > 2 * tolerance  # a rank too few, or a scale a tenth off, would be seen
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted(name, interpreted, parity):
+    check(interpreted[name], name, parity, "interpreted")
+
+
+def test_the_whole_operation_interpreted(interpreted, parity):
+    parity("Triton's LoRA: forward and gradients, interpreted", TWIN, interpreted["whole"], 3e-6, "float32")
+
+
+def test_compiled_for_cards_that_are_not_here(tmp_path):
+    found = fresh("compile", tmp_path)
+    assert len(found) == len(CARDS) * 7
+    assert {name: stack for name, (_, stack) in found.items() if stack} == {}  # nothing spilled
+    assert max(registers for registers, _ in found.values()) <= 255
+
+
+def test_formats_that_it_does_not_take_are_errors():
+    x, weight, h, up = (torch.ones(shape, dtype=torch.float64) for shape in ((2, 3), (4, 3), (1, 2), (4, 1)))
+    with pytest.raises(TypeError, match="float64"):
+        triton_product(x, weight, None, h, up, 1.0)
+    with pytest.raises(TypeError, match="differ"):
+        triton_product(x.float(), weight.half(), None, h.float(), up.float(), 1.0)

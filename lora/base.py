@@ -9,9 +9,11 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 from lora.config import AdapterError
+from model.config import ModelConfig
 from model.hub import _weight_files, read_config
 from model.safetensors_file import DTYPES, WeightFile
 from model.weights import published_names
@@ -28,12 +30,18 @@ def digest(folder: str | Path) -> str:
     a tied matrix was saved once or under each of its names; constants that transformers makes again do not count. Read a
     piece at a time. Errors: model.hub.HubError, WeightFileError.
     """
+    files = [path.resolve() for path in _weight_files(Path(folder))]
+    return _digest(Path(folder).resolve(), tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+
+
+@cache  # a run asks at each of its checkpoints
+def _digest(folder: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
     config = read_config(folder, any_head=True)
     names = published_names(config.replace(head="none") if config.head == "unknown" else config)
     hashed = hashlib.sha256()
     with ExitStack() as opened:
         found: dict[str, tuple[WeightFile, str]] = {}
-        for path in _weight_files(Path(folder)):
+        for path, *_ in files:
             file = opened.enter_context(WeightFile(path))
             found |= {names.canonical(published): (file, published) for published in file.names}
         for copy, original in names.aliases.items():
@@ -74,19 +82,21 @@ def pieces(file: WeightFile, name: str) -> Iterator[bytes]:
 # ---- the note of it in an adapter's folder
 
 
-def write_base(folder: Path, base: Path) -> None:
-    note = {"path": str(base.resolve()), "sha256": digest(base)}
+def write_base(folder: Path, base: Path, config: ModelConfig) -> None:
+    """config: of the network that the adapter was trained on, whose head may be another one than its folder's."""
+    note = {"path": str(base.resolve()), "sha256": digest(base), "head": config.head, "labels": config.labels}
     (folder / BASE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 
 
-def read_base(folder: Path) -> dict[str, str] | None:
-    """`path` and `sha256` of the base, or None where the folder does not say (PEFT's do not)."""
+def read_base(folder: Path) -> dict | None:
+    """`path`, `sha256`, `head` and `labels` of the base, or None where the folder does not say (PEFT's do not)."""
     path = folder / BASE
     if not path.is_file():
         return None
     try:
         note = json.loads(path.read_text(encoding="utf-8"))
-        return {"path": str(note["path"]), "sha256": str(note["sha256"])}
+        wanted = {"path": str, "sha256": str, "head": str, "labels": int}
+        return {name: kind(note[name]) for name, kind in wanted.items()}
     except (ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{path} cannot be read: {error!r}") from None
 

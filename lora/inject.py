@@ -43,8 +43,10 @@ def add_adapters(network: Network, config: object, name: str = "default", *, see
     whole = [path for pattern in config.train_whole for path in matching(network, pattern, "train_whole")]
     targets = matching(network, config.targets) if config.method in BESIDE_A_LAYER else []
     if not adapters(network):
-        network.trained_before = {path for path, parameter in network.named_parameters() if parameter.requires_grad}
+        network.constants = {path for path, parameter in network.named_parameters() if not parameter.requires_grad}
         network.requires_grad_(False)
+    if trains_biases(config):
+        network.biases_before = [(bias, bias.clone()) for bias in own_biases(network).values()]
     layers, published = adaptable(network), published_modules(network)
     for path in targets:
         if path not in whole:
@@ -107,7 +109,7 @@ def parts(network: nn.Module, name: str) -> dict[str, nn.Module]:
 
 
 def merged(network: nn.Module) -> bool:
-    return any(isinstance(holder, Adapted) and holder.original is not None for holder in holders(network).values())
+    return any(getattr(holder, "merged", False) for holder in holders(network).values())
 
 
 # ---- which are used
@@ -133,6 +135,12 @@ def activate(network: Network, names: str | Mapping[str, float] | tuple[str, ...
                 part.share = weights.get(name, 1.0)
     for path in biases(network, biased[0]) if biased else ():
         network.get_parameter(path).requires_grad_(True)
+    for path, holder in holders(network).items():
+        if isinstance(holder, Whole):
+            for part in holder.parts.values():
+                for name, parameter in part.named_parameters():
+                    if f"{path}.{name}".replace(".base.", ".") in network.constants:  # in every copy too
+                        parameter.requires_grad_(False)
     return network
 
 
@@ -146,7 +154,13 @@ def biases(network: nn.Module, name: str) -> list[str]:
     if mode == "adapted":
         layers = {path: layer for path, layer in holders(network).items() if isinstance(layer, Adapted) and name in layer.parts}
         return [f"{path}.base.bias" for path, layer in layers.items() if getattr(layer.base, "bias", None) is not None]
-    return [path for path, _ in network.named_parameters() if path.endswith(".bias") and ".parts." not in path]
+    return list(own_biases(network))
+
+
+def own_biases(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The network's, but for those that it holds as constants."""
+    own = {path: value for path, value in network.named_parameters() if path.endswith(".bias") and ".parts." not in path}
+    return {path: value for path, value in own.items() if path.replace(".base.", ".") not in network.constants}
 
 
 # ---- into the weights, and out
@@ -165,8 +179,8 @@ def merge(network: Network, *, untie: bool = False) -> Network:
         raise AdapterError("adapters are merged already")
     if any(not isinstance(holder, Adapted | Whole) and holder.active for holder in holders(network).values()):
         raise AdapterError("a prompt or prefix is no change of weights: it cannot be merged")
-    changed = {path: layer for path, layer in holders(network).items() if isinstance(layer, Adapted) and layer.chosen()}
-    for path in list(changed):
+    changed = {path: holder for path, holder in holders(network).items() if holder.active}
+    for path in changed:
         if shared := also_at(network, f"{path}.base.weight"):
             if not untie:
                 raise AdapterError(
@@ -177,6 +191,9 @@ def merge(network: Network, *, untie: bool = False) -> Network:
             network.config = network.config.replace(tie_embeddings=False)
     try:
         for path, layer in changed.items():
+            if isinstance(layer, Whole):
+                layer.merged = True
+                continue
             weight, bias = layer.base.weight, getattr(layer.base, "bias", None)
             new, new_bias = weight, bias
             for part in layer.chosen():
@@ -195,7 +212,9 @@ def merge(network: Network, *, untie: bool = False) -> Network:
 def unmerge(network: Network) -> Network:
     """The weights as they were before `merge`, with the adapters beside them again."""
     for holder in holders(network).values():
-        if isinstance(holder, Adapted) and holder.original is not None:
+        if isinstance(holder, Whole):
+            holder.merged = False
+        elif isinstance(holder, Adapted) and holder.merged:
             set_weight(holder.base, *holder.original)
             holder.original = None
     return network
@@ -216,16 +235,19 @@ def also_at(network: nn.Module, path: str) -> list[str]:
 
 
 def remove(network: Network) -> Network:
-    """Take every adapter off. Merged ones stay in the weights, and modules that the active one trained whole in their places;
-    else the network is the one it was. What was trained before is trained again."""
+    """Take every adapter off: the network is the one it was, bit for bit. Those that are merged stay, in the weights, the
+    biases and the modules that were trained whole. What was trained before is trained again."""
+    if not merged(network):
+        for bias, value in getattr(network, "biases_before", ()):
+            bias.data.copy_(value)
     for holder in list(holders(network).values()):
         if isinstance(holder, Adapted):
             replace_module(network, holder, holder.base)
         elif isinstance(holder, Whole):
-            replace_module(network, holder, holder.current)
+            replace_module(network, holder, holder.current if holder.merged else holder.base)
         else:
             holder.take_off(network)
-    network.adapters = {}
+    network.adapters, network.biases_before = {}, ()
     for path, parameter in network.named_parameters():
-        parameter.requires_grad_(path in network.trained_before)
+        parameter.requires_grad_(path not in network.constants)
     return network

@@ -62,9 +62,13 @@ class Adapted(Holder):
         self.base = base
         self.original: tuple[Tensor, Tensor | None] | None = None  # weight and bias before they were merged
 
+    @property
+    def merged(self) -> bool:
+        return self.original is not None
+
     def chosen(self) -> list[Part]:
         """The parts that are to be computed: none while they are merged into the base."""
-        return [self.parts[name] for name in self.active] if self.original is None else []
+        return [self.parts[name] for name in self.active] if not self.merged else []
 
     def forward(self, x: Tensor) -> Tensor:
         chosen = self.chosen()
@@ -116,6 +120,7 @@ class Whole(Holder):
     def __init__(self, base: nn.Module):
         super().__init__()
         self.base = base
+        self.merged = False  # then the active copy stays when adapters are taken off
 
     @property
     def current(self) -> nn.Module:

@@ -50,7 +50,7 @@ def save(network: nn.Module, folder: str | Path, name: str = "default", *, base:
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if source is not None:
-        write_base(folder, Path(source))
+        write_base(folder, Path(source), network.config)
 
 
 @torch.no_grad()
@@ -115,7 +115,8 @@ def open_network(
     The base is the one that is given; else that of `base.json`; else PEFT's base_model_name_or_path, if that is a folder.
     `options`: further ones of model.hub.load, such as the head. Errors: AdapterError, model.hub.HubError.
     """
-    found = Path(base) if base is not None else base_folder(Path(folder))
+    found, note = Path(base) if base is not None else base_folder(Path(folder)), read_base(Path(folder)) or {}
+    options = {name: note[name] for name in ("head", "labels") if name in note} | options
     network = model.hub.load(found, dtype=dtype, device=device, **options)
     return load(network, folder, name, any_base=any_base).eval()
 

@@ -21,8 +21,8 @@ def published_modules(network: nn.Module) -> dict[str, str]:
     'model.layers.0.self_attn.q_proj'
     """
     names = {}
-    for row in weight_table(network.config).values():
-        names[row.name.rpartition(".")[0]] = row.published.rpartition(".")[0]
+    for row in sorted(weight_table(network.config).values(), key=lambda row: not row.name.endswith(".weight")):
+        names.setdefault(row.name.rpartition(".")[0], row.published.rpartition(".")[0])  # a bias may stand elsewhere
     return names
 
 

@@ -37,16 +37,19 @@ from train.step import train_step
 OLD, NEW = "stdlib-docs", "stdlib-code"
 BATCH_SIZE = 16
 SEARCHED = 40_000  # tokens at the end of the new corpus's training split, by which learning rates are chosen
+WITH_HEAD = r"\.attention\.|\.mlp\.|^head$"  # a new corpus has its words more or less often: that is the head's to say
 METHODS = {  # row: (config, learning rates to choose from)
     "full fine-tuning": (None, (5e-4, 1.5e-3, 5e-3)),
     "LoRA, r = 2": (LoraConfig(r=2), (3e-3, 1e-2, 3e-2)),
     "LoRA, r = 8": (LoraConfig(r=8), (3e-3, 1e-2, 3e-2)),
+    "LoRA, r = 8, and of the head": (LoraConfig(r=8, targets=WITH_HEAD), (3e-3, 1e-2, 3e-2)),
     "LoRA, r = 32": (LoraConfig(r=32), (3e-3, 1e-2, 3e-2)),
     "DoRA, r = 8": (DoraConfig(r=8), (3e-3, 1e-2, 3e-2)),
     "prefix, 20": (PrefixConfig(tokens=20), (1e-2, 3e-2, 1e-1)),
     "IA³": (Ia3Config(), (1e-2, 3e-2, 1e-1)),
 }
-BARS = "LoRA, r = 8", 0.80, 0.10  # row, least share of full fine-tuning's gain, most of its trainable parameters
+# rows, least share of full fine-tuning's gain, most of its trainable parameters
+BARS = ("LoRA, r = 8", "LoRA, r = 8, and of the head"), 0.80, 0.10
 
 
 class Text(NamedTuple):
@@ -178,8 +181,8 @@ def show(task: Task, steps: int) -> None:
     print(f"(of the network's {full.trained:,} parameters {embedding:,} are its embedding, which adapters leave as it is)\n")
     columns = ("trained", "of full", "step memory", "tokens/s", NEW, "of full's gain", OLD, "forgotten")
     print(table(("method", *columns), rows))
-    name, least, most = BARS
-    share, size = kept[name], found[name].trained / full.trained
-    met = "met" if share >= least and size < most else "NOT met"
-    print(f"\n{name}: {share:.0%} of full fine-tuning's gain (bar: {least:.0%}) with {size:.1%} of its parameters", end=" ")
-    print(f"(bar: below {most:.0%}): {met}")
+    names, least, most = BARS
+    print(f"\nBar: {least:.0%} of full fine-tuning's gain with less than {most:.0%} of its parameters")
+    for name in names:
+        share, size = kept[name], found[name].trained / full.trained
+        print(f"{name}: {share:.0%} with {size:.1%}, {'met' if share >= least and size < most else 'NOT met'}")

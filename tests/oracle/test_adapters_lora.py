@@ -7,7 +7,7 @@ import torch
 from peft.optimizers import create_loraplus_optimizer
 
 from lora.combine import combine
-from lora.config import AdapterError, LoraConfig
+from lora.config import AdapterError, Ia3Config, LoraConfig
 from lora.inject import activate, adapters, add_adapters, merge, parts, remove, unmerge
 from lora.targets import published_modules
 from model.config import ModelConfig
@@ -288,6 +288,41 @@ def test_a_sum_that_is_not_finite_is_not_merged():
     with pytest.raises(AdapterError, match=r"body\.blocks\.1\.mlp\.down: the merged weight is not finite in torch\.float16"):
         merge(network)
     assert all(torch.equal(value, before[name]) for name, value in network.named_parameters() if ".parts." not in name)
+
+
+def test_what_stands_when_adapters_are_taken_off():
+    """Biases and whole modules too: as before, or, where they are merged, as trained."""
+    network, ids = randomized(tiny_config("bart")), torch.randint(0, 61, (2, 9))
+    before, constants = network(ids).logits, {n for n, value in network.named_parameters() if not value.requires_grad}
+    for merged in (False, True):
+        add_adapters(network, LoraConfig(r=2, bias="all", train_whole=("^head$",)))
+        assert constants and not any(name.rpartition(".")[2] == "bias" and "head" in name for name in trained(network))
+        randomize(network)
+        beside = network(ids).logits
+        assert gap(beside, before) > 1e-3
+        if merged:
+            with pytest.raises(AdapterError, match="head was adapted, and its matrix is also"):
+                merge(network)
+            assert gap(network(ids).logits, beside) < 1e-12
+            merge(network, untie=True)
+        remove(network)
+        assert gap(network(ids).logits, beside if merged else before) < 1e-12
+        assert {n for n, value in network.named_parameters() if not value.requires_grad} == constants
+    assert not network.config.tie_embeddings
+
+
+def test_parts_of_several_methods_merge_in_their_order():
+    """(IA)³ scales what a layer reads: the LoRA after it stands around both, and reads what was there before."""
+    network, ids = randomized(tiny_config("bert")), torch.randint(0, 61, (2, 9))
+    add_adapters(network, Ia3Config(), "scaled")
+    randomize(network)
+    add_adapters(network, LoraConfig(r=2), "changed")
+    randomize(network)
+    for order in (("scaled", "changed"), ("changed", "scaled")):
+        activate(network, order)
+        beside = network(ids).logits
+        assert gap(merge(network)(ids).logits, beside) < 1e-12
+        unmerge(network)
 
 
 # ---- float32 beside 16 bits

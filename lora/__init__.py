@@ -8,6 +8,9 @@
 
 One file a method: `lora` `dora` `adalora` `ia3` `adapter` (parts beside layers), `prompt` `ptuning` `prefix` (before the text).
 
-    peft_io    PEFT's folders, in and out
-    __main__   python -m lora merge
+    fused, kernels/         a layer and its LoRA as one operation; the same in Triton
+    combine                 several LoRA adapters made into one
+    peft_io                 PEFT's folders, in and out, with peft_names and peft_config, the tables that they are read by
+    base                    on which network an adapter was trained
+    merge_folder, __main__  python -m lora merge, a weight at a time
 """

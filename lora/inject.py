@@ -58,7 +58,7 @@ def add_adapters(network: Network, config: object, name: str = "default", *, see
         holder = stand_in(network, adaptable(network)[path], Whole, path)
         holder.parts[name] = deepcopy(holder.base).to(wide)
     for path, part in parts(network, name).items():
-        part.to(device=next(network.parameters()).device, dtype=wide)
+        part.to(device=next(network.parameters()).device, dtype=wide).train(network.training)
         if isinstance(part, Part):
             part.reset(noise(seed, path))
     network.adapters = adapters(network) | {name: config}

@@ -137,7 +137,8 @@ def test_dropout_is_on_what_a_reads(tmp_path):
     """With the same noise, drawn in the same order, PEFT's."""
     both = twin("llama", LoraConfig(r=3, dropout=0.4), theirs_of("llama", r=3, lora_alpha=16, lora_dropout=0.4), tmp_path)
     ours, theirs, real = batch(both)
-    quiet = both.network(**ours).logits
+    quiet = both.network(**ours).logits  # the network was in eval mode, and so are its new parts
+    assert torch.equal(both.network(**ours).logits, quiet)
     both.network.train(), both.theirs.train()
     torch.manual_seed(7)
     logits = both.network(**ours).logits

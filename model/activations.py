@@ -197,8 +197,8 @@ class Recorder:
         else:
             kept = 3 * queries * WIDE + weights * WIDE * (3 if rate else 1) + length**2 * (biased and causal)
             self.add("attention", kept=kept, made=(weights + queries) * WIDE, moving=(2 * weights + queries) * size)
-        # The fused kernel lays its result out as q is laid out; behind a rotation that is one copy from what `out` reads.
-        copied = rotated or not (self.kernels.fused_attention or (not rate and not biased))
+        # The fused kernel lays its result out as q is laid out, a token's heads side by side, which is what `out` reads.
+        copied = not (self.kernels.fused_attention or (not rate and not biased))
         self.linears([f"{name}.out"], fresh=copied, last=True)
 
     def mlp(self, name: str) -> None:

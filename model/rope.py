@@ -100,8 +100,12 @@ def rotate(x_BHTK: Tensor, cos_B1TK: Tensor, sin_B1TK: Tensor) -> Tensor:
     weights) pair neighbours (x_2i, x_2i+1). The two differ by a permutation of the rows of the q and k matrices:
     `interleaved_to_halves`.
     """
-    first, second = x_BHTK.chunk(2, dim=-1)
-    return torch.cat((first * cos_B1TK - second * sin_B1TK, second * cos_B1TK + first * sin_B1TK), dim=-1)
+    # In memory the heads of a token stay side by side, as the projection gave them: attention's result then lies so too, and
+    # need not be copied for the matrix after it.
+    first_BTHK, second_BTHK = x_BHTK.transpose(1, 2).chunk(2, dim=-1)
+    cos_BT1K, sin_BT1K = cos_B1TK.transpose(1, 2), sin_B1TK.transpose(1, 2)
+    turned = (first_BTHK * cos_BT1K - second_BTHK * sin_BT1K, second_BTHK * cos_BT1K + first_BTHK * sin_BT1K)
+    return torch.cat(turned, dim=-1).transpose(1, 2)
 
 
 def interleaved_to_halves(weight_OI: Tensor, head_width: int) -> Tensor:

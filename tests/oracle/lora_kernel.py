@@ -6,17 +6,14 @@
 
 import itertools
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
 from lora.fused import lora_linear, triton_product
 from lora.lora import lora_reference
+from tests.oracle.triton_apart import registers_and_stack
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SIZES = {  # N, I, O, R: less than a tile; one more than a tile; several groups of tiles, a rank of two steps; one of each
@@ -101,13 +98,12 @@ def run() -> dict:
 def compiled() -> dict:
     """{card and variant: [registers, bytes of stack]}, as cuobjdump, which comes with triton, reads them."""
     import triton
-    from triton.backends import nvidia
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from lora.kernels import lora_linear as module
 
-    reader, found = Path(nvidia.__file__).parent / "bin" / "cuobjdump", {}
+    found = {}
     names = module.lora_linear_kernel.arg_names
     whole_numbers = [name for name in names if name.endswith("_stride")] + ["rows", "outs", "ins", "rank"]
     pointers = [name for name in names if name.endswith("_ptr")]
@@ -124,12 +120,8 @@ def compiled() -> dict:
         source = ASTSource(module.lora_linear_kernel, signature, constants, hints)
         options = {"num_warps": warps, "num_stages": module.STAGES}
         code = triton.compile(source, target=GPUTarget("cuda", card, 32), options=options)
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "kernel.cubin").write_bytes(code.asm["cubin"])
-            command = [reader, "-res-usage", Path(folder, "kernel.cubin")]
-            shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        usage = re.search(r"REG:(\d+) STACK:(\d+)", shown)
-        found[f"sm_{card}, {dtype}, {precision}{', aligned' * aligned}{', bias' * bias}"] = [int(n) for n in usage.groups()]
+        name = f"sm_{card}, {dtype}, {precision}{', aligned' * aligned}{', bias' * bias}"
+        found[name] = registers_and_stack(code.asm["cubin"])
     return found
 
 

@@ -6,14 +6,11 @@
 
 import itertools
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import torch
 
+from tests.oracle.triton_apart import registers_and_stack
 from train.loss.chunked import score_rows
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -114,13 +111,12 @@ def run() -> dict:
 def compiled() -> dict:
     """{card and variant: [registers, bytes of stack]}, as cuobjdump, which comes with triton, reads them."""
     import triton
-    from triton.backends import nvidia
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from train.loss.kernels import cross_entropy as kernel
 
-    reader, found = Path(nvidia.__file__).parent / "bin" / "cuobjdump", {}
+    found = {}
     scalars = {"row_stride": "i32", "vocab_size": "i32", "smoothing": "fp32", "z_loss": "fp32", "scale": "fp32"}
     names = kernel.score_row_kernel.arg_names
     for card, dtype, (gradient, aligned) in itertools.product(CARDS, DTYPES, [(True, True), (True, False), (False, True)]):
@@ -131,12 +127,8 @@ def compiled() -> dict:
         hints = {(names.index(name),): [["tt.divisibility", 16]] for name in known}
         source = ASTSource(kernel.score_row_kernel, signature, constants, hints)
         code = triton.compile(source, target=GPUTarget("cuda", card, 32), options={"num_warps": kernel.WARPS})
-        with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "kernel.cubin").write_bytes(code.asm["cubin"])
-            command = [reader, "-res-usage", Path(folder, "kernel.cubin")]
-            shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        usage = re.search(r"REG:(\d+) STACK:(\d+)", shown)
-        found[f"sm_{card}, {dtype}{', aligned' * aligned}{', loss alone' * (not gradient)}"] = [int(n) for n in usage.groups()]
+        name = f"sm_{card}, {dtype}{', aligned' * aligned}{', loss alone' * (not gradient)}"
+        found[name] = registers_and_stack(code.asm["cubin"])
     return found
 
 

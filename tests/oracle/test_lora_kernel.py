@@ -1,19 +1,15 @@
 """Triton's LoRA linear: interpreted on a CPU it equals its plain twin, and it compiles for cards not here. On a card:
 `tests/gpu/test_lora_kernel.py`."""
 
-import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from lora.fused import triton_product
 from tests.oracle.lora_kernel import CARDS, CASES
+from tests.oracle.triton_apart import fresh
 
-ROOT = Path(__file__).resolve().parents[2]
 TWIN = "our plain twin in float64"
 TOLERANCES = {
     "fp32": (3e-6, "float32 sums of a row"),
@@ -24,18 +20,9 @@ TOLERANCES = {
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton is a dependency on Linux alone")
 
 
-def fresh(what: str, cache: Path, **environment: str) -> dict:
-    """`tests.oracle.lora_kernel` in a new process, which this one's triton settings do not reach."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    environment = inherited | {"TRITON_CACHE_DIR": str(cache)} | environment
-    command = [sys.executable, "-m", "tests.oracle.lora_kernel", what]
-    shown = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return json.loads(shown.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
-    return fresh("run", tmp_path_factory.mktemp("triton"), TRITON_INTERPRET="1")
+    return fresh("tests.oracle.lora_kernel", "run", tmp_path_factory.mktemp("triton"), TRITON_INTERPRET="1")
 
 
 def check(found: dict, name: str, parity, where: str) -> None:
@@ -54,7 +41,7 @@ def test_the_whole_operation_interpreted(interpreted, parity):
 
 
 def test_compiled_for_cards_that_are_not_here(tmp_path):
-    found = fresh("compile", tmp_path)
+    found = fresh("tests.oracle.lora_kernel", "compile", tmp_path)
     assert len(found) == len(CARDS) * 7
     assert {name: stack for name, (_, stack) in found.items() if stack} == {}  # nothing spilled
     assert max(registers for registers, _ in found.values()) <= 255

@@ -1,17 +1,13 @@
 """Triton's loss kernel: interpreted on a CPU and run on a card it equals its plain twin; and it compiles for cards not here."""
 
-import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.oracle.loss_kernel import CARDS, CASES, DTYPES, measure, whole_loss
+from tests.oracle.triton_apart import fresh
 
-ROOT = Path(__file__).resolve().parents[2]
 TWIN = "our plain twin in float64"
 TOLERANCES = {
     "fp32": (3e-6, "float32 sums of a row"),
@@ -23,18 +19,9 @@ LOSS = (3e-6, "losses are float32 whatever the logits are in")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton is a dependency on Linux alone")
 
 
-def fresh(what: str, cache: Path, **environment: str) -> dict:
-    """`tests.oracle.loss_kernel` in a new process, which this one's triton settings do not reach."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    environment = inherited | {"TRITON_CACHE_DIR": str(cache)} | environment
-    command = [sys.executable, "-m", "tests.oracle.loss_kernel", what]
-    shown = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
-    return json.loads(shown.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
-    return fresh("run", tmp_path_factory.mktemp("triton"), TRITON_INTERPRET="1")
+    return fresh("tests.oracle.loss_kernel", "run", tmp_path_factory.mktemp("triton"), TRITON_INTERPRET="1")
 
 
 def check(found: dict, name: str, parity, where: str) -> None:
@@ -61,7 +48,7 @@ def test_the_whole_loss_interpreted(interpreted, parity):
 
 
 def test_compiled_for_cards_that_are_not_here(tmp_path):
-    found = fresh("compile", tmp_path)
+    found = fresh("tests.oracle.loss_kernel", "compile", tmp_path)
     assert len(found) == len(CARDS) * len(DTYPES) * 3
     assert {name: stack for name, (_, stack) in found.items() if stack} == {}  # nothing spilled
     assert max(registers for registers, _ in found.values()) <= 128  # two programs of 256 threads a multiprocessor at least

@@ -56,9 +56,9 @@ class Adalora(Lora):
         """s P Λ Q: O × I."""
         return self.share * self.scale * (self.B @ self.scaled())
 
-    def widen_features(self, features: Tensor) -> Tensor:
+    def more_features(self, features: Tensor) -> Tensor:
         h = F.linear(self.drop(features).to(self.A.dtype), self.scaled())
-        return torch.cat((features, (self.share * self.scale * h).to(features.dtype)), dim=-1)
+        return (self.share * self.scale * h).to(features.dtype)
 
     def observe(self, beta1: float, beta2: float) -> None:
         """Sensitivity I = |p ∂loss/∂p| of every number; its running mean, and that of its distance from the mean:

@@ -33,14 +33,15 @@ def add_adapters(network: Network, config: object, name: str = "default", *, see
     """
     if config.method not in BESIDE_A_LAYER | BEFORE_THE_TEXT:
         raise AdapterError(f"unknown method {config.method!r}; methods: {', '.join(BESIDE_A_LAYER | BEFORE_THE_TEXT)}")
-    if not name or "." in name or name in adapters(network):
-        raise AdapterError(f"{name!r} cannot be an adapter's name: empty, with a dot, or already on this network")
+    if not name or "." in name or name in adapters(network) or hasattr(nn.ModuleDict(), name):
+        raise AdapterError(f"{name!r} cannot be an adapter's name: empty, with a dot, torch's own, or already on this network")
     if merged(network):
         raise AdapterError("adapters are merged into this network's weights: unmerge them before another one is added")
     if adapters(network) and any(map(trains_biases, (config, *adapters(network).values()))):
         raise AdapterError("an adapter that trains biases trains the network's own, which others would see: it stands alone")
     wide = torch.float64 if dtype_of(network) == torch.float64 else torch.float32
     whole = [path for pattern in config.train_whole for path in matching(network, pattern, "train_whole")]
+    whole = [path for path in dict.fromkeys(whole) if not within(path, whole)]  # its copy holds all that is in it
     targets = matching(network, config.targets) if config.method in BESIDE_A_LAYER else []
     if not adapters(network):
         network.constants = {path for path, parameter in network.named_parameters() if not parameter.requires_grad}
@@ -49,7 +50,7 @@ def add_adapters(network: Network, config: object, name: str = "default", *, see
         network.biases_before = [(bias, bias.clone()) for bias in own_biases(network).values()]
     layers, published = adaptable(network), published_modules(network)
     for path in targets:
-        if path not in whole:
+        if path not in whole and not within(path, whole):
             layer = stand_in(network, layers[path], Adapted, path)
             layer.parts[name] = BESIDE_A_LAYER[config.method](layer.base, config, Place(path, published.get(path, path)))
     if config.method in BEFORE_THE_TEXT:
@@ -67,6 +68,10 @@ def add_adapters(network: Network, config: object, name: str = "default", *, see
 
 def dtype_of(network: nn.Module) -> torch.dtype:
     return next(parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
+
+
+def within(path: str, modules: list[str]) -> bool:
+    return any(path.startswith(f"{module}.") for module in modules)
 
 
 def stand_in(network: nn.Module, module: nn.Module, kind: type[Holder], path: str) -> Holder:
@@ -151,10 +156,12 @@ def trains_biases(config: object) -> bool:
 def biases(network: nn.Module, name: str) -> list[str]:
     """The network's own biases that an adapter trains too."""
     mode = adapters(network)[name].bias
+    found = list(own_biases(network))
     if mode == "adapted":
         layers = {path: layer for path, layer in holders(network).items() if isinstance(layer, Adapted) and name in layer.parts}
-        return [f"{path}.base.bias" for path, layer in layers.items() if getattr(layer.base, "bias", None) is not None]
-    return list(own_biases(network))
+        found = [f"{path}.base.bias" for path, layer in layers.items() if getattr(layer.base, "bias", None) is not None]
+    whole = tuple(f"{path}.base." for path, holder in holders(network).items() if isinstance(holder, Whole))
+    return [path for path in found if not path.startswith(whole)]  # of a module trained whole its copy has them
 
 
 def own_biases(network: nn.Module) -> dict[str, nn.Parameter]:

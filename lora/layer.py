@@ -90,9 +90,7 @@ class AdaptedHead(Adapted):
 
     def features(self, hidden: Tensor) -> Tensor:
         features = self.base.features(hidden)
-        for part in self.chosen():
-            features = part.widen_features(features)
-        return features
+        return torch.cat((features, *(part.more_features(features) for part in self.chosen())), dim=-1)
 
     @property
     def weight(self) -> Tensor:

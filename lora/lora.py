@@ -64,9 +64,9 @@ class Lora(Part):
         """W + s B A, added in the wider of the two formats, in the weight's format."""
         return (weight_OI + self.delta()).to(weight_OI.dtype), bias_O
 
-    def widen_features(self, features: Tensor) -> Tensor:
+    def more_features(self, features: Tensor) -> Tensor:
         h = F.linear(self.drop(features).to(self.A.dtype), self.A)
-        return torch.cat((features, (self.share * self.scale * h).to(features.dtype)), dim=-1)
+        return (self.share * self.scale * h).to(features.dtype)
 
     def widen_weight(self, weight_VD: Tensor) -> Tensor:
         return torch.cat((weight_VD, self.B.to(weight_VD.dtype)), dim=-1)

@@ -1,6 +1,7 @@
 """Adapters' folders that are damaged, or of another base: one line that names what is wrong, and a network as it was."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -12,7 +13,7 @@ import model.hub
 from lora.__main__ import main
 from lora.base import digest
 from lora.config import AdapterError, DoraConfig, LoraConfig
-from lora.inject import activate, add_adapters
+from lora.inject import activate, add_adapters, parts
 from tests.conftest import randomized, tiny_config
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -112,12 +113,16 @@ def test_a_damaged_folder_is_named_and_the_network_stays(name, place, capsys):
 
 def test_other_adapters_stay_as_they_were(place):
     network = add_adapters(model.hub.load(place / "base"), DoraConfig(r=2), "first")
-    activate(network, "first")
+    add_adapters(network, LoraConfig(r=2), "third")
+    with torch.no_grad():
+        for part in parts(network, "third").values():
+            part.B.fill_(0.1)
+    activate(network, {"third": 0.5})
     wanted = network(torch.arange(3, 9)[None]).logits
     edit(place / "adapter", lambda t: t.update({NAME: torch.ones(7, 2)}))
     with pytest.raises(AdapterError, match="is expected"):
         peft_io.load(network, place / "adapter", "second")
-    assert list(network.adapters) == ["first"] and torch.equal(network(torch.arange(3, 9)[None]).logits, wanted)
+    assert list(network.adapters) == ["first", "third"] and torch.equal(network(torch.arange(3, 9)[None]).logits, wanted)
 
 
 def test_another_base_is_refused(place, capsys):
@@ -168,6 +173,18 @@ def test_the_digest_is_of_the_tensors(family, tmp_path):
     assert digest(tmp_path / "one") != digest(tmp_path / "copies")
     model.hub.save(network.to(torch.bfloat16), tmp_path / "half")
     assert digest(tmp_path / "one") != digest(tmp_path / "half")
+
+
+def test_the_digest_is_of_formats_and_shapes(place):
+    """The same bytes under them are another network; and a file that was written anew is read anew."""
+    path, seen = place / "base" / "model.safetensors", [digest(place / "base")]
+    written, tensors, name = path.stat().st_mtime_ns, load_file(path), "model.layers.0.mlp.up_proj.weight"
+    value = tensors[name]
+    for later, change in enumerate((value.view(torch.int32), value.reshape(value.shape[::-1]), value + 1), 1):
+        save_file(tensors | {name: change}, path)
+        os.utime(path, ns=(written, written + later * 10**9))  # its size is what it was
+        seen.append(digest(place / "base"))
+    assert len(set(seen)) == len(seen)
 
 
 def test_an_embedding_that_was_resized_is_another_base(place):

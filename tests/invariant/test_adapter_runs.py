@@ -3,8 +3,11 @@
 import json
 import re
 import shutil
+import tomllib
+from dataclasses import replace
 
 import pytest
+import tomli_w
 import torch
 from safetensors.torch import load_file
 
@@ -12,15 +15,24 @@ import lora.__main__ as lora_command
 import lora.peft_io
 import model.__main__ as model_command
 import model.hub
+from data.tokenizer import load_tokenizer
+from lora.adalora import RankAllocator
 from lora.config import CONFIGS, LoraConfig
 from lora.inject import add_adapters, parts
 from model.stack import Output
+from model.weights import weight_table
 from tests.conftest import randomized, tiny_config
 from tests.oracle.adapter_twins import randomize, trained
 from tests.runs import arguments, assert_same_end, command, last_checkpoint, metrics, stopped_at
+from train.adapters import accounted, narrow, put_on
 from train.checkpoint import step_of
-from train.config import ADAPTER_LR
+from train.config import ADAPTER_LR, OptimizerConfig, RunConfig, TrainConfig, TrainError
+from train.distributed import Ranks
+from train.engine import Engine
+from train.objective import Objective
+from train.plain import from_plain, to_plain
 from train.recompute import recompute
+from train.setup import open_optimizers, resolve_network
 
 SMALL = {"sample-every": 0, "dropout": "0.1"}
 METHODS = {
@@ -58,6 +70,8 @@ def test_a_run_trains_and_saves_the_adapter_alone(method, options, base, tmp_pat
     run, other = tmp_path / "run", tmp_path / "other"
     said = command(*adapt(options, base, method), "--out", run)
     assert said.code == 0, said.err
+    chosen = tomllib.loads((run / "config.toml").read_text())["optimizer"]
+    assert (chosen["optimizer"], chosen["lr"], chosen["weight_decay"]) == ("adamw", ADAPTER_LR[method], 0.0)
     checkpoint = last_checkpoint(run)
     names = {path.name for path in checkpoint.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "base.json", "raw.safetensors"} <= names
@@ -191,3 +205,112 @@ def test_another_base_is_refused(options, base, halfway, tmp_path):
     shutil.rmtree(moved)
     said = command("--resume", run)
     assert said.code == 2 and str(moved) in said.err
+
+
+# ---- what a run decides about its adapter
+
+WHOLE = {"bias": "all", "train_whole": ("^head$",), "b_lr_ratio": 4.0}
+DECAYED = {"lora": {"A", "B", "dense.weight", "weight"}, "dora": {"A", "B"}, "adalora": {"A", "B"}, "adapter": {"down", "up"}}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_decays_and_how_fast_it_learns(method):
+    """Matrices decay, vectors, prompts and biases do not; of a module trained whole the family's table knows. LoRA+ is of B."""
+    own = CONFIGS[method](**WHOLE if method == "lora" else {})
+    asked = OptimizerConfig(optimizer="adamw", lr=1e-3, weight_decay=0.1)
+    network = add_adapters(randomized(tiny_config("bert")), own)
+    groups = open_optimizers(TrainConfig(run=RunConfig(adapter=method), optimizer=asked, **{method: own}), network).param_groups
+    found = {name: (group["base_lr"], group["weight_decay"]) for group in groups for name in group["names"]}
+    assert found.keys() == trained(network).keys()
+    for name, values in found.items():
+        leaf = name.partition(".parts.default.")[2]
+        wanted = 4e-3 if method == "lora" and leaf == "B" else 1e-3, 0.1 if leaf in DECAYED.get(method, ()) else 0.0
+        assert values == wanted, name
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("bert", torch.bfloat16), ("t5", torch.bfloat16), ("t5", torch.float16)])
+def test_frozen_weights_are_narrowed_and_trained_ones_are_not(family, dtype):
+    network = add_adapters(randomized(tiny_config(family), dtype=torch.float32), LoraConfig(r=2, bias="all"))
+    narrow(network, None)
+    assert {value.dtype for value in network.parameters()} == {torch.float32}
+    narrow(network, dtype)
+    wide = {row.name for row in weight_table(network.config).values() if row.layout == "wide" and dtype == torch.float16}
+    assert bool(wide) == (dtype == torch.float16)
+    for name, value in network.named_parameters():
+        stays = value.requires_grad or ".parts." in name or name.replace(".base.", ".") in wide
+        assert value.dtype == (torch.float32 if stays else dtype), name
+
+
+def test_a_head_that_the_base_lacks_is_trained_whole(options, base, tmp_path):
+    model.hub.save(model.hub.load(base, head="sequence", labels=3), tmp_path / "other")
+    for path in base.iterdir():
+        if not (tmp_path / "other" / path.name).exists():
+            shutil.copy(path, tmp_path / "other")
+    said = command(*adapt(options, tmp_path / "other", "ia3", steps=20), "--out", tmp_path / "run")
+    assert said.code == 0 and "'lm' takes its place" in said.out, said.err
+    assert "weights.head.parts.default.weight" in load_file(last_checkpoint(tmp_path / "run") / "raw.safetensors")
+    said = command(*adapt(options, base, "ia3", steps=20), "--out", tmp_path / "usual")
+    stored = load_file(last_checkpoint(tmp_path / "usual") / "raw.safetensors")
+    assert said.code == 0 and not any("head" in name for name in stored)
+
+
+def test_an_adapter_begins_by_the_seed_and_a_prompt_by_its_text(base):
+    first = {}
+    for method in ("lora", "prompt"):
+        network = model.hub.load(base)
+        tokenizer = load_tokenizer(base, network.config.vocab_size)
+        config = TrainConfig(run=RunConfig(adapter=method, seed=3))
+        config = replace(config, prompt=replace(config.prompt, tokens=9, text="the value")) if method == "prompt" else config
+        put_on(config, network, tokenizer, new_head=False)
+        first |= parts(network, "default")
+    wanted = parts(add_adapters(model.hub.load(base), LoraConfig(), seed=3), "default")
+    assert all(torch.equal(part.A, first[path].A) for path, part in wanted.items())
+    ids = tokenizer.encode("the value")
+    words = network.body.embedding(torch.tensor([ids[place % len(ids)] for place in range(9)]))
+    assert any(torch.equal(part.vectors, words) for part in first.values() if hasattr(part, "vectors"))
+
+
+@pytest.mark.parametrize("orthogonality", [0.0, 0.5])
+def test_a_step_takes_the_penalty_and_counts_for_the_ranks(orthogonality):
+    """At the start Λ is zero, so that the penalty alone moves P and Q."""
+    own = CONFIGS["adalora"](r=2, initial_r=3, orthogonality=orthogonality)
+    network = add_adapters(randomized(tiny_config("llama"), dtype=torch.float32), own)
+    asked = OptimizerConfig(optimizer="adamw", lr=1e-2, weight_decay=0.0)
+    config = TrainConfig(run=RunConfig(adapter="adalora"), optimizer=asked, adalora=own)
+    before = {name: value.detach().clone() for name, value in trained(network).items()}
+    allocator = RankAllocator(network, "default", 10)
+    engine = Engine(Objective(network), open_optimizers(config, network), allocator=allocator)
+    ids = torch.randint(3, 61, (2, 9))
+    assert engine.train([{"input_ids": ids, "labels": ids}]).updated and allocator.updates == 1
+    for name, value in trained(network).items():
+        assert torch.equal(value, before[name]) == (orthogonality == 0 and not name.endswith(".E")), name
+
+
+def test_the_room_that_a_prefix_leaves():
+    """Positions that are relative have no end, so nothing is taken from the text."""
+    for family, room in (("gpt2", -4), ("t5", 0)):
+        network = add_adapters(randomized(tiny_config(family)), CONFIGS["prefix"](tokens=4))
+        config = TrainConfig(run=RunConfig(device="cpu", adapter="prefix"))
+        assert resolve_network(config, Ranks(), network).network.context == network.config.context + room
+
+
+def test_memory_is_foretold_of_what_the_account_knows():
+    for method in METHODS:
+        assert accounted(TrainConfig(run=RunConfig(adapter=method))) == (method == "lora")
+    known, unknown = {"r": 2, "targets": "attention", "b_lr_ratio": 4.0}, ({"targets": "query"}, {"dropout": 0.1}, WHOLE)
+    for changes in (known, *unknown):
+        assert accounted(TrainConfig(run=RunConfig(adapter="lora"), lora=LoraConfig(**changes))) == (changes is known)
+
+
+def test_patterns_in_a_runs_settings():
+    """A table of numbers by regular expression goes through config.toml; that of another method is left out."""
+    own = LoraConfig(rank_pattern={r"0\.mlp\.up": 1}, alpha_pattern={'a "quoted" name': 5.0})
+    config = TrainConfig(run=RunConfig(adapter="lora"), lora=own)
+    table = tomllib.loads(tomli_w.dumps(to_plain(config)))
+    assert from_plain(TrainConfig, table, "config.toml") == config
+    assert {"run", "lora"} <= table.keys() and not (CONFIGS.keys() - {"lora"}) & table.keys()
+    table["lora"]["alpha_pattern"] = {"mlp": 5}
+    assert type(from_plain(TrainConfig, table, "config.toml").lora.alpha_pattern["mlp"]) is float
+    table["lora"]["rank_pattern"] = {"mlp": "two"}
+    with pytest.raises(TrainError, match=r"config\.toml: lora: rank_pattern\.mlp = 'two': int is expected"):
+        from_plain(TrainConfig, table, "config.toml")

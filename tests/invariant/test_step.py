@@ -174,3 +174,33 @@ def test_what_is_no_number_moves_nothing(where):
     recorder = Recorder(Objective(network))
     assert not train_step(Spoilt(network), [uneven_batch()], recorder).updated and not hasattr(recorder, "gradients")
     assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_a_penalty_counts_once_a_step():
+    """However many micro-batches there are; and it is not in the loss."""
+    network, batch, seen = randomized(tiny_config("llama")), uneven_batch(), []
+    plain, without = gradients_of(network, [batch])
+    for parts in (1, 4):
+        objective = Objective(network)
+        recorder = Recorder(objective)
+        result = train_step(
+            objective, split(batch, parts), recorder, penalty=lambda: sum(p.square().sum() for p in network.parameters())
+        )
+        seen.append(largest(recorder.gradients, [g + 2 * p for g, p in zip(without, network.parameters(), strict=True)]))
+        assert result.loss.item() == pytest.approx(plain.loss.item(), abs=1e-12)
+    assert max(seen) < 1e-11
+
+
+def test_updated_is_called_after_an_update_and_only_then():
+    network, batch, calls = randomized(tiny_config("llama")), uneven_batch(), []
+    optimizer = build_optimizer("adamw", network.named_parameters(), lambda name: "matrix", lr=1e-2)
+    weight = network.body.blocks[0].mlp.up.weight
+    before = weight.detach().clone()
+
+    def updated():
+        calls.append(not torch.equal(weight, before) and weight.grad is not None)
+
+    train_step(Objective(network), [batch], optimizer, updated=updated)
+    assert calls == [True]
+    result = train_step(Objective(network), [batch], optimizer, penalty=lambda: weight.sum() * torch.nan, updated=updated)
+    assert not result.updated and calls == [True]

@@ -5,11 +5,15 @@ import peft
 import pytest
 import torch
 from peft.optimizers import create_loraplus_optimizer
+from peft.utils.other import get_pattern_key
 
+import lora.peft_io as peft_io
+import model.hub
 from lora.combine import combine
 from lora.config import AdapterError, Ia3Config, LoraConfig
 from lora.inject import activate, adapters, add_adapters, merge, parts, remove, unmerge
-from lora.targets import published_modules
+from lora.layer import Place
+from lora.targets import by_pattern, matching, published_modules
 from model.config import ModelConfig
 from model.init import empty
 from tests.conftest import randomized, tiny_config
@@ -218,6 +222,22 @@ def test_combined(several, weights, how, theirs, parity):
         assert list(adapters(network)) == ["one", "other", "both"]
 
 
+def test_a_share_of_an_embedding_and_a_head():
+    """And a combination that has it in its matrices, with scales of its own."""
+    network, merged = (randomized(tiny_config("llama", tie_embeddings=False)) for _ in range(2))
+    add_adapters(network, LoraConfig(r=2, targets="^head$|embedding$", rank_stabilized=True), "one")
+    randomize(network)
+    for path, part in parts(network, "one").items():
+        change, own = 0.7 * 16 / 2**0.5 * part.B @ part.A, merged.get_submodule(path.removesuffix(".parts.one")).weight
+        own.data += change if path.startswith("head") else change.T
+    ids = torch.randint(0, 61, (2, 9))
+    wanted, plain = merged(ids).logits, network(ids).logits
+    activate(network, {"one": 0.7})
+    assert gap(network(ids).logits, wanted) < 1e-12 < gap(plain, wanted)
+    combine(network, {"one": 0.7}, "both")
+    assert gap(network(ids).logits, wanted) < 1e-12
+
+
 def test_what_cannot_be_combined(several):
     network, _, _ = several
     for error, change in {
@@ -234,6 +254,30 @@ def test_what_cannot_be_combined(several):
     add_adapters(network, LoraConfig(r=5), "wide")
     with pytest.raises(AdapterError, match="linear combination needs one rank, there are 3, 5"):
         combine(network, {"one": 1, "wide": 1}, "x", "linear")
+
+
+def test_a_pattern_is_the_end_of_a_name():
+    """Whole parts of it, ours or the published one, as PEFT reads rank_pattern; the first that fits."""
+    place = Place("body.blocks.1.attention.project.query", "model.layers.1.self_attn.q_proj")
+    for pattern, fits in {
+        "query": True,
+        r"1\.self_attn\.q_proj": True,
+        "model.layers.1.self_attn.q_proj": True,
+        "uery": False,
+        "q_pro": False,
+        "self_attn": False,
+        "layers": False,
+        r"layers\.1": False,
+    }.items():
+        assert (by_pattern({pattern: 3}, place, 8) == 3) == fits, pattern
+        assert (get_pattern_key([pattern], place.published) == pattern) == (fits and pattern != "query"), pattern
+    assert by_pattern({"key": 1, "q_proj": 2, "query": 3}, place, 8) == 2
+
+
+def test_targets_by_either_name():
+    network = randomized(tiny_config("llama"))
+    for targets in (r"\.query$", "q_proj", "self_attn.q_proj$"):
+        assert matching(network, targets) == [f"body.blocks.{number}.attention.project.query" for number in range(2)]
 
 
 def test_targets_that_match_nothing():
@@ -280,6 +324,44 @@ def test_a_tied_matrix_is_not_merged_at_one_end():
     assert gap(network(ids).logits, beside) < 1e-12 and not network.config.tie_embeddings
 
 
+def test_several_on_one_head():
+    network, ids = randomized(tiny_config("llama")), torch.randint(0, 61, (2, 9))
+    for number, name in enumerate(("one", "other")):
+        randomize(add_adapters(network, LoraConfig(r=2 + number, targets="^head$"), name), seed=number)
+    activate(network, {"one": 0.5, "other": -1.0})
+    beside = network(ids).logits
+    assert gap(merge(network, untie=True)(ids).logits, beside) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train_whole": ("^head",)},  # the head, and the dense layer in it
+        {"train_whole": ("^head$",), "targets": "dense|query"},
+        {"train_whole": ("^head$",), "bias": "all"},
+        {"train_whole": ("^head$",), "bias": "adapted", "targets": "dense"},
+    ],
+    ids=str,
+)
+def test_what_is_trained_whole_has_no_parts_within(changes, tmp_path):
+    """All that is trained has a gradient, and is saved as trained."""
+    model.hub.save(randomized(tiny_config("bert")), tmp_path / "base")
+    network, ids = model.hub.load(tmp_path / "base"), torch.randint(3, 61, (2, 9))
+    randomize(add_adapters(network, LoraConfig(r=2, **changes)))
+    network(ids).logits.logsumexp(-1).sum().backward()
+    assert all(value.grad is not None for value in trained(network).values())
+    peft_io.save(network, tmp_path / "adapter")
+    assert torch.equal(peft_io.open_network(tmp_path / "adapter")(ids).logits, network(ids).logits)
+
+
+def test_a_name_that_torch_has_taken():
+    network = randomized(tiny_config("llama"))
+    for name in ("half", "training", "keys"):
+        with pytest.raises(AdapterError, match=f"'{name}' cannot be an adapter's name"):
+            add_adapters(network, LoraConfig(), name)
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
 def test_a_sum_that_is_not_finite_is_not_merged():
     network = randomized(tiny_config("llama"), dtype=torch.float16)
     add_adapters(network, LoraConfig(r=2))
@@ -323,7 +405,7 @@ def test_parts_of_several_methods_merge_in_their_order():
         activate(network, order)
         beside = network(ids).logits
         assert gap(merge(network)(ids).logits, beside) < 1e-12
-        unmerge(network)
+        assert torch.equal(unmerge(network)(ids).logits, beside)  # biases too
 
 
 # ---- float32 beside 16 bits

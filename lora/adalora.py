@@ -125,7 +125,7 @@ class RankAllocator:
         config = getattr(network, "adapters", {}).get(name)
         if not isinstance(config, AdaloraConfig):
             raise AdapterError(f"{name!r} is no adapter of AdaLoRA on this network")
-        self.config = config
+        self.config, self.name = config, name
         holders = ((path, holder) for path, holder in network.named_modules() if isinstance(holder, Holder))
         found = ((path, holder.parts[name]) for path, holder in holders if name in holder.parts)
         self.parts: dict[str, Adalora] = {path: part for path, part in found if isinstance(part, Adalora)}
@@ -151,6 +151,12 @@ class RankAllocator:
         if self.updates >= self.last:  # the optimizer's moments would bring them back
             for part in self.parts.values():
                 part.mask()
+
+    @torch.no_grad()
+    def mask_averages(self, averages: dict[str, Tensor]) -> None:
+        """What was given up is zero in a running mean of Λ (by parameter name) too, in which it would live on."""
+        for path, part in self.parts.items():
+            averages[f"{path}.parts.{self.name}.E"].masked_fill_(~part.kept, 0.0)
 
     @property
     def budget(self) -> int:

@@ -3,7 +3,7 @@ Standard library only."""
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 
 
 class AdapterError(ValueError):
@@ -11,14 +11,23 @@ class AdapterError(ValueError):
 
 
 class Checked:
-    """Refuses numbers that no adapter can have; each message names the field and its value."""
+    """Refuses values that no adapter can have; each message names the field and its value."""
 
     method: ClassVar[str]
+    mergeable: ClassVar[bool] = False  # whether what it does is a change of the layers' weights
     LEAST: ClassVar[dict[str, float]] = {}  # field -> the smallest value that it may have
     SHARES: ClassVar[tuple[str, ...]] = ()  # fields from 0 to below 1
 
     def __post_init__(self) -> None:
         known = {entry.name for entry in fields(self)}
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if name in known and get_origin(hint) is Literal and value not in get_args(hint):
+                raise AdapterError(f"{self.method}: {name}={value!r} must be one of {', '.join(get_args(hint))}")
+            if name in known and hint is int and type(value) is not int:
+                raise AdapterError(f"{self.method}: {name}={value!r} must be a whole number")
+            if name in ("targets", "feedforward") and not (isinstance(value, str) and value):
+                raise AdapterError(f"{self.method}: {name}={value!r} must be one text, such as 'q_proj|v_proj'")
         for name, least in self.LEAST.items():
             value = getattr(self, name)
             if name in known and not (isinstance(value, int | float) and least <= value < math.inf):
@@ -33,6 +42,7 @@ class LoraConfig(Checked):
     """W' = W + s B A, with A of r × I and B of O × r. Source: Hu et al. 2021, arXiv 2106.09685."""
 
     method: ClassVar[str] = "lora"
+    mergeable: ClassVar[bool] = True
     LEAST: ClassVar = {"r": 1, "alpha": 0, "b_lr_ratio": 0}
     SHARES: ClassVar = ("dropout",)
 
@@ -44,7 +54,7 @@ class LoraConfig(Checked):
     """Which layers: all-linear, attention, query-value, or a regular expression that is searched in the layers' names, ours or
     the family's published ones."""
     dropout: float = 0.0
-    """Of what A reads."""
+    """Of what A reads. (Above 0 a layer and its LoRA are no longer one operation: a slower step.)"""
     rank_stabilized: bool = False
     """rsLoRA: s = alpha / √r."""
     bias: Literal["none", "all", "adapted"] = "none"
@@ -74,10 +84,12 @@ class AdaloraConfig(LoraConfig):
     LEAST: ClassVar = LoraConfig.LEAST | {"initial_r": 1, "warmup": 0, "final": 0, "every": 1, "orthogonality": 0}
     SHARES: ClassVar = ("dropout", "beta1", "beta2")
 
+    r: int = 8
+    """The mean rank of a layer at the end."""
     alpha: float = 16.0
     """The update's scale: s = alpha / initial_r."""
     initial_r: int = 12
-    """The rank of every layer at the start; r is the mean at the end."""
+    """The rank of every layer at the start."""
     warmup: float = 0.1
     """Steps before ranks begin to go, as a fraction of all."""
     final: float = 0.3
@@ -108,6 +120,7 @@ class Ia3Config(Checked):
     arXiv 2205.05638."""
 
     method: ClassVar[str] = "ia3"
+    mergeable: ClassVar[bool] = True
 
     targets: str = r"project\.(key|value|qkv)$|mlp\.down$"
     """Which layers: as for lora."""
@@ -154,9 +167,14 @@ class PromptConfig(Checked):
     text: str | None = None
     """Start from the embeddings of this text, repeated or cut to `tokens`, rather than from random tokens' embeddings."""
     ids: tuple[int, ...] = ()
-    """The same, of these token ids: what a tokenizer makes of the text."""
+    """The same, of these token ids: what a tokenizer makes of a text."""
     train_whole: tuple[str, ...] = ()
     """Modules that are trained whole."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.text == "" or (self.text is not None and self.ids):
+            raise AdapterError("prompt: text must hold something, and does not go with ids, which say the same")
 
 
 @dataclass(frozen=True)

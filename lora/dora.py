@@ -3,8 +3,8 @@
 W' = m (W + s B A) / ‖W + s B A‖ with a size m and a norm for each output row; m begins as the norms of W's rows, A and B as in
 LoRA. At the start the network is, bit for bit, what it was: B A is zero, and m and the norm come out of the same sums, so that
 m / ‖W‖ is exactly 1 (with another number of threads or another device than at the start it may be off by its last bit).
-Source: Liu et al. 2024, arXiv 2402.09353, equation 5, whose columns are our rows, for our W is O × I. As there in section 4.3,
-and in PEFT, the norm is a constant in the backward pass.
+Source: Liu et al. 2024, arXiv 2402.09353, equation 5; a norm for each output as in the authors' code and PEFT (the paper's text
+speaks of columns of W). As there in section 4.3, and in PEFT, the norm is a constant in the backward pass.
 """
 
 import torch
@@ -51,20 +51,26 @@ class Dora(Lora):
         norm = self.norm()
         return self.magnitude.view_as(norm) / norm.masked_fill(norm == 0, 1)  # a row of zeros has no direction: it stays zero
 
-    def leave(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        """y + (c - 1) x Wᵀ + c s (x Aᵀ) Bᵀ with c = m / ‖W + s B A‖: where c = 1 and B = 0, y itself.
+    def around(self, x: Tensor, base: nn.Module) -> Tensor:
+        return self.changed(x, base(x), base, alone=True)
 
-        x Wᵀ is y without its bias; but what is dropped from A's input is dropped from W's here too, as in PEFT, so that with
-        dropout it is computed again.
+    def leave(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        return self.changed(x, y, base, alone=False)
+
+    def changed(self, x: Tensor, y: Tensor, base: nn.Module, *, alone: bool) -> Tensor:
+        """y + (c - 1) p + c s (x Aᵀ) Bᵀ with c = m / ‖W + s B A‖ and p = x Wᵀ: where c = 1 and B = 0, y itself.
+
+        p is y without its bias, with what parts before this one have added; but what is dropped from A's input is dropped from
+        W's here too, as in PEFT, so that with dropout x Wᵀ is computed again (twice, where it is not `alone`).
         """
         c_O, wide = self.factor().flatten(), self.A.dtype
-        x = self.drop(x.to(wide))
+        whole, x = x.to(wide), self.drop(x.to(wide))
         low_rank = self.share * self.scale * F.linear(F.linear(x, self.A), self.B)
+        p = y.to(wide) if base.bias is None else y.to(wide) - base.bias.to(wide)
         if self.dropout and self.training:
-            product = F.linear(x, base.weight.to(wide))
-        else:
-            product = y.to(wide) if base.bias is None else y.to(wide) - base.bias.to(wide)
-        return (y.to(wide) + (c_O - 1) * product + c_O * low_rank).to(y.dtype)
+            dropped = F.linear(x, base.weight.to(wide))
+            p = dropped if alone else dropped + (p - F.linear(whole, base.weight.to(wide)))
+        return (y.to(wide) + (c_O - 1) * p + c_O * low_rank).to(y.dtype)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """c (W + s B A). Where other parts are in W and b already, the norm is still of the layer's own W, as in `leave`, and
@@ -79,6 +85,9 @@ class EmbeddingDora(Dora, EmbeddingLora):
     """Beside an embedding, V × D. magnitude: D, for a norm is that of a column, over all words, as in PEFT."""
 
     OVER = 0
+
+    def around(self, x: Tensor, base: nn.Module) -> Tensor:
+        return self.leave(x, base(x), base)
 
     def leave(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         wide = self.A.dtype

@@ -1,7 +1,9 @@
 """Adapters on a network: put on, switched, merged into the weights, taken off.
 
-Every weight of the network is frozen; what is trained stands beside it. Nothing of the network's own is copied: `remove` gives
-back the very modules that were there.
+Every weight of the network is frozen; what is trained stands beside it, but for biases and for modules that are trained whole,
+of which the network's own values are kept. `remove` gives back the very modules that were there. On a network with adapters
+stand further attributes: `adapters`, name -> config; `constants`, names of what was not trained before; `biases`, what has
+changed places with the network's own; `untied`, what `merge` has taken apart.
 """
 
 from collections.abc import Mapping
@@ -39,31 +41,55 @@ def add_adapters(network: Network, config: object, name: str = "default", *, see
         raise AdapterError("adapters are merged into this network's weights: unmerge them before another one is added")
     if adapters(network) and any(map(trains_biases, (config, *adapters(network).values()))):
         raise AdapterError("an adapter that trains biases trains the network's own, which others would see: it stands alone")
-    wide = torch.float64 if dtype_of(network) == torch.float64 else torch.float32
     whole = [path for pattern in config.train_whole for path in matching(network, pattern, "train_whole")]
     whole = [path for path in dict.fromkeys(whole) if not within(path, whole)]  # its copy holds all that is in it
     targets = matching(network, config.targets) if config.method in BESIDE_A_LAYER else []
+    targets = [path for path in targets if path not in whole and not within(path, whole)]
+    active = in_use(network)
     if not adapters(network):
         network.constants = {path for path, parameter in network.named_parameters() if not parameter.requires_grad}
         network.requires_grad_(False)
-    if trains_biases(config):
-        network.biases_before = [(bias, bias.clone()) for bias in own_biases(network).values()]
-    layers, published = adaptable(network), published_modules(network)
+    try:
+        put_on(network, config, name, targets, whole)
+        for path, part in parts(network, name).items():
+            if isinstance(part, Part):
+                part.reset(noise(seed, path))
+        network.adapters = adapters(network) | {name: config}
+        if trains_biases(config):
+            network.biases = Biases([(bias, bias.clone()) for bias in map(network.get_parameter, biases(network, name))])
+        return activate(network, name)
+    except BaseException:
+        discard(network, name, active)
+        raise
+
+
+def put_on(network: nn.Module, config: object, name: str, targets: list[str], whole: list[str]) -> None:
+    """The parts in their places, without values."""
+    wide = torch.float64 if dtype_of(network) == torch.float64 else torch.float32
+    device, layers, published = next(network.parameters()).device, adaptable(network), published_modules(network)
     for path in targets:
-        if path not in whole and not within(path, whole):
-            layer = stand_in(network, layers[path], Adapted, path)
-            layer.parts[name] = BESIDE_A_LAYER[config.method](layer.base, config, Place(path, published.get(path, path)))
+        layer = stand_in(network, layers[path], Adapted, path)
+        layer.parts[name] = BESIDE_A_LAYER[config.method](layer.base, config, Place(path, published.get(path, path)))
     if config.method in BEFORE_THE_TEXT:
         BEFORE_THE_TEXT[config.method](network, config, name)
     for path in whole:
-        holder = stand_in(network, adaptable(network)[path], Whole, path)
-        holder.parts[name] = deepcopy(holder.base).to(wide)
-    for path, part in parts(network, name).items():
-        part.to(device=next(network.parameters()).device, dtype=wide).train(network.training)
-        if isinstance(part, Part):
-            part.reset(noise(seed, path))
-    network.adapters = adapters(network) | {name: config}
-    return activate(network, name)
+        holder = stand_in(network, layers[path], Whole, path)
+        holder.parts[name] = deepcopy(holder.base)
+    for part in parts(network, name).values():
+        part.to(device=device, dtype=wide).train(network.training)
+
+
+def discard(network: nn.Module, name: str, active: Mapping[str, float]) -> None:
+    """As if the adapter `name` had not been added; `active` were in use before."""
+    for holder in holders(network).values():
+        holder.active = tuple(other for other in holder.active if other != name)
+        if name in holder.parts:
+            del holder.parts[name]
+    network.adapters = {other: config for other, config in adapters(network).items() if other != name}
+    if adapters(network):
+        activate(network, active)
+    else:
+        remove(network)
 
 
 def dtype_of(network: nn.Module) -> torch.dtype:
@@ -113,6 +139,12 @@ def parts(network: nn.Module, name: str) -> dict[str, nn.Module]:
     return {f"{path}.parts.{name}": holder.parts[name] for path, holder in found if name in holder.parts}
 
 
+def in_use(network: nn.Module) -> dict[str, float]:
+    """name -> weight, of the active adapters."""
+    active = {name: holder.parts[name] for holder in holders(network).values() for name in holder.active}
+    return {name: getattr(part, "share", 1.0) for name, part in active.items()}
+
+
 def merged(network: nn.Module) -> bool:
     return any(getattr(holder, "merged", False) for holder in holders(network).values())
 
@@ -129,17 +161,21 @@ def activate(network: Network, names: str | Mapping[str, float] | tuple[str, ...
     if unknown := sorted(set(weights) - set(adapters(network))):
         raise AdapterError(f"the network has no adapter {unknown[0]!r}; it has: {', '.join(adapters(network)) or 'none'}")
     for name, weight in weights.items():
-        if weight != 1 and adapters(network)[name].method not in LINEAR:
-            raise AdapterError(f"adapter {name!r}: what {adapters(network)[name].method} does cannot be taken {weight} times")
-    biased = [name for name in weights if trains_biases(adapters(network)[name])]
+        config = adapters(network)[name]
+        if weight != 1 and (config.method not in LINEAR or config.train_whole or trains_biases(config)):
+            what = config.method if config.method not in LINEAR else "a module or bias that was trained itself"
+            raise AdapterError(f"adapter {name!r}: {what} cannot be taken {weight} times")
+    for path, holder in holders(network).items():
+        if isinstance(holder, Whole) and len(both := sorted(set(weights) & set(holder.parts))) > 1:
+            raise AdapterError(f"{path} was trained whole by {' and '.join(both)}: one of them can be active")
     for holder in holders(network).values():
         holder.active = tuple(name for name in weights if name in holder.parts)
         for name, part in holder.parts.items():
             part.requires_grad_(name in weights)
             if isinstance(part, Part):
                 part.share = weights.get(name, 1.0)
-    for path in biases(network, biased[0]) if biased else ():
-        network.get_parameter(path).requires_grad_(True)
+    if getattr(network, "biases", None) is not None:
+        network.biases.use(any(trains_biases(adapters(network)[name]) for name in weights))
     for path, holder in holders(network).items():
         if isinstance(holder, Whole):
             for part in holder.parts.values():
@@ -147,6 +183,23 @@ def activate(network: Network, names: str | Mapping[str, float] | tuple[str, ...
                     if f"{path}.{name}".replace(".base.", ".") in network.constants:  # in every copy too
                         parameter.requires_grad_(False)
     return network
+
+
+class Biases:
+    """Biases of the network that an adapter trains where they are, beside their other values: the base's while it is active."""
+
+    def __init__(self, others: list[tuple[nn.Parameter, torch.Tensor]]):
+        self.others, self.used = others, True
+
+    @torch.no_grad()
+    def use(self, wanted: bool) -> None:
+        for bias, other in self.others:
+            bias.requires_grad_(wanted)
+            if wanted != self.used:
+                now = bias.clone()
+                bias.copy_(other)
+                other.copy_(now)
+        self.used = wanted
 
 
 def trains_biases(config: object) -> bool:
@@ -194,7 +247,9 @@ def merge(network: Network, *, untie: bool = False) -> Network:
                     f"{path} was adapted, and its matrix is also {shared[0]}: merged there, it would change both. Untie them "
                     "(merge(network, untie=True), or --untie), or leave the adapter beside the weights"
                 )
-            changed[path].base.weight = nn.Parameter(changed[path].base.weight.clone(), requires_grad=False)
+            layer = changed[path].base
+            network.untied = (layer, layer.weight, network.config)
+            layer.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)
             network.config = network.config.replace(tie_embeddings=False)
     try:
         for path, layer in changed.items():
@@ -205,7 +260,7 @@ def merge(network: Network, *, untie: bool = False) -> Network:
             new, new_bias = weight, bias
             for part in layer.chosen():
                 new, new_bias = part.merged(new, new_bias)
-            if not bool(new.isfinite().all()):
+            if not all(bool(value.isfinite().all()) for value in (new, new_bias) if value is not None):
                 raise AdapterError(f"{path}: the merged weight is not finite in {weight.dtype}")
             layer.original = (weight.data, None if bias is None else bias.data)
             set_weight(layer.base, new.data, None if new_bias is None else new_bias.data)
@@ -224,6 +279,10 @@ def unmerge(network: Network) -> Network:
         elif isinstance(holder, Adapted) and holder.merged:
             set_weight(holder.base, *holder.original)
             holder.original = None
+    if getattr(network, "untied", None) is not None:
+        layer, weight, network.config = network.untied
+        layer.weight = weight
+        network.untied = None
     return network
 
 
@@ -244,9 +303,10 @@ def also_at(network: nn.Module, path: str) -> list[str]:
 def remove(network: Network) -> Network:
     """Take every adapter off: the network is the one it was, bit for bit. Those that are merged stay, in the weights, the
     biases and the modules that were trained whole. What was trained before is trained again."""
-    if not merged(network):
-        for bias, value in getattr(network, "biases_before", ()):
-            bias.data.copy_(value)
+    if not hasattr(network, "constants"):  # nothing was ever put on
+        return network
+    if getattr(network, "biases", None) is not None and not merged(network):
+        network.biases.use(False)
     for holder in list(holders(network).values()):
         if isinstance(holder, Adapted):
             replace_module(network, holder, holder.base)
@@ -254,7 +314,7 @@ def remove(network: Network) -> Network:
             replace_module(network, holder, holder.current if holder.merged else holder.base)
         else:
             holder.take_off(network)
-    network.adapters, network.biases_before = {}, ()
+    network.adapters, network.biases, network.untied = {}, None, None
     for path, parameter in network.named_parameters():
         parameter.requires_grad_(path not in network.constants)
     return network

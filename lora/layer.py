@@ -75,7 +75,7 @@ class Adapted(Holder):
         if len(chosen) == 1:
             return chosen[0].around(x, self.base)
         reads = []
-        for part in reversed(chosen):  # each one stands around all before it, as when they are merged in turn
+        for part in reversed(chosen):  # (IA)³, then LoRA: LoRA stands around both, as when they are merged in turn
             x = part.enter(x)
             reads.append(x)
         y = self.base(x)
@@ -113,7 +113,8 @@ class AdaptedHead(Adapted):
 
 
 class Whole(Holder):
-    """A module of which each adapter trains a copy of its own, its part; the one that is active stands in for it."""
+    """A module of which each adapter trains a copy of its own, its part; the one that is active stands in for it. (Of two at a
+    time none could: `lora.inject.activate` refuses that, and shares.)"""
 
     def __init__(self, base: nn.Module):
         super().__init__()

@@ -2,8 +2,12 @@
 
 W' = W + s B A with s = α / r, or α / √r where it is rank-stabilized. A begins uniform in ±1/√I (Kaiming), B at zero: at the
 start the network is, bit for bit, what it was.
-Source: Hu et al. 2021, arXiv 2106.09685, section 4.1; Kalajdzievski 2023, arXiv 2312.03732 (rsLoRA). As in PEFT, dropout
-is on what A reads, and an embedding's A begins at zero, its B normal.
+Source: Hu et al. 2021, arXiv 2106.09685, section 4.1; Kalajdzievski 2023, arXiv 2312.03732 (rsLoRA). The paper's A begins
+normal; uniform is what its authors' code and PEFT do. As in PEFT, dropout is on what A reads, and an embedding's A begins at
+zero, its B normal.
+
+Of the ways below a layer takes `around` where one part stands alone, `enter` and `leave` where there are several; a loss that
+reads a head without its logits takes `more_features` and `widen_weight`.
 """
 
 import math
@@ -23,7 +27,7 @@ PLAIN = (nn.Linear, Linear, Down)  # what they give is a product of x, in the we
 
 
 def lora_reference(x: Tensor, y: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
-    """y + s · (x Aᵀ) Bᵀ."""
+    """y + s · (x Aᵀ) Bᵀ: what the others are compared with."""
     return y + scale * (x @ A_RI.T) @ B_OR.T
 
 
@@ -83,7 +87,7 @@ class FusedLora(Lora):
 
 
 class EmbeddingLora(Lora):
-    """Beside an embedding: row v of A ... R × V and B: D × R."""
+    """Beside an embedding. A: R × V, a column for each word; B: D × R. Ids cannot be dropped: there is no dropout."""
 
     def __init__(self, base: nn.Embedding, config: LoraConfig, rank: int, alpha: float):
         Part.__init__(self)

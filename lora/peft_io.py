@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import model.hub
 from lora.base import check_base, read_base, write_base
 from lora.config import AdapterError
-from lora.inject import activate, adapters, add_adapters, biases, holders, parts, remove, trains_biases
+from lora.inject import adapters, add_adapters, biases, discard, holders, in_use, parts, trains_biases
 from lora.peft_config import Layers, meant, read_config, refuse_what_peft_ignores, write_config
 from lora.peft_names import BEFORE, Read, bias_key, entries, exactly, linear_modules, plain, read_keys
 from lora.targets import adaptable
@@ -77,7 +77,7 @@ def load(
         check_base(folder, Path(network.source))
     if name in adapters(network):
         raise AdapterError(f"the network has an adapter {name!r} already")
-    before = weights_in_use(network)
+    before = in_use(network)
     try:
         with WeightFile(path) as file:
             read = read_keys(network, file.names, str(path), all_biases=given.get("bias") == "all")
@@ -93,7 +93,7 @@ def load(
                     make_real(network, name)
                 fill(network, name, given, read, file, base_weight or own_weights(network))
             except BaseException:
-                take_off(network, name, before)
+                discard(network, name, before)
                 raise
     except WeightFileError as error:
         raise AdapterError(str(error)) from None
@@ -128,7 +128,8 @@ def base_folder(folder: Path) -> Path:
     for place in said:
         if (Path(place) / "config.json").is_file():
             return Path(place)
-    raise AdapterError(f"{folder}: its base is not there ({', '.join(said) or 'no base is named'}): say where it is (base=…)")
+    where = ", ".join(said) or "no base is named"
+    raise AdapterError(f"{folder}: its base is not there ({where}): say where it is (--base, or base=…)")
 
 
 def read_json(folder: Path) -> dict:
@@ -136,7 +137,8 @@ def read_json(folder: Path) -> dict:
     try:
         given = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise AdapterError(f"{folder} is not an adapter's folder: it holds no {CONFIG}") from None
+        run = f"; of a run it is one of {folder / 'checkpoints'}" if (folder / "checkpoints").is_dir() else ""
+        raise AdapterError(f"{folder} is not an adapter's folder: it holds no {CONFIG}{run}") from None
     except (OSError, ValueError) as error:
         raise AdapterError(f"{path} cannot be read: {error}") from None
     if not isinstance(given, dict):
@@ -273,23 +275,3 @@ def module_in(there: str) -> str:
 
 def is_the_bases(network: nn.Module, weight: str, there: str, file: WeightFile, base_weight: Callable[[str], Tensor]) -> bool:
     return file.holds(there, to_published(weight_table(network.config)[weight], base_weight(weight), network.config))
-
-
-def weights_in_use(network: nn.Module) -> dict[str, float]:
-    """name -> weight, of the active adapters."""
-    active = {name: holder.parts[name] for holder in holders(network).values() for name in holder.active}
-    return {name: getattr(part, "share", 1.0) for name, part in active.items()}
-
-
-def take_off(network: nn.Module, name: str, active: dict[str, float]) -> None:
-    """As if the adapter `name` had not been added."""
-    for holder in holders(network).values():
-        holder.active = tuple(other for other in holder.active if other != name)
-        if name in holder.parts:
-            del holder.parts[name]
-    others = {other: config for other, config in adapters(network).items() if other != name}
-    if others:
-        network.adapters = others
-        activate(network, active)
-    elif holders(network):
-        remove(network)

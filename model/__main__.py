@@ -43,6 +43,8 @@ class Generate:
     """Show the text while it is made (not with beams, which settle at the end)."""
     seed: int = 0
     """The same seed gives the same text."""
+    base: Path | None = None
+    """Of an adapter: its base, where that has moved since it was trained."""
     device: str = "cpu"
     """cpu, cuda, …"""
     cache: bool = True
@@ -59,6 +61,8 @@ class Fill:
     """The text, with [MASK] where a token is missing."""
     top: int = 5
     """How many guesses for each gap."""
+    base: Path | None = None
+    """Of an adapter: its base, where that has moved since it was trained."""
     device: str = "cpu"
     """cpu, cuda, …"""
 
@@ -121,7 +125,7 @@ def generate(options: Generate) -> None:
         raise ConfigError("--stop does not go with --beams: beams end at ids")
     device = checked_device(options.device)
     folder = resolve(options.run)
-    network = load(folder, device)
+    network = load(folder, device, options.base)
     config = network.config
     tokenizer = load_tokenizer(folder, config.vocab_size)
     prompt = encode(tokenizer, options.prompt)
@@ -170,12 +174,16 @@ def generate(options: Generate) -> None:
         print(opening + text[: before_stop(text, options.stop)])
 
 
-def load(folder: Path, device: object) -> object:
+def load(folder: Path, device: object, base: Path | None) -> object:
     """The network of a model folder; of an adapter's, its base with it."""
+    from train.checkpoint import resolve
+
     if (folder / "adapter_config.json").is_file():
         from lora.peft_io import open_network
 
-        return open_network(folder, device=device)
+        return open_network(folder, device=device, base=None if base is None else resolve(base))
+    if base is not None:
+        raise ConfigError(f"--base {base}: {folder} is a network, not an adapter")
     from model.hub import load
 
     return load(folder, device=device)
@@ -191,7 +199,7 @@ def fill(options: Fill) -> None:
 
     device = checked_device(options.device)
     folder = resolve(options.run)
-    network = load(folder, device)
+    network = load(folder, device, options.base)
     tokenizer = load_tokenizer(folder, network.config.vocab_size)
     if tokenizer.mask_id is None:
         raise ConfigError(f"{folder}: its tokenizer has no mask token, so that no gap can be told")

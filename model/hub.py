@@ -34,7 +34,10 @@ def read_config(folder: str | Path, *, any_head: bool = False) -> ModelConfig:
     known becomes "unknown" rather than an error, for a caller who wants the body."""
     path = Path(folder) / "config.json"
     if (Path(folder) / "adapter_config.json").is_file() and not path.is_file():
-        raise HubError(f"{folder} holds an adapter, not a network: `python -m lora merge BASE {folder} --out DIR` makes one")
+        raise HubError(
+            f"{folder} holds an adapter, not a network: `python -m model generate {folder}` opens it beside its base, and "
+            f"`python -m lora merge BASE {folder} --out DIR` makes one network of both"
+        )
     if not path.is_file():
         raise HubError(f"{folder} is not a model folder: it holds no config.json")
     try:
@@ -95,6 +98,8 @@ def save(network: Network, folder: str | Path, *, shard_bytes: int = 5_000_000_0
     More than `shard_bytes` are spread over several files with an index, as transformers does.
     """
     folder, config = Path(folder), network.config
+    if getattr(network, "adapters", None):
+        raise HubError("the network has adapters: remove(merge(network)) first (lora.inject), or lora.peft_io.save them alone")
     text = config_json(network)  # what it cannot say is an error before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(text, encoding="utf-8")

@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
             allowed = " ".join(f"--{name.replace('_', '-')}" for names in OVERRIDES.values() for name in names)
             raise TrainError(
                 "--resume goes on with the run's own settings, so that it ends as it would have; only these go with it: "
-                f"{allowed}. To change others, start a new run from its weights: --init {folder}"
+                f"{allowed}. To change others, start a new run from its weights: --init {folder} (an adapter's: merged first)"
             )
         config.check()
         if folder is None and config.run.init is None and config.network.preset is not None:

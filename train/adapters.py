@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from data.tokenizer import Tokenizer
-from lora.config import LoraConfig
+from lora.config import AdapterError, LoraConfig
 from lora.inject import add_adapters, parts
-from lora.layer import Whole
+from lora.layer import Place, Whole
+from lora.targets import by_pattern, published_modules
 from model.account import columns
 from model.parameters import TARGETS
 from model.weights import role_of, weight_table
@@ -23,10 +24,18 @@ def put_on(config: TrainConfig, network: nn.Module, tokenizer: Tokenizer, *, new
     """The adapter that was asked for; a head that --init does not have is trained whole, or nothing could be read off it."""
     method = config.method
     if config.run.adapter == "prompt" and method.text:
-        method = replace(method, ids=tuple(tokenizer.encode(method.text)))
+        method = replace(method, text=None, ids=tuple(tokenizer.encode(method.text)))
     if new_head:
         method = replace(method, train_whole=(*method.train_whole, "^head"))
     add_adapters(network, method, NAME, seed=config.run.seed)
+    published = published_modules(network)
+    names = [path.partition(".parts.")[0].replace(".base", "") for path in parts(network, NAME)]
+    places = [Place(name, published.get(name, name)) for name in names]
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(method, field, {}):
+            if not any(by_pattern({pattern: True}, place, False) for place in places):
+                option = f"--{config.run.adapter}.{field.replace('_', '-')}"
+                raise AdapterError(f"{option} {pattern!r} ends no adapted layer's name, such as {', '.join(places[0])}")
 
 
 def role(network: nn.Module, name: str) -> str:

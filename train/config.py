@@ -25,16 +25,16 @@ from lora.config import (
 DEFAULT_PRESETS = {"clm": "tiny", "mlm": "tiny-encoder"}
 DEFAULT_LR = {"clm": 8e-3, "mlm": 3e-3}
 DEFAULT_DECAY = 0.2
-# With an adapter, whatever the objective.
+# With an adapter, whatever the objective: for networks as small as the default presets (large ones want less; LoRA's 2e-4).
 ADAPTER_LR = {
-    "lora": 2e-3,
-    "dora": 2e-3,
-    "adalora": 5e-3,
-    "ia3": 2e-2,
-    "adapter": 2e-3,
+    "lora": 1e-2,
+    "dora": 1e-2,
+    "adalora": 1e-2,
+    "ia3": 1e-1,
+    "adapter": 5e-3,
     "prompt": 1e-1,
     "ptuning": 5e-3,
-    "prefix": 3e-2,
+    "prefix": 1e-1,
 }
 
 MESH_AXES = ("replicate", "shard")
@@ -107,7 +107,7 @@ class OptimizerConfig:
     """muon: hidden matrices by Muon, the rest by AdamW. Default: muon, or adamw with an adapter."""
     lr: float | None = None
     """The learning rate at its height (of AdamW, where Muon has its own). Default: 8e-3, 3e-3 for mlm, with an adapter by its
-    method."""
+    method; all for networks as small as the default ones."""
     matrix_lr: float = 4e-2
     """Muon's learning rate at its height."""
     weight_decay: float | None = None
@@ -270,8 +270,8 @@ class TrainConfig:
 
 
 # What a resume may be given: none of it changes what is learned, but by rounding, and by leaving out a batch that cannot be
-# learned from.
-OVERRIDES = {"run": ("device", "threads", "mesh", "on_nonfinite"), "report": ("verbose", "profile", "memory_report")}
+# learned from. (--init: where an adapter's base has moved to; its tensors must be the same.)
+OVERRIDES = {"run": ("device", "threads", "mesh", "on_nonfinite", "init"), "report": ("verbose", "profile", "memory_report")}
 
 
 def overrides(asked: TrainConfig, arguments: list[str]) -> tuple[dict[str, dict], TrainConfig]:

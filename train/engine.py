@@ -96,6 +96,8 @@ class Engine:
             self.skipped += 1
         elif self.averages is not None:
             self.averages.update()
+            if self.allocator is not None:
+                self.allocator.mask_averages(self.averages.averages)
         return result
 
     @contextmanager

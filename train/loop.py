@@ -87,6 +87,10 @@ def resume(folder: Path, given: dict[str, dict] | None = None) -> Path:
     """
     config = override(settings(folder), given or {})
     config.check()
+    if config.method is None and "init" in (given or {}).get("run", {}):
+        raise TrainError(f"--resume {folder} needs no --init: the run has its weights in its checkpoints")
+    if config.method is not None and not config.run.init.exists():
+        raise TrainError(f"{config.run.init}, the adapter's base, is not there: --resume {folder} --init BASE says where it is")
     with connected() as ranks, held(folder, ranks):
         config = resolve_machine(replace(config, run=replace(config.run, out=folder)), ranks)
         return Run(config, ranks, resume=True).train()
@@ -168,6 +172,8 @@ class Run:
     def train(self) -> Path:
         """Steps until the last one, an early stop, or a signal; returns the run's folder."""
         began, first_step, first_tokens = time.monotonic(), self.step, self.tokens
+        if self.config.method is not None and not self.step:
+            self.console.say(f"before the first step: {self.task.line(self._scores())}")
         self.console.begin(self.step, self.config.run.steps)
         try:
             stopped = self._steps()
@@ -286,12 +292,16 @@ class Run:
     def _to_device(self, batch: dict) -> dict:
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
-    def _validate(self) -> bool:
-        """Score the validation batches; returns whether this is the best so far."""
+    def _scores(self) -> dict[str, float]:
+        """Of the validation batches."""
         batches = (self._to_device(share(batch, self.ranks)) for batch in self.task.validation)
         with self.engine.averaged():
             totals = evaluate(unwrapped(self.engine.objective), batches, autocast=self.engine.autocast, ranks=self.ranks)
-        scores = self.task.scores(totals)
+        return self.task.scores(totals)
+
+    def _validate(self) -> bool:
+        """Score the validation batches; returns whether this is the best so far."""
+        scores = self._scores()
         if not math.isfinite(scores["loss"]):
             raise TrainError(
                 f"the validation loss is {scores['loss']} at step {self.step}; nothing was saved since the last checkpoint in "

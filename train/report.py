@@ -30,6 +30,8 @@ def introduction(run: "Run") -> str:
     parameters = sum(parameter.numel() for parameter in run.engine.network.parameters())
     trained = sum(parameter.numel() for parameter in run.engine.network.parameters() if parameter.requires_grad)
     adapter = f", {trained:,} of them trained ({config.run.adapter})" if config.method is not None else ""
+    before = run.engine.network.body.before
+    before = f" after {before} of the {config.run.adapter}" if before else ""
     epochs = config.run.steps * per_step / shards.train.tokens
     bytes_per_token = shards.train.bytes / shards.train.targets
     speed, home = config.speed, str(Path.home())
@@ -45,7 +47,7 @@ def introduction(run: "Run") -> str:
         f"{shards.train.tokens:,} to train on; shards in {cache} "
         f"({'built' if shards.built else 'reused'})\n"
         f"network  {has.family}, {has.depth} layers of width {has.width}, {has.heads} heads, "
-        f"context {config.network.context}: {parameters:,} parameters{adapter}\n"
+        f"context {config.network.context}{before}: {parameters:,} parameters{adapter}\n"
         f"machine  {run.device}, {machine}, {speed.precision}, {how}\n"
         f"run      {run.out}: steps {run.step} to {config.run.steps} of {per_step:,} tokens, "
         f"{epochs:.1f} epochs in all"
@@ -110,10 +112,10 @@ def conclude(run: "Run", stopped: str, session: Session) -> None:
     say(f"  {run.task.try_it(folder)}")
     objective = "" if run.config.run.objective == "clm" else f" --objective {run.config.run.objective}"
     say(f"  python -m train{objective} --corpus PATH            # your own .txt, .md, .py or .jsonl files")
-    if config.method is not None and opened is not None:
+    if config.method is not None and config.method.mergeable and opened is not None:
         base = shlex.quote(str(config.run.init))
         say(f"  python -m lora merge {base} {shlex.quote(str(opened))} --out {folder}-model   # one ordinary model folder")
-    elif not stopped.startswith("on"):
+    elif config.method is None and not stopped.startswith("on"):
         corpus = "" if built_in(run.config) else f" --corpus {shlex.join(run.config.data.corpus)}"
         say(f"  python -m train{objective} --init {folder}{corpus} --steps 300   # go on from these weights")
 

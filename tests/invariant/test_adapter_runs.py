@@ -69,7 +69,8 @@ def test_a_run_trains_and_saves_the_adapter_alone(method, options, base, tmp_pat
     """And one that was stopped ends in the same bytes."""
     run, other = tmp_path / "run", tmp_path / "other"
     said = command(*adapt(options, base, method), "--out", run)
-    assert said.code == 0, said.err
+    assert said.code == 0 and "before the first step: loss" in said.out, said.err
+    assert ("python -m lora merge" in said.out) == CONFIGS[method].mergeable
     chosen = tomllib.loads((run / "config.toml").read_text())["optimizer"]
     assert (chosen["optimizer"], chosen["lr"], chosen["weight_decay"]) == ("adamw", ADAPTER_LR[method], 0.0)
     checkpoint = last_checkpoint(run)
@@ -145,6 +146,15 @@ def test_masked_language_models_too(options, tmp_path):
     assert model_command.main(["fill", str(run), "the [MASK] of a list"]) == 0
 
 
+def test_what_adalora_gave_up_is_gone_from_the_averages(options, base, tmp_path):
+    run = tmp_path / "run"
+    said = command(*adapt(options, base, "adalora", "--ema", "0.9", steps=30), "--out", run)
+    assert said.code == 0, said.err
+    stored = load_file(last_checkpoint(run) / "adapter_model.safetensors")
+    values = [value for name, value in stored.items() if name.endswith("lora_E")]
+    assert sum(int(value.count_nonzero()) for value in values) == 2 * len(values) < sum(map(torch.numel, values))
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_float32_adapters_beside_16_bits(precision, options, base, tmp_path):
     """fp16 weights that are trained could not be unscaled; adapters can."""
@@ -182,6 +192,9 @@ REFUSED = {
     "targets='c_atn' matches no layer; nearest: transformer.h.N.attn.c_attn": [
         *("--adapter", "lora", "--init", "BASE", "--lora.targets", "c_atn"),
     ],
+    "--lora.rank-pattern 'qproj' ends no adapted layer's name": [
+        *("--adapter", "lora", "--init", "BASE", "--lora.rank-pattern", "qproj", 2),
+    ],
     "adamw has them": [*("--adapter", "lora", "--init", "BASE", "--lora.b-lr-ratio", 4, "--optimizer", "muon")],
     "--context 32 and 20 positions before the text exceed 32: --context 12 fits": ["--adapter", "prefix", "--init", "BASE"],
     "leave no steps in": ["--adapter", "adalora", "--init", "BASE", "--adalora.warmup", "0.8"],
@@ -204,7 +217,13 @@ def test_another_base_is_refused(options, base, halfway, tmp_path):
     assert said.code == 2 and "was trained on another base" in said.err
     shutil.rmtree(moved)
     said = command("--resume", run)
-    assert said.code == 2 and str(moved) in said.err
+    assert said.code == 2 and str(moved) in said.err and "--init BASE" in said.err
+    said = command("--resume", run, "--init", halfway)
+    assert said.code == 2 and "was trained on another base" in said.err
+    line = ["generate", str(run), "--prompt", "the", "--max-new-tokens", "3"]
+    assert model_command.main(line) == 2 and model_command.main([*line, "--base", str(base)]) == 0
+    said = command("--resume", run, "--init", base)  # the same tensors, elsewhere
+    assert said.code == 0 and step_of(last_checkpoint(run)) == 160, said.err
 
 
 # ---- what a run decides about its adapter

@@ -158,10 +158,10 @@ def metrics(run: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in read_metrics(run / "metrics.jsonl")]
 
 
-def assert_same_end(run: Path, other: Path) -> None:
+def assert_same_end(run: Path, other: Path, steps: int = STEPS) -> None:
     """Both runs ended in the same bytes: every file of the last checkpoint, the pointers, the metrics."""
     mine, theirs = last_checkpoint(run), last_checkpoint(other)
-    assert step_of(mine) == step_of(theirs) == STEPS
+    assert step_of(mine) == step_of(theirs) == steps
     names = {path.name for path in mine.iterdir()}
     assert names == {path.name for path in theirs.iterdir()} and len(names) >= 7
     for name in names:

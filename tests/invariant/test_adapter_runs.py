@@ -34,7 +34,8 @@ from train.plain import from_plain, to_plain
 from train.recompute import recompute
 from train.setup import open_optimizers, resolve_network
 
-SMALL = {"sample-every": 0, "dropout": "0.1"}
+STEPS = 48
+SMALL = {"steps": STEPS, "eval-every": 16, "save-every": 12, "dropout": "0.1"}
 METHODS = {
     "lora": {"lora.r": 2, "lora.dropout": "0.1", "lora.b-lr-ratio": 4},
     "dora": {"dora.r": 2, "dora.targets": "attention"},
@@ -87,11 +88,11 @@ def test_a_run_trains_and_saves_the_adapter_alone(method, options, base, tmp_pat
     assert losses[-1] < losses[0] + 0.02
     assert sum(path.stat().st_size for path in checkpoint.glob("adapter_model*")) < 4 * own
 
-    said = stopped_at(70, *adapt(options, base, method), "--out", other)
-    assert said.code == 0 and step_of(last_checkpoint(other)) == 70, said.err
+    said = stopped_at(20, *adapt(options, base, method), "--out", other)
+    assert said.code == 0 and step_of(last_checkpoint(other)) == 20, said.err
     said = command("--resume", other)
     assert said.code == 0, said.err
-    assert_same_end(run, other)
+    assert_same_end(run, other, STEPS)
 
 
 def test_the_weights_of_the_base_stand_still(options, base, tmp_path):
@@ -211,7 +212,7 @@ def test_what_is_refused(error, options, base, tmp_path):
 def test_another_base_is_refused(options, base, halfway, tmp_path):
     run, moved = tmp_path / "run", tmp_path / "moved"
     shutil.copytree(base, moved)
-    assert stopped_at(70, *adapt(options, moved, "lora"), "--out", run).code == 0
+    assert stopped_at(20, *adapt(options, moved, "lora"), "--out", run).code == 0
     model.hub.save(model.hub.load(last_checkpoint(halfway)), moved)  # the same network, at an earlier step
     said = command("--resume", run)
     assert said.code == 2 and "was trained on another base" in said.err
@@ -223,7 +224,7 @@ def test_another_base_is_refused(options, base, halfway, tmp_path):
     line = ["generate", str(run), "--prompt", "the", "--max-new-tokens", "3"]
     assert model_command.main(line) == 2 and model_command.main([*line, "--base", str(base)]) == 0
     said = command("--resume", run, "--init", base)  # the same tensors, elsewhere
-    assert said.code == 0 and step_of(last_checkpoint(run)) == 160, said.err
+    assert said.code == 0 and step_of(last_checkpoint(run)) == STEPS, said.err
 
 
 # ---- what a run decides about its adapter

@@ -108,9 +108,9 @@ def compiled() -> dict:
     whole_numbers = [name for name in names if name.endswith("_stride")] + ["rows", "outs", "ins", "rank"]
     pointers = [name for name in names if name.endswith("_ptr")]
     ones = {name: 1 for name in ("x_column_stride", "weight_column_stride", "h_column_stride", "up_column_stride")}
-    variants = [("ieee", True, True), ("tf32", True, False), ("ieee", False, True)]  # the first two are one in 16 bits
-    asked = itertools.product(CARDS, DTYPES, variants)
-    for card, dtype, (precision, aligned, bias) in (each for each in asked if each[1] == "fp32" or each[2][0] == "ieee"):
+    variants = [("fp32", "ieee", True, True), ("fp32", "tf32", True, False), ("fp32", "ieee", False, True)]
+    variants += [("fp16", "ieee", False, True), ("bf16", "ieee", True, True)]  # format, precision, aligned, bias
+    for card, (dtype, precision, aligned, bias) in itertools.product(CARDS, variants):
         sizes, warps = module.tile(DTYPES[dtype])
         signature = dict.fromkeys(names, "constexpr") | dict.fromkeys(pointers, f"*{dtype}") | {"scale": "fp32"}
         signature |= {name: "i32" for name in whole_numbers if name not in ones}

@@ -150,6 +150,10 @@ def test_dropout_is_on_what_a_reads(tmp_path):
     assert gap(logits[real], both.theirs(**theirs).logits[real]) < 1e-12 < gap(logits[real], quiet[real])
 
 
+def empty_with_one(preset: str):
+    return add_adapters(empty(ModelConfig.preset(preset), device="meta"), LoraConfig(r=8, targets=r"blocks\.0\..*query"))
+
+
 def test_published_counts():
     """LoRA's on the published sizes, without their memory."""
     for preset, config, count in (
@@ -159,6 +163,8 @@ def test_published_counts():
         network = empty(ModelConfig.preset(preset), device="meta")
         add_adapters(network, config)
         assert sum(p.numel() for p in trained(network).values()) == count
+    one = parts(empty_with_one("llama-2-7b"), "default")["body.blocks.0.attention.project.query.parts.default"]
+    assert one.A.numel() + one.B.numel() == 65_536 and round(1 - 65_536 / 4096**2, 3) == 0.996
 
 
 # ---- several on one base

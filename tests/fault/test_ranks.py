@@ -70,7 +70,7 @@ def test_a_restart_does_not_go_on_with_another_run(options, finished, monkeypatc
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_norms_compute_alike_in_parts(precision, options, tmp_path):
     """A LayerNorm takes no weights in 16 bits beside float32 inputs; with and without parts, nearly the same numbers."""
     changes = CHANGES | {"precision": precision, "steps": "12", "eval-every": "6"}
@@ -101,6 +101,7 @@ def test_two_ranks_end_where_one_does(as_two, uninterrupted):
     assert one == two
 
 
+@pytest.mark.slow
 def test_two_ranks_train_one_adapter(options, uninterrupted, tmp_path):
     """AdaLoRA: its penalty is of the weights, not of the batch, and both ranks let the same ranks of matrices go."""
     changes = {"steps": "40", "eval-every": "20", "adapter": "adalora", "adalora.every": "4", "adalora.warmup": "0.1"}
@@ -121,7 +122,7 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(run / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_rank_ends_the_others_and_a_restart_goes_on(victim, options, as_two, tmp_path):
     run = tmp_path / "run"
     with torchrun(*options, *arguments(CHANGES), "--out", run, restarts=1) as running:

@@ -65,7 +65,10 @@ def test_every_method_is_here():
     assert METHODS.keys() == CONFIGS.keys() == ADAPTER_LR.keys()
 
 
-@pytest.mark.parametrize("method", METHODS)
+LATER = ("dora", "ia3", "adapter", "ptuning")
+
+
+@pytest.mark.parametrize("method", [pytest.param(name, marks=pytest.mark.slow) if name in LATER else name for name in METHODS])
 def test_a_run_trains_and_saves_the_adapter_alone(method, options, base, tmp_path):
     """And one that was stopped ends in the same bytes."""
     run, other = tmp_path / "run", tmp_path / "other"

@@ -51,8 +51,10 @@ def merge(options: Merge) -> None:
     import torch
     from tqdm import tqdm
 
-    from lora.merge_folder import merge_folder
+    from lora.merge_folder import give_back_freed_memory, merge_folder
     from train.checkpoint import resolve
+
+    give_back_freed_memory()
 
     dtypes = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     files = merge_folder(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lora.config import AdapterError
 from model.config import ModelConfig
-from model.hub import _weight_files, read_config
+from model.hub import read_config, weight_files
 from model.safetensors_file import DTYPES, WeightFile
 from model.weights import published_names
 
@@ -30,7 +30,7 @@ def digest(folder: str | Path) -> str:
     a tied matrix was saved once or under each of its names; constants that transformers makes again do not count. Read a
     piece at a time. Errors: model.hub.HubError, WeightFileError.
     """
-    files = [path.resolve() for path in _weight_files(Path(folder))]
+    files = [path.resolve() for path in weight_files(Path(folder))]
     return _digest(Path(folder).resolve(), tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
 
 

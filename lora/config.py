@@ -2,6 +2,7 @@
 Standard library only."""
 
 import math
+import re
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 
@@ -32,6 +33,14 @@ class Checked:
             value = getattr(self, name)
             if name in known and not (isinstance(value, int | float) and least <= value < math.inf):
                 raise AdapterError(f"{self.method}: {name}={value!r} must be a number, at least {least}")
+        for name, least in (("rank_pattern", 1), ("alpha_pattern", 0)):
+            for pattern, value in getattr(self, name, {}).items():
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise AdapterError(f"{self.method}: {name}: {pattern!r} is not a regular expression: {error}") from None
+                if not (isinstance(value, int | float) and least <= value < math.inf):
+                    raise AdapterError(f"{self.method}: {name}: {pattern!r} = {value!r} must be a number, at least {least}")
         for name in self.SHARES:
             if name in known and not 0 <= getattr(self, name) < 1:
                 raise AdapterError(f"{self.method}: {name}={getattr(self, name)!r} must be at least 0 and below 1")

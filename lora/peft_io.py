@@ -29,7 +29,7 @@ from lora.peft_names import BEFORE, Read, bias_key, entries, exactly, linear_mod
 from lora.targets import adaptable
 from model.network import Network
 from model.safetensors_file import WeightFile, WeightFileError
-from model.weights import _prefix, head_spec, to_published, weight_table
+from model.weights import head_spec, published_prefix, to_published, weight_table
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -172,7 +172,7 @@ def layers_of(network: nn.Module, read: Read, file: WeightFile) -> Layers:
 
 def expect_all_that_is_meant(network: nn.Module, given: dict, read: Read, path: Path) -> None:
     """A whole layer that is missing from the tensors: only the settings tell."""
-    default, modules = _prefix(network.config, head_spec(network.config)), linear_modules(network)
+    default, modules = published_prefix(network.config, head_spec(network.config)), linear_modules(network)
     if read.prefix != default:  # PEFT had the body alone
         modules = {module: ours for module, ours in modules.items() if ours.startswith("body.")}
     spelled = {

@@ -29,7 +29,7 @@ from lora.prompt import BeforeTheText
 from lora.targets import adaptable
 from model.config import ModelConfig
 from model.rope import interleaved_to_halves
-from model.weights import Weight, _prefix, head_spec, published_names, published_shape, to_published, weight_table
+from model.weights import Weight, head_spec, published_names, published_prefix, published_shape, to_published, weight_table
 
 PREFIX = "base_model.model."
 
@@ -180,7 +180,7 @@ def read_keys(network: nn.Module, found: Iterable[str], file: str, *, all_biases
     a bias alone was not trained whole."""
     config = network.config
     names, table = published_names(config), weight_table(config)
-    read = Read({}, [], {}, set(), _prefix(config, head_spec(config)))
+    read = Read({}, [], {}, set(), published_prefix(config, head_spec(config)))
 
     def weight(published: str) -> Weight | None:
         """The row of a published weight, whatever the prefix."""

@@ -158,7 +158,7 @@ def load(
     parameters, table = dict(network.named_parameters()), weight_table(config)
     try:
         with ExitStack() as opened:
-            files = {path: opened.enter_context(WeightFile(path)) for path in _weight_files(folder)}
+            files = {path: opened.enter_context(WeightFile(path)) for path in weight_files(folder)}
             found = _match(files, config, parameters, asked=asked)
             missing = sorted(set(parameters) - set(found.sources))
             if any(not (asked and name.startswith("head.")) for name in missing):
@@ -240,7 +240,7 @@ def _read(
     return interleaved_to_halves(out, config.head_width) if row.layout == "interleaved" else out
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that hold weights: those that the index names, or the one."""
     if (folder / INDEX).is_file():
         try:

@@ -140,14 +140,14 @@ class WeightFile:
     def _fill(self, target: Tensor, name: str, dtype: torch.dtype, offset: int) -> None:
         """Straight into the target's own memory where the bytes are the same, else by way of a piece of `chunk_bytes`."""
         if target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous():
-            self._read_bytes(_memory(target), offset, repr(name))
+            self._read_bytes(memory_of(target), offset, repr(name))
             return
         size = target.numel() * dtype.itemsize
         if size <= self.chunk_bytes:
             if self._staging is None:  # kept: one for each tensor leaves holes in the heap, measured as 1.4 times the weights
                 self._staging = torch.empty(self.chunk_bytes, dtype=torch.uint8)
             piece = self._staging[:size]
-            self._read_bytes(_memory(piece), offset, repr(name))
+            self._read_bytes(memory_of(piece), offset, repr(name))
             target.copy_(piece.view(dtype).view(target.shape))
             return
         rows = self.chunk_bytes * len(target) // size
@@ -233,7 +233,7 @@ class WeightFile:
         return WeightFileError(f"{self.path}: {what}")
 
 
-def _memory(tensor: Tensor) -> memoryview:
+def memory_of(tensor: Tensor) -> memoryview:
     """A contiguous tensor's own bytes, writable; as uint8, for numpy knows neither bfloat16 nor float8."""
     return memoryview(tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy())
 

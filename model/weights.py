@@ -71,10 +71,10 @@ def weight_table(config: ModelConfig) -> dict[str, Weight]:
     """Every parameter that a network of this config may have, by our name."""
     spec = head_spec(config)
     table = family(config.family).weights(config) + spec.weights
-    return {row.name: row for row in rows(config, table, _prefix(config, spec))}
+    return {row.name: row for row in rows(config, table, published_prefix(config, spec))}
 
 
-def _prefix(config: ModelConfig, spec: HeadSpec) -> str:
+def published_prefix(config: ModelConfig, spec: HeadSpec) -> str:
     if config.head in ("none", "pooler"):
         return ""  # the body alone
     return family(config.family).PREFIX if spec.prefix is None else spec.prefix
@@ -103,7 +103,7 @@ CONSTANTS = {"sines_then_cosines": sines_then_cosines}
 
 
 def published_constants(config: ModelConfig) -> dict[str, Tensor]:
-    body = _prefix(config, head_spec(config))
+    body = published_prefix(config, head_spec(config))
     table = family(config.family).CONSTANTS
     return {name.replace("{body}", body): CONSTANTS[kind](config) for name, kind in table.items()}
 

@@ -72,8 +72,8 @@ def table(network: nn.Module) -> str:
 
 @torch.no_grad()
 def narrow(network: nn.Module, dtype: torch.dtype | None) -> None:
-    """The frozen weights in the format that matrices are multiplied in: nothing updates them, so nothing is lost by rounding.
-    What is trained stays in float32. (T5's wide matrix overflows float16, and stays too.)"""
+    """The frozen weights in autocast's 16-bit format: rounded once, for nothing updates them; norms and embeddings too, and so
+    the stream between the blocks. What is trained stays in float32. (T5's wide matrix overflows float16, and stays too.)"""
     if dtype is None:
         return
     wide = {row.name for row in weight_table(network.config).values() if row.layout == "wide" and dtype == torch.float16}

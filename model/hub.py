@@ -1,27 +1,35 @@
 """Folders in the Hugging Face layout, in and out: `config.json` and `model.safetensors` (or shards with an index).
 
-The network only; a tokenizer's files beside it belong to `data.tokenizer`. Nothing here reads or writes pickle.
+The network only; a tokenizer's files belong to `data.tokenizer`. Nothing here reads or writes pickle.
 """
 
 import json
 import warnings
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.config import ModelConfig, family
 from model.init import initialize
 from model.network import Network
 from model.rope import interleaved_to_halves
-from model.safetensors_file import WeightFile, WeightFileError
+from model.safetensors_file import WeightFile
 from model.weights import Weight, head_spec, published_constants, published_names, published_shape, to_published, weight_table
+
+if TYPE_CHECKING:
+    from quant.config import FourBit
+    from quant.folder import QuantizedWeights, Watch
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+QUANTIZED = ".quant_state."  # in the name of a tensor that tells how a weight was quantized
 CLASSIFIERS = ("sequence", "token")  # heads with a number of labels
 
 
@@ -89,7 +97,13 @@ def config_json(network: Network) -> str:
         head["id2label"] = {str(label): f"LABEL_{label}" for label in range(config.labels)}
         head["label2id"] = {f"LABEL_{label}": label for label in range(config.labels)}
         head |= {"problem_type": "regression"} if config.labels == 1 else {}
-    return json.dumps(head | rules.write_config(config), indent=2) + "\n"
+    settings = head | rules.write_config(config)
+    if _has_quantized(network):
+        from quant.folder import config_entry
+
+        published = {row.name: row.published for row in weight_table(config).values()}
+        settings["quantization_config"] = config_entry(network, published)
+    return json.dumps(settings, indent=2) + "\n"
 
 
 def save(network: Network, folder: str | Path, *, shard_bytes: int = 5_000_000_000) -> None:
@@ -103,18 +117,18 @@ def save(network: Network, folder: str | Path, *, shard_bytes: int = 5_000_000_0
     text = config_json(network)  # what it cannot say is an error before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(text, encoding="utf-8")
-    table, shards, sizes = weight_table(config), [{}], [0]
-    for name, parameter in network.named_parameters():
-        size = parameter.numel() * parameter.element_size()
+    shards, sizes = [{}], [0]
+    for name, tensor in _published(network):
+        size = tensor.numel() * tensor.element_size()
         if shards[-1] and sizes[-1] + size > shard_bytes:
             shards.append({})
             sizes.append(0)
-        shards[-1][table[name].published] = (table[name], parameter.detach())
+        shards[-1][name] = tensor
         sizes[-1] += size
     total = len(shards)
     files = [SINGLE] if total == 1 else [f"model-{n + 1:05}-of-{total:05}.safetensors" for n in range(total)]
     for file, shard in zip(files, shards, strict=True):
-        tensors = {name: to_published(row, value, config).contiguous().cpu() for name, (row, value) in shard.items()}
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in shard.items()}
         if shard is shards[0]:
             tensors |= published_constants(config)
         save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -124,6 +138,24 @@ def save(network: Network, folder: str | Path, *, shard_bytes: int = 5_000_000_0
         weight_map |= dict.fromkeys(published_constants(config), files[0])
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _published(network: Network) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor of a file, by its published name, in its layout."""
+    table, config = weight_table(network.config), network.config
+    for name, parameter in network.named_parameters():
+        yield table[name].published, to_published(table[name], parameter.detach(), config)
+    if _has_quantized(network):
+        from quant.folder import tensors
+
+        for name, parts in tensors(network).items():
+            for suffix, tensor in parts.items():
+                yield table[name].published + suffix, tensor
+
+
+def _has_quantized(network: Network) -> bool:
+    """Whether a linear layer's weight is no parameter."""
+    return any(hasattr(module, "in_features") and isinstance(module.weight, nn.Module) for module in network.modules())
 
 
 @torch.no_grad()
@@ -136,6 +168,8 @@ def load(
     head: str | None = None,
     labels: int | None = None,
     seed: int = 0,
+    quantization: "FourBit | None" = None,
+    watch: "Watch | None" = None,
 ) -> Network:
     """Read a folder into a new network, in the folder's dtype unless one is given, and in eval mode: dropout is off
     until `network.train()`.
@@ -147,6 +181,10 @@ def load(
 
     head: another one than the folder's (`model.heads.HEADS`), with `labels` classes; those of its weights that the folder
     does not hold in this shape are then new, from `seed`.
+
+    quantization: round the linear layers to four bits as they are read (`quant.config`). Where the folder has them so already,
+    its `quantization_config` says, and they are read as they are; `dtype` is then that of the other weights. watch: called with
+    the published name, the weight and what became of it, at each that is rounded.
     """
     folder = Path(folder)
     own = read_config(folder, any_head=head is not None)
@@ -159,7 +197,8 @@ def load(
     try:
         with ExitStack() as opened:
             files = {path: opened.enter_context(WeightFile(path)) for path in weight_files(folder)}
-            found = _match(files, config, parameters, asked=asked)
+            small = _quantized(folder, files, network, quantization, watch)
+            found = _match(files, config, parameters, small.others if small else (), asked=asked)
             missing = sorted(set(parameters) - set(found.sources))
             if any(not (asked and name.startswith("head.")) for name in missing):
                 names = ", ".join(table[name].published for name in missing[:5])
@@ -170,6 +209,12 @@ def load(
                     parameter = torch.empty(empty.shape, dtype=wanted, device=device)
                 else:
                     path, published = found.sources[name]
+                    if small and small.takes(name, published):
+                        read = partial(_read, files[path], published, table[name], empty, config, None, "cpu", turned=False)
+                        turned = table[name].layout == "interleaved"
+                        order = interleaved_to_halves(torch.arange(len(empty)), config.head_width) if turned else None
+                        small.put(name, published, read, order=order, dtype=dtype, device=device)
+                        continue
                     parameter = _read(files[path], published, table[name], empty, config, dtype, device)
                 _assign(network, name, parameter, empty.requires_grad)
             network.tie_weights()
@@ -178,8 +223,11 @@ def load(
                 if not files[path].holds(published, named[name]):
                     original = table[name].published
                     raise HubError(f"{published!r} differs from {original!r}, though config.json says that the two are tied")
-    except WeightFileError as error:
+    except HubError:
+        raise
+    except ValueError as error:  # a WeightFileError, or a QuantError
         raise HubError(str(error)) from None
+    network.quantization = small.settings if small and not small.stored else None
     initialize(network, seed, names=missing)
     if found.other_heads and not asked:
         names = ", ".join(found.other_heads[:5]) + (" …" if len(found.other_heads) > 5 else "")
@@ -197,11 +245,16 @@ class Found:
     other_heads: list[str] = field(default_factory=list)
 
 
-def _match(files: dict[Path, WeightFile], config: ModelConfig, parameters: dict[str, Tensor], *, asked: bool) -> Found:
-    """Find the row of every tensor in the files; what has none raises, naming it. `asked`: the head is not the folder's."""
+def _match(
+    files: dict[Path, WeightFile], config: ModelConfig, parameters: dict[str, Tensor], others: Collection[str], *, asked: bool
+) -> Found:
+    """Find the row of every tensor in the files; what has none raises, naming it. `others` are parts of quantized weights.
+    `asked`: the head is not the folder's."""
     names, heads, found, copies = published_names(config), published_names(config, heads=True), Found(), []
     for path, file in files.items():
         for published in file.names:
+            if published in others:
+                continue
             spelled = names.canonical(published)
             name = names.rows.get(spelled)
             if name in parameters:
@@ -225,10 +278,38 @@ def _match(files: dict[Path, WeightFile], config: ModelConfig, parameters: dict[
     return found
 
 
+def _quantized(
+    folder: Path, files: dict[Path, WeightFile], network: Network, asked: "FourBit | None", watch: "Watch | None"
+) -> "QuantizedWeights | None":
+    """What is quantized there, or is to be; None: nothing."""
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    if settings is None and asked is None and not any(QUANTIZED in name for file in files.values() for name in file.names):
+        return None
+    from quant.bnb_io import read_config as read_settings
+    from quant.config import FourBit, QuantError
+    from quant.folder import QuantizedWeights
+
+    table, stored = weight_table(network.config), settings is not None
+    published = {name: row.published for name, row in table.items() if row.layout != "wide"}  # transformers keeps wide ones too
+    try:
+        how = read_settings(settings) if stored else asked or FourBit()
+        return QuantizedWeights(network, list(files.values()), how, published, stored=stored, watch=watch)
+    except QuantError as error:
+        raise HubError(f"{folder}: {error}") from None
+
+
 def _read(
-    file: WeightFile, published: str, row: Weight, empty: Tensor, config: ModelConfig, dtype: torch.dtype | None, device
+    file: WeightFile,
+    published: str,
+    row: Weight,
+    empty: Tensor,
+    config: ModelConfig,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    *,
+    turned: bool = True,
 ) -> Tensor:
-    """One weight from its place in the file, in our layout."""
+    """One weight from its place in the file, in our layout; not `turned`: with the rows in the file's order."""
     shape, there = tuple(empty.shape), published_shape(row, tuple(empty.shape))
     if file.shape(published) != there:
         raise HubError(f"{file.path.name}: {published!r} has shape {file.shape(published)}, {row.name} expects {there}")
@@ -237,7 +318,7 @@ def _read(
         dtype = torch.float32
     out = torch.empty(shape, dtype=dtype, device=device)
     file.read(published, out[None] if row.layout == "row" else out, transposed=row.layout == "transposed")
-    return interleaved_to_halves(out, config.head_width) if row.layout == "interleaved" else out
+    return interleaved_to_halves(out, config.head_width) if turned and row.layout == "interleaved" else out
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -264,7 +345,7 @@ def weight_files(folder: Path) -> list[Path]:
     raise HubError(f"{folder} holds neither {SINGLE} nor {INDEX}")
 
 
-def _assign(network: torch.nn.Module, name: str, value: Tensor, requires_grad: bool) -> None:
+def _assign(network: nn.Module, name: str, value: Tensor, requires_grad: bool) -> None:
     owner, _, leaf = name.rpartition(".")
-    setattr(network.get_submodule(owner), leaf, torch.nn.Parameter(value, requires_grad=requires_grad))
+    setattr(network.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=requires_grad))
 

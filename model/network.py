@@ -22,6 +22,7 @@ class Network(nn.Module):
     """
 
     source: Path | None = None  # the folder that it was loaded from
+    quantization: object | None = None  # how its weights were rounded when they were read (quant.config.FourBit), if they were
 
     def __init__(self, config: ModelConfig, attention: str = "sdpa"):
         super().__init__()

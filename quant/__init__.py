@@ -1,1 +1,7 @@
-"""Small numbers: NF4, FP4, INT8 and their kernels. Nothing is here yet."""
+"""Small numbers: weights in 4 bits, optimizer states in 8, and the kernels that compute with them.
+
+`nf4` NF4 and FP4: the two codes, block-wise quantization, packing, double quantization, and back; plain torch · `blockwise`
+the 8-bit dynamic map and block-wise quantization to it · `product` the linear map by a 4-bit weight, and its gradient; the fast
+way on a CPU · `linear` the layer, and `quantize_linears` · `kernels/` the same in Triton · `bnb_io` bitsandbytes' serialized
+form · `config` what a command line shows · `report` `plot` sizes and errors.
+"""

@@ -1,0 +1,154 @@
+"""bitsandbytes' serialized form of a 4-bit weight, in and out; what transformers writes and reads.
+
+A weight `x.weight` of O × I is several tensors in a file of safetensors:
+
+    x.weight                                   uint8, (O I + 1) / 2 × 1: the packed codes
+    x.weight.absmax                            float32, one a block; uint8 where it is quantized again
+    x.weight.quant_map                         float32, 16: the values
+    x.weight.nested_absmax                     float32, one for 256 blocks        (double quantization alone)
+    x.weight.nested_quant_map                  float32, 256: the 8-bit values     (double quantization alone)
+    x.weight.quant_state.bitsandbytes__nf4     uint8, JSON: quant_type, blocksize, dtype, shape; and nested_blocksize,
+                                               nested_dtype, nested_offset        (…__fp4 for the other values)
+
+O × I is a linear layer's, also where the family's own file has the matrix transposed (GPT-2). `config.json` has a
+`quantization_config`. Nothing here is evaluated: the state is parsed as JSON, and every field is checked.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from quant.blockwise import BLOCK as NESTED_BLOCK
+from quant.config import BLOCK_SIZES, FORMATS, FourBit, QuantError
+from quant.nf4 import CODES, QuantizedTensor
+
+STATE = ".quant_state.bitsandbytes__"
+PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+
+
+def companions(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """weight's name -> part -> its name, of the weights that stand there quantized; the part of the codes is "packed".
+
+    >>> companions(["a.weight", "a.weight.absmax", "a.weight.quant_map", "a.weight.quant_state.bitsandbytes__nf4", "b.weight"])
+    {'a.weight': {'state': 'a.weight.quant_state.bitsandbytes__nf4', 'packed': 'a.weight', 'absmax': 'a.weight.absmax', ...}}
+    """
+    there, found = set(names), {}
+    for name in sorted(there):
+        weight, is_state, _ = name.partition(STATE)
+        if is_state:
+            parts = {"state": name, "packed": weight} | {part: f"{weight}.{part}" for part in PARTS}
+            found[weight] = {part: each for part, each in parts.items() if each in there}
+    return found
+
+
+def from_tensors(parts: Mapping[str, Tensor], name: str) -> QuantizedTensor:
+    """The weight of these parts, with checked sizes; `name` is for messages."""
+    state = read_state(parts["state"], name)
+    if missing := [part for part in ("packed", "absmax", "quant_map") if part not in parts]:
+        raise QuantError(f"{name} has no part {missing[0]!r}")
+    shape, block_size, scheme = state["shape"], state["blocksize"], state["quant_type"]
+    count = math.prod(shape)
+    blocks, double = -(-count // block_size), "nested_absmax" in parts
+    packed = parts["packed"].contiguous().view(torch.uint8).reshape(-1, 1)  # `bnb_4bit_quant_storage` may call the bytes floats
+    wanted = {"packed": (count + 1) // 2, "absmax": blocks, "quant_map": 16}
+    if double:
+        wanted |= {"nested_absmax": -(-blocks // NESTED_BLOCK), "nested_quant_map": 256}
+    for part, size in wanted.items():
+        found = packed if part == "packed" else parts.get(part)
+        if found is None or found.numel() != size:
+            raise QuantError(f"{name}: {part} has {0 if found is None else found.numel()} numbers, {list(shape)} wants {size}")
+    if double == parts["absmax"].is_floating_point():
+        raise QuantError(f"{name}: absmax is {parts['absmax'].dtype}, {'with' if double else 'without'} nested_absmax")
+    if not torch.equal(parts["quant_map"].float().cpu(), CODES[scheme]()):
+        raise QuantError(f"{name}: its sixteen values are not those of {scheme}")
+    whole = {"shape": shape, "dtype": getattr(torch, state["dtype"]), "block_size": block_size, "scheme": scheme}
+    if not double:
+        return QuantizedTensor(packed, parts["absmax"].float(), **whole)
+    if state.get("nested_blocksize") != NESTED_BLOCK or state.get("nested_dtype", "float32") != "float32":
+        raise QuantError(f"{name}: scales are quantized in blocks of {state.get('nested_blocksize')}, {NESTED_BLOCK} are read")
+    offset = torch.tensor(float(state["nested_offset"]), device=packed.device)
+    nested = {"nested_absmax": parts["nested_absmax"], "nested_code": parts["nested_quant_map"], "offset": offset}
+    return QuantizedTensor(packed, parts["absmax"], **nested, **whole)
+
+
+def read_state(state: Tensor, name: str) -> dict:
+    """The JSON of a weight's state, if it says what it must."""
+    try:
+        found = json.loads(bytes(state.cpu().tolist()).decode("utf-8"))
+        shape = tuple(found["shape"])
+        good = (
+            found["quant_type"] in CODES
+            and found["blocksize"] in BLOCK_SIZES
+            and found["dtype"] in FORMATS
+            and len(shape) == 2
+            and all(type(size) is int and 0 < size < 2**31 for size in shape)
+            and math.isfinite(found.get("nested_offset", 0.0))
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise QuantError(f"{name}: its quant_state cannot be read: {error!r}") from None
+    if not good:
+        raise QuantError(f"{name}: its quant_state makes no sense: {found}")
+    return found | {"shape": shape}
+
+
+def to_tensors(small: QuantizedTensor) -> dict[str, Tensor]:
+    """Suffix of the name ("" for the codes) -> tensor, as bitsandbytes writes them."""
+    state = {
+        "quant_type": small.scheme,
+        "blocksize": small.block_size,
+        "dtype": str(small.dtype if small.dtype != torch.float64 else torch.float32).removeprefix("torch."),
+        "shape": list(small.shape),
+    }
+    # The maps are copied: all weights share one, and a file of safetensors refuses memory that is shared.
+    tensors = {"": small.packed, ".absmax": small.absmax, ".quant_map": small.code.clone()}
+    if small.double:
+        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": float(small.offset)}
+        tensors |= {".nested_absmax": small.nested_absmax, ".nested_quant_map": small.nested_code.clone()}
+    text = json.dumps(state).encode("utf-8")
+    return tensors | {STATE + small.scheme: torch.tensor(list(text), dtype=torch.uint8)}
+
+
+# ---- config.json
+
+
+def read_config(settings: object) -> FourBit:
+    """`quantization_config` -> FourBit. Errors (QuantError): another method, or eight bits."""
+    if not isinstance(settings, dict):
+        raise QuantError(f"quantization_config is {settings!r}, not an object")
+    method = settings.get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes":
+        raise QuantError(f"quantization_config has the method {method!r}; bitsandbytes' is read")
+    if not settings.get("load_in_4bit", settings.get("_load_in_4bit")):
+        raise QuantError("quantization_config asks for 8 bits; bitsandbytes' 4-bit form is read")
+    compute = settings.get("bnb_4bit_compute_dtype")
+    return FourBit(
+        scheme=settings.get("bnb_4bit_quant_type", "fp4"),
+        double=bool(settings.get("bnb_4bit_use_double_quant", False)),
+        skip=tuple(settings.get("llm_int8_skip_modules") or ()),
+        compute=None if compute is None else str(compute).removeprefix("torch."),
+    )
+
+
+def write_config(settings: FourBit, kept: Iterable[str]) -> dict:
+    """The `quantization_config` that transformers writes; kept: published names of the linear layers that are not quantized.
+
+    Where `compute` is None the format is that of the network in memory; transformers' default, float32, would be slower.
+    """
+    return {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": settings.compute or "float32",
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": settings.scheme,
+        "bnb_4bit_use_double_quant": settings.double,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": list(kept),
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }

@@ -1,7 +1,7 @@
 """The identity of a base: which network an adapter was trained on.
 
 An adapter is a difference; put on another base it gives text of no meaning, and no shape tells. So its folder names its base,
-in `base.json`: {"path": where it was, "sha256": `digest` of its tensors}.
+in `base.json`: {"path": where it was, "sha256": `digest` of its tensors, …}.
 """
 
 import hashlib
@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from model.config import ModelConfig
 from model.hub import read_config, weight_files
 from model.safetensors_file import DTYPES, WeightFile
 from model.weights import published_names
+from quant.config import FourBit
 
 BASE = "base.json"
 PIECE = 2**20  # bytes
@@ -82,22 +84,27 @@ def pieces(file: WeightFile, name: str) -> Iterator[bytes]:
 # ---- the note of it in an adapter's folder
 
 
-def write_base(folder: Path, base: Path, config: ModelConfig) -> None:
-    """config: of the network that the adapter was trained on, whose head may be another one than its folder's."""
+def write_base(folder: Path, base: Path, config: ModelConfig, quantization: FourBit | None = None) -> None:
+    """config: of the network that the adapter was trained on, whose head may be another one than its folder's; quantization:
+    how its weights were rounded when they were read, where they were."""
     note = {"path": str(base.resolve()), "sha256": digest(base), "head": config.head, "labels": config.labels}
+    note |= {} if quantization is None else {"quantization": asdict(quantization)}
     (folder / BASE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 
 
 def read_base(folder: Path) -> dict | None:
-    """`path`, `sha256`, `head` and `labels` of the base, or None where the folder does not say (PEFT's do not)."""
+    """`path`, `sha256`, `head` and `labels` of the base, and its `quantization` (None: none); or None where the folder does not
+    say (PEFT's do not)."""
     path = folder / BASE
     if not path.is_file():
         return None
     try:
         note = json.loads(path.read_text(encoding="utf-8"))
         wanted = {"path": str, "sha256": str, "head": str, "labels": int}
-        return {name: kind(note[name]) for name, kind in wanted.items()}
-    except (ValueError, KeyError, TypeError) as error:
+        how = note.get("quantization")
+        how = None if how is None else FourBit(**(how | {"skip": tuple(how.get("skip", ()))}))
+        return {name: kind(note[name]) for name, kind in wanted.items()} | {"quantization": how}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"{path} cannot be read: {error!r}") from None
 
 

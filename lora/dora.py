@@ -16,6 +16,7 @@ from lora.layer import Place
 from lora.lora import EmbeddingLora, Lora
 from lora.targets import by_pattern
 from model.heads import LanguageHead
+from quant.linear import dense
 
 
 def dora_reference(
@@ -34,7 +35,7 @@ class Dora(Lora):
 
     def __init__(self, base: nn.Module, config: DoraConfig, rank: int, alpha: float):
         super().__init__(base, config, rank, alpha)
-        self.magnitude = nn.Parameter(torch.empty(base.weight.size(1 - self.OVER)))
+        self.magnitude = nn.Parameter(torch.empty(base.weight.shape[1 - self.OVER]))
         self.beside = (base,)  # in a tuple: the layer is not this module's own, and its weights have their names already
 
     def reset(self, generator: torch.Generator) -> None:
@@ -44,7 +45,8 @@ class Dora(Lora):
     @torch.no_grad()
     def norm(self) -> Tensor:
         """‖W + s B A‖, in the adapter's format, with the axis that it runs over left in place."""
-        return torch.linalg.vector_norm(self.beside[0].weight.to(self.A.dtype) + self.delta(), dim=self.OVER, keepdim=True)
+        whole = dense(self.beside[0], self.A.dtype) + self.delta()
+        return torch.linalg.vector_norm(whole, dim=self.OVER, keepdim=True)
 
     def factor(self) -> Tensor:
         """m / ‖W + s B A‖: O × 1."""
@@ -68,8 +70,9 @@ class Dora(Lora):
         low_rank = self.share * self.scale * F.linear(F.linear(x, self.A), self.B)
         p = y.to(wide) if base.bias is None else y.to(wide) - base.bias.to(wide)
         if self.dropout and self.training:
-            dropped = F.linear(x, base.weight.to(wide))
-            p = dropped if alone else dropped + (p - F.linear(whole, base.weight.to(wide)))
+            W_OI = dense(base, wide)
+            dropped = F.linear(x, W_OI)
+            p = dropped if alone else dropped + (p - F.linear(whole, W_OI))
         return (y.to(wide) + (c_O - 1) * p + c_O * low_rank).to(y.dtype)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -20,14 +20,18 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from model.linear import linear
+from quant.nf4 import QuantizedTensor
+from quant.product import computed_in, input_gradient, product
 
 # (x ... × I, W, b, h R × N, B, s) → y ... × O
-Product = Callable[[Tensor, Tensor, Tensor | None, Tensor, Tensor, float], Tensor]
+Product = Callable[[Tensor, Tensor | QuantizedTensor, Tensor | None, Tensor, Tensor, float], Tensor]
 
 
-def products_in_place(x: Tensor, W_OI: Tensor, b_O: Tensor | None, h_RN: Tensor, B_OR: Tensor, scale: float) -> Tensor:
+def products_in_place(
+    x: Tensor, W_OI: Tensor | QuantizedTensor, b_O: Tensor | None, h_RN: Tensor, B_OR: Tensor, scale: float
+) -> Tensor:
     """y = x Wᵀ + b, then y += s hᵀ Bᵀ where it stands."""
-    y = linear(x, W_OI, b_O)
+    y = product(x, W_OI, b_O) if isinstance(W_OI, QuantizedTensor) else linear(x, W_OI, b_O)
     y_NO = y.view(-1, y.size(-1))
     if is_in_torch_dispatch_mode():  # selective recomputation keeps what each product gave: it must not change afterwards
         return torch.addmm(y_NO, h_RN.T, B_OR.T, alpha=scale).view_as(y)
@@ -45,13 +49,14 @@ def triton_product(x: Tensor, W_OI: Tensor, b_O: Tensor | None, h_RN: Tensor, B_
 
 
 class LoraLinear(torch.autograd.Function):
-    """x may have any leading axes. All is computed in `dtype`; gradients come back in the inputs' formats."""
+    """x may have any leading axes. All is computed in `dtype`; gradients come back in the inputs' formats. W may be one of four
+    bits (QLoRA): it is unpacked in the forward and again in the backward, and has no gradient."""
 
     @staticmethod
     def forward(
         ctx: FunctionCtx,
         x: Tensor,
-        W_OI: Tensor,
+        W_OI: Tensor | QuantizedTensor,
         b_O: Tensor | None,
         A_RI: Tensor,
         B_OR: Tensor,
@@ -61,11 +66,14 @@ class LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         _, W_needed, _, A_needed, B_needed, *_ = ctx.needs_input_grad
         ctx.scale, ctx.dtype, ctx.shape = scale, dtype, x.shape
+        ctx.packed = W_OI if isinstance(W_OI, QuantizedTensor) else None
         x = x.to(dtype)
         h_RN = A_RI.to(dtype) @ x.reshape(-1, x.size(-1)).T
         # Weights are kept as they are and cast again in the backward: beside a product that is nothing, and saves their copies.
-        ctx.save_for_backward(x if A_needed or W_needed else None, h_RN if B_needed else None, W_OI, A_RI, B_OR)
-        return product(x, W_OI.to(dtype), None if b_O is None else b_O.to(dtype), h_RN, B_OR.to(dtype), scale)
+        kept = W_OI if ctx.packed is None else None
+        ctx.save_for_backward(x if A_needed or W_needed else None, h_RN if B_needed else None, kept, A_RI, B_OR)
+        W_OI = W_OI.to(dtype) if ctx.packed is None else W_OI
+        return product(x, W_OI, None if b_O is None else b_O.to(dtype), h_RN, B_OR.to(dtype), scale)
 
     @staticmethod
     @once_differentiable  # h is a number here, no function of x
@@ -78,7 +86,7 @@ class LoraLinear(torch.autograd.Function):
             if x_needed or A_needed:
                 dh_RN = (B_OR.to(ctx.dtype).T @ dy_NO.T).mul_(ctx.scale)
             if x_needed:
-                dx_NI = dy_NO @ W_OI.to(ctx.dtype)
+                dx_NI = dy_NO @ W_OI.to(ctx.dtype) if ctx.packed is None else input_gradient(dy_NO, ctx.packed)
                 dx = dx_NI.addmm_(dh_RN.T, A_RI.to(ctx.dtype)).view(ctx.shape)
             if W_needed:
                 dW_OI = dy_NO.T @ x.reshape(-1, x.size(-1))
@@ -93,7 +101,7 @@ class LoraLinear(torch.autograd.Function):
 
 def lora_linear(
     x: Tensor,
-    W_OI: Tensor,
+    W_OI: Tensor | QuantizedTensor,
     b_O: Tensor | None,
     A_RI: Tensor,
     B_OR: Tensor,
@@ -101,11 +109,14 @@ def lora_linear(
     *,
     product: Product = products_in_place,
 ) -> Tensor:
-    """y = x Wᵀ + b + s (x Aᵀ) Bᵀ over the last axis, in the weight's format, or in autocast's where that is on (float64 stays).
+    """y = x Wᵀ + b + s (x Aᵀ) Bᵀ over the last axis, in the weight's format (in x's, where W has four bits), or in autocast's
+    where that is on (float64 stays).
 
     So float32 adapters beside a 16-bit weight are rounded for the products, as autocast does, and learn in float32. Weight
     and bias may be trained too; a second derivative is refused.
     """
+    if isinstance(W_OI, QuantizedTensor):
+        return LoraLinear.apply(x, W_OI, b_O, A_RI, B_OR, scale, computed_in(x), product)
     device, dtype = x.device.type, W_OI.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)

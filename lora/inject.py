@@ -8,6 +8,7 @@ changed places with the network's own; `untied`, what `merge` has taken apart.
 
 from collections.abc import Mapping
 from copy import deepcopy
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -19,6 +20,8 @@ from lora.methods import BEFORE_THE_TEXT, BESIDE_A_LAYER, LINEAR
 from lora.targets import adaptable, matching, published_modules
 from model.heads import LanguageHead
 from model.init import noise
+from model.linear import Linear
+from quant.linear import QuantizedLinear, dense
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -229,7 +232,8 @@ def own_biases(network: nn.Module) -> dict[str, nn.Parameter]:
 @torch.no_grad()
 def merge(network: Network, *, untie: bool = False) -> Network:
     """Add the active adapters to the weights, so that the network computes the same at its first speed; `unmerge` gives the
-    weights back bit for bit (they are kept until then, or until `remove`).
+    weights back bit for bit (they are kept until then, or until `remove`). A weight of four bits is unpacked, and the sum, in
+    float32, is rounded to the format that it had before: rounded to four bits again, it would lose what was learned.
 
     A matrix that stands in two places (a head tied to the embedding) cannot take what was learned in one of them: that is an
     error, unless `untie` makes two matrices of it, and `network.config` says so.
@@ -240,7 +244,9 @@ def merge(network: Network, *, untie: bool = False) -> Network:
     if any(not isinstance(holder, Adapted | Whole) and holder.active for holder in holders(network).values()):
         raise AdapterError("a prompt or prefix is no change of weights: it cannot be merged")
     changed = {path: holder for path, holder in holders(network).items() if holder.active}
-    for path in changed:
+    for path, holder in changed.items():
+        if isinstance(holder.base, QuantizedLinear):
+            continue  # it has no matrix that another place could have too
         if shared := also_at(network, f"{path}.base.weight"):
             if not untie:
                 raise AdapterError(
@@ -256,14 +262,21 @@ def merge(network: Network, *, untie: bool = False) -> Network:
             if isinstance(layer, Whole):
                 layer.merged = True
                 continue
-            weight, bias = layer.base.weight, getattr(layer.base, "bias", None)
-            new, new_bias = weight, bias
+            base, dtype, bias = layer.base, layer.base.weight.dtype, getattr(layer.base, "bias", None)
+            packed = isinstance(base, QuantizedLinear)
+            new = dense(base, torch.promote_types(dtype, torch.float32)) if packed else base.weight
+            new_bias = bias
             for part in layer.chosen():
                 new, new_bias = part.merged(new, new_bias)
+            new = new.to(dtype)
             if not all(bool(value.isfinite().all()) for value in (new, new_bias) if value is not None):
-                raise AdapterError(f"{path}: the merged weight is not finite in {weight.dtype}")
-            layer.original = (weight.data, None if bias is None else bias.data)
-            set_weight(layer.base, new.data, None if new_bias is None else new_bias.data)
+                raise AdapterError(f"{path}: the merged weight is not finite in {dtype}")
+            if packed:
+                layer.original = partial(setattr, layer, "base", base)
+                layer.base = unpacked(base, new, new_bias)
+                continue
+            layer.original = partial(set_weight, base, base.weight.data, None if bias is None else bias.data)
+            set_weight(base, new.data, None if new_bias is None else new_bias.data)
     except (AdapterError, NotImplementedError) as error:
         unmerge(network)
         raise AdapterError(str(error)) from None
@@ -277,7 +290,7 @@ def unmerge(network: Network) -> Network:
         if isinstance(holder, Whole):
             holder.merged = False
         elif isinstance(holder, Adapted) and holder.merged:
-            set_weight(holder.base, *holder.original)
+            holder.original()
             holder.original = None
     if getattr(network, "untied", None) is not None:
         layer, weight, network.config = network.untied
@@ -290,6 +303,14 @@ def set_weight(layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None
     layer.weight.data = weight
     if bias is not None:
         layer.bias.data = bias
+
+
+def unpacked(layer: QuantizedLinear, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+    """An ordinary layer in the place of one of four bits."""
+    new = Linear(layer.in_features, layer.out_features, bias is not None, device="meta")
+    new.weight = nn.Parameter(weight, requires_grad=False)
+    new.bias = None if bias is None else nn.Parameter(bias.data, requires_grad=False)
+    return new.train(layer.training)
 
 
 def also_at(network: nn.Module, path: str) -> list[str]:

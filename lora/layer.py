@@ -1,5 +1,6 @@
 """A frozen layer with small trainable parts beside it."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -60,7 +61,7 @@ class Adapted(Holder):
     def __init__(self, base: nn.Module):
         super().__init__()
         self.base = base
-        self.original: tuple[Tensor, Tensor | None] | None = None  # weight and bias before they were merged
+        self.original: Callable[[], None] | None = None  # while merged: what puts the base back as it was
 
     @property
     def merged(self) -> bool:

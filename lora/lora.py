@@ -22,8 +22,9 @@ from lora.layer import Part, Place
 from lora.targets import by_pattern
 from model.linear import Linear
 from model.mlp import Down
+from quant.linear import QuantizedLinear
 
-PLAIN = (nn.Linear, Linear, Down)  # what they give is a product of x, in the weight's format, and no more
+PLAIN = (nn.Linear, Linear, Down, QuantizedLinear)  # what they give is a product of x, in the weight's format, and no more
 
 
 def lora_reference(x: Tensor, y: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
@@ -77,11 +78,11 @@ class Lora(Part):
 
 
 class FusedLora(Lora):
-    """The same in one operation with the layer, where nothing else is there: no other part, no dropout, no packed weight.
-    A class of its own, for a method that builds on `Lora` and changes `leave` must not get it."""
+    """The same in one operation with the layer, where nothing else is there: no other part, no dropout, no format of the
+    layer's own. A class of its own, for a method that builds on `Lora` and changes `leave` must not get it."""
 
     def around(self, x: Tensor, base: nn.Module) -> Tensor:
-        if type(base) not in PLAIN or (self.dropout and self.training):
+        if type(base) not in PLAIN or (self.dropout and self.training) or getattr(base, "compute", None) is not None:
             return super().around(x, base)
         return lora_linear(x, base.weight, base.bias, self.A, self.B, self.share * self.scale)
 

@@ -2,7 +2,9 @@
 
 The network stands on the meta device, its adapter is real. Each tensor of the base is read, changed by the parts beside its
 layer in float32 (float64 where the base is), cast back, and written in its place; what nothing changes is copied from file to
-file, 1 MiB at a time. In memory at once are one weight, its change and their sum: three times the largest weight in float32.
+file, 1 MiB at a time. Where the adapter was trained on weights of four bits, it is added to these, unpacked, and the sum is
+written in the format that they had before. In memory at once are one weight, its change and their sum: three times the
+largest weight in float32.
 """
 
 import ctypes
@@ -18,7 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora.base import CODES, check_base, pieces
+from lora.base import CODES, check_base, pieces, read_base
+from lora.base_weights import Base
 from lora.config import AdapterError
 from lora.inject import also_at, holders
 from lora.layer import Adapted, Holder, Part, Whole
@@ -26,10 +29,8 @@ from lora.peft_io import load
 from lora.peft_names import plain
 from model.config import ModelConfig, family
 from model.hub import INDEX, SINGLE, read_config, weight_files
-from model.init import empty
-from model.rope import interleaved_to_halves
 from model.safetensors_file import WeightFile, WeightFileError, memory_of
-from model.weights import published_names, to_published, weight_table
+from model.weights import to_published
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 LARGEST_COPY = 100_000_000  # bytes of another file of the base that is taken along
@@ -45,52 +46,11 @@ class Item:
     ours: str | None  # what it is; None where nothing here knows it
     source: tuple[WeightFile, str]  # where the base has it
     dtype: torch.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        file, name = self.source
-        return file.shape(name)
+    shape: tuple[int, ...]
 
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-class Base:
-    """The base's open files and its network on the meta device."""
-
-    def __init__(self, folder: Path, files: list[WeightFile], config: ModelConfig):
-        self.folder, self.files, self.config = folder, files, config
-        self.table, names = weight_table(config), published_names(config)
-        self.tensors: list[tuple[WeightFile, str, str | None]] = []  # file, name there, our name
-        self.sources: dict[str, tuple[WeightFile, str]] = {}
-        for file in files:
-            for published in file.names:
-                spelled = names.canonical(published)
-                original = spelled if spelled in names.rows else names.aliases.get(spelled)
-                ours = names.rows.get(original)
-                self.tensors.append((file, published, ours))
-                if ours is not None:
-                    self.sources.setdefault(ours, (file, published))
-        for one, other in (("head.weight", "body.embedding.weight"), ("body.embedding.weight", "head.weight")):
-            if config.tie_embeddings and one in self.table and one not in self.sources and other in self.sources:
-                self.sources[one] = self.sources[other]
-        wide = any(file.dtype(name) == torch.float64 for file in files for name in file.names)
-        self.dtype = torch.float64 if wide else torch.float32
-        self.network = empty(config, device="meta", dtype=self.dtype)
-
-    def read(self, ours: str) -> Tensor:
-        """A weight in our layout, in the format that is computed in."""
-        if ours not in self.sources:
-            raise AdapterError(f"{self.folder} lacks {self.table[ours].published}")
-        (file, published), row = self.sources[ours], self.table[ours]
-        value = torch.empty(file.shape(published), dtype=self.dtype)
-        file.read(published, value)
-        if row.layout == "interleaved":
-            return interleaved_to_halves(value, self.config.head_width)
-        if row.layout == "transposed":
-            return value.T
-        return value.reshape(-1) if row.layout == "row" else value
 
 
 class Merged:
@@ -202,10 +162,11 @@ def merge_folder(
     with ExitStack() as opened:
         try:
             files = [opened.enter_context(WeightFile(path)) for path in weight_files(base)]
-            source = Base(base, files, config)
+            source = Base(base, files, config, (read_base(adapter) or {}).get("quantization"))
             load(source.network, adapter, base_weight=source.read)
             merged, scale = Merged(source), 1.0
             settings = json.loads((base / "config.json").read_text(encoding="utf-8"))
+            settings.pop("quantization_config", None)  # what is written has all its bits
             untied = config.tie_embeddings and (path := merged.tied()) is not None
             if untied:
                 if not untie:
@@ -255,8 +216,9 @@ def planned(base: Base, *, untied: bool, dtype: torch.dtype | None, shard_bytes:
     """File -> its tensors."""
 
     def item(name: str, ours: str | None, file: WeightFile, there: str) -> Item:
-        own = file.dtype(there)
-        return Item(name, ours, (file, there), dtype if dtype is not None and own.is_floating_point else own)
+        own = base.format(file, there)
+        cast = dtype if dtype is not None and own.is_floating_point else own
+        return Item(name, ours, (file, there), cast, base.shape(file, there, ours))
 
     plan: dict[str, list[Item]] = {file.path.name: [] for file in base.files}
     names = {published for _, published, _ in base.tensors}
@@ -281,7 +243,7 @@ def content(item: Item, merged: Merged, base: Base, scale: float) -> Iterator[by
     """The bytes of a tensor as it is written."""
     file, there = item.source
     scaled = item.ours == "head.weight" and scale != 1
-    if not merged.changes(item.ours) and not scaled:
+    if not merged.changes(item.ours) and not scaled and not base.packed(item.ours, there):
         if file.dtype(there) == item.dtype:
             yield from pieces(file, there)
             return

@@ -50,7 +50,7 @@ def save(network: nn.Module, folder: str | Path, name: str = "default", *, base:
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if source is not None:
-        write_base(folder, Path(source), network.config)
+        write_base(folder, Path(source), network.config, getattr(network, "quantization", None))
 
 
 @torch.no_grad()
@@ -110,13 +110,13 @@ def open_network(
     device: torch.device | str = "cpu",
     **options,
 ) -> Network:
-    """The base of an adapter's folder with the adapter on it, in eval mode.
+    """The base of an adapter's folder with the adapter on it, in eval mode; in four bits, where it was trained on such a one.
 
     The base is the one that is given; else that of `base.json`; else PEFT's base_model_name_or_path, if that is a folder.
     `options`: further ones of model.hub.load, such as the head. Errors: AdapterError, model.hub.HubError.
     """
     found, note = Path(base) if base is not None else base_folder(Path(folder)), read_base(Path(folder)) or {}
-    options = {name: note[name] for name in ("head", "labels") if name in note} | options
+    options = {name: note[name] for name in ("head", "labels", "quantization") if name in note} | options
     network = model.hub.load(found, dtype=dtype, device=device, **options)
     return load(network, folder, name, any_base=any_base).eval()
 

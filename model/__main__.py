@@ -89,7 +89,7 @@ class Info:
     """Only every so many blocks."""
     loss: Literal["plain", "chunked"] = "plain"
     """All logits at once, or a chunk at a time."""
-    optimizer: Literal["adamw", "muon", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "muon", "sgd"] = "adamw"
     """What keeps state beside the weights."""
     ema: bool = False
     """With averages of the weights."""

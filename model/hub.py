@@ -197,7 +197,7 @@ def load(
     try:
         with ExitStack() as opened:
             files = {path: opened.enter_context(WeightFile(path)) for path in weight_files(folder)}
-            small = _quantized(folder, files, network, quantization, watch)
+            small = quantized_weights(folder, list(files.values()), network, quantization, watch)
             found = _match(files, config, parameters, small.others if small else (), asked=asked)
             missing = sorted(set(parameters) - set(found.sources))
             if any(not (asked and name.startswith("head.")) for name in missing):
@@ -278,12 +278,12 @@ def _match(
     return found
 
 
-def _quantized(
-    folder: Path, files: dict[Path, WeightFile], network: Network, asked: "FourBit | None", watch: "Watch | None"
+def quantized_weights(
+    folder: Path, files: list[WeightFile], network: Network, asked: "FourBit | None" = None, watch: "Watch | None" = None
 ) -> "QuantizedWeights | None":
-    """What is quantized there, or is to be; None: nothing."""
+    """What of a network is quantized in its folder, or is to be when it is read; None: nothing."""
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
-    if settings is None and asked is None and not any(QUANTIZED in name for file in files.values() for name in file.names):
+    if settings is None and asked is None and not any(QUANTIZED in name for file in files for name in file.names):
         return None
     from quant.bnb_io import read_config as read_settings
     from quant.config import FourBit, QuantError
@@ -293,7 +293,7 @@ def _quantized(
     published = {name: row.published for name, row in table.items() if row.layout != "wide"}  # transformers keeps wide ones too
     try:
         how = read_settings(settings) if stored else asked or FourBit()
-        return QuantizedWeights(network, list(files.values()), how, published, stored=stored, watch=watch)
+        return QuantizedWeights(network, files, how, published, stored=stored, watch=watch)
     except QuantError as error:
         raise HubError(f"{folder}: {error}") from None
 

@@ -13,6 +13,9 @@ from model.config import ModelConfig
 from model.parameters import adapted, adapter_parameters, parameters
 from model.training import HALF, OPTIMIZERS, WIDE, Training
 
+# As in train.adamw8bit: tensors of fewer numbers have float32 moments; the others codes of a byte, and a float32 scale a block.
+SMALLEST, BLOCK, PIECE = 4096, 256, {"cpu": 1 << 18, "cuda": 1 << 22}
+PIECE_BYTES = 29  # a number of the piece that is updated at one time: both moments in float32, and what quantizes one of them
 # NF4 in blocks of 64 whose scales are 8-bit in blocks of 256 (Dettmers et al. 2023, arXiv 2305.14314, section 3).
 BITS = 4 + 8 / 64 + 32 / (64 * 256)
 ROUNDING = 10  # bytes a number of a weight that is rounded at random: the random bits, and tests for inf and NaN
@@ -37,11 +40,12 @@ class Memory:
 def training_memory(config: ModelConfig, training: Training) -> Memory:
     """What one device needs to train the whole network.
 
-    `full`: float32 weights and gradients, of AdamW two moments, of SGD one, of Muon one for the blocks' matrices; under
-    autocast a 16-bit copy of each matrix lives from its forward to its backward; in "bf16-pure" all have 16 bits. `lora`: the
-    base is frozen, in float32, or 16 bits where training is mixed (nothing updates it); adapters, their gradients and
-    moments are float32. `qlora`: the blocks' matrices have 4.127 bits, the rest of the base 16. Gradients are freed after
-    each update; with one micro-batch a step they grow while the activations go, with several they stand beside them.
+    `full`: float32 weights and gradients, of AdamW two moments (of "adamw8bit" in 8 bits), of SGD one, of Muon one for the
+    blocks' matrices; under autocast a 16-bit copy of each matrix lives from its forward to its backward; in "bf16-pure" all
+    have 16 bits, but not moments of 8. `lora`: the base is frozen, in float32, or 16 bits where training is mixed (nothing
+    updates it); adapters, their gradients and moments are float32. `qlora`: so too, and the blocks' matrices have 4.127 bits.
+    Gradients are freed after each update; with one micro-batch a step they grow while the activations go, with
+    several they stand beside them.
 
     >>> memory = training_memory(ModelConfig.preset("gpt2"), Training(batch_size=8))
     >>> memory.weights == memory.gradients == memory.optimizer / 2 == 4 * 124439808
@@ -69,14 +73,22 @@ def standing(config: ModelConfig, training: Training) -> tuple[float, float, flo
         trained = [p for p in everything if p.trained]
         numbers = sum(p.size for p in trained)
         matrices = sum(p.size for p in trained if p.role == "matrix" and len(p.shape) == 2)
-        moments = 2 * numbers - matrices if training.optimizer == "muon" else OPTIMIZERS[training.optimizer] * numbers
-        return sum(p.size for p in everything) * stored, numbers * stored, moments * stored + numbers * average
+        moments = (2 * numbers - matrices) * stored if training.optimizer == "muon" else moment_bytes(config, training)
+        return sum(p.size for p in everything) * stored, numbers * stored, moments + numbers * average
     added = adapter_parameters(config, training.rank, training.targets)
     packed = sum(p.size for p in everything if p.role == "matrix" and p.in_block) if training.method == "qlora" else 0
     rest = sum(p.size for p in everything) - packed
-    base = packed * BITS / 8 + rest * (WIDE if training.method == "lora" and training.itemsize == WIDE else HALF)
+    base = packed * BITS / 8 + rest * (WIDE if training.itemsize == WIDE else HALF)
     # An adapter's two matrices are hidden matrices to the optimizer too.
-    return base + added * stored, added * stored, added * (OPTIMIZERS[training.optimizer] * stored + average)
+    return base + added * stored, added * stored, moment_bytes(config, training) + added * average
+
+
+def moment_bytes(config: ModelConfig, training: Training) -> float:
+    """Of every trained tensor, where all are updated alike."""
+    sizes = trained_sizes(config, training)
+    if training.optimizer == "adamw8bit":
+        return sum(2 * size + 2 * WIDE * -(-size // BLOCK) if size >= SMALLEST else 2 * WIDE * size for size in sizes)
+    return OPTIMIZERS[training.optimizer] * training.stored * sum(sizes)
 
 
 def forward_peak(segments: list[Segment]) -> float:
@@ -104,14 +116,14 @@ def backward_peak(segments: list[Segment], waiting: float) -> float:
 
 
 def update_workspace(config: ModelConfig, training: Training) -> float:
-    """What the update needs beside gradients and state: AdamW's kernel nothing, SGD the decayed gradients, Muon its iteration;
-    and weights in 16 bits their float32 copies."""
-    sizes = trained_sizes(config, training)
-    widened = 0.0
+    """What the update needs beside gradients and state: AdamW's kernel nothing, with moments in 8 bits a piece of them, SGD the
+    decayed gradients, Muon its iteration; and weights in 16 bits their float32 copies."""
+    sizes, eight_bit = trained_sizes(config, training), training.optimizer == "adamw8bit"
+    widened = piece = float(PIECE_BYTES * min(max(sizes), PIECE[training.device]) if eight_bit else 0)
     if training.stored == HALF:
         # Weight, gradient and moments of a few weights in float32; with them SGD's step, or what rounds one weight.
-        few, slots = max(min(sum(sizes), WIDENED_ELEMENTS), max(sizes)), OPTIMIZERS[training.optimizer]
-        passing = max(few * WIDE if training.optimizer == "sgd" else 0, max(sizes) * ROUNDING)
+        few, slots = max(min(sum(sizes), WIDENED_ELEMENTS), max(sizes)), 0 if eight_bit else OPTIMIZERS[training.optimizer]
+        passing = max(few * WIDE if training.optimizer == "sgd" else 0, max(sizes) * ROUNDING, piece)
         widened = few * WIDE * (2 + slots) + passing
     if training.optimizer == "muon":
         return widened + muon_workspace(config, training)

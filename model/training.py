@@ -21,7 +21,7 @@ class Kernels(NamedTuple):
 
 KERNELS = {"cuda": Kernels(True, True, True), "cpu": Kernels(False, False, False)}
 METHODS = ("full", "lora", "qlora")
-OPTIMIZERS = {"adamw": 2, "muon": 1, "sgd": 1}  # moments; Muon's of the blocks' matrices, the rest has AdamW's
+OPTIMIZERS = {"adamw": 2, "adamw8bit": 2, "muon": 1, "sgd": 1}  # moments; Muon's of the blocks' matrices, the rest has AdamW's
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "bf16-pure")
 RECOMPUTATIONS = ("none", "blocks", "selective")
 LOSSES = ("plain", "chunked", "triton")  # the last two never hold all logits; they hold the same

@@ -10,9 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from quant.bnb_io import companions, from_tensors, to_tensors, write_config
+from quant.bnb_io import companions, from_tensors, read_state, to_tensors, write_config
 from quant.config import FourBit, QuantError
-from quant.linear import QuantizedLinear, ReorderedLinear, quantizable
+from quant.linear import QuantizedLinear, ReorderedLinear, quantizable, quantized_layers
 from quant.nf4 import QuantizedTensor, quantize
 
 Watch = Callable[[str, Tensor, QuantizedTensor], None]  # published name, the weight before, the weight after
@@ -71,28 +71,37 @@ class QuantizedWeights:
     ) -> None:
         """Put the layer in its place. read: the weight, O × I, with rows in the published order; order: where in it each of
         our rows is, if that differs. dtype: what `dequantize` gives; default: the stored weight's."""
-        path = name.removesuffix(".weight")
+        path, small = name.removesuffix(".weight"), self.small(name, published, read)
         layer = self.network.get_submodule(path)
-        if not isinstance(layer, nn.Linear):
-            raise QuantError(f"{published} is quantized: of this network it is {name}, which is no linear layer's")
-        if published in self.stored:
-            small = from_tensors({part: self.raw(each) for part, each in self.stored[published].items()}, published)
-            if small.shape != layer.weight.shape:
-                raise QuantError(f"{published} is of {tuple(small.shape)}, {name} expects {tuple(layer.weight.shape)}")
-        else:
-            asked, weight = self.settings, read()
-            try:
-                small = quantize(weight, block_size=asked.block_size, double=asked.double, scheme=asked.scheme)
-            except QuantError as error:
-                raise QuantError(f"{published}: {error}") from None
-            if self.watch is not None:
-                self.watch(published, weight, small)
         small.dtype = dtype or small.dtype
         small = small.to(device)
         new = QuantizedLinear(small, layer.bias) if order is None else ReorderedLinear(small, layer.bias, order.to(device))
         compute = self.settings.compute
         new.compute = None if compute is None else getattr(torch, compute)
         self.network.set_submodule(path, new)
+
+    def small(self, name: str, published: str, read: Callable[[], Tensor]) -> QuantizedTensor:
+        """The weight, as it is stored or as it is rounded now."""
+        layer = self.network.get_submodule(name.removesuffix(".weight"))
+        if not isinstance(layer, nn.Linear):
+            raise QuantError(f"{published} is quantized: of this network it is {name}, which is no linear layer's")
+        if published in self.stored:
+            small = from_tensors({part: self.raw(each) for part, each in self.stored[published].items()}, published)
+            if small.shape != layer.weight.shape:
+                raise QuantError(f"{published} is of {tuple(small.shape)}, {name} expects {tuple(layer.weight.shape)}")
+            return small
+        asked, weight = self.settings, read()
+        try:
+            small = quantize(weight, block_size=asked.block_size, double=asked.double, scheme=asked.scheme)
+        except QuantError as error:
+            raise QuantError(f"{published}: {error}") from None
+        if self.watch is not None:
+            self.watch(published, weight, small)
+        return small
+
+    def format(self, published: str) -> torch.dtype:
+        """Of a stored weight, before it was quantized."""
+        return getattr(torch, read_state(self.raw(self.stored[published]["state"]), published)["dtype"])
 
     def raw(self, name: str) -> Tensor:
         """A tensor as it stands in its file."""
@@ -105,20 +114,15 @@ class QuantizedWeights:
 # ---- written
 
 
-def layers(network: nn.Module) -> dict[str, QuantizedLinear]:
-    """path -> layer."""
-    return {path: module for path, module in network.named_modules() if isinstance(module, QuantizedLinear)}
-
-
 def tensors(network: nn.Module) -> dict[str, dict[str, Tensor]]:
     """Our name of each quantized weight -> suffix -> tensor."""
-    return {f"{path}.weight": to_tensors(layer.weight) for path, layer in layers(network).items()}
+    return {f"{path}.weight": to_tensors(layer.weight) for path, layer in quantized_layers(network).items()}
 
 
 def config_entry(network: nn.Module, published: Mapping[str, str]) -> dict | None:
     """`quantization_config` of a network, None where nothing is quantized. The linear layers that are not are named in it,
     for what opens the folder would take them for quantized else."""
-    found = layers(network)
+    found = quantized_layers(network)
     if not found:
         return None
     kinds = {(layer.weight.scheme, layer.weight.double, layer.weight.block_size, layer.compute) for layer in found.values()}

@@ -60,6 +60,31 @@ class ReorderedLinear(QuantizedLinear):
         return super().dequantize(dtype)[self.order]
 
 
+def quantized_layers(network: nn.Module) -> dict[str, QuantizedLinear]:
+    """path -> layer."""
+    return {path: module for path, module in network.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def packed_tensors(network: nn.Module) -> list[Tensor]:
+    """What its weights of four bits are kept as."""
+    return [part for layer in quantized_layers(network).values() for part in layer.weight.own()]
+
+
+def as_autocast_asks(network: nn.Module) -> bool:
+    """Have products computed in the format of what is multiplied, or in autocast's, rather than in one that a folder asks for;
+    whether there are any."""
+    layers = quantized_layers(network)
+    for layer in layers.values():
+        layer.compute = None
+    return bool(layers)
+
+
+def count(network: nn.Module) -> int:
+    """The network's numbers, those of four bits too."""
+    packed = sum(layer.weight.numel() for layer in quantized_layers(network).values())
+    return packed + sum(parameter.numel() for parameter in network.parameters())
+
+
 def dense(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     """The weight of a linear layer as a tensor, quantized or not."""
     if isinstance(layer, QuantizedLinear):

@@ -17,20 +17,19 @@ Source: Dettmers et al. 2023, QLoRA, arXiv 2305.14314, section 3 and appendix E.
 
 import math
 from collections.abc import Callable, Iterator
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from quant.blockwise import BLOCK as NESTED_BLOCK
-from quant.blockwise import dequantize_8bit, dynamic_map, on_grid, quantize_8bit
+from quant.blockwise import constant, dequantize_8bit, dynamic_map, on_grid, quantize_8bit
 from quant.config import BLOCK_SIZES, QuantError
 
 SMALLEST = 1e-38  # that is divided by
 PIECE = 1 << 20  # numbers that are quantized at a time; a multiple of every block size
 
 
-@cache
+@constant
 def nf4_code() -> Tensor:
     """NF4's sixteen values: quantiles of the normal distribution, eight above zero, seven below, and zero, scaled to [-1, 1].
 
@@ -41,13 +40,13 @@ def nf4_code() -> Tensor:
     [-1.0, -0.6961928009986877, 0.0, 0.07958029955625534, 1.0]
     """
     outermost = 0.9677083
-    positive = torch.special.ndtri(torch.linspace(outermost, 0.5, 9)[:-1].double())
-    negative = -torch.special.ndtri(torch.linspace(outermost, 0.5, 8)[:-1].double())
+    positive = torch.special.ndtri(torch.linspace(outermost, 0.5, 9, dtype=torch.float32)[:-1].double())
+    negative = -torch.special.ndtri(torch.linspace(outermost, 0.5, 8, dtype=torch.float32)[:-1].double())
     values = torch.cat((negative, torch.zeros(1), positive.flip(0))).float()
     return values / values.max()
 
 
-@cache
+@constant
 def fp4_code() -> Tensor:
     """FP4's: sign s, exponent e, fraction f; (-1)^s · 2^(2 - (e - 1) % 4) · (1 + f/2) / 12, but 0 and 1/192 where e = 0.
 
@@ -56,14 +55,14 @@ def fp4_code() -> Tensor:
     >>> [round(value, 4) for value in fp4_code()[:8].tolist()]
     [0.0, 0.0052, 0.6667, 1.0, 0.3333, 0.5, 0.1667, 0.25]
     """
-    positive = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3])
+    positive = torch.tensor([0, 0.0625, 8, 12, 4, 6, 2, 3], dtype=torch.float32)
     return torch.cat((positive, 0 - positive)) / 12
 
 
 CODES = {"nf4": nf4_code, "fp4": fp4_code}
 
 
-@cache
+@constant
 def bounds(scheme: str) -> tuple[Tensor, Tensor]:
     """Where one value ends and the next begins, half-way between them; and the values' codes, in rising order."""
     values, order = CODES[scheme]().sort(stable=True)
@@ -111,16 +110,18 @@ class QuantizedTensor(torch.nn.Module):
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    def own(self) -> list[Tensor]:
+        """What it keeps for itself: all but the two maps, which all tensors have alike."""
+        return [part for part in (self.packed, self.absmax, self.nested_absmax, self.offset) if part is not None]
+
     @property
     def nbytes(self) -> int:
-        """What it keeps of its own, without the two maps, which all tensors have alike."""
-        own = (self.packed, self.absmax, self.nested_absmax, self.offset)
-        return sum(part.numel() * part.element_size() for part in own if part is not None)
+        return sum(part.nbytes for part in self.own())
 
     @property
     def bits(self) -> float:
         """A number of the tensor."""
-        return 8 * self.nbytes / self.numel()
+        return 8 * self.nbytes / max(1, self.numel())
 
     def scales(self) -> Tensor:
         """absmax of each block, float32."""
@@ -128,7 +129,7 @@ class QuantizedTensor(torch.nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """code · absmax, multiplied in float32 and rounded once, to `dtype` or that of the tensor that was quantized."""
-        return DEQUANTIZE[self.device.type](self, dtype or self.dtype)
+        return DEQUANTIZE.get(self.device.type, dequantize)(self, dtype or self.dtype)
 
     def _apply(self, fn, recurse: bool = True):
         """`.to(device)` moves it; `.to(dtype)`, `.half()` … leave its formats alone: scales are float32 by definition."""
@@ -157,12 +158,7 @@ def quantize(weight: Tensor, *, block_size: int = 64, double: bool = True, schem
     >>> small.packed.shape, hex(small.packed[0]), float((small.dequantize() - weight).abs().max())
     (torch.Size([64, 1]), '0x0', 0.29...)
     """
-    if scheme not in CODES:
-        raise QuantError(f"unknown scheme {scheme!r}; schemes: {', '.join(CODES)}")
-    if block_size not in BLOCK_SIZES:
-        raise QuantError(f"block_size={block_size}: sizes are {', '.join(map(str, BLOCK_SIZES))}")
-    if not weight.is_floating_point():
-        raise QuantError(f"a {str(weight.dtype).removeprefix('torch.')} tensor is not quantized: floating-point ones are")
+    check(weight, block_size, scheme)
     flat = weight.reshape(-1)
     packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(-(-flat.numel() // block_size), dtype=torch.float32, device=weight.device)
@@ -173,6 +169,21 @@ def quantize(weight: Tensor, *, block_size: int = 64, double: bool = True, schem
         codes, scales = quantize_piece(piece, block_size, scheme)
         absmax[start // block_size :][: scales.numel()] = scales
         packed[start // 2 :][: (codes.numel() + 1) // 2, 0] = pack(codes, scheme)
+    return finished(weight, packed, absmax, block_size=block_size, double=double, scheme=scheme)
+
+
+def check(weight: Tensor, block_size: int, scheme: str) -> None:
+    """Errors (QuantError): an unknown size or scheme, or whole numbers."""
+    if scheme not in CODES:
+        raise QuantError(f"unknown scheme {scheme!r}; schemes: {', '.join(CODES)}")
+    if block_size not in BLOCK_SIZES:
+        raise QuantError(f"block_size={block_size}: sizes are {', '.join(map(str, BLOCK_SIZES))}")
+    if not weight.is_floating_point():
+        raise QuantError(f"a {str(weight.dtype).removeprefix('torch.')} tensor is not quantized: floating-point ones are")
+
+
+def finished(weight: Tensor, packed: Tensor, absmax: Tensor, *, block_size: int, double: bool, scheme: str) -> QuantizedTensor:
+    """The tensor of these codes and scales of `weight`; with `double`, the scales in eight bits."""
     whole = {"shape": tuple(weight.shape), "dtype": weight.dtype, "block_size": block_size, "scheme": scheme}
     if not double:
         return QuantizedTensor(packed, absmax, **whole)
@@ -237,7 +248,7 @@ def pieces(small: QuantizedTensor, multiple: int = 1, out: Tensor | None = None)
     most = min(max(PIECE // unit, 1) * unit, small.numel())
     pairs = torch.stack((small.code.repeat_interleave(16), small.code.repeat(16)), dim=1).view(torch.int64).flatten()
     index, pair = torch.empty((most + 1) // 2, dtype=torch.int32), torch.empty((most + 1) // 2, dtype=torch.int64)
-    for first in range(0, small.numel(), most):
+    for first in range(0, small.numel(), most or 1):
         count = min(most, small.numel() - first)
         many, whole = (count + 1) // 2, count // block * block
         index[:many].copy_(packed[first // 2 :][:many])
@@ -273,6 +284,6 @@ DEQUANTIZE: dict[str, Callable[[QuantizedTensor, torch.dtype], Tensor]] = {
 
 def not_finite(weight: Tensor) -> str:
     """Where the first number is that is none."""
-    first = (~weight.isfinite()).flatten().int().argmax()
+    first = (~weight.float().isfinite()).flatten().int().argmax()
     index = tuple(int(place) for place in torch.unravel_index(first, weight.shape))
     return f"the value at {list(index)} is {float(weight[index])}, which has no place among 4-bit values"

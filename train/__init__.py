@@ -5,7 +5,8 @@ Where to read first: `step` (one optimizer step: the heart, in 40 lines), then `
 
     config       what a run is told: the options of `python -m train`
     distributed  ranks, and how they share a network: DDP, FSDP2
-    optim muon sgd   AdamW, Muon and SGD, each beside its plain twin; which weight goes to which, by its role
+    optim adamw8bit muon sgd   AdamW, also with moments of 8 bits, Muon and SGD, each beside its plain twin; which weight goes
+                 to which, by its role
     named_optimizer  what they share: one step for plain, sharded and bfloat16 weights, and state that has names
     shard        the part of a tensor that this rank holds, and the whole
     rounding     stochastic rounding to bfloat16

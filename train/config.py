@@ -61,6 +61,8 @@ class RunConfig:
     """Start from this run's or model folder's weights and tokenizer instead of random weights."""
     adapter: Literal["none", "lora", "dora", "adalora", "ia3", "adapter", "prompt", "ptuning", "prefix"] = "none"
     """Freeze the weights of --init, and train a small part beside them (--lora.r and so on); only that part is saved."""
+    quantize: Literal["none", "nf4", "fp4"] = "none"
+    """With --adapter: hold the matrices of --init in four bits, their scales quantized too (QLoRA)."""
     steps: int = 700
     """Optimizer steps."""
     seed: int = 0
@@ -103,8 +105,9 @@ class OptimizerConfig:
     """Sequences in a micro-batch; ranks share them."""
     accumulate: int = 1
     """Micro-batches in an optimizer step."""
-    optimizer: Literal["adamw", "muon", "sgd"] | None = None
-    """muon: hidden matrices by Muon, the rest by AdamW. Default: muon, or adamw with an adapter."""
+    optimizer: Literal["adamw", "adamw8bit", "muon", "sgd"] | None = None
+    """adamw8bit: AdamW with its moments in 8 bits. muon: hidden matrices by Muon, the rest by AdamW. Default: muon, or adamw
+    with an adapter."""
     lr: float | None = None
     """The learning rate at its height (of AdamW, where Muon has its own). Default: 8e-3, 3e-3 for mlm, with an adapter by its
     method; all for networks as small as the default ones."""
@@ -260,6 +263,8 @@ class TrainConfig:
         chosen = self.run.adapter
         if chosen != "none" and self.run.init is None:
             raise TrainError(f"--adapter {chosen} stands beside a network's weights: give them, --init RUN or a model folder")
+        if chosen == "none" and self.run.quantize != "none":
+            raise TrainError(f"--quantize {self.run.quantize}: weights of four bits stay as they are: add --adapter lora")
         if chosen != "none" and "shard" in (self.run.mesh or ""):
             raise TrainError(f"--adapter {chosen} does not go with --mesh {self.run.mesh}: replicate does")
         if chosen != "none" and self.speed.precision == "bf16-pure":

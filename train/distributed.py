@@ -175,7 +175,9 @@ def spread(
 
 def replicated(objective: nn.Module, mesh: Mesh, device: torch.device) -> nn.Module:
     ids = [device.index or 0] if device.type == "cuda" else None
-    wrapped = DistributedDataParallel(objective, device_ids=ids, gradient_as_bucket_view=True)
+    # Buffers (rotary tables, weights of four bits) are alike on all ranks: sent once, when it is wrapped, not at each forward.
+    options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
+    wrapped = DistributedDataParallel(objective, device_ids=ids, **options)
     if any(parameter.dtype == torch.bfloat16 for parameter in objective.parameters()):
         wrapped.register_comm_hook(mesh.replicate, average_in_float32)
     return wrapped

@@ -80,7 +80,9 @@ class NamedOptimizer(torch.optim.Optimizer):
     def _update_rounded(self, owners: list[Tensor], group: dict) -> None:
         params, grads, states = self._local(owners)
         wide_params, wide_grads = ([tensor.float() for tensor in tensors] for tensors in (params, grads))
-        wide_states = [{slot: value.float() for slot, value in state.items()} for state in states]  # float32 stays itself
+        wide_states = [  # float32 stays itself, and so do codes
+            {slot: value.float() if value.is_floating_point() else value for slot, value in state.items()} for state in states
+        ]
         self.update(wide_params, wide_grads, wide_states, group, owners)
         for param, wide_param, state, wide_state in zip(params, wide_params, states, wide_states, strict=True):
             stochastic_round_(param, wide_param, self.rounding)

@@ -1,7 +1,8 @@
 """AdamW, and the choice of which weight is trained by which optimizer.
 
-The equations stand in `adamw_update`; `train/muon.py` and `train/sgd.py` hold the others, `train/named_optimizer.py` what
-they share. A weight's role, which its family's table knows, decides its decay; its role and shape decide its optimizer.
+The equations stand in `adamw_update`; `train/muon.py` and `train/sgd.py` hold the others, `train/adamw8bit.py` AdamW with its
+moments in 8 bits, `train/named_optimizer.py` what they share. A weight's role, which its family's table knows, decides its
+decay; its role and shape decide its optimizer.
 """
 
 from collections.abc import Callable, Iterable
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from train.adamw8bit import AdamW8bit
 from train.muon import Muon
 from train.named_optimizer import NamedOptimizer, Optimizers
 from train.sgd import SGD
@@ -189,7 +191,7 @@ def build_optimizer(
     fused: bool | None = None,
     multiple_of: Callable[[str], float] = lambda name: 1.0,
 ) -> Optimizers:
-    """The optimizers of a run: "adamw" or "sgd" trains all; "muon" gives 2-D weights of role "matrix" to Muon at `matrix_lr`.
+    """The optimizers of a run: "muon" gives 2-D weights of role "matrix" to Muon at `matrix_lr`; the others train all.
 
     `multiple_of(name)`: AdamW's rate for that parameter, as a multiple of `lr` (LoRA+).
 
@@ -199,8 +201,8 @@ def build_optimizer(
     if name not in BUILDERS:
         raise ValueError(f"unknown optimizer {name!r}; known: {sorted(BUILDERS)}")
     groups = at_multiples(parameter_groups(named_parameters, role_of, weight_decay), multiple_of, lr)
-    if name != "adamw" and any("lr" in group for group in groups):
-        raise ValueError("rates of its own for some parameters (LoRA+): adamw has them")
+    if name not in ("adamw", "adamw8bit") and any("lr" in group for group in groups):
+        raise ValueError("rates of its own for some parameters (LoRA+): adamw has them, and adamw8bit")
     adam_settings = {"lr": lr, "betas": betas, "eps": eps, "fused": fused}
     matrix_settings = {"lr": matrix_lr, "momentum": momentum, "adjust_lr": adjust_lr}
     return Optimizers(BUILDERS[name](groups, role_of, adam_settings, matrix_settings))
@@ -208,6 +210,10 @@ def build_optimizer(
 
 def _build_adamw(groups, role_of, adam_settings, matrix_settings) -> list[NamedOptimizer]:
     return [AdamW(groups, **adam_settings)]
+
+
+def _build_adamw8bit(groups, role_of, adam_settings, matrix_settings) -> list[NamedOptimizer]:
+    return [AdamW8bit(groups, **{key: value for key, value in adam_settings.items() if key != "fused"})]
 
 
 def _build_sgd(groups, role_of, adam_settings, matrix_settings) -> list[NamedOptimizer]:
@@ -236,4 +242,4 @@ def _only(groups: list[dict], keep: Callable[[str, Tensor], bool]) -> list[dict]
     return kept
 
 
-BUILDERS = {"adamw": _build_adamw, "muon": _build_muon, "sgd": _build_sgd}
+BUILDERS = {"adamw": _build_adamw, "adamw8bit": _build_adamw8bit, "muon": _build_muon, "sgd": _build_sgd}

@@ -8,6 +8,7 @@ import torch
 
 from data.clm import IGNORE
 from model.flops import flops_per_token
+from quant.linear import count, quantized_layers
 from train.checkpoint import IN_PARTS, pointed
 from train.curves import plot
 from train.log import clock, read_metrics
@@ -27,9 +28,12 @@ def introduction(run: "Run") -> str:
     """Five lines before the first step: text, tokens, network, machine, run."""
     config, shards, has = run.config, run.shards, run.engine.network.config
     per_step = config.optimizer.batch_size * config.optimizer.accumulate * config.network.context
-    parameters = sum(parameter.numel() for parameter in run.engine.network.parameters())
+    parameters = count(run.engine.network)
     trained = sum(parameter.numel() for parameter in run.engine.network.parameters() if parameter.requires_grad)
     adapter = f", {trained:,} of them trained ({config.run.adapter})" if config.method is not None else ""
+    small = [layer.weight for layer in quantized_layers(run.engine.network).values()]
+    bits = 8 * sum(weight.nbytes for weight in small) / max(1, sum(weight.numel() for weight in small))
+    adapter += f", {len(small)} matrices in {small[0].scheme} of {bits:.3f} bits" if small else ""
     before = run.engine.network.body.before
     before = f" after {before} of the {config.run.adapter}" if before else ""
     epochs = config.run.steps * per_step / shards.train.tokens

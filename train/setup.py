@@ -22,6 +22,8 @@ from model.init import build, empty
 from model.parameters import TARGETS
 from model.training import Training
 from model.weights import role_of
+from quant.config import FourBit
+from quant.linear import as_autocast_asks
 from train.adapters import NAME, narrow, put_on, rate, role, table
 from train.checkpoint import IN_PARTS, resolve
 from train.config import ADAPTER_LR, DEFAULT_DECAY, DEFAULT_LR, DEFAULT_PRESETS, TrainConfig, TrainError, mesh_sizes
@@ -168,7 +170,13 @@ def open_network(
     found = model.hub.read_config(folder)
     if found.head != task.head:
         say(f"{run.init} has the head {found.head!r}: {task.head!r} takes its place")
-    network = model.hub.load(folder, head=task.head, seed=run.seed, **common)
+    how = None if run.quantize == "none" else FourBit(scheme=run.quantize)
+    network = model.hub.load(folder, head=task.head, seed=run.seed, quantization=how, **common)
+    packed = as_autocast_asks(network)
+    if packed and config.method is None:
+        raise TrainError(f"--init {run.init} has weights of four bits, which cannot be trained: add --adapter lora")
+    if how is not None and network.quantization is None:
+        say(f"{run.init} is quantized already, and is taken as it is")
     for name in ("context", "width", "depth", "heads", "mlp_width"):
         given, has = getattr(asked, name), getattr(network.config, name)
         if given is not None and given != has and not (name == "context" and given < has):
@@ -294,7 +302,7 @@ def training_of(config: TrainConfig, ranks: Ranks, scored: float) -> Training:
         accumulate=asked.accumulate,
         optimizer=asked.optimizer,
         ema=asked.ema > 0,
-        method="full" if config.method is None else "lora",
+        method="full" if config.method is None else "lora" if config.run.quantize == "none" else "qlora",
         rank=getattr(config.method, "r", 8),
         targets=config.method.targets if getattr(config.method, "targets", "") in TARGETS else "all-linear",
         device=torch.device(config.run.device).type,

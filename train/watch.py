@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from data.clm import IGNORE
+from quant.linear import packed_tensors
 from train.adapters import accounted
 from train.memory_report import measure_step, report
 from train.profiler import Profiler
@@ -34,7 +35,8 @@ class Watch:
                 results.append(engine.train(micro_batches, inner))
 
             state = [value for name, value in engine.tensors().items() if not name.startswith("weights")]
-            measured = measure_step(observed, self.run.device, engine.network.parameters(), state)
+            weights = [*engine.network.parameters(), *packed_tensors(engine.network)]
+            measured = measure_step(observed, self.run.device, weights, state)
             scored = sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches)
             scored /= sum(batch["labels"].numel() for batch in micro_batches)
             training = training_of(self.run.config, self.run.ranks, scored)

@@ -7,6 +7,10 @@
     loss      time and memory of the head's chunked loss beside the plain one's
     ranks     two ranks of one thread each, DDP and FSDP2, beside one process of two threads
     adapters  LoRA's step beside PEFT's; and what each method learns of a new corpus, beside full fine-tuning (--steps, --base)
+    quant     four bits on a CPU beside bitsandbytes: quantize, dequantize, the linear layer and its gradient
+    llama     Llama-3-8B's linear layers in four bits, in memory (about four minutes)
+    errors    what NF4, FP4 and INT4 change of real weights and of normal noise
+    qlora     what four bits cost the end result: QLoRA beside LoRA, three seeds (--steps, --base)
     gpu       GPT-2 124M on a card, compiled, beside its own products and transformers
 """
 
@@ -17,10 +21,13 @@ import torch
 
 from tests.bench.adapters import bench_adapters
 from tests.bench.engine import bench_engine
+from tests.bench.errors import bench_errors
 from tests.bench.generate import bench_generate
 from tests.bench.gpu import bench_gpu
 from tests.bench.loading import bench_loading
 from tests.bench.loss import bench_loss
+from tests.bench.qlora import bench_qlora
+from tests.bench.quant import bench_llama, bench_quant
 from tests.bench.ranks import bench_ranks
 from tests.bench.train import bench_train
 
@@ -32,6 +39,10 @@ BENCHES = {
     "loss": bench_loss,
     "ranks": bench_ranks,
     "adapters": bench_adapters,
+    "quant": bench_quant,
+    "llama": bench_llama,
+    "errors": bench_errors,
+    "qlora": bench_qlora,
     "gpu": bench_gpu,
 }
 
@@ -41,14 +52,14 @@ def main() -> None:
     parser.add_argument("name", nargs="?", choices=[*BENCHES, "all"], default="all", help="which one (default: all)")
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each side (default: 15)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--steps", type=int, default=400, help="adapters: optimizer steps of each method (default: 400)")
-    parser.add_argument("--base", help="adapters: a run or model folder to adapt, rather than one that is trained first")
+    parser.add_argument("--steps", type=int, default=400, help="adapters, qlora: optimizer steps of each method (default: 400)")
+    parser.add_argument("--base", help="adapters, qlora: a run or model folder to adapt, rather than one that is trained first")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     print(f"torch {torch.__version__}, {where}, {options.threads} threads, Python {platform.python_version()}\n")
     for name in BENCHES if options.name == "all" else [options.name]:
-        own = {"steps": options.steps, "base": options.base} if name == "adapters" else {}
+        own = {"steps": options.steps, "base": options.base} if name in ("adapters", "qlora") else {}
         BENCHES[name](options.rounds, **own)
 
 

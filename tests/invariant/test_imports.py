@@ -23,7 +23,7 @@ DOORS = {("model/hub.py", "quant")}
 LIBRARIES = {
     "model": {"torch", "safetensors"},
     "data": {"torch", "numpy", "sentencepiece", "tokenizers", "tqdm"},
-    "quant": {"torch", "safetensors", "triton"},
+    "quant": {"torch", "safetensors", "triton", "matplotlib"},
     "eval": {"torch", "numpy", "tqdm"},
     "lora": {"torch", "safetensors", "triton", "tqdm"},
     "train": {"torch", "numpy", "safetensors", "tqdm", "tomli_w", "matplotlib", "triton"},

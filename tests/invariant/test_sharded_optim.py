@@ -18,6 +18,7 @@ import train.clip
 import train.muon
 import train.precision
 from tests.ranks import in_two_ranks
+from train.adamw8bit import AdamW8bit
 from train.clip import clip_grad_norm_
 from train.ema import EMA
 from train.muon import Muon
@@ -26,7 +27,7 @@ from train.optim import AdamW
 from train.precision import GradScaler
 from train.rounding import stochastic_round_
 from train.sgd import SGD
-from train.shard import cut_along, is_sharded, local, part_of, whole
+from train.shard import copy_, cut_along, is_sharded, local, part_of, whole
 
 RANKS = 2
 TORCH = f"torch {torch.__version__.split('+')[0]}"
@@ -133,6 +134,38 @@ def check_mutant_of_muon() -> list:
     finally:
         train.muon.whole, train.muon.part_of = whole, part_of
     assert error > 1e-3
+    return []
+
+
+def check_moments_in_8_bits() -> list:
+    """Rows of whole blocks: the bytes of one process, also after a load of whole tensors. Other rows: moments in float32."""
+    from torch.distributed.fsdp import fully_shard
+
+    sizes = ((256, 17), (77, 100), (80, 40), (4096, 1))  # the third has fewer than 4,096 numbers; of the last one rank has none
+    one = nn.Sequential(*(nn.Linear(*size) for size in sizes))
+    both = fully_shard(copy.deepcopy(one))
+    optimizers = [AdamW8bit(network.named_parameters(), lr=0.01) for network in (one, both)]
+    for step in range(8):
+        torch.manual_seed(step)
+        for alone, param in zip(one.parameters(), both.parameters(), strict=True):
+            alone.grad, param.grad = torch.randn(alone.shape) * torch.rand(alone.shape), torch.zeros_like(param)
+            copy_(param.grad, alone.grad)
+        for optimizer in optimizers:
+            optimizer.step()
+        if step == 4:
+            saved = {key: full(value).clone() for key, value in optimizers[1].named_state().items()}
+            optimizers[1] = AdamW8bit(both.named_parameters(), lr=0.01)
+            optimizers[1].load_named_state(saved)
+    expected, state = (optimizer.named_state() for optimizer in optimizers)
+    assert state["0.weight.exp_avg"].dtype == torch.uint8 and state["0.weight.exp_avg_scale"].shape == (17, 1)
+    assert expected["1.weight.exp_avg"].dtype == torch.uint8 and state["1.weight.exp_avg"].dtype == torch.float32
+    assert all(is_sharded(value) for key, value in state.items() if not key.endswith(".step"))
+    alone, spread = (dict(network.named_parameters()) for network in (one, both))
+    for values, others in ((alone, spread), (expected, state)):
+        assert all(torch.equal(full(values[key]), full(others[key])) for key in values if not key.startswith("1.weight"))
+    assert difference({"1.weight": alone["1.weight"]}, {"1.weight": spread["1.weight"]}) < 0.02  # 8 steps of 0.01, nearly alike
+    with pytest.raises(ValueError, match=r"1\.weight\.exp_avg"):
+        optimizers[1].load_named_state({k: v for k, v in expected.items() if k.startswith("1.weight")})
     return []
 
 
@@ -282,6 +315,7 @@ CHECKS = {
     **{kind: lambda kind=kind: check_optimizer(kind) for kind in ("AdamW fused", "AdamW plain", "SGD", "SGD plain")},
     **{kind: lambda kind=kind: check_optimizer(kind) for kind in ("Muon batched", "Muon plain")},
     "Muon's mutant": check_mutant_of_muon,
+    "moments in 8 bits": check_moments_in_8_bits,
     "parts": check_parts,
     "rounding": check_rounding,
     "scaler": check_scaler,

@@ -9,6 +9,7 @@ from torch import nn
 
 import model.memory
 import model.training
+import train.adamw8bit
 import train.loss.chunked
 import train.muon
 import train.named_optimizer
@@ -183,6 +184,7 @@ WAYS = {
     "accumulated, recomputed": {"accumulate": 2, "recompute": "blocks"},
     "muon": {"optimizer": "muon", "recompute": "blocks"},
     "sgd": {"optimizer": "sgd", "recompute": "blocks"},
+    "adamw8bit": {"optimizer": "adamw8bit", "recompute": "blocks"},
     "chunked": {"loss": "chunked"},
     "chunked, accumulated": {"loss": "chunked", "accumulate": 2},
     "chunked, bf16": {"loss": "chunked", "precision": "bf16"},
@@ -229,13 +231,28 @@ def test_peak_of_many_chunks(name, way, parity, monkeypatch):
     assert highest < 0.6 * training_memory(config, replace(training, loss="plain")).peak
 
 
-@pytest.mark.parametrize("way", [{}, {"recompute": "blocks"}, {"recompute": "selective"}, {"optimizer": "sgd"}])
+FORMAT_WAYS = [{}, {"recompute": "blocks"}, {"recompute": "selective"}, {"optimizer": "sgd"}, {"optimizer": "adamw8bit"}]
+
+
+@pytest.mark.parametrize("way", FORMAT_WAYS)
 @pytest.mark.parametrize("precision", ["fp16", "bf16-pure"])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_peak_in_other_formats(name, precision, way, parity):
     config, batch_size, length = shaped(name, "deep")
     training = Training(batch_size, length, device="cpu", precision=precision, **way)
     check_peak(config, training, f"{name} deep, {precision}, {way}", parity)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-pure"])
+def test_peak_of_an_update_in_8_bits(precision, parity, monkeypatch):
+    """Eight tokens, so that the update is the highest moment; by small pieces it is not."""
+    config, _, _ = shaped("gpt2", "wordy")
+    training = Training(1, 8, device="cpu", precision=precision, optimizer="adamw8bit")
+    ours, highest = check_peak(config, training, f"gpt2, update in 8 bits, {precision}", parity)
+    assert ours.optimizer < 0.27 * training_memory(config, replace(training, precision="fp32", optimizer="adamw")).optimizer
+    monkeypatch.setattr(train.adamw8bit, "PIECE", {"cpu": 4096})
+    dtype = torch.bfloat16 if precision == "bf16-pure" else torch.float32
+    assert measured_step(build(config, seed=0, dtype=dtype), training).peak < 0.7 * highest
 
 
 def check_peak(config: ModelConfig, training: Training, label: str, parity, tolerance=ALLOCATED[0], why=ALLOCATED[1]):
@@ -301,6 +318,9 @@ def test_a_quantized_base_has_the_paper_s_bits():
 def test_sizes_are_the_trainer_s():
     assert model.memory.BATCH_ELEMENTS == train.muon.BATCH_ELEMENTS
     assert model.memory.WIDENED_ELEMENTS == train.named_optimizer.WIDENED_ELEMENTS
+    eight_bit = train.adamw8bit
+    assert (model.memory.SMALLEST, model.memory.BLOCK) == (eight_bit.SMALLEST, eight_bit.BLOCK)
+    assert model.memory.PIECE == eight_bit.PIECE
     assert model.training.CHUNK_BYTES == train.loss.chunked.CHUNK_BYTES
     assert model.training.CHUNK_ROWS == train.loss.chunked.CHUNK_ROWS
 

@@ -5,7 +5,7 @@ The network only; a tokenizer's files belong to `data.tokenizer`. Nothing here r
 
 import json
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +20,7 @@ from model.config import ModelConfig, family
 from model.init import initialize
 from model.network import Network
 from model.rope import interleaved_to_halves
-from model.safetensors_file import WeightFile
+from model.safetensors_file import Room, WeightFile
 from model.weights import Weight, head_spec, published_constants, published_names, published_shape, to_published, weight_table
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def load(
     try:
         with ExitStack() as opened:
             files = {path: opened.enter_context(WeightFile(path)) for path in weight_files(folder)}
-            small = quantized_weights(folder, list(files.values()), network, quantization, watch)
+            small, room = quantized_weights(folder, list(files.values()), network, quantization, watch), Room()
             found = _match(files, config, parameters, small.others if small else (), asked=asked)
             missing = sorted(set(parameters) - set(found.sources))
             if any(not (asked and name.startswith("head.")) for name in missing):
@@ -209,13 +209,14 @@ def load(
                     parameter = torch.empty(empty.shape, dtype=wanted, device=device)
                 else:
                     path, published = found.sources[name]
+                    read = partial(_read, files[path], published, table[name], empty, config)
                     if small and small.takes(name, published):
-                        read = partial(_read, files[path], published, table[name], empty, config, None, "cpu", turned=False)
                         turned = table[name].layout == "interleaved"
                         order = interleaved_to_halves(torch.arange(len(empty)), config.head_width) if turned else None
-                        small.put(name, published, read, order=order, dtype=dtype, device=device)
+                        stored = partial(read, None, "cpu", turned=False, new=room)
+                        small.put(name, published, stored, order=order, dtype=dtype, device=device)
                         continue
-                    parameter = _read(files[path], published, table[name], empty, config, dtype, device)
+                    parameter = read(dtype, device)
                 _assign(network, name, parameter, empty.requires_grad)
             network.tie_weights()
             named = dict(network.named_parameters())
@@ -308,15 +309,16 @@ def _read(
     device: torch.device | str,
     *,
     turned: bool = True,
+    new: Callable[..., Tensor] = torch.empty,
 ) -> Tensor:
-    """One weight from its place in the file, in our layout; not `turned`: with the rows in the file's order."""
+    """One weight from its place in the file, in our layout; `turned`: its rows too. new: makes room for it."""
     shape, there = tuple(empty.shape), published_shape(row, tuple(empty.shape))
     if file.shape(published) != there:
         raise HubError(f"{file.path.name}: {published!r} has shape {file.shape(published)}, {row.name} expects {there}")
     dtype = dtype or file.dtype(published)
     if row.layout == "wide" and dtype == torch.float16:
         dtype = torch.float32
-    out = torch.empty(shape, dtype=dtype, device=device)
+    out = new(shape, dtype=dtype, device=device)
     file.read(published, out[None] if row.layout == "row" else out, transposed=row.layout == "transposed")
     return interleaved_to_halves(out, config.head_width) if turned and row.layout == "interleaved" else out
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from quant.bnb_io import companions, from_tensors, read_state, to_tensors, write_config
 from quant.config import FourBit, QuantError
-from quant.linear import QuantizedLinear, ReorderedLinear, quantizable, quantized_layers
-from quant.nf4 import QuantizedTensor, quantize
+from quant.linear import QUANTIZE, QuantizedLinear, ReorderedLinear, quantizable, quantized_layers
+from quant.nf4 import QuantizedTensor
 
 Watch = Callable[[str, Tensor, QuantizedTensor], None]  # published name, the weight before, the weight after
 
@@ -71,7 +71,7 @@ class QuantizedWeights:
     ) -> None:
         """Put the layer in its place. read: the weight, O × I, with rows in the published order; order: where in it each of
         our rows is, if that differs. dtype: what `dequantize` gives; default: the stored weight's."""
-        path, small = name.removesuffix(".weight"), self.small(name, published, read)
+        path, small = name.removesuffix(".weight"), self.small(name, published, read, device)
         layer = self.network.get_submodule(path)
         small.dtype = dtype or small.dtype
         small = small.to(device)
@@ -80,8 +80,10 @@ class QuantizedWeights:
         new.compute = None if compute is None else getattr(torch, compute)
         self.network.set_submodule(path, new)
 
-    def small(self, name: str, published: str, read: Callable[[], Tensor]) -> QuantizedTensor:
-        """The weight, as it is stored or as it is rounded now."""
+    def small(
+        self, name: str, published: str, read: Callable[[], Tensor], device: torch.device | str = "cpu"
+    ) -> QuantizedTensor:
+        """The weight, as it is stored, or as it is rounded now, on the device."""
         layer = self.network.get_submodule(name.removesuffix(".weight"))
         if not isinstance(layer, nn.Linear):
             raise QuantError(f"{published} is quantized: of this network it is {name}, which is no linear layer's")
@@ -90,9 +92,9 @@ class QuantizedWeights:
             if small.shape != layer.weight.shape:
                 raise QuantError(f"{published} is of {tuple(small.shape)}, {name} expects {tuple(layer.weight.shape)}")
             return small
-        asked, weight = self.settings, read()
+        asked, weight = self.settings, read().to(device)
         try:
-            small = quantize(weight, block_size=asked.block_size, double=asked.double, scheme=asked.scheme)
+            small = QUANTIZE[weight.device.type](weight, block_size=asked.block_size, double=asked.double, scheme=asked.scheme)
         except QuantError as error:
             raise QuantError(f"{published}: {error}") from None
         if self.watch is not None:

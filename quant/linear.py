@@ -1,7 +1,7 @@
 """The linear layer with a weight in four bits, and how a network gets such layers."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 import torch
@@ -110,6 +110,15 @@ def quantizable(
     return found
 
 
+def quantize_by_kernel(weight: Tensor, **settings) -> QuantizedTensor:
+    from quant.kernels.quantize_4bit import quantize_4bit  # here: triton comes when a kernel is wanted
+
+    return quantize_4bit(weight, **settings)
+
+
+QUANTIZE: dict[str, Callable[..., QuantizedTensor]] = {"cpu": quantize, "cuda": quantize_by_kernel}
+
+
 def quantize_linears(
     network: Network, scheme: str = "nf4", skip: Iterable[str] = ("lm_head",), *, block_size: int = 64, double: bool = True
 ) -> Network:
@@ -123,7 +132,8 @@ def quantize_linears(
         raise QuantError(f"no linear layer to quantize in a {type(network).__name__}, with skip={tuple(skip)}")
     for path, layer in layers.items():
         try:
-            small = quantize(layer.weight.detach(), block_size=block_size, double=double, scheme=scheme)
+            weight = layer.weight.detach()
+            small = QUANTIZE[weight.device.type](weight, block_size=block_size, double=double, scheme=scheme)
         except QuantError as error:
             raise QuantError(f"{path}.weight: {error}") from None
         network.set_submodule(path, QuantizedLinear(small, layer.bias))

@@ -26,7 +26,8 @@ from quant.blockwise import constant, dequantize_8bit, dynamic_map, on_grid, qua
 from quant.config import BLOCK_SIZES, QuantError
 
 SMALLEST = 1e-38  # that is divided by
-PIECE = 1 << 20  # numbers that are quantized at a time; a multiple of every block size
+# Numbers that are quantized at a time (in the cache, and little beside the result), and unpacked; multiples of all block sizes.
+AT_ONCE, PIECE = {"cpu": 1 << 16}, 1 << 20
 
 
 @constant
@@ -162,8 +163,9 @@ def quantize(weight: Tensor, *, block_size: int = 64, double: bool = True, schem
     flat = weight.reshape(-1)
     packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(-(-flat.numel() // block_size), dtype=torch.float32, device=weight.device)
-    for start in range(0, flat.numel(), PIECE):
-        piece = flat[start : start + PIECE].float()
+    at_once = AT_ONCE.get(weight.device.type, 1 << 24)
+    for start in range(0, flat.numel(), at_once):
+        piece = flat[start : start + at_once].float()
         if not bool(piece.isfinite().all()):
             raise QuantError(not_finite(weight))
         codes, scales = quantize_piece(piece, block_size, scheme)

@@ -58,6 +58,8 @@ print("loaded:", *sorted({name.partition(".")[0] for name in sys.modules}))
         ("model --help", ["generate"]),
         ("model generate --help", ["--prompt", "--temperature", "--top-k", "--top-p", "--seed"]),
         ("data --help", ["prepare", "Text in, batches out."]),
+        ("quant --help", ["nf4", "fp4"]),
+        ("quant nf4 --help", ["--out", "--double", "--block-size", "--skip", "--corpus"]),
     ],
 )  # fmt: skip
 def test_help_imports_nothing_heavy(line, shown):

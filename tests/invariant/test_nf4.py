@@ -34,7 +34,7 @@ def test_what_is_no_number_is_refused(value, dtype):
 def test_the_first_of_a_late_piece_is_named(dtype):
     weight = torch.zeros(1100, 1000, dtype=dtype)
     weight[1099, 999] = weight[1080, 2] = torch.nan
-    assert 1080 * 1000 > nf4.PIECE
+    assert 1080 * 1000 > nf4.AT_ONCE["cpu"]
     with pytest.raises(QuantError, match=re.escape("at [1080, 2] is nan")):
         quantize(weight)
     with pytest.raises(QuantError, match=re.escape("at [2, 1080] is nan")):
@@ -111,6 +111,7 @@ def test_pieces_do_not_show(block_size, scheme, monkeypatch):
     weights = [torch.randn(shape).to(dtype) for shape in shapes for dtype in (torch.float32, torch.bfloat16)]
     whole = [quantize(weight, block_size=block_size, scheme=scheme) for weight in weights]
     values = [small.dequantize() for small in whole]
+    monkeypatch.setattr(nf4, "AT_ONCE", {"cpu": 4096})
     monkeypatch.setattr(nf4, "PIECE", 4096)
     for weight, expected, value in zip(weights, whole, values, strict=True):
         small = quantize(weight, block_size=block_size, scheme=scheme)

@@ -1,0 +1,327 @@
+"""y = x Wᵀ + b and dx = dy W by a weight that stays in four bits: its numbers exist a tile at a time, in registers.
+
+Each code looks up its value in a table of 64 bytes in shared memory, one instruction a number without conflicts of banks.
+(Choosing among sixteen values by a code's bits takes 19, and at half their rate; a table behind a pointer takes 64-bit
+addresses, and Triton's pipeline would copy every value that it gives through shared memory.) A byte's two values stand side by
+side in their thread, so that putting them in order moves nothing. Times the scale, in float32, and rounded to x's format, as
+dequantizing does, they go to the tensor cores. The order of tiles is that of `lora.kernels.lora_linear`.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quant import blockwise
+from quant.nf4 import QuantizedTensor
+
+GROUP = 8  # tiles of rows that are made before the next rows of W are taken: they find them in the cache
+STAGES = 3
+RUN = 32  # where it divides the rows' length, RUN codes from a multiple of it lie in one block, and begin with a byte
+NESTED_BLOCK = tl.constexpr(blockwise.BLOCK)
+
+# Up to so many rows: tiles of N, O, I numbers, warps. Few rows: small tiles of y, so that there are programs enough to ask for
+# the weight on every multiprocessor; many: large ones, as a weight is unpacked anew for each tile of rows.
+PRODUCT = {16: (16, 16, 256, 4), 64: (64, 32, 128, 4), math.inf: (128, 128, 64, 8)}
+GRADIENT = {16: (16, 64, 64, 4), 64: (64, 64, 64, 4), math.inf: (128, 64, 128, 8)}
+SLOW = (64, 32, 16, 4)  # float32, which the tensor cores do not multiply exactly; rows that are no multiple of RUN
+
+
+@triton.jit
+def scales_of(block, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED: tl.constexpr):
+    """absmax of each block, float32, whether it is kept so or in eight bits."""
+    scale = tl.load(absmax_ptr + block)
+    if NESTED:
+        nested = tl.load(nested_absmax_ptr + block // NESTED_BLOCK)
+        scale = tl.load(nested_code_ptr + scale.to(tl.int32)) * nested + tl.load(offset_ptr)
+    return scale
+
+
+@triton.jit
+def values_of(codes, table):
+    """The codes' values, float32, in the codes' shape; flat, as then the table is read where it lies."""
+    return tl.reshape(tl.gather(table, tl.reshape(codes.to(tl.int32), (codes.numel,)), 0), codes.shape)
+
+
+@triton.jit
+def weight_tile(
+    packed_ptr,
+    absmax_ptr,
+    table,
+    nested_absmax_ptr,
+    nested_code_ptr,
+    offset_ptr,
+    o,
+    start,
+    ins,
+    BLOCK_SIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """W[o, start : start + BLOCK_I], float32; o is int64, as flattened places pass 2^31.
+
+    WHOLE, where RUN and BLOCK_I divide the rows' length: each byte is read once, and each scale. Else (a row may begin inside a
+    byte, and a block in one row and end in the next) they are read for each number; past a row's end stands its last.
+    """
+    if WHOLE:
+        row = packed_ptr + o * tl.multiple_of(ins // 2, 16) + start // 2
+        byte = tl.load(row[:, None] + tl.arange(0, BLOCK_I // 2)[None, :])
+        value = values_of(tl.interleave(byte >> 4, byte & 15), table)
+        SCALES: tl.constexpr = BLOCK_I // BLOCK_SIZE if BLOCK_I > BLOCK_SIZE else 1
+        block = ((o * ins + start) // BLOCK_SIZE)[:, None] + tl.arange(0, SCALES)[None, :]
+        scale = scales_of(block, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED)
+        in_blocks: tl.constexpr = (value.shape[0], SCALES, BLOCK_I // SCALES)
+        return tl.reshape(tl.reshape(value, in_blocks) * scale[:, :, None], value.shape)
+    else:
+        place = o[:, None] * ins + tl.minimum(start + tl.arange(0, BLOCK_I), ins - 1)[None, :]
+        byte = tl.load(packed_ptr + place // 2)
+        value = values_of(tl.where(place % 2 == 0, byte >> 4, byte & 15), table)
+        return value * scales_of(place // BLOCK_SIZE, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr, WIDEN: tl.constexpr):
+    """float32 in `dtype`, the nearest, half-way the even one. WIDEN: the interpreter would cut bits off."""
+    if WIDEN:
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + (bits >> 16 & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def tile_of(program, down, across, GROUP: tl.constexpr):
+    """(row of tiles, column of tiles) of a program, `GROUP` rows at a time."""
+    first = program // (GROUP * across) * GROUP
+    group = min(down - first, GROUP)
+    return first + program % (GROUP * across) % group, program % (GROUP * across) // group
+
+
+@triton.jit
+def matmul_4bit_kernel(
+    x_ptr,
+    bias_ptr,
+    y_ptr,
+    packed_ptr,
+    absmax_ptr,
+    code_ptr,
+    nested_absmax_ptr,
+    nested_code_ptr,
+    offset_ptr,
+    rows,
+    outs,
+    ins,
+    x_row_stride,
+    x_column_stride,
+    BLOCK_SIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    GROUP: tl.constexpr,
+    BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Tile (n, o) of y, N × O contiguous; x: N × I."""
+    tile_n, tile_o = tile_of(tl.program_id(0), tl.cdiv(rows, BLOCK_N), tl.cdiv(outs, BLOCK_O), GROUP)
+    n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)  # N × I passes 2^31
+    o = (tile_o * BLOCK_O + tl.arange(0, BLOCK_O)).to(tl.int64)
+    i = tl.arange(0, BLOCK_I).to(tl.int64)
+    x_row = x_ptr + tl.minimum(n, rows - 1)[:, None] * x_row_stride  # past the end: read again, never stored
+    weight_row = tl.minimum(o, outs - 1)
+    table = tl.load(code_ptr + tl.arange(0, 16))
+    y = tl.zeros((BLOCK_N, BLOCK_O), dtype=tl.float32)
+    for start in range(0, ins, BLOCK_I):
+        x_place = x_row + (start + i)[None, :] * x_column_stride
+        x = tl.load(x_place) if WHOLE else tl.load(x_place, mask=i[None, :] < ins - start, other=0.0)
+        weight = weight_tile(
+            packed_ptr,
+            absmax_ptr,
+            table,
+            nested_absmax_ptr,
+            nested_code_ptr,
+            offset_ptr,
+            weight_row,
+            start,
+            ins,
+            BLOCK_SIZE,
+            NESTED,
+            WHOLE,
+            BLOCK_I,
+        )
+        weight = rounded(weight, x.dtype, WIDEN)
+        if WIDEN:
+            x, weight = x.to(tl.float32), weight.to(tl.float32)
+        y = tl.dot(x, tl.trans(weight), y, input_precision=PRECISION)
+    if BIAS:
+        y += tl.load(bias_ptr + o, mask=o < outs, other=0.0).to(tl.float32)[None, :]
+    place = y_ptr + n[:, None] * outs + o[None, :]
+    tl.store(place, rounded(y, y_ptr.dtype.element_ty, WIDEN), mask=(n < rows)[:, None] & (o < outs)[None, :])
+
+
+@triton.jit
+def input_gradient_4bit_kernel(
+    dy_ptr,
+    dx_ptr,
+    packed_ptr,
+    absmax_ptr,
+    code_ptr,
+    nested_absmax_ptr,
+    nested_code_ptr,
+    offset_ptr,
+    rows,
+    outs,
+    ins,
+    dy_row_stride,
+    dy_column_stride,
+    BLOCK_SIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    GROUP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Tile (n, i) of dx, N × I contiguous; dy: N × O. As the forward, the sum along O."""
+    tile_n, tile_i = tile_of(tl.program_id(0), tl.cdiv(rows, BLOCK_N), tl.cdiv(ins, BLOCK_I), GROUP)
+    n = (tile_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    o = tl.arange(0, BLOCK_O).to(tl.int64)
+    left = tile_i * BLOCK_I
+    dy_row = dy_ptr + tl.minimum(n, rows - 1)[:, None] * dy_row_stride
+    table = tl.load(code_ptr + tl.arange(0, 16))
+    dx = tl.zeros((BLOCK_N, BLOCK_I), dtype=tl.float32)
+    for start in range(0, outs, BLOCK_O):
+        dy = tl.load(dy_row + (start + o)[None, :] * dy_column_stride, mask=o[None, :] < outs - start, other=0.0)
+        weight = weight_tile(
+            packed_ptr,
+            absmax_ptr,
+            table,
+            nested_absmax_ptr,
+            nested_code_ptr,
+            offset_ptr,
+            tl.minimum(start + o, outs - 1),  # past the end: read again, and times a dy of 0
+            left,
+            ins,
+            BLOCK_SIZE,
+            NESTED,
+            WHOLE,
+            BLOCK_I,
+        )
+        weight = rounded(weight, dy.dtype, WIDEN)
+        if WIDEN:
+            dy, weight = dy.to(tl.float32), weight.to(tl.float32)
+        dx = tl.dot(dy, weight, dx, input_precision=PRECISION)
+    i = left + tl.arange(0, BLOCK_I)
+    place = dx_ptr + n[:, None] * ins + i[None, :]
+    tl.store(place, rounded(dx, dx_ptr.dtype.element_ty, WIDEN), mask=(n < rows)[:, None] & (i < ins)[None, :])
+
+
+def tile(tiles: dict, dtype: torch.dtype, rows: int, ins: int) -> tuple[dict[str, int], int]:
+    """(sizes, warps)."""
+    slow = dtype == torch.float32 or ins % RUN
+    n, o, i, warps = SLOW if slow else next(sizes for most, sizes in tiles.items() if rows <= most)
+    return {"BLOCK_N": n, "BLOCK_O": o, "BLOCK_I": i if ins % RUN else math.gcd(ins, i)}, warps
+
+
+def checked(x: Tensor, width: int, small: QuantizedTensor) -> None:
+    """Raise what a user can put right: TypeError for a format, ValueError for a size."""
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"the kernel sums in float32 and takes no {x.dtype}; a product by small.dequantize() does")
+    if len(small.shape) != 2 or not small.numel():
+        raise ValueError(f"a weight is O × I, both above 0, not {tuple(small.shape)}")
+    if x.dim() != 2 or x.size(1) != small.shape[width]:
+        raise ValueError(f"N × {small.shape[width]} is multiplied by the {tuple(small.shape)} weight, not {tuple(x.shape)}")
+
+
+def checked_bias(bias: Tensor | None, x: Tensor, small: QuantizedTensor) -> None:
+    if bias is None:
+        return
+    if bias.dtype != x.dtype:
+        raise TypeError(f"formats differ: x {x.dtype}, bias {bias.dtype}")
+    if bias.shape != small.shape[:1]:
+        raise ValueError(f"the bias of a {tuple(small.shape)} weight has {small.shape[0]} numbers, not {tuple(bias.shape)}")
+
+
+def parts_of(small: QuantizedTensor) -> dict:
+    """The weight as the kernels take it. Without double quantization no nested part is read; absmax stands in its place."""
+    nested = (small.nested_absmax, small.nested_code, small.offset) if small.double else (small.absmax,) * 3
+    tables = (small.packed, small.absmax, small.code, *nested)
+    names = ("packed_ptr", "absmax_ptr", "code_ptr", "nested_absmax_ptr", "nested_code_ptr", "offset_ptr")
+    settings = {"BLOCK_SIZE": small.block_size, "NESTED": small.double, "WHOLE": small.shape[1] % RUN == 0}
+    return dict(zip(names, tables, strict=True)) | settings
+
+
+def widened(dtype: torch.dtype) -> bool:
+    """Whether the interpreter multiplies in float32: numpy has no product of bfloat16."""
+    return triton.knobs.runtime.interpret and dtype == torch.bfloat16
+
+
+def precision() -> str:
+    """float32 is multiplied as float32, or as TF32 where `torch.get_float32_matmul_precision` allows it."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def matmul_4bit(x_NI: Tensor, small: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear(x, small.dequantize(x.dtype), bias)`: y = x Wᵀ + b, N × O.
+
+    x and bias: float32, float16 or bfloat16, any strides. Sums are float32 whatever x is in, and y is rounded once.
+    """
+    checked(x_NI, 1, small)
+    checked_bias(bias, x_NI, small)
+    rows, (outs, ins) = x_NI.size(0), small.shape
+    y_NO = x_NI.new_empty(rows, outs)
+    sizes, warps = tile(PRODUCT, x_NI.dtype, rows, ins)
+    programs = triton.cdiv(rows, sizes["BLOCK_N"]) * triton.cdiv(outs, sizes["BLOCK_O"])
+    if programs:
+        matmul_4bit_kernel[(programs,)](
+            x_NI,
+            y_NO if bias is None else bias.contiguous(),
+            y_NO,
+            rows=rows,
+            outs=outs,
+            ins=ins,
+            x_row_stride=x_NI.stride(0),
+            x_column_stride=x_NI.stride(1),
+            **parts_of(small),
+            **sizes,
+            GROUP=GROUP,
+            BIAS=bias is not None,
+            PRECISION=precision(),
+            WIDEN=widened(x_NI.dtype),
+            num_warps=warps,
+            num_stages=STAGES,
+        )
+    return y_NO
+
+
+def input_gradient_4bit(dy_NO: Tensor, small: QuantizedTensor) -> Tensor:
+    """`dy @ small.dequantize(dy.dtype)`: dx = dy W, N × I; the weight is frozen, and has no gradient. As `matmul_4bit`."""
+    checked(dy_NO, 0, small)
+    rows, (outs, ins) = dy_NO.size(0), small.shape
+    dx_NI = dy_NO.new_empty(rows, ins)
+    sizes, warps = tile(GRADIENT, dy_NO.dtype, rows, ins)
+    programs = triton.cdiv(rows, sizes["BLOCK_N"]) * triton.cdiv(ins, sizes["BLOCK_I"])
+    if programs:
+        input_gradient_4bit_kernel[(programs,)](
+            dy_NO,
+            dx_NI,
+            rows=rows,
+            outs=outs,
+            ins=ins,
+            dy_row_stride=dy_NO.stride(0),
+            dy_column_stride=dy_NO.stride(1),
+            **parts_of(small),
+            **sizes,
+            GROUP=GROUP,
+            PRECISION=precision(),
+            WIDEN=widened(dy_NO.dtype),
+            num_warps=warps,
+            num_stages=STAGES,
+        )
+    return dx_NI

@@ -1,0 +1,78 @@
+"""Triton's products by a 4-bit weight on a card: the twins' numbers, in every format, layout and size; as
+tests/oracle/test_quant_products.py."""
+
+import pytest
+import torch
+
+from quant.nf4 import QuantizedTensor, quantize
+from tests.oracle.lora_kernel import DTYPES
+from tests.oracle.quant_products import CASES, PRODUCTS, largest, measure
+from tests.oracle.test_quant_products import TOLERANCES, TWIN, check
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(precision)
+
+
+@pytest.fixture(scope="module")
+def found():
+    before = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield {name: measure(name, "cuda") for name in CASES}
+    torch.utils.deterministic.fill_uninitialized_memory = before[0]
+    torch.use_deterministic_algorithms(before[1])
+
+
+@pytest.mark.parametrize("what", PRODUCTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_on_a_card(dtype, what, found, parity):
+    check(found, dtype, what, parity, "on a GPU")
+
+
+@pytest.mark.parametrize("rows", [1, 8, 16, 256, 4096])
+def test_at_a_networks_size(rows, parity):
+    """Tiles and pipelines as in use: O = I = 4,096, in bfloat16."""
+    from quant.kernels.gemv_4bit import MOST, gemv_4bit
+    from quant.kernels.matmul_4bit import input_gradient_4bit, matmul_4bit
+
+    small = quantize(torch.randn(4096, 4096, device="cuda"))
+    x = torch.randn(rows, 4096, device="cuda").bfloat16()
+    rounded, exact = small.dequantize(torch.bfloat16).double(), small.dequantize(torch.float32).double()
+    pairs = {"product": (matmul_4bit(x, small), x.double() @ rounded.T)}
+    pairs["gradient"] = (input_gradient_4bit(x, small), x.double() @ rounded)
+    if rows <= MOST:
+        pairs["few rows"] = (gemv_4bit(x, small), x.double() @ exact.T)
+        assert torch.equal(gemv_4bit(x, small), pairs["few rows"][0])
+    for what, (ours, expected) in pairs.items():
+        error = largest(ours.double() - expected, expected)
+        parity(f"Triton's 4-bit {what}, on a GPU: {rows} × 4,096 × 4,096", TWIN, error, *TOLERANCES["bf16"])
+
+
+def test_places_past_32_bits():
+    """O × I above 2^31: the last rows, which are those of a smaller tensor."""
+    from quant.kernels.gemv_4bit import gemv_4bit
+    from quant.kernels.matmul_4bit import input_gradient_4bit, matmul_4bit
+
+    outs, ins, last = 70_000, 32_768, 64
+    packed = torch.randint(256, (outs * ins // 2, 1), dtype=torch.uint8, device="cuda")
+    absmax = torch.rand(outs * ins // 64, device="cuda")
+    whole = {"dtype": torch.float32, "block_size": 64, "scheme": "nf4"}
+    small = QuantizedTensor(packed, absmax, shape=(outs, ins), **whole)
+    end = QuantizedTensor(packed[-last * ins // 2 :], absmax[-last * ins // 64 :], shape=(last, ins), **whole)
+    x = torch.randn(4, ins, device="cuda")
+    dy = torch.zeros(4, outs, device="cuda")
+    dy[:, -last:] = torch.randn(4, last, device="cuda")
+    weight = end.dequantize().double()
+    for ours, expected in (
+        (matmul_4bit(x, small)[:, -last:], x.double() @ weight.T),
+        (gemv_4bit(x, small)[:, -last:], x.double() @ weight.T),
+        (input_gradient_4bit(dy, small), dy[:, -last:].double() @ weight),
+    ):
+        assert largest(ours.double() - expected, expected) < 3e-6  # float32 sums of 32,768 numbers

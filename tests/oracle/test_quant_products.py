@@ -1,0 +1,83 @@
+"""Triton's products by a 4-bit weight: interpreted on a CPU they equal their plain twins, and they compile for cards not here.
+On a card: `tests/gpu/test_quant_products.py`."""
+
+import sys
+
+import pytest
+import torch
+
+from quant.nf4 import quantize
+from tests.oracle.lora_kernel import CARDS, DTYPES
+from tests.oracle.quant_products import CASES, MORE_VARIANTS, PRODUCTS, VARIANTS
+from tests.oracle.triton_apart import fresh
+
+TWIN = "our plain twin in float64"
+TOLERANCES = {
+    "fp32": (1e-6, "float32 sums of a row"),
+    "fp16": (5e-4, "float16 results: rounding is off by 2^-11 at most, 4.9e-4, and sums are float32"),
+    "bf16": (4e-3, "bfloat16 results: rounding is off by 2^-8 at most, 3.9e-3, and sums are float32"),
+}
+MOST_SHARED = 99 * 1024  # bytes of shared memory that a program may have on every card from sm_80 on
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton is a dependency on Linux alone")
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory):
+    return fresh("tests.oracle.quant_products", "run", tmp_path_factory.mktemp("triton"), TRITON_INTERPRET="1")
+
+
+def check(found: dict, dtype: str, what: str, parity, where: str) -> None:
+    tolerance, reason = TOLERANCES[dtype]
+    here = {name: case[what] for name, case in found.items() if CASES[name][1] == dtype and what in case}
+    assert {name: mistake for name, (_, mistake) in here.items() if mistake <= 2 * tolerance} == {}  # each would be seen
+    assert {name: error for name, (error, _) in here.items() if error > tolerance} == {}
+    parity(f"Triton's 4-bit {what}, {where}: {dtype}", TWIN, max(error for error, _ in here.values()), tolerance, reason)
+
+
+@pytest.mark.parametrize("what", PRODUCTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_interpreted(dtype, what, interpreted, parity):
+    check(interpreted, dtype, what, parity, "interpreted")
+
+
+def check_resources(found: dict, count: int) -> None:
+    assert len(found) == len(CARDS) * count
+    assert {name: stack for name, (_, stack, _) in found.items() if stack} == {}  # nothing spilled
+    assert max(registers for registers, _, _ in found.values()) <= 255
+    assert max(shared for _, _, shared in found.values()) <= MOST_SHARED
+
+
+def test_compiled_for_cards_that_are_not_here(tmp_path):
+    check_resources(fresh("tests.oracle.quant_products", "compile", tmp_path), len(VARIANTS))
+
+
+@pytest.mark.slow
+def test_all_formats_and_sizes_compiled_for_cards_that_are_not_here(tmp_path):
+    check_resources(fresh("tests.oracle.quant_products", "compile-more", tmp_path), len(MORE_VARIANTS))
+
+
+def test_what_they_do_not_take_is_an_error():
+    from quant.kernels.gemv_4bit import gemv_4bit
+    from quant.kernels.matmul_4bit import input_gradient_4bit, matmul_4bit
+
+    small, x = quantize(torch.ones(4, 6)), torch.ones(2, 6)
+    for product in (matmul_4bit, gemv_4bit):
+        with pytest.raises(TypeError, match="float64"):
+            product(x.double(), small)
+        with pytest.raises(TypeError, match="bias"):
+            product(x, small, torch.ones(4).half())
+        with pytest.raises(ValueError, match="N × 6"):
+            product(torch.ones(2, 4), small)
+        with pytest.raises(ValueError, match="N × 6"):
+            product(torch.ones(1, 2, 6), small)
+        with pytest.raises(ValueError, match="4 numbers"):
+            product(x, small, torch.ones(6))
+        with pytest.raises(ValueError, match="O × I"):
+            product(x, quantize(torch.ones(6)))
+    with pytest.raises(TypeError, match="float64"):
+        input_gradient_4bit(torch.ones(2, 4).double(), small)
+    with pytest.raises(ValueError, match="N × 4"):
+        input_gradient_4bit(x, small)
+    with pytest.raises(ValueError, match="9 rows"):
+        gemv_4bit(torch.ones(9, 6), small)

@@ -99,10 +99,13 @@ def config_json(network: Network) -> str:
         head |= {"problem_type": "regression"} if config.labels == 1 else {}
     settings = head | rules.write_config(config)
     if _has_quantized(network):
+        from quant.config import QuantError
         from quant.folder import config_entry
 
-        published = {row.name: row.published for row in weight_table(config).values()}
-        settings["quantization_config"] = config_entry(network, published)
+        try:
+            settings["quantization_config"] = config_entry(network, weight_table(config))
+        except QuantError as error:
+            raise HubError(str(error)) from None
     return json.dumps(settings, indent=2) + "\n"
 
 

@@ -1,7 +1,7 @@
 """`python -m quant nf4|fp4 FOLDER --out DIR`: a model folder with its linear layers in four bits, and what that cost.
 
-In memory at once: what is 4-bit so far, what stays as it is, and one matrix in the folder's own format. For the perplexity the 4-bit network is scored first and given up; then the
-original one is read, which must fit alone.
+In memory at once: what is 4-bit so far, what stays as it is, and one matrix in the folder's own format. For the perplexity the
+4-bit network is scored first and given up; then the original one is read, which must fit alone.
 """
 
 import json

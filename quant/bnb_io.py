@@ -26,6 +26,7 @@ from quant.config import BLOCK_SIZES, FORMATS, FourBit, QuantError
 from quant.nf4 import CODES, QuantizedTensor
 
 STATE = ".quant_state.bitsandbytes__"
+LARGEST = torch.finfo(torch.float32).max
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
@@ -47,12 +48,13 @@ def companions(names: Iterable[str]) -> dict[str, dict[str, str]]:
 def from_tensors(parts: Mapping[str, Tensor], name: str) -> QuantizedTensor:
     """The weight of these parts, with checked sizes; `name` is for messages."""
     state = read_state(parts["state"], name)
+    parts = {part: tensor.flatten() for part, tensor in parts.items()}
     if missing := [part for part in ("packed", "absmax", "quant_map") if part not in parts]:
         raise QuantError(f"{name} has no part {missing[0]!r}")
     shape, block_size, scheme = state["shape"], state["blocksize"], state["quant_type"]
     count = math.prod(shape)
     blocks, double = -(-count // block_size), "nested_absmax" in parts
-    packed = parts["packed"].contiguous().view(torch.uint8).reshape(-1, 1)  # `bnb_4bit_quant_storage` may call the bytes floats
+    packed = parts["packed"].contiguous().view(torch.uint8)[:, None]  # `bnb_4bit_quant_storage` may call the bytes floats
     wanted = {"packed": (count + 1) // 2, "absmax": blocks, "quant_map": 16}
     if double:
         wanted |= {"nested_absmax": -(-blocks // NESTED_BLOCK), "nested_quant_map": 256}
@@ -60,17 +62,23 @@ def from_tensors(parts: Mapping[str, Tensor], name: str) -> QuantizedTensor:
         found = packed if part == "packed" else parts.get(part)
         if found is None or found.numel() != size:
             raise QuantError(f"{name}: {part} has {0 if found is None else found.numel()} numbers, {list(shape)} wants {size}")
-    if double == parts["absmax"].is_floating_point():
+    if double != (parts["absmax"].dtype == torch.uint8):
         raise QuantError(f"{name}: absmax is {parts['absmax'].dtype}, {'with' if double else 'without'} nested_absmax")
+    for part in ("nested_absmax", "nested_quant_map") if double else ("absmax",):
+        if not (parts[part].is_floating_point() and bool(parts[part].float().isfinite().all())):
+            raise QuantError(f"{name}: {part} is not all finite numbers")
     if not torch.equal(parts["quant_map"].float().cpu(), CODES[scheme]()):
         raise QuantError(f"{name}: its sixteen values are not those of {scheme}")
     whole = {"shape": shape, "dtype": getattr(torch, state["dtype"]), "block_size": block_size, "scheme": scheme}
     if not double:
         return QuantizedTensor(packed, parts["absmax"].float(), **whole)
-    if state.get("nested_blocksize") != NESTED_BLOCK or state.get("nested_dtype", "float32") != "float32":
+    if state.get("nested_blocksize") != NESTED_BLOCK:
         raise QuantError(f"{name}: scales are quantized in blocks of {state.get('nested_blocksize')}, {NESTED_BLOCK} are read")
+    if "nested_offset" not in state:
+        raise QuantError(f"{name}: its quant_state has no nested_offset")
     offset = torch.tensor(float(state["nested_offset"]), device=packed.device)
-    nested = {"nested_absmax": parts["nested_absmax"], "nested_code": parts["nested_quant_map"], "offset": offset}
+    nested = {"nested_absmax": parts["nested_absmax"].float(), "nested_code": parts["nested_quant_map"].float()}
+    nested["offset"] = offset
     return QuantizedTensor(packed, parts["absmax"], **nested, **whole)
 
 
@@ -81,13 +89,15 @@ def read_state(state: Tensor, name: str) -> dict:
         shape = tuple(found["shape"])
         good = (
             found["quant_type"] in CODES
+            and type(found["blocksize"]) is int
             and found["blocksize"] in BLOCK_SIZES
             and found["dtype"] in FORMATS
             and len(shape) == 2
             and all(type(size) is int and 0 < size < 2**31 for size in shape)
-            and math.isfinite(found.get("nested_offset", 0.0))
+            and abs(found.get("nested_offset", 0.0)) < LARGEST  # not so where it is NaN
+            and found.get("nested_dtype", "float32") == "float32"
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise QuantError(f"{name}: its quant_state cannot be read: {error!r}") from None
     if not good:
         raise QuantError(f"{name}: its quant_state makes no sense: {found}")
@@ -123,11 +133,13 @@ def read_config(settings: object) -> FourBit:
         raise QuantError(f"quantization_config has the method {method!r}; bitsandbytes' is read")
     if not settings.get("load_in_4bit", settings.get("_load_in_4bit")):
         raise QuantError("quantization_config asks for 8 bits; bitsandbytes' 4-bit form is read")
-    compute = settings.get("bnb_4bit_compute_dtype")
+    compute, skip = settings.get("bnb_4bit_compute_dtype"), settings.get("llm_int8_skip_modules") or []
+    if not isinstance(skip, list):
+        raise QuantError(f"llm_int8_skip_modules is {skip!r}, not a list")
     return FourBit(
         scheme=settings.get("bnb_4bit_quant_type", "fp4"),
         double=bool(settings.get("bnb_4bit_use_double_quant", False)),
-        skip=tuple(settings.get("llm_int8_skip_modules") or ()),
+        skip=tuple(skip),
         compute=None if compute is None else str(compute).removeprefix("torch."),
     )
 

@@ -31,5 +31,7 @@ class FourBit:
             raise QuantError(f"unknown scheme {self.scheme!r}; schemes: nf4, fp4")
         if self.block_size not in BLOCK_SIZES:
             raise QuantError(f"block_size={self.block_size}: sizes are {', '.join(map(str, BLOCK_SIZES))}")
+        if isinstance(self.skip, str) or not all(isinstance(pattern, str) for pattern in self.skip):
+            raise QuantError(f"skip={self.skip!r}: a tuple of regular expressions is expected")
         if self.compute not in (None, *FORMATS):
             raise QuantError(f"compute={self.compute!r}: formats are {', '.join(FORMATS)}")

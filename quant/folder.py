@@ -87,6 +87,8 @@ class QuantizedWeights:
         layer = self.network.get_submodule(name.removesuffix(".weight"))
         if not isinstance(layer, nn.Linear):
             raise QuantError(f"{published} is quantized: of this network it is {name}, which is no linear layer's")
+        if name == "head.weight":
+            raise QuantError(f"{published} is quantized: a head is read with all its bits; have it in llm_int8_skip_modules")
         if published in self.stored:
             small = from_tensors({part: self.raw(each) for part, each in self.stored[published].items()}, published)
             if small.shape != layer.weight.shape:
@@ -121,18 +123,34 @@ def tensors(network: nn.Module) -> dict[str, dict[str, Tensor]]:
     return {f"{path}.weight": to_tensors(layer.weight) for path, layer in quantized_layers(network).items()}
 
 
-def config_entry(network: nn.Module, published: Mapping[str, str]) -> dict | None:
-    """`quantization_config` of a network, None where nothing is quantized. The linear layers that are not are named in it,
-    for what opens the folder would take them for quantized else."""
+class Row(Protocol):
+    """Of a family's table (`model.weights.Weight`)."""
+
+    published: str
+    layout: str
+
+
+def config_entry(network: nn.Module, table: Mapping[str, Row]) -> dict:
+    """`quantization_config` of a network with quantized layers; table: our name of each weight -> its row. The linear layers
+    that are not quantized are named in it, for what opens the folder would take them for quantized else.
+
+    Errors (QuantError): a layer that was quantized in memory, though not in the form in which the family publishes it.
+    """
     found = quantized_layers(network)
-    if not found:
-        return None
+    for path, layer in found.items():
+        row = table[f"{path}.weight"]
+        if row.layout == "wide" or (row.layout == "interleaved" and not isinstance(layer, ReorderedLinear)):
+            raise QuantError(
+                f"{row.published} was quantized in another form than its family publishes it in: quantize the folder as it is "
+                f"read, load(..., quantization=...), or skip {path!r}"
+            )
     kinds = {(layer.weight.scheme, layer.weight.double, layer.weight.block_size, layer.compute) for layer in found.values()}
     if len({kind[0] for kind in kinds}) > 1:
         raise QuantError("layers are quantized by two schemes: a quantization_config names one")
     (scheme, double, block_size, compute), *_ = sorted(kinds, key=str)
     form = compute or next(parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
+    form = torch.float32 if form == torch.float64 else form  # which bitsandbytes does not have
     settings = FourBit(scheme=scheme, double=double, block_size=block_size, compute=str(form).removeprefix("torch."))
     linear = (path for path, module in network.named_modules() if isinstance(module, nn.Linear))
-    kept = [published[f"{path}.weight"].removesuffix(".weight") for path in linear if f"{path}.weight" in published]
+    kept = [table[f"{path}.weight"].published.removesuffix(".weight") for path in linear if f"{path}.weight" in table]
     return write_config(settings, kept)

@@ -2,7 +2,7 @@
 
 Network, step and loop are those of training: `open_engine`, fused AdamW, the loss in chunks by Triton. transformers: the same
 weights and batch, SDPA, torch.compile of the whole network, torch's fused AdamW. Then a linear layer with LoRA beside it, its
-forward by cuBLAS's products and by Triton's one kernel.
+forward by cuBLAS's products and by Triton's one kernel. Then four bits (`tests.bench.gpu_quant`).
 """
 
 import statistics
@@ -15,6 +15,7 @@ from lora.fused import products_in_place, triton_product
 from model.config import ModelConfig
 from model.flops import flops_per_token
 from model.init import build
+from tests.bench.gpu_quant import bench_gpu_quant
 from tests.bench.timing import alternate, ratio, table
 from tests.bench.train import STILL, transformers_step
 from train.config import NetworkConfig, OptimizerConfig, RunConfig, SpeedConfig, TrainConfig
@@ -36,6 +37,8 @@ def bench_gpu(rounds: int) -> None:
     measure(ModelConfig.preset("gpt2", **STILL), torch.device("cuda"), "bf16", rounds, BATCH_SIZE, CONTEXT)
     print()
     lora_forward(torch.device("cuda"), rounds)
+    print()
+    bench_gpu_quant(torch.device("cuda"), rounds)
 
 
 def lora_forward(device: torch.device, rounds: int, repeats: int = 50) -> None:

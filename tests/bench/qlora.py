@@ -1,7 +1,7 @@
 """QLoRA beside LoRA on a small trained network: what four bits cost the end result.
 
 The network that has read Python's documentation learns Python's code, as in `tests.bench.shown`: LoRA r = 8 on the blocks'
-matrices over the base in bfloat16 (multiplied in float32), and over the same base in NF4 and FP4 with double quantization. Every
+matrices over the base in bfloat16 (multiplied in float32), and over the same base in NF4 and FP4 with double quantization. Each
 seed has its own first adapter values and batches. The paper's claim: the same loss (Dettmers et al. 2023, section 4); bar: 2 %.
 """
 

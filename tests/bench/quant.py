@@ -70,7 +70,7 @@ def both(layer, x: torch.Tensor) -> None:
 
 
 def bench_llama(rounds: int) -> None:
-    """`rounds` is not used: memory is measured once. Llama-3-8B's linear layers, random weights, one made and rounded at a time."""
+    """Llama-3-8B's linear layers, random weights, one made and rounded at a time. `rounds` is not used: it is measured once."""
     network = empty(ModelConfig.preset("llama-3-8b"), device="meta")
     shapes = [tuple(layer.weight.shape) for layer in quantizable(network).values()]
     generator, kept, before = torch.Generator().manual_seed(0), [], resident()

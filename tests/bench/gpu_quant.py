@@ -1,8 +1,8 @@
 """Four bits on a GPU: the kernels by the bytes that they move, the linear layer beside bitsandbytes, a QLoRA step beside PEFT.
 
 NF4 with double quantization, blocks of 64, bfloat16. The step is one of Llama-3-8B's shape with random weights, a text of
-2,048 tokens: LoRA r = 16 on every matrix of the blocks, recomputation of all blocks, 8-bit AdamW. Ours is as in `--recipe qlora`, theirs
-as one would write it with transformers, PEFT and bitsandbytes; both open the same folder.
+2,048 tokens: LoRA r = 16 on every matrix of the blocks, recomputation of all blocks, 8-bit AdamW. Ours is as in
+`--recipe qlora`, theirs as one would write it with transformers, PEFT and bitsandbytes; both open the same folder.
 """
 
 import statistics

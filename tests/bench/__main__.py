@@ -53,13 +53,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each side (default: 15)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--steps", type=int, default=400, help="adapters, qlora: optimizer steps of each method (default: 400)")
-    parser.add_argument("--base", help="adapters, qlora: a run or model folder to adapt, rather than one that is trained first")
+    parser.add_argument("--base", help="adapters, qlora: a run or model folder to adapt, not one trained first; errors: one more")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     print(f"torch {torch.__version__}, {where}, {options.threads} threads, Python {platform.python_version()}\n")
     for name in BENCHES if options.name == "all" else [options.name]:
-        own = {"steps": options.steps, "base": options.base} if name in ("adapters", "qlora") else {}
+        own = {"steps": options.steps, "base": options.base} if name in ("adapters", "qlora", "errors") else {}
         BENCHES[name](options.rounds, **own)
 
 

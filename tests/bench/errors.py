@@ -17,6 +17,7 @@ import model.hub
 from quant.blockwise import in_blocks
 from quant.nf4 import quantize
 from tests.bench.timing import table
+from train.checkpoint import resolve
 
 BLOCK = 64
 
@@ -76,15 +77,23 @@ def total(measured: dict[str, dict[str, Tensor]], pattern: str = "") -> dict[str
     return {kind: tuple((errors / own).tolist()) for kind, (errors, own) in grouped.items()}
 
 
-def bench_errors(rounds: int) -> None:
-    """`rounds` is every bench's; here nothing is timed."""
-    weights = matrices() | {"noise": normal()}
+def of_a_run(base: str) -> dict[str, Tensor]:
+    """A causal network's, by names that MiniLM's do not have."""
+    network = model.hub.load(resolve(Path(base)))
+    return {f"run.{name}": weight.detach() for name, weight in network.named_parameters() if weight.dim() == 2}
+
+
+def bench_errors(rounds: int, base: str | None = None, steps: int = 0) -> None:
+    """`rounds` and `steps` are other benches'; here nothing is timed. `base`: a run or model folder to measure too."""
+    weights = matrices() | {"noise": normal()} | (of_a_run(base) if base else {})
     measured = measure(weights)
-    kinds = dict.fromkeys(re.sub(r"body\.blocks\.\d+\.", "", name) for name in weights)
-    groups = {kind.removeprefix("body.").removesuffix(".weight"): re.escape(kind) + "$" for kind in kinds}
+    kinds = dict.fromkeys(re.sub(r"body\.blocks\.\d+\.", "", name) for name in weights if not name.startswith("run."))
+    groups = {kind.removeprefix("body.").removesuffix(".weight"): rf"^(?!run\.).*{re.escape(kind)}$" for kind in kinds}
     noise = groups.popitem()
-    groups |= {"**embeddings**": r"^body\.(embedding|position|token_type)\.", "**attention**": r"\.attention\."}
-    groups |= {"**mlp**": r"\.mlp\.", "**all**": r"^(body|head)\.", "normal noise": noise[1]}
+    groups |= {"**embeddings**": r"^body\.(embedding|position|token_type)\.", "**attention**": r"^body.*\.attention\."}
+    groups |= {"**mlp**": r"^body.*\.mlp\.", "**all**": r"^(body|head)\.", "normal noise": noise[1]}
+    if base:
+        groups |= {f"**{Path(base).name}: blocks**": r"^run\..*blocks", f"**{Path(base).name}: all**": r"^run\."}
     rows = []
     for group, pattern in groups.items():
         count = sum(weight.numel() for name, weight in weights.items() if re.search(pattern, name))

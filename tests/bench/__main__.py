@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each side (default: 15)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--steps", type=int, default=400, help="adapters, qlora: optimizer steps of each method (default: 400)")
-    parser.add_argument("--base", help="adapters, qlora: a run or model folder to adapt, not one trained first; errors: one more")
+    parser.add_argument("--base", help="adapters, qlora: a run or model folder to adapt; errors: one to measure too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()

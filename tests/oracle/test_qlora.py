@@ -215,3 +215,19 @@ def test_under_autocast(tmp_path):
     for name, value in expected_grads.items():
         assert grads[name].dtype == torch.float32
         assert (grads[name] - value).norm() < 0.03 * value.norm(), name
+
+
+@pytest.mark.slow
+def test_compiled_blocks(tmp_path):
+    """What torch.compile makes of a block is whole, with the product by four bits as one operation in it."""
+    folder, found = folder_of("llama", tmp_path), []
+    torch._dynamo.utils.counters.clear()
+    for compiled in (False, True):
+        network = randomize_in_place(add_adapters(model.hub.load(folder, quantization=FourBit()), LoraConfig(r=3)))
+        for block in network.body.blocks if compiled else ():
+            block.compile(dynamic=False)
+        found.append(step(network.train()))
+    assert not torch._dynamo.utils.counters["graph_break"]
+    (logits, grads), (expected, expected_grads) = found[::-1]
+    assert gap(logits, expected) < 1e-5
+    assert all(gap(grads[name], value) < 1e-4 for name, value in expected_grads.items())

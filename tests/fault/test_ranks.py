@@ -122,7 +122,8 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(run / "metrics.jsonl")]
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_ends_the_others_and_a_restart_goes_on(victim, options, as_two, tmp_path):
     run = tmp_path / "run"
     with torchrun(*options, *arguments(CHANGES), "--out", run, restarts=1) as running:
@@ -135,6 +136,7 @@ def test_a_killed_rank_ends_the_others_and_a_restart_goes_on(victim, options, as
     assert_same_end(run, as_two)
 
 
+@pytest.mark.slow
 def test_without_restarts_the_reason_is_told_and_one_rank_can_go_on(options, as_two, tmp_path):
     run = tmp_path / "run"
     with torchrun(*options, *arguments(CHANGES), "--mesh", "shard", "--out", run) as running:
@@ -180,6 +182,7 @@ def test_a_signal_saves_in_parts_which_become_one_folder(options, tmp_path, caps
     assert running.returncode == 0 and f"steps {stopped} to {STEPS}" in out, err
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(options, tmp_path):
     run = tmp_path / "run"
     with torchrun(*options, *arguments(CHANGES), "--out", run) as running:

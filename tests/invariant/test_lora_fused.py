@@ -258,6 +258,7 @@ def test_recomputed_blocks_give_the_same(mode):
     assert all(torch.allclose(found[name], expected[name], rtol=1e-9, atol=1e-12) for name in expected)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same():
     network = adapted(dtype=torch.float32).train()
     expected = loss_and_gradients(network)

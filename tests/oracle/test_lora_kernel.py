@@ -40,6 +40,7 @@ def test_the_whole_operation_interpreted(interpreted, parity):
     parity("Triton's LoRA: forward and gradients, interpreted", TWIN, interpreted["whole"], 3e-6, "float32")
 
 
+@pytest.mark.slow
 def test_compiled_for_cards_that_are_not_here(tmp_path):
     found = fresh("tests.oracle.lora_kernel", "compile", tmp_path)
     assert len(found) == len(CARDS) * 5

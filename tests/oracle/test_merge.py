@@ -186,6 +186,7 @@ print(peak() - before)
 BUFFERS = 10_000_000  # bytes, for what is read and copied a piece at a time, and for the adapter itself
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 def test_memory_is_that_of_one_weight_and_one_file(tmp_path, record_property):
     """Far below the network: 243 MB in files of 42 MB, the largest weight 12.6 MB."""

@@ -21,7 +21,7 @@ from lora.targets import adaptable, matching, published_modules
 from model.heads import LanguageHead
 from model.init import noise
 from model.linear import Linear
-from quant.linear import QuantizedLinear, dense
+from quant.linear import QuantizedLinear, dense, quantized_layers
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -46,6 +46,9 @@ def add_adapters(network: Network, config: object, name: str = "default", *, see
         raise AdapterError("an adapter that trains biases trains the network's own, which others would see: it stands alone")
     whole = [path for pattern in config.train_whole for path in matching(network, pattern, "train_whole")]
     whole = [path for path in dict.fromkeys(whole) if not within(path, whole)]  # its copy holds all that is in it
+    packed = (path.replace(".base", "") for path in quantized_layers(network))
+    if fixed := [path for path in packed if path in whole or within(path, whole)]:
+        raise AdapterError(f"train_whole: {fixed[0]} has a weight of four bits, which cannot be trained")
     targets = matching(network, config.targets) if config.method in BESIDE_A_LAYER else []
     targets = [path for path in targets if path not in whole and not within(path, whole)]
     active = in_use(network)
@@ -328,6 +331,8 @@ def remove(network: Network) -> Network:
         return network
     if getattr(network, "biases", None) is not None and not merged(network):
         network.biases.use(False)
+    if merged(network):
+        network.source = network.quantization = None  # what the network is now stands in no folder
     for holder in list(holders(network).values()):
         if isinstance(holder, Adapted):
             replace_module(network, holder, holder.base)

@@ -35,7 +35,8 @@ from model.weights import to_published
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 LARGEST_COPY = 100_000_000  # bytes of another file of the base that is taken along
 NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
-WRITTEN = ("config.json", "manifest.json", "state.json")  # what is made anew, and what is of a checkpoint alone
+# What is made anew, is of a checkpoint alone, or tells of a quantization.
+WRITTEN = ("config.json", "manifest.json", "state.json", "quantization.png")
 
 
 @dataclass(frozen=True)

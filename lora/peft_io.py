@@ -12,6 +12,7 @@ PEFT's embeddings and heads beside an adapted embedding are accepted where they 
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TypeVar
@@ -30,6 +31,7 @@ from lora.targets import adaptable
 from model.network import Network
 from model.safetensors_file import WeightFile, WeightFileError
 from model.weights import head_spec, published_prefix, to_published, weight_table
+from quant.linear import quantized_layers
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -43,6 +45,12 @@ def save(network: nn.Module, folder: str | Path, name: str = "default", *, base:
     if name not in adapters(network):
         raise AdapterError(f"the network has no adapter {name!r}; it has: {', '.join(adapters(network)) or 'none'}")
     folder, source = Path(folder), base if base is not None else getattr(network, "source", None)
+    how = getattr(network, "quantization", None)
+    if source is not None and how is None and quantized_layers(network) and not stored_so(Path(source)):
+        raise AdapterError(
+            f"the network was quantized after it was read from {source}: nothing there says how. Read it with "
+            "model.hub.load(…, quantization=…), or save the quantized network first and load that"
+        )
     found = entries(network, name)
     config = write_config(network, name, None if source is None else str(Path(source).resolve()), found)
     tensors = {key: entry.to_file(network.config) for key, entry in found.items()}
@@ -50,7 +58,12 @@ def save(network: nn.Module, folder: str | Path, name: str = "default", *, base:
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if source is not None:
-        write_base(folder, Path(source), network.config, getattr(network, "quantization", None))
+        write_base(folder, Path(source), network.config, how)
+
+
+def stored_so(folder: Path) -> bool:
+    """Whether a model folder's weights are quantized."""
+    return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 @torch.no_grad()
@@ -75,6 +88,10 @@ def load(
     given, path = read_json(folder), tensor_file(folder)
     if not any_base and getattr(network, "source", None) is not None:
         check_base(folder, Path(network.source))
+        wanted, has = (read_base(folder) or {}).get("quantization"), getattr(network, "quantization", None)
+        if wanted != has and read_base(folder) is not None:
+            words = [f"in {how.scheme}" if how else "as it is stored" for how in (wanted, has)]
+            warnings.warn(f"{folder} was trained on its base {words[0]}; this network has it {words[1]}", stacklevel=2)
     if name in adapters(network):
         raise AdapterError(f"the network has an adapter {name!r} already")
     before = in_use(network)

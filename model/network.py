@@ -10,7 +10,7 @@ from model.encoder import Encoder
 from model.encoder_decoder import EncoderDecoder
 from model.heads import HEADS
 from model.stack import Output
-from model.weights import head_spec
+from model.weights import head_spec, weight_table
 
 BODIES = {"decoder": Decoder, "encoder": Encoder, "encoder-decoder": EncoderDecoder}
 
@@ -32,6 +32,12 @@ class Network(nn.Module):
         self.body = BODIES[config.architecture](config, attention)
         self.head = HEADS[config.head](config, head_spec(config))
         self.tie_weights()
+
+    def published(self) -> dict[str, str]:
+        """Our name of each linear layer -> the family's."""
+        names = {row.name: row.published.removesuffix(".weight") for row in weight_table(self.config).values()}
+        linear = (path for path, module in self.named_modules() if isinstance(module, nn.Linear))
+        return {path: names[f"{path}.weight"] for path in linear if f"{path}.weight" in names}
 
     def tie_weights(self) -> None:
         """Make the head and the embedding one parameter, where the config says so (again after loading)."""

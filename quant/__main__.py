@@ -100,7 +100,7 @@ def four_bit(options: Options, scheme: str) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device, folder = checked_device(options.device), resolve(options.folder)
-    refuse_taken(options.out)
+    refuse_taken(options.out, folder)
     config = model.hub.read_config(folder)
     refuse_quantized(folder)
     matrices = count(config, settings, folder)
@@ -139,9 +139,13 @@ def check_values(options: Options) -> None:
     TrainConfig(run=RunConfig(threads=options.threads), report=ReportConfig(eval_tokens=options.eval_tokens)).check()
 
 
-def refuse_taken(out: Path) -> None:
+def refuse_taken(out: Path, folder: Path) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise QuantError(f"--out {out} is there already, and is not an empty folder")
+    if out.resolve() == Path.cwd():
+        raise QuantError(f"--out {out} is the folder that this command runs in: it cannot be replaced when all is written")
+    if folder.resolve() in out.resolve().parents:
+        raise QuantError(f"--out {out} lies in the folder that is read")
 
 
 def refuse_quantized(folder: Path) -> None:
@@ -168,7 +172,8 @@ def count(config: "ModelConfig", settings: FourBit, folder: Path) -> int:
 @contextmanager
 def whole_or_not_there(out: Path) -> Iterator[Path]:
     """A folder beside `out`, which takes its name when all that stands in it is whole; else nothing stays."""
-    making = out.absolute().with_name(f".{out.absolute().name}.partial-{os.getpid()}")
+    out = out.resolve()
+    making = out.with_name(f".{out.name}.partial-{os.getpid()}")
     making.mkdir(parents=True)
     try:
         yield making
@@ -192,7 +197,7 @@ def quantized(folder: Path, settings: FourBit, device: "torch.device", matrices:
             layers.append(measure(name, weight, small))
             bar.update()
 
-        return load(folder, device=device, quantization=settings, watch=watch), layers
+        return load(folder, quantization=settings, watch=watch).to(device), layers
 
 
 def parts(network: "Network") -> dict[str, tuple[int, int]]:
@@ -222,7 +227,8 @@ def held_out(options: Options, config: "ModelConfig", folder: Path) -> "Task | s
         return "--no-perplexity"
     objective = OBJECTIVES.get((config.architecture, config.head))
     if objective is None:
-        return f"it is that of words in plain text, and this is an {config.architecture} with the head {config.head!r}"
+        article = "a" if config.architecture == "decoder" else "an"
+        return f"it is that of words in plain text, and this is {article} {config.architecture} with the head {config.head!r}"
 
     from data.config import DataConfig, DataError
     from data.shards import prepare

@@ -98,6 +98,8 @@ def quantizable(
     """path -> layer, of the linear layers that are quantized: all but heads, which are read off with all their bits, and those
     that a regular expression of `skip` is found in, by their own name or by the `published` one."""
     names = published or {}
+    if isinstance(skip, str):
+        raise QuantError(f"skip={skip!r}: a tuple of regular expressions is expected")
     try:
         patterns = [re.compile(pattern) for pattern in skip]
     except re.error as error:
@@ -123,16 +125,21 @@ def quantize_linears(
     network: Network, scheme: str = "nf4", skip: Iterable[str] = ("lm_head",), *, block_size: int = 64, double: bool = True
 ) -> Network:
     """Put a `QuantizedLinear` in the place of each layer that is `quantizable`, weight by weight, so that memory is given back
-    as it goes. Returns the network.
+    as it goes. Returns the network. `skip` is searched in published names too, where the network has a table of them.
 
-    Errors (QuantError): inf or NaN, with the layer's name and the place; nothing to quantize.
+    Errors (QuantError): a network with adapters, or without values; nothing to quantize; inf or NaN, with the layer's name and
+    the place: layers before it are quantized then.
     """
-    layers = quantizable(network, skip)
+    if getattr(network, "adapters", None):
+        raise QuantError("the network has adapters: quantize it before they are put on, or after remove(merge(network))")
+    layers = quantizable(network, skip, network.published() if hasattr(network, "published") else None)
     if not layers:
         raise QuantError(f"no linear layer to quantize in a {type(network).__name__}, with skip={tuple(skip)}")
     for path, layer in layers.items():
         try:
             weight = layer.weight.detach()
+            if weight.is_meta:
+                raise QuantError("it has no values yet")
             small = QUANTIZE[weight.device.type](weight, block_size=block_size, double=double, scheme=scheme)
         except QuantError as error:
             raise QuantError(f"{path}.weight: {error}") from None

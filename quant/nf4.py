@@ -6,9 +6,9 @@ A weight is flattened and cut into blocks of 64. Each block keeps its largest ma
     codes   two to a byte, the first in the high nibble; an odd last one has the code of 0 beside it
     values  NF4's rise with the code; FP4's are in the order of their bits: sign, two of exponent, one of fraction
     ties    half-way between two values, the lower one
-    zeros   a block of zeros has absmax 0, and NF4 packs it as 0x77; FP4 as 0x00
-    scales  z = x · (1 / absmax), but x / absmax in a last block that is shorter than the others; of two neighbouring floats
-            either may so come out, and a code with it. Divisors below 1e-38 are 1e-38; so is absmax itself of a shorter block
+    zeros   a block of zeros is packed as 0x77 by NF4, as 0x00 by FP4
+    scales  z = x · (1 / absmax), but x / absmax in a last block that is shorter than the others: the two can differ in the last
+            bit, and then so can the code. A divisor is at least 1e-38; so is absmax itself of a shorter block
     double  absmax - mean(absmax), in blocks of 256, by the 8-bit dynamic map (`quant.blockwise`)
 
 Bits a weight: 4 + 32/64 = 4.5, with double quantization 4 + 8/64 + 32/(64 · 256) = 4.127.
@@ -50,7 +50,7 @@ def nf4_code() -> Tensor:
 
 @constant
 def fp4_code() -> Tensor:
-    """FP4's: sign s, exponent e, fraction f; (-1)^s · 2^(2 - (e - 1) % 4) · (1 + f/2) / 12, but 0 and 1/192 where e = 0.
+    """FP4's: sign s, exponent e, fraction f; (-1)^s · 2^(4 - e) · (1 + f/2) / 12, but 0 and 1/192 where e = 0.
 
     So the exponent's order is that of bitsandbytes: 1 the largest, then 2 and 3. No minus zero: code 8 is 0 too.
 
@@ -144,6 +144,15 @@ class QuantizedTensor(torch.nn.Module):
                 setattr(self, name, before[name].to(moved.device))
         return self
 
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([list(CODES).index(self.scheme), self.block_size])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """In a `state_dict`, so that codes of another scheme are not taken for this one's."""
+        if state.tolist() != self.get_extra_state().tolist():
+            scheme, block_size = list(CODES)[int(state[0])], int(state[1])
+            raise QuantError(f"codes of {scheme} in blocks of {block_size} do not go into {self.scheme} of {self.block_size}")
+
     def extra_repr(self) -> str:
         return f"{tuple(self.shape)}, {self.scheme}, blocks of {self.block_size}, {'double' if self.double else 'single'}"
 
@@ -182,7 +191,7 @@ def check(weight: Tensor, block_size: int, scheme: str) -> None:
     if block_size not in BLOCK_SIZES:
         raise QuantError(f"block_size={block_size}: sizes are {', '.join(map(str, BLOCK_SIZES))}")
     if not weight.is_floating_point():
-        raise QuantError(f"a {str(weight.dtype).removeprefix('torch.')} tensor is not quantized: floating-point ones are")
+        raise QuantError(f"a tensor of {str(weight.dtype).removeprefix('torch.')} is not quantized: floating-point ones are")
 
 
 def finished(weight: Tensor, packed: Tensor, absmax: Tensor, *, block_size: int, double: bool, scheme: str) -> QuantizedTensor:
@@ -190,7 +199,9 @@ def finished(weight: Tensor, packed: Tensor, absmax: Tensor, *, block_size: int,
     whole = {"shape": tuple(weight.shape), "dtype": weight.dtype, "block_size": block_size, "scheme": scheme}
     if not double:
         return QuantizedTensor(packed, absmax, **whole)
-    offset, nested_code = absmax.mean(), dynamic_map().to(weight.device)
+    offset, nested_code = absmax.mean() if absmax.numel() else absmax.new_zeros(()), dynamic_map().to(weight.device)
+    if not bool(offset.isfinite()):
+        raise QuantError("the blocks' scales add up to more than float32 holds: they cannot be quantized again (double=False)")
     places, nested_absmax = quantize_8bit(absmax - offset, nested_code, block_size=NESTED_BLOCK, decide=on_grid)
     return QuantizedTensor(packed, places, nested_absmax=nested_absmax, nested_code=nested_code, offset=offset, **whole)
 
@@ -240,7 +251,7 @@ def dequantize(small: QuantizedTensor, dtype: torch.dtype | None = None) -> Tens
 
 
 def pieces(small: QuantizedTensor, multiple: int = 1, out: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
-    """(place of its first number, flat numbers in float32), a few million at a time, by as many as are a multiple; on a CPU.
+    """(place of its first number, flat numbers in float32), about a million at a time, in multiples of `multiple`; on a CPU.
 
     Each byte is two numbers, and the table of all 256 such pairs, eight bytes each, makes unpacking one gather. The memory of
     one piece is the next one's too, and so stays in the cache; or they are made in `out`, flat and float32. Measured at

@@ -73,10 +73,10 @@ class AdamW8bit(NamedOptimizer):
 
     Slots: `exp_avg` and `exp_avg_sq`, uint8 codes in the parameter's shape; `exp_avg_scale` and `exp_avg_sq_scale`, float32,
     the largest magnitude of each block of 256 of the flattened parameter, a row of them for each of its rows where these are
-    whole blocks; `step`, float32. Before the first step all are zeros: the code 0 is not the signed map's zero, but times a
-    scale of 0 it is. A parameter of fewer than 4,096 numbers has float32 moments and no scales; so has a sharded one whose rows
-    are not whole blocks, because ranks are given rows and would have to share blocks. (State of such a parameter does not load
-    from one process into ranks or back: it raises.) The update is in float32, whatever format the parameter has.
+    whole blocks; `step`, float32. Before the first step all are zeros: code 0 stands for -0.993 in the signed map, which times
+    a scale of 0 is 0. A parameter of fewer than 4,096 numbers has float32 moments and no scales; so has a sharded one whose
+    rows are not whole blocks, because ranks are given rows and would have to share blocks. (State of such a parameter does not
+    load from one process into ranks or back: it raises.) The update is in float32, whatever format the parameter has.
 
     `decide` chooses between two values of the map. `nearest_by_table`: an exact zero stays zero. `quant.blockwise.on_grid`: as
     bitsandbytes on a CPU, where zero becomes 2.1e-5 of the block's scale, so that a weight whose gradient is zero drifts (the

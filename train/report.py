@@ -139,6 +139,6 @@ def out_of_memory(run: "Run", error: Exception) -> str:
     what = f"out of memory at step {run.step + 1} ({str(error).splitlines()[0]}). The checkpoints in {run.out} are untouched. "
     if run.engine.mesh.shard > 1:
         return what + "Less is needed with a smaller --batch-size (and more --accumulate), --recompute blocks, --loss chunked."
-    training = training_of(run.config, run.ranks, scored(run))
+    training = training_of(run.config, run.ranks, scored(run), packed=bool(quantized_layers(run.engine.network)))
     advice = what_would_fit(run.engine.network.config, training, memory_of(run.device) - LIBRARIES, ranks=run.ranks.world)
     return what + advice

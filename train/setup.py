@@ -23,7 +23,7 @@ from model.parameters import TARGETS
 from model.training import Training
 from model.weights import role_of
 from quant.config import FourBit
-from quant.linear import as_autocast_asks
+from quant.linear import as_autocast_asks, quantized_layers
 from train.adapters import NAME, narrow, put_on, rate, role, table
 from train.checkpoint import IN_PARTS, resolve
 from train.config import ADAPTER_LR, DEFAULT_DECAY, DEFAULT_LR, DEFAULT_PRESETS, TrainConfig, TrainError, mesh_sizes
@@ -176,7 +176,7 @@ def open_network(
     if packed and config.method is None:
         raise TrainError(f"--init {run.init} has weights of four bits, which cannot be trained: add --adapter lora")
     if how is not None and network.quantization is None:
-        say(f"{run.init} is quantized already, and is taken as it is")
+        say(f"{run.init} is quantized already, and is taken as it is: {next(iter(quantized_layers(network).values())).weight}")
     for name in ("context", "width", "depth", "heads", "mlp_width"):
         given, has = getattr(asked, name), getattr(network.config, name)
         if given is not None and given != has and not (name == "context" and given < has):
@@ -288,8 +288,8 @@ def open_optimizers(config: TrainConfig, network: nn.Module) -> Optimizers:
         raise TrainError(f"--optimizer {asked.optimizer}: {error}") from None
 
 
-def training_of(config: TrainConfig, ranks: Ranks, scored: float) -> Training:
-    """What a step's memory on one rank depends on, for `model.memory`; of adapters it knows LoRA."""
+def training_of(config: TrainConfig, ranks: Ranks, scored: float, *, packed: bool) -> Training:
+    """What a step's memory on one rank depends on, for `model.memory`; of adapters it knows LoRA. packed: over four bits."""
     asked, speed = config.optimizer, config.speed
     return Training(
         batch_size=-(-asked.batch_size // ranks.world),
@@ -302,7 +302,7 @@ def training_of(config: TrainConfig, ranks: Ranks, scored: float) -> Training:
         accumulate=asked.accumulate,
         optimizer=asked.optimizer,
         ema=asked.ema > 0,
-        method="full" if config.method is None else "lora" if config.run.quantize == "none" else "qlora",
+        method="full" if config.method is None else "qlora" if packed else "lora",
         rank=getattr(config.method, "r", 8),
         targets=config.method.targets if getattr(config.method, "targets", "") in TARGETS else "all-linear",
         device=torch.device(config.run.device).type,

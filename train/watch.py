@@ -39,7 +39,7 @@ class Watch:
             measured = measure_step(observed, self.run.device, weights, state)
             scored = sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches)
             scored /= sum(batch["labels"].numel() for batch in micro_batches)
-            training = training_of(self.run.config, self.run.ranks, scored)
+            training = training_of(self.run.config, self.run.ranks, scored, packed=bool(packed_tensors(engine.network)))
             if engine.mesh.shard > 1 or not accounted(self.run.config):  # the account knows one device with all weights
                 training = None
             self.run.console.say(report(engine.network.config, training, measured))

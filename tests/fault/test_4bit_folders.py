@@ -162,6 +162,7 @@ CASES = {  # name: (folder, change, message)
     "offset in words": ("double", state(nested_offset="one"), UNREADABLE),
     "no offset": ("double", state(nested_offset=None), shown("its quant_state has no nested_offset")),
     "blocks of scales": ("double", state(nested_blocksize=128), shown("scales are quantized in blocks of 128, 256 are read")),
+    "no blocks of scales": ("double", state(nested_blocksize=None), shown("scales are quantized in blocks of None")),
     "scales of half": ("double", state(nested_dtype="float16"), SENSELESS),
     "no codes": ("double", without(NAME), f"lacks 1 weights: {NAME}"),
     "codes cut": ("double", part("", lambda packed: packed[:-1]), shown("packed has 479 numbers, [40, 24] wants 480")),
@@ -228,6 +229,9 @@ ALIKE = {  # other shapes and formats of the same numbers
         "double",
         lambda t, c: [t.update({name: t.pop(name)}) for name in sorted(t, reverse=True)],
     ),
+    "the other name for four bits": ("double", lambda t, c: c["quantization_config"].pop("load_in_4bit")),
+    "torch's name of a format": ("double", settings(bnb_4bit_compute_dtype="torch.float32")),
+    "nothing skipped": ("double", settings(llm_int8_skip_modules=None)),
 }
 
 
@@ -283,3 +287,10 @@ def test_what_the_family_does_not_publish_so_is_not_written(family, skip, name, 
         model.hub.save(network, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     model.hub.save(quantize_linears(randomized(tiny_config(family), dtype=torch.float32), skip=skip), tmp_path / "out")
+
+
+def test_two_schemes_in_a_network_are_not_written(tmp_path):
+    network = quantize_linears(randomized(tiny_config("llama"), dtype=torch.float32), "nf4", ("mlp",))
+    with pytest.raises(HubError, match="layers are quantized by two schemes: a quantization_config names one"):
+        model.hub.save(quantize_linears(network, "fp4"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -39,6 +39,11 @@ def say(folder, **values):
     (folder / CONFIG).write_text(json.dumps(said | values))
 
 
+def note(folder, **values):
+    said = json.loads((folder / "base.json").read_text())
+    (folder / "base.json").write_text(json.dumps(said | values))
+
+
 def rename(tensors):
     tensors["base_model.model.model.layers.1.mlp.up.lora_B.weight"] = tensors.pop(NAME)
 
@@ -90,6 +95,8 @@ FAULTS = {  # name: (what happens to the folder, what is said)
     "activated": (lambda f: say(f, alora_invocation_tokens=[3]), r"alora_invocation_tokens=\[3\] is not supported"),
     "a base that changed": (lambda f: say(f, init_lora_weights="pissa"), "'pissa' has changed the base too"),
     "setting of tomorrow": (lambda f: say(f, use_magic=True), "use_magic=True is not supported"),
+    "how the base was quantized": (lambda f: note(f, quantization="nf4"), r"base\.json cannot be read: AttributeError"),
+    "an unknown scheme": (lambda f: note(f, quantization={"scheme": "nf3"}), r"base\.json cannot be read: QuantError"),
     "a note of the base": (lambda f: (f / "base.json").write_text("{}"), r"base\.json cannot be read: KeyError"),
 }
 

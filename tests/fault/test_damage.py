@@ -57,7 +57,7 @@ def short(options, tmp_path_factory) -> Path:
     return run
 
 
-@pytest.mark.parametrize("batch", range(BATCHES))
+@pytest.mark.parametrize("batch", [0, *(pytest.param(batch, marks=pytest.mark.slow) for batch in range(1, BATCHES))])
 def test_damage_is_named_and_the_one_before_goes_on(batch, short, tmp_path, monkeypatch):
     def never(*_, **__):
         raise AssertionError("something was unpickled")

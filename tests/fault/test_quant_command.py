@@ -111,6 +111,17 @@ def test_a_place_that_is_taken(place):
     assert sorted(path.name for path in place.iterdir()) == ["in", "out"]
 
 
+def test_a_place_that_is_taken_meanwhile(place):
+    def take(*_):
+        (place / "out").mkdir()
+        (place / "out" / "mine").write_text("keep this")
+
+    with patch("lora.merge_folder.copy_the_rest", side_effect=take):
+        assert_one_clear_line(quantized(place), "not empty")
+    assert [path.name for path in (place / "out").iterdir()] == ["mine"]
+    assert sorted(path.name for path in place.iterdir()) == ["in", "out"]
+
+
 def test_folders_that_are_none(place):
     network = add_adapters(model.hub.load(place / "in"), LoraConfig(r=2))
     peft_io.save(network, place / "adapter")
@@ -151,3 +162,11 @@ def test_an_end_while_it_is_scored(finished, tmp_path):
     with patch("train.evaluate.evaluate", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         command("nf4", finished, "--out", tmp_path / "out", main=main)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_could_not_be_put_in_place_is_refused_at_once(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = command("nf4", finished, "--out", ".", "--no-perplexity", main=main)
+    assert said.code == 2 and "runs in" in said.err
+    said = command("nf4", finished, "--out", last_checkpoint(finished) / "q", "--no-perplexity", main=main)
+    assert said.code == 2 and "lies in the folder that is read" in said.err

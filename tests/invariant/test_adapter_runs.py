@@ -65,7 +65,7 @@ def test_every_method_is_here():
     assert METHODS.keys() == CONFIGS.keys() == ADAPTER_LR.keys()
 
 
-LATER = ("dora", "ia3", "adapter", "ptuning")
+LATER = ("dora", "adalora", "ia3", "adapter", "prompt", "ptuning")
 
 
 @pytest.mark.parametrize("method", [pytest.param(name, marks=pytest.mark.slow) if name in LATER else name for name in METHODS])

@@ -1,12 +1,13 @@
 """What holds for four-bit tensors: what has no place is refused, formats stay, pieces do not show, what is exact stays so."""
 
 import copy
+import mmap
 import re
 
 import pytest
 import torch
 
-from quant import blockwise, nf4
+from quant import blockwise, nf4, pages
 from quant.blockwise import dynamic_map, on_grid
 from quant.config import BLOCK_SIZES, QuantError
 from quant.nf4 import CODES, QuantizedTensor, pack, quantize, unpack
@@ -58,7 +59,7 @@ def test_settings_and_formats_that_are_not_there():
         with pytest.raises(QuantError, match=f"block_size={size}: sizes are 32, 64.* 4096"):
             quantize(weight, block_size=size)
     for dtype in ("int8", "int64", "uint8", "bool", "complex64"):
-        with pytest.raises(QuantError, match=f"a {dtype} tensor is not quantized"):
+        with pytest.raises(QuantError, match=f"a tensor of {dtype} is not quantized"):
             quantize(weight.to(getattr(torch, dtype)))
 
 
@@ -66,7 +67,7 @@ def test_bits_a_number():
     weight = torch.randn(4096, 4096)
     double, single = quantize(weight), quantize(weight, double=False)
     assert round(double.bits, 3) == 4.127 and single.bits == 4.5
-    assert double.nbytes == sum(value.nbytes for value in double.state_dict().values())
+    assert double.nbytes == sum(value.nbytes for name, value in double.state_dict().items() if name != "_extra_state")
     assert (double.packed.shape, double.absmax.shape, double.nested_absmax.shape) == ((2**23, 1), (2**18,), (2**10,))
     assert quantize(weight[:1], block_size=32, double=False).bits == 5
 
@@ -97,7 +98,7 @@ def test_it_moves():
 def test_state_dict_round_trip(scheme, double):
     first, other = (quantize(torch.randn(33, 35), scheme=scheme, double=double) for _ in range(2))
     state = first.state_dict()
-    assert state.keys() == {name for name in PARTS if getattr(first, name) is not None}
+    assert state.keys() - {"_extra_state"} == {name for name in PARTS if getattr(first, name) is not None}
     assert not same(first, other)
     other.load_state_dict(state)
     assert same(first, other) and torch.equal(first.dequantize(), other.dequantize())
@@ -217,3 +218,21 @@ def test_the_first_use_leaves_no_mark_on_the_tables(setting, forgotten):
         assert (other.dtype, other.device.type, other.is_inference()) == (torch.float32, "cpu", False)
         assert torch.equal(one, other)
     assert quantize(torch.randn(64)).dequantize().isfinite().all()
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no such pages to ask for")
+def test_large_pages_are_asked_for_inside_a_tensor(monkeypatch):
+    """In whole pages of its own memory, up to a page of each end; not for what is small, or elsewhere."""
+    asked, whole = [], torch.empty(3 * pages.LARGE, dtype=torch.uint8)
+    monkeypatch.setattr(pages, "advise", lambda: lambda *given: asked.append(given))
+    for first in (0, 1, 2):  # two of them begin inside a page
+        tensor = whole[first:][: 2 * pages.LARGE]
+        assert pages.in_large_pages(tensor) is tensor
+        ((begin, length, advice),) = asked
+        assert begin % pages.SMALL == length % pages.SMALL == 0 and advice == mmap.MADV_HUGEPAGE
+        assert 0 <= begin - tensor.data_ptr() < pages.SMALL
+        assert 0 <= tensor.data_ptr() + tensor.nbytes - begin - length < pages.SMALL
+        asked.clear()
+    pages.in_large_pages(whole[: 2 * pages.LARGE - 1])
+    pages.in_large_pages(torch.empty(3 * pages.LARGE, device="meta"))
+    assert asked == []

@@ -1,6 +1,7 @@
 """`python -m train --recipe qlora --init …`: what is loaded, trained, saved, resumed and merged; and what is refused."""
 
 import json
+import shutil
 import tomllib
 
 import pytest
@@ -128,12 +129,27 @@ def test_what_is_refused(options, base, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_memory_that_is_predicted(options, base, tmp_path):
-    said = command(*ask(options, base, steps=2), "--memory-report", "--out", tmp_path / "run")
+@pytest.mark.parametrize("stored", [False, True])
+def test_the_memory_that_is_predicted(stored, options, base, tmp_path):
+    changes = {"steps": 2}
+    if stored:  # in four bits already, and nothing is asked for
+        shutil.copytree(base, tmp_path / "packed")
+        model.hub.save(model.hub.load(base, quantization=FourBit()), tmp_path / "packed")
+        base, changes["quantize"] = tmp_path / "packed", "none"
+    said = command(*ask(options, base, **changes), "--memory-report", "--out", tmp_path / "run")
     assert said.code == 0, said.err
     rows = {line[:24].strip(): line[24:].split() for line in said.out.splitlines() if line.startswith("  ")}
     predicted, _, measured, _ = rows["weights"]
     assert abs(float(predicted) / float(measured) - 1) < 0.02, said.out
+
+
+@pytest.mark.parametrize("scheme", ["fp4", "none"])
+def test_other_ways_to_read_the_base(scheme, options, base, tmp_path):
+    said = command(*ask(options, base, steps=1, quantize=scheme), "--out", tmp_path / "run")
+    assert said.code == 0 and "quantized already" not in said.out, said.err
+    assert ("matrices in fp4 of 4." in said.out) == (scheme == "fp4") and "matrices in nf4" not in said.out
+    network = lora.peft_io.open_network(last_checkpoint(tmp_path / "run"))
+    assert network.quantization == (FourBit("fp4") if scheme == "fp4" else None)
 
 
 @pytest.mark.slow

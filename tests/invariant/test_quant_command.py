@@ -9,7 +9,7 @@ import tomllib
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import call, patch
 
 import pytest
 import torch
@@ -22,17 +22,17 @@ import model.hub
 import quant.__main__
 from data.config import DataConfig
 from data.mlm import VALIDATION, mlm_batch
-from data.shards import prepare
+from data.shards import prepare, split_fraction
 from data.stream import sequential
 from data.tokenizer import load_tokenizer
 from model.account import columns
 from quant import nf4, report
 from quant.config import FourBit
-from quant.linear import QuantizedLinear
+from quant.linear import QuantizedLinear, quantized_layers
 from quant.nf4 import quantize
 from tests.conftest import randomized, tiny_config
 from tests.invariant.test_command_line import HEAVY, HELP
-from tests.runs import ROOT, Said, command, last_checkpoint, torch_as_it_was, write_corpus
+from tests.runs import ROOT, WORDS, Said, command, last_checkpoint, torch_as_it_was, write_corpus
 from train.log import read_metrics
 
 WHOLE = {"width": 64, "mlp_width": 128, "context": 32}  # of whole blocks: elsewhere bitsandbytes' values depend on the machine
@@ -255,6 +255,29 @@ def test_as_many_tokens_as_asked(finished, tmp_path):
     assert said.code == 0 and re.search(r"the first 300 of [\d,]+ tokens in windows of 32\n", said.out)
 
 
+def test_no_window_is_longer_than_asked_and_the_text_is_kept_where_asked(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(quant.__main__, "WINDOW", 16)
+    said = quantized("nf4", finished, "--out", tmp_path / "out", "--eval-tokens", 300, "--cache", tmp_path / "cache")
+    assert said.code == 0 and "tokens in windows of 16\n" in said.out
+    assert any((tmp_path / "cache").iterdir())
+
+
+def test_a_window_is_no_longer_than_the_text_for_training_either(text, tmp_path):
+    """Which is not scored, though a batch of it must be there."""
+    (tmp_path / "corpus").mkdir()
+    long = next(each for n in range(9999) if split_fraction(each := f"the file {n} reads " * 200) < 0.002)
+    for number, words in enumerate([long, *(f"{name} {name}" for name in WORDS[:20])]):
+        (tmp_path / "corpus" / f"{number}.txt").write_text(words)
+    folder = text.network("wide", "llama", context=512)
+    asked = ("--corpus", tmp_path / "corpus", "--cache", tmp_path / "cache")
+    said = quantized("nf4", folder, "--out", tmp_path / "out", *asked)
+    assert said.code == 0, said.err
+    data = DataConfig(corpus=(str(tmp_path / "corpus"),), cache=tmp_path / "cache")
+    shards = prepare(data, tokenizer=load_tokenizer(folder))
+    assert shards.train.tokens < 512 < shards.validation.tokens
+    assert f" in windows of {shards.train.tokens - 1}\n" in said.out
+
+
 def test_masked_words_are_scored_as_such(text, tmp_path):
     folder = text.network("masked", "bert", mask=True)
     said = quantized("nf4", folder, "--out", tmp_path / "out", *text.asked)
@@ -287,7 +310,14 @@ def test_why_there_is_no_perplexity(family, head, why, text, tmp_path):
     said = quantized("nf4", folder, "--out", tmp_path / "out")
     assert said.code == 0, said.err
     assert "perplexity not measured: " in said.out and why in said.out
+    assert f"try it:  python -m model {'generate' if head == 'lm' else 'info'} {tmp_path / 'out'}" in said.out
     assert model.hub.load(tmp_path / "out").config.head == head
+
+
+def test_a_tokenizer_without_a_mask(text, tmp_path):
+    said = quantized("nf4", text.network("unmasked", "bert"), "--out", tmp_path / "out")
+    assert said.code == 0, said.err
+    assert "perplexity not measured: masked-language modelling needs a mask token" in said.out
 
 
 def test_without_a_tokenizer(tmp_path):
@@ -295,6 +325,12 @@ def test_without_a_tokenizer(tmp_path):
     said = quantized("nf4", tmp_path / "in", "--out", tmp_path / "out")
     assert said.code == 0 and "perplexity not measured: " in said.out and "no tokenizer can be read there" in said.out
     assert model.hub.load(tmp_path / "out").source == tmp_path / "out"
+
+
+def test_threads(text, tmp_path):
+    with patch("torch.set_num_threads") as set_threads:
+        said = quantized("nf4", text.network("plain", "llama"), "--out", tmp_path / "out", "--no-perplexity", "--threads", 3)
+    assert said.code == 0 and call(3) in set_threads.call_args_list
 
 
 def test_fp4_is_coarser(finished, nf4_run, tmp_path):
@@ -354,6 +390,15 @@ def test_what_is_skipped_stays(text, tmp_path):
     assert shown(said, "other matrices")[1:] == [f"{other:,}", *[report.amount(4 * other)] * 2]
 
 
+@pytest.mark.parametrize("family", ["llama", "roformer", "t5"])
+def test_the_matrices_are_counted_before(family, tmp_path):
+    """Those that transformers keeps too are no part of them."""
+    config, settings = tiny_config(family), FourBit(skip=("0.*query",))
+    model.hub.save(randomized(config, dtype=torch.float32), tmp_path)
+    found = quantized_layers(model.hub.load(tmp_path, quantization=settings))
+    assert quant.__main__.count(config, settings, tmp_path) == len(found) > 0
+
+
 # ---- the picture
 
 
@@ -402,9 +447,13 @@ def test_help_needs_no_torch(line, words):
 
 
 def test_rows_are_columns():
-    rows = report.table([report.measure("h.0.x.weight", torch.ones(2, 64), quantize(torch.ones(2, 64)))])
+    one = report.measure("h.0.x.weight", torch.ones(2, 64), quantize(torch.ones(2, 64)))
+    rows = report.table([one])
     assert len({len(row) for row in rows}) == 1 and "h.0.x" in columns(rows)
+    assert [len(report.table([one] * count)) for count in (32, 33)] == [1 + 32 + 1, 1 + 1 + 1]  # above 32, a row for each kind
     assert FourBit().block_size == 64 and 0.09 < report.normal_error(FourBit()) < 0.1 < report.normal_error(FourBit("fp4"))
+    assert report.normal_error(FourBit(block_size=4096)) > 0.1 > report.normal_error(FourBit(double=False))
+    assert report.normal_error(FourBit(double=False)) != report.normal_error(FourBit())
 
 
 PEAK = """

@@ -13,10 +13,10 @@ from torch import nn
 
 import model.hub
 from model.config import ModelConfig
-from model.init import build
+from model.init import build, empty
 from model.rope import interleaved_to_halves
 from quant.config import FourBit, QuantError
-from quant.linear import QuantizedLinear, ReorderedLinear, dense, quantize_linears
+from quant.linear import QuantizedLinear, ReorderedLinear, dense, quantize_linears, quantized_layers
 from quant.nf4 import QuantizedTensor, quantize
 from tests.conftest import randomized, tiny_config
 
@@ -143,7 +143,7 @@ def test_state_dict_there_and_back(double):
     other = quantize_linears(randomized(tiny_config("gpt2"), seed=1, dtype=torch.float32), double=double)
     assert not torch.equal(one(**batch(one)).logits, other(**batch(other)).logits)
     state = copy.deepcopy(one.state_dict())
-    own = {"packed", "absmax"} | ({"nested_absmax", "offset"} if double else set())
+    own = {"packed", "absmax", "_extra_state"} | ({"nested_absmax", "offset"} if double else set())
     path = next(iter(small_layers(one)))
     assert {name.removeprefix(f"{path}.weight.") for name in state if name.startswith(f"{path}.weight.")} == own
     other.load_state_dict(state)
@@ -245,6 +245,23 @@ def test_other_formats_are_written(dtype, tmp_path):
         assert torch.equal(layer.dequantize(torch.float32), small_layers(network)[path].dequantize(torch.float32))
 
 
+def test_formats_that_are_asked_for(tmp_path):
+    """dtype is that of the other weights and of what is unpacked; products keep that of the folder, which is written again."""
+    model.hub.save(quantize_linears(tiny("llama")), tmp_path / "small")
+    path = tmp_path / "small" / "config.json"
+    path.write_text(path.read_text().replace('"bnb_4bit_compute_dtype": "float32"', '"bnb_4bit_compute_dtype": "float16"'))
+    network = model.hub.load(tmp_path / "small", dtype=torch.bfloat16)
+    as_stored = small_layers(model.hub.load(tmp_path / "small", quantization=FourBit()))  # which the folder answers itself
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.bfloat16}
+    for path, layer in small_layers(network).items():
+        assert torch.equal(layer.weight.packed, as_stored[path].weight.packed)
+        assert layer.dequantize().dtype == torch.bfloat16 and layer.compute == as_stored[path].compute == torch.float16
+        assert dense(layer).dtype == torch.bfloat16 and torch.equal(dense(layer, torch.float32), dense(as_stored[path]))
+    model.hub.save(network, tmp_path / "again")
+    said = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
+    assert said["bnb_4bit_compute_dtype"] == "float16"
+
+
 PEAK = """
 import sys
 import torch
@@ -282,3 +299,28 @@ def test_memory_is_that_of_the_result_and_one_weight(tmp_path, record_property):
     )
     assert read < result + largest + BUFFERS < whole / 3
     assert written < read + 1_000_000
+
+
+def test_published_names_are_skipped_too():
+    network = quantize_linears(tiny("llama"), skip=("down_proj", "q_proj"))
+    assert not any(path.endswith((".down", ".query")) for path in quantized_layers(network)) and quantized_layers(network)
+    with pytest.raises(QuantError, match="a tuple"):
+        quantize_linears(tiny("llama"), skip="down_proj")
+
+
+def test_a_network_without_values_is_refused():
+    with pytest.raises(QuantError, match="no values yet"):
+        quantize_linears(empty(tiny_config("llama"), device="meta"))
+
+
+def test_state_of_another_scheme_is_refused():
+    state = quantize_linears(tiny("llama"), "fp4").state_dict()
+    with pytest.raises(QuantError, match="codes of fp4 in blocks of 64 do not go into nf4 of 64"):
+        quantize_linears(tiny("llama")).load_state_dict(state)
+
+
+def test_scales_that_cannot_be_added_up_are_refused():
+    huge = torch.full((512, 64), 3.4e38)
+    with pytest.raises(QuantError, match="double=False"):
+        quantize(huge)
+    assert torch.equal(quantize(huge, double=False).dequantize(), huge)

@@ -4,6 +4,7 @@ Rows of every matrix are whole blocks here: where they are not, bitsandbytes' ow
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import bitsandbytes
@@ -17,6 +18,7 @@ import model.hub
 from model.generate import generate
 from model.rope import halves_to_interleaved
 from model.weights import to_published, weight_table
+from quant.bnb_io import read_config
 from quant.config import FourBit
 from quant.linear import QuantizedLinear, ReorderedLinear, dense, quantize_linears
 from tests.conftest import randomized, tiny_config
@@ -239,3 +241,8 @@ def test_the_format_of_products(case, parity, tmp_path):
         x = torch.randn(3, 5, layer.in_features)
         assert mine[name](x).dtype == torch.float32
         parity("4-bit folders, products in bf16: a layer", LIBRARY, gap(mine[name](x), layer(x)), *one_step)
+
+
+def test_what_is_not_said_is_their_default():
+    theirs = transformers.BitsAndBytesConfig(load_in_4bit=True).to_dict()
+    assert read_config({"load_in_4bit": True}) == replace(read_config(theirs), compute=None) == FourBit("fp4", False, skip=())

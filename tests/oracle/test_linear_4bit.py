@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from quant import nf4, product
 from quant.linear import QuantizedLinear, ReorderedLinear
 from quant.nf4 import QuantizedTensor, quantize
-from quant.product import linear_4bit
+from quant.product import input_gradient, linear_4bit
 
 TWIN = "torch's linear layer"
 LIBRARY = f"bitsandbytes {bitsandbytes.__version__}"
@@ -113,6 +113,26 @@ def test_layouts_of_x(layout, parity):
         parity(f"4-bit product, {part}: {layout}", TWIN, gap(ours, theirs), *ROUNDING[torch.float32])
 
 
+def test_the_gradient_of_many_pieces_is_rounded_once(parity):
+    """A hundred pieces, summed in bfloat16, would be further off."""
+    small, dy = weight(6400, 64), torch.randn(3, 6400).bfloat16()
+    assert len(list(nf4.pieces(small, 64))) == 100
+    expected = dy.double() @ small.dequantize(torch.bfloat16).double()
+    error = gap(input_gradient(dy, small).double(), expected)
+    parity("4-bit product, dx: 100 pieces, torch.bfloat16", TWIN, error, 2**-8, "bfloat16 rounding, once")
+
+
+def test_layouts_of_dy_and_the_gradient_of_a_bias_alone():
+    """Two axes of dy in the other order; x without a gradient."""
+    small, dy, rounding = weight(40, 33), torch.randn(3, 2, 40).transpose(0, 1), ROUNDING[torch.float32][0]
+    for x in (torch.randn(2, 3, 33).requires_grad_(), torch.randn(2, 3, 33)):
+        bias = torch.randn(40).requires_grad_()
+        linear_4bit(x, small, bias).backward(dy)
+        assert gap(bias.grad, dy.sum((0, 1))) <= rounding
+        assert x.grad is None or gap(x.grad, dy @ small.dequantize()) <= rounding
+        assert (x.grad is None) != x.requires_grad
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_autocast(dtype, parity):
     """In bfloat16, gradients in the inputs' formats; float64 stays, as it does in torch."""
@@ -177,6 +197,17 @@ def test_the_format_of_the_product():
     layer.compute = torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert gap(layer(x), F.linear(x.double(), layer.dequantize(torch.float64), layer.bias.double()).float()) <= 1e-6
+
+
+@pytest.mark.parametrize("kind", ["plain", "reordered"])
+def test_a_float32_bias_beside_16_bits(kind):
+    """The result keeps the product's format, under autocast and for x in 16 bits; and the state is the same for both kinds."""
+    layer, twin = layer_and_twin(kind)
+    x = torch.randn(5, 33)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert gap(layer(x), twin(x)) <= 2 * ROUNDING[torch.bfloat16][0]
+    assert gap(layer(x.bfloat16()), twin.bfloat16()(x.bfloat16())) <= 2 * ROUNDING[torch.bfloat16][0]
+    assert set(layer.state_dict()) == set(layer_and_twin("plain")[0].state_dict())
 
 
 @pytest.mark.parametrize("kind", ["plain", "reordered"])

@@ -1,6 +1,7 @@
 """Adapters over weights of four bits: as over the same weights unpacked, and as PEFT's over bitsandbytes' layers."""
 
 import importlib.metadata
+import warnings
 
 import peft
 import pytest
@@ -9,13 +10,13 @@ import transformers
 from torch import Tensor, nn
 
 import model.hub
-from lora.config import CONFIGS, AdaloraConfig, AdapterConfig, DoraConfig, Ia3Config, LoraConfig, PrefixConfig
-from lora.inject import add_adapters, merge, unmerge
+from lora.config import CONFIGS, AdaloraConfig, AdapterConfig, AdapterError, DoraConfig, Ia3Config, LoraConfig, PrefixConfig
+from lora.inject import add_adapters, merge, remove, unmerge
 from lora.merge_folder import merge_folder
-from lora.peft_io import open_network, save
+from lora.peft_io import load, open_network, save
 from model.network import Network
-from quant.config import FourBit
-from quant.linear import QuantizedLinear, quantized_layers
+from quant.config import FourBit, QuantError
+from quant.linear import QuantizedLinear, quantize_linears, quantized_layers
 from quant.nf4 import quantize
 from tests.conftest import randomized, tiny_config
 from tests.oracle.adapter_twins import published_name, randomize, trained
@@ -90,6 +91,17 @@ def test_every_method_over_four_bits(name, parity, tmp_path):
     compare(f"QLoRA, methods: {name}", *pair, parity)
 
 
+@pytest.mark.parametrize("name", ["dora", "dora, dropout"])
+def test_float32_beside_16_bits(name, tmp_path):
+    """What is learned stays float32 over four bits of a bfloat16 network; as over the same weights unpacked."""
+    folder = folder_of("llama", tmp_path, torch.bfloat16)
+    packed, plain = (network.train() for network in pair_of(folder, FourBit(), METHODS[name], torch.bfloat16))
+    (logits, grads), (expected, expected_grads) = step(packed), step(plain)
+    assert logits.dtype == torch.bfloat16 and (logits - expected).float().norm() < 0.05 * expected.float().norm()
+    for key, value in expected_grads.items():
+        assert grads[key].dtype == torch.float32 and (grads[key] - value).norm() < 0.25 * value.norm(), key
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora_over_four_bits_in_every_family(family, parity, tmp_path):
     how = FourBit(scheme="fp4", double=False, block_size=32)
@@ -118,6 +130,18 @@ def test_recomputed_with_the_loss_in_chunks(parity, tmp_path):
     for logits, grads in found[1:]:
         assert torch.equal(logits, found[0][0])
         assert all(torch.equal(grads[name], value) for name, value in found[0][1].items())
+
+
+@pytest.mark.parametrize("compute", [None, torch.bfloat16])
+def test_in_one_operation_with_the_layer(compute, tmp_path):
+    """Unless the layer computes in a format of its own, which is not the adapter's."""
+    folder = folder_of("llama", tmp_path)
+    network = randomize_in_place(add_adapters(model.hub.load(folder, quantization=FourBit()), LoraConfig(r=3)))
+    path, layer = next(iter(quantized_layers(network).items()))
+    place, x, layer.compute = network.get_submodule(path.removesuffix(".base")), torch.randn(2, 5, layer.in_features), compute
+    y = place(x)
+    assert gap(y, layer(x) + x @ place.parts["default"].delta().T) < 1e-6
+    assert (y.grad_fn.name() == "LoraLinearBackward") == (compute is None)
 
 
 def randomize_in_place(network: Network) -> Network:
@@ -170,6 +194,31 @@ def test_merged_in_memory(name, parity, tmp_path):
         assert torch.equal(unmerge(network)(**given).logits, before)
 
 
+def test_merged_in_memory_in_16_bits(tmp_path):
+    """Unpacked, added to in float32 and rounded once; as an ordinary frozen layer with the same bias, in the same mode."""
+    base = folder_of("gpt2", tmp_path, torch.bfloat16)
+    network = randomize_in_place(add_adapters(model.hub.load(base, quantization=FourBit()), LoraConfig(r=3))).train()
+    before = quantized_layers(network)
+    merge(network)
+    for path, layer in before.items():
+        merged, part = network.get_submodule(path), network.get_submodule(path.removesuffix(".base")).parts["default"]
+        assert torch.equal(merged.weight, (layer.dequantize(torch.float32) + part.delta()).bfloat16()), path
+        assert torch.equal(merged.bias, layer.bias) and merged.training
+        assert not merged.weight.requires_grad and not merged.bias.requires_grad
+    assert quantized_layers(network) == {} and quantized_layers(unmerge(network)) == before
+
+
+def test_a_sum_that_is_not_finite_is_refused(tmp_path):
+    """Of the last layer: those before it are given back."""
+    network = add_adapters(model.hub.load(folder_of("llama", tmp_path), quantization=FourBit()), LoraConfig(r=3))
+    before = quantized_layers(network)
+    with torch.no_grad():
+        network.get_submodule(list(before)[-1].removesuffix(".base")).parts["default"].B.fill_(torch.inf)
+    with pytest.raises(AdapterError, match=r"the merged weight is not finite in torch\.float32"):
+        merge(network)
+    assert quantized_layers(network) == before
+
+
 @pytest.mark.parametrize("stored", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "roformer"])
 def test_merged_into_a_folder_of_16_bits(family, stored, tmp_path):
@@ -178,11 +227,12 @@ def test_merged_into_a_folder_of_16_bits(family, stored, tmp_path):
     if stored:
         model.hub.save(model.hub.load(base, quantization=FourBit()), tmp_path / "packed")
         base = tmp_path / "packed"
-    how = None if stored else FourBit()
+    how = None if stored else FourBit("fp4", double=False, block_size=32)
     network = add_adapters(model.hub.load(base, quantization=how), LoraConfig(r=3, targets="attention"))
     randomize(network)
     save(network, ours)
     assert open_network(ours).state_dict().keys() == network.state_dict().keys()
+    assert bool(quantized_layers(open_network(ours, quantization=None))) == stored  # with all its bits, if that is asked for
     merge_folder(base, ours, tmp_path / "merged")
     merged = model.hub.load(tmp_path / "merged")
     assert not quantized_layers(merged)
@@ -195,6 +245,10 @@ def test_merged_into_a_folder_of_16_bits(family, stored, tmp_path):
     for name, value in merged.named_parameters():
         if name in dict(network.named_parameters()):
             assert value.dtype == torch.bfloat16 and torch.equal(value, network.get_parameter(name))
+    merge_folder(base, ours, tmp_path / "wide", dtype=torch.float32)
+    unrounded = model.hub.load(tmp_path / "wide")
+    assert {value.dtype for value in unrounded.parameters()} == {torch.float32}
+    assert all(torch.equal(value.bfloat16(), merged.get_parameter(name)) for name, value in unrounded.named_parameters())
 
 
 def test_what_rounding_to_four_bits_again_would_cost():
@@ -231,3 +285,45 @@ def test_compiled_blocks(tmp_path):
     (logits, grads), (expected, expected_grads) = found[::-1]
     assert gap(logits, expected) < 1e-5
     assert all(gap(grads[name], value) < 1e-4 for name, value in expected_grads.items())
+
+
+# ---- what is refused, or told
+
+
+def test_a_weight_of_four_bits_is_not_trained_whole(tmp_path):
+    network = model.hub.load(folder_of("llama", tmp_path), quantization=FourBit())
+    with pytest.raises(AdapterError, match=r"mlp\.up has a weight of four bits, which cannot be trained"):
+        add_adapters(network, LoraConfig(r=3, targets="attention", train_whole=(r"mlp\.up",)))
+    add_adapters(network, LoraConfig(r=3, targets="attention", train_whole=("^head",)))
+
+
+def test_an_adapter_cannot_forget_how_its_base_was_rounded(tmp_path):
+    """Quantized in memory, no folder says how: an error. Saved and read again, or rounded as it is read, it is fine."""
+    folder = folder_of("llama", tmp_path / "base")
+    network = add_adapters(quantize_linears(model.hub.load(folder)), LoraConfig(r=3))
+    with pytest.raises(AdapterError, match="was quantized after it was read"):
+        save(network, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    model.hub.save(quantize_linears(model.hub.load(folder)), tmp_path / "packed")
+    save(add_adapters(model.hub.load(tmp_path / "packed"), LoraConfig(r=3)), tmp_path / "adapter")
+
+
+def test_a_base_with_other_bits_is_told(tmp_path):
+    folder = folder_of("llama", tmp_path / "base")
+    save(add_adapters(model.hub.load(folder, quantization=FourBit()), LoraConfig(r=3)), tmp_path / "adapter")
+    with pytest.warns(UserWarning, match="trained on its base in nf4; this network has it as it is stored"):
+        load(model.hub.load(folder), tmp_path / "adapter")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(model.hub.load(folder, quantization=FourBit()), tmp_path / "adapter")
+
+
+def test_what_is_merged_and_removed_stands_in_no_folder(tmp_path):
+    network = add_adapters(model.hub.load(folder_of("llama", tmp_path), quantization=FourBit()), LoraConfig(r=3))
+    assert remove(merge(network)).source is None and network.quantization is None
+    assert remove(add_adapters(model.hub.load(tmp_path), LoraConfig(r=3))).source == tmp_path
+
+
+def test_a_network_with_adapters_is_not_quantized():
+    with pytest.raises(QuantError, match="the network has adapters"):
+        quantize_linears(add_adapters(randomized(tiny_config("llama")), LoraConfig(r=3)))

@@ -81,3 +81,27 @@ def test_what_they_do_not_take_is_an_error():
         input_gradient_4bit(x, small)
     with pytest.raises(ValueError, match="9 rows"):
         gemv_4bit(torch.ones(9, 6), small)
+
+
+def test_which_kernel(monkeypatch):
+    """By the number of rows; float64, which the kernels do not take, is unpacked for any."""
+    from quant.kernels import choice
+
+    small, bias, called = quantize(torch.randn(4, 6)), torch.randn(4, dtype=torch.float64), []
+    twins = {
+        "gemv_4bit": lambda x, small, b: torch.nn.functional.linear(x, small.dequantize(x.dtype), b),
+        "matmul_4bit": lambda x, small, b: torch.nn.functional.linear(x, small.dequantize(x.dtype), b),
+        "dequantize_4bit": lambda small, dtype: small.dequantize(dtype),
+        "input_gradient_4bit": lambda dy, small: dy @ small.dequantize(dy.dtype),
+    }
+    for name, twin in twins.items():
+        monkeypatch.setattr(choice, name, lambda *given, name=name, twin=twin: called.append(name) or twin(*given))
+    forward = {0: "gemv_4bit", 8: "gemv_4bit", 9: "matmul_4bit", 128: "matmul_4bit", 129: "dequantize_4bit"}
+    for rows, kernel in forward.items():
+        backward = "dequantize_4bit" if rows > 128 else "input_gradient_4bit"
+        for dtype in (torch.float32, torch.float64):
+            x, dy, b = torch.randn(rows, 6, dtype=dtype), torch.randn(rows, 4, dtype=dtype), bias.to(dtype)
+            assert torch.equal(choice.product(x, small, b), twins["matmul_4bit"](x, small, b))
+            assert torch.equal(choice.input_gradient(dy, small), twins["input_gradient_4bit"](dy, small))
+            assert called == (["dequantize_4bit"] * 2 if dtype == torch.float64 else [kernel, backward])
+            called.clear()

@@ -199,8 +199,8 @@ def finished(weight: Tensor, packed: Tensor, absmax: Tensor, *, block_size: int,
     whole = {"shape": tuple(weight.shape), "dtype": weight.dtype, "block_size": block_size, "scheme": scheme}
     if not double:
         return QuantizedTensor(packed, absmax, **whole)
-    offset, nested_code = absmax.mean() if absmax.numel() else absmax.new_zeros(()), dynamic_map().to(weight.device)
-    if not bool(offset.isfinite()):
+    offset, nested_code = absmax.mean(), dynamic_map().to(weight.device)
+    if absmax.numel() and not bool(offset.isfinite()):
         raise QuantError("the blocks' scales add up to more than float32 holds: they cannot be quantized again (double=False)")
     places, nested_absmax = quantize_8bit(absmax - offset, nested_code, block_size=NESTED_BLOCK, decide=on_grid)
     return QuantizedTensor(packed, places, nested_absmax=nested_absmax, nested_code=nested_code, offset=offset, **whole)

@@ -70,7 +70,8 @@ def test_a_restart_does_not_go_on_with_another_run(options, finished, monkeypatc
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_norms_compute_alike_in_parts(precision, options, tmp_path):
     """A LayerNorm takes no weights in 16 bits beside float32 inputs; with and without parts, nearly the same numbers."""
     changes = CHANGES | {"precision": precision, "steps": "12", "eval-every": "6"}
@@ -154,6 +155,7 @@ def test_without_restarts_the_reason_is_told_and_one_rank_can_go_on(options, as_
     assert losses(run) == pytest.approx(losses(as_two), abs=2e-5)
 
 
+@pytest.mark.slow
 def test_a_signal_saves_in_parts_which_become_one_folder(options, tmp_path, capsys):
     run, folder = tmp_path / "run", tmp_path / "folder"
     with torchrun(*options, *arguments(CHANGES), "--mesh", "shard", "--ema", "0.9", "--out", run) as running:

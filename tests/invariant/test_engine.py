@@ -32,7 +32,10 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+LONG = ("fp16", "bf16-pure")  # 16-bit products are emulated where a CPU has none
+
+
+@pytest.mark.parametrize("way", [pytest.param(way, id=n, marks=[pytest.mark.slow] * (n in LONG)) for n, way in WAYS.items()])
 def test_stopped_and_resumed_ends_in_the_same_bytes(way, options, uninterrupted, tmp_path):
     whole, run = uninterrupted(**way), tmp_path / "run"
     said = stopped_at(50, *options, *arguments(way), "--out", run)

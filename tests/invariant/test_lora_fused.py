@@ -77,7 +77,7 @@ def test_inputs_that_lie_otherwise_and_no_bias():
     assert all(torch.allclose(a, right[name], atol=1e-12) for name, a in gradients(ours, inputs, weights).items())
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("where", ["autocast", "16-bit base"])
 def test_16_bits(where, compiled, parity):
     """float32 A and B under bfloat16 autocast and on a bfloat16 base: products in bfloat16, gradients in float32."""

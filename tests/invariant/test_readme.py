@@ -1,10 +1,14 @@
 """What the README shows of Python does what it says."""
 
+import json
 import re
 from pathlib import Path
 
+import torch
+
 import model.hub
 from lora.inject import adapters
+from quant.linear import quantized_layers
 from tests.conftest import randomized, tiny_config
 from tests.oracle.adapter_twins import gap
 
@@ -12,7 +16,7 @@ README = Path(__file__).resolve().parents[2] / "README.md"
 
 
 def test_the_adapters_of_the_readme(tmp_path, monkeypatch):
-    text = README.read_text(encoding="utf-8").partition("## Adapters")[2].partition("## Networks")[0]
+    text = README.read_text(encoding="utf-8").partition("## Adapters")[2].partition("## Four bits")[0]
     (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     before = randomized(tiny_config("llama"))
@@ -23,3 +27,14 @@ def test_the_adapters_of_the_readme(tmp_path, monkeypatch):
     assert not adapters(after) and (tmp_path / "ADAPTER" / "adapter_model.safetensors").is_file()
     for name, value in after.named_parameters():  # B was zero: the weights are what they were
         assert gap(value, before.get_parameter(name)) < 1e-6, name
+
+
+def test_the_four_bits_of_the_readme(tmp_path, monkeypatch):
+    text = README.read_text(encoding="utf-8").partition("## Four bits")[2].partition("## Networks")[0]
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    model.hub.save(randomized(tiny_config("llama")), "FOLDER")
+    names: dict = {"weight": torch.randn(64, 64), "network": randomized(tiny_config("llama"))}
+    exec(block, names)
+    assert names["small"].bits < 4.2 and quantized_layers(names["network"])
+    assert json.loads((tmp_path / "DIR" / "config.json").read_text())["quantization_config"]["bnb_4bit_quant_type"] == "nf4"

@@ -110,6 +110,7 @@ def test_compiled_blocks(mode):
     assert 0 < max(errors) < 1e-12  # 0 would mean that it was not compiled
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("mode", ["blocks", "selective"])
 def test_compiled_blocks_drop_the_same_numbers_again(mode):

@@ -72,7 +72,6 @@ class Base:
             return value.T
         return value.reshape(-1) if row.layout == "row" else value
 
-
     def stored(self, file: WeightFile, published: str, row: Weight) -> Tensor:
         """A matrix that is to be quantized: O × I in its own format, rows in the file's order."""
         value = torch.empty(file.shape(published), dtype=file.dtype(published))

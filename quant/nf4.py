@@ -300,4 +300,4 @@ def not_finite(weight: Tensor) -> str:
     """Where the first number is that is none."""
     first = (~weight.float().isfinite()).flatten().int().argmax()
     index = tuple(int(place) for place in torch.unravel_index(first, weight.shape))
-    return f"the value at {list(index)} is {float(weight[index])}, which has no place among 4-bit values"
+    return f"the value at {list(index)} is {float(weight[index])}, which has no place among quantized values"

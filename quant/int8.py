@@ -1,0 +1,200 @@
+"""Whole numbers in equal steps: INT8 and fewer bits, symmetric or affine, with a scale a tensor, channel or group.
+
+    q = clamp(round(x · (1/s)) + z, low, high)        x̂ = (q - z) s
+
+s is the scale, z the zero point: the whole number that stands for 0, so that 0 is always exact. With b bits, low = -2^(b-1) and
+high = 2^(b-1) - 1; ties are rounded to even. Of numbers between min ≤ 0 and max ≥ 0
+
+    symmetric  s = max(-min, max) · 2 / (high - low), z = 0: INT8 has 127.5 steps to each side, the last half clipped
+    affine     s = (max - min) / (high - low), z = clamp(low - round(min / s), low, high)
+
+s is at least 2^-23: where all numbers are 0, so are their codes, and nothing is divided by zero. All in float32, as torch.ao's
+observers and `torch.fake_quantize_per_tensor_affine` compute it, bit for bit.
+
+A weight of O × I has one scale (tensor), one for each of its O rows (channel), or one for each `group_size` numbers of a row.
+Source: Jacob et al. 2018, arXiv 1712.05877, sections 2.1 and 3; Krishnamoorthi 2018, arXiv 1806.08342.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quant.config import QuantError
+from quant.nf4 import not_finite
+
+EPS = torch.finfo(torch.float32).eps
+AT_ONCE = 1 << 20  # numbers that are quantized at a time: what is in use beside the result
+GRANULARITIES = ("tensor", "channel", "group")
+
+
+class Grid(NamedTuple):
+    """The whole numbers that numbers are rounded to.
+
+    >>> Grid(), Grid.of(4, symmetric=False)
+    (Grid(low=-128, high=127, symmetric=True), Grid(low=-8, high=7, symmetric=False))
+    """
+
+    low: int = -128
+    high: int = 127
+    symmetric: bool = True
+
+    @classmethod
+    def of(cls, bits: int, symmetric: bool = True) -> "Grid":
+        if not 2 <= bits <= 8:
+            raise QuantError(f"bits={bits}: from 2 to 8 are supported")
+        return cls(-(1 << bits - 1), (1 << bits - 1) - 1, symmetric)
+
+
+SYMMETRIC, AFFINE = Grid(), Grid(symmetric=False)
+
+
+def scales_for(low: Tensor, high: Tensor, grid: Grid = SYMMETRIC) -> tuple[Tensor, Tensor]:
+    """(scale float32, zero point int32) for numbers from `low` to `high`, element by element; 0 is taken into the range.
+
+    >>> scales_for(torch.tensor(-1.0), torch.tensor(3.0), AFFINE)
+    (tensor(0.0157), tensor(-64, dtype=torch.int32))
+    """
+    low, high = low.float().clamp(max=0), high.float().clamp(min=0)
+    steps = float(grid.high - grid.low)
+    if grid.symmetric:
+        scale = (torch.maximum(-low, high) / (steps / 2)).clamp(min=EPS)
+        return scale, torch.zeros_like(scale, dtype=torch.int32)
+    scale = ((high - low) / steps).clamp(min=EPS)
+    return scale, (grid.low - (low / scale).round().int()).clamp(grid.low, grid.high)
+
+
+def to_codes(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid = SYMMETRIC) -> Tensor:
+    """q, as float32 (whole numbers of so few bits are exact in it). Scale and zero point broadcast against x."""
+    return (x.float() * (1 / scale)).round_().add_(zero).clamp_(grid.low, grid.high)
+
+
+class Int8Tensor(torch.nn.Module):
+    """A matrix O × I in whole numbers. A module, so that its parts have names and move with a network.
+
+    codes: int8, O × I · scale: float32, 1 × 1 (tensor), O × 1 (channel) or O × G (group) · zero: int32, like scale; None:
+    all 0 · dtype: of the matrix that was quantized · bits: 8, or fewer, which still lie in a byte each.
+    """
+
+    def __init__(self, codes: Tensor, scale: Tensor, zero: Tensor | None = None, *, dtype: torch.dtype, bits: int = 8):
+        super().__init__()
+        self.shape, self.dtype, self.code_bits = codes.shape, dtype, bits
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero", zero)
+
+    @property
+    def granularity(self) -> str:
+        rows, groups = self.scale.shape
+        return "group" if groups > 1 else "channel" if rows > 1 or self.shape[0] == 1 else "tensor"
+
+    @property
+    def group_size(self) -> int:
+        """Numbers of a row that share a scale."""
+        return self.shape[1] // self.scale.shape[1]
+
+    @property
+    def grid(self) -> Grid:
+        return Grid.of(self.code_bits, self.zero is None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def numel(self) -> int:
+        return self.codes.numel()
+
+    def own(self) -> list[Tensor]:
+        return [part for part in (self.codes, self.scale, self.zero) if part is not None]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.own())
+
+    @property
+    def bits(self) -> float:
+        """A number of the matrix, as it lies in memory."""
+        return 8 * self.nbytes / max(1, self.numel())
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """(q - z) s, computed in float32 and rounded once, to `dtype` or that of the matrix that was quantized."""
+        return self.rows(0, self.shape[0]).to(dtype or self.dtype)
+
+    def rows(self, first: int, end: int) -> Tensor:
+        """Of (q - z) s those from `first` to before `end`, in float32."""
+        part = slice(first, end) if self.scale.size(0) > 1 else slice(None)
+        codes = self.codes[first:end].float().unflatten(1, (self.scale.size(1), -1))
+        if self.zero is not None:
+            codes -= self.zero[part, :, None]
+        return codes.mul_(self.scale[part, :, None]).flatten(1)
+
+    def reordered(self, order: Tensor) -> "Int8Tensor":
+        """With its rows in another order, and their scales with them."""
+        whole = self.scale.size(0) == 1
+        scale, zero = (part if part is None or whole else part[order] for part in (self.scale, self.zero))
+        return Int8Tensor(self.codes[order], scale, zero, dtype=self.dtype, bits=self.code_bits)
+
+    def _apply(self, fn, recurse: bool = True):
+        """`.to(device)` moves it; `.to(dtype)`, `.half()` … leave its formats alone: scales are float32 by definition."""
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != old.dtype:
+                setattr(self, name, old.to(moved.device))
+        return self
+
+    def extra_repr(self) -> str:
+        kind = f"int{self.code_bits}, {'symmetric' if self.zero is None else 'affine'}, a scale for each {self.granularity}"
+        return f"{tuple(self.shape)}, {kind}" + (f" of {self.group_size}" if self.granularity == "group" else "")
+
+
+@torch.no_grad()
+def quantize(weight: Tensor, *, grid: Grid = SYMMETRIC, granularity: str = "channel", group_size: int = 128) -> Int8Tensor:
+    """Round a matrix O × I to whole numbers, each scale by the least and largest number that shares it.
+
+    Rows are taken a few at a time: beside the result few megabytes are in use. Errors (QuantError): inf or NaN, with the place
+    of the first; no matrix of floating-point numbers; an unknown granularity; rows that groups do not divide.
+
+    >>> small = quantize(torch.tensor([[1.0, -2.0], [0.0, 0.0]]))
+    >>> small.codes.tolist(), small.scale[:, 0].tolist(), small.dequantize().tolist()
+    ([[64, -127], [0, 0]], [0.0156..., 1.19...e-07], [[1.0039..., -1.9921...], [0.0, 0.0]])
+    """
+    groups = check(weight, granularity, group_size)
+    at_once = max(1, AT_ONCE // max(1, weight.shape[1]))
+    pieces = [piece.detach() for piece in weight.split(at_once)]
+    low, high = (torch.cat(ends) for ends in zip(*(ends_of(piece, groups) for piece in pieces), strict=True))
+    if not bool((low.isfinite() & high.isfinite()).all()):
+        raise QuantError(not_finite(weight))
+    if granularity == "tensor":
+        low, high = low.amin().view(1, 1), high.amax().view(1, 1)
+    scale, zero = scales_for(low, high, grid)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    for n, piece in enumerate(pieces):
+        rows = slice(n * at_once, n * at_once + len(piece)) if granularity != "tensor" else slice(None)
+        grouped = piece.unflatten(1, (groups, -1))
+        codes[n * at_once :][: len(piece)] = to_codes(grouped, scale[rows, :, None], zero[rows, :, None], grid).flatten(1)
+    bits = (grid.high - grid.low).bit_length()
+    return Int8Tensor(codes, scale, None if grid.symmetric else zero, dtype=weight.dtype, bits=bits)
+
+
+def ends_of(rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """(least, largest) of each group of each row, with 0; a NaN stays one."""
+    low, high = rows.unflatten(1, (groups, -1)).float().aminmax(dim=2)
+    return low, high
+
+
+def check(weight: Tensor, granularity: str, group_size: int) -> int:
+    """The groups of a row. Errors (QuantError): see `quantize`."""
+    if granularity not in GRANULARITIES:
+        raise QuantError(f"unknown granularity {granularity!r}; a scale is for a {', '.join(GRANULARITIES)}")
+    if not weight.is_floating_point() or weight.dim() != 2:
+        kind = str(weight.dtype).removeprefix("torch.")
+        raise QuantError(f"a tensor of {kind} and shape {list(weight.shape)} is not quantized: floating-point matrices are")
+    if not weight.numel():
+        raise QuantError(f"a matrix of {list(weight.shape)} has no numbers")
+    if granularity != "group":
+        return 1
+    if group_size < 1 or weight.shape[1] % group_size:
+        raise QuantError(f"rows of {weight.shape[1]} numbers do not fall into groups of {group_size}")
+    return weight.shape[1] // group_size

@@ -1,0 +1,109 @@
+"""The linear layer in INT8: x and W are whole numbers, and so is their product; see `quant.int8_product`.
+
+x is rounded as it comes: `DynamicInput` looks for each row's scale in the row itself, `StaticInput` has one scale and zero
+point, which were observed before (`quant.calibrate`, `quant.qat`).
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from quant.int8 import AFFINE, SYMMETRIC, Grid, Int8Tensor, scales_for, to_codes
+from quant.int8_product import Codes, product
+from quant.linear import QuantizedLinear
+from quant.product import computed_in
+
+
+class DynamicInput(nn.Module):
+    """A scale, and with an affine grid a zero point, for each row of x, from the row's least and largest number."""
+
+    def __init__(self, grid: Grid = SYMMETRIC):
+        super().__init__()
+        self.grid = grid
+
+    def forward(self, x_NI: Tensor) -> Codes:
+        if self.grid.symmetric:
+            high = x_NI.abs().amax(dim=1, keepdim=True)
+            scale, zero = scales_for(-high, high, self.grid)
+        else:
+            scale, zero = scales_for(*x_NI.aminmax(dim=1, keepdim=True), self.grid)
+        codes = to_codes(x_NI, scale, zero, self.grid)
+        return Codes(codes.to(torch.int8), scale, None if self.grid.symmetric else zero)
+
+    def inside(self, x_NI: Tensor) -> Tensor | None:
+        """Where x has a gradient; None: everywhere."""
+        return None
+
+    def extra_repr(self) -> str:
+        return f"a scale for each row, {'symmetric' if self.grid.symmetric else 'affine'}"
+
+
+class StaticInput(nn.Module):
+    """One scale, float32, and zero point, int32, for all of x, both 1 × 1. Numbers beyond the grid's ends are cut off."""
+
+    def __init__(self, scale: Tensor, zero: Tensor, grid: Grid = AFFINE):
+        super().__init__()
+        self.grid = grid
+        self.register_buffer("scale", scale.float().view(1, 1))
+        self.register_buffer("zero", zero.int().view(1, 1))
+
+    def forward(self, x_NI: Tensor) -> Codes:
+        codes = to_codes(x_NI, self.scale, self.zero, self.grid)
+        return Codes(codes.to(torch.int8), self.scale, None if self.grid.symmetric else self.zero)
+
+    def inside(self, x_NI: Tensor) -> Tensor | None:
+        """Where x is within the grid, to half a step: beyond, a change of x changes nothing."""
+        unclipped = (x_NI.float() * (1 / self.scale)).round_().add_(self.zero)
+        return (unclipped >= self.grid.low) & (unclipped <= self.grid.high)
+
+    def _apply(self, fn, recurse: bool = True):
+        """`.to(dtype)` leaves the scale in float32."""
+        scale = self.scale
+        super()._apply(fn, recurse)
+        self.scale = scale.to(self.scale.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"scale {float(self.scale):.3g}, zero point {int(self.zero)}"
+
+
+Input = DynamicInput | StaticInput
+
+
+class Int8Linear(QuantizedLinear):
+    """y = x Wᵀ + b with x rounded by `input`, and a frozen W of whole numbers: `weight`, an Int8Tensor. y is in x's format, or
+    in autocast's. The gradient of x is that of x Ŵᵀ (straight through the rounding), and 0 where x was cut off."""
+
+    def __init__(self, weight: Int8Tensor, bias: nn.Parameter | None = None, input: Input | None = None):
+        super().__init__(weight, bias)
+        self.input = input if input is not None else DynamicInput()
+
+    @torch.compiler.disable  # torch's packed weights are objects that a compiled graph cannot hold
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if x.size(-1) != self.in_features:
+            raise ValueError(f"x of {tuple(x.shape)} does not go with a weight of {tuple(self.weight.shape)}")
+        dtype = computed_in(x)
+        with torch.autocast(x.device.type, enabled=False):
+            x_NI = x.reshape(-1, x.size(-1))
+            return Int8Product.apply(x_NI, self.weight, bias, self.input, dtype).view(*x.shape[:-1], self.out_features)
+
+
+class Int8Product(torch.autograd.Function):
+    """What is kept for the backward: x, where its scale is fixed; W is turned into numbers again."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x_NI: Tensor, w: Int8Tensor, b_O: Tensor | None, input: Input, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.w, ctx.mask = w, input.inside(x_NI) if ctx.needs_input_grad[0] else None
+        return product(input(x_NI), w, None if b_O is None else b_O.float()).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dy_NO: Tensor) -> tuple[Tensor | None, ...]:
+        dx_NI = None
+        if ctx.needs_input_grad[0]:
+            dx_NI = dy_NO @ ctx.w.dequantize(dy_NO.dtype)
+            if ctx.mask is not None:
+                dx_NI = dx_NI * ctx.mask
+        return dx_NI, None, dy_NO.sum(0) if ctx.needs_input_grad[2] else None, None, None

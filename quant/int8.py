@@ -20,12 +20,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from quant.config import QuantError
+from quant.config import GRANULARITIES, QuantError
 from quant.nf4 import not_finite
 
 EPS = torch.finfo(torch.float32).eps
 AT_ONCE = 1 << 20  # numbers that are quantized at a time: what is in use beside the result
-GRANULARITIES = ("tensor", "channel", "group")
 
 
 class Grid(NamedTuple):

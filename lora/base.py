@@ -18,7 +18,7 @@ from model.config import ModelConfig
 from model.hub import read_config, weight_files
 from model.safetensors_file import DTYPES, WeightFile
 from model.weights import published_names
-from quant.config import FourBit
+from quant.config import FourBit, Int8, settings_of
 
 BASE = "base.json"
 PIECE = 2**20  # bytes
@@ -84,7 +84,7 @@ def pieces(file: WeightFile, name: str) -> Iterator[bytes]:
 # ---- the note of it in an adapter's folder
 
 
-def write_base(folder: Path, base: Path, config: ModelConfig, quantization: FourBit | None = None) -> None:
+def write_base(folder: Path, base: Path, config: ModelConfig, quantization: FourBit | Int8 | None = None) -> None:
     """config: of the network that the adapter was trained on, whose head may be another one than its folder's; quantization:
     how its weights were rounded when they were read, where they were."""
     note = {"path": str(base.resolve()), "sha256": digest(base), "head": config.head, "labels": config.labels}
@@ -102,7 +102,7 @@ def read_base(folder: Path) -> dict | None:
         note = json.loads(path.read_text(encoding="utf-8"))
         wanted = {"path": str, "sha256": str, "head": str, "labels": int}
         how = note.get("quantization")
-        how = None if how is None else FourBit(**(how | {"skip": tuple(how.get("skip", ()))}))
+        how = None if how is None else settings_of(**(how | {"skip": tuple(how.get("skip", ()))}))
         return {name: kind(note[name]) for name, kind in wanted.items()} | {"quantization": how}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"{path} cannot be read: {error!r}") from None

@@ -13,13 +13,13 @@ from model.init import empty
 from model.rope import interleaved_to_halves
 from model.safetensors_file import WeightFile
 from model.weights import Weight, published_names, published_shape, weight_table
-from quant.config import FourBit
+from quant.config import FourBit, Int8
 
 
 class Base:
     """The base's open files and its network on the meta device."""
 
-    def __init__(self, folder: Path, files: list[WeightFile], config: ModelConfig, asked: FourBit | None):
+    def __init__(self, folder: Path, files: list[WeightFile], config: ModelConfig, asked: FourBit | Int8 | None):
         self.folder, self.files, self.config = folder, files, config
         self.table, names = weight_table(config), published_names(config)
         wide = any(file.dtype(name) == torch.float64 for file in files for name in file.names)
@@ -44,7 +44,7 @@ class Base:
                 self.sources[one] = self.sources[other]
 
     def packed(self, ours: str | None, published: str) -> bool:
-        """Whether the adapter was trained on this weight in four bits."""
+        """Whether the adapter was trained on this weight quantized."""
         return self.small is not None and ours is not None and self.small.takes(ours, published)
 
     def format(self, file: WeightFile, published: str) -> torch.dtype:
@@ -62,7 +62,7 @@ class Base:
             raise AdapterError(f"{self.folder} lacks {self.table[ours].published}")
         (file, published), row = self.sources[ours], self.table[ours]
         if self.packed(ours, published):
-            value = self.small.small(ours, published, partial(self.stored, file, published, row)).dequantize(self.dtype)
+            value = self.small.layer(ours, published, partial(self.stored, file, published, row)).dequantize(self.dtype)
             return interleaved_to_halves(value, self.config.head_width) if row.layout == "interleaved" else value
         value = torch.empty(file.shape(published), dtype=self.dtype)
         file.read(published, value)

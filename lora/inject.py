@@ -21,7 +21,8 @@ from lora.targets import adaptable, matching, published_modules
 from model.heads import LanguageHead
 from model.init import noise
 from model.linear import Linear
-from quant.linear import QuantizedLinear, dense, quantized_layers
+from quant.layer import QuantizedLinear
+from quant.linear import dense, quantized_layers
 
 Network = TypeVar("Network", bound=nn.Module)
 

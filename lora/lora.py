@@ -22,7 +22,7 @@ from lora.layer import Part, Place
 from lora.targets import by_pattern
 from model.linear import Linear
 from model.mlp import Down
-from quant.linear import QuantizedLinear
+from quant.layer import QuantizedLinear
 
 PLAIN = (nn.Linear, Linear, Down, QuantizedLinear)  # what they give is a product of x, in the weight's format, and no more
 

@@ -4,6 +4,7 @@ The network only; a tokenizer's files belong to `data.tokenizer`. Nothing here r
 """
 
 import json
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
@@ -24,12 +25,12 @@ from model.safetensors_file import Room, WeightFile
 from model.weights import Weight, head_spec, published_constants, published_names, published_shape, to_published, weight_table
 
 if TYPE_CHECKING:
-    from quant.config import FourBit
+    from quant.config import FourBit, Int8
     from quant.folder import QuantizedWeights, Watch
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-QUANTIZED = ".quant_state."  # in the name of a tensor that tells how a weight was quantized
+QUANTIZED = re.compile(r"\.quant_state\.|weight_scale$|\.SCB$")  # in a tensor's name: it tells how a weight was quantized
 CLASSIFIERS = ("sequence", "token")  # heads with a number of labels
 
 
@@ -150,10 +151,12 @@ def _published(network: Network) -> Iterator[tuple[str, Tensor]]:
         yield table[name].published, to_published(table[name], parameter.detach(), config)
     if _has_quantized(network):
         from quant.folder import tensors
+        from quant.linear import quantized_layers
 
-        for name, parts in tensors(network).items():
-            for suffix, tensor in parts.items():
-                yield table[name].published + suffix, tensor
+        for path, layer in quantized_layers(network).items():
+            row = table[f"{path}.weight"]
+            for part, tensor in tensors(layer, _order(row, layer.out_features, config)).items():
+                yield row.published.removesuffix("weight") + part, tensor
 
 
 def _has_quantized(network: Network) -> bool:
@@ -171,7 +174,7 @@ def load(
     head: str | None = None,
     labels: int | None = None,
     seed: int = 0,
-    quantization: "FourBit | None" = None,
+    quantization: "FourBit | Int8 | None" = None,
     watch: "Watch | None" = None,
 ) -> Network:
     """Read a folder into a new network, in the folder's dtype unless one is given, and in eval mode: dropout is off
@@ -185,7 +188,7 @@ def load(
     head: another one than the folder's (`model.heads.HEADS`), with `labels` classes; those of its weights that the folder
     does not hold in this shape are then new, from `seed`.
 
-    quantization: round the linear layers to four bits as they are read (`quant.config`). Where the folder has them so already,
+    quantization: round the linear layers to few bits as they are read (`quant.config`). Where the folder has them so already,
     its `quantization_config` says, and they are read as they are; `dtype` is then that of the other weights. watch: called with
     the published name, the weight and what became of it, at each that is rounded.
     """
@@ -214,8 +217,7 @@ def load(
                     path, published = found.sources[name]
                     read = partial(_read, files[path], published, table[name], empty, config)
                     if small and small.takes(name, published):
-                        turned = table[name].layout == "interleaved"
-                        order = interleaved_to_halves(torch.arange(len(empty)), config.head_width) if turned else None
+                        order = _order(table[name], len(empty), config)
                         stored = partial(read, None, "cpu", turned=False, new=room)
                         small.put(name, published, stored, order=order, dtype=dtype, device=device)
                         continue
@@ -283,23 +285,28 @@ def _match(
 
 
 def quantized_weights(
-    folder: Path, files: list[WeightFile], network: Network, asked: "FourBit | None" = None, watch: "Watch | None" = None
+    folder: Path, files: list[WeightFile], network: Network, asked: "FourBit | Int8 | None" = None, watch: "Watch | None" = None
 ) -> "QuantizedWeights | None":
     """What of a network is quantized in its folder, or is to be when it is read; None: nothing."""
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
-    if settings is None and asked is None and not any(QUANTIZED in name for file in files for name in file.names):
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    entry = config.get("quantization_config")
+    if entry is None and asked is None and not any(QUANTIZED.search(name) for file in files for name in file.names):
         return None
-    from quant.bnb_io import read_config as read_settings
-    from quant.config import FourBit, QuantError
+    from quant.config import QuantError
     from quant.folder import QuantizedWeights
 
-    table, stored = weight_table(network.config), settings is not None
+    table, dtype = weight_table(network.config), getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
     published = {name: row.published for name, row in table.items() if row.layout != "wide"}  # transformers keeps wide ones too
+    dtype = dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
     try:
-        how = read_settings(settings) if stored else asked or FourBit()
-        return QuantizedWeights(network, files, how, published, stored=stored, watch=watch)
+        return QuantizedWeights(network, files, published, entry=entry, asked=asked, dtype=dtype, watch=watch)
     except QuantError as error:
         raise HubError(f"{folder}: {error}") from None
+
+
+def _order(row: Weight, rows: int, config: ModelConfig) -> Tensor | None:
+    """Where in a published matrix each of our rows is; None: at the same place."""
+    return interleaved_to_halves(torch.arange(rows), config.head_width) if row.layout == "interleaved" else None
 
 
 def _read(

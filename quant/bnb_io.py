@@ -16,13 +16,14 @@ O × I is a linear layer's, also where the family's own file has the matrix tran
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quant.blockwise import BLOCK as NESTED_BLOCK
 from quant.config import BLOCK_SIZES, FORMATS, FourBit, QuantError
+from quant.layer import QuantizedLinear
 from quant.nf4 import CODES, QuantizedTensor
 
 STATE = ".quant_state.bitsandbytes__"
@@ -121,18 +122,33 @@ def to_tensors(small: QuantizedTensor) -> dict[str, Tensor]:
     return tensors | {STATE + small.scheme: torch.tensor(list(text), dtype=torch.uint8)}
 
 
+# ---- layers
+
+
+def layer(
+    parts: Mapping[str, Tensor], name: str, bias: nn.Parameter | None, settings: FourBit, dtype: torch.dtype
+) -> QuantizedLinear:
+    """The layer of these parts; the weight's state says its format, whatever `dtype` is."""
+    made = QuantizedLinear(from_tensors(parts, name), bias)
+    made.compute = None if settings.compute is None else getattr(torch, settings.compute)
+    return made
+
+
+def format_of(read: Callable[[str], Tensor], parts: Mapping[str, str], name: str) -> torch.dtype:
+    """Of the weight, before it was quantized."""
+    return getattr(torch, read_state(read(parts["state"]), name)["dtype"])
+
+
+def tensors(layer: QuantizedLinear) -> dict[str, Tensor]:
+    """Part -> tensor."""
+    return {f"weight{suffix}": tensor for suffix, tensor in to_tensors(layer.weight).items()}
+
+
 # ---- config.json
 
 
-def read_config(settings: object) -> FourBit:
-    """`quantization_config` -> FourBit. Errors (QuantError): another method, or eight bits."""
-    if not isinstance(settings, dict):
-        raise QuantError(f"quantization_config is {settings!r}, not an object")
-    method = settings.get("quant_method", "bitsandbytes")
-    if method != "bitsandbytes":
-        raise QuantError(f"quantization_config has the method {method!r}; bitsandbytes' is read")
-    if not settings.get("load_in_4bit", settings.get("_load_in_4bit")):
-        raise QuantError("quantization_config asks for 8 bits; bitsandbytes' 4-bit form is read")
+def read_config(settings: Mapping) -> FourBit:
+    """`quantization_config` -> FourBit."""
     compute, skip = settings.get("bnb_4bit_compute_dtype"), settings.get("llm_int8_skip_modules") or []
     if not isinstance(skip, list):
         raise QuantError(f"llm_int8_skip_modules is {skip!r}, not a list")
@@ -142,6 +158,17 @@ def read_config(settings: object) -> FourBit:
         skip=tuple(skip),
         compute=None if compute is None else str(compute).removeprefix("torch."),
     )
+
+
+def config(layers: Sequence[QuantizedLinear], dtype: torch.dtype, kept: Iterable[str]) -> dict:
+    """The `quantization_config` of these layers in a network of that format. Errors (QuantError): layers of two schemes."""
+    kinds = {(layer.weight.scheme, layer.weight.double, layer.weight.block_size, layer.compute) for layer in layers}
+    if len({kind[0] for kind in kinds}) > 1:
+        raise QuantError("layers are quantized by two schemes: a quantization_config names one")
+    (scheme, double, block_size, compute), *_ = sorted(kinds, key=str)
+    form = compute or (torch.float32 if dtype == torch.float64 else dtype)  # float64 bitsandbytes does not have
+    settings = FourBit(scheme=scheme, double=double, block_size=block_size, compute=str(form).removeprefix("torch."))
+    return write_config(settings, kept)
 
 
 def write_config(settings: FourBit, kept: Iterable[str]) -> dict:

@@ -1,7 +1,7 @@
 """What a command line shows; without torch."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -110,3 +110,13 @@ class QatConfig:
 def check_skip(skip: object) -> None:
     if not isinstance(skip, tuple) or not all(isinstance(pattern, str) for pattern in skip):
         raise QuantError(f"skip={skip!r}: a tuple of regular expressions is expected")
+
+
+def settings_of(scheme: str, **settings: object) -> FourBit | Int8:
+    """The settings of a scheme. Errors (QuantError): an unknown one; a setting that it does not have."""
+    kind = {"nf4": FourBit, "fp4": FourBit, "int8-dynamic": Int8, "int8-static": Int8, "llm-int8": Int8}.get(scheme)
+    if kind is None:
+        raise QuantError(f"unknown scheme {scheme!r}; schemes: nf4, fp4, int8-dynamic, int8-static, llm-int8")
+    if unknown := settings.keys() - {field.name for field in fields(kind)}:
+        raise QuantError(f"{scheme} has no setting {min(unknown)!r}")
+    return kind(scheme, **settings)

@@ -1,4 +1,4 @@
-"""A model folder's linear layers in four bits: read as they are stored, or rounded as they are read; and written.
+"""A model folder's linear layers of few bits: read as they are stored, or rounded as they are read; and written.
 
 `model.hub` opens files and knows names and layouts; it calls this where a `quantization_config` is met or asked for. Files are
 anything with the methods of `model.safetensors_file.WeightFile`.
@@ -10,12 +10,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from quant.bnb_io import companions, from_tensors, read_state, to_tensors, write_config
-from quant.config import FourBit, QuantError
-from quant.linear import QUANTIZE, QuantizedLinear, ReorderedLinear, quantizable, quantized_layers
-from quant.nf4 import QuantizedTensor
+from quant.config import FourBit, Int8, QuantError
+from quant.forms import FORMS, Form, form_of
+from quant.layer import QuantizedLinear
+from quant.linear import layer_of, quantizable, quantized_layers
 
-Watch = Callable[[str, Tensor, QuantizedTensor], None]  # published name, the weight before, the weight after
+Watch = Callable[[str, Tensor, nn.Module], None]  # published name, the weight before, the weight after
 
 
 class File(Protocol):
@@ -27,33 +27,38 @@ class File(Protocol):
 
 
 class QuantizedWeights:
-    """The weights that become a `QuantizedLinear`'s: those that are stored so, or, where none is, those that `settings` means.
+    """The weights that become a `QuantizedLinear`'s: those that are stored so, as `entry`, config.json's `quantization_config`,
+    says; or, where there is none, those that `asked` means.
 
-    published: our name of a weight that may be quantized -> the family's. `others`: names in the files of their parts.
+    published: our name of a weight that may be quantized -> the family's. dtype: the folder's. `others`: names in the files of
+    their parts.
     """
 
     def __init__(
         self,
         network: nn.Module,
         files: list[File],
-        settings: FourBit,
         published: Mapping[str, str],
         *,
-        stored: bool,
+        entry: object = None,
+        asked: FourBit | Int8 | None = None,
+        dtype: torch.dtype = torch.float32,
         watch: Watch | None = None,
     ):
-        self.network, self.settings, self.watch = network, settings, watch
+        self.network, self.dtype, self.watch = network, dtype, watch
         self.places = {name: file for file in files for name in file.names}
-        self.stored = companions(self.places)
-        if self.stored and not stored:
-            raise QuantError(f"{next(iter(self.stored))!r} is quantized, but config.json has no quantization_config")
-        if stored and not self.stored:
+        self.form: Form | None = None if entry is None else form_of(entry)
+        self.settings = asked or FourBit() if self.form is None else self.form.settings(entry)
+        self.stored = {} if self.form is None else self.form.companions(self.places)
+        if self.form is None and (strange := [name for form in FORMS.values() for name in form.companions(self.places)]):
+            raise QuantError(f"{strange[0]!r} is quantized, but config.json has no quantization_config")
+        if self.form is not None and not self.stored:
             raise QuantError("config.json has a quantization_config, but no weight is quantized")
         modules = {name.removesuffix(".weight"): there.removesuffix(".weight") for name, there in published.items()}
-        linear = {} if stored else quantizable(network, settings.skip, modules)
+        linear = {} if self.stored else quantizable(network, self.settings.skip, modules)
         self.asked = {path: layer for path, layer in linear.items() if path in modules}
-        if not stored and not self.asked:
-            raise QuantError(f"no linear layer to quantize, with skip={list(settings.skip)}")
+        if not self.stored and not self.asked:
+            raise QuantError(f"no linear layer to quantize, with skip={list(self.settings.skip)}")
         self.others = {part for parts in self.stored.values() for part in parts.values()} - set(self.stored)
 
     def takes(self, name: str, published: str) -> bool:
@@ -71,41 +76,38 @@ class QuantizedWeights:
     ) -> None:
         """Put the layer in its place. read: the weight, O × I, with rows in the published order; order: where in it each of
         our rows is, if that differs. dtype: what `dequantize` gives; default: the stored weight's."""
-        path, small = name.removesuffix(".weight"), self.small(name, published, read, device)
-        layer = self.network.get_submodule(path)
-        small.dtype = dtype or small.dtype
-        small = small.to(device)
-        new = QuantizedLinear(small, layer.bias) if order is None else ReorderedLinear(small, layer.bias, order.to(device))
-        compute = self.settings.compute
-        new.compute = None if compute is None else getattr(torch, compute)
-        self.network.set_submodule(path, new)
+        new = self.layer(name, published, read, device)
+        new.weight.dtype = dtype or new.weight.dtype
+        new.weight.to(device)
+        self.network.set_submodule(name.removesuffix(".weight"), new if order is None else new.reordered(order.to(device)))
 
-    def small(
+    def layer(
         self, name: str, published: str, read: Callable[[], Tensor], device: torch.device | str = "cpu"
-    ) -> QuantizedTensor:
-        """The weight, as it is stored, or as it is rounded now, on the device."""
-        layer = self.network.get_submodule(name.removesuffix(".weight"))
-        if not isinstance(layer, nn.Linear):
+    ) -> QuantizedLinear:
+        """With the weight as it is stored, or as it is rounded now, on the device; rows in the published order."""
+        linear = self.network.get_submodule(name.removesuffix(".weight"))
+        if not isinstance(linear, nn.Linear):
             raise QuantError(f"{published} is quantized: of this network it is {name}, which is no linear layer's")
         if name == "head.weight":
             raise QuantError(f"{published} is quantized: a head is read with all its bits; have it in llm_int8_skip_modules")
         if published in self.stored:
-            small = from_tensors({part: self.raw(each) for part, each in self.stored[published].items()}, published)
-            if small.shape != layer.weight.shape:
-                raise QuantError(f"{published} is of {tuple(small.shape)}, {name} expects {tuple(layer.weight.shape)}")
-            return small
-        asked, weight = self.settings, read().to(device)
+            parts = {part: self.raw(each) for part, each in self.stored[published].items()}
+            layer = self.form.layer(parts, published, linear.bias, self.settings, self.dtype)
+            if layer.weight.shape != linear.weight.shape:
+                raise QuantError(f"{published} is of {tuple(layer.weight.shape)}, {name} expects {tuple(linear.weight.shape)}")
+            return layer
+        weight = read().to(device)
         try:
-            small = QUANTIZE[weight.device.type](weight, block_size=asked.block_size, double=asked.double, scheme=asked.scheme)
+            layer = layer_of(weight, linear.bias, self.settings)
         except QuantError as error:
             raise QuantError(f"{published}: {error}") from None
         if self.watch is not None:
-            self.watch(published, weight, small)
-        return small
+            self.watch(published, weight, layer.weight)
+        return layer
 
     def format(self, published: str) -> torch.dtype:
         """Of a stored weight, before it was quantized."""
-        return getattr(torch, read_state(self.raw(self.stored[published]["state"]), published)["dtype"])
+        return self.form.format(self.raw, self.stored[published], published) if self.form.format else self.dtype
 
     def raw(self, name: str) -> Tensor:
         """A tensor as it stands in its file."""
@@ -118,11 +120,6 @@ class QuantizedWeights:
 # ---- written
 
 
-def tensors(network: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """Our name of each quantized weight -> suffix -> tensor."""
-    return {f"{path}.weight": to_tensors(layer.weight) for path, layer in quantized_layers(network).items()}
-
-
 class Row(Protocol):
     """Of a family's table (`model.weights.Weight`)."""
 
@@ -130,27 +127,30 @@ class Row(Protocol):
     layout: str
 
 
+def tensors(layer: QuantizedLinear, order: Tensor | None) -> dict[str, Tensor]:
+    """Part -> tensor. order: as `QuantizedWeights.put` was given it; parts are written in the published order of rows."""
+    return FORMS[layer.form].tensors(layer.published(order))
+
+
 def config_entry(network: nn.Module, table: Mapping[str, Row]) -> dict:
     """`quantization_config` of a network with quantized layers; table: our name of each weight -> its row. The linear layers
     that are not quantized are named in it, for what opens the folder would take them for quantized else.
 
-    Errors (QuantError): a layer that was quantized in memory, though not in the form in which the family publishes it.
+    Errors (QuantError): a layer that was quantized in memory, though not in the form in which the family publishes it; layers
+    of several kinds.
     """
     found = quantized_layers(network)
     for path, layer in found.items():
         row = table[f"{path}.weight"]
-        if row.layout == "wide" or (row.layout == "interleaved" and not isinstance(layer, ReorderedLinear)):
+        if row.layout == "wide" or (row.layout == "interleaved" and not layer.orderly):
             raise QuantError(
                 f"{row.published} was quantized in another form than its family publishes it in: quantize the folder as it is "
                 f"read, load(..., quantization=...), or skip {path!r}"
             )
-    kinds = {(layer.weight.scheme, layer.weight.double, layer.weight.block_size, layer.compute) for layer in found.values()}
-    if len({kind[0] for kind in kinds}) > 1:
-        raise QuantError("layers are quantized by two schemes: a quantization_config names one")
-    (scheme, double, block_size, compute), *_ = sorted(kinds, key=str)
-    form = compute or next(parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
-    form = torch.float32 if form == torch.float64 else form  # which bitsandbytes does not have
-    settings = FourBit(scheme=scheme, double=double, block_size=block_size, compute=str(form).removeprefix("torch."))
+    forms = {layer.form for layer in found.values()}
+    if len(forms) > 1:
+        raise QuantError(f"layers are quantized in two forms, {' and '.join(sorted(forms))}: a quantization_config names one")
+    dtype = next(parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
     linear = (path for path, module in network.named_modules() if isinstance(module, nn.Linear))
     kept = [table[f"{path}.weight"].published.removesuffix(".weight") for path in linear if f"{path}.weight" in table]
-    return write_config(settings, kept)
+    return FORMS[forms.pop()].config(list(found.values()), dtype, kept)

@@ -15,6 +15,7 @@ A weight of O × I has one scale (tensor), one for each of its O rows (channel),
 Source: Jacob et al. 2018, arXiv 1712.05877, sections 2.1 and 3; Krishnamoorthi 2018, arXiv 1806.08342.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -126,6 +127,12 @@ class Int8Tensor(torch.nn.Module):
         if self.zero is not None:
             codes -= self.zero[part, :, None]
         return codes.mul_(self.scale[part, :, None]).flatten(1)
+
+    def pieces(self) -> Iterator[tuple[int, Tensor]]:
+        """(place of its first number, flat numbers in float32), a piece at a time."""
+        at_once = max(1, AT_ONCE // self.shape[1])
+        for first in range(0, self.shape[0], at_once):
+            yield first * self.shape[1], self.rows(first, min(first + at_once, self.shape[0])).flatten()
 
     def reordered(self, order: Tensor) -> "Int8Tensor":
         """With its rows in another order, and their scales with them."""

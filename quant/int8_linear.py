@@ -10,7 +10,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from quant.int8 import AFFINE, SYMMETRIC, Grid, Int8Tensor, scales_for, to_codes
 from quant.int8_product import Codes, product
-from quant.linear import QuantizedLinear
+from quant.layer import QuantizedLinear
 from quant.product import computed_in
 
 
@@ -74,9 +74,18 @@ class Int8Linear(QuantizedLinear):
     """y = x Wᵀ + b with x rounded by `input`, and a frozen W of whole numbers: `weight`, an Int8Tensor. y is in x's format, or
     in autocast's. The gradient of x is that of x Ŵᵀ (straight through the rounding), and 0 where x was cut off."""
 
+    form = "compressed-tensors"
+    orderly = True
+
     def __init__(self, weight: Int8Tensor, bias: nn.Parameter | None = None, input: Input | None = None):
         super().__init__(weight, bias)
         self.input = input if input is not None else DynamicInput()
+
+    def reordered(self, order: Tensor) -> "Int8Linear":
+        return Int8Linear(self.weight.reordered(order), self.bias, self.input)
+
+    def published(self, order: Tensor | None) -> "Int8Linear":
+        return self if order is None else self.reordered(order.argsort())
 
     @torch.compiler.disable  # torch's packed weights are objects that a compiled graph cannot hold
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The linear layer with a weight in four bits, and how a network gets such layers."""
+"""Which linear layers of a network are quantized, and how it gets such layers."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -7,57 +7,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from quant.config import QuantError
+from quant import int8
+from quant.config import FourBit, Int8, QuantError, settings_of
+from quant.int8 import Grid
+from quant.int8_linear import DynamicInput, Int8Linear, StaticInput
+from quant.layer import QuantizedLinear
 from quant.nf4 import QuantizedTensor, quantize
-from quant.product import linear_4bit
 
 Network = TypeVar("Network", bound=nn.Module)
-
-
-class QuantizedLinear(nn.Module):
-    """y = x Wᵀ + b with a frozen W of four bits a number: `weight`, a QuantizedTensor, as `bias` is a parameter.
-
-    compute: the format of the product, whatever x has (bitsandbytes' `compute_dtype`); None: x's own, or autocast's.
-    """
-
-    compute: torch.dtype | None = None
-
-    def __init__(self, weight: QuantizedTensor, bias: nn.Parameter | None = None):
-        super().__init__()
-        self.weight, self.bias = weight, bias
-        self.out_features, self.in_features = weight.shape
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.product(x, self.bias)
-
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if self.compute is None:
-            return linear_4bit(x, self.weight, bias)
-        with torch.autocast(x.device.type, enabled=False):
-            return linear_4bit(x.to(self.compute), self.weight, bias).to(x.dtype)
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """W, O × I, in the order of the layer's outputs."""
-        return self.weight.dequantize(dtype)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-
-
-class ReorderedLinear(QuantizedLinear):
-    """W as a family publishes it, of which this network has the rows in another order: y[order]. They cannot change places in
-    W itself, for blocks of scales run over them. The bias is in the network's order."""
-
-    def __init__(self, weight: QuantizedTensor, bias: nn.Parameter | None, order: Tensor):
-        super().__init__(weight, bias)
-        self.register_buffer("order", order, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.product(x, None)[..., self.order]
-        return y if self.bias is None else y + self.bias.to(y.dtype)
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        return super().dequantize(dtype)[self.order]
 
 
 def quantized_layers(network: nn.Module) -> dict[str, QuantizedLinear]:
@@ -96,7 +53,11 @@ def quantizable(
     network: nn.Module, skip: Iterable[str] = ("lm_head",), published: Mapping[str, str] | None = None
 ) -> dict[str, nn.Linear]:
     """path -> layer, of the linear layers that are quantized: all but heads, which are read off with all their bits, and those
-    that a regular expression of `skip` is found in, by their own name or by the `published` one."""
+    that a regular expression of `skip` is found in, by their own name or by the `published` one.
+
+    Errors (QuantError): a layer that holds matrices and is neither linear nor a table, and is not skipped: what it computes
+    with them nothing here knows.
+    """
     names = published or {}
     if isinstance(skip, str):
         raise QuantError(f"skip={skip!r}: a tuple of regular expressions is expected")
@@ -106,10 +67,37 @@ def quantizable(
         raise QuantError(f"skip={list(skip)}: not regular expressions: {error}") from None
     found = {}
     for path, module in network.named_modules():
-        if isinstance(module, nn.Linear) and not (path == "head" or path.startswith("head.")):
-            if not any(pattern.search(name) for pattern in patterns for name in (path, names.get(path, path))):
-                found[path] = module
+        kept = path == "head" or path.startswith("head.")
+        if kept or any(pattern.search(name) for pattern in patterns for name in (path, names.get(path, path))):
+            continue
+        if isinstance(module, nn.Linear):
+            found[path] = module
+        elif unknown(module):
+            raise QuantError(
+                f"{path} is a {type(module).__name__}, a kind of layer that cannot be quantized; to leave it as it is: "
+                f"--skip {re.escape(path)!r}"
+            )
     return found
+
+
+def unknown(module: nn.Module) -> bool:
+    """Whether it holds matrices that are multiplied in a way of its own: torch's other kinds of layers, and stacks of them."""
+    sizes = [parameter.dim() for parameter in module.parameters(recurse=False) if parameter.is_floating_point()]
+    torchs = type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Embedding | nn.EmbeddingBag)
+    return any(size > (1 if torchs else 2) for size in sizes) and not isinstance(module, NORMS)
+
+
+NORMS = (nn.LayerNorm, nn.RMSNorm)  # whose weight may have several axes
+
+
+# ---- a layer of each scheme
+
+
+def four_bits(weight: Tensor, bias: nn.Parameter | None, asked: FourBit, input: StaticInput | None) -> QuantizedLinear:
+    small = QUANTIZE[weight.device.type](weight, block_size=asked.block_size, double=asked.double, scheme=asked.scheme)
+    layer = QuantizedLinear(small, bias)
+    layer.compute = None if asked.compute is None else getattr(torch, asked.compute)
+    return layer
 
 
 def quantize_by_kernel(weight: Tensor, **settings) -> QuantizedTensor:
@@ -121,27 +109,66 @@ def quantize_by_kernel(weight: Tensor, **settings) -> QuantizedTensor:
 QUANTIZE: dict[str, Callable[..., QuantizedTensor]] = {"cpu": quantize, "cuda": quantize_by_kernel}
 
 
+def whole_numbers(weight: Tensor, bias: nn.Parameter | None, asked: Int8, input: StaticInput | None) -> QuantizedLinear:
+    grid = Grid.of(asked.bits, not asked.affine_weights)
+    small = int8.quantize(weight, grid=grid, granularity=asked.granularity, group_size=asked.group_size)
+    if asked.scheme == "int8-dynamic":
+        return Int8Linear(small, bias, DynamicInput(Grid(symmetric=not asked.affine_inputs)))
+    if input is None:
+        raise QuantError("int8-static needs inputs that were observed: quant.calibrate.observe(network, batches, …)")
+    return Int8Linear(small, bias, input)
+
+
+LAYERS: dict[str, Callable[..., QuantizedLinear]] = {
+    "nf4": four_bits,
+    "fp4": four_bits,
+    "int8-dynamic": whole_numbers,
+    "int8-static": whole_numbers,
+}
+
+
+def layer_of(
+    weight: Tensor, bias: nn.Parameter | None, asked: FourBit | Int8, input: StaticInput | None = None
+) -> QuantizedLinear:
+    """The layer of a matrix O × I. Errors (QuantError): inf and NaN, with the place of the first; sizes that do not fit."""
+    return LAYERS[asked.scheme](weight, bias, asked, input)
+
+
 def quantize_linears(
-    network: Network, scheme: str = "nf4", skip: Iterable[str] = ("lm_head",), *, block_size: int = 64, double: bool = True
+    network: Network,
+    scheme: str = "nf4",
+    skip: Iterable[str] = ("lm_head",),
+    *,
+    inputs: Mapping[str, StaticInput] | None = None,
+    watch: Callable[[str, Tensor, nn.Module], None] | None = None,
+    **settings,
 ) -> Network:
     """Put a `QuantizedLinear` in the place of each layer that is `quantizable`, weight by weight, so that memory is given back
     as it goes. Returns the network. `skip` is searched in published names too, where the network has a table of them.
 
-    Errors (QuantError): a network with adapters, or without values; nothing to quantize; inf or NaN, with the layer's name and
-    the place: layers before it are quantized then.
+    settings: more of `quant.config.FourBit` or `Int8`, by the scheme. inputs: of int8-static, path -> what was observed
+    (`quant.calibrate`). watch: called with a layer's path, its weight and what became of it.
+
+    Errors (QuantError): a network with adapters, or without values; nothing to quantize, or a kind of layer that cannot be; inf
+    or NaN, with the layer's name and the place: layers before it are quantized then.
     """
+    if isinstance(skip, str):
+        raise QuantError(f"skip={skip!r}: a tuple of regular expressions is expected")
+    asked = settings_of(scheme, skip=tuple(skip), **settings)
     if getattr(network, "adapters", None):
         raise QuantError("the network has adapters: quantize it before they are put on, or after remove(merge(network))")
-    layers = quantizable(network, skip, network.published() if hasattr(network, "published") else None)
+    layers = quantizable(network, asked.skip, network.published() if hasattr(network, "published") else None)
     if not layers:
-        raise QuantError(f"no linear layer to quantize in a {type(network).__name__}, with skip={tuple(skip)}")
+        raise QuantError(f"no linear layer to quantize in a {type(network).__name__}, with skip={asked.skip}")
     for path, layer in layers.items():
         try:
             weight = layer.weight.detach()
             if weight.is_meta:
                 raise QuantError("it has no values yet")
-            small = QUANTIZE[weight.device.type](weight, block_size=block_size, double=double, scheme=scheme)
+            new = layer_of(weight, layer.bias, asked, (inputs or {}).get(path))
         except QuantError as error:
             raise QuantError(f"{path}.weight: {error}") from None
-        network.set_submodule(path, QuantizedLinear(small, layer.bias))
+        network.set_submodule(path, new)
+        if watch is not None:
+            watch(path, weight, new.weight)
     return network

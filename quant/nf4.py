@@ -133,6 +133,10 @@ class QuantizedTensor(torch.nn.Module):
         """code · absmax, multiplied in float32 and rounded once, to `dtype` or that of the tensor that was quantized."""
         return DEQUANTIZE.get(self.device.type, dequantize)(self, dtype or self.dtype)
 
+    def pieces(self) -> Iterator[tuple[int, Tensor]]:
+        """(place of its first number, flat numbers in float32), a piece at a time."""
+        return pieces(self)
+
     def _apply(self, fn, recurse: bool = True):
         """`.to(device)` moves it; `.to(dtype)`, `.half()` … leave its formats alone: scales are float32 by definition."""
         formats = {name: buffer.dtype for name, buffer in self.named_buffers()}

@@ -19,7 +19,8 @@ from lora.config import LoraConfig
 from lora.inject import add_adapters
 from model.config import ModelConfig
 from model.init import empty
-from quant.linear import QUANTIZE, QuantizedLinear, quantizable
+from quant.layer import QuantizedLinear
+from quant.linear import QUANTIZE, quantizable
 from quant.nf4 import QuantizedTensor
 from quant.product import linear_4bit
 from tests.bench.timing import alternate, ratio, table

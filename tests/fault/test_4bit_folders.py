@@ -92,7 +92,7 @@ CASES = {  # name: (folder, change, message)
     "another method": (
         "double",
         settings(quant_method="gptq"),
-        "quantization_config has the method 'gptq'; bitsandbytes' is read",
+        "quantization_config has the method 'gptq'; bitsandbytes' and compressed-tensors' are read",
     ),
     "a method that is no name": ("double", settings(quant_method={}), "quantization_config has the method {}"),
     "eight bits": (

@@ -13,7 +13,8 @@ import lora.peft_io
 import model.__main__ as model_command
 import model.hub
 from quant.config import FourBit
-from quant.linear import QuantizedLinear, quantized_layers
+from quant.layer import QuantizedLinear
+from quant.linear import quantized_layers
 from tests.bench.qlora import SEEDS, in_16_bits, learned
 from tests.bench.shown import open_task
 from tests.fault.test_ranks import torchrun

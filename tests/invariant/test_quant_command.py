@@ -28,7 +28,8 @@ from data.tokenizer import load_tokenizer
 from model.account import columns
 from quant import nf4, report
 from quant.config import FourBit
-from quant.linear import QuantizedLinear, quantized_layers
+from quant.layer import QuantizedLinear
+from quant.linear import quantized_layers
 from quant.nf4 import quantize
 from tests.conftest import randomized, tiny_config
 from tests.invariant.test_command_line import HEAVY, HELP

@@ -16,7 +16,8 @@ from model.config import ModelConfig
 from model.init import build, empty
 from model.rope import interleaved_to_halves
 from quant.config import FourBit, QuantError
-from quant.linear import QuantizedLinear, ReorderedLinear, dense, quantize_linears, quantized_layers
+from quant.layer import QuantizedLinear, ReorderedLinear
+from quant.linear import dense, quantize_linears, quantized_layers
 from quant.nf4 import QuantizedTensor, quantize
 from tests.conftest import randomized, tiny_config
 

@@ -20,7 +20,8 @@ from model.rope import halves_to_interleaved
 from model.weights import to_published, weight_table
 from quant.bnb_io import read_config
 from quant.config import FourBit
-from quant.linear import QuantizedLinear, ReorderedLinear, dense, quantize_linears
+from quant.layer import QuantizedLinear, ReorderedLinear
+from quant.linear import dense, quantize_linears
 from tests.conftest import randomized, tiny_config
 from tests.oracle.test_model import CLASSES, how
 from tests.oracle.test_peft_folders import inputs

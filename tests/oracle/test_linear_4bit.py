@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from quant import nf4, product
-from quant.linear import QuantizedLinear, ReorderedLinear
+from quant.layer import QuantizedLinear, ReorderedLinear
 from quant.nf4 import QuantizedTensor, quantize
 from quant.product import input_gradient, linear_4bit
 

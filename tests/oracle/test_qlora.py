@@ -16,7 +16,8 @@ from lora.merge_folder import merge_folder
 from lora.peft_io import load, open_network, save
 from model.network import Network
 from quant.config import FourBit, QuantError
-from quant.linear import QuantizedLinear, quantize_linears, quantized_layers
+from quant.layer import QuantizedLinear
+from quant.linear import quantize_linears, quantized_layers
 from quant.nf4 import quantize
 from tests.conftest import randomized, tiny_config
 from tests.oracle.adapter_twins import published_name, randomize, trained

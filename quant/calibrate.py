@@ -1,0 +1,73 @@
+"""Static scales of the inputs of a network's linear layers, observed on text that is like what it will read."""
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from quant.config import QuantError
+from quant.int8 import AFFINE, Grid
+from quant.int8_linear import StaticInput
+from quant.linear import quantizable
+from quant.observe import OBSERVERS, Observer
+
+Batch = TypeVar("Batch")
+
+
+@torch.no_grad()
+def observe(
+    network: nn.Module,
+    batches: Iterable[Batch],
+    run: Callable[[nn.Module, Batch], object] = lambda network, batch: network(**batch),
+    *,
+    observer: str = "histogram",
+    grid: Grid = AFFINE,
+    skip: Iterable[str] = ("lm_head",),
+) -> dict[str, StaticInput]:
+    """path -> scale and zero point of the layer's input, for each `quantizable` layer, over all the batches.
+
+    run(network, batch) is one forward; padding is observed too. observer: one of `quant.observe.OBSERVERS`. Where an input is
+    always 0 its scale is 2^-23, the least. The network is as it was afterwards, in eval mode while it is observed.
+
+    Errors (QuantError): no batch, or only empty ones; a layer that no batch reached, or whose input is inf or NaN, by name.
+    """
+    if observer not in OBSERVERS:
+        raise QuantError(f"unknown observer {observer!r}; observers: {', '.join(OBSERVERS)}")
+    layers = quantizable(network, skip, network.published() if hasattr(network, "published") else None)
+    if not layers:
+        raise QuantError(f"no linear layer to observe in a {type(network).__name__}, with skip={tuple(skip)}")
+    watched = {path: OBSERVERS[observer](grid) for path in layers}
+    training, seen = network.training, 0
+    with ExitStack() as hooks:
+        for path, layer in layers.items():
+            hooks.callback(layer.register_forward_pre_hook(watching(path, watched[path])).remove)
+        network.eval()
+        try:
+            for batch in batches:
+                run(network, batch)
+                seen += 1
+        finally:
+            network.train(training)
+    if not seen:
+        raise QuantError("the calibration set is empty: static scales are observed on it")
+    return {path: fixed(path, each, grid) for path, each in watched.items()}
+
+
+def watching(path: str, observer: Observer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        try:
+            observer.observe(inputs[0].detach())
+        except QuantError as error:
+            raise QuantError(f"the input of {path}: {error}") from None
+
+    return hook
+
+
+def fixed(path: str, observer: Observer, grid: Grid) -> StaticInput:
+    try:
+        scale, zero = observer.scales()
+    except QuantError as error:
+        raise QuantError(f"the input of {path}: {error}") from None
+    return StaticInput(scale, zero, grid)

@@ -1,0 +1,182 @@
+"""y = x Wᵀ + b from whole numbers on tensor cores: `quant.int8_product.product_reference`, bit for bit.
+
+Products of INT8 are added up in int32, along a group of a row or the whole of it. From Σ q p comes Σ (q - z)(p - u), in int32 too:
+
+    Σ q p - z Σ p - u (Σ q - |g| z)
+
+where Σ p is kept with the weight, and Σ q is made on the way, where W has zero points. Only that whole number is turned into
+float32, times t of the weight's group, which are added up in the order of the groups, times s of the row, plus b: each step is
+rounded, as the twin's are (no fused multiply-add), and y once more, to its format.
+
+int32 holds the sum of a group of 131,071 products at least, of 65,793 if x or W has zero points, of 33,025 if both have: what
+is between may pass its ends, for it wraps around and comes back. A row of x whose scale is inf or NaN gives NaN.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quant.int8 import Int8Tensor
+from quant.int8_product import Codes
+from quant.kernels.matmul_4bit import GROUP, rounded, tile_of, widened
+
+# Up to so many rows: tiles of N, O, I numbers, warps, stages. Few rows: small tiles of y, so that there are programs enough to
+# ask for the weight on every multiprocessor, and long ones, with several under way. Estimates, from bytes: no card has judged.
+TILES = {
+    16: (16, 32, 256, 4, 4),
+    64: (64, 32, 256, 4, 4),
+    256: (64, 128, 128, 4, 3),
+    math.inf: (128, 128, 128, 8, 3),
+}
+SHORTEST = 32  # numbers along I that an instruction of the tensor cores multiplies
+WRITTEN = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@triton.jit
+def added(sum_NO, q_N, x_row, w_row, left, i, MASKED: tl.constexpr, W_ZERO: tl.constexpr):
+    """(Σ q p, Σ q), with a tile's products; `left` numbers are in it."""
+    if MASKED:
+        x = tl.load(x_row + i[None, :], mask=i[None, :] < left, other=0)
+        w = tl.load(w_row + i[None, :], mask=i[None, :] < left, other=0)
+    else:
+        x = tl.load(x_row + i[None, :])
+        w = tl.load(w_row + i[None, :])
+    if W_ZERO:
+        q_N += tl.sum(x.to(tl.int32), axis=1)
+    return tl.dot(x, tl.trans(w), sum_NO, out_dtype=tl.int32), q_N
+
+
+@triton.jit
+def int8_matmul_kernel(
+    x_ptr,
+    w_ptr,
+    x_scale_ptr,
+    x_zero_ptr,
+    w_scale_ptr,
+    w_zero_ptr,
+    w_sum_ptr,
+    bias_ptr,
+    y_ptr,
+    rows,
+    outs,
+    ins,
+    groups,
+    size,
+    x_step,
+    w_step,
+    X_ZERO: tl.constexpr,
+    W_ZERO: tl.constexpr,
+    BIAS: tl.constexpr,
+    MASKED: tl.constexpr,
+    ONE_STEP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Tile (n, o) of y; x, W and y contiguous; `size` of a row's `ins` numbers are a group; steps: from row to row of scales."""
+    tile_n, tile_o = tile_of(tl.program_id(0), tl.cdiv(rows, BLOCK_N), tl.cdiv(outs, BLOCK_O), GROUP)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
+    i = tl.arange(0, BLOCK_I)
+    x_n, w_o = tl.minimum(n, rows - 1).to(tl.int64), tl.minimum(o, outs - 1).to(tl.int64)  # past the end: read, never stored
+    x_row, w_row = x_ptr + x_n[:, None] * ins, w_ptr + w_o[:, None] * ins
+    if X_ZERO:
+        z_N = tl.load(x_zero_ptr + x_n * x_step)
+    y = tl.zeros((BLOCK_N, BLOCK_O), dtype=tl.float32)
+    for g in range(0, groups):
+        sum_NO, q_N = tl.zeros((BLOCK_N, BLOCK_O), dtype=tl.int32), tl.zeros((BLOCK_N,), dtype=tl.int32)
+        if ONE_STEP:
+            sum_NO, q_N = added(sum_NO, q_N, x_row + g * size, w_row + g * size, size, i, MASKED, W_ZERO)
+        else:
+            for start in range(0, size, BLOCK_I):
+                first = g * size + start
+                sum_NO, q_N = added(sum_NO, q_N, x_row + first, w_row + first, size - start, i, MASKED, W_ZERO)
+        if X_ZERO:
+            sum_NO -= z_N[:, None] * tl.load(w_sum_ptr + w_o * groups + g)[None, :]
+            q_N -= z_N * size
+        if W_ZERO:
+            sum_NO -= q_N[:, None] * tl.load(w_zero_ptr + w_o * w_step + g)[None, :]
+        y += sum_NO.to(tl.float32) * tl.load(w_scale_ptr + w_o * w_step + g)[None, :]
+    y *= tl.load(x_scale_ptr + x_n * x_step)[:, None]
+    if BIAS:
+        y += tl.load(bias_ptr + w_o).to(tl.float32)[None, :]
+    place = y_ptr + n.to(tl.int64)[:, None] * outs + o[None, :]
+    tl.store(place, rounded(y, y_ptr.dtype.element_ty, WIDEN), mask=(n < rows)[:, None] & (o < outs)[None, :])
+
+
+def settings(rows: int, size: int) -> tuple[dict, dict]:
+    """(constants, options) of the kernel's launch, by the rows of x and the numbers of a group."""
+    n, o, i, warps, stages = next(tile for most, tile in TILES.items() if rows <= most)
+    i = min(i, max(SHORTEST, triton.next_power_of_2(size)))
+    constants = {"BLOCK_N": n, "BLOCK_O": o, "BLOCK_I": i, "GROUP": GROUP, "MASKED": size % i != 0, "ONE_STEP": size <= i}
+    return constants, {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+
+
+def checked(x: Codes, w: Int8Tensor, b_O: Tensor | None, dtype: torch.dtype) -> None:
+    """Raise what a user can put right: TypeError for a format, ValueError for a size."""
+    if x.codes.dtype != torch.int8 or w.codes.dtype != torch.int8 or dtype not in WRITTEN:
+        raise TypeError(f"int8 is multiplied by int8, to {', '.join(map(str, WRITTEN))}: {x.codes.dtype}, {w.codes.dtype}, {dtype}")
+    outs, ins = w.shape
+    if x.codes.dim() != 2 or x.codes.size(1) != ins:
+        raise ValueError(f"N × {ins} is multiplied by the {(outs, ins)} weight, not {tuple(x.codes.shape)}")
+    for part in (x.scale, x.zero):
+        if part is not None and part.shape not in ((len(x.codes), 1), (1, 1)):
+            raise ValueError(f"scales and zero points of {len(x.codes)} rows are N × 1 or 1 × 1, not {tuple(part.shape)}")
+    if b_O is not None and b_O.shape != (outs,):
+        raise ValueError(f"the bias of a {(outs, ins)} weight has {outs} numbers, not {tuple(b_O.shape)}")
+    most = (2**31 - 1) // math.prod(128 if part is None else 255 for part in (x.zero, w.zero))
+    if w.group_size > most:
+        raise ValueError(f"int32 holds the sum of {most} products here, and {w.group_size} share a scale: use groups of fewer")
+
+
+def sums_of(w: Int8Tensor) -> Tensor:
+    """Σ p of each group of each row, O × G, int32: kept beside the weight, and made anew when its codes change."""
+    key = w.codes.device, w.codes.data_ptr(), w.codes._version
+    if getattr(w, "summed", (None,))[0] != key:
+        w.summed = key, w.codes.unflatten(1, (w.scale.size(1), -1)).sum(2, dtype=torch.int32)
+    return w.summed[1]
+
+
+def step_of(part: Tensor) -> int:
+    """From one row's scale to the next one's: 0 where all have one."""
+    return part.size(1) if part.size(0) > 1 else 0
+
+
+def int8_matmul(x: Codes, w: Int8Tensor, b_O: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """x Wᵀ + b, N × O in `dtype`: `product_reference(x, w, b).to(dtype)`. The bias has any floating-point format."""
+    checked(x, w, b_O, dtype)
+    rows, (outs, ins) = len(x.codes), w.shape
+    y_NO = x.codes.new_empty(rows, outs, dtype=dtype)
+    constants, options = settings(rows, w.group_size)
+    programs = triton.cdiv(rows, constants["BLOCK_N"]) * triton.cdiv(outs, constants["BLOCK_O"])
+    if programs:
+        int8_matmul_kernel[(programs,)](
+            x.codes.contiguous(),
+            w.codes.contiguous(),
+            x.scale.contiguous(),
+            x.scale if x.zero is None else x.zero.contiguous(),  # what is not there is not read
+            w.scale.contiguous(),
+            w.scale if w.zero is None else w.zero.contiguous(),
+            w.scale if x.zero is None else sums_of(w),
+            y_NO if b_O is None else b_O.contiguous(),
+            y_NO,
+            rows=rows,
+            outs=outs,
+            ins=ins,
+            groups=w.scale.size(1),
+            size=w.group_size,
+            x_step=step_of(x.scale),
+            w_step=step_of(w.scale),
+            X_ZERO=x.zero is not None,
+            W_ZERO=w.zero is not None,
+            BIAS=b_O is not None,
+            WIDEN=widened(dtype),
+            **constants,
+            **options,
+        )
+    return y_NO

@@ -6,7 +6,7 @@ The network only; a tokenizer's files belong to `data.tokenizer`. Nothing here r
 import json
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +27,7 @@ from model.weights import Weight, head_spec, published_constants, published_name
 if TYPE_CHECKING:
     from quant.config import FourBit, Int8
     from quant.folder import QuantizedWeights, Watch
+    from quant.int8_linear import StaticInput
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -175,6 +176,7 @@ def load(
     labels: int | None = None,
     seed: int = 0,
     quantization: "FourBit | Int8 | None" = None,
+    inputs: "Mapping[str, StaticInput] | None" = None,
     watch: "Watch | None" = None,
 ) -> Network:
     """Read a folder into a new network, in the folder's dtype unless one is given, and in eval mode: dropout is off
@@ -189,8 +191,9 @@ def load(
     does not hold in this shape are then new, from `seed`.
 
     quantization: round the linear layers to few bits as they are read (`quant.config`). Where the folder has them so already,
-    its `quantization_config` says, and they are read as they are; `dtype` is then that of the other weights. watch: called with
-    the published name, the weight and what became of it, at each that is rounded.
+    its `quantization_config` says, and they are read as they are; `dtype` is then that of the other weights. inputs: for
+    int8-static, what `quant.calibrate` observed. watch: called with the published name, the weight and what became of it, at
+    each that is rounded.
     """
     folder = Path(folder)
     own = read_config(folder, any_head=head is not None)
@@ -203,7 +206,7 @@ def load(
     try:
         with ExitStack() as opened:
             files = {path: opened.enter_context(WeightFile(path)) for path in weight_files(folder)}
-            small, room = quantized_weights(folder, list(files.values()), network, quantization, watch), Room()
+            small, room = quantized_weights(folder, list(files.values()), network, quantization, inputs, watch), Room()
             found = _match(files, config, parameters, small.others if small else (), asked=asked)
             missing = sorted(set(parameters) - set(found.sources))
             if any(not (asked and name.startswith("head.")) for name in missing):
@@ -285,7 +288,12 @@ def _match(
 
 
 def quantized_weights(
-    folder: Path, files: list[WeightFile], network: Network, asked: "FourBit | Int8 | None" = None, watch: "Watch | None" = None
+    folder: Path,
+    files: list[WeightFile],
+    network: Network,
+    asked: "FourBit | Int8 | None" = None,
+    inputs: "Mapping[str, StaticInput] | None" = None,
+    watch: "Watch | None" = None,
 ) -> "QuantizedWeights | None":
     """What of a network is quantized in its folder, or is to be when it is read; None: nothing."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -299,7 +307,9 @@ def quantized_weights(
     published = {name: row.published for name, row in table.items() if row.layout != "wide"}  # transformers keeps wide ones too
     dtype = dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
     try:
-        return QuantizedWeights(network, files, published, entry=entry, asked=asked, dtype=dtype, watch=watch)
+        return QuantizedWeights(
+            network, files, published, entry=entry, asked=asked, inputs=inputs, dtype=dtype, watch=watch
+        )
     except QuantError as error:
         raise HubError(f"{folder}: {error}") from None
 

@@ -1,7 +1,8 @@
-"""`python -m quant nf4|fp4 FOLDER --out DIR`: a model folder with its linear layers in four bits, and what that cost.
+"""`python -m quant SCHEME FOLDER --out DIR`: a model folder with its linear layers in few bits, and what that cost.
 
-In memory at once: what is 4-bit so far, what stays as it is, and one matrix in the folder's own format. For the perplexity the
-4-bit network is scored first and given up; then the original one is read, which must fit alone.
+In memory at once: what is quantized so far, what stays as it is, and one matrix in the folder's own format; int8-static, whose
+inputs are observed first, has the original network whole. For the perplexity the quantized network is scored first and given
+up; then the original one is read, which must fit alone.
 """
 
 import json
@@ -9,29 +10,27 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import tyro
 
-from quant.config import FourBit, QuantError
+from quant.config import FourBit, Int8, QuantError
+from quant.options import KINDS, Int8Static, Options
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor, nn
 
     from model.config import ModelConfig
     from model.network import Network
-    from quant.nf4 import QuantizedTensor
+    from quant.int8_linear import StaticInput
     from quant.report import Layer
-    from train.tasks.task import Scores, Task
+    from train.tasks.task import Task
 
 PICTURE = "quantization.png"
-WINDOW = 2048  # tokens of a text that is scored, at the most
-TOKENS_AT_ONCE = 2048  # in a batch of short windows
-OBJECTIVES = {("decoder", "lm"): "clm", ("encoder", "mlm"): "mlm", ("encoder", "pretraining"): "mlm"}
 PARTS = {  # what stays as it is, by the role of a parameter
     "embedding": "embeddings",
     "position": "embeddings",
@@ -42,49 +41,8 @@ PARTS = {  # what stays as it is, by the role of a parameter
 }
 
 
-@dataclass(frozen=True)
-class Options:
-    """What all commands here ask."""
-
-    folder: Annotated[Path, tyro.conf.Positional]
-    """A model folder, or a run (its best checkpoint, else its last)."""
-    out: Path
-    """The folder to write; it must be empty, or not there yet."""
-    double: bool = True
-    """The blocks' scales in eight bits too (double quantization)."""
-    block_size: int = 64
-    """Weights that share a scale: 32, 64 … 4096."""
-    skip: tuple[str, ...] = ()
-    """Regular expressions: matrices in whose name one is found stay as they are. Heads and embeddings do anyway."""
-    per_layer: bool = False
-    """A row of the table for each matrix, however many they are."""
-    perplexity: bool = True
-    """Score held-out text before and after."""
-    corpus: tuple[str, ...] = ()
-    """Its validation split is scored: files, folders, globs or a built-in name, as for training. Default: the text that the run
-    was trained on; of another folder, Python's documentation."""
-    eval_tokens: int = 50_000
-    """Score at most so many tokens."""
-    cache: Path | None = None
-    """Folder for the prepared text. Default: as for training."""
-    device: str = "cpu"
-    """Where perplexity is measured: cpu, cuda, …"""
-    threads: int = 0
-    """CPU threads; 0 leaves torch's choice."""
-
-
-@dataclass(frozen=True)
-class Nf4(Options):
-    """NF4: sixteen values at the quantiles of a normal distribution. The usual choice, of QLoRA too."""
-
-
-@dataclass(frozen=True)
-class Fp4(Options):
-    """FP4: a sign, two bits of exponent, one of fraction. Coarser than NF4 for weights as training leaves them."""
-
-
-def four_bit(options: Options, scheme: str) -> None:
-    settings = FourBit(scheme, options.double, options.block_size, options.skip)
+def quantize(options: Options, scheme: str) -> None:
+    settings = options.settings(scheme)
     check_values(options)
 
     import torch
@@ -92,7 +50,8 @@ def four_bit(options: Options, scheme: str) -> None:
     import model.hub
     from lora.merge_folder import copy_the_rest, give_back_freed_memory
     from model.account import columns
-    from quant.report import account, amount, normal_error, score_line, score_table, table, together
+    from quant.report import account, amount, described, normal_error, score_line, score_table, table, together
+    from train import held_out
     from train.checkpoint import resolve
     from train.setup import checked_device
 
@@ -103,31 +62,32 @@ def four_bit(options: Options, scheme: str) -> None:
     refuse_taken(options.out, folder)
     config = model.hub.read_config(folder)
     refuse_quantized(folder)
-    matrices = count(config, settings, folder)
-    task = held_out(options, config, folder)
+    paths = matrices(config, settings, folder)
+    task = text_of(options, config, folder, options.corpus) if options.perplexity else "--no-perplexity"
 
     with whole_or_not_there(options.out) as making:
-        network, layers = quantized(folder, settings, device, matrices)
+        inputs = observed(options, config, folder, settings, device, task) if isinstance(options, Int8Static) else None
+        network, layers = quantized(folder, settings, device, paths, inputs)
         kept = parts(network)
         model.hub.save(network, making)
         copy_the_rest(folder, making)
         files, normal = (bytes_of_weights(folder), bytes_of_weights(making)), normal_error(settings)
-        how = f"{scheme}, blocks of {settings.block_size}, {together('', layers).bits:.3f} bits a weight"
+        how, what = f"{described(settings)}, {together('', layers).bits:.3f} bits a weight", f"{settings.bits}-bit matrices"
         print(f"{how} (error: ‖W − Ŵ‖ / ‖W‖, cosine: of W and Ŵ)")
         print(columns(table(layers, per_layer=options.per_layer)))
         print(f"  the error of normally distributed numbers: {normal:.4f}\n")
-        print(columns(account(layers, kept, files)) + "\n")
+        print(columns(account(what, layers, kept, files)) + "\n")
         if isinstance(task, str):
             said = f"perplexity not measured: {task}"
             print(said)
         else:
-            after = score(network, task, scheme)
+            after = held_out.score(network, task, scheme)
             del network  # first: beside it the original might not fit
-            before = score(model.hub.load(folder, device=device), task, "before")
+            before = held_out.score(model.hub.load(folder, device=device), task, "before")
             said = score_line(before, after)
-            print(f"held-out text: {described(task)}\n{columns(score_table(before, after, scheme))}\n")
+            print(f"held-out text: {held_out.described(task)}\n{columns(score_table(before, after, scheme))}\n")
         title = f"{options.folder.absolute().name}: {how} · {amount(files[0])} → {amount(files[1])}"
-        print(drawn(layers, kept, making, options.out, title=title, caption=said, normal=normal))
+        print(drawn(layers, kept, making, options.out, what=what, title=title, caption=said, normal=normal))
     print(f"written: {options.out}: {amount(files[1])} of weights, was {amount(files[0])}")
     print(f"try it:  {try_it(config, options.out)}")
 
@@ -155,8 +115,9 @@ def refuse_quantized(folder: Path) -> None:
         raise QuantError(f"{folder} is quantized already ({how}): quantize the folder that it was made from")
 
 
-def count(config: "ModelConfig", settings: FourBit, folder: Path) -> int:
-    """How many matrices will be quantized, told from a network without memory, before any text or weight is read."""
+def matrices(config: "ModelConfig", settings: FourBit | Int8, folder: Path) -> dict[str, str]:
+    """Our path -> published name, of the layers that will be quantized, told from a network without memory, before any text or
+    weight is read."""
     from model.init import empty
     from model.weights import weight_table
     from quant.linear import quantizable
@@ -166,7 +127,7 @@ def count(config: "ModelConfig", settings: FourBit, folder: Path) -> int:
     found = quantizable(empty(config, device="meta"), settings.skip, names).keys() & names.keys()
     if not found:
         raise QuantError(f"{folder}: no matrix is left to quantize, with --skip {shlex.join(settings.skip)}")
-    return len(found)
+    return {path: name for path, name in names.items() if path in found}
 
 
 @contextmanager
@@ -183,21 +144,62 @@ def whole_or_not_there(out: Path) -> Iterator[Path]:
         raise
 
 
-def quantized(folder: Path, settings: FourBit, device: "torch.device", matrices: int) -> "tuple[Network, list[Layer]]":
-    """The network in four bits, and each matrix compared with what it was, while both are there."""
+def quantized(
+    folder: Path,
+    settings: FourBit | Int8,
+    device: "torch.device",
+    paths: dict[str, str],
+    inputs: "dict[str, StaticInput] | None",
+) -> "tuple[Network, list[Layer]]":
+    """The quantized network, and each matrix compared with what it was, while both are there."""
     from tqdm import tqdm
 
     from model.hub import load
     from quant.report import measure
 
     layers: list[Layer] = []
-    with tqdm(total=matrices, unit="matrix", desc="quantizing", disable=not sys.stderr.isatty(), leave=False) as bar:
+    with tqdm(total=len(paths), unit="matrix", desc="quantizing", disable=not sys.stderr.isatty(), leave=False) as bar:
 
-        def watch(name: str, weight: "torch.Tensor", small: "QuantizedTensor") -> None:
+        def watch(name: str, weight: "Tensor", small: "nn.Module") -> None:
             layers.append(measure(name, weight, small))
             bar.update()
 
-        return load(folder, quantization=settings, watch=watch).to(device), layers
+        return load(folder, quantization=settings, inputs=inputs, watch=watch).to(device), layers
+
+
+def observed(
+    options: Int8Static, config: "ModelConfig", folder: Path, settings: Int8, device: "torch.device", task: "Task | str"
+) -> "dict[str, StaticInput]":
+    """What each layer's input ranges over, on text of the training split."""
+    from tqdm import tqdm
+
+    from model.hub import load
+    from quant.calibrate import observe
+    from quant.int8 import Grid
+
+    text = task if isinstance(task, str) or not options.calibrate else None
+    if text is None or (isinstance(text, str) and text == "--no-perplexity"):
+        text = text_of(options, config, folder, options.calibrate)
+    if isinstance(text, str):
+        raise QuantError(f"--calibrate: inputs are observed on text, as perplexity is measured: {text}")
+    asked = text.config
+    tokens = min(options.calibrate_tokens, text.shards.train.tokens)
+    steps = range(-(-tokens // (asked.optimizer.batch_size * asked.network.context)))
+    shown = tqdm(steps, unit="batch", desc="observing", disable=not sys.stderr.isatty(), leave=False)
+    batches = ({name: value.to(device) for name, value in batch.items()} for step in shown for batch in text.step(step))
+    network = load(folder, device=device)
+    objective = text.objective(network)
+    inputs = observe(
+        network,
+        batches,
+        lambda network, batch: objective(batch),
+        observer=options.observer,
+        grid=Grid(symmetric=not settings.affine_inputs),
+        skip=settings.skip,
+    )
+    rows = len(steps) * asked.optimizer.batch_size * asked.network.context
+    print(f"inputs observed ({options.observer}) on {' '.join(asked.data.corpus)}: {rows:,} tokens of its training split")
+    return inputs
 
 
 def parts(network: "Network") -> dict[str, tuple[int, int]]:
@@ -218,68 +220,10 @@ def bytes_of_weights(folder: Path) -> int:
     return sum(path.stat().st_size for path in weight_files(folder))
 
 
-# ---- scored on text
+def text_of(options: Options, config: "ModelConfig", folder: Path, corpus: tuple[str, ...]) -> "Task | str":
+    from train.held_out import open_text
 
-
-def held_out(options: Options, config: "ModelConfig", folder: Path) -> "Task | str":
-    """The held-out text as training validates on it, or why there is none. Errors only where a corpus was asked for."""
-    if not options.perplexity:
-        return "--no-perplexity"
-    objective = OBJECTIVES.get((config.architecture, config.head))
-    if objective is None:
-        article = "a" if config.architecture == "decoder" else "an"
-        return f"it is that of words in plain text, and this is {article} {config.architecture} with the head {config.head!r}"
-
-    from data.config import DataConfig, DataError
-    from data.shards import prepare
-    from data.tokenizer import load_tokenizer
-    from train.config import NetworkConfig, OptimizerConfig, ReportConfig, RunConfig, TrainConfig, TrainError
-    from train.loop import settings
-    from train.setup import TASKS
-
-    try:
-        tokenizer = load_tokenizer(folder, config.vocab_size)
-        run = folder.parents[1]
-        is_run = folder.parent.name == "checkpoints" and (run / "config.toml").is_file()
-        data = settings(run).data if is_run else DataConfig()
-        data = replace(data, corpus=options.corpus or data.corpus, cache=options.cache or data.cache)
-        shards = prepare(data, tokenizer=tokenizer, mask=objective == "mlm", say=print, progress=sys.stderr.isatty())
-        # No window is longer than the text: what would fill it up costs time, and is not scored.
-        text = min(shards.validation.tokens, options.eval_tokens, shards.train.tokens)
-        context = max(1, min(config.context, WINDOW, text - 1))
-        told = TrainConfig(
-            run=RunConfig(objective=objective),
-            data=data,
-            network=NetworkConfig(context=context),
-            optimizer=OptimizerConfig(batch_size=max(1, TOKENS_AT_ONCE // context)),
-            report=ReportConfig(eval_tokens=options.eval_tokens),
-        )
-        return TASKS[objective](told, shards)
-    except (DataError, TrainError) as error:
-        if options.corpus:
-            raise
-        return str(error)
-
-
-def score(network: "Network", task: "Task", what: str) -> "Scores":
-    """As training validates: each target once, sums and counts over all of the text."""
-    from tqdm import tqdm
-
-    from train.evaluate import evaluate
-    from train.loss.losses import LOSSES, choose_loss
-
-    asked, device = task.config, next(network.parameters()).device
-    rows = asked.optimizer.batch_size * asked.network.context
-    objective = task.objective(network, LOSSES[choose_loss(rows, network.config.vocab_size, device)])
-    shown = tqdm(task.validation, unit="batch", desc=f"scoring {what}", disable=not sys.stderr.isatty(), leave=False)
-    batches = ({name: value.to(device) for name, value in batch.items()} for batch in shown)
-    return task.scores(evaluate(objective, batches))
-
-
-def described(task: "Task") -> str:
-    scored, there = len(task.held_out), task.shards.validation.tokens
-    share = f"{scored:,} tokens" if scored == there else f"the first {scored:,} of {there:,} tokens"
-    return f"{' '.join(task.config.data.corpus)}, {share} in windows of {task.config.network.context:,}"
+    return open_text(folder, config, corpus=corpus, cache=options.cache, eval_tokens=options.eval_tokens)
 
 
 # ---- said at the end
@@ -297,20 +241,18 @@ def drawn(layers: "list[Layer]", kept: dict[str, tuple[int, int]], making: Path,
 
 
 def try_it(config: "ModelConfig", out: Path) -> str:
-    folder, objective = shlex.quote(str(out)), OBJECTIVES.get((config.architecture, config.head))
-    if objective == "mlm":
+    from train.held_out import objective_of
+
+    folder = shlex.quote(str(out))
+    if objective_of(config) == "mlm":
         return f"python -m model fill {folder} 'The [MASK] statement'"
     if config.head == "lm":
         return f"python -m model generate {folder} --prompt 'The'"
     return f"python -m model info {folder}"
 
 
-COMMANDS: dict[str, tuple[type, Callable[[Options, str], None]]] = {"nf4": (Nf4, four_bit), "fp4": (Fp4, four_bit)}
-
-
 def main(arguments: list[str]) -> int:
-    kinds = {name: kind for name, (kind, _) in COMMANDS.items()}
-    options = tyro.extras.subcommand_cli_from_dict(kinds, args=arguments or ["--help"], prog="python -m quant")
+    options = tyro.extras.subcommand_cli_from_dict(KINDS, args=arguments or ["--help"], prog="python -m quant")
 
     from safetensors import SafetensorError
 
@@ -320,9 +262,8 @@ def main(arguments: list[str]) -> int:
     from train.checkpoint import CheckpointError
     from train.config import TrainError
 
-    name = next(name for name, kind in kinds.items() if type(options) is kind)
     try:
-        COMMANDS[name][1](options, name)
+        quantize(options, next(name for name, kind in KINDS.items() if type(options) is kind))
     except (QuantError, DataError, ConfigError, HubError, CheckpointError, TrainError, SafetensorError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -28,6 +28,8 @@ class FourBit:
     compute: str | None = None
     """The format of products: float32, float16 or bfloat16; None: that of what is multiplied."""
 
+    bits = 4
+
     def __post_init__(self):
         if self.scheme not in ("nf4", "fp4"):
             raise QuantError(f"unknown scheme {self.scheme!r}; schemes: nf4, fp4")

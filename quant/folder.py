@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from quant.config import FourBit, Int8, QuantError
 from quant.forms import FORMS, Form, form_of
+from quant.int8_linear import StaticInput
 from quant.layer import QuantizedLinear
 from quant.linear import layer_of, quantizable, quantized_layers
 
@@ -30,8 +31,8 @@ class QuantizedWeights:
     """The weights that become a `QuantizedLinear`'s: those that are stored so, as `entry`, config.json's `quantization_config`,
     says; or, where there is none, those that `asked` means.
 
-    published: our name of a weight that may be quantized -> the family's. dtype: the folder's. `others`: names in the files of
-    their parts.
+    published: our name of a weight that may be quantized -> the family's. inputs: of int8-static, by our layer's path. dtype:
+    the folder's. `others`: names in the files of their parts.
     """
 
     def __init__(
@@ -42,10 +43,11 @@ class QuantizedWeights:
         *,
         entry: object = None,
         asked: FourBit | Int8 | None = None,
+        inputs: Mapping[str, StaticInput] | None = None,
         dtype: torch.dtype = torch.float32,
         watch: Watch | None = None,
     ):
-        self.network, self.dtype, self.watch = network, dtype, watch
+        self.network, self.inputs, self.dtype, self.watch = network, inputs or {}, dtype, watch
         self.places = {name: file for file in files for name in file.names}
         self.form: Form | None = None if entry is None else form_of(entry)
         self.settings = asked or FourBit() if self.form is None else self.form.settings(entry)
@@ -98,7 +100,7 @@ class QuantizedWeights:
             return layer
         weight = read().to(device)
         try:
-            layer = layer_of(weight, linear.bias, self.settings)
+            layer = layer_of(weight, linear.bias, self.settings, self.inputs.get(name.removesuffix(".weight")))
         except QuantError as error:
             raise QuantError(f"{published}: {error}") from None
         if self.watch is not None:

@@ -25,13 +25,15 @@ def plot(
     kept: Mapping[str, tuple[int, int]],
     path: Path,
     *,
+    what: str,
     title: str,
     caption: str = "",
     normal: float | None = None,
 ) -> None:
     """Draw the error by depth, a colour for each kind of matrix, above the bytes before and after; needs matplotlib.
 
-    kept: what stayed as it was -> (numbers, bytes). normal: the error of normally distributed numbers, as a dotted line.
+    what: the quantized layers' name. kept: what stayed as it was -> (numbers, bytes). normal: the error of normally distributed
+    numbers, as a dotted line.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -63,7 +65,7 @@ def plot(
     errors.grid(alpha=0.3)
     errors.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
 
-    total = together("in 4 bits", layers)
+    total = together(what, layers)
     parts = {total.name: (total.before, total.after)} | {name: (size, size) for name, (_, size) in kept.items()}
     reached = [0, 0]
     colors = ("tab:blue", *(str(grey) for grey in (0.75, 0.6, 0.45, 0.3)))

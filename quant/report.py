@@ -8,13 +8,13 @@ W is the weight as it stood in the folder, Ŵ what its codes stand for, in float
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from quant.config import FourBit
-from quant.nf4 import QuantizedTensor, pieces, quantize
+from quant.config import FourBit, Int8
+from quant.linear import layer_of
 
 MOST_ROWS = 32  # of a table with a line for each matrix
 IN_CACHE = 1 << 15  # numbers that are compared at a time: half the time that a million takes
@@ -68,10 +68,11 @@ class Layer:
         return int(number[0]) if number else 0
 
 
-def measure(name: str, weight: Tensor, small: QuantizedTensor) -> Layer:
-    """Compare a weight with what became of it, a piece at a time: no second copy of it is made. Both on a CPU."""
+def measure(name: str, weight: Tensor, small: nn.Module) -> Layer:
+    """Compare a weight with what became of it (`QuantizedTensor`, `Int8Tensor` …), a piece at a time: no second copy of it is
+    made. Both on a CPU."""
     flat, sums = weight.reshape(-1), [0.0, 0.0, 0.0, 0.0]
-    for first, values in pieces(small):
+    for first, values in small.pieces():
         there = flat[first:][: values.numel()]
         for w, v in zip(there.split(IN_CACHE), values.split(IN_CACHE), strict=True):
             w, v = w.double(), v.double()
@@ -96,11 +97,26 @@ def by_kind(layers: Iterable[Layer]) -> dict[str, list[Layer]]:
     return kinds
 
 
-def normal_error(settings: FourBit) -> float:
+def normal_error(settings: FourBit | Int8) -> float:
     """The error of normally distributed numbers, which a matrix without outliers comes near to."""
-    weight = torch.randn(SAMPLE, SAMPLE, generator=torch.Generator().manual_seed(0))
-    small = quantize(weight, block_size=settings.block_size, double=settings.double, scheme=settings.scheme)
-    return measure("", weight, small).error
+    columns = SAMPLE
+    if isinstance(settings, Int8):
+        columns = settings.group_size * -(-SAMPLE // settings.group_size) if settings.granularity == "group" else SAMPLE
+        settings = replace(settings, scheme="int8-dynamic") if settings.scheme == "int8-static" else settings
+    weight = torch.randn(SAMPLE, columns, generator=torch.Generator().manual_seed(0))
+    return measure("", weight, layer_of(weight, None, settings).weight).error
+
+
+def described(settings: FourBit | Int8) -> str:
+    """
+    >>> described(FourBit()), described(Int8(granularity="group"))
+    ('nf4, blocks of 64', 'int8-dynamic, a scale for each group of 128')
+    """
+    if isinstance(settings, FourBit):
+        return f"{settings.scheme}, blocks of {settings.block_size}"
+    kind = {"tensor": "matrix", "channel": "channel", "group": f"group of {settings.group_size}"}[settings.granularity]
+    outliers = f", outliers from {settings.threshold:g} apart" if settings.scheme == "llm-int8" else ""
+    return f"{settings.scheme}, a scale for each {kind}{outliers}"
 
 
 # ---- rows, the first a heading
@@ -131,9 +147,11 @@ def by(shape: tuple[int, ...]) -> str:
     return " × ".join(map(str, shape))
 
 
-def account(layers: Sequence[Layer], kept: Mapping[str, tuple[int, int]], files: tuple[int, int]) -> list[Row]:
+def account(
+    what: str, layers: Sequence[Layer], kept: Mapping[str, tuple[int, int]], files: tuple[int, int]
+) -> list[Row]:
     """Where the bytes are. kept: what stayed as it was -> (numbers, bytes); files: of all weights, before and after."""
-    total = together("4-bit matrices", layers)
+    total = together(what, layers)
     rows = [("", "numbers", "before", "after"), (total.name, f"{total.numbers:,}", amount(total.before), amount(total.after))]
     rows += [(name, f"{numbers:,}", amount(size), amount(size)) for name, (numbers, size) in kept.items()]
     numbers = total.numbers + sum(numbers for numbers, _ in kept.values())

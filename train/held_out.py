@@ -1,0 +1,88 @@
+"""A model folder scored on text as training validates: held-out text, each target once."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+from tqdm import tqdm
+
+from data.config import DataConfig, DataError
+from data.shards import prepare
+from data.tokenizer import load_tokenizer
+from model.config import ModelConfig
+from train.config import NetworkConfig, OptimizerConfig, ReportConfig, RunConfig, TrainConfig, TrainError
+from train.evaluate import evaluate
+from train.loop import settings
+from train.loss.losses import LOSSES, choose_loss
+from train.setup import TASKS
+from train.tasks.task import Scores, Task
+
+WINDOW = 2048  # tokens of a text that is scored, at the most
+TOKENS_AT_ONCE = 2048  # in a batch of short windows
+OBJECTIVES = {("decoder", "lm"): "clm", ("encoder", "mlm"): "mlm", ("encoder", "pretraining"): "mlm"}
+
+
+def objective_of(config: ModelConfig) -> str | None:
+    """What a network's perplexity is that of; None: it has none."""
+    return OBJECTIVES.get((config.architecture, config.head))
+
+
+def no_objective(config: ModelConfig) -> str:
+    article = "a" if config.architecture == "decoder" else "an"
+    return f"it is that of words in plain text, and this is {article} {config.architecture} with the head {config.head!r}"
+
+
+def open_text(
+    folder: Path,
+    config: ModelConfig,
+    *,
+    corpus: tuple[str, ...] = (),
+    cache: Path | None = None,
+    eval_tokens: int,
+    say: Callable[[str], None] = print,
+) -> Task | str:
+    """A text in the tokens of the folder, by default that which the run was trained on, or the built-in one; or why there is
+    none. Errors (DataError, TrainError) only where a corpus was asked for."""
+    objective = objective_of(config)
+    if objective is None:
+        return no_objective(config)
+    try:
+        tokenizer = load_tokenizer(folder, config.vocab_size)
+        run = folder.parents[1]
+        is_run = folder.parent.name == "checkpoints" and (run / "config.toml").is_file()
+        data = settings(run).data if is_run else DataConfig()
+        data = replace(data, corpus=corpus or data.corpus, cache=cache or data.cache)
+        shards = prepare(data, tokenizer=tokenizer, mask=objective == "mlm", say=say, progress=sys.stderr.isatty())
+        # No window is longer than the text: what would fill it up costs time, and is not scored.
+        text = min(shards.validation.tokens, eval_tokens, shards.train.tokens)
+        context = max(1, min(config.context, WINDOW, text - 1))
+        told = TrainConfig(
+            run=RunConfig(objective=objective),
+            data=data,
+            network=NetworkConfig(context=context),
+            optimizer=OptimizerConfig(batch_size=max(1, TOKENS_AT_ONCE // context)),
+            report=ReportConfig(eval_tokens=eval_tokens),
+        )
+        return TASKS[objective](told, shards)
+    except (DataError, TrainError) as error:
+        if corpus:
+            raise
+        return str(error)
+
+
+def score(network: nn.Module, task: Task, what: str) -> Scores:
+    """Sums and counts over all of the held-out text."""
+    asked, device = task.config, next(network.parameters()).device
+    rows = asked.optimizer.batch_size * asked.network.context
+    objective = task.objective(network, LOSSES[choose_loss(rows, network.config.vocab_size, device)])
+    shown = tqdm(task.validation, unit="batch", desc=f"scoring {what}", disable=not sys.stderr.isatty(), leave=False)
+    batches = ({name: value.to(device) for name, value in batch.items()} for batch in shown)
+    return task.scores(evaluate(objective, batches))
+
+
+def described(task: Task) -> str:
+    scored, there = len(task.held_out), task.shards.validation.tokens
+    share = f"{scored:,} tokens" if scored == there else f"the first {scored:,} of {there:,} tokens"
+    return f"{' '.join(task.config.data.corpus)}, {share} in windows of {task.config.network.context:,}"

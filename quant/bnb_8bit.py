@@ -10,16 +10,17 @@ O × I is a linear layer's, also where the family's own file has the matrix tran
 before is not there. `config.json` has a `quantization_config`, whose threshold is one for all layers.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quant.config import Int8, QuantError
-from quant.llm_int8 import LlmInt8Tensor
+from quant.llm_int8 import LlmInt8Linear, LlmInt8Tensor
 
 PARTS = ("weight", "SCB", "weight_format")
-NEVER = 65504.0  # float16's largest: a threshold that no number of x in float16 is above
+NEVER = torch.finfo(torch.float16).max  # as a threshold, it sets no column apart: x is compared in float16
+LARGEST = torch.finfo(torch.float32).max
 
 
 def companions(names: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -60,26 +61,44 @@ def to_tensors(small: LlmInt8Tensor) -> dict[str, Tensor]:
     return {"weight": small.codes, "SCB": small.absmax, "weight_format": torch.tensor(0, dtype=torch.uint8)}
 
 
+# ---- layers
+
+
+def layer(
+    parts: Mapping[str, Tensor], name: str, bias: nn.Parameter | None, settings: Int8, dtype: torch.dtype
+) -> LlmInt8Linear:
+    """The layer of these parts."""
+    return LlmInt8Linear(from_tensors(parts, name, dtype), bias, settings.threshold)
+
+
+def tensors(layer: LlmInt8Linear) -> dict[str, Tensor]:
+    """Part -> tensor."""
+    return to_tensors(layer.weight)
+
+
 # ---- config.json
 
 
-def read_config(settings: object) -> Int8:
-    """`quantization_config` -> Int8. Errors (QuantError): another method, four bits, or weights that are not in eight."""
-    if not isinstance(settings, dict):
-        raise QuantError(f"quantization_config is {settings!r}, not an object")
-    method = settings.get("quant_method", "bitsandbytes")
-    if method != "bitsandbytes":
-        raise QuantError(f"quantization_config has the method {method!r}; bitsandbytes' is read")
+def read_config(settings: Mapping) -> Int8:
+    """`quantization_config` -> Int8. Errors (QuantError): weights that are not in eight bits."""
     if not settings.get("load_in_8bit", settings.get("_load_in_8bit")):
-        raise QuantError("quantization_config does not ask for 8 bits; bitsandbytes' 8-bit form is read")
+        raise QuantError("quantization_config asks for neither 4 nor 8 bits: bitsandbytes has these")
     if settings.get("llm_int8_has_fp16_weight"):
         raise QuantError("llm_int8_has_fp16_weight: such weights stand in float16, and are rounded anew in each step")
     threshold, skip = settings.get("llm_int8_threshold", 6.0), settings.get("llm_int8_skip_modules") or []
-    if type(threshold) not in (int, float):
-        raise QuantError(f"llm_int8_threshold is {threshold!r}, not a number")
+    if type(threshold) not in (int, float) or not 0 <= threshold <= LARGEST:
+        raise QuantError(f"llm_int8_threshold is {threshold!r}, not a number from 0")
     if not isinstance(skip, list):
         raise QuantError(f"llm_int8_skip_modules is {skip!r}, not a list")
-    return Int8(scheme="llm-int8", threshold=float(threshold) or NEVER, skip=tuple(skip))  # 0: no column is set apart
+    return Int8(scheme="llm-int8", threshold=float(threshold) or NEVER, skip=tuple(skip))  # 0: set no column apart
+
+
+def config(layers: Sequence[LlmInt8Linear], dtype: torch.dtype, kept: Iterable[str]) -> dict:
+    """The `quantization_config` of these layers. Errors (QuantError): layers of two thresholds."""
+    thresholds = {layer.threshold for layer in layers}
+    if len(thresholds) > 1:
+        raise QuantError("layers have several thresholds: a quantization_config names one")
+    return write_config(Int8(scheme="llm-int8", threshold=thresholds.pop()), kept)
 
 
 def write_config(settings: Int8, kept: Iterable[str]) -> dict:

@@ -1,4 +1,4 @@
-"""The forms in which folders hold quantized layers: bitsandbytes' for four bits, and compressed-tensors' for INT8."""
+"""The forms in which folders hold quantized layers: bitsandbytes' for four bits and for LLM.int8(), compressed-tensors' for INT8."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from quant import bnb_io, compressed
+from quant import bnb_8bit, bnb_io, compressed
 from quant.config import FourBit, Int8, QuantError
 from quant.layer import QuantizedLinear
 
@@ -30,6 +30,9 @@ class Form(NamedTuple):
 FORMS = {
     "bitsandbytes, 4 bits": Form(
         bnb_io.companions, bnb_io.layer, bnb_io.tensors, bnb_io.config, bnb_io.read_config, bnb_io.format_of
+    ),
+    "bitsandbytes, 8 bits": Form(
+        bnb_8bit.companions, bnb_8bit.layer, bnb_8bit.tensors, bnb_8bit.config, bnb_8bit.read_config
     ),
     "compressed-tensors": Form(
         compressed.companions, compressed.layer, compressed.tensors, compressed.write_config, compressed.read_config

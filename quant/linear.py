@@ -7,11 +7,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from quant import int8
+from quant import int8, llm_int8
 from quant.config import FourBit, Int8, QuantError, settings_of
 from quant.int8 import Grid
 from quant.int8_linear import DynamicInput, Int8Linear, StaticInput
 from quant.layer import QuantizedLinear
+from quant.llm_int8 import LlmInt8Linear
 from quant.nf4 import QuantizedTensor, quantize
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -119,11 +120,16 @@ def whole_numbers(weight: Tensor, bias: nn.Parameter | None, asked: Int8, input:
     return Int8Linear(small, bias, input)
 
 
+def vectorwise(weight: Tensor, bias: nn.Parameter | None, asked: Int8, input: StaticInput | None) -> QuantizedLinear:
+    return LlmInt8Linear(llm_int8.quantize(weight), bias, asked.threshold)
+
+
 LAYERS: dict[str, Callable[..., QuantizedLinear]] = {
     "nf4": four_bits,
     "fp4": four_bits,
     "int8-dynamic": whole_numbers,
     "int8-static": whole_numbers,
+    "llm-int8": vectorwise,
 }
 
 

@@ -11,10 +11,10 @@ As bitsandbytes' Linear8bitLt computes it on a CPU, bit for bit:
 
     float16   W and x are rounded to it before anything is measured, whatever their format; and the threshold with them
     C         found over all rows of x that come together: what one row's outliers spare is spared in the others too
-    sums      as in `quant.int8_product`; scaled and added to b, in y's format by then, in float32, and rounded to y's
-    apart     x and Ŵ in y's format; their product is added to the rounded y, and rounded again
-    zeros     a row without a number below the threshold but 0, or so small that float16 has none, has codes 0: y = b there
-    no number NaN in a row of x makes all of its y NaN. Infinity is an outlier, and gives what a product with Ŵ gives
+    sums      as in `quant.int8_product`, the same up to 2^24; scaled, and b in y's format added, in float32
+    apart     x and Ŵ in y's format; their product is added to the sums in y's format
+    zeros     where all numbers below the threshold are 0 in float16, so are their codes: a_n = 0 divides nothing
+    not finite  NaN in a row of x makes all of its y NaN; infinity is an outlier, and gives what a product with Ŵ gives
 
 In training bitsandbytes' layer takes another way there, x Ŵᵀ with no rounding of x; here it is the same always. The gradient of
 x is dy Ŵ, straight through the rounding, as it has it either way.
@@ -27,12 +27,12 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from quant.config import QuantError
 from quant.int8 import AT_ONCE, Int8Tensor, check
-from quant.int8_product import FEW_ROWS, Codes, float_products, torchs_own, whole_products
-from quant.linear import QuantizedLinear
+from quant.int8_product import FEW_ROWS, PRODUCTS, Codes, float_products, torchs_own, whole_products
+from quant.layer import QuantizedLinear
 from quant.nf4 import not_finite
 from quant.product import computed_in
 
-# bitsandbytes' digits of 1/127². The sixth is lost, so that y is 1.8e-5 of itself too large: a fiftieth of float16's step.
+# 1/127² in bitsandbytes' digits, in which a zero is lost (6.2000124): products are 1.8e-5 of themselves too large.
 RESCALE = 6.200124e-05
 
 
@@ -122,16 +122,30 @@ def product(x_NI: Tensor, w: LlmInt8Tensor, b_O: Tensor | None, threshold: float
 
 def sums(q_NI: Tensor, w: LlmInt8Tensor) -> Tensor:
     """Σ q p, in float32."""
-    few = w.device.type == "cpu" and len(q_NI) <= FEW_ROWS and torchs_own() is not None
+    if w.device.type == "cuda":
+        one = torch.ones(1, 1, device=w.device)
+        return PRODUCTS["cuda"](Codes(q_NI, one, None), Int8Tensor(w.codes, one, dtype=w.dtype))
+    few = len(q_NI) <= FEW_ROWS and torchs_own() is not None
     return whole_products(q_NI, w) if few else float_products(q_NI, w.codes)
 
 
 class LlmInt8Linear(QuantizedLinear):
     """y = x Wᵀ + b with a frozen W, an LlmInt8Tensor. y is in x's format, or in autocast's; outliers reach `threshold`."""
 
+    form = "bitsandbytes, 8 bits"
+    orderly = True
+
     def __init__(self, weight: LlmInt8Tensor, bias: nn.Parameter | None = None, threshold: float = 6.0):
         super().__init__(weight, bias)
+        if not threshold > 0:
+            raise QuantError(f"threshold={threshold}: must be above 0")
         self.threshold = threshold
+
+    def reordered(self, order: Tensor) -> "LlmInt8Linear":
+        return LlmInt8Linear(self.weight.reordered(order), self.bias, self.threshold)
+
+    def published(self, order: Tensor | None) -> "LlmInt8Linear":
+        return self if order is None else self.reordered(order.argsort())
 
     @torch.compiler.disable  # which columns have outliers, and so the sizes of what is multiplied, is in the numbers
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -98,7 +98,12 @@ CASES = {  # name: (folder, change, message)
     "eight bits": (
         "double",
         settings(load_in_4bit=False, _load_in_4bit=False, load_in_8bit=True),
-        "quantization_config asks for 8 bits; bitsandbytes' 4-bit form is read",
+        "config.json has a quantization_config, but no weight is quantized",
+    ),
+    "neither 4 nor 8 bits": (
+        "double",
+        settings(load_in_4bit=False, _load_in_4bit=False),
+        "quantization_config asks for neither 4 nor 8 bits",
     ),
     "settings are a list": (
         "double",

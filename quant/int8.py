@@ -84,6 +84,10 @@ class Int8Tensor(torch.nn.Module):
         self.register_buffer("zero", zero)
 
     @property
+    def scheme(self) -> str:
+        return f"int{self.code_bits}"
+
+    @property
     def granularity(self) -> str:
         rows, groups = self.scale.shape
         return "group" if groups > 1 else "channel" if rows > 1 or self.shape[0] == 1 else "tensor"

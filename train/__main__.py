@@ -12,6 +12,7 @@ import tyro
 from data.config import DataError
 from lora.config import CONFIGS, AdapterError
 from model.config import ConfigError, ModelConfig
+from quant.config import QuantError
 from train.config import OVERRIDES, TrainConfig, TrainError, overrides
 from train.plain import from_plain
 
@@ -44,9 +45,9 @@ def value_of(option: str, arguments: list[str]) -> str | None:
 
 
 def read_options(arguments: list[str], default: TrainConfig) -> TrainConfig:
-    """Options have their field's name alone (`--steps`); those of an adapter also its method's (`--lora.r`)."""
+    """Options have their field's name alone (`--steps`); those of an adapter or of `--qat` also its name (`--lora.r`)."""
     hints = get_type_hints(TrainConfig)
-    bare = {name: kind if name in CONFIGS else Annotated[kind, tyro.conf.OmitArgPrefixes] for name, kind in hints.items()}
+    bare = {name: kind if name in (*CONFIGS, "qat") else Annotated[kind, tyro.conf.OmitArgPrefixes] for name, kind in hints.items()}
     options = make_dataclass("Options", [(name, kind, getattr(default, name)) for name, kind in bare.items()], frozen=True)
     options.__doc__ = TrainConfig.__doc__
     read = tyro.cli(options, args=arguments, prog="python -m train")
@@ -69,7 +70,7 @@ def main(arguments: list[str]) -> int:
         config.check()
         if folder is None and config.run.init is None and config.network.preset is not None:
             ModelConfig.preset(config.network.preset)  # a wrong name is told before torch is imported
-    except (TrainError, ConfigError, DataError, AdapterError, OSError) as error:
+    except (TrainError, ConfigError, DataError, AdapterError, QuantError, OSError) as error:
         return fail(error)
 
     try:
@@ -84,7 +85,7 @@ def main(arguments: list[str]) -> int:
     except BrokenPipeError:
         sys.stdout = None  # or Python complains once more at its end
         return fail("the output was closed, so the run stopped; --resume goes on from its last checkpoint")
-    except (TrainError, DataError, ConfigError, AdapterError, HubError, CheckpointError, OSError) as error:
+    except (TrainError, DataError, ConfigError, AdapterError, QuantError, HubError, CheckpointError, OSError) as error:
         return fail(error)
     except OtherRankError:
         return FAILED

@@ -85,6 +85,8 @@ def narrow(network: nn.Module, dtype: torch.dtype | None) -> None:
 
 def accounted(config: TrainConfig) -> bool:
     """Whether `model.memory`'s account is of this run: of adapters it knows LoRA on the matrices of the blocks."""
+    if config.run.qat != "none":
+        return False
     if config.method is None:
         return True
     plain = LoraConfig(r=config.lora.r, targets=config.lora.targets, alpha=config.lora.alpha, b_lr_ratio=config.lora.b_lr_ratio)

@@ -20,6 +20,7 @@ from lora.config import (
     PromptConfig,
     PtuningConfig,
 )
+from quant.config import QatConfig
 
 # By objective, where nothing else is asked for: measured, see LOG.md.
 DEFAULT_PRESETS = {"clm": "tiny", "mlm": "tiny-encoder"}
@@ -63,6 +64,9 @@ class RunConfig:
     """Freeze the weights of --init, and train a small part beside them (--lora.r and so on); only that part is saved."""
     quantize: Literal["none", "nf4", "fp4"] = "none"
     """With --adapter: hold the matrices of --init in four bits, their scales quantized too (QLoRA)."""
+    qat: Literal["none", "int8", "int4"] = "none"
+    """Quantization-aware training: compute every step with weights rounded so and inputs in INT8 (--qat.granularity and so on);
+    checkpoints hold the quantized network."""
     steps: int = 700
     """Optimizer steps."""
     seed: int = 0
@@ -205,6 +209,7 @@ class TrainConfig:
     prompt: PromptConfig = field(default_factory=PromptConfig)
     ptuning: PtuningConfig = field(default_factory=PtuningConfig)
     prefix: PrefixConfig = field(default_factory=PrefixConfig)
+    qat: QatConfig = field(default_factory=QatConfig)
 
     @property
     def method(self) -> Any:
@@ -258,6 +263,7 @@ class TrainConfig:
             if value is not None and value < 1:
                 raise TrainError(f"--{name.replace('_', '-')} {value}: must be at least 1")
         self.check_adapter()
+        self.check_qat()
 
     def check_adapter(self) -> None:
         chosen = self.run.adapter
@@ -272,6 +278,17 @@ class TrainConfig:
         for name in CONFIGS:
             if name != chosen and getattr(self, name) != CONFIGS[name]():
                 raise TrainError(f"--{name}.… says how an adapter is made that is not asked for: add --adapter {name}")
+
+    def check_qat(self) -> None:
+        chosen = self.run.qat
+        if chosen == "none" and self.qat != QatConfig():
+            raise TrainError("--qat.… says how numbers are rounded in a training that is not asked for: add --qat int8")
+        if chosen != "none" and self.run.adapter != "none":
+            raise TrainError(f"--qat {chosen} trains all weights, and --adapter {self.run.adapter} leaves them as they are")
+        if chosen != "none" and "shard" in (self.run.mesh or ""):
+            raise TrainError(f"--qat {chosen} does not go with --mesh {self.run.mesh}: replicate does")
+        if chosen != "none" and self.speed.precision == "bf16-pure":
+            raise TrainError(f"--qat {chosen}: small steps are lost in weights of 16 bits; --precision bf16 keeps them in float32")
 
 
 # What a resume may be given: none of it changes what is learned, but by rounding, and by leaving out a batch that cannot be

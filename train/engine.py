@@ -17,18 +17,21 @@ import lora.peft_io
 import model.hub
 from lora.adalora import RankAllocator
 from lora.inject import adapters
+from quant.qat import converted
+from train import qat
 from train.adapters import kept
 from train.checkpoint import CheckpointError
 from train.distributed import Mesh, Ranks, unwrapped
 from train.ema import EMA
 from train.named_optimizer import Optimizers
 from train.precision import GradScaler
+from train.qat import Observers
 from train.shard import copy_, local
 from train.sharded_checkpoint import INDEX, Parts, part_like, write_part
 from train.step import StepResult, train_step
 
-# In a checkpoint that is not in parts, beside the files of `model.hub`; the last two only where there are averages, for then
-# model.safetensors has these. Of a network with an adapter the last one always is there, and holds what is trained alone;
+# In a checkpoint that is not in parts, beside the files of `model.hub`; the second only where there are averages, the last
+# where model.safetensors has something else than what is trained: these, or whole numbers (`train.qat`). Of a network with an adapter the last one always is there, and holds what is trained alone;
 # beside it, in the place of `model.hub`'s files, stand `lora.peft_io`'s.
 FILES = {"optimizer": "optimizer.safetensors", "averages": "averages.safetensors", "weights": "raw.safetensors"}
 
@@ -55,6 +58,7 @@ class Engine:
         mesh: Mesh | None = None,
         seed: int = 0,
         allocator: RankAllocator | None = None,
+        observers: Observers | None = None,
     ):
         self.objective, self.optimizers = objective, optimizers
         self.scaler, self.averages = scaler or GradScaler(enabled=False), averages
@@ -62,6 +66,7 @@ class Engine:
         self.ranks, self.mesh, self.seed = ranks or Ranks(), mesh or Mesh(), seed
         self.step, self.skipped = 0, 0
         self.allocator = allocator  # AdaLoRA's: after each update it decides which ranks stay
+        self.observers = observers  # of quantization-aware training: after each update their ranges move
         self.rounding = torch.Generator(next(objective.parameters()).device)
         optimizers.set_rounding(self.rounding)
 
@@ -89,16 +94,31 @@ class Engine:
             ranks=self.ranks,
             phase=phase,
             penalty=self.allocator.penalty if self.allocator is not None else None,
-            updated=self.allocator.after_update if self.allocator is not None else None,
+            updated=self._updated,
         )
         self.step += 1
         if not result.updated:
             self.skipped += 1
+            if self.observers is not None:
+                self.observers.after_skip()
         elif self.averages is not None:
             self.averages.update()
             if self.allocator is not None:
                 self.allocator.mask_averages(self.averages.averages)
         return result
+
+    def _updated(self) -> None:
+        """The gradients are still there."""
+        if self.allocator is not None:
+            self.allocator.after_update()
+        if self.observers is not None:
+            self.observers.after_update(self.step)
+
+    def begin(self, batch: dict[str, Tensor]) -> None:
+        """Before the first step, with a batch that is the same on all ranks: what has to have seen one."""
+        if self.observers is not None:
+            objective = unwrapped(self.objective).eval()
+            self.observers.begin(lambda: objective(batch), self.autocast)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -114,8 +134,10 @@ class Engine:
     # ---- state
 
     def weights(self) -> dict[str, Tensor]:
-        """All of the network; where it has an adapter, what is trained."""
-        return kept(self.network) if adapters(self.network) else dict(self.network.named_parameters())
+        """All of the network, with observed ranges; where it has an adapter, what is trained."""
+        if adapters(self.network):
+            return kept(self.network)
+        return dict(self.network.named_parameters()) | qat.kept(self.network)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that advances and is a tensor: `weights.…`, `optimizer.…`, `averages.…`."""
@@ -136,10 +158,10 @@ class Engine:
             if self.ranks.main:
                 (folder / "config.json").write_text(model.hub.config_json(self.network), encoding="utf-8")
         elif self.ranks.main:
-            adapted = bool(adapters(self.network))
-            with self.averaged():
+            adapted, apart = bool(adapters(self.network)), self.averages is not None or self.observers is not None
+            with self.averaged(), converted(self.network):
                 (lora.peft_io if adapted else model.hub).save(self.network, folder)
-            wanted = {"optimizer": True, "averages": self.averages is not None, "weights": adapted or self.averages is not None}
+            wanted = {"optimizer": True, "averages": self.averages is not None, "weights": adapted or apart}
             for kind, name in FILES.items():
                 if wanted[kind]:
                     values = {k: v.detach().contiguous().cpu() for k, v in self.tensors().items() if k.startswith(kind)}

@@ -172,6 +172,8 @@ class Run:
     def train(self) -> Path:
         """Steps until the last one, an early stop, or a signal; returns the run's folder."""
         began, first_step, first_tokens = time.monotonic(), self.step, self.tokens
+        if not self.step:
+            self.engine.begin(self._to_device(self.task.step(0)[0]))
         if self.config.method is not None and not self.step:
             self.console.say(f"before the first step: {self.task.line(self._scores())}")
         self.console.begin(self.step, self.config.run.steps)

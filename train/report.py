@@ -9,6 +9,7 @@ import torch
 from data.clm import IGNORE
 from model.flops import flops_per_token
 from quant.linear import count, quantized_layers
+from quant.qat import qat_layers
 from train.checkpoint import IN_PARTS, pointed
 from train.curves import plot
 from train.log import clock, read_metrics
@@ -34,6 +35,8 @@ def introduction(run: "Run") -> str:
     small = [layer.weight for layer in quantized_layers(run.engine.network).values()]
     bits = 8 * sum(weight.nbytes for weight in small) / max(1, sum(weight.numel() for weight in small))
     adapter += f", {len(small)} matrices in {small[0].scheme} of {bits:.3f} bits" if small else ""
+    rounded = len(qat_layers(run.engine.network))
+    adapter += f", {rounded} matrices rounded to {config.run.qat} in every step" if rounded else ""
     before = run.engine.network.body.before
     before = f" after {before} of the {config.run.adapter}" if before else ""
     epochs = config.run.steps * per_step / shards.train.tokens
@@ -119,7 +122,7 @@ def conclude(run: "Run", stopped: str, session: Session) -> None:
     if config.method is not None and config.method.mergeable and opened is not None:
         base = shlex.quote(str(config.run.init))
         say(f"  python -m lora merge {base} {shlex.quote(str(opened))} --out {folder}-model   # one ordinary model folder")
-    elif config.method is None and not stopped.startswith("on"):
+    elif config.method is None and config.run.qat == "none" and not stopped.startswith("on"):
         corpus = "" if built_in(run.config) else f" --corpus {shlex.join(run.config.data.corpus)}"
         say(f"  python -m train{objective} --init {folder}{corpus} --steps 300   # go on from these weights")
 

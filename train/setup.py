@@ -21,9 +21,9 @@ from model.config import ModelConfig, family, presets
 from model.init import build, empty
 from model.parameters import TARGETS
 from model.training import Training
-from model.weights import role_of
 from quant.config import FourBit
 from quant.linear import as_autocast_asks, quantized_layers
+from train import qat
 from train.adapters import NAME, narrow, put_on, rate, role, table
 from train.checkpoint import IN_PARTS, resolve
 from train.config import ADAPTER_LR, DEFAULT_DECAY, DEFAULT_LR, DEFAULT_PRESETS, TrainConfig, TrainError, mesh_sizes
@@ -163,9 +163,15 @@ def open_network(
     if checkpoint is not None and config.method is None:
         if (checkpoint / IN_PARTS).is_file():
             return empty(model.hub.read_config(checkpoint), **common)
-        return model.hub.load(checkpoint, **common)
+        if run.qat == "none":
+            return model.hub.load(checkpoint, **common)
+        network = empty(model.hub.read_config(checkpoint), **common)  # what is trained stands beside what is published
+        for parameter in network.parameters():
+            parameter.data.zero_()
+        return qat.put_on(config, network)
     if run.init is None:
-        return build(network_config(config, tokenizer), seed=run.seed, **common)
+        network = build(network_config(config, tokenizer), seed=run.seed, **common)
+        return network if run.qat == "none" else qat.put_on(config, network)
     folder = resolve(run.init)
     found = model.hub.read_config(folder)
     if found.head != task.head:
@@ -174,7 +180,8 @@ def open_network(
     network = model.hub.load(folder, head=task.head, seed=run.seed, quantization=how, **common)
     packed = as_autocast_asks(network)
     if packed and config.method is None:
-        raise TrainError(f"--init {run.init} has weights of four bits, which cannot be trained: add --adapter lora")
+        kind = next(iter(quantized_layers(network).values())).weight.scheme
+        raise TrainError(f"--init {run.init} has weights in {kind}, which cannot be trained: add --adapter lora")
     if how is not None and network.quantization is None:
         say(f"{run.init} is quantized already, and is taken as it is: {next(iter(quantized_layers(network).values())).weight}")
     for name in ("context", "width", "depth", "heads", "mlp_width"):
@@ -186,7 +193,7 @@ def open_network(
             check_base(checkpoint, folder)
         put_on(config, network, tokenizer, new_head=found.head != task.head)
         say(table(network))
-    return network
+    return network if run.qat == "none" else qat.put_on(config, network)
 
 
 def resolve_network(config: TrainConfig, ranks: Ranks, network: nn.Module) -> TrainConfig:
@@ -265,6 +272,7 @@ def open_engine(
         mesh=mesh,
         seed=config.run.seed,
         allocator=RankAllocator(network, NAME, config.run.steps) if config.run.adapter == "adalora" else None,
+        observers=qat.observers(config, network, ranks),
     )
     return engine, config
 
@@ -275,7 +283,7 @@ def open_optimizers(config: TrainConfig, network: nn.Module) -> Optimizers:
         return build_optimizer(
             asked.optimizer,
             network.named_parameters(),
-            partial(role, network) if config.method is not None else partial(role_of, network.config),
+            partial(role if config.method is not None else qat.role, network),
             lr=asked.lr,
             matrix_lr=asked.matrix_lr,
             weight_decay=asked.weight_decay,

@@ -1,0 +1,288 @@
+"""Quantization-aware training: a linear layer that computes, bit for bit, what its quantized form will compute, and learns.
+
+    y = x̂ Ŵᵀ + b        dx̂ = dy Ŵ        dŴ = dyᵀ x̂        db = Σ dy
+
+x̂ and Ŵ are x and W rounded to whole numbers times a scale. y is the product of the whole numbers themselves
+(`quant.int8_product`), and its gradient goes on to x and W straight through their roundings (`quant.fake`), 0 for what was
+clipped. W stays a parameter in its own format, which small steps can change.
+
+    weights    symmetric, by a scale from their largest number now, which itself counts as clipped where it rounds to high + 1
+               (torch.ao has it so); or one that is learned: `weight_scale`, which begins at 2 mean|w| / √high of the weights
+               that share it
+    inputs     INT8. dynamic: symmetric, a scale for each row from the row itself, which moves with the row's largest number:
+               x has a gradient everywhere, as in `Int8Linear`. static: affine, from a range that was observed, or learned:
+               `input_scale`, which begins there and keeps the zero point
+
+A learned scale's gradient is multiplied by 1/√(n high), n the weights that share it, or the numbers of a row of x. It stays
+positive: below EPS it counts as EPS, and `commit` makes it that.
+Source: Jacob et al. 2018, arXiv 1712.05877, section 3; Esser et al. 2020, arXiv 1902.08153, section 2.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from quant.config import QatConfig, QuantError
+from quant.fake import fake_quantize
+from quant.int8 import AFFINE, EPS, Grid, Int8Tensor, check, ends_of, scales_for
+from quant.int8_linear import DynamicInput, Input, Int8Linear, StaticInput
+from quant.int8_product import Codes, product
+from quant.linear import quantizable
+from quant.nf4 import not_finite
+from quant.observe import OBSERVERS
+from quant.product import computed_in
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class QatLinear(nn.Module):
+    """A linear layer in training for its quantized form. `weight`, O × I, and `bias` are the parameters of `linear`.
+
+    weight_scale: float32, 1 × 1, O × 1 or O × G, and input_scale: float32, 1 × 1, are parameters, or None where they are not
+    learned. Of static inputs only: input_zero: int32, 1 × 1, the learned scale's zero point; observer; frozen: a bool buffer.
+    pending: (least, largest) number since the last `commit`. It is no buffer: nothing saves it, and no rank gets another's.
+    """
+
+    def __init__(self, linear: nn.Linear, settings: QatConfig, bits: int):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.out_features, self.in_features = self.weight.shape
+        self.bits, self.grid, self.granularity = bits, Grid.of(bits), settings.granularity
+        self.groups = check(self.weight, settings.granularity, settings.group_size)
+        self.rounded_input, static = INPUTS[settings.inputs], settings.inputs == "static"
+        device = self.weight.device
+        self.weight_scale = nn.Parameter(self.first_scale()) if settings.learned else None
+        self.input_scale = nn.Parameter(torch.ones(1, 1, device=device)) if settings.learned and static else None
+        self.register_buffer("input_zero", None if self.input_scale is None else torch.zeros(1, 1, device=device).int())
+        self.observer = OBSERVERS[settings.observer](AFFINE).to(device) if static else None
+        self.register_buffer("frozen", torch.tensor(False, device=device) if static else None)
+        self.pending: tuple[Tensor, Tensor] | None = None
+        self.train(linear.training)
+
+    @torch.compiler.disable  # as Int8Linear's product
+    def forward(self, x: Tensor) -> Tensor:
+        if x.size(-1) != self.in_features:
+            raise ValueError(f"x of {tuple(x.shape)} does not go with a weight of {tuple(self.weight.shape)}")
+        dtype = computed_in(x)
+        with torch.autocast(x.device.type, enabled=False):
+            near_NI, codes = self.rounded_input(self, x.reshape(-1, x.size(-1)))
+            near_OI, w = self.rounded_weight()
+            y_NO = QatProduct.apply(near_NI, near_OI, None if self.bias is None else self.bias.float(), codes, w)
+            return y_NO.to(dtype).view(*x.shape[:-1], self.out_features)
+
+    # ---- the weight
+
+    def rounded_weight(self) -> tuple[Tensor, Int8Tensor]:
+        """(Ŵ with its gradient, Ŵ in whole numbers)."""
+        scale, zero = self.weight_scales()
+        shared = self.weight.numel() // scale.numel()
+        grouped = self.weight.unflatten(1, (self.groups, -1))
+        near, codes = fake_quantize(grouped, scale[:, :, None], zero[:, :, None], self.grid, slowed(shared, self.grid))
+        codes = codes.flatten(1).to(torch.int8)
+        return near.flatten(1), Int8Tensor(codes, scale.detach(), dtype=self.weight.dtype, bits=self.bits)
+
+    def weight_scales(self) -> tuple[Tensor, Tensor]:
+        """Learned, or as `quant.int8.quantize` takes them."""
+        if self.weight_scale is not None:
+            scale = self.weight_scale.float().clamp(min=EPS)
+            return scale, torch.zeros_like(scale, dtype=torch.int32)
+        low, high = ends_of(self.weight.detach(), self.groups)
+        if self.granularity == "tensor":
+            low, high = low.amin().view(1, 1), high.amax().view(1, 1)
+        return scales_for(low, high, self.grid)
+
+    @torch.no_grad()
+    def first_scale(self) -> Tensor:
+        mean = self.weight.float().abs().unflatten(1, (self.groups, -1)).mean(2)
+        mean = mean.mean().view(1, 1) if self.granularity == "tensor" else mean
+        return (2 * mean / math.sqrt(self.grid.high)).clamp(min=EPS)
+
+    # ---- static inputs
+
+    @property
+    def observed(self) -> bool:
+        """Whether there is a range."""
+        return bool(self.observer.low <= self.observer.high)
+
+    def input_scales(self) -> tuple[Tensor, Tensor]:
+        """(scale, zero point), both 1 × 1. Errors (QuantError): nothing was observed."""
+        if not self.observed:
+            raise QuantError(NOT_OBSERVED)
+        if self.input_scale is not None:
+            return self.input_scale.float().clamp(min=EPS), self.input_zero
+        scale, zero = self.observer.scales()
+        return scale.view(1, 1), zero.view(1, 1)
+
+    @torch.no_grad()
+    def observe(self, x_NI: Tensor) -> tuple[Tensor, Tensor]:
+        """Least and largest number of x, which `commit` will pass on. A forward that is computed again changes nothing."""
+        low, high = x_NI.float().aminmax()
+        if not self.observed:
+            self.begin(low, high)
+        if not self.frozen:
+            before = self.pending or (low, high)
+            self.pending = torch.minimum(before[0], low), torch.maximum(before[1], high)
+        return low, high
+
+    def begin(self, low: Tensor, high: Tensor) -> None:
+        """The first input gives a range at once, and a learned scale its first value."""
+        if not bool(low.isfinite() & high.isfinite()):
+            raise QuantError(f"the first input, from which its range is taken, holds numbers from {low:g} to {high:g}")
+        self.observer.update(low, high)
+        if self.input_scale is not None:
+            scale, zero = self.observer.scales()
+            self.input_scale.copy_(scale)
+            self.input_zero.copy_(zero)
+
+    # ---- between steps
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """After each step of the optimizer: the observer is told of the inputs since the last one, and learned scales are kept
+        positive. Ends that are inf or NaN are dropped: of such a step no optimizer makes use."""
+        pending, self.pending = self.pending, None
+        if pending is not None and bool(torch.stack(pending).isfinite().all()):
+            self.observer.update(*pending)
+        for scale in (self.weight_scale, self.input_scale):
+            if scale is not None:
+                scale.clamp_(min=EPS)
+
+    def freeze(self) -> None:
+        """From now on the observed range stays."""
+        self.pending = None
+        if self.frozen is not None:
+            self.frozen.fill_(True)
+
+    @torch.no_grad()
+    def converted(self) -> Int8Linear:
+        """What it has been in training for. Errors (QuantError): static inputs of which nothing was observed."""
+        input: Input = DynamicInput() if self.observer is None else StaticInput(*(part.clone() for part in self.input_scales()))
+        return Int8Linear(self.rounded_weight()[1], self.bias, input).train(self.training)
+
+    def extra_repr(self) -> str:
+        kind = f"int{self.bits}, a scale for each {self.granularity}"
+        inputs = "dynamic" if self.observer is None else "static"
+        learned = "" if self.weight_scale is None else ", learned scales"
+        return f"in_features={self.in_features}, out_features={self.out_features}, {kind}, {inputs} inputs{learned}"
+
+
+NOT_OBSERVED = "no input was observed yet, so a static one has no range: run forwards in training mode first"
+
+
+def slowed(shared: int, grid: Grid) -> float:
+    """What a learned scale's gradient is multiplied by."""
+    return 1 / math.sqrt(shared * grid.high)
+
+
+def dynamic(layer: QatLinear, x_NI: Tensor) -> tuple[Tensor, Codes]:
+    return x_NI, DynamicInput()(x_NI.detach())
+
+
+def static(layer: QatLinear, x_NI: Tensor) -> tuple[Tensor, Codes]:
+    ends = layer.observe(x_NI.detach()) if layer.training and x_NI.numel() else ()
+    scale, zero = layer.input_scales()
+    near_NI, codes = fake_quantize(x_NI, scale, zero, AFFINE, slowed(layer.in_features, AFFINE))
+    scale = scale.detach()
+    for end in ends:
+        scale = scale + 0 * end  # a NaN has no code: it would be lost here, and training go on without a sign of it
+    return near_NI, Codes(codes.to(torch.int8), scale, zero)
+
+
+# layer, x: N × I → (x̂ or x, through which the gradient of x̂ goes on; x̂ in whole numbers)
+INPUTS: dict[str, Callable[[QatLinear, Tensor], tuple[Tensor, Codes]]] = {"dynamic": dynamic, "static": static}
+
+
+class QatProduct(torch.autograd.Function):
+    """The product of whole numbers, with the gradient of x̂ Ŵᵀ + b. A byte a number is kept for the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, near_NI: Tensor, near_OI: Tensor, b_O: Tensor | None, x: Codes, w: Int8Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(*x, w.codes, w.scale)  # x̂ and Ŵ are four times as large
+        ctx.bits = w.code_bits
+        return product(x, w, b_O)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dy_NO: Tensor) -> tuple[Tensor | None, ...]:
+        q_NI, s_N1, z_N1, p_OI, t_OG = ctx.saved_tensors
+        dx_NI = dw_OI = db_O = None
+        if ctx.needs_input_grad[0]:
+            dx_NI = dy_NO @ Int8Tensor(p_OI, t_OG, dtype=torch.float32, bits=ctx.bits).dequantize()
+        if ctx.needs_input_grad[1]:
+            whole_NI = q_NI.float() if z_N1 is None else q_NI.float() - z_N1
+            dw_OI = dy_NO.T @ (whole_NI * s_N1)
+        if ctx.needs_input_grad[2]:
+            db_O = dy_NO.sum(0)
+        return dx_NI, dw_OI, db_O, None, None
+
+
+# ---- in a network
+
+
+def qat_layers(network: nn.Module) -> dict[str, QatLinear]:
+    """path -> layer."""
+    return {path: module for path, module in network.named_modules() if isinstance(module, QatLinear)}
+
+
+def prepare(network: Network, settings: QatConfig, bits: int = 8, published: Mapping[str, str] | None = None) -> Network:
+    """Put a `QatLinear` in the place of each layer that is `quant.linear.quantizable`. Returns the network.
+
+    published: our name of a layer -> its family's, in which `settings.skip` is searched too; None: the network's own table.
+    Errors (QuantError), which leave the network as it was: it has adapters; nothing to quantize; groups that do not divide a
+    layer's rows; inf or NaN in a weight, with the layer's name and the place.
+    """
+    if getattr(network, "adapters", None):
+        raise QuantError("the network has adapters: quantization-aware training is of its own weights")
+    if published is None and hasattr(network, "published"):
+        published = network.published()
+    layers = quantizable(network, settings.skip, published)
+    if not layers:
+        raise QuantError(f"no linear layer to quantize in a {type(network).__name__}, with skip={settings.skip}")
+    for path, layer in layers.items():
+        try:
+            check(layer.weight, settings.granularity, settings.group_size)
+        except QuantError as error:
+            raise QuantError(f"{path}.weight: {error}; to leave it as it is: --skip {re.escape(path)!r}") from None
+        if layer.weight.is_meta:
+            raise QuantError(f"{path}.weight: it has no values yet")
+        if not bool(layer.weight.isfinite().all()):
+            raise QuantError(f"{path}.weight: {not_finite(layer.weight.detach())}")
+    made = {path: QatLinear(layer, settings, bits) for path, layer in layers.items()}
+    for path, layer in made.items():
+        network.set_submodule(path, layer)
+    return network
+
+
+def convert(network: Network) -> Network:
+    """Put its `Int8Linear` in the place of each `QatLinear`: in eval mode the network's outputs stay, bit for bit.
+
+    Errors (QuantError), which leave the network as it was: a layer of which no input was observed, by name.
+    """
+    made = {}
+    for path, layer in qat_layers(network).items():
+        try:
+            made[path] = layer.converted()
+        except QuantError as error:
+            raise QuantError(f"{path}: {error}") from None
+    for path, layer in made.items():
+        network.set_submodule(path, layer)
+    return network
+
+
+@contextmanager
+def converted(network: Network) -> Iterator[Network]:
+    """The network with its layers converted, for a while: to be saved."""
+    layers = qat_layers(network)
+    try:
+        yield convert(network)
+    finally:
+        for path, layer in layers.items():
+            network.set_submodule(path, layer)

@@ -1,4 +1,4 @@
-"""The forms in which folders hold quantized layers: bitsandbytes' for four bits and for LLM.int8(), compressed-tensors' for INT8."""
+"""The forms of quantized layers in folders: bitsandbytes' for four bits and for LLM.int8(), compressed-tensors' for INT8."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple

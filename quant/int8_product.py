@@ -40,9 +40,9 @@ class Codes(NamedTuple):
     zero: Tensor | None
 
 
-def product(x: Codes, w: Int8Tensor, b_O: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b, N × O in float32."""
-    return PRODUCTS[w.device.type](x, w, b_O)
+def product(x: Codes, w: Int8Tensor, b_O: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """x Wᵀ + b, N × O, rounded once to `dtype`."""
+    return PRODUCTS[w.device.type](x, w, b_O, dtype)
 
 
 def product_reference(x: Codes, w: Int8Tensor, b_O: Tensor | None = None) -> Tensor:
@@ -56,7 +56,7 @@ def product_reference(x: Codes, w: Int8Tensor, b_O: Tensor | None = None) -> Ten
     return y_NO if b_O is None else y_NO + b_O
 
 
-def product_cpu(x: Codes, w: Int8Tensor, b_O: Tensor | None = None) -> Tensor:
+def product_cpu(x: Codes, w: Int8Tensor, b_O: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     groups, size, y_NO = w.scale.size(1), w.group_size, None
     few = len(x.codes) <= FEW_ROWS and groups == 1 and torchs_own() is not None
     for g in range(groups):
@@ -67,7 +67,7 @@ def product_cpu(x: Codes, w: Int8Tensor, b_O: Tensor | None = None) -> Tensor:
         sum_NO.mul_(w.scale[:, g])
         y_NO = sum_NO if y_NO is None else y_NO.add_(sum_NO)
     y_NO.mul_(x.scale)
-    return y_NO if b_O is None else y_NO.add_(b_O)
+    return (y_NO if b_O is None else y_NO.add_(b_O)).to(dtype)
 
 
 def correct_(sum_NO: Tensor, q_NI: Tensor, p_OI: Tensor, z_N1: Tensor | None, u_O: Tensor | None) -> None:
@@ -122,7 +122,7 @@ def saturates() -> bool:
 
 def in_torchs_order(w: Int8Tensor) -> tuple[object, Tensor]:
     """(the codes as torch's product wants them, their sums by row): a second copy, made when it is first needed."""
-    key = w.codes.data_ptr(), w.codes._version
+    key = w.codes.data_ptr(), 0 if w.codes.is_inference() else w.codes._version
     if getattr(w, "packed", (None,))[0] != key:
         w.packed = key, packed_by_torch(w.codes), w.codes.sum(1, dtype=torch.int32).float()
     return w.packed[1:]
@@ -136,10 +136,10 @@ def packed_by_torch(codes: Tensor) -> object:
         return torch.ops.quantized.linear_prepack(whole, None)
 
 
-def product_by_kernel(x: Codes, w: Int8Tensor, b_O: Tensor | None = None) -> Tensor:
+def product_by_kernel(x: Codes, w: Int8Tensor, b_O: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     from quant.kernels.int8_matmul import int8_matmul  # here: triton comes when a kernel is wanted
 
-    return int8_matmul(x, w, b_O)
+    return int8_matmul(x, w, b_O, dtype)
 
 
 PRODUCTS: dict[str, Callable[..., Tensor]] = {"cpu": product_cpu, "cuda": product_by_kernel}

@@ -3,13 +3,12 @@
     minmax      the least and the largest of all numbers seen
     moving      the first batch's ends, then  end += c (the batch's end - end)
     histogram   the part of a histogram that quantizes with the least squared error, found from outside in
-    percentile  what is left without the fraction 1 - p of the numbers that are farthest out
+    percentile  what is left without the 1/10,000 of the numbers that are farthest out
     mse         of `steps` ranges -t … t up to the largest magnitude, the one with the least mean squared error
 
 An observer takes in batches (`observe`), says the range (`range`), and what it makes on its grid (`scales`). All it knows is in
-its buffers, so that a `state_dict`, or a copy, goes on where it stood. Numbers are read as float32. On a grid of 8 bits scales
-and zero points are those of torch.ao's observers, and for `mse` torchao's, bit for bit; `percentile` is defined here.
-Source: Krishnamoorthi 2018, arXiv 1806.08342, section 3.1; and at each class.
+its buffers, so that a `state_dict`, or a copy, goes on where it stood. Numbers are read as float32. Scales and zero points are
+those of torch.ao's observers, and for `mse` of torchao's, bit for bit; `percentile` is defined here. Sources: at each class.
 """
 
 import math
@@ -27,7 +26,7 @@ from quant.nf4 import not_finite
 
 class Observer(nn.Module):
     """low, high: float32 buffers, 0-dim; or with an `axis`, one number for each of its indices (none before the first batch).
-    low > high: nothing was observed. Errors (QuantError): an axis that this kind of observer does not have."""
+    low > high: nothing was observed. Errors (QuantError): an axis, where a kind of observer has one range for all."""
 
     has_axis = False
 
@@ -41,15 +40,18 @@ class Observer(nn.Module):
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
-        """Take in a batch. Errors (QuantError), which leave all as it was: inf or NaN, with its place; another number of
-        channels than before, or no such axis."""
+        """Take in a batch, on whose device the buffers go. Errors (QuantError), which leave all as it was: inf or NaN, with its
+        place; another number of channels than before, or no such axis."""
         if not x.numel():
             return
-        x = x.detach().float()
-        low, high = self.ends_of(x)
+        numbers = x.float()
+        low, high = self.ends_of(numbers)
         if not bool((low.isfinite() & high.isfinite()).all()):
             raise QuantError(f"in what is observed {not_finite(x)}")
-        self.take(x, low, high)
+        if self.low.device != x.device:
+            self.to(x.device)
+        self.make_room(low)
+        self.take(numbers, low, high)
 
     def ends_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(least, largest), of each channel; a NaN stays one."""
@@ -64,9 +66,11 @@ class Observer(nn.Module):
         raise NotImplementedError
 
     def range(self) -> tuple[Tensor, Tensor]:
-        """(low, high). Errors (QuantError): nothing was observed."""
+        """(low, high). Errors (QuantError): nothing was observed, or `update` was told of inf or NaN."""
         if not self.low.numel() or bool((self.low > self.high).any()):
             raise QuantError("nothing was observed: there is no range yet")
+        if not bool((self.low.isfinite() & self.high.isfinite()).all()):
+            raise QuantError("the ends of a batch that was observed were inf or NaN: there is no range")
         return self.low.clone(), self.high.clone()
 
     def scales(self) -> tuple[Tensor, Tensor]:
@@ -81,26 +85,32 @@ class Observer(nn.Module):
             raise QuantError(f"{low.numel()} channels, where {self.low.numel()} were observed before")
         self.low, self.high = torch.full_like(low, math.inf), torch.full_like(low, -math.inf)
 
+    def keep(self, low: Tensor, high: Tensor) -> None:
+        self.low.copy_(low)
+        self.high.copy_(high)
+
+    def wider(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The ends of all that was seen and of a batch."""
+        return torch.minimum(self.low, low), torch.maximum(self.high, high)
+
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest) -> None:
         for name in ("low", "high"):
             saved = state.get(prefix + name)
-            if saved is not None and saved.dim() == 1 and self.axis is not None:
+            if saved is not None and saved.dim() == 1 == self.low.dim():
                 setattr(self, name, getattr(self, name).new_empty(saved.shape))
         super()._load_from_state_dict(state, prefix, *rest)
 
     def _apply(self, fn, recurse: bool = True):
         """`.to(device)` moves it; `.to(dtype)`, `.half()` … leave its numbers in float32."""
-        before = dict(self.named_buffers())
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            moved = getattr(self, name)
-            if moved.dtype != old.dtype:
-                setattr(self, name, old.to(moved.device))
-        return self
+
+        def in_its_format(buffer: Tensor) -> Tensor:
+            moved = fn(buffer)
+            return moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
+
+        return super()._apply(in_its_format, recurse)
 
     def extra_repr(self) -> str:
-        kind = "symmetric" if self.grid.symmetric else "affine"
-        return f"{kind}, {self.grid.low} … {self.grid.high}" + (f", axis {self.axis}" if self.axis is not None else "")
+        return f"{self.grid}" + (f", axis {self.axis}" if self.axis is not None else "")
 
 
 class MinMax(Observer):
@@ -117,15 +127,13 @@ class MinMax(Observer):
 
     @torch.no_grad()
     def update(self, low: Tensor, high: Tensor) -> None:
-        """Take in a batch by its ends. They are not looked at, so that a GPU need not be waited for: inf or NaN stay in the
-        range. Observed batches are looked at before."""
-        low, high = (end.detach().float().reshape(() if self.axis is None else (-1,)) for end in (low, high))
+        """Take in a batch by its ends. They are not looked at, as a GPU would be waited for: inf or NaN `range` tells of."""
+        low, high = (end.float().reshape(() if self.axis is None else (-1,)) for end in (low, high))
         self.make_room(low)
-        for kept, new in zip((self.low, self.high), self.with_batch(low, high), strict=True):
-            kept.copy_(new)
+        self.keep(*self.with_batch(low, high))
 
     def with_batch(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.minimum(self.low, low), torch.maximum(self.high, high)
+        return self.wider(low, high)
 
     def take(self, x: Tensor, low: Tensor, high: Tensor) -> None:
         self.update(low, high)
@@ -151,6 +159,7 @@ class MovingAverage(MinMax):
 
 FINER = 16  # parts that a bin is cut into before it is moved to others
 STEP = 1e-5  # fraction of all numbers that the search goes in at a time
+CODES = 256  # that the search thinks of, on every grid: torch.ao's number for int8, also with ends of 4 bits
 
 
 class Histogram(Observer):
@@ -158,8 +167,8 @@ class Histogram(Observer):
 
     counts: float32, one for each of the bins that share low … high, the ends of all numbers seen. When a batch goes beyond
     them, the bins are cut into 16, each with a sixteenth of its count, which go to the new bins that their middles lie in.
-    As torch.ao's HistogramObserver, but inf is refused, where that leaves it out; and the error is that of the grid's own
-    number of codes, where that takes 256 for any grid of int8, also one of 4 bits. A count is exact up to 2^24.
+    As torch.ao's HistogramObserver, but inf is refused, where that leaves it out. A count is exact up to 2^24. What is searched
+    for is the error of 256 codes, and zero is not one of them: on a grid of 4 bits less is cut off than would be best.
     Source: torch.ao.quantization.observer; its search is Caffe2's `norm_minimization.cc`.
     """
 
@@ -168,14 +177,14 @@ class Histogram(Observer):
         self.register_buffer("counts", torch.zeros(bins))
 
     def take(self, x: Tensor, low: Tensor, high: Tensor) -> None:
-        low, high = torch.minimum(self.low, low), torch.maximum(self.high, high)
+        low, high = self.wider(low, high)
         if not bool((high - low).isfinite()):
             raise QuantError(f"what is observed, from {float(low):.3g} to {float(high):.3g}, is wider than float32 holds")
         counts = counted(x, low, high, len(self.counts))
         if bool(self.low <= self.high):
             counts += self.moved(low, high)
-        for kept, new in ((self.low, low), (self.high, high), (self.counts, counts)):
-            kept.copy_(new)
+        self.counts.copy_(counts)
+        self.keep(low, high)
 
     def moved(self, low: Tensor, high: Tensor) -> Tensor:
         """The counts, in bins of low … high, which hold the old range."""
@@ -194,9 +203,10 @@ class Histogram(Observer):
     @torch.no_grad()
     def range(self) -> tuple[Tensor, Tensor]:
         low, high = super().range()
-        codes, bins = self.grid.high - self.grid.low + 1, len(self.counts)
-        first, last = least_error(self.counts.cpu(), float(high) - float(low), codes)
-        width = (high - low) / bins
+        if bool(low == high):
+            return low, high
+        first, last = least_error(self.counts.cpu(), float(high) - float(low))
+        width = (high - low) / len(self.counts)
         return low + width * first, low + width * (last + 1)
 
 
@@ -207,14 +217,14 @@ def counted(x: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:
     return torch.histc(x, bins, min=float(low), max=float(high))
 
 
-def least_error(counts: Tensor, span: float, codes: int) -> tuple[int, int]:
+def least_error(counts: Tensor, span: float) -> tuple[int, int]:
     """(first, last) of the bins that are kept.
 
     From each side in turn a fraction STEP more of all numbers is given up, on the side where that gives up more bins, until the
     error of quantizing becomes larger. The bins' sums are compared as float32, and fractions added up in float64, as torch.ao
     does: else it would end elsewhere.
     """
-    below, total, error_of = counts.cumsum(0).tolist(), float(counts.sum()), squared_error(counts, span, codes)
+    below, total, error_of = counts.cumsum(0).tolist(), float(counts.sum()), squared_error(counts, span)
     given_low, kept_high, first, last, least = 0.0, 1.0, 0, len(counts) - 1, math.inf
     while given_low < kept_high:
         up = bisect_left(below, c_float((given_low + STEP) * total).value)
@@ -233,8 +243,8 @@ def least_error(counts: Tensor, span: float, codes: int) -> tuple[int, int]:
     return first, last
 
 
-def squared_error(counts: Tensor, span: float, codes: int) -> Callable[[int, int], float]:
-    """(first, last) -> the squared error when these bins' range gets `codes` equal steps, a bin's numbers lying evenly in it.
+def squared_error(counts: Tensor, span: float) -> Callable[[int, int], float]:
+    """(first, last) -> the squared error when these bins' range gets CODES equal steps, a bin's numbers lying evenly in it.
 
     A bin goes from the step of its beginning, through whole steps, to the step of its end. With x from the middle of a step and
     density d, a stretch a … b of it costs d ∫ x² dx = d (b³ - a³) / 3. Beyond the range the outermost steps go on.
@@ -243,13 +253,13 @@ def squared_error(counts: Tensor, span: float, codes: int) -> Callable[[int, int
     bins, density = torch.arange(len(counts)), counts / bin_width
 
     def error(first: int, last: int) -> float:
-        step = bin_width * (last - first + 1) / codes
+        step = bin_width * (last - first + 1) / CODES
         if step == 0.0:
             return 0.0
         half = torch.tensor(step / 2)
         begin = (bins - first) * bin_width
         end = begin + bin_width
-        first_step, last_step = (torch.div(at, step, rounding_mode="floor").clamp(0, codes - 1) for at in (begin, end))
+        first_step, last_step = (torch.div(at, step, rounding_mode="floor").clamp(0, CODES - 1) for at in (begin, end))
         cost = density * third(begin - (first_step + 0.5) * step, half)
         cost += (last_step - first_step - 1) * (density * third(-half, half))
         cost += density * third(-half, end - (last_step * step + step / 2))
@@ -269,14 +279,14 @@ SIDE = 1 << 15  # bins of each sign
 class Percentile(Observer):
     """What is left of n numbers without the fraction 1 - p/100 of them that is farthest out.
 
-    affine     without the floor((n - 1)(100 - p)/200) least, and as many largest
-    symmetric  without the floor((n - 1)(100 - p)/100) of largest magnitude; the range is -h … h
+    affine     without the floor((n - 1)(1 - p/100)/2) least, and as many largest
+    symmetric  without the floor((n - 1)(1 - p/100)) of largest magnitude; the range is -h … h
 
     counts: int64, one for each bin; a bin is the numbers that have the upper 16 of their 32 bits alike. So bins are there from
     the start for all numbers, and memory is half a megabyte whatever is seen in whatever order. Each end of the range is the
     outer end of the bin where the last number lies that is kept, or the least or largest number of all if that is nearer: too
     far out by no more than a bin, 2^-7 of that number, and never too near. With p = 100 it is MinMax's.
-    Source: Wu et al. 2020, arXiv 2004.09602, section 4 ("percentile").
+    Source: Wu et al. 2020, arXiv 2004.09602, on calibration.
     """
 
     def __init__(self, grid: Grid = AFFINE, axis: int | None = None, *, p: float = 99.99):
@@ -287,30 +297,25 @@ class Percentile(Observer):
         self.register_buffer("counts", torch.zeros(2 * SIDE, dtype=torch.int64))
 
     def take(self, x: Tensor, low: Tensor, high: Tensor) -> None:
-        self.low.copy_(torch.minimum(self.low, low))
-        self.high.copy_(torch.maximum(self.high, high))
-        upper = (x.flatten() + 0).view(torch.int32) >> 16  # + 0: -0 is in the bin of 0
+        self.keep(*self.wider(low, high))
+        upper = x.flatten().view(torch.int32) >> 16
         self.counts += torch.bincount(torch.where(upper < 0, ~upper, upper + SIDE), minlength=2 * SIDE)
 
     @torch.no_grad()
     def range(self) -> tuple[Tensor, Tensor]:
         low, high = super().range()
+        last, out = int(self.counts.sum()) - 1, (100 - self.p) / 100
         if self.grid.symmetric:
-            magnitudes = torch.cat((torch.zeros_like(self.counts[SIDE:]), self.counts[SIDE:] + self.counts[:SIDE].flip(0)))
-            high = torch.minimum(border(bin_of_rank(magnitudes, self.left_out(100)[1]) + 1), torch.maximum(-low, high))
+            sizes = self.counts[SIDE:] + self.counts[:SIDE].flip(0)
+            high = torch.minimum(border(SIDE + bin_of(sizes, last - math.floor(last * out)) + 1), torch.maximum(-low, high))
             return -high, high
-        least, largest = (bin_of_rank(self.counts, rank) for rank in self.left_out(200))
-        return torch.maximum(border(least), low), torch.minimum(border(largest + 1), high)
-
-    def left_out(self, share: int) -> tuple[int, int]:
-        """Places, in rising order, of the first and last number that stay when (100 - p)/share of all go on a side."""
-        last = int(self.counts.sum()) - 1
-        count = math.floor(last * (100 - self.p) / share)
-        return count, last - count
+        out = math.floor(last * out / 2)
+        first_bin, last_bin = (bin_of(self.counts, rank) for rank in (out, last - out))
+        return torch.maximum(border(first_bin), low), torch.minimum(border(last_bin + 1), high)
 
 
-def bin_of_rank(counts: Tensor, rank: int) -> Tensor:
-    """Where the number lies that `rank` others come before."""
+def bin_of(counts: Tensor, rank: int) -> Tensor:
+    """Where the number lies that `rank` others are below."""
     return (counts.cumsum(0) <= rank).sum()
 
 
@@ -326,7 +331,7 @@ class Mse(Observer):
     As torchao's AffineQuantizedMSEObserver: the range of a batch takes the place of that before, so that a calibration ends
     with the last batch's; and also on an affine grid it is as wide to both sides, whose zero point then is -1 or 0. Where the
     least error is 1e9 or more, torchao takes the batch's ends, this the best.
-    Source: Wei et al. 2022, arXiv 2209.13325, section 4.2, of which it is the coarse search.
+    Source: torchao.quantization.observer, which refers to Wei et al. 2022, arXiv 2209.13325.
     """
 
     has_axis = True
@@ -336,7 +341,6 @@ class Mse(Observer):
         self.steps = steps
 
     def take(self, x: Tensor, low: Tensor, high: Tensor) -> None:
-        self.make_room(low)
         largest = torch.maximum(low.abs(), high)
         least = torch.full_like(low, math.inf)
         for i in range(1, self.steps + 1):
@@ -344,8 +348,7 @@ class Mse(Observer):
             error = self.error(x, end)
             low, high = torch.where(error < least, -end, low), torch.where(error < least, end, high)
             least = torch.minimum(error, least)
-        self.low.copy_(low)
-        self.high.copy_(high)
+        self.keep(low, high)
 
     def error(self, x: Tensor, end: Tensor) -> Tensor:
         """Mean squared error of x on the grid from -end to end, of each channel."""
@@ -359,10 +362,4 @@ class Mse(Observer):
         return ((to_codes(x, scale, zero, self.grid) - zero) * scale - x).square().mean(dims)
 
 
-OBSERVERS: dict[str, type[Observer]] = {
-    "minmax": MinMax,
-    "moving": MovingAverage,
-    "histogram": Histogram,
-    "percentile": Percentile,
-    "mse": Mse,
-}
+OBSERVERS = {"minmax": MinMax, "moving": MovingAverage, "histogram": Histogram, "percentile": Percentile, "mse": Mse}

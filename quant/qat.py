@@ -7,15 +7,16 @@ x̂ and Ŵ are x and W rounded to whole numbers times a scale. y is the product 
 clipped. W stays a parameter in its own format, which small steps can change.
 
     weights    symmetric, by a scale from their largest number now, which itself counts as clipped where it rounds to high + 1
-               (torch.ao has it so); or one that is learned: `weight_scale`, which begins at 2 mean|w| / √high of the weights
-               that share it
+               (torch.ao has it so); or one that is learned, which begins at 2 mean|w| / √high of the weights that share it
     inputs     INT8. dynamic: symmetric, a scale for each row from the row itself, which moves with the row's largest number:
                x has a gradient everywhere, as in `Int8Linear`. static: affine, from a range that was observed, or learned:
-               `input_scale`, which begins there and keeps the zero point
+               it begins there and keeps the zero point
 
-A learned scale's gradient is multiplied by 1/√(n high), n the weights that share it, or the numbers of a row of x. It stays
-positive: below EPS it counts as EPS, and `commit` makes it that.
-Source: Jacob et al. 2018, arXiv 1712.05877, section 3; Esser et al. 2020, arXiv 1902.08153, section 2.
+What is learned of a scale is its logarithm: Adam takes steps of one size, which are then a share of the scale, be it large or
+small. Its gradient is multiplied by 1/√(n high), n the weights that share it, or the numbers of a row of x. Below EPS a scale
+counts as EPS, and `commit` makes it twice that.
+Source: Jacob et al. 2018, arXiv 1712.05877, section 3; Esser et al. 2020, arXiv 1902.08153, section 2; of the logarithm Jain
+et al. 2020, arXiv 1903.08066.
 """
 
 import math
@@ -39,14 +40,15 @@ from quant.observe import OBSERVERS
 from quant.product import computed_in
 
 Network = TypeVar("Network", bound=nn.Module)
+LEAST = math.log(2 * EPS)  # of a learned scale's logarithm: the scale is then one that the rounding of exp leaves above EPS
 
 
 class QatLinear(nn.Module):
     """A linear layer in training for its quantized form. `weight`, O × I, and `bias` are the parameters of `linear`.
 
-    weight_scale: float32, 1 × 1, O × 1 or O × G, and input_scale: float32, 1 × 1, are parameters, or None where they are not
-    learned. Of static inputs only: input_zero: int32, 1 × 1, the learned scale's zero point; observer; frozen: a bool buffer.
-    pending: (least, largest) number since the last `commit`. It is no buffer: nothing saves it, and no rank gets another's.
+    weight_log_scale: float32, 1 × 1, O × 1 or O × G, and input_log_scale: float32, 1 × 1, are parameters, or None where they
+    are not learned. Of static inputs only: input_zero: int32, 1 × 1, the learned scale's zero point; observer; frozen: a bool
+    buffer. pending: (least, largest) number since the last `commit`. It is no buffer: nothing saves it, and no rank gets another's.
     """
 
     def __init__(self, linear: nn.Linear, settings: QatConfig, bits: int):
@@ -57,9 +59,9 @@ class QatLinear(nn.Module):
         self.groups = check(self.weight, settings.granularity, settings.group_size)
         self.rounded_input, static = INPUTS[settings.inputs], settings.inputs == "static"
         device = self.weight.device
-        self.weight_scale = nn.Parameter(self.first_scale()) if settings.learned else None
-        self.input_scale = nn.Parameter(torch.ones(1, 1, device=device)) if settings.learned and static else None
-        self.register_buffer("input_zero", None if self.input_scale is None else torch.zeros(1, 1, device=device).int())
+        self.weight_log_scale = nn.Parameter(self.first_scale().log()) if settings.learned else None
+        self.input_log_scale = nn.Parameter(torch.zeros(1, 1, device=device)) if settings.learned and static else None
+        self.register_buffer("input_zero", None if self.input_log_scale is None else torch.zeros(1, 1, device=device).int())
         self.observer = OBSERVERS[settings.observer](AFFINE).to(device) if static else None
         self.register_buffer("frozen", torch.tensor(False, device=device) if static else None)
         self.pending: tuple[Tensor, Tensor] | None = None
@@ -89,8 +91,8 @@ class QatLinear(nn.Module):
 
     def weight_scales(self) -> tuple[Tensor, Tensor]:
         """Learned, or as `quant.int8.quantize` takes them."""
-        if self.weight_scale is not None:
-            scale = self.weight_scale.float().clamp(min=EPS)
+        if self.weight_log_scale is not None:
+            scale = self.weight_log_scale.float().exp().clamp(min=EPS)
             return scale, torch.zeros_like(scale, dtype=torch.int32)
         low, high = ends_of(self.weight.detach(), self.groups)
         if self.granularity == "tensor":
@@ -114,8 +116,8 @@ class QatLinear(nn.Module):
         """(scale, zero point), both 1 × 1. Errors (QuantError): nothing was observed."""
         if not self.observed:
             raise QuantError(NOT_OBSERVED)
-        if self.input_scale is not None:
-            return self.input_scale.float().clamp(min=EPS), self.input_zero
+        if self.input_log_scale is not None:
+            return self.input_log_scale.float().exp().clamp(min=EPS), self.input_zero
         scale, zero = self.observer.scales()
         return scale.view(1, 1), zero.view(1, 1)
 
@@ -135,9 +137,9 @@ class QatLinear(nn.Module):
         if not bool(low.isfinite() & high.isfinite()):
             raise QuantError(f"the first input, from which its range is taken, holds numbers from {low:g} to {high:g}")
         self.observer.update(low, high)
-        if self.input_scale is not None:
+        if self.input_log_scale is not None:
             scale, zero = self.observer.scales()
-            self.input_scale.copy_(scale)
+            self.input_log_scale.copy_(scale.log())
             self.input_zero.copy_(zero)
 
     # ---- between steps
@@ -145,13 +147,13 @@ class QatLinear(nn.Module):
     @torch.no_grad()
     def commit(self) -> None:
         """After each step of the optimizer: the observer is told of the inputs since the last one, and learned scales are kept
-        positive. Ends that are inf or NaN are dropped: of such a step no optimizer makes use."""
+        above EPS. Ends that are inf or NaN are dropped: of such a step no optimizer makes use."""
         pending, self.pending = self.pending, None
         if pending is not None and bool(torch.stack(pending).isfinite().all()):
             self.observer.update(*pending)
-        for scale in (self.weight_scale, self.input_scale):
-            if scale is not None:
-                scale.clamp_(min=EPS)
+        for log_scale in (self.weight_log_scale, self.input_log_scale):
+            if log_scale is not None:
+                log_scale.clamp_(min=LEAST)
 
     def freeze(self) -> None:
         """From now on the observed range stays."""
@@ -168,7 +170,7 @@ class QatLinear(nn.Module):
     def extra_repr(self) -> str:
         kind = f"int{self.bits}, a scale for each {self.granularity}"
         inputs = "dynamic" if self.observer is None else "static"
-        learned = "" if self.weight_scale is None else ", learned scales"
+        learned = "" if self.weight_log_scale is None else ", learned scales"
         return f"in_features={self.in_features}, out_features={self.out_features}, {kind}, {inputs} inputs{learned}"
 
 

@@ -45,9 +45,10 @@ def value_of(option: str, arguments: list[str]) -> str | None:
 
 
 def read_options(arguments: list[str], default: TrainConfig) -> TrainConfig:
-    """Options have their field's name alone (`--steps`); those of an adapter or of `--qat` also its name (`--lora.r`)."""
+    """Options have their field's name alone (`--steps`); those of an adapter or of --qat also its name (`--lora.r`)."""
     hints = get_type_hints(TrainConfig)
-    bare = {name: kind if name in (*CONFIGS, "qat") else Annotated[kind, tyro.conf.OmitArgPrefixes] for name, kind in hints.items()}
+    named = (*CONFIGS, "qat")
+    bare = {name: kind if name in named else Annotated[kind, tyro.conf.OmitArgPrefixes] for name, kind in hints.items()}
     options = make_dataclass("Options", [(name, kind, getattr(default, name)) for name, kind in bare.items()], frozen=True)
     options.__doc__ = TrainConfig.__doc__
     read = tyro.cli(options, args=arguments, prog="python -m train")

@@ -288,7 +288,7 @@ class TrainConfig:
         if chosen != "none" and "shard" in (self.run.mesh or ""):
             raise TrainError(f"--qat {chosen} does not go with --mesh {self.run.mesh}: replicate does")
         if chosen != "none" and self.speed.precision == "bf16-pure":
-            raise TrainError(f"--qat {chosen}: small steps are lost in weights of 16 bits; --precision bf16 keeps them in float32")
+            raise TrainError(f"--qat {chosen}: 16-bit weights lose small steps; --precision bf16 has them in float32")
 
 
 # What a resume may be given: none of it changes what is learned, but by rounding, and by leaving out a batch that cannot be

@@ -31,8 +31,9 @@ from train.sharded_checkpoint import INDEX, Parts, part_like, write_part
 from train.step import StepResult, train_step
 
 # In a checkpoint that is not in parts, beside the files of `model.hub`; the second only where there are averages, the last
-# where model.safetensors has something else than what is trained: these, or whole numbers (`train.qat`). Of a network with an adapter the last one always is there, and holds what is trained alone;
-# beside it, in the place of `model.hub`'s files, stand `lora.peft_io`'s.
+# where model.safetensors has something else than what is trained: these, or whole numbers (`train.qat`). Of a network with an
+# adapter the last one always is there, and holds what is trained alone; beside it, in the place of `model.hub`'s files, stand
+# `lora.peft_io`'s.
 FILES = {"optimizer": "optimizer.safetensors", "averages": "averages.safetensors", "weights": "raw.safetensors"}
 
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from data.clm import IGNORE
 from data.stream import Prefetcher
+from quant.qat import converted
 from train.allocator import keep_freed_memory
 from train.checkpoint import (
     CheckpointError,
@@ -322,7 +323,7 @@ class Run:
         compiled = self.config.speed.compile == "on"
         # Lengths vary: compiling for each would take longer. (Where nothing is compiled, its machinery stays unloaded.)
         eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-        with eager, self.engine.averaged(), gathered(self.engine.objective):
+        with eager, self.engine.averaged(), gathered(self.engine.objective), converted(self.engine.network):
             what, text = self.task.sample(self.engine.network, self.device)
         self.console.say(f"sample: {what}")
         self.console.say("\n".join(f"    | {line}" for line in text.split("\n")))

@@ -27,8 +27,7 @@ def put_on(config: TrainConfig, network: nn.Module) -> nn.Module:
 
 def role(network: nn.Module, name: str) -> str:
     """Learned scales do not decay."""
-    path, _, leaf = name.rpartition(".")
-    return "bias" if leaf in ("weight_scale", "input_scale") else role_of(network.config, name)
+    return "bias" if name.rpartition(".")[2] in ("weight_log_scale", "input_log_scale") else role_of(network.config, name)
 
 
 def kept(network: nn.Module) -> dict[str, Tensor]:

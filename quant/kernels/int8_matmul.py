@@ -1,6 +1,6 @@
 """y = x Wᵀ + b from whole numbers on tensor cores: `quant.int8_product.product_reference`, bit for bit.
 
-Products of INT8 are added up in int32, along a group of a row or the whole of it. From Σ q p comes Σ (q - z)(p - u), in int32 too:
+Products of INT8 are added up in int32, along a group of a row or the whole of it. From Σ q p comes Σ (q - z)(p - u), there too:
 
     Σ q p - z Σ p - u (Σ q - |g| z)
 
@@ -8,8 +8,8 @@ where Σ p is kept with the weight, and Σ q is made on the way, where W has zer
 float32, times t of the weight's group, which are added up in the order of the groups, times s of the row, plus b: each step is
 rounded, as the twin's are (no fused multiply-add), and y once more, to its format.
 
-int32 holds the sum of a group of 131,071 products at least, of 65,793 if x or W has zero points, of 33,025 if both have: what
-is between may pass its ends, for it wraps around and comes back. A row of x whose scale is inf or NaN gives NaN.
+int32 holds the sum of a group of 131,071 products at least, of 65,793 if x or W has zero points, of 33,025 if both have, and so
+each on the way to it: tensor cores cut off what is beyond. A row of x whose scale is inf or NaN gives NaN.
 """
 
 import math
@@ -23,6 +23,8 @@ from quant.int8 import Int8Tensor
 from quant.int8_product import Codes
 from quant.kernels.matmul_4bit import GROUP, rounded, tile_of, widened
 
+SHORTEST = 32  # numbers along I that an instruction of the tensor cores multiplies
+
 # Up to so many rows: tiles of N, O, I numbers, warps, stages. Few rows: small tiles of y, so that there are programs enough to
 # ask for the weight on every multiprocessor, and long ones, with several under way. Estimates, from bytes: no card has judged.
 TILES = {
@@ -31,7 +33,10 @@ TILES = {
     256: (64, 128, 128, 4, 3),
     math.inf: (128, 128, 128, 8, 3),
 }
-SHORTEST = 32  # numbers along I that an instruction of the tensor cores multiplies
+# Registers hold less of y where there is a second sum, in float32, for groups, or of x's codes, for zero points of W; and less
+# still where there are both, or rows that are read byte by byte, as their length is no multiple of SHORTEST.
+SMALLER = {16: (16, 32, 256, 4, 4), 64: (64, 32, 256, 4, 4), math.inf: (128, 64, 128, 8, 3)}
+SMALLEST = {16: (16, 32, 64, 4, 3), math.inf: (64, 64, 64, 8, 3)}
 WRITTEN = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -78,7 +83,7 @@ def int8_matmul_kernel(
     GROUP: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Tile (n, o) of y; x, W and y contiguous; `size` of a row's `ins` numbers are a group; steps: from row to row of scales."""
+    """Tile (n, o) of y. x, W, y are contiguous; a group: `size` of a row's `ins` numbers; steps: from scale to scale."""
     tile_n, tile_o = tile_of(tl.program_id(0), tl.cdiv(rows, BLOCK_N), tl.cdiv(outs, BLOCK_O), GROUP)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -109,23 +114,26 @@ def int8_matmul_kernel(
     tl.store(place, rounded(y, y_ptr.dtype.element_ty, WIDEN), mask=(n < rows)[:, None] & (o < outs)[None, :])
 
 
-def settings(rows: int, size: int) -> tuple[dict, dict]:
-    """(constants, options) of the kernel's launch, by the rows of x and the numbers of a group."""
-    n, o, i, warps, stages = next(tile for most, tile in TILES.items() if rows <= most)
+def settings(rows: int, ins: int, groups: int, w_zero: bool) -> tuple[dict, dict]:
+    """(constants, options) of the kernel's launch: x is rows × ins, W has so many groups a row, and zero points or not."""
+    size = ins // groups
+    tiles = SMALLEST if size % SHORTEST or (groups > 1 and w_zero) else SMALLER if groups > 1 or w_zero else TILES
+    n, o, i, warps, stages = next(tile for most, tile in tiles.items() if rows <= most)
     i = min(i, max(SHORTEST, triton.next_power_of_2(size)))
     constants = {"BLOCK_N": n, "BLOCK_O": o, "BLOCK_I": i, "GROUP": GROUP, "MASKED": size % i != 0, "ONE_STEP": size <= i}
+    constants |= {"W_ZERO": w_zero}
     return constants, {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
 
 
 def checked(x: Codes, w: Int8Tensor, b_O: Tensor | None, dtype: torch.dtype) -> None:
     """Raise what a user can put right: TypeError for a format, ValueError for a size."""
     if x.codes.dtype != torch.int8 or w.codes.dtype != torch.int8 or dtype not in WRITTEN:
-        raise TypeError(f"int8 is multiplied by int8, to {', '.join(map(str, WRITTEN))}: {x.codes.dtype}, {w.codes.dtype}, {dtype}")
+        raise TypeError(f"int8 by int8 gives one of {WRITTEN}: asked for were {x.codes.dtype}, {w.codes.dtype} and {dtype}")
     outs, ins = w.shape
     if x.codes.dim() != 2 or x.codes.size(1) != ins:
         raise ValueError(f"N × {ins} is multiplied by the {(outs, ins)} weight, not {tuple(x.codes.shape)}")
-    for part in (x.scale, x.zero):
-        if part is not None and part.shape not in ((len(x.codes), 1), (1, 1)):
+    for part in (x.scale, x.scale if x.zero is None else x.zero):
+        if part.shape not in ((len(x.codes), 1), (1, 1)) or part.shape != x.scale.shape:
             raise ValueError(f"scales and zero points of {len(x.codes)} rows are N × 1 or 1 × 1, not {tuple(part.shape)}")
     if b_O is not None and b_O.shape != (outs,):
         raise ValueError(f"the bias of a {(outs, ins)} weight has {outs} numbers, not {tuple(b_O.shape)}")
@@ -136,7 +144,7 @@ def checked(x: Codes, w: Int8Tensor, b_O: Tensor | None, dtype: torch.dtype) -> 
 
 def sums_of(w: Int8Tensor) -> Tensor:
     """Σ p of each group of each row, O × G, int32: kept beside the weight, and made anew when its codes change."""
-    key = w.codes.device, w.codes.data_ptr(), w.codes._version
+    key = w.codes.device, w.codes.data_ptr(), 0 if w.codes.is_inference() else w.codes._version
     if getattr(w, "summed", (None,))[0] != key:
         w.summed = key, w.codes.unflatten(1, (w.scale.size(1), -1)).sum(2, dtype=torch.int32)
     return w.summed[1]
@@ -152,7 +160,7 @@ def int8_matmul(x: Codes, w: Int8Tensor, b_O: Tensor | None = None, dtype: torch
     checked(x, w, b_O, dtype)
     rows, (outs, ins) = len(x.codes), w.shape
     y_NO = x.codes.new_empty(rows, outs, dtype=dtype)
-    constants, options = settings(rows, w.group_size)
+    constants, options = settings(rows, ins, w.scale.size(1), w.zero is not None)
     programs = triton.cdiv(rows, constants["BLOCK_N"]) * triton.cdiv(outs, constants["BLOCK_O"])
     if programs:
         int8_matmul_kernel[(programs,)](
@@ -173,7 +181,6 @@ def int8_matmul(x: Codes, w: Int8Tensor, b_O: Tensor | None = None, dtype: torch
             x_step=step_of(x.scale),
             w_step=step_of(w.scale),
             X_ZERO=x.zero is not None,
-            W_ZERO=w.zero is not None,
             BIAS=b_O is not None,
             WIDEN=widened(dtype),
             **constants,

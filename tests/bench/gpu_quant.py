@@ -44,6 +44,8 @@ def bench_gpu_quant(device: torch.device, rounds: int) -> None:
     print()
     choice(device, rounds)
     print()
+    whole_numbers(device, rounds)
+    print()
     qlora_step(ModelConfig.preset("llama-3-8b"), device, max(3, rounds // 5))
 
 
@@ -158,6 +160,37 @@ def choice(device: torch.device, rounds: int) -> None:
 
 
 # ---- a step of QLoRA
+
+
+def whole_numbers(device: torch.device, rounds: int, size: int = 4096) -> None:
+    """INT8's product beside bfloat16's and torch's own, and x's codes beside the eager twin's, at size × size."""
+    from quant.int8 import SYMMETRIC, quantize, scales_for, to_codes
+    from quant.kernels.int8_matmul import int8_matmul
+    from quant.kernels.int8_rows import quantize_rows
+
+    def eager(x: Tensor) -> Tensor:
+        high = x.abs().amax(dim=1, keepdim=True)
+        return to_codes(x, *scales_for(-high, high), SYMMETRIC).to(torch.int8)
+
+    weight, rows = torch.randn(size, size, device=device, dtype=torch.bfloat16), []
+    w = quantize(weight)
+    for count in (1, 16, 512, 4096):
+        x = torch.randn(count, size, device=device, dtype=torch.bfloat16)
+        q = quantize_rows(x)
+        calls = {
+            "bfloat16": partial(torch.nn.functional.linear, x, weight),
+            "_int_mm": partial(torch._int_mm, q.codes, w.codes.T) if count > 16 else None,  # which takes no fewer rows
+            "product": partial(int8_matmul, q, w, None, torch.bfloat16),
+            "rows": partial(quantize_rows, x),
+            "eager": partial(eager, x),
+            "both": lambda x=x: int8_matmul(quantize_rows(x), w, None, torch.bfloat16),
+        }
+        times = {name: seconds_of(call, rounds) for name, call in calls.items() if call is not None}
+        shown = [f"{times[name] * 1e6:.1f} µs" if name in times else "—" for name in calls]
+        rows.append((f"{count:,}", *shown, f"**{times['bfloat16'] / times['both']:.2f}**"))
+    print(f"INT8 at {size:,} × {size:,}: x in bfloat16, a scale for each row and each channel\n")
+    titles = ("bf16 linear", "torch._int_mm", "int8_matmul", "quantize_rows", "eager", "rows and product", "over bf16")
+    print(table(("rows", *titles), rows))
 
 
 def random_network(config: ModelConfig, device: torch.device) -> nn.Module:

@@ -48,7 +48,8 @@ class QatLinear(nn.Module):
 
     weight_log_scale: float32, 1 × 1, O × 1 or O × G, and input_log_scale: float32, 1 × 1, are parameters, or None where they
     are not learned. Of static inputs only: input_zero: int32, 1 × 1, the learned scale's zero point; observer; frozen: a bool
-    buffer. pending: (least, largest) number since the last `commit`. It is no buffer: nothing saves it, and no rank gets another's.
+    buffer.
+    pending: (least, largest) number since the last `commit`. It is no buffer: nothing saves it, and no rank gets another's.
     """
 
     def __init__(self, linear: nn.Linear, settings: QatConfig, bits: int):

@@ -30,7 +30,7 @@ def test_the_adapters_of_the_readme(tmp_path, monkeypatch):
 
 
 def test_the_four_bits_of_the_readme(tmp_path, monkeypatch):
-    text = README.read_text(encoding="utf-8").partition("## Four bits")[2].partition("## Networks")[0]
+    text = README.read_text(encoding="utf-8").partition("## Four bits")[2].partition("## Eight bits")[0]
     (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     model.hub.save(randomized(tiny_config("llama")), "FOLDER")
@@ -38,3 +38,17 @@ def test_the_four_bits_of_the_readme(tmp_path, monkeypatch):
     exec(block, names)
     assert names["small"].bits < 4.2 and quantized_layers(names["network"])
     assert json.loads((tmp_path / "DIR" / "config.json").read_text())["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+
+
+def test_the_eight_bits_of_the_readme(tmp_path, monkeypatch):
+    text = README.read_text(encoding="utf-8").partition("## Eight bits")[2].partition("## Networks")[0]
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    before = randomized(tiny_config("llama"), dtype=torch.float32)
+    model.hub.save(before, "FOLDER")
+    batches = [{"input_ids": torch.arange(12).view(2, 6)}]
+    names: dict = {"weight": torch.randn(64, 64), "network": before, "batches": batches}
+    exec(block, names)
+    assert names["small"].group_size == 32 and quantized_layers(names["packed"])
+    assert json.loads((tmp_path / "DIR" / "config.json").read_text())["quantization_config"]["format"] == "int-quantized"
+    assert torch.equal(model.hub.load("DIR")(**batches[0]).logits, names["network"].eval()(**batches[0]).logits)

@@ -159,7 +159,7 @@ def test_a_full_disk(error, place):
 
 
 def test_an_end_while_it_is_scored(finished, tmp_path):
-    with patch("train.evaluate.evaluate", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+    with patch("train.held_out.evaluate", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         command("nf4", finished, "--out", tmp_path / "out", main=main)
     assert not list(tmp_path.iterdir())
 

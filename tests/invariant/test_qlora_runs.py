@@ -119,7 +119,7 @@ def test_a_base_that_is_quantized_already(options, base, tmp_path):
     mine, other = (load_file(last_checkpoint(folder) / "adapter_model.safetensors") for folder in runs.values())
     assert mine.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in mine.items())
     said = command(*options, *arguments({"steps": 3, "init": packed}), "--out", tmp_path / "none")
-    assert said.code == 2 and "four bits" in said.err and "--adapter" in said.err
+    assert said.code == 2 and "weights in nf4" in said.err and "--adapter" in said.err
 
 
 def test_what_is_refused(options, base, tmp_path):

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 import model.__main__
 import model.hub
 import quant.__main__
+import train.held_out
 from data.config import DataConfig
 from data.mlm import VALIDATION, mlm_batch
 from data.shards import prepare, split_fraction
@@ -257,7 +258,7 @@ def test_as_many_tokens_as_asked(finished, tmp_path):
 
 
 def test_no_window_is_longer_than_asked_and_the_text_is_kept_where_asked(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(quant.__main__, "WINDOW", 16)
+    monkeypatch.setattr(train.held_out, "WINDOW", 16)
     said = quantized("nf4", finished, "--out", tmp_path / "out", "--eval-tokens", 300, "--cache", tmp_path / "cache")
     assert said.code == 0 and "tokens in windows of 16\n" in said.out
     assert any((tmp_path / "cache").iterdir())
@@ -397,7 +398,7 @@ def test_the_matrices_are_counted_before(family, tmp_path):
     config, settings = tiny_config(family), FourBit(skip=("0.*query",))
     model.hub.save(randomized(config, dtype=torch.float32), tmp_path)
     found = quantized_layers(model.hub.load(tmp_path, quantization=settings))
-    assert quant.__main__.count(config, settings, tmp_path) == len(found) > 0
+    assert quant.__main__.matrices(config, settings, tmp_path).keys() == found.keys() and found
 
 
 # ---- the picture
@@ -417,7 +418,7 @@ def test_the_picture(finished, nf4_run, tmp_path, monkeypatch):
         wanted = [shown(said, f"transformer.h.{number}.{label}")[5] for number in (0, 1)]
         assert [f"{error:.4f}" for error in lines[label].get_ydata()] == wanted
     assert f"{lines['normal numbers'].get_ydata()[0]:.4f}" in said.out.partition("normally distributed numbers: ")[2][:6]
-    assert [bar.get_label() for bar in sizes.containers] == ["in 4 bits", "embeddings", "norms and biases"]
+    assert [bar.get_label() for bar in sizes.containers] == ["4-bit matrices", "embeddings", "norms and biases"]
     before, after = (bar.get_width() for bar in sizes.containers[0])
     assert shown(said, "4-bit matrices")[2:] == [report.amount(before), report.amount(after)]
     old, new = shown(said, "before")[2], shown(said, "nf4")[2]

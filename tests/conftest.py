@@ -4,6 +4,8 @@ import os
 from collections import defaultdict
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that needs the network is a defect
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: threads of each would wait for those of the others
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -13,15 +15,11 @@ from model.init import build
 from tests.runs import _halfway, finished, halfway, options, uninterrupted  # noqa: F401, fixtures
 from tests.texts import documents, stdlib_docs  # noqa: F401, fixtures
 
-ROWS = pytest.StashKey[list[tuple]]()
+ROWS: list[tuple] = []  # of the parity table
 
 
 def pytest_addoption(parser):
     parser.addoption("--parity", metavar="FILE", help="write the parity table (Markdown) of the oracle tests that ran")
-
-
-def pytest_configure(config):
-    config.stash[ROWS] = []
 
 
 def pytest_collection_modifyitems(items):
@@ -32,19 +30,24 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def pytest_runtest_logreport(report):
+    """Rows come with the report of each test, from whichever process ran it."""
+    if report.when == "teardown":
+        ROWS.extend(tuple(row) for name, row in report.user_properties if name == "parity")
+
+
 def pytest_sessionfinish(session):
     path = session.config.getoption("--parity")
-    if path is None:
+    if path is None or "PYTEST_XDIST_WORKER" in os.environ:
         return
-    rows = session.config.stash[ROWS]
     groups = defaultdict(list)
-    for part, library, error, tolerance, reason in rows:
+    for part, library, error, tolerance, reason in ROWS:
         groups[part.split(":")[0], library, tolerance, reason].append(error)
     lines = ["| part | against | comparisons | largest error | tolerance | why this tolerance |", "|---|---|---|---|---|---|"]
     for (part, library, tolerance, reason), errors in sorted(groups.items()):
         lines.append(f"| {part} | {library} | {len(errors)} | {max(errors):.1e} | {tolerance:.0e} | {reason} |")
     lines += ["", "Every comparison:", "", "| part | against | largest error | tolerance |", "|---|---|---|---|"]
-    for part, library, error, tolerance, _ in sorted(rows):
+    for part, library, error, tolerance, _ in sorted(ROWS):
         lines.append(f"| {part} | {library} | {error:.1e} | {tolerance:.0e} |")
     with open(path, "w", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
@@ -59,7 +62,7 @@ def parity(request):
 
     def record(part: str, library: str, error: float, tolerance: float, reason: str) -> None:
         error = float(error.detach()) if isinstance(error, torch.Tensor) else float(error)
-        request.config.stash[ROWS].append((part, library, error, float(tolerance), reason))
+        request.node.user_properties.append(("parity", (part, library, error, float(tolerance), reason)))
         assert error <= tolerance, f"{part} against {library}: {error:.3e} > {tolerance:.1e} ({reason})"
 
     return record

@@ -212,6 +212,8 @@ def load(
             if any(not (asked and name.startswith("head.")) for name in missing):
                 names = ", ".join(table[name].published for name in missing[:5])
                 raise HubError(f"{folder} lacks {len(missing)} weights: {names}")
+            if small and (bare := [name for name in small.stored if name not in small.places]):
+                raise HubError(f"{folder} holds parts of {bare[0]!r}, which is not there")
             for name, empty in parameters.items():
                 if name in missing:
                     wanted = dtype or network.body.embedding.weight.dtype
@@ -335,7 +337,11 @@ def _read(
     shape, there = tuple(empty.shape), published_shape(row, tuple(empty.shape))
     if file.shape(published) != there:
         raise HubError(f"{file.path.name}: {published!r} has shape {file.shape(published)}, {row.name} expects {there}")
-    dtype = dtype or file.dtype(published)
+    stored = file.dtype(published)
+    if not stored.is_floating_point:
+        kind = str(stored).removeprefix("torch.")
+        raise HubError(f"{file.path.name}: {published!r} is of {kind}, and nothing says what it stands for")
+    dtype = dtype or stored
     if row.layout == "wide" and dtype == torch.float16:
         dtype = torch.float32
     out = new(shape, dtype=dtype, device=device)

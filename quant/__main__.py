@@ -111,7 +111,8 @@ def refuse_taken(out: Path, folder: Path) -> None:
 def refuse_quantized(folder: Path) -> None:
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     if settings is not None:
-        how = settings.get("bnb_4bit_quant_type") or settings.get("quant_method") if isinstance(settings, dict) else settings
+        four = isinstance(settings, dict) and settings.get("load_in_4bit", settings.get("_load_in_4bit"))
+        how = settings.get("bnb_4bit_quant_type" if four else "quant_method") if isinstance(settings, dict) else settings
         raise QuantError(f"{folder} is quantized already ({how}): quantize the folder that it was made from")
 
 
@@ -177,9 +178,9 @@ def observed(
     from quant.calibrate import observe
     from quant.int8 import Grid
 
-    text = task if isinstance(task, str) or not options.calibrate else None
-    if text is None or (isinstance(text, str) and text == "--no-perplexity"):
-        text = text_of(options, config, folder, options.calibrate)
+    text = task
+    if options.calibrate or text == "--no-perplexity":
+        text = text_of(options, config, folder, options.calibrate or options.corpus)
     if isinstance(text, str):
         raise QuantError(f"--calibrate: inputs are observed on text, as perplexity is measured: {text}")
     asked = text.config

@@ -48,6 +48,13 @@ def layer(parts: Mapping[str, Tensor], name: str, bias: nn.Parameter | None, ask
     grid = Grid.of(asked.bits, not asked.affine_weights)
     if codes.numel() and not (grid.low <= int(codes.min()) and int(codes.max()) <= grid.high):
         raise QuantError(f"{name} has codes beyond {asked.bits} bits")
+    static = asked.scheme == "int8-static"
+    affine = asked.affine_inputs is not False
+    told = {"weight": True, "weight_scale": True, "weight_zero_point": asked.affine_weights}
+    told |= {"input_scale": static, "input_zero_point": static and affine}
+    for part, tensor in parts.items():  # zero points that are 0 were written of symmetric weights too
+        if not told[part] and not (part.endswith("zero_point") and not tensor.any()):
+            raise QuantError(f"{name} has a part {part!r}, of which quantization_config says nothing")
     outs, ins = codes.shape
     groups = ins // asked.group_size if asked.granularity == "group" else 1
     shape = {"tensor": (1, 1), "channel": (outs, 1), "group": (outs, groups)}[asked.granularity]
@@ -56,8 +63,7 @@ def layer(parts: Mapping[str, Tensor], name: str, bias: nn.Parameter | None, ask
     scale = scale_of(parts, "weight_scale", name, shape)
     zero = zero_of(parts, "weight_zero_point", name, shape) if asked.affine_weights else None
     input = DynamicInput(Grid(symmetric=not asked.affine_inputs))
-    if asked.scheme == "int8-static":
-        affine = asked.affine_inputs is not False
+    if static:
         zeros = zero_of(parts, "input_zero_point", name, (1, 1)) if affine else torch.zeros(1, 1)
         input = StaticInput(scale_of(parts, "input_scale", name, (1, 1)), zeros, Grid(symmetric=not affine))
     return Int8Linear(Int8Tensor(codes, scale, zero, dtype=dtype, bits=asked.bits), bias, input)
@@ -121,6 +127,8 @@ def read_config(settings: Mapping) -> Int8:
     """`quantization_config` -> Int8. Errors (QuantError): another thing than INT8 of weights and inputs."""
     if settings.get("format") != FORMAT:
         raise QuantError(f"compressed-tensors' format {settings.get('format')!r} is not read; {FORMAT!r} is")
+    if more := [name for name in ("kv_cache_scheme", "transform_config", "sparsity_config") if settings.get(name)]:
+        raise QuantError(f"quantization_config has a {more[0]}, which is not read")
     try:
         (group,) = settings["config_groups"].values()
         weights, inputs = group["weights"], group["input_activations"]

@@ -91,7 +91,7 @@ class QuantizedWeights:
         if not isinstance(linear, nn.Linear):
             raise QuantError(f"{published} is quantized: of this network it is {name}, which is no linear layer's")
         if name == "head.weight":
-            raise QuantError(f"{published} is quantized: a head is read with all its bits; have it in llm_int8_skip_modules")
+            raise QuantError(f"{published} is quantized: a head is read with all its bits; leave it out of what is quantized")
         if published in self.stored:
             parts = {part: self.raw(each) for part, each in self.stored[published].items()}
             layer = self.form.layer(parts, published, linear.bias, self.settings, self.dtype)

@@ -12,7 +12,7 @@ On a CPU there are two ways, exact both (measured on two cores with AVX2, 3,072 
 2.5, 512 rows 22 and 19; a product in bfloat16 0.3, 6.9 and 133):
 
     few rows    torch's own int8 product. Without VNNI its sums of two products saturate at 2^15, so x goes in as two planes
-                that cannot reach it, q = 2 h + l with h + 64 in 0 … 127 and l in 0, 1: one product with twice the rows.
+                that cannot reach it, q = 2 h + l with h + 64 and l + 64 in 0 … 127: one product with twice the rows.
     many rows   W is turned into float32 a few rows at a time, and multiplied while it is in the cache.
 
 Plain twin: `product_reference`. On a GPU: `quant.kernels.int8_matmul`.
@@ -93,13 +93,12 @@ def float_products(q_NI: Tensor, p_OI: Tensor) -> Tensor:
 
 def whole_products(q_NI: Tensor, w: Int8Tensor) -> Tensor:
     """Σ q p by torch's own int8 product, in two planes where one could saturate."""
-    multiply, packed, sums_O = torchs_own(), *in_torchs_order(w)
+    multiply, packed = torchs_own(), in_torchs_order(w)
     if not saturates():
-        return multiply(q_NI.float().add_(128), 1.0, 0, packed).sub_(sums_O, alpha=128)
-    n = q_NI.size(0)
-    planes = torch.cat(((q_NI >> 1).add_(64), q_NI & 1)).float()
-    both = multiply(planes, 1.0, 0, packed)
-    return torch.add(both[n:], both[:n], alpha=2).sub_(sums_O, alpha=128)
+        return multiply(q_NI.float(), 1.0, 128, packed)  # the shift is taken off the 32-bit sums
+    halves = multiply(torch.cat((q_NI >> 1, q_NI & 1)).float(), 1.0, 64, packed)
+    h_NO, l_NO = halves.chunk(2)
+    return torch.add(l_NO, h_NO, alpha=2)
 
 
 @cache
@@ -120,12 +119,12 @@ def saturates() -> bool:
     return not bool((torchs_own()(torch.full((1, 64), 255.0), 1.0, 0, packed) == 255 * 127 * 64).all())
 
 
-def in_torchs_order(w: Int8Tensor) -> tuple[object, Tensor]:
-    """(the codes as torch's product wants them, their sums by row): a second copy, made when it is first needed."""
-    key = w.codes.data_ptr(), 0 if w.codes.is_inference() else w.codes._version
-    if getattr(w, "packed", (None,))[0] != key:
-        w.packed = key, packed_by_torch(w.codes), w.codes.sum(1, dtype=torch.int32).float()
-    return w.packed[1:]
+def in_torchs_order(w: Int8Tensor) -> object:
+    """The codes as torch's product wants them: a second copy, made when it is first needed."""
+    now, before = (w.codes.data_ptr(), 0 if w.codes.is_inference() else w.codes._version), getattr(w, "packed", (None, None))
+    if before[0] is not w.codes or before[1] != now:  # the tensor too: another may lie where it lay
+        w.packed = w.codes, now, packed_by_torch(w.codes)
+    return w.packed[2]
 
 
 def packed_by_torch(codes: Tensor) -> object:

@@ -11,6 +11,7 @@ from quant.config import QuantError
 from quant.int8 import AFFINE, Grid
 from quant.int8_linear import StaticInput
 from quant.linear import quantizable
+from quant.nf4 import not_finite
 from quant.observe import OBSERVERS, Observer
 
 Batch = TypeVar("Batch")
@@ -31,13 +32,18 @@ def observe(
     run(network, batch) is one forward; padding is observed too. observer: one of `quant.observe.OBSERVERS`. Where an input is
     always 0 its scale is 2^-23, the least. The network is as it was afterwards, in eval mode while it is observed.
 
-    Errors (QuantError): no batch, or only empty ones; a layer that no batch reached, or whose input is inf or NaN, by name.
+    Errors (QuantError): no batch, or only empty ones; a layer that no batch reached, or whose weight or input is inf or NaN, by
+    name.
     """
     if observer not in OBSERVERS:
         raise QuantError(f"unknown observer {observer!r}; observers: {', '.join(OBSERVERS)}")
-    layers = quantizable(network, skip, network.published() if hasattr(network, "published") else None)
+    names = network.published() if hasattr(network, "published") else {}
+    layers = quantizable(network, skip, names)
     if not layers:
         raise QuantError(f"no linear layer to observe in a {type(network).__name__}, with skip={tuple(skip)}")
+    for path, layer in layers.items():  # or the layer after it would be told of, for its input
+        if not bool(layer.weight.isfinite().all()):
+            raise QuantError(f"{names.get(path, path)}.weight: {not_finite(layer.weight.detach())}")
     watched = {path: OBSERVERS[observer](grid) for path in layers}
     training, seen = network.training, 0
     with ExitStack() as hooks:

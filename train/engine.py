@@ -121,6 +121,11 @@ class Engine:
             objective = unwrapped(self.objective).eval()
             self.observers.begin(lambda: objective(batch), self.autocast)
 
+    @property
+    def apart(self) -> bool:
+        """Whether what is trained is something else than what model.safetensors has."""
+        return bool(adapters(self.network)) or self.averages is not None or self.observers is not None
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The averaged weights in the network, where there are any; the raw ones again afterwards."""
@@ -159,10 +164,9 @@ class Engine:
             if self.ranks.main:
                 (folder / "config.json").write_text(model.hub.config_json(self.network), encoding="utf-8")
         elif self.ranks.main:
-            adapted, apart = bool(adapters(self.network)), self.averages is not None or self.observers is not None
             with self.averaged(), converted(self.network):
-                (lora.peft_io if adapted else model.hub).save(self.network, folder)
-            wanted = {"optimizer": True, "averages": self.averages is not None, "weights": adapted or apart}
+                (lora.peft_io if adapters(self.network) else model.hub).save(self.network, folder)
+            wanted = {"optimizer": True, "averages": self.averages is not None, "weights": self.apart}
             for kind, name in FILES.items():
                 if wanted[kind]:
                     values = {k: v.detach().contiguous().cpu() for k, v in self.tensors().items() if k.startswith(kind)}
@@ -178,8 +182,11 @@ class Engine:
                 kind, name = key.split(".", 1)
                 owner = parameters.get(name.rsplit(".", 1)[0] if kind == "optimizer" else name)
                 read[kind][name] = part_like(stored, key, owner, self.mesh.part, self.mesh.shard)
-            if read["weights"] and (differ := read["weights"].keys() ^ parameters.keys()):
+            if (read["weights"] or self.apart) and (differ := read["weights"].keys() ^ parameters.keys()):
                 raise KeyError(f"not the same weights: {sorted(differ)[:3]}")
+            for name, value in read["weights"].items():
+                if value.shape != parameters[name].shape:
+                    raise ValueError(f"{name} is {tuple(value.shape)}, expected {tuple(parameters[name].shape)}")
             self.optimizers.load_named_state(read["optimizer"])
             if self.averages is not None:
                 self.averages.load_named_state(read["averages"])

@@ -57,6 +57,9 @@ class Observers:
     @torch.no_grad()
     def after_update(self, step: int) -> None:
         """step: how many there were before this one."""
+        if step >= self.freeze:  # the step that should have frozen them was skipped, or there was none
+            for layer in self.layers:
+                layer.freeze()
         watched = [layer for layer in self.layers if layer.pending is not None]
         if self.ranks.world > 1 and watched:
             ends = torch.stack([torch.stack((-layer.pending[0], layer.pending[1])) for layer in watched])

@@ -346,6 +346,10 @@ def test_what_cannot_be_observed():
         broken[1, 4] = value
         with pytest.raises(QuantError, match=rf"^the input of first: .*\[1, 4\] is {value}"):
             observe(network, [x, broken], run)
+    broken = Two()
+    broken.first.weight.data[2, 3] = math.nan
+    with pytest.raises(QuantError, match=r"^first\.weight: the value at \[2, 3\] is nan"):
+        observe(broken, [x], run)
     with pytest.raises(QuantError, match="unknown observer 'largest'; observers: minmax, moving, histogram, percentile, mse"):
         observe(network, [x], run, observer="largest")
     with pytest.raises(QuantError, match="no linear layer to observe in a Two"):

@@ -58,15 +58,21 @@ def scales_for(low: Tensor, high: Tensor, grid: Grid = SYMMETRIC) -> tuple[Tenso
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
     steps = float(grid.high - grid.low)
     if grid.symmetric:
-        scale = (torch.maximum(-low, high) / (steps / 2)).clamp(min=EPS)
+        scale = symmetric_scale(torch.maximum(-low, high), grid)
         return scale, torch.zeros_like(scale, dtype=torch.int32)
     scale = ((high - low) / steps).clamp(min=EPS)
     return scale, (grid.low - (low / scale).round().int()).clamp(grid.low, grid.high)
 
 
-def to_codes(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid = SYMMETRIC) -> Tensor:
-    """q, as float32 (whole numbers of so few bits are exact in it). Scale and zero point broadcast against x."""
-    return (x.float() * (1 / scale)).round_().add_(zero).clamp_(grid.low, grid.high)
+def symmetric_scale(largest: Tensor, grid: Grid = SYMMETRIC) -> Tensor:
+    """Of numbers whose magnitudes go to `largest`, element by element."""
+    return (largest.float() / ((grid.high - grid.low) / 2)).clamp_(min=EPS)
+
+
+def to_codes(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid = SYMMETRIC) -> Tensor:
+    """q, as float32 (whole numbers of so few bits are exact in it). Scale and zero point broadcast against x; None: 0."""
+    q = (x.float() * (1 / scale)).round_()
+    return (q if zero is None else q.add_(zero)).clamp_(grid.low, grid.high)
 
 
 class Int8Tensor(torch.nn.Module):

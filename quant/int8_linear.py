@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from quant.int8 import AFFINE, SYMMETRIC, Grid, Int8Tensor, scales_for, to_codes
+from quant.int8 import AFFINE, SYMMETRIC, Grid, Int8Tensor, scales_for, symmetric_scale, to_codes
 from quant.int8_product import Codes, product
 from quant.layer import QuantizedLinear
 from quant.product import computed_in
@@ -27,12 +27,10 @@ class DynamicInput(nn.Module):
 
             return quantize_rows(x_NI, self.grid)
         if self.grid.symmetric:
-            high = x_NI.abs().amax(dim=1, keepdim=True)
-            scale, zero = scales_for(-high, high, self.grid)
+            scale, zero = symmetric_scale(x_NI.abs().amax(dim=1, keepdim=True), self.grid), None
         else:
             scale, zero = scales_for(*x_NI.aminmax(dim=1, keepdim=True), self.grid)
-        codes = to_codes(x_NI, scale, zero, self.grid)
-        return Codes(codes.to(torch.int8), scale, None if self.grid.symmetric else zero)
+        return Codes(to_codes(x_NI, scale, zero, self.grid).to(torch.int8), scale, zero)
 
     def inside(self, x_NI: Tensor) -> Tensor | None:
         """Where x has a gradient; None: everywhere."""
@@ -52,8 +50,8 @@ class StaticInput(nn.Module):
         self.register_buffer("zero", zero.int().view(1, 1))
 
     def forward(self, x_NI: Tensor) -> Codes:
-        codes = to_codes(x_NI, self.scale, self.zero, self.grid)
-        return Codes(codes.to(torch.int8), self.scale, None if self.grid.symmetric else self.zero)
+        zero = None if self.grid.symmetric else self.zero
+        return Codes(to_codes(x_NI, self.scale, zero, self.grid).to(torch.int8), self.scale, zero)
 
     def inside(self, x_NI: Tensor) -> Tensor | None:
         """Where x is within the grid, to half a step: beyond, a change of x changes nothing."""
@@ -98,7 +96,12 @@ class Int8Linear(QuantizedLinear):
         dtype = computed_in(x)
         with torch.autocast(x.device.type, enabled=False):
             x_NI = x.reshape(-1, x.size(-1))
-            return Int8Product.apply(x_NI, self.weight, bias, self.input, dtype).view(*x.shape[:-1], self.out_features)
+            multiply = Int8Product.apply if torch.is_grad_enabled() else rounded_product
+            return multiply(x_NI, self.weight, bias, self.input, dtype).view(*x.shape[:-1], self.out_features)
+
+
+def rounded_product(x_NI: Tensor, w: Int8Tensor, b_O: Tensor | None, input: Input, dtype: torch.dtype) -> Tensor:
+    return product(input(x_NI), w, None if b_O is None else b_O.float(), dtype)
 
 
 class Int8Product(torch.autograd.Function):
@@ -109,7 +112,7 @@ class Int8Product(torch.autograd.Function):
         ctx: FunctionCtx, x_NI: Tensor, w: Int8Tensor, b_O: Tensor | None, input: Input, dtype: torch.dtype
     ) -> Tensor:
         ctx.w, ctx.mask = w, input.inside(x_NI) if ctx.needs_input_grad[0] else None
-        return product(input(x_NI), w, None if b_O is None else b_O.float(), dtype)
+        return rounded_product(x_NI, w, b_O, input, dtype)
 
     @staticmethod
     @once_differentiable

@@ -12,7 +12,7 @@ On a CPU there are two ways, exact both (measured on two cores with AVX2, 3,072 
 2.5, 512 rows 22 and 19; a product in bfloat16 0.3, 6.9 and 133):
 
     few rows    torch's own int8 product. Without VNNI its sums of two products saturate at 2^15, so x goes in as two planes
-                that cannot reach it, q = 2 h + l with h + 64 and l + 64 in 0 … 127: one product with twice the rows.
+                that cannot reach it, q/2 rounded down and up, each + 64 in 0 … 128: one product with twice the rows.
     many rows   W is turned into float32 a few rows at a time, and multiplied while it is in the cache.
 
 Plain twin: `product_reference`. On a GPU: `quant.kernels.int8_matmul`.
@@ -29,6 +29,7 @@ from torch import Tensor
 from quant.int8 import Int8Tensor
 
 FEW_ROWS = 128
+HALVES = torch.tensor([-0.25, 0.25], device="cpu")[:, None, None]
 PIECE = 1 << 18  # numbers of W that are turned into float32 at a time: they stay in the cache
 
 
@@ -57,23 +58,21 @@ def product_reference(x: Codes, w: Int8Tensor, b_O: Tensor | None = None) -> Ten
 
 
 def product_cpu(x: Codes, w: Int8Tensor, b_O: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-    groups, size, y_NO = w.scale.size(1), w.group_size, None
-    few = len(x.codes) <= FEW_ROWS and groups == 1 and torchs_own() is not None
-    for g in range(groups):
-        q_NI, p_OI = (codes[:, g * size : (g + 1) * size] for codes in (x.codes, w.codes))
+    few, y_NO = len(x.codes) <= FEW_ROWS and w.scale.size(1) == 1 and torchs_own() is not None, None
+    for g, (q_NI, p_OI) in enumerate(zip(x.codes.split(w.group_size, 1), w.codes.split(w.group_size, 1), strict=True)):
         sum_NO = whole_products(q_NI, w) if few else float_products(q_NI, p_OI)
         if x.zero is not None or w.zero is not None:
-            correct_(sum_NO, q_NI, p_OI, x.zero, None if w.zero is None else w.zero[:, g])
+            correct_(sum_NO, q_NI, row_sums(w)[:, g], x.zero, None if w.zero is None else w.zero[:, g])
         sum_NO.mul_(w.scale[:, g])
         y_NO = sum_NO if y_NO is None else y_NO.add_(sum_NO)
     y_NO.mul_(x.scale)
     return (y_NO if b_O is None else y_NO.add_(b_O)).to(dtype)
 
 
-def correct_(sum_NO: Tensor, q_NI: Tensor, p_OI: Tensor, z_N1: Tensor | None, u_O: Tensor | None) -> None:
-    """From Σ q p to Σ (q - z)(p - u)."""
+def correct_(sum_NO: Tensor, q_NI: Tensor, p_O: Tensor, z_N1: Tensor | None, u_O: Tensor | None) -> None:
+    """From Σ q p to Σ (q - z)(p - u); p_O: Σ p, int32."""
     if z_N1 is not None:
-        sum_NO -= (z_N1 * p_OI.sum(1, dtype=torch.int32)).float()
+        sum_NO -= (z_N1 * p_O).float()
     if u_O is not None:
         sum_NO -= (q_NI.sum(1, dtype=torch.int32)[:, None] * u_O).float()
         if z_N1 is not None:
@@ -96,9 +95,9 @@ def whole_products(q_NI: Tensor, w: Int8Tensor) -> Tensor:
     multiply, packed = torchs_own(), in_torchs_order(w)
     if not saturates():
         return multiply(q_NI.float(), 1.0, 128, packed)  # the shift is taken off the 32-bit sums
-    halves = multiply(torch.cat((q_NI >> 1, q_NI & 1)).float(), 1.0, 64, packed)
-    h_NO, l_NO = halves.chunk(2)
-    return torch.add(l_NO, h_NO, alpha=2)
+    planes_2NI = torch.add(HALVES, q_NI, alpha=0.5)  # the product rounds them, down and up
+    down_NO, up_NO = multiply(planes_2NI.flatten(0, 1), 1.0, 64, packed).chunk(2)
+    return down_NO.add_(up_NO)
 
 
 @cache
@@ -120,11 +119,23 @@ def saturates() -> bool:
 
 
 def in_torchs_order(w: Int8Tensor) -> object:
-    """The codes as torch's product wants them: a second copy, made when it is first needed."""
-    now, before = (w.codes.data_ptr(), 0 if w.codes.is_inference() else w.codes._version), getattr(w, "packed", (None, None))
-    if before[0] is not w.codes or before[1] != now:  # the tensor too: another may lie where it lay
-        w.packed = w.codes, now, packed_by_torch(w.codes)
-    return w.packed[2]
+    """The codes as torch's product wants them: a second copy."""
+    return kept(w, "packed", packed_by_torch)
+
+
+def row_sums(w: Int8Tensor) -> Tensor:
+    """Of each group of each row, int32, O × G."""
+    return kept(w, "sums", lambda codes: codes.unflatten(1, (w.scale.size(1), -1)).sum(2, dtype=torch.int32))
+
+
+def kept(w: Int8Tensor, name: str, make: Callable[[Tensor], object]) -> object:
+    """Made of w's codes when it is first needed, and again when they change or another tensor takes their place."""
+    codes = w.codes
+    version = 0 if codes.is_inference() else codes._version
+    found = w.__dict__.get(name, (None, None, None))
+    if found[0] is not codes or found[1] != version:
+        found = w.__dict__[name] = codes, version, make(codes)
+    return found[2]
 
 
 def packed_by_torch(codes: Tensor) -> object:

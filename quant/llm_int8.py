@@ -96,14 +96,23 @@ def quantize(weight: Tensor) -> LlmInt8Tensor:
 def vectorwise(x_NI: Tensor) -> tuple[Tensor, Tensor]:
     """(codes int8, largest magnitude of each row, float32) of numbers in float16."""
     absmax_N = x_NI.abs().amax(dim=1).float()
+    return to_codes(x_NI, absmax_N), absmax_N
+
+
+def to_codes(x_NI: Tensor, absmax_N: Tensor) -> Tensor:
     codes = (x_NI * (127 / absmax_N[:, None])).nan_to_num_(0).round_()  # 127 / 0 is infinite: 0 times that is 0 here
-    return codes.to(torch.int8), absmax_N
+    return codes.to(torch.int8)
 
 
 def split(x_NI: Tensor, threshold: float) -> tuple[Codes, Tensor]:
     """x without its outliers, as whole numbers; and which columns have some. scale: the rows' largest magnitude, N × 1."""
     x_NI = x_NI.half()
-    outlier_NI = x_NI.abs() >= threshold
+    magnitude_NI = x_NI.abs()
+    absmax_N = magnitude_NI.amax(dim=1)
+    if bool((absmax_N < threshold).all()):  # false with a NaN, which an outlier of its row could be behind
+        absmax_N = absmax_N.float()
+        return Codes(to_codes(x_NI, absmax_N), absmax_N[:, None], None), x_NI.new_empty(0, dtype=torch.long)
+    outlier_NI = magnitude_NI >= threshold
     columns = outlier_NI.any(dim=0).nonzero().squeeze(1)
     codes, absmax_N = vectorwise(x_NI.masked_fill(outlier_NI, 0))
     codes[:, columns] = 0

@@ -4,7 +4,7 @@ Products of INT8 are added up in int32, along a group of a row or the whole of i
 
     Σ q p - z Σ p - u (Σ q - |g| z)
 
-where Σ p is kept with the weight, and Σ q is made on the way, where W has zero points. Only that whole number is turned into
+where Σ p is kept with the weight (`row_sums`), and Σ q is made on the way, where W has zero points. Only that is turned into
 float32, times t of the weight's group, which are added up in the order of the groups, times s of the row, plus b: each step is
 rounded, as the twin's are (no fused multiply-add), and y once more, to its format.
 
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quant.int8 import Int8Tensor
-from quant.int8_product import Codes
+from quant.int8_product import Codes, row_sums
 from quant.kernels.matmul_4bit import GROUP, rounded, tile_of, widened
 
 SHORTEST = 32  # numbers along I that an instruction of the tensor cores multiplies
@@ -142,14 +142,6 @@ def checked(x: Codes, w: Int8Tensor, b_O: Tensor | None, dtype: torch.dtype) -> 
         raise ValueError(f"int32 holds the sum of {most} products here, and {w.group_size} share a scale: use groups of fewer")
 
 
-def sums_of(w: Int8Tensor) -> Tensor:
-    """Σ p of each group of each row, O × G, int32: kept beside the weight, and made anew when its codes change."""
-    key = w.codes.device, w.codes.data_ptr(), 0 if w.codes.is_inference() else w.codes._version
-    if getattr(w, "summed", (None,))[0] != key:
-        w.summed = key, w.codes.unflatten(1, (w.scale.size(1), -1)).sum(2, dtype=torch.int32)
-    return w.summed[1]
-
-
 def step_of(part: Tensor) -> int:
     """From one row's scale to the next one's: 0 where all have one."""
     return part.size(1) if part.size(0) > 1 else 0
@@ -170,7 +162,7 @@ def int8_matmul(x: Codes, w: Int8Tensor, b_O: Tensor | None = None, dtype: torch
             x.scale if x.zero is None else x.zero.contiguous(),  # what is not there is not read
             w.scale.contiguous(),
             w.scale if w.zero is None else w.zero.contiguous(),
-            w.scale if x.zero is None else sums_of(w),
+            w.scale if x.zero is None else row_sums(w),
             y_NO if b_O is None else b_O.contiguous(),
             y_NO,
             rows=rows,

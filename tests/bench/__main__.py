@@ -11,6 +11,8 @@
     llama     Llama-3-8B's linear layers in four bits, in memory (about four minutes)
     errors    what NF4, FP4 and INT4 change of real weights and of normal noise
     qlora     what four bits cost the end result: QLoRA beside LoRA, three seeds (--steps, --base)
+    int8      INT8 on a CPU: generation beside bfloat16 and float32; one linear layer beside other libraries'
+    qat       INT4 weights trained for, beside rounded afterwards: CLM and MLM, three seeds (--steps, --base)
     gpu       GPT-2 124M on a card, compiled, beside its own products and transformers
 """
 
@@ -24,8 +26,10 @@ from tests.bench.engine import bench_engine
 from tests.bench.errors import bench_errors
 from tests.bench.generate import bench_generate
 from tests.bench.gpu import bench_gpu
+from tests.bench.int8 import bench_int8
 from tests.bench.loading import bench_loading
 from tests.bench.loss import bench_loss
+from tests.bench.qat import bench_qat
 from tests.bench.qlora import bench_qlora
 from tests.bench.quant import bench_llama, bench_quant
 from tests.bench.ranks import bench_ranks
@@ -43,6 +47,8 @@ BENCHES = {
     "llama": bench_llama,
     "errors": bench_errors,
     "qlora": bench_qlora,
+    "int8": bench_int8,
+    "qat": bench_qat,
     "gpu": bench_gpu,
 }
 
@@ -52,15 +58,15 @@ def main() -> None:
     parser.add_argument("name", nargs="?", choices=[*BENCHES, "all"], default="all", help="which one (default: all)")
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each side (default: 15)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--steps", type=int, default=400, help="adapters, qlora: optimizer steps of each method (default: 400)")
-    parser.add_argument("--base", help="adapters, qlora: a run or model folder to adapt; errors: one to measure too")
+    parser.add_argument("--steps", type=int, help="adapters, qlora, qat: optimizer steps of each side (default: 400, qat 200)")
+    parser.add_argument("--base", help="adapters, qlora, qat: a run or model folder to start from; errors: one to measure too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     print(f"torch {torch.__version__}, {where}, {options.threads} threads, Python {platform.python_version()}\n")
+    given = {name: value for name, value in {"steps": options.steps, "base": options.base}.items() if value is not None}
     for name in BENCHES if options.name == "all" else [options.name]:
-        own = {"steps": options.steps, "base": options.base} if name in ("adapters", "qlora", "errors") else {}
-        BENCHES[name](options.rounds, **own)
+        BENCHES[name](options.rounds, **(given if name in ("adapters", "qlora", "errors", "qat") else {}))
 
 
 if __name__ == "__main__":

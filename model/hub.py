@@ -112,13 +112,13 @@ def config_json(network: Network) -> str:
 
 
 def save(network: Network, folder: str | Path, *, shard_bytes: int = 5_000_000_000) -> None:
-    """Write `config.json` and the weights with the published names and layouts; a tied weight is written once.
-
-    More than `shard_bytes` are spread over several files with an index, as transformers does.
-    """
+    """Write `config.json` and the weights with the published names and layouts; a tied weight is written once. More than
+    `shard_bytes` are spread over several files with an index, as transformers does."""
     folder, config = Path(folder), network.config
     if getattr(network, "adapters", None):
         raise HubError("the network has adapters: remove(merge(network)) first (lora.inject), or lora.peft_io.save them alone")
+    if any(hasattr(module, "rounded_weight") for module in network.modules()):
+        raise HubError("the network's layers learn to be rounded: quant.qat.convert(network) first, or converted(network)")
     text = config_json(network)  # what it cannot say is an error before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(text, encoding="utf-8")

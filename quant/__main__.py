@@ -66,7 +66,7 @@ def quantize(options: Options, scheme: str) -> None:
     task = text_of(options, config, folder, options.corpus) if options.perplexity else "--no-perplexity"
 
     with whole_or_not_there(options.out) as making:
-        inputs = observed(options, config, folder, settings, device, task) if isinstance(options, Int8Static) else None
+        inputs = observed(options, config, folder, settings, device) if isinstance(options, Int8Static) else None
         network, layers = quantized(folder, settings, device, paths, inputs)
         kept = parts(network)
         model.hub.save(network, making)
@@ -169,20 +169,24 @@ def quantized(
 
 
 def observed(
-    options: Int8Static, config: "ModelConfig", folder: Path, settings: Int8, device: "torch.device", task: "Task | str"
+    options: Int8Static, config: "ModelConfig", folder: Path, settings: Int8, device: "torch.device"
 ) -> "dict[str, StaticInput]":
     """What each layer's input ranges over, on text of the training split."""
     from tqdm import tqdm
 
+    from data.config import DataError
     from model.hub import load
     from quant.calibrate import observe
     from quant.int8 import Grid
 
-    text = task
-    if options.calibrate or text == "--no-perplexity":
-        text = text_of(options, config, folder, options.calibrate or options.corpus)
+    try:
+        text = text_of(options, config, folder, options.calibrate or options.corpus, scored=False)
+    except DataError as error:
+        raise QuantError(str(error).replace("--corpus", "--calibrate" if options.calibrate else "--corpus")) from None
     if isinstance(text, str):
         raise QuantError(f"--calibrate: inputs are observed on text, as perplexity is measured: {text}")
+    if options.calibrate_tokens < 1:
+        raise QuantError(f"--calibrate-tokens {options.calibrate_tokens}: the calibration set is empty")
     asked = text.config
     tokens = min(options.calibrate_tokens, text.shards.train.tokens)
     steps = range(-(-tokens // (asked.optimizer.batch_size * asked.network.context)))
@@ -221,10 +225,14 @@ def bytes_of_weights(folder: Path) -> int:
     return sum(path.stat().st_size for path in weight_files(folder))
 
 
-def text_of(options: Options, config: "ModelConfig", folder: Path, corpus: tuple[str, ...]) -> "Task | str":
+def text_of(
+    options: Options, config: "ModelConfig", folder: Path, corpus: tuple[str, ...], *, scored: bool = True
+) -> "Task | str":
+    """Of text that is not scored the windows do not depend on how much would be."""
     from train.held_out import open_text
 
-    return open_text(folder, config, corpus=corpus, cache=options.cache, eval_tokens=options.eval_tokens)
+    tokens = options.eval_tokens if scored else Options.eval_tokens
+    return open_text(folder, config, corpus=corpus, cache=options.cache, eval_tokens=tokens)
 
 
 # ---- said at the end

@@ -45,7 +45,7 @@ def observe(
         if not bool(layer.weight.isfinite().all()):
             raise QuantError(f"{names.get(path, path)}.weight: {not_finite(layer.weight.detach())}")
     watched = {path: OBSERVERS[observer](grid) for path in layers}
-    training, seen = network.training, 0
+    modes, seen = {module: module.training for module in network.modules()}, 0
     with ExitStack() as hooks:
         for path, layer in layers.items():
             hooks.callback(layer.register_forward_pre_hook(watching(path, watched[path])).remove)
@@ -55,7 +55,8 @@ def observe(
                 run(network, batch)
                 seen += 1
         finally:
-            network.train(training)
+            for module, training in modes.items():
+                module.training = training
     if not seen:
         raise QuantError("the calibration set is empty: static scales are observed on it")
     return {path: fixed(path, each, grid) for path, each in watched.items()}

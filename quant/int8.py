@@ -79,12 +79,23 @@ class Int8Tensor(torch.nn.Module):
     """A matrix O × I in whole numbers. A module, so that its parts have names and move with a network.
 
     codes: int8, O × I · scale: float32, 1 × 1 (tensor), O × 1 (channel) or O × G (group) · zero: int32, like scale; None:
-    all 0 · dtype: of the matrix that was quantized · bits: 8, or fewer, which still lie in a byte each.
+    all 0 · dtype: of the matrix that was quantized · bits: 8, or fewer, which still lie in a byte each · granularity: what a
+    scale is for, where its shape does not tell, as of a row that is one group.
     """
 
-    def __init__(self, codes: Tensor, scale: Tensor, zero: Tensor | None = None, *, dtype: torch.dtype, bits: int = 8):
+    def __init__(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        zero: Tensor | None = None,
+        *,
+        dtype: torch.dtype,
+        bits: int = 8,
+        granularity: str | None = None,
+    ):
         super().__init__()
         self.shape, self.dtype, self.code_bits = codes.shape, dtype, bits
+        self.granularity = granularity or ("group" if scale.size(1) > 1 else "channel" if scale.size(0) > 1 else "tensor")
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
         self.register_buffer("zero", zero)
@@ -92,11 +103,6 @@ class Int8Tensor(torch.nn.Module):
     @property
     def scheme(self) -> str:
         return f"int{self.code_bits}"
-
-    @property
-    def granularity(self) -> str:
-        rows, groups = self.scale.shape
-        return "group" if groups > 1 else "channel" if rows > 1 or self.shape[0] == 1 else "tensor"
 
     @property
     def group_size(self) -> int:
@@ -146,9 +152,10 @@ class Int8Tensor(torch.nn.Module):
 
     def reordered(self, order: Tensor) -> "Int8Tensor":
         """With its rows in another order, and their scales with them."""
-        whole = self.scale.size(0) == 1
+        whole = self.scale.size(0) == 1 < self.shape[0]
         scale, zero = (part if part is None or whole else part[order] for part in (self.scale, self.zero))
-        return Int8Tensor(self.codes[order], scale, zero, dtype=self.dtype, bits=self.code_bits)
+        same = {"dtype": self.dtype, "bits": self.code_bits, "granularity": self.granularity}
+        return Int8Tensor(self.codes[order], scale, zero, **same)
 
     def _apply(self, fn, recurse: bool = True):
         """`.to(device)` moves it; `.to(dtype)`, `.half()` … leave its formats alone: scales are float32 by definition."""
@@ -185,13 +192,17 @@ def quantize(weight: Tensor, *, grid: Grid = SYMMETRIC, granularity: str = "chan
     if granularity == "tensor":
         low, high = low.amin().view(1, 1), high.amax().view(1, 1)
     scale, zero = scales_for(low, high, grid)
+    if not bool(scale.isfinite().all()):
+        raise QuantError("its numbers lie farther apart than float32 can say")
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     for n, piece in enumerate(pieces):
         rows = slice(n * at_once, n * at_once + len(piece)) if granularity != "tensor" else slice(None)
         grouped = piece.unflatten(1, (groups, -1))
         codes[n * at_once :][: len(piece)] = to_codes(grouped, scale[rows, :, None], zero[rows, :, None], grid).flatten(1)
     bits = (grid.high - grid.low).bit_length()
-    return Int8Tensor(codes, scale, None if grid.symmetric else zero, dtype=weight.dtype, bits=bits)
+    return Int8Tensor(
+        codes, scale, None if grid.symmetric else zero, dtype=weight.dtype, bits=bits, granularity=granularity
+    )
 
 
 def ends_of(rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:

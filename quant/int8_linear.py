@@ -51,7 +51,7 @@ class StaticInput(nn.Module):
 
     def forward(self, x_NI: Tensor) -> Codes:
         zero = None if self.grid.symmetric else self.zero
-        return Codes(to_codes(x_NI, self.scale, zero, self.grid).to(torch.int8), self.scale, zero)
+        return Codes(to_codes(x_NI, self.scale, zero, self.grid).to(torch.int8), marked(self.scale, x_NI), zero)
 
     def inside(self, x_NI: Tensor) -> Tensor | None:
         """Where x is within the grid, to half a step: beyond, a change of x changes nothing."""
@@ -67,6 +67,11 @@ class StaticInput(nn.Module):
 
     def extra_repr(self) -> str:
         return f"scale {float(self.scale):.3g}, zero point {int(self.zero)}"
+
+
+def marked(scale: Tensor, x_NI: Tensor) -> Tensor:
+    """The scale for each row, N × 1, NaN where the row holds inf or NaN: these have no codes, and would be lost."""
+    return scale + 0 * x_NI.sum(1, keepdim=True, dtype=torch.float32)
 
 
 Input = DynamicInput | StaticInput

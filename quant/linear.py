@@ -76,7 +76,7 @@ def quantizable(
         elif unknown(module):
             raise QuantError(
                 f"{path} is a {type(module).__name__}, a kind of layer that cannot be quantized; to leave it as it is: "
-                f"--skip {re.escape(path)!r}"
+                f"--skip '{re.escape(path)}'"
             )
     return found
 

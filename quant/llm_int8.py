@@ -47,7 +47,7 @@ class LlmInt8Tensor(Int8Tensor):
 
     def __init__(self, codes: Tensor, absmax: Tensor, *, dtype: torch.dtype):
         nn.Module.__init__(self)  # an Int8Tensor keeps the scale
-        self.shape, self.dtype, self.code_bits = codes.shape, dtype, 8
+        self.shape, self.dtype, self.code_bits, self.granularity = codes.shape, dtype, 8, "channel"
         self.register_buffer("codes", codes)
         self.register_buffer("absmax", absmax)
 

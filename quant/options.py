@@ -97,7 +97,7 @@ class Int8Static(WholeNumberOptions):
     calibrate: tuple[str, ...] = ()
     """Inputs are observed on its training split: as --corpus. Default: the training split of the text that is scored."""
     calibrate_tokens: int = 65_536
-    """Observe at most so many tokens."""
+    """Observe so many tokens, in whole batches, or as many as there are."""
     observer: Literal["minmax", "moving", "histogram", "percentile", "mse"] = "histogram"
     """An input's range: of all numbers, a moving average of the batches', with the least squared error by a histogram, without
     the outermost 0.01 %, or with the least squared error of 100 that are tried on the last batch (slow)."""

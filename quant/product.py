@@ -159,6 +159,8 @@ class Linear4bit(torch.autograd.Function):
 
 def computed_in(x: Tensor) -> torch.dtype:
     """The format of a product with x: autocast's where that is on, but for float64; else its own."""
+    if not x.is_floating_point():
+        raise ValueError(f"x of {str(x.dtype).removeprefix('torch.')} is not multiplied: floating-point numbers are")
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype

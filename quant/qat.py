@@ -32,7 +32,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from quant.config import QatConfig, QuantError
 from quant.fake import fake_quantize
 from quant.int8 import AFFINE, EPS, Grid, Int8Tensor, check, ends_of, scales_for
-from quant.int8_linear import DynamicInput, Input, Int8Linear, StaticInput
+from quant.int8_linear import DynamicInput, Input, Int8Linear, StaticInput, marked
 from quant.int8_product import Codes, product
 from quant.linear import quantizable
 from quant.nf4 import not_finite
@@ -57,6 +57,7 @@ class QatLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
         self.out_features, self.in_features = self.weight.shape
         self.bits, self.grid, self.granularity = bits, Grid.of(bits), settings.granularity
+        self.kind = {"dtype": self.weight.dtype, "bits": bits, "granularity": settings.granularity}
         self.groups = check(self.weight, settings.granularity, settings.group_size)
         self.rounded_input, static = INPUTS[settings.inputs], settings.inputs == "static"
         device = self.weight.device
@@ -88,7 +89,7 @@ class QatLinear(nn.Module):
         grouped = self.weight.unflatten(1, (self.groups, -1))
         near, codes = fake_quantize(grouped, scale[:, :, None], zero[:, :, None], self.grid, slowed(shared, self.grid))
         codes = codes.flatten(1).to(torch.int8)
-        return near.flatten(1), Int8Tensor(codes, scale.detach(), dtype=self.weight.dtype, bits=self.bits)
+        return near.flatten(1), Int8Tensor(codes, scale.detach(), **self.kind)
 
     def weight_scales(self) -> tuple[Tensor, Tensor]:
         """Learned, or as `quant.int8.quantize` takes them."""
@@ -123,7 +124,7 @@ class QatLinear(nn.Module):
         return scale.view(1, 1), zero.view(1, 1)
 
     @torch.no_grad()
-    def observe(self, x_NI: Tensor) -> tuple[Tensor, Tensor]:
+    def observe(self, x_NI: Tensor) -> None:
         """Least and largest number of x, which `commit` will pass on. A forward that is computed again changes nothing."""
         low, high = x_NI.float().aminmax()
         if not self.observed:
@@ -131,7 +132,6 @@ class QatLinear(nn.Module):
         if not self.frozen:
             before = self.pending or (low, high)
             self.pending = torch.minimum(before[0], low), torch.maximum(before[1], high)
-        return low, high
 
     def begin(self, low: Tensor, high: Tensor) -> None:
         """The first input gives a range at once, and a learned scale its first value."""
@@ -188,13 +188,11 @@ def dynamic(layer: QatLinear, x_NI: Tensor) -> tuple[Tensor, Codes]:
 
 
 def static(layer: QatLinear, x_NI: Tensor) -> tuple[Tensor, Codes]:
-    ends = layer.observe(x_NI.detach()) if layer.training and x_NI.numel() else ()
+    if layer.training and x_NI.numel():
+        layer.observe(x_NI.detach())
     scale, zero = layer.input_scales()
     near_NI, codes = fake_quantize(x_NI, scale, zero, AFFINE, slowed(layer.in_features, AFFINE))
-    scale = scale.detach()
-    for end in ends:
-        scale = scale + 0 * end  # a NaN has no code: it would be lost here, and training go on without a sign of it
-    return near_NI, Codes(codes.to(torch.int8), scale, zero)
+    return near_NI, Codes(codes.to(torch.int8), marked(scale.detach(), x_NI.detach()), zero)
 
 
 # layer, x: N × I → (x̂ or x, through which the gradient of x̂ goes on; x̂ in whole numbers)
@@ -253,7 +251,7 @@ def prepare(network: Network, settings: QatConfig, bits: int = 8, published: Map
         try:
             check(layer.weight, settings.granularity, settings.group_size)
         except QuantError as error:
-            raise QuantError(f"{path}.weight: {error}; to leave it as it is: --skip {re.escape(path)!r}") from None
+            raise QuantError(f"{path}.weight: {error}; to leave it as it is: --skip '{re.escape(path)}'") from None
         if layer.weight.is_meta:
             raise QuantError(f"{path}.weight: it has no values yet")
         if not bool(layer.weight.isfinite().all()):

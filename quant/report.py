@@ -110,13 +110,14 @@ def normal_error(settings: FourBit | Int8) -> float:
 def described(settings: FourBit | Int8) -> str:
     """
     >>> described(FourBit()), described(Int8(granularity="group"))
-    ('nf4, blocks of 64', 'int8-dynamic, a scale for each group of 128')
+    ('nf4, blocks of 64', 'int8-dynamic, weights of 8 bits, a scale for each group of 128')
     """
     if isinstance(settings, FourBit):
         return f"{settings.scheme}, blocks of {settings.block_size}"
     kind = {"tensor": "matrix", "channel": "channel", "group": f"group of {settings.group_size}"}[settings.granularity]
     outliers = f", outliers from {settings.threshold:g} apart" if settings.scheme == "llm-int8" else ""
-    return f"{settings.scheme}, a scale for each {kind}{outliers}"
+    affine = " and zero point" * settings.affine_weights
+    return f"{settings.scheme}, weights of {settings.bits} bits, a scale{affine} for each {kind}{outliers}"
 
 
 # ---- rows, the first a heading

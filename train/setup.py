@@ -181,7 +181,7 @@ def open_network(
     packed = as_autocast_asks(network)
     if packed and config.method is None:
         kind = next(iter(quantized_layers(network).values())).weight.scheme
-        rest = "add --adapter lora" if run.qat == "none" else f"--qat {run.qat} begins with weights that are not rounded"
+        rest = "add --adapter lora" if run.qat == "none" else f"--qat {run.qat} begins with those it was made from"
         raise TrainError(f"--init {run.init} has weights in {kind}, which cannot be trained: {rest}")
     if how is not None and network.quantization is None:
         say(f"{run.init} is quantized already, and is taken as it is: {next(iter(quantized_layers(network).values())).weight}")

@@ -133,7 +133,7 @@ def checked(x: Codes, w: Int8Tensor, b_O: Tensor | None, dtype: torch.dtype) -> 
     if x.codes.dim() != 2 or x.codes.size(1) != ins:
         raise ValueError(f"N × {ins} is multiplied by the {(outs, ins)} weight, not {tuple(x.codes.shape)}")
     for part in (x.scale, x.scale if x.zero is None else x.zero):
-        if part.shape not in ((len(x.codes), 1), (1, 1)) or part.shape != x.scale.shape:
+        if part.shape not in ((len(x.codes), 1), (1, 1)):
             raise ValueError(f"scales and zero points of {len(x.codes)} rows are N × 1 or 1 × 1, not {tuple(part.shape)}")
     if b_O is not None and b_O.shape != (outs,):
         raise ValueError(f"the bias of a {(outs, ins)} weight has {outs} numbers, not {tuple(b_O.shape)}")
@@ -152,14 +152,15 @@ def int8_matmul(x: Codes, w: Int8Tensor, b_O: Tensor | None = None, dtype: torch
     checked(x, w, b_O, dtype)
     rows, (outs, ins) = len(x.codes), w.shape
     y_NO = x.codes.new_empty(rows, outs, dtype=dtype)
+    scale, zero = torch.broadcast_tensors(x.scale, x.scale if x.zero is None else x.zero)  # a static zero point is one
     constants, options = settings(rows, ins, w.scale.size(1), w.zero is not None)
     programs = triton.cdiv(rows, constants["BLOCK_N"]) * triton.cdiv(outs, constants["BLOCK_O"])
     if programs:
         int8_matmul_kernel[(programs,)](
             x.codes.contiguous(),
             w.codes.contiguous(),
-            x.scale.contiguous(),
-            x.scale if x.zero is None else x.zero.contiguous(),  # what is not there is not read
+            scale.contiguous(),
+            zero.contiguous(),  # what is not there is not read
             w.scale.contiguous(),
             w.scale if w.zero is None else w.zero.contiguous(),
             w.scale if x.zero is None else row_sums(w),
@@ -170,7 +171,7 @@ def int8_matmul(x: Codes, w: Int8Tensor, b_O: Tensor | None = None, dtype: torch
             ins=ins,
             groups=w.scale.size(1),
             size=w.group_size,
-            x_step=step_of(x.scale),
+            x_step=step_of(scale),
             w_step=step_of(w.scale),
             X_ZERO=x.zero is not None,
             BIAS=b_O is not None,

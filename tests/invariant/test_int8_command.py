@@ -97,7 +97,7 @@ def test_the_table_and_the_sizes(scheme, made, folder):
     files = [report.amount((each / "model.safetensors").stat().st_size) for each in (folder, out)]
     assert shown(said, "files of weights")[2:] == files
     assert f"written: {out}: {files[1]} of weights, was {files[0]}\n" in said.out
-    what = f"{scheme}, a scale for each channel" + (", outliers from 6 apart" if scheme == "llm-int8" else "")
+    what = f"{scheme}, weights of 8 bits, a scale for each channel" + ", outliers from 6 apart" * (scheme == "llm-int8")
     assert said.out.count(f"{what}, {32 * after / before:.3f} bits a weight (error:") == 1
     assert {each.name for each in out.parent.iterdir()} == {scheme}
 

@@ -107,7 +107,7 @@ def test_what_they_do_not_take_is_an_error():
     with pytest.raises(ValueError, match="of 2 rows"):
         int8_matmul(x._replace(scale=torch.ones(3, 1)), w)
     with pytest.raises(ValueError, match="of 2 rows"):
-        int8_matmul(x._replace(zero=torch.zeros(1, 1, dtype=torch.int32)), w)
+        int8_matmul(x._replace(zero=torch.zeros(3, 1, dtype=torch.int32)), w)
     with pytest.raises(ValueError, match="4 numbers"):
         int8_matmul(x, w, torch.ones(6))
     one, zero = torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int32)

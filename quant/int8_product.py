@@ -6,8 +6,8 @@ With x̂ = (q - z) s of each row of x and Ŵ = (p - u) t of each row, or of each
 
 where the inner sum is Σ q p - z Σ p - u Σ q + |g| z u. All is kept in float32, which holds every whole number up to 2^24, that
 is of 1,024 products of INT8 at least, and of as many as there are unless nearly all have one sign; larger ones it rounds, each
-way below in its own. It
-is scaled in the order t, then s. Nothing here has a gradient: `quant.int8_linear` and `quant.qat` say what stands for it.
+way below in its own. It is scaled in the order t, then s. Nothing here has a gradient: `quant.int8_linear` and `quant.qat` say
+what stands for it.
 
 On a CPU there are two ways, exact both (measured on two cores with AVX2, 768 × 3,072: 1 row 0.8 and 1.4 ms, 16 rows 1.9 and
 3.1, 512 rows 26 and 24; a product in bfloat16 0.3, 4.6 and 138, in float32 0.8, 2.1 and 22):

@@ -8,5 +8,5 @@
 both    `layer` the 4-bit layer, of which others are kinds · `linear` `quantize_linears`, and a table of schemes · `folder` a
         model folder's layers, read and written · `forms` as what: `bnb_io` `bnb_8bit` bitsandbytes' tensors, `compressed` those
         of compressed-tensors · `kernels/` the same in Triton · `config` `options` what a command line shows · `report` `plot`
-        sizes and errors · `pages` new memory, sooner
+        sizes and errors · `formats` modules that `.to(dtype)` leaves alone · `pages` new memory, sooner
 """

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from quant.config import GRANULARITIES, QuantError
+from quant.formats import OwnFormats
 from quant.nf4 import not_finite
 
 EPS = torch.finfo(torch.float32).eps
@@ -75,7 +76,7 @@ def to_codes(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid = SYMMETR
     return (q if zero is None else q.add_(zero)).clamp_(grid.low, grid.high)
 
 
-class Int8Tensor(torch.nn.Module):
+class Int8Tensor(OwnFormats):
     """A matrix O × I in whole numbers. A module, so that its parts have names and move with a network.
 
     codes: int8, O × I · scale: float32, 1 × 1 (tensor), O × 1 (channel) or O × G (group) · zero: int32, like scale; None:
@@ -156,16 +157,6 @@ class Int8Tensor(torch.nn.Module):
         scale, zero = (part if part is None or whole else part[order] for part in (self.scale, self.zero))
         same = {"dtype": self.dtype, "bits": self.code_bits, "granularity": self.granularity}
         return Int8Tensor(self.codes[order], scale, zero, **same)
-
-    def _apply(self, fn, recurse: bool = True):
-        """`.to(device)` moves it; `.to(dtype)`, `.half()` … leave its formats alone: scales are float32 by definition."""
-        before = dict(self.named_buffers())
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            moved = getattr(self, name)
-            if moved.dtype != old.dtype:
-                setattr(self, name, old.to(moved.device))
-        return self
 
     def extra_repr(self) -> str:
         kind = f"int{self.code_bits}, {'symmetric' if self.zero is None else 'affine'}, a scale for each {self.granularity}"

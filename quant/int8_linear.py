@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from quant.formats import OwnFormats
 from quant.int8 import AFFINE, SYMMETRIC, Grid, Int8Tensor, scales_for, symmetric_scale, to_codes
 from quant.int8_product import Codes, product
 from quant.layer import QuantizedLinear
@@ -40,7 +41,7 @@ class DynamicInput(nn.Module):
         return f"a scale for each row, {'symmetric' if self.grid.symmetric else 'affine'}"
 
 
-class StaticInput(nn.Module):
+class StaticInput(OwnFormats):
     """One scale, float32, and zero point, int32, for all of x, both 1 × 1. Numbers beyond the grid's ends are cut off."""
 
     def __init__(self, scale: Tensor, zero: Tensor, grid: Grid = AFFINE):
@@ -57,13 +58,6 @@ class StaticInput(nn.Module):
         """Where x is within the grid, to half a step: beyond, a change of x changes nothing."""
         unclipped = (x_NI.float() * (1 / self.scale)).round_().add_(self.zero)
         return (unclipped >= self.grid.low) & (unclipped <= self.grid.high)
-
-    def _apply(self, fn, recurse: bool = True):
-        """`.to(dtype)` leaves the scale in float32."""
-        scale = self.scale
-        super()._apply(fn, recurse)
-        self.scale = scale.to(self.scale.device)
-        return self
 
     def extra_repr(self) -> str:
         return f"scale {float(self.scale):.3g}, zero point {int(self.zero)}"

@@ -24,6 +24,7 @@ from torch import Tensor
 from quant.blockwise import BLOCK as NESTED_BLOCK
 from quant.blockwise import constant, dequantize_8bit, dynamic_map, on_grid, quantize_8bit
 from quant.config import BLOCK_SIZES, QuantError
+from quant.formats import OwnFormats
 from quant.pages import in_large_pages
 
 SMALLEST = 1e-38  # that is divided by
@@ -71,7 +72,7 @@ def bounds(scheme: str) -> tuple[Tensor, Tensor]:
     return (values[:-1] + values[1:]) / 2, order.to(torch.uint8)
 
 
-class QuantizedTensor(torch.nn.Module):
+class QuantizedTensor(OwnFormats):
     """A tensor in four bits a number. A module, so that its parts have names and move with a network.
 
     packed: uint8, two codes a byte · absmax: float32, one a block; or uint8 with double quantization, then also
@@ -136,17 +137,6 @@ class QuantizedTensor(torch.nn.Module):
     def pieces(self) -> Iterator[tuple[int, Tensor]]:
         """(place of its first number, flat numbers in float32), a piece at a time."""
         return pieces(self)
-
-    def _apply(self, fn, recurse: bool = True):
-        """`.to(device)` moves it; `.to(dtype)`, `.half()` … leave its formats alone: scales are float32 by definition."""
-        formats = {name: buffer.dtype for name, buffer in self.named_buffers()}
-        before = dict(self.named_buffers())
-        super()._apply(fn, recurse)
-        for name, dtype in formats.items():
-            moved = getattr(self, name)
-            if moved.dtype != dtype:
-                setattr(self, name, before[name].to(moved.device))
-        return self
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor([list(CODES).index(self.scheme), self.block_size])

@@ -17,14 +17,15 @@ from collections.abc import Callable
 from ctypes import c_float
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from quant.config import QuantError
+from quant.formats import OwnFormats
 from quant.int8 import AFFINE, Grid, scales_for, to_codes
 from quant.nf4 import not_finite
 
 
-class Observer(nn.Module):
+class Observer(OwnFormats):
     """low, high: float32 buffers, 0-dim; or with an `axis`, one number for each of its indices (none before the first batch).
     low > high: nothing was observed. Errors (QuantError): an axis, where a kind of observer has one range for all."""
 
@@ -99,15 +100,6 @@ class Observer(nn.Module):
             if saved is not None and saved.dim() == 1 == self.low.dim():
                 setattr(self, name, getattr(self, name).new_empty(saved.shape))
         super()._load_from_state_dict(state, prefix, *rest)
-
-    def _apply(self, fn, recurse: bool = True):
-        """`.to(device)` moves it; `.to(dtype)`, `.half()` … leave its numbers in float32."""
-
-        def in_its_format(buffer: Tensor) -> Tensor:
-            moved = fn(buffer)
-            return moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
-
-        return super()._apply(in_its_format, recurse)
 
     def extra_repr(self) -> str:
         return f"{self.grid}" + (f", axis {self.axis}" if self.axis is not None else "")

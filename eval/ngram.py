@@ -1,122 +1,123 @@
-"""What counting achieves: the bits that unigrams and bigrams of token ids need for a text, the baseline of a model.
+"""Counting on tensors: n-grams of many pairs of texts at once, and how many of them two sides share.
 
-A stream is documents in a row, `bos tokens eos bos tokens eos ...`. Counted and scored is every pair of neighbours
-(v, w) = (ids[t - 1], ids[t]) whose target w is not `bos`: a document's first token is given, and which document comes
-next is no property of the text. A language model is scored on the same targets, so bits / bytes compares.
-Where one id is both bos and eos (GPT-2), `bos_id` None scores every pair, the ends of documents with them.
+A batch of B texts is `Ragged`: all their ids in one row, and the lengths. Texts of one pair are compared, never those of two,
+so that a group of equal n-grams is one of equal (pair, n-gram). N tokens flattened, S sides (the hypothesis and R references),
+U groups. Everything is whole numbers, on the CPU or a card.
 """
 
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Sequence
+from itertools import chain
+from typing import NamedTuple
+
 import numpy as np
+import torch
 from torch import Tensor
 
-CHUNK = 1 << 24  # tokens counted at a time: bounds the memory, 8 bytes a pair and again for its sorting
+
+class Ragged(NamedTuple):
+    """B sequences of ids, one after the other. A length of -1 says that there is none, as 0 does not."""
+
+    ids_N: Tensor
+    lengths_B: Tensor
 
 
-def unigram_bits(train_ids, val_ids, vocab_size: int, bos_id: int | None) -> float:
-    """Total bits of the validation targets under add-one unigrams: P(w) = (c(w) + 1) / (N + V).
+class Groups(NamedTuple):
+    """Equal n-grams of a pair are one group: how often it comes on each side, and whose it is."""
 
-    Ids are 1-D, a tensor or an array (a memory-mapped one is read in pieces). `bos_id` None: every pair counts.
+    count_US: Tensor
+    pair_U: Tensor
 
-    >>> unigram_bits(np.array([0, 1, 1, 2]), np.array([0, 1, 2]), vocab_size=3, bos_id=0)  # log2 of 6/3 and of 6/2
-    2.584962500721156
+
+def number(*sides: Sequence[Sequence[Hashable] | None], device: torch.device | str | None = None) -> list[Ragged]:
+    """Equal tokens get one number, over all sides.
+
+    >>> [side.ids_N.tolist() for side in number([["a", "b", "a"]], [["b", "c"]])]
+    [[0, 1, 0], [1, 2]]
     """
-    count_V = _target_counts(train_ids, vocab_size, bos_id)
-    probability_V = (count_V + 1) / (count_V.sum() + vocab_size)
-    return float(-(_target_counts(val_ids, vocab_size, bos_id) * np.log2(probability_V)).sum())
+    numbers: defaultdict[Hashable, int] = defaultdict()
+    numbers.default_factory = numbers.__len__
+    found = []
+    for rows in sides:
+        lengths = [-1 if row is None else len(row) for row in rows]
+        tokens = chain.from_iterable(row for row in rows if row is not None)
+        ids = np.fromiter(map(numbers.__getitem__, tokens), np.int64)
+        found.append(Ragged(torch.from_numpy(ids).to(device), torch.tensor(lengths, dtype=torch.int64, device=device)))
+    return found
 
 
-def kneser_ney_bits(train_ids, val_ids, vocab_size: int, bos_id: int | None, discount: float = 0.75) -> float:
-    """Total bits of the validation targets under bigrams with interpolated Kneser-Ney smoothing (`KneserNey`)."""
-    return KneserNey(train_ids, vocab_size, bos_id, discount).bits(val_ids)
+def totals(lengths_B: Tensor, max_order: int) -> Tensor:
+    """How many n-grams texts of these lengths have, for each n up to `max_order`: max(0, T - n + 1), (B, orders)."""
+    return (lengths_B[:, None] - torch.arange(max_order, device=lengths_B.device)).clamp(min=0)
 
 
-class KneserNey:
-    """Bigrams with interpolated Kneser-Ney smoothing, one discount d:
+def matches(hypotheses: Ragged, references: Sequence[Ragged], max_order: int) -> Tensor:
+    """Clipped matches with all references together, (B, orders): Σ over n-grams of min(count, the most in one reference).
 
-        P(w | v)  = max(c(v, w) - d, 0) / c(v)  +  d N1+(v .) / c(v)  P_cont(w)
-        P_cont(w) = max(N1+(. w) - d, 0) / N1+(. .)  +  d W / N1+(. .)  1 / V
-
-    c counts pairs and c(v) is its sum over w; N1+(v .), N1+(. w) and N1+(. .) count the kinds of pairs that start with
-    v, end with w, and all; W is the number of w that end one. A context v without a count has P_cont. Everything is
-    float64, sums to 1 over the V ids for every v, and is above 0 for every w when d > 0. Memory grows with the kinds
-    of pairs, never with V x V.
-    Source: Kneser & Ney 1995; Chen & Goodman 1998, TR-10-98, section 2.7, in its interpolated form with one discount.
-    The paper ends at N1+(. w) / N1+(. .), where a w never seen has probability 0, as in nltk.lm.KneserNeyInterpolated:
-    `lowest_discount=0` gives that. None, the default, discounts P_cont by d too and spreads it over the vocabulary.
+    >>> hypothesis, reference = number([["the"] * 7], ["the cat is on the mat".split()])
+    >>> matches(hypothesis, [reference], 2)  # Papineni et al. 2002, section 2.1
+    tensor([[2, 0]])
     """
-
-    def __init__(
-        self,
-        train_ids,
-        vocab_size: int,
-        bos_id: int | None,
-        discount: float = 0.75,
-        *,
-        lowest_discount: float | None = None,
-    ) -> None:
-        lowest_discount = discount if lowest_discount is None else lowest_discount
-        if not (0 <= discount <= 1 and 0 <= lowest_discount <= 1):
-            raise ValueError(f"discounts are in [0, 1]: discount={discount}, lowest_discount={lowest_discount}")
-        self.vocab_size, self.bos_id, self.discount = vocab_size, bos_id, discount
-        self.codes, self.counts = count_pairs(train_ids, vocab_size, bos_id)
-        if not len(self.codes):
-            raise ValueError("no pair to count: the training ids hold no target after another id")
-        first, second = np.divmod(self.codes, vocab_size)
-        self.context_count_V = np.bincount(first, weights=self.counts, minlength=vocab_size)  # c(v)
-        self.context_kinds_V = np.bincount(first, minlength=vocab_size)  # N1+(v .)
-        kinds_V = np.bincount(second, minlength=vocab_size)  # N1+(. w)
-        left_over = lowest_discount * np.count_nonzero(kinds_V) / vocab_size
-        self.continuation_V = (np.maximum(kinds_V - lowest_discount, 0) + left_over) / len(self.codes)
-
-    def probability(self, context: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """P(target | context), elementwise over arrays of ids (they broadcast)."""
-        context, target = np.broadcast_arrays(np.asarray(context, np.int64), np.asarray(target, np.int64))
-        code = context * self.vocab_size + target
-        place = np.minimum(np.searchsorted(self.codes, code), len(self.codes) - 1)
-        count = np.where(self.codes[place] == code, self.counts[place], 0)
-        total = self.context_count_V[context]
-        seen = total > 0
-        total = np.where(seen, total, 1)
-        weight = np.where(seen, self.discount * self.context_kinds_V[context] / total, 1)
-        return np.maximum(count - self.discount, 0) / total + weight * self.continuation_V[target]
-
-    def bits(self, ids) -> float:
-        codes, counts = count_pairs(ids, self.vocab_size, self.bos_id)
-        return float(-(counts * np.log2(self.probability(*np.divmod(codes, self.vocab_size)))).sum())
+    pairs = len(hypotheses.lengths_B)
+    clipped = (
+        _sums(torch.minimum(count_US[:, 0], count_US[:, 1:].amax(1)), pair_U, pairs)
+        for count_US, pair_U in shared_ngrams(hypotheses, references, max_order)
+    )
+    return torch.stack(list(clipped), 1)
 
 
-def count_pairs(ids, vocab_size: int, bos_id: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """The kinds of pairs, coded v V + w, ascending, int64, and how often each occurs.
+def matches_each(hypotheses: Ragged, references: Sequence[Ragged], max_order: int) -> Tensor:
+    """Clipped matches with each reference on its own, (B, R, orders): Σ over n-grams of min(count, count in it)."""
+    pairs = len(hypotheses.lengths_B)
+    clipped = (
+        _sums(torch.minimum(count_US[:, :1], count_US[:, 1:]), pair_U, pairs)
+        for count_US, pair_U in shared_ngrams(hypotheses, references, max_order)
+    )
+    return torch.stack(list(clipped), 2)
 
-    >>> count_pairs(np.array([0, 1, 2, 0, 1, 1]), vocab_size=3, bos_id=0)
-    (array([1, 4, 5]), array([2, 1, 1]))
+
+def shared_ngrams(hypotheses: Ragged, references: Sequence[Ragged], max_order: int) -> Iterator[Groups]:
+    """For n = 1, 2 … the groups of n-grams; past n = 1 only such as may stand on both sides.
+
+    An n-gram is told by the groups of its first and of its last n - 1 tokens, and is shared only where both of those are: what
+    has no match is dropped before it is sorted, so that long orders cost little.
     """
-    merged_codes, merged_counts = np.empty(0, np.int64), np.empty(0, np.int64)
-    for context, target in _pairs(ids, vocab_size, bos_id):
-        codes, counts = np.unique(context * vocab_size + target, return_counts=True)
-        merged_codes, place = np.unique(np.concatenate([merged_codes, codes]), return_inverse=True)
-        summed = np.zeros(len(merged_codes), np.int64)
-        np.add.at(summed, place, np.concatenate([merged_counts, counts]))
-        merged_counts = summed
-    return merged_codes, merged_counts
+    sides = [hypotheses, *references]
+    (group_N, pair_N, side_N), groups = _rows(sides), 0
+    for order in range(1, max_order + 1):
+        if order > 1:
+            first_N, last_N = group_N[:-1], group_N[1:]
+            both_N = (first_N >= 0) & (last_N >= 0)
+            pair_N, side_N, group_N = pair_N[:-1], side_N[:-1], torch.where(both_N, first_N * groups + last_N, -1)
+        (place_M,) = torch.nonzero(group_N >= 0, as_tuple=True)
+        _, group_M = torch.unique(group_N[place_M], return_inverse=True)
+        groups = int(group_M.amax()) + 1 if len(group_M) else 0
+        cell_M = group_M * len(sides) + side_N[place_M]
+        count_US = torch.bincount(cell_M, minlength=groups * len(sides)).view(groups, len(sides))
+        pair_U = torch.zeros(groups, dtype=torch.int64, device=group_M.device)
+        pair_U[group_M] = pair_N[place_M]
+        yield Groups(count_US, pair_U)
+        shared_U = (count_US[:, 0] > 0) & (count_US[:, 1:].amax(1) > 0)
+        group_N = torch.full_like(group_N, -1)
+        group_N[place_M] = torch.where(shared_U[group_M], group_M, -1)
 
 
-def _target_counts(ids, vocab_size: int, bos_id: int | None) -> np.ndarray:
-    count_V = np.zeros(vocab_size, np.int64)
-    for _, target in _pairs(ids, vocab_size, bos_id):
-        count_V += np.bincount(target, minlength=vocab_size)
-    return count_V
+def _rows(sides: Sequence[Ragged]) -> tuple[Tensor, Tensor, Tensor]:
+    """All texts in a row with a gap of -1 after each, so that no n-gram spans two: (pair, id) in one number, pair, side."""
+    device, columns = sides[0].ids_N.device, ([], [], [])
+    width = 1 + max((int(side.ids_N.amax()) for side in sides if len(side.ids_N)), default=0)
+    for side, (ids_N, lengths_B) in enumerate(sides):
+        pair_N = torch.repeat_interleave(lengths_B.clamp(min=0) + 1)
+        text_N = torch.ones_like(pair_N, dtype=torch.bool)
+        text_N[(lengths_B.clamp(min=0) + 1).cumsum(0) - 1] = False
+        key_N = torch.full_like(pair_N, -1)
+        key_N[text_N] = pair_N[text_N] * width + ids_N
+        for column, value in zip(columns, (key_N, pair_N, torch.full_like(pair_N, side)), strict=True):
+            column.append(value)
+    empty = torch.zeros(0, dtype=torch.int64, device=device)
+    return tuple(torch.cat([empty, *column]) for column in columns)
 
 
-def _pairs(ids, vocab_size: int, bos_id: int | None):
-    """Neighbours (context, target), int64, a chunk at a time; chunks share one id, so that no pair is lost."""
-    ids = ids.detach().cpu().numpy() if isinstance(ids, Tensor) else np.asanyarray(ids)
-    if ids.ndim != 1:
-        raise ValueError(f"ids must be one stream, got shape {ids.shape}")
-    for start in range(0, len(ids) - 1, CHUNK):
-        chunk = np.asarray(ids[start : start + CHUNK + 1]).astype(np.int64)
-        if chunk.min() < 0 or chunk.max() >= vocab_size:
-            raise ValueError(f"ids are in {chunk.min()}..{chunk.max()}, outside the vocabulary of {vocab_size}")
-        context, target = chunk[:-1], chunk[1:]
-        kept = slice(None) if bos_id is None else target != bos_id
-        yield context[kept], target[kept]
+def _sums(value_UX: Tensor, pair_U: Tensor, pairs: int) -> Tensor:
+    """Of each pair's groups."""
+    return torch.zeros(pairs, *value_UX.shape[1:], dtype=torch.int64, device=value_UX.device).index_add_(0, pair_U, value_UX)

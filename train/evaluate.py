@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.ngram import kneser_ney_bits, unigram_bits
+from eval.baseline import kneser_ney_bits, unigram_bits
 from train.distributed import Ranks
 from train.objective import Objective
 

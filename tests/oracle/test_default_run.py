@@ -14,7 +14,7 @@ import transformers
 
 import model.hub
 from data.tokenizer import Tokenizer
-from eval.ngram import kneser_ney_bits
+from eval.baseline import kneser_ney_bits
 
 ROOT = Path(__file__).resolve().parents[2]
 

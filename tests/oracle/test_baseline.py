@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from eval import ngram
-from eval.ngram import KneserNey, count_pairs, kneser_ney_bits, unigram_bits
+from eval import baseline
+from eval.baseline import KneserNey, count_pairs, kneser_ney_bits, unigram_bits
 
 BOS, EOS, VOCAB = 0, 1, 23
 UNSEEN = (20, 21, 22)  # ids that the training stream never holds
@@ -113,7 +113,7 @@ def test_tensors_arrays_and_memory_maps_in_any_chunks_are_one(tmp_path, monkeypa
     train.numpy().astype(np.uint16).tofile(tmp_path / "train.bin")
     mapped = np.memmap(tmp_path / "train.bin", np.uint16, mode="r")
     for chunk in (1, 2, 7, len(train) - 1, 10**6):
-        monkeypatch.setattr(ngram, "CHUNK", chunk)
+        monkeypatch.setattr(baseline, "CHUNK", chunk)
         for ids in (train, train.int(), train.numpy(), mapped):
             assert [bits(ids, valid, VOCAB, BOS) for bits in (unigram_bits, kneser_ney_bits)] == expected
 

@@ -1,0 +1,169 @@
+"""BLEU: how many of a text's n-grams its references hold, times a penalty for being short.
+
+    BLEU = BP exp(1/4 Σ log p_n)      p_n = clipped matches / n-grams of the hypotheses      BP = min(1, exp(1 - r / c))
+
+Sums run over the corpus before anything is divided. c is the hypotheses' length; r adds up, for each, the length of the
+reference nearest to it, the shorter one of two. Values, names of settings and the signature are sacrebleu's.
+Source: Papineni et al. 2002; Post 2018, arXiv 1804.08771; for smoothing Chen & Cherry 2014.
+"""
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from eval.ngram import matches, number, totals
+from eval.score import Score, check_each_has_one, check_streams, corpus_value, ratio, sacrebleu_signature
+from eval.tokenize import TOKENIZERS, tokens
+
+SMOOTH_VALUES = {"none": None, "floor": 0.1, "add-k": 1.0, "exp": None}  # and the value of each, where it has one
+LOG_OF_ZERO = -9999999999.0  # sacrebleu's: e to a quarter of it is 0
+
+
+@dataclass(frozen=True)
+class Bleu:
+    """Settings of BLEU; `smooth` says what a precision of 0 becomes.
+
+    - "exp": 1 / (2^k total), for the k-th order without a match
+    - "floor": `smooth_value` (0.1) / total
+    - "add-k": `smooth_value` (1) is added to matches and totals of orders above 1, whatever they are
+    - "none": it stays 0, and so the score
+
+    `effective_order`: orders that no hypothesis is long enough for are left out of the mean; for single sentences.
+    Statistics of an example: references, length, reference length, matches of each order, n-grams of each order.
+    """
+
+    tokenize: str = "13a"
+    smooth: str = "exp"
+    smooth_value: float | None = None
+    effective_order: bool = False
+    lowercase: bool = False
+    max_order: int = 4
+
+    name: ClassVar[str] = "BLEU"
+    mean: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.tokenize not in (*TOKENIZERS, "ids"):
+            raise ValueError(f"tokenize={self.tokenize!r}: one of {', '.join((*TOKENIZERS, 'ids'))}")
+        if self.smooth not in SMOOTH_VALUES:
+            raise ValueError(f"smooth={self.smooth!r}: one of {', '.join(SMOOTH_VALUES)}")
+        if self.smooth_value is None:
+            object.__setattr__(self, "smooth_value", SMOOTH_VALUES[self.smooth])
+        elif SMOOTH_VALUES[self.smooth] is None or not 0 <= self.smooth_value < math.inf:
+            raise ValueError(f"smooth={self.smooth!r} with smooth_value={self.smooth_value}: floor and add-k have one, from 0")
+        if self.max_order < 1:
+            raise ValueError(f"max_order={self.max_order}: n-grams have one token at least")
+
+    def statistics(self, hypotheses: Sequence, references: Sequence[Sequence]) -> Tensor:
+        check_streams(hypotheses, references)
+        sides = [tokens(texts, self.tokenize, lowercase=self.lowercase) for texts in (hypotheses, *references)]
+        hypothesis, *found = number(*sides)
+        check_each_has_one(references)
+        length_BR = torch.stack([reference.lengths_B for reference in found], 1)
+        return torch.cat(
+            [
+                (length_BR >= 0).sum(1, keepdim=True),
+                hypothesis.lengths_B[:, None],
+                nearest(hypothesis.lengths_B, length_BR)[:, None],
+                matches(hypothesis, found, self.max_order),
+                totals(hypothesis.lengths_B, self.max_order),
+            ],
+            1,
+        )
+
+    def scores(self, statistics_XK: Tensor) -> Tensor:
+        precision_XO, penalty_X, order_X = self._parts(statistics_XK)
+        matches_XO = statistics_XK[..., 3 : 3 + self.max_order]
+        log_XO = torch.where(precision_XO > 0, precision_XO, 1).log().where(precision_XO > 0, LOG_OF_ZERO)
+        used_XO = torch.arange(self.max_order) < order_X[..., None]
+        value_X = penalty_X * ((log_XO * used_XO).sum(-1) / order_X).exp()
+        return value_X.where((matches_XO > 0).any(-1), 0.0)
+
+    def examples(self, statistics_BK: Tensor) -> Tensor:
+        """The score of each example as a text of its own: `sentence_bleu`'s."""
+        return replace(self, effective_order=True).scores(statistics_BK)
+
+    def _parts(self, statistics_XK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Precisions in per cent, brevity penalty, orders that count."""
+        _, length_X, reference_X, *rest = statistics_XK.double().unbind(-1)
+        matched, total = rest[: self.max_order], rest[self.max_order :]
+        penalty_X = torch.where(length_X < reference_X, 1 - ratio(reference_X, length_X), 0).exp()
+        penalty_X = penalty_X.where((length_X > 0) | (reference_X == 0), 0.0)
+        there_X, halved_X = torch.ones_like(length_X, dtype=torch.bool), torch.ones_like(length_X)
+        order_X, precisions = torch.full_like(length_X, 1 if self.effective_order else self.max_order), []
+        for order, (match_X, total_X) in enumerate(zip(matched, total, strict=True), 1):
+            if self.smooth == "add-k" and order > 1:
+                match_X, total_X = match_X + self.smooth_value, total_X + self.smooth_value
+            there_X = there_X & (total_X > 0)
+            none_X = there_X & (match_X == 0)
+            if self.smooth == "exp":
+                halved_X = torch.where(none_X, halved_X / 2, halved_X)
+                match_X = torch.where(none_X, halved_X, match_X)
+            elif self.smooth == "floor":
+                match_X = torch.where(none_X, self.smooth_value, match_X)
+            if self.effective_order:
+                order_X = order_X.where(~there_X, order)
+            precisions.append(100 * ratio(match_X, total_X).where(there_X, 0.0))
+        return torch.stack(precisions, -1), penalty_X, order_X
+
+    def score(self, statistics_BK: Tensor) -> Score:
+        sums_K = statistics_BK.sum(0)
+        precision_O, penalty, _ = self._parts(sums_K)
+        _, length, reference_length, *rest = sums_K.tolist()
+        parts = {
+            "precisions": precision_O.tolist(),
+            "matches": rest[: self.max_order],
+            "totals": rest[self.max_order :],
+            "brevity_penalty": float(penalty),
+            "length": length,
+            "reference_length": reference_length,
+        }
+        return Score(self.name, corpus_value(self, statistics_BK), parts, self.signature(statistics_BK), digits=2)
+
+    def signature(self, statistics_BK: Tensor, **resampled: object) -> str:
+        smooth = self.smooth if self.smooth_value is None else f"{self.smooth}[{self.smooth_value:.2f}]"
+        settings = {"case": "lc" if self.lowercase else "mixed", "eff": "yes" if self.effective_order else "no"}
+        settings |= {"tok": self.tokenize, "smooth": smooth} | ({} if self.max_order == 4 else {"order": self.max_order})
+        return sacrebleu_signature(statistics_BK, settings, **resampled)
+
+
+def nearest(length_B: Tensor, reference_BR: Tensor) -> Tensor:
+    """Of each example, the reference length nearest to its own; of two as near the shorter one; -1 is no reference.
+
+    >>> nearest(torch.tensor([5, 5]), torch.tensor([[7, 3, -1], [-1, 9, 6]]))
+    tensor([3, 6])
+    """
+    far = torch.iinfo(torch.int64).max // 4
+    # Twice the distance, one less for the shorter one: no two lengths tie.
+    distance_BR = 2 * (reference_BR - length_B[:, None]).abs() - (reference_BR < length_B[:, None]).long()
+    distance_BR = distance_BR.where(reference_BR >= 0, far)
+    return reference_BR.gather(1, distance_BR.argmin(1, keepdim=True)).squeeze(1)
+
+
+def corpus_bleu(hypotheses: Sequence, reference_streams: Sequence[Sequence], **settings: object) -> Score:
+    """BLEU of a corpus, from 0 to 100. `reference_streams[r][i]` is a reference of hypothesis i, or None; settings: `Bleu`'s.
+
+    >>> print(corpus_bleu(["The dog bit the man."], [["The dog bit the man."], ["The dog had bit the man."]]))
+    BLEU = 100.00 nrefs:2|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0
+    """
+    metric = Bleu(**settings)
+    return metric.score(metric.statistics(hypotheses, reference_streams))
+
+
+def sentence_bleu(
+    hypothesis: str | Sequence[Hashable],
+    references: Sequence[str | Sequence[Hashable]],
+    *,
+    effective_order: bool = True,
+    **settings: object,
+) -> Score:
+    """BLEU of one text, with the orders that it is long enough for.
+
+    >>> f"{sentence_bleu('the cat sat', ['the cat sat on the mat']).value:.4f}"  # e^(1 - 6/3) of 100
+    '36.7879'
+    """
+    return corpus_bleu([hypothesis], [[reference] for reference in references], effective_order=effective_order, **settings)

@@ -77,11 +77,9 @@ class Bleu:
 
     def scores(self, statistics_XK: Tensor) -> Tensor:
         precision_XO, penalty_X, order_X = self._parts(statistics_XK)
-        matches_XO = statistics_XK[..., 3 : 3 + self.max_order]
         log_XO = torch.where(precision_XO > 0, precision_XO, 1).log().where(precision_XO > 0, LOG_OF_ZERO)
-        used_XO = torch.arange(self.max_order) < order_X[..., None]
-        value_X = penalty_X * ((log_XO * used_XO).sum(-1) / order_X).exp()
-        return value_X.where((matches_XO > 0).any(-1), 0.0)
+        used_XO = torch.arange(self.max_order, device=order_X.device) < order_X[..., None]
+        return penalty_X * ((log_XO * used_XO).sum(-1) / order_X).exp()
 
     def examples(self, statistics_BK: Tensor) -> Tensor:
         """The score of each example as a text of its own: `sentence_bleu`'s."""
@@ -108,7 +106,8 @@ class Bleu:
             if self.effective_order:
                 order_X = order_X.where(~there_X, order)
             precisions.append(100 * ratio(match_X, total_X).where(there_X, 0.0))
-        return torch.stack(precisions, -1), penalty_X, order_X
+        any_X = torch.stack(matched, -1).gt(0).any(-1, keepdim=True)  # without a match nothing is smoothed
+        return torch.stack(precisions, -1).where(any_X, 0.0), penalty_X, order_X
 
     def score(self, statistics_BK: Tensor) -> Score:
         sums_K = statistics_BK.sum(0)

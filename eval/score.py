@@ -116,11 +116,14 @@ def check_each_has_one(references: Sequence[Sequence]) -> None:
 
 
 def check_streams(hypotheses: Sequence, references: Sequence[Sequence]) -> None:
-    """Errors: no stream of references, one of another length than the hypotheses (ValueError says both), a bare string."""
+    """Errors: no stream of references, one of another length than the hypotheses (ValueError says both), a bare string, a
+    hypothesis that is None (TypeError)."""
     if isinstance(hypotheses, str):
         raise TypeError("hypotheses are a sequence of texts, got one string: put it into a list")
     if isinstance(references, str) or any(isinstance(stream, str) for stream in references):
         raise TypeError("references are streams, [[first of example 0, first of example 1, …], …]: got a string among them")
+    if missing := [place for place, hypothesis in enumerate(hypotheses) if hypothesis is None]:
+        raise TypeError(f"hypothesis {missing[0]} is None: a text that is not there has no score, an empty one has")
     if not len(references):
         raise ValueError("there is no stream of references")
     for number, stream in enumerate(references):

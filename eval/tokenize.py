@@ -83,9 +83,9 @@ def tokens(texts: Sequence[str | Sequence[Hashable] | None], how: str, *, lowerc
     Errors: ids without "ids", or text with it (TypeError).
     """
     there = [text for text in texts if text is not None]
-    if wrong := next((text for text in there if isinstance(text, str) == (how == "ids")), None):
+    if wrong := [text for text in there if isinstance(text, str) == (how == "ids")]:
         kind, right = ("text", f"one of {', '.join(TOKENIZERS)}") if how == "ids" else ("no text", "'ids'")
-        raise TypeError(f"tokenize={how!r}, but {wrong!r:.60} is {kind}: for that, tokenize is {right}")
+        raise TypeError(f"tokenize={how!r}, but {wrong[0]!r:.60} is {kind}: for that, tokenize is {right}")
     if how == "ids":
         return [text.tolist() if hasattr(text, "tolist") else text for text in texts]
     found = iter(TOKENIZERS[how]((text.lower() if lowercase else text).rstrip() for text in there))

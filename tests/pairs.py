@@ -12,8 +12,8 @@ ENDINGS = ["", "", "", "", "s", "ed", "ing", "ly", "ation", "ness", "ies", "'s"]
 
 
 def word_pairs(count: int, seed: int = 0, shortest: int = 10, longest: int = 40, vocabulary: int = 5000, kept: float = 0.7):
-    """(hypotheses, references): made-up words, frequent and rare ones, with inflections, capitals and punctuation; about `kept` of
-    a reference's words are its hypothesis', some in another place."""
+    """(hypotheses, references): made-up words, frequent and rare ones, with inflections, capitals and punctuation; about `kept`
+    of a reference's words are its hypothesis', some in another place."""
     draw = random.Random(seed)
     stems = [
         draw.choice("bcdfglmnprst") + draw.choice("aeiou") + "".join(draw.choices("lmnrstdkp", k=draw.randint(1, 4)))

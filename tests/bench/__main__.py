@@ -13,6 +13,7 @@
     qlora     what four bits cost the end result: QLoRA beside LoRA, three seeds (--steps, --base)
     int8      INT8 on a CPU: generation beside bfloat16 and float32; one linear layer beside other libraries'
     qat       INT4 weights trained for, beside rounded afterwards: CLM and MLM, three seeds (--steps, --base)
+    metrics   scores of texts beside the libraries that define them; the command's memory and start
     gpu       GPT-2 124M on a card, compiled, beside its own products and transformers
 """
 
@@ -29,6 +30,7 @@ from tests.bench.gpu import bench_gpu
 from tests.bench.int8 import bench_int8
 from tests.bench.loading import bench_loading
 from tests.bench.loss import bench_loss
+from tests.bench.metrics import bench_metrics
 from tests.bench.qat import bench_qat
 from tests.bench.qlora import bench_qlora
 from tests.bench.quant import bench_llama, bench_quant
@@ -49,6 +51,7 @@ BENCHES = {
     "qlora": bench_qlora,
     "int8": bench_int8,
     "qat": bench_qat,
+    "metrics": bench_metrics,
     "gpu": bench_gpu,
 }
 

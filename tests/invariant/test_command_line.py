@@ -61,6 +61,8 @@ print("loaded:", *sorted({name.partition(".")[0] for name in sys.modules}))
         ("model generate --help", ["--prompt", "--temperature", "--top-k", "--top-p", "--seed"]),
         ("data --help", ["prepare", "Text in, batches out."]),
         ("quant --help", ["nf4", "fp4"]),
+        ("eval --help", ["bleu", "chrf", "rouge", "meteor", "bertscore", "f1", "perplexity"]),
+        ("eval bleu --help", ["HYP REF", "--system", "--json", "--tokenize", "--smooth", "--lowercase"]),
         ("quant nf4 --help", ["--out", "--double", "--block-size", "--skip", "--corpus"]),
     ],
 )  # fmt: skip

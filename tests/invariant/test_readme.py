@@ -7,10 +7,12 @@ from pathlib import Path
 import torch
 
 import model.hub
+from eval.bleu import corpus_bleu
 from lora.inject import adapters
 from quant.linear import quantized_layers
 from tests.conftest import randomized, tiny_config
 from tests.oracle.adapter_twins import gap
+from tests.pairs import word_pairs
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 
@@ -41,7 +43,7 @@ def test_the_four_bits_of_the_readme(tmp_path, monkeypatch):
 
 
 def test_the_eight_bits_of_the_readme(tmp_path, monkeypatch):
-    text = README.read_text(encoding="utf-8").partition("## Eight bits")[2].partition("## Networks")[0]
+    text = README.read_text(encoding="utf-8").partition("## Eight bits")[2].partition("## Scores")[0]
     (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     before = randomized(tiny_config("llama"), dtype=torch.float32)
@@ -52,3 +54,13 @@ def test_the_eight_bits_of_the_readme(tmp_path, monkeypatch):
     assert names["small"].group_size == 32 and quantized_layers(names["packed"])
     assert json.loads((tmp_path / "DIR" / "config.json").read_text())["quantization_config"]["format"] == "int-quantized"
     assert torch.equal(model.hub.load("DIR")(**batches[0]).logits, names["network"].eval()(**batches[0]).logits)
+
+
+def test_the_scores_of_the_readme():
+    text = README.read_text(encoding="utf-8").partition("## Scores")[2].partition("## Networks")[0]
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    hypotheses, references = word_pairs(7)
+    names: dict = {"hypotheses": hypotheses, "references": references}
+    exec(block, names)
+    assert names["whole"] == corpus_bleu(hypotheses, [references]) and "tok:intl" in names["score"].signature
+    assert names["interval"].low < names["whole"].value < names["interval"].high and names["scores"]["rouge1"].fmeasure > 0.3

@@ -1,0 +1,298 @@
+"""`python -m eval SCORE HYP REF…`: a score with its 95 % interval and all its settings; of several systems, which is better.
+
+Files are read a batch at a time; of each example only the statistics stay, whole numbers as a rule.
+"""
+
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, fields
+from operator import attrgetter
+from typing import TYPE_CHECKING, NamedTuple
+
+import tyro
+
+from eval import options as asked
+from eval.files import BATCH, HYPOTHESIS_FIELDS, REFERENCE_FIELDS, EvalError, Source, Sources
+
+if TYPE_CHECKING:
+    from numpy import ndarray
+    from torch import Tensor
+
+    from eval.files import Batch
+    from eval.report import Difference, Result
+    from eval.score import Metric
+    from train.scoring import Document
+
+Texts = Sequence[str]
+
+
+class Scorer(NamedTuple):
+    """Metrics that share the work on a batch; by the first one, examples are said to differ."""
+
+    metrics: list["Metric"]
+    statistics: Callable[[Texts, Sequence[Sequence[str | None]]], list["Tensor"]]
+    batch: int | None = None  # examples at once, where it matters
+
+
+# ---- one scorer for each command
+
+
+def settings(options: asked.Scored) -> dict[str, object]:
+    """The options of one score alone, without those that all have."""
+    common = {option.name for option in fields(asked.Scored)}
+    return {name: value for name, value in asdict(options).items() if name not in common}
+
+
+def bleu(options: asked.Bleu) -> Scorer:
+    from eval.bleu import Bleu
+
+    metric = Bleu(**settings(options))
+    return Scorer([metric], lambda hypotheses, references: [metric.statistics(hypotheses, references)])
+
+
+def chrf(options: asked.Chrf) -> Scorer:
+    from eval.chrf import Chrf
+
+    metric = Chrf(**settings(options))
+    return Scorer([metric], lambda hypotheses, references: [metric.statistics(hypotheses, references)])
+
+
+def rouge(options: asked.Rouge) -> Scorer:
+    from eval.rouge import Rouge, rouge_statistics
+
+    metrics = [Rouge(kind, stemmer=options.stemmer) for kind in options.kinds]
+    if not metrics:
+        raise EvalError("--kinds: none is asked for")
+
+    def broken(texts: Sequence[str | None]) -> list[str | None]:
+        there = options.line_break
+        return [text if text is None or not there else text.replace(there, "\n") for text in texts]
+
+    def statistics(hypotheses: Texts, references: Sequence[Sequence[str | None]]) -> list["Tensor"]:
+        return rouge_statistics(metrics, broken(hypotheses), [broken(stream) for stream in references])
+
+    return Scorer(metrics, statistics)
+
+
+def meteor(options: asked.Meteor) -> Scorer:
+    from eval.meteor import Meteor
+    from eval.wordnet import WordNet
+
+    wordnet = None if options.wordnet is None else WordNet(options.wordnet)
+    metric = Meteor(**settings(options) | {"wordnet": wordnet})
+    return Scorer([metric], lambda hypotheses, references: [metric.statistics(hypotheses, references)])
+
+
+def bertscore(options: asked.BertScore) -> Scorer:
+    from eval.bertscore import BertScore
+    from train.scoring import open_folder
+
+    opened = open_folder(options.model, device=options.device, threads=options.threads)
+    given = {"layer": options.layer, "idf": options.idf, "baseline": options.baseline, "progress": sys.stderr.isatty()}
+    metric = BertScore(opened.network, opened.tokenizer, model=options.model.name, **given)
+    # Which token is rare, all references tell together.
+    batch = sys.maxsize if options.idf else None
+    return Scorer([metric], lambda hypotheses, references: [metric.statistics(hypotheses, references)], batch)
+
+
+def f1(options: asked.F1) -> Scorer:
+    from eval.answers import Answers, answers_statistics
+
+    metrics = [Answers("f1", **settings(options)), Answers("exact", **settings(options))]
+    return Scorer(metrics, lambda hypotheses, references: answers_statistics(metrics, hypotheses, references))
+
+
+SCORERS: dict[type, Callable[..., Scorer]] = {
+    asked.Bleu: bleu,
+    asked.Chrf: chrf,
+    asked.Rouge: rouge,
+    asked.Meteor: meteor,
+    asked.BertScore: bertscore,
+    asked.F1: f1,
+}
+
+
+# ---- texts
+
+
+def sources(options: asked.Scored) -> Sources:
+    hypothesis_fields = (options.hypothesis_field,) if options.hypothesis_field else HYPOTHESIS_FIELDS
+    reference_fields = (options.reference_field,) if options.reference_field else REFERENCE_FIELDS
+    files, systems = list(options.files), {}
+    if not options.system and len(files) < 2:
+        raise EvalError("a file of hypotheses and one or more of references are wanted: HYP REF…")
+    for system in options.system or ["=" + files.pop(0)]:
+        name, equals, path = system.partition("=")
+        if not (equals and path) or (options.system and not name):
+            raise EvalError(f"--system {system}: NAME=FILE is wanted")
+        if name in systems:
+            raise EvalError(f"--system {system}: there is a system {name!r} already")
+        systems[name] = Source(path, hypothesis_fields, several=False)
+    if not files:
+        raise EvalError("a file of references is wanted beside the systems")
+    return Sources(systems, [Source(path, reference_fields, several=True) for path in files])
+
+
+def score_texts(options: asked.Scored) -> None:
+    from tqdm import tqdm
+
+    from eval.report import Difference, compared, per_example
+
+    found, scorer = sources(options), SCORERS[type(options)](options)
+    names = list(found.systems)
+    statistics: dict[str, list[list[Tensor]]] = {name: [[] for _ in scorer.metrics] for name in names}
+    differences: dict[str, list[Difference]] = {name: [] for name in names[1:]}
+    bar = tqdm(unit="example", desc="scoring", disable=not sys.stderr.isatty(), leave=False, delay=1)
+    with bar, options.per_example.open("w", encoding="utf-8") if options.per_example else nullcontext() as written:
+        for batch in found.batches(scorer.batch or BATCH):
+            scored = {name: scorer.statistics(texts, batch.references) for name, texts in batch.hypotheses.items()}
+            for name, parts in scored.items():
+                for kept, part in zip(statistics[name], parts, strict=True):
+                    kept.append(part)
+            for name, kept in differences.items():
+                kept[:] = furthest(kept + changed(batch, scorer, scored, names[0], name, options.differ), options.differ)
+            if written:
+                written.writelines(per_example(scorer.metrics, scored, batch.first))
+            bar.update(len(batch.references[0]))
+    whole = {name: [joined(parts) for parts in kept] for name, kept in statistics.items()}
+    result = compared(scorer.metrics, whole, samples=options.samples, seed=options.seed, test=options.test)
+    show(options.json, result, differences)
+
+
+def show(as_json: bool, result: "Result", differences: "dict[str, list[Difference]]") -> None:
+    from eval.report import printed
+
+    print(json.dumps(result.as_json(differences), ensure_ascii=False) if as_json else printed(result, differences))
+
+
+def joined(parts: "list[Tensor]") -> "Tensor":
+    import torch
+
+    return torch.cat(parts)
+
+
+def changed(
+    batch: "Batch", scorer: Scorer, scored: dict[str, list["Tensor"]], first: str, name: str, most: int
+) -> "list[Difference]":
+    """The examples of a batch where a system's score differs most from the first system's."""
+    from eval.report import Difference
+
+    here, there = (scorer.metrics[0].examples(scored[system][0]) for system in (name, first))
+    values, places = (here - there).abs().topk(min(most, len(here)))
+    return [
+        Difference(
+            batch.first + place,
+            (float(there[place]), float(here[place])),
+            (batch.hypotheses[first][place], batch.hypotheses[name][place]),
+            [stream[place] for stream in batch.references if stream[place] is not None],
+        )
+        for value, place in zip(values.tolist(), places.tolist(), strict=True)
+        if value > 0
+    ]
+
+
+def furthest(differences: "list[Difference]", most: int) -> "list[Difference]":
+    return sorted(differences, key=lambda found: (-abs(found.scores[1] - found.scores[0]), found.example))[:most]
+
+
+# ---- a language model
+
+
+def score_model(options: asked.Perplexity) -> None:
+    from eval.perplexity import Perplexity, PseudoPerplexity
+    from eval.report import alone
+    from train.scoring import documents, held_out, language_model, open_folder
+
+    opened = open_folder(options.model, device=options.device, threads=options.threads)
+    masked, held, has = language_model(opened) == "mlm", not options.corpus, opened.network.config.context
+    if held:
+        what, found = held_out(opened)
+    else:
+        what, found = " ".join(options.corpus), documents(opened, options.corpus, options.text_key)
+    context = options.context or has
+    if not 2 <= context <= has:
+        raise EvalError(f"--context {options.context}: from 2 to the network's {has:,}")
+    tokenizer, eos = opened.tokenizer, held if options.eos is None else options.eos
+    settings = {
+        "bos_id": tokenizer.bos_id if options.bos else None,
+        "eos_id": tokenizer.eos_id if eos else None,
+        "top_k": options.top_k,
+        "bins": options.bins,
+    }
+    if masked:
+        if options.stride is not None:
+            raise EvalError("--stride is of causal models: of a masked one each token sees all of its document")
+        metric = PseudoPerplexity(mask_id=tokenizer.mask_id, **settings)
+        found = (part for whole in found for part in pieces(whole, context - options.bos - eos, tokenizer.piece_bytes))
+    else:
+        metric = Perplexity(context=context, stride=options.stride, **settings)
+    statistics_BK = metric.statistics(opened.network, **columns(found, options.tokens), **reading(options))
+    counted = "document" if len(statistics_BK) == statistics_BK[:, 6].sum() else "window"
+    result = alone(metric, statistics_BK, samples=options.samples, seed=options.seed, counted=counted)
+    if not options.json:
+        print(f"{options.model} on {what}")
+    show(options.json, result, {})
+
+
+def reading(options: asked.Perplexity) -> dict[str, object]:
+    return {"batch_size": options.batch_size, "device": options.device, "progress": sys.stderr.isatty()}
+
+
+def pieces(whole: "Document", longest: int, piece_bytes: "ndarray") -> "Iterator[Document]":
+    """Of a document that may be too long to be read at once. Tokens tell their bytes; characters and words are not known."""
+    for start in range(0, len(whole.ids), longest):
+        ids = whole.ids[start : start + longest]
+        yield whole._replace(ids=ids, bytes=int(piece_bytes[ids].sum()), characters=0, words=0)
+
+
+def columns(found: "Iterator[Document]", tokens: int | None) -> "dict[str, Iterator]":
+    """Ids, and the sizes of their texts, side by side; no document is held longer than it is scored."""
+    read = itertools.tee(until(found, tokens), 4)
+    names = {"documents": "ids", "bytes": "bytes", "characters": "characters", "words": "words"}
+    return {name: map(attrgetter(kept), rows) for (name, kept), rows in zip(names.items(), read, strict=True)}
+
+
+def until(found: "Iterator[Document]", tokens: int | None) -> "Iterator[Document]":
+    read = 0
+    for each in found:
+        yield each
+        read += len(each.ids)
+        if tokens is not None and read >= tokens:
+            return
+
+
+def main(arguments: list[str]) -> int:
+    options = tyro.extras.subcommand_cli_from_dict(asked.KINDS, args=arguments or ["--help"], prog="python -m eval")
+    try:
+        check_values(options)
+        (score_model if isinstance(options, asked.Perplexity) else score_texts)(options)
+    except (EvalError, ValueError, OSError, *failures()) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What is wrong with a model folder: asked for when something is wrong, since scores of texts open none."""
+    if "model.hub" not in sys.modules:
+        return ()
+    from safetensors import SafetensorError
+
+    from train.checkpoint import CheckpointError
+
+    return SafetensorError, CheckpointError
+
+
+def check_values(options: asked.Scored | asked.Perplexity) -> None:
+    for name, least in {"samples": 0, "seed": 0, "differ": 0, "threads": 0, "batch_size": 1, "tokens": 1}.items():
+        value = getattr(options, name, None)
+        if value is not None and value < least:
+            raise EvalError(f"--{name.replace('_', '-')} {value}: from {least}")
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # for a terminal without UTF-8
+    sys.exit(main(sys.argv[1:]))

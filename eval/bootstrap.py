@@ -1,0 +1,100 @@
+"""How sure a score is: the same test set drawn again and again, with replacement, and scored each time.
+
+A sample of B examples is how often each of them was drawn, so that the statistics of all samples are one matrix product,
+counts (samples, B) times statistics (B, K). The draws are sacrebleu's for the same seed. sacrebleu adds and scores in float32:
+its sums of whole numbers are exact up to 2^24, its scores carry an error of about 1e-6 of themselves that ours do not.
+Source: Efron 1979; for text Koehn 2004, aclanthology.org/W04-3250.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eval.score import Metric
+
+CELLS = 2**20  # numbers drawn at a time: bounds the memory, and changes no draw
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Of the resampled scores the mean, and the bounds that the middle `confidence` of them lie within; half of their distance.
+
+    The bounds are (low, high) of a `Score`'s interval; sacrebleu prints mean ± half width.
+    """
+
+    mean: float
+    half_width: float
+    low: float
+    high: float
+    confidence: float
+    samples: int
+    seed: int
+
+
+def bootstrap(
+    metric: Metric, statistics_BK: Tensor, *, samples: int = 1000, seed: int = 12345, confidence: float = 0.95
+) -> Interval:
+    """Percentile interval of a corpus score.
+
+    One example gives an interval without width. Errors: no example or one without a finite score, no sample, `confidence` not
+    between 0 and 1 (ValueError).
+    """
+    column_BK = additive(metric, statistics_BK)
+    score_X = value(metric, resampled(column_BK, samples=samples, seed=seed))
+    return interval(score_X, confidence=confidence, seed=seed)
+
+
+def additive(metric: Metric, statistics_BK: Tensor) -> Tensor:
+    """Float64 columns to add up over examples: the statistics, or for a mean the score of each example and a one.
+
+    Errors: no example, or one with a NaN or an infinity, which would pass for a difference (ValueError names it).
+    """
+    if not len(statistics_BK):
+        raise ValueError("no example to resample")
+    column_BK = statistics_BK.double().cpu()
+    if metric.mean:
+        score_B = metric.scores(statistics_BK).double().cpu()
+        column_BK = torch.stack([score_B, torch.ones_like(score_B)], 1)
+    if len(wrong := (~column_BK.isfinite()).any(1).nonzero()):
+        raise ValueError(f"example {int(wrong[0])} has no finite score: {column_BK[wrong[0, 0]].tolist()}")
+    return column_BK
+
+
+def value(metric: Metric, sums_XK: Tensor) -> Tensor:
+    """The corpus score of sums of `additive` columns."""
+    return sums_XK[..., 0] / sums_XK[..., 1] if metric.mean else metric.scores(sums_XK)
+
+
+def resampled(column_BK: Tensor, *, samples: int, seed: int) -> Tensor:
+    """Sums of each sample, (samples, K): exact for whole numbers."""
+    return torch.cat([counts_XB @ column_BK for counts_XB in drawn(len(column_BK), samples=samples, seed=seed)])
+
+
+def drawn(examples: int, *, samples: int, seed: int) -> Iterator[Tensor]:
+    """How often each example is in each sample, some samples at a time.
+
+    >>> torch.cat(list(drawn(4, samples=2, seed=12345)))  # the indices are 2, 0, 3, 1 and 0, 3, 2, 2
+    tensor([[1., 1., 1., 1.],
+            [1., 0., 2., 1.]], dtype=torch.float64)
+    """
+    if samples < 1:
+        raise ValueError(f"samples={samples}: one at least")
+    random, rows = np.random.default_rng(seed), max(1, CELLS // examples)
+    for start in range(0, samples, rows):
+        index_XB = random.choice(examples, size=(min(rows, samples - start), examples), replace=True)
+        index_XB += examples * np.arange(len(index_XB))[:, None]
+        yield torch.from_numpy(np.bincount(index_XB.ravel(), minlength=index_XB.size)).double().view(-1, examples)
+
+
+def interval(score_X: Tensor, *, confidence: float = 0.95, seed: int) -> Interval:
+    """Bounds at 0.95 are sacrebleu's: of n scores in order, those with n // 40 on their outer side."""
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence}: between 0 and 1")
+    ordered_X = score_X.sort().values
+    outside = int(len(ordered_X) * (1 - confidence) / 2 + 1e-9)  # 1 - 0.9 is a little less than 0.1
+    outside = min(outside, (len(ordered_X) - 1) // 2)
+    low, high = float(ordered_X[outside]), float(ordered_X[-1 - outside])
+    return Interval(float(ordered_X.mean()), (high - low) / 2, low, high, confidence, len(ordered_X), seed)

@@ -1,0 +1,182 @@
+"""Calibration: whether a network that says 80 % is right 80 times in 100.
+
+    ECE = Σ_m n_m / N |accuracy_m - confidence_m|      MCE = max_m |accuracy_m - confidence_m|
+    Brier = 1 / N Σ_n Σ_c (p_c - [c is the label])²
+
+The confidence of a row is its largest probability (of equal ones the first is what was predicted). Bins are equal in width, and
+bin m of M holds the confidences in ((m - 1) / M, m / M]. Accuracy and confidence of a bin are means of its n_m rows; MCE is of
+the bins that have any. All are from 0 to 1, Brier to 2. N rows, C classes, M bins.
+Source: Guo et al. 2017, arXiv 1706.04599, section 2; Brier 1950, "Verification of forecasts expressed in terms of probability".
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from eval.classification import IGNORED, check_rows
+from eval.score import Score, corpus_value, ratio
+
+NAMES = {"ece": "ECE", "mce": "MCE", "brier": "Brier score"}
+FINE = 2**30  # a real number in [0, 2] as whole units of 2^-30 and of 2^-60: sums of both are exact up to 4e9 rows
+COLUMNS = 4  # of a bin: rows, rows that are right, and their confidences in the two units
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """ECE, MCE or Brier score (`value`) of probabilities, or of logits with `logits=True`, over `bins` bins.
+
+    Statistics of a row: labels (1, or 0 where it is -100), the Brier score's two units, then for each bin rows, right ones, and
+    the confidence's two units. All are whole numbers, so that sums over shards are exact, in any order and on any device.
+    """
+
+    bins: int = 15
+    value: str = "ece"
+    logits: bool = False
+
+    mean: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.value not in NAMES:
+            raise ValueError(f"value={self.value!r}: one of {', '.join(NAMES)}")
+        if self.bins < 1:
+            raise ValueError(f"bins={self.bins}: there is one at least")
+
+    @property
+    def name(self) -> str:
+        return NAMES[self.value]
+
+    def statistics(self, hypotheses: Tensor | Sequence, references: Sequence) -> Tensor:
+        """(N, 3 + 4 M) of rows (N, C) and one stream of labels (N,); of many rows `sums` keeps less.
+
+        Errors: NaN, infinite or negative probabilities, rows that do not sum to 1, logits that are NaN or +inf, labels that are
+        no class (each names the row); other shapes.
+        """
+        if len(references) != 1:
+            raise ValueError(f"{len(references)} streams of labels: a row has one label")
+        return self._counted(hypotheses, references[0], summed=False)
+
+    def sums(self, probabilities: Tensor | Sequence, labels: Tensor | Sequence) -> Tensor:
+        """The sum of the rows' statistics, (1, 3 + 4 M): what to keep of a batch."""
+        return self._counted(probabilities, labels, summed=True)
+
+    def _counted(self, probabilities: Tensor | Sequence, labels: Tensor | Sequence, *, summed: bool) -> Tensor:
+        value_NC = _tensor(probabilities)
+        label_N = labels.to(value_NC.device) if isinstance(labels, Tensor) else torch.tensor(labels, device=value_NC.device)
+        check_rows(value_NC, label_N if len(label_N) else label_N.long())
+        there_N = label_N != IGNORED
+        (place_N,) = torch.nonzero(there_N, as_tuple=True)
+        probability_NC = (softmax if self.logits else checked)(value_NC[there_N], place_N)
+        label_N = label_N[there_N].long()
+        confidence_N, predicted_N = probability_NC.max(1)
+        truth_NC = torch.zeros_like(probability_NC).scatter_(1, label_N[:, None], 1)
+        brier_N2 = _units(((probability_NC - truth_NC) ** 2).sum(1))
+        # i / M is rounded once, as a confidence of just that is; i * (1 / M) and linspace may fall short of it.
+        edges = torch.arange(1, self.bins, device=label_N.device, dtype=torch.float64) / self.bins
+        bin_N = torch.bucketize(confidence_N, edges)
+        one_N, rows = torch.ones_like(label_N), 1 if summed else len(there_N)
+        row_N = torch.zeros_like(place_N) if summed else place_N
+        whole_RX = label_N.new_zeros(rows, 3).index_add_(0, row_N, torch.cat([one_N[:, None], brier_N2], 1))
+        binned_NX = torch.stack([one_N, (predicted_N == label_N).long(), *_units(confidence_N).unbind(1)], 1)
+        binned_YX = label_N.new_zeros(rows * self.bins, COLUMNS).index_add_(0, row_N * self.bins + bin_N, binned_NX)
+        return torch.cat([whole_RX, binned_YX.view(rows, self.bins * COLUMNS)], 1)
+
+    def scores(self, statistics_XK: Tensor) -> Tensor:
+        if self.value == "brier":
+            return ratio(_real(statistics_XK[..., 1:3]), statistics_XK[..., 0])
+        count_XM, correct_XM, confidence_XM = _bins(statistics_XK)
+        gap_XM = (correct_XM - confidence_XM).abs()
+        if self.value == "mce":
+            return ratio(gap_XM, count_XM).amax(-1)
+        return ratio(gap_XM.sum(-1), statistics_XK[..., 0])
+
+    def examples(self, statistics_BK: Tensor) -> Tensor:
+        """The score of each row alone: for "ece" and "mce" |right - confidence|."""
+        return self.scores(statistics_BK)
+
+    def score(self, statistics_BK: Tensor) -> Score:
+        """Parts: ece, mce, brier, accuracy, confidence, and of each bin `counts`, `accuracies`, `confidences` (0 if empty)."""
+        sums_K = statistics_BK.sum(0)
+        count_M, correct_M, confidence_M = _bins(sums_K)
+        parts = {value: corpus_value(Calibration(self.bins, value), statistics_BK) for value in NAMES} | {
+            "accuracy": float(ratio(correct_M.sum(), sums_K[0])),
+            "confidence": float(ratio(confidence_M.sum(), sums_K[0])),
+            "counts": count_M.long().tolist(),
+            "accuracies": ratio(correct_M, count_M).tolist(),
+            "confidences": ratio(confidence_M, count_M).tolist(),
+        }
+        return Score(self.name, parts[self.value], parts, self.signature(statistics_BK))
+
+    def signature(self, statistics_BK: Tensor, **resampled: object) -> str:
+        said = {"labels": int(statistics_BK[:, 0].sum())} | resampled
+        said |= {} if self.value == "brier" else {"bins": self.bins, "width": "equal", "confidence": "top"}
+        return "|".join(f"{name}:{value}" for name, value in (said | {"from": "logits" if self.logits else "probs"}).items())
+
+
+def checked(probability_NC: Tensor, place_N: Tensor) -> Tensor:
+    """Probabilities in float64, which sum to 1 within 1e-4 or, if that is more, four times their type's eps (bf16: 0.03).
+
+    `place_N` is what an error calls the rows.
+    """
+    slack = max(1e-4, 4 * torch.finfo(probability_NC.dtype).eps)
+    probability_NC = probability_NC.double()
+    sum_N = probability_NC.sum(1)
+    _refuse(~probability_NC.isfinite().all(1), place_N, "probabilities", "holds NaN or infinity")
+    _refuse((probability_NC < 0).any(1), place_N, "probabilities", "holds a negative number")
+    _refuse((sum_N - 1).abs() > slack, place_N, "probabilities", "does not sum to 1", sum_N)
+    return probability_NC
+
+
+def softmax(logit_NC: Tensor, place_N: Tensor) -> Tensor:
+    """Probabilities of logits in float64; -inf is a class that cannot be."""
+    wrong_N = (logit_NC.isnan() | logit_NC.isposinf()).any(1) | logit_NC.isneginf().all(1)
+    _refuse(wrong_N, place_N, "logits", "holds NaN or +inf, or nothing but -inf")
+    return logit_NC.double().softmax(1)
+
+
+def _refuse(wrong_N: Tensor, place_N: Tensor, name: str, what: str, sum_N: Tensor | None = None) -> None:
+    if bool(wrong_N.any()):
+        shown = "" if sum_N is None else f": {float(sum_N[wrong_N][0]):.6g}"
+        raise ValueError(f"row {int(place_N[wrong_N][0])} of the {name} {what}{shown}")
+
+
+def _tensor(values: Tensor | Sequence) -> Tensor:
+    """float64 unless it is a tensor or an array of its own type."""
+    value_NC = torch.as_tensor(values) if hasattr(values, "dtype") else torch.tensor(values, dtype=torch.float64)
+    return value_NC if value_NC.is_floating_point() else value_NC.double()
+
+
+def _units(value_N: Tensor) -> Tensor:
+    """Numbers in [0, 2] as whole units of 2^-30 and of 2^-60, (N, 2)."""
+    coarse_N = (value_N * FINE).floor()
+    return torch.stack([coarse_N, ((value_N * FINE - coarse_N) * FINE).round()], 1).long()
+
+
+def _real(units_X2: Tensor) -> Tensor:
+    return units_X2[..., 0].double() / FINE + units_X2[..., 1].double() / FINE**2
+
+
+def _bins(statistics_XK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each bin the rows, the right ones, and the sum of confidences, (..., M) float64."""
+    bin_XMX = statistics_XK[..., 3:].unflatten(-1, (-1, COLUMNS))
+    return bin_XMX[..., 0].double(), bin_XMX[..., 1].double(), _real(bin_XMX[..., 2:])
+
+
+def calibration(
+    probabilities: Tensor | Sequence, labels: Tensor | Sequence, *, bins: int = 15, value: str = "ece", logits: bool = False
+) -> Score:
+    """ECE (or another `value`) of rows of probabilities (N, C) with labels (N,), all three among the parts.
+
+    Labels of -100 are left out. Errors: those of `Calibration.statistics`; no label that counts.
+
+    >>> score = calibration([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]], [0, 1, 1], bins=5)
+    >>> print(score, f"{score.mce:.2f} {score.brier:.2f}")  # bin (0.6, 0.8] and one above are right, 0.6 is wrong
+    ECE = 0.3000 labels:3|bins:5|width:equal|confidence:top|from:probs 0.60 0.27
+    """
+    metric = Calibration(bins, value, logits)
+    sums_1K = metric.sums(probabilities, labels)
+    if not int(sums_1K[0, 0]):
+        raise ValueError("no label to score: all are ignored, or there is none")
+    return metric.score(sums_1K)

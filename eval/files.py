@@ -1,0 +1,147 @@
+"""Texts to score, out of files and a batch at a time: lines of text or of JSON, hypotheses beside their references.
+
+A file whose name ends in .jsonl holds one JSON value a line, any other one text a line; .gz is unpacked; `-` is standard input.
+A JSON line is a text, a list of texts (several references), or an object in which one field holds either. Lines end at "\\n"
+alone, an "\\r" before it is dropped: the other line breaks of Unicode are characters of a text.
+"""
+
+import gzip
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+HYPOTHESIS_FIELDS = ("hypothesis", "prediction", "output", "generated", "text")
+REFERENCE_FIELDS = ("references", "reference", "answers", "answer", "target", "label", "text")
+BATCH = 1000  # examples that are held, and counted, at once
+
+
+class EvalError(Exception):
+    """Input that cannot be scored; the message names the file, the line and what would be right."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples in a row: texts of each system, and streams of references; `first` is the number of the first one."""
+
+    first: int
+    hypotheses: dict[str, list[str]]
+    references: list[list[str | None]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file, read line by line."""
+
+    path: str
+    fields: tuple[str, ...]
+    several: bool  # whether a line may hold several texts
+
+    @property
+    def name(self) -> str:
+        return "standard input" if self.path == "-" else self.path
+
+    def lines(self, stack: ExitStack) -> Iterator[tuple[int, bytes]]:
+        """Numbered from 1, without their ends."""
+        try:
+            if self.path == "-":
+                file = sys.stdin.buffer
+            else:
+                file = stack.enter_context((gzip.open if self.path.endswith(".gz") else open)(self.path, "rb"))
+            for number, line in enumerate(file, 1):
+                yield number, line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").removesuffix(b"\n").removesuffix(b"\r")
+        except FileNotFoundError:
+            raise EvalError(f"{self.name}: no such file") from None
+        except IsADirectoryError:
+            raise EvalError(f"{self.name} is a folder: a file of texts is wanted") from None
+        except (OSError, EOFError) as error:
+            raise EvalError(f"{self.name}: it cannot be read ({error})") from error
+
+    def texts(self, stack: ExitStack) -> Iterator[list[str]]:
+        """The texts of each line, one or several."""
+        is_json = self.path.removesuffix(".gz").endswith(".jsonl")
+        for number, line in self.lines(stack):
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                what = f"byte 0x{line[error.start]:02x} at its byte {error.start + 1}"
+                raise EvalError(f"{self.name}, line {number}: not UTF-8 ({what})") from None
+            yield self.of_json(text, number) if is_json else [text]
+
+    def of_json(self, line: str, number: int) -> list[str]:
+        where = f"{self.name}, line {number}"
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise EvalError(f"{where}: not JSON ({error.msg} at character {error.pos + 1})") from None
+        except RecursionError:
+            raise EvalError(f"{where}: JSON nested too deep") from None
+        if isinstance(value, dict):
+            found = next((name for name in self.fields if name in value), None)
+            if found is None:
+                raise EvalError(
+                    f"{where}: none of the fields {', '.join(self.fields)} is there, but {', '.join(value) or 'nothing'}: "
+                    "--hypothesis-field and --reference-field name others"
+                )
+            where, value = f"{where}, field {found!r}", value[found]
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise EvalError(f"{where}: a text is wanted{', or a list of texts' if self.several else ''}, got {value!r:.60}")
+        if not texts or (len(texts) > 1 and not self.several):
+            raise EvalError(f"{where}: {len(texts)} texts, {'one at least' if self.several else 'a hypothesis is one'}")
+        return texts
+
+
+@dataclass
+class Sources:
+    """All files of a comparison; `read` counts what came out of them."""
+
+    systems: dict[str, Source]
+    references: list[Source]
+    read: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if sum(source.path == "-" for source in self.all) > 1:
+            raise EvalError("standard input (-) can be one of the files, not two")
+
+    @property
+    def all(self) -> list[Source]:
+        return [*self.systems.values(), *self.references]
+
+    def batches(self, size: int = BATCH) -> Iterator[Batch]:
+        """Errors (EvalError): files of unequal length, with the lengths; no line at all; whatever a file is not."""
+        with ExitStack() as stack:
+            streams = [source.texts(stack) for source in self.all]
+            while rows := list(itertools.islice(self.rows(streams), size)):
+                columns = list(zip(*rows, strict=True))
+                hypotheses = {name: [texts[0] for texts in column] for name, column in zip(self.systems, columns, strict=False)}
+                yield Batch(self.read, hypotheses, reference_streams(columns[len(self.systems) :]))
+                self.read += len(rows)
+        if not self.read:
+            raise EvalError(f"{self.all[0].name} is empty: there is nothing to score")
+
+    def rows(self, streams: list[Iterator[list[str]]]) -> Iterator[tuple[list[str], ...]]:
+        for number in itertools.count(self.read):
+            row = [next(stream, None) for stream in streams]
+            if None in row:
+                if any(texts is not None for texts in row):
+                    left = [sum(1 for _ in stream) + (texts is not None) for stream, texts in zip(streams, row, strict=True)]
+                    lengths = [f"{source.name} has {number + more:,}" for source, more in zip(self.all, left, strict=True)]
+                    raise EvalError(f"unequal numbers of lines: {', '.join(lengths)}")
+                return
+            yield tuple(row)
+
+
+def reference_streams(columns: Sequence[Sequence[list[str]]]) -> list[list[str | None]]:
+    """Streams of equal length; None where an example has fewer texts than another.
+
+    >>> reference_streams([[["a"], ["b"]], [["c", "d"], ["e"]]])
+    [['a', 'b'], ['c', 'e'], ['d', None]]
+    """
+    streams = []
+    for column in columns:
+        for place in range(max(map(len, column))):
+            streams.append([texts[place] if place < len(texts) else None for texts in column])
+    return streams

@@ -1,0 +1,115 @@
+"""WordNet's synonyms, read from a folder of its database files (of Debian's package wordnet-base, say).
+
+    index.noun   lemma  pos  synsets  pointers [symbols]  senses  tagged  offset …     one line a lemma
+    data.noun    offset  file  type  words (hexadecimal)  lemma id  lemma id …  | …    one line a synset, at that byte
+    noun.exc     irregular form  lemma …
+
+and the same of verb, adj and adv. A word is looked up as it is and in its base forms: those of the exceptions where it is one
+of them, else what the rules of detachment (men -> man) leave of it.
+Source: the manual pages wndb(5WN) and morphy(7WN); Miller 1995. Which forms and synsets a word has is NLTK's
+`WordNetCorpusReader.synsets`: an exception stands in place of the rules, and a form given twice has its last line.
+"""
+
+import re
+from functools import cached_property
+from pathlib import Path
+
+# A part of speech in file names: its letter, and the endings that detachment replaces.
+PARTS = {
+    "noun": ("n", "s: ses:s ves:f xes:x zes:z ches:ch shes:sh men:man ies:y"),
+    "verb": ("v", "s: ies:y es:e es: ed:e ed: ing:e ing:"),
+    "adj": ("a", "er: est: er:e est:e"),
+    "adv": ("r", ""),
+}
+FILES = tuple(name.format(part) for part in PARTS for name in ("index.{}", "data.{}", "{}.exc"))
+MARKER = re.compile(r"\([^()]*\)$")  # an adjective's place, as in afraid(p)
+VERSION = re.compile(r"WordNet (\d+(?:\.\d+)?\+?) Copyright")
+
+
+class WordNet:
+    """A database folder. Indexes are read when a word is first asked for, synsets from their offsets.
+
+    Errors: a file that the folder lacks (FileNotFoundError names both); a line that is not as it should be (ValueError names
+    the file, and the line of an index or the byte of a synset).
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if missing := [name for name in FILES if not (self.folder / name).is_file()]:
+            raise FileNotFoundError(f"{self.folder} is no WordNet database folder: it has no {', '.join(missing)}")
+        self._parts = [_Part(self.folder, name, letter, endings) for name, (letter, endings) in PARTS.items()]
+
+    def synonyms(self, word: str) -> frozenset[str]:
+        """Lemmas of all synsets of the word, of any part of speech, and the word; those of several words are left out."""
+        form = word.lower()
+        return frozenset((word,)).union(*(part.lemmas(form) for part in self._parts))
+
+    @cached_property
+    def version(self) -> str:
+        """As the licence at the head of data.adj has it, or "?"."""
+        with open(self.folder / "data.adj", encoding="utf-8", errors="replace") as file:
+            head = "".join(line for line, _ in zip(file, range(30), strict=False))
+        return found[1] if (found := VERSION.search(head)) else "?"
+
+
+class _Part:
+    """One part of speech."""
+
+    def __init__(self, folder: Path, name: str, letter: str, endings: str) -> None:
+        self.folder, self.name, self.letter = folder, name, letter
+        self.endings = [pair.split(":") for pair in endings.split()]
+        self.synsets: dict[int, list[str]] = {}
+
+    @cached_property
+    def index(self) -> dict[str, tuple[int, str]]:
+        """Of each lemma the line and its number. A licence stands before them, indented."""
+        lines = _lines(self.folder / f"index.{self.name}")
+        return {line.split(None, 1)[0]: (place, line) for place, line in lines if line.strip() and line[0] != " "}
+
+    @cached_property
+    def exceptions(self) -> dict[str, list[str]]:
+        lines = (line.split() for _, line in _lines(self.folder / f"{self.name}.exc"))
+        return {form: lemmas for form, *lemmas in filter(None, lines)}
+
+    def lemmas(self, form: str) -> list[str]:
+        return [name for base in self.bases(form) for offset in self.offsets(base) for name in self.synset(offset)]
+
+    def bases(self, form: str) -> set[str]:
+        """The form and those that it may be an inflection of, where they are lemmas."""
+        detached = [form[: -len(old)] + new for old, new in self.endings if form.endswith(old)]
+        return {form, *self.exceptions.get(form, detached)} & self.index.keys()
+
+    def offsets(self, lemma: str) -> list[int]:
+        place, line = self.index[lemma]
+        try:
+            _, letter, synsets, pointers, *rest = line.split()
+            senses, _, *offsets = rest[int(pointers) :]
+            if letter != self.letter or not 0 < int(synsets) == int(senses) <= len(offsets):
+                raise ValueError
+            return [int(offset) for offset in offsets[: int(synsets)]]
+        except ValueError:
+            raise ValueError(f"{self.folder / f'index.{self.name}'}, line {place}: damaged: {line!r:.80}") from None
+
+    def synset(self, offset: int) -> list[str]:
+        """Lemmas of the synset at this byte, but for those of several words."""
+        if offset not in self.synsets:
+            path = self.folder / f"data.{self.name}"
+            with open(path, "rb") as file:
+                file.seek(offset)
+                line = file.readline()
+            try:
+                fields = line.decode().partition(" | ")[0].split()
+                names = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
+                if fields[0] != f"{offset:08}" or not len(names) == int(fields[3], 16) > 0:
+                    raise ValueError
+            except (ValueError, IndexError):
+                raise ValueError(f"{path}, byte {offset}: no synset: {line!r:.80}") from None
+            self.synsets[offset] = [MARKER.sub("", name) for name in names if "_" not in MARKER.sub("", name)]
+        return self.synsets[offset]
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    try:
+        return list(enumerate(path.read_text(encoding="utf-8").split("\n"), 1))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, byte {error.start}: no UTF-8") from None

@@ -1,0 +1,284 @@
+"""Bootstrap intervals, paired bootstrap and approximate randomisation against sacrebleu; how many examples are needed."""
+
+import math
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+import torch
+
+from eval import bootstrap as resampling
+from eval import significance
+from eval.bleu import Bleu
+from eval.bootstrap import bootstrap, drawn, interval
+from eval.chrf import Chrf
+from eval.score import corpus_value
+from eval.significance import TESTS, approximate_randomisation, coins, examples_needed, paired_bootstrap
+from tests.pairs import word_pairs
+
+sacrebleu = pytest.importorskip("sacrebleu")
+from sacrebleu.metrics.base import Metric as TheirMetric  # noqa: E402
+from sacrebleu.metrics.base import Score as TheirScore  # noqa: E402
+from sacrebleu.significance import PairedTest, _bootstrap_resample  # noqa: E402
+
+LIBRARY = f"sacrebleu {sacrebleu.__version__}"
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A score of each example, with their mean as the corpus score."""
+
+    name = "mean"
+    mean = True
+
+    def statistics(self, hypotheses, references):
+        return torch.tensor([[1.0, float(text)] for text in hypotheses], dtype=torch.float64).view(-1, 2)
+
+    def scores(self, statistics_XK):
+        return statistics_XK[..., 1]
+
+
+class TheirMean(TheirMetric):
+    """The same as a metric of sacrebleu."""
+
+    def _preprocess_segment(self, text):
+        return text
+
+    def _extract_reference_info(self, references):
+        return {}
+
+    def _compute_segment_statistics(self, hypothesis, kwargs):
+        return [float(hypothesis), 1.0]
+
+    def _compute_score_from_stats(self, statistics):
+        return TheirScore("mean", statistics[0] / statistics[1])
+
+    def _aggregate_and_compute(self, statistics):
+        return self._compute_score_from_stats(np.asarray(statistics).sum(0))
+
+
+METRICS = {
+    "BLEU": (Bleu(), sacrebleu.BLEU()),
+    "BLEU add-k": (Bleu(smooth="add-k", effective_order=True), sacrebleu.BLEU(smooth_method="add-k", effective_order=True)),
+    "chrF2": (Chrf(), sacrebleu.CHRF()),
+    "chrF2++": (Chrf(word_order=2, eps_smoothing=True), sacrebleu.CHRF(word_order=2, eps_smoothing=True)),
+    "mean": (Mean(), TheirMean()),
+}
+
+
+def systems(name: str, count: int, *, better: float, seed: int = 0) -> tuple[list[str], list[str], list[str]]:
+    """(baseline, system, references): the system has the reference itself for about `better` of the examples, and for as many,
+    but for a few, a text of some other example. A mean takes eighths, so that ties are ties in floating point."""
+    if name == "mean":
+        draw = np.random.default_rng(seed)
+        scores = draw.integers(0, 9, (2, count)) / 8
+        scores[1] = np.where(draw.random(count) < better, 1.0, scores[1])
+        return [str(x) for x in scores[0]], [str(x) for x in scores[1]], [""] * count
+    baseline, references = word_pairs(count, seed=seed, shortest=3, longest=12)
+    draw, system = np.random.default_rng(seed), list(baseline)
+    for place, (up, down) in enumerate(draw.random((count, 2))):
+        if up < better:
+            system[place] = references[place]
+        elif down < 0.8 * better:
+            system[place] = baseline[place - 1]
+    return baseline, system, references
+
+
+def statistics_of(name: str, *sides: list[str]):
+    *hypotheses, references = sides
+    return [METRICS[name][0].statistics(texts, [references]) for texts in hypotheses]
+
+
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("count", [1, 2, 30, 100])
+def test_the_bootstrap_is_sacrebleus(name, count, parity):
+    """Sums of float32 statistics are exact; it is dividing them in float32 that costs sacrebleu its digits: with the same
+    sums as float64 numbers its scores are ours."""
+    metric, oracle = METRICS[name]
+    baseline, _, references = systems(name, count, better=0.3, seed=count)
+    (statistics,) = statistics_of(name, baseline, references)
+    theirs = oracle._extract_corpus_statistics(baseline, [references])
+    ours = bootstrap(metric, statistics, samples=400)
+
+    index = np.random.default_rng(12345).choice(count, size=(400, count), replace=True)
+    sums = [np.array(theirs, "float32")[row].sum(0) for row in index]
+    scores = [oracle._compute_score_from_stats(row.astype("float64")) for row in sums]
+    expected = TheirScore("", 0)
+    expected.estimate_ci(scores)
+    error = max(abs(ours.mean - expected._mean), abs(ours.half_width - expected._ci))
+    parity(f"bootstrap: {name}, {count}, float64", LIBRARY, error, 1e-9, "float64 scores of the same sums")
+    low, high = sorted(score.score for score in scores)[10 :: 400 - 21]
+    assert max(abs(ours.low - low), abs(ours.high - high)) <= 1e-9
+
+    expected.estimate_ci(_bootstrap_resample(theirs, oracle, 400)[1])
+    error = max(abs(ours.mean - expected._mean), abs(ours.half_width - expected._ci)) / 100
+    parity(f"bootstrap: {name}, {count}, as it is", LIBRARY, error, 1e-6, "of 100; sacrebleu divides in float32")
+    assert (ours.samples, ours.seed, ours.confidence) == (400, 12345, 0.95)
+    if count == 1:
+        assert ours.half_width == 0 and abs(ours.mean - corpus_value(metric, statistics)) <= 1e-9
+
+
+@pytest.mark.parametrize("test", TESTS)
+@pytest.mark.parametrize("name", METRICS)
+def test_p_values_are_sacrebleus(test, name, parity, monkeypatch):
+    """Few examples too, where many shuffles tie with the observed difference, and a system against itself."""
+    metric, oracle = METRICS[name]
+    seen = set()
+    for count, better, seed in [(1, 1, 7), (2, 1, 12345), (4, 0.5, 2), (12, 0.4, 4), (33, 0.1, 12345), (30, 0, 5)]:
+        monkeypatch.setenv("SACREBLEU_SEED", str(seed))
+        baseline, system, references = systems(name, count, better=better, seed=count)
+        theirs = PairedTest([("a", baseline), ("b", system)], {name: oracle}, [references], test_type=test, n_samples=200)
+        signatures, results = theirs()
+        (signature,), (first, second) = signatures.values(), results[next(reversed(results))]
+        statistics = statistics_of(name, baseline, system, references)
+        ours = TESTS[test](metric, *statistics, samples=200, seed=seed)
+        error = max(abs(ours.baseline - first.score), abs(ours.system - second.score))
+        parity(f"significance: {test}, {name}, scores", LIBRARY, error, 1e-9, "float64, counts equal")
+        parity(f"significance: {test}, {name}, p", LIBRARY, abs(ours.p_value - second.p_value), 0, "the same draws")
+        assert (ours.difference, ours.samples, ours.seed) == (ours.system - ours.baseline, 200, seed)
+        if name != "mean":
+            assert metric.signature(statistics[0], **ours.resampled) == signature.format()
+        if test == "bs":
+            near = bootstrap(metric, statistics[1], samples=200, seed=seed)
+            assert max(abs(near.mean - second.mean), abs(near.half_width - second.ci)) <= 1e-4  # float32 of sacrebleu
+        seen.add(ours.p_value)
+    assert any(0.02 < p < 1 for p in seen), seen
+
+
+def test_the_default_numbers_of_samples():
+    baseline, system, references = systems("BLEU", 30, better=0.1)
+    statistics = statistics_of("BLEU", baseline, system, references)
+    for test, samples in (("bs", 1000), ("ar", 10000)):
+        theirs = PairedTest([("a", baseline), ("b", system)], {"BLEU": sacrebleu.BLEU()}, [references], test_type=test)
+        signatures, results = theirs()
+        ours = TESTS[test](Bleu(), *statistics)
+        assert ours.p_value == results["BLEU"][1].p_value and 0.01 < ours.p_value < 0.99
+        assert Bleu().signature(statistics[0], **ours.resampled) == signatures["BLEU"].format()
+        assert ours.samples == samples and f"|{test}:{samples}|seed:12345|" in signatures["BLEU"].format()
+
+
+def test_a_tie_is_not_beyond(monkeypatch):
+    """The system is better on each of four examples: every eighth shuffle has the observed difference, none a larger one."""
+    statistics = statistics_of("mean", ["0.1", "0.2", "0.3", "0.4"], ["0.3", "0.7", "0.31", "0.97"], [""] * 4)
+    assert approximate_randomisation(Mean(), *statistics, samples=400).p_value == 1 / 401
+    monkeypatch.setattr(significance, "TIE", -1e-9)  # the mutant: ties count
+    assert abs(approximate_randomisation(Mean(), *statistics, samples=400).p_value - 1 / 8) <= 3 * math.sqrt(7 / 64 / 400)
+
+
+def test_draws_in_pieces_are_one_draw(monkeypatch):
+    for examples in (1, 3, 33, 1000):
+        index = np.random.default_rng(9).choice(examples, size=(100, examples), replace=True)
+        counts = torch.tensor(np.array([np.bincount(row, minlength=examples) for row in index]))
+        heads = torch.from_numpy(np.random.default_rng(9).integers(2, size=(100, examples), dtype=bool))
+        for cells in (1, 40, 5000, 2**20):
+            monkeypatch.setattr(resampling, "CELLS", cells)
+            monkeypatch.setattr(significance, "CELLS", cells)
+            pieces, thrown = [list(found(examples, samples=100, seed=9)) for found in (drawn, coins)]
+            assert torch.equal(torch.cat(pieces), counts.double()) and torch.equal(torch.cat(thrown), heads)
+            assert max(piece.numel() for piece in pieces) <= max(cells, examples)
+            assert max(piece.numel() for piece in thrown) <= max(cells, 32 * examples)
+    monkeypatch.setattr(significance, "CELLS", 1)
+    monkeypatch.setattr(significance, "WORD", 5)  # the mutant: numpy draws 32 coins and forgets the rest
+    assert not torch.equal(torch.cat(list(coins(33, samples=100, seed=9))), torch.cat(thrown)[:, :33])
+
+
+def test_bounds_at_any_confidence():
+    for count in range(1, 400):
+        score_X, ordered = torch.randperm(count).double(), range(count)
+        for confidence, part in ((0.95, 40), (0.9, 20), (0.99, 200), (0.8, 10), (0.5, 4)):
+            found = interval(score_X, confidence=confidence, seed=0)
+            assert (found.low, found.high) == (ordered[count // part], ordered[count - count // part - 1])
+            assert found.half_width == (found.high - found.low) / 2 and abs(found.mean - (count - 1) / 2) <= 1e-9
+    assert interval(torch.tensor([1.0, 2.0]), confidence=1e-12, seed=0).low == 1
+
+
+def samples_of(count: int, mean: float, deviation: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Statistics of two systems whose difference has this mean and deviation over examples."""
+    draw = torch.Generator().manual_seed(seed)
+    baseline = torch.rand(count, generator=draw, dtype=torch.float64)
+    difference = mean + deviation * torch.randn(count, generator=draw, dtype=torch.float64)
+    return torch.stack([torch.ones(count), baseline], 1), torch.stack([torch.ones(count), baseline + difference], 1)
+
+
+def test_an_interval_holds_the_mean_as_often_as_it_says():
+    found = [bootstrap(Mean(), samples_of(60, 0.3, 1.0, seed)[1], samples=200, seed=seed) for seed in range(300)]
+    held = np.mean([near.low <= 0.8 <= near.high for near in found])  # 0.5 of a uniform baseline, and 0.3
+    # 60 examples: a percentile interval is a little narrow, and holds it in about 94 %.
+    assert abs(held - 0.94) <= 3 * math.sqrt(0.94 * 0.06 / 300), held
+
+
+def test_no_difference_is_found_as_rarely_as_the_level_says():
+    found = [approximate_randomisation(Mean(), *samples_of(50, 0, 1, seed), samples=199, seed=seed) for seed in range(300)]
+    assert abs(np.mean([each.p_value <= 0.05 for each in found]) - 0.05) <= 3 * math.sqrt(0.05 * 0.95 / 300)
+
+
+@pytest.mark.parametrize(("level", "power"), [(0.05, 0.8), (0.01, 0.9)])
+def test_examples_needed_is_the_closed_formula(level, power):
+    statistics = samples_of(2000, 0.25, 1.0, seed=3)
+    difference = (statistics[1] - statistics[0])[:, 1]
+    quantiles = NormalDist().inv_cdf(1 - level / 2) + NormalDist().inv_cdf(power)
+    expected = (quantiles * float(difference.std(correction=0)) / float(difference.mean())) ** 2
+    needed = examples_needed(Mean(), *statistics, level=level, power=power, samples=4000)
+    assert abs(needed / expected - 1) <= 0.07  # three times the deviation of a variance of 4,000: √(2 / 4000)
+    assert examples_needed(Mean(), *statistics[::-1], level=level, power=power, samples=4000) == needed  # either sign
+
+
+def test_with_so_many_examples_the_difference_is_found_as_often():
+    statistics = samples_of(2000, 0.25, 1.0, seed=3)
+    observed = (statistics[1] - statistics[0])[:, 1]
+    needed = examples_needed(Mean(), *statistics, samples=4000)
+    mean, deviation = float(observed.mean()), float(observed.std())
+    pairs = [samples_of(needed, mean, deviation, seed) for seed in range(300)]
+    found = [approximate_randomisation(Mean(), *pair, samples=199, seed=7).p_value <= 0.05 for pair in pairs]
+    assert abs(np.mean(found) - 0.8) <= 3 * math.sqrt(0.8 * 0.2 / 300), np.mean(found)
+
+
+def test_examples_needed_where_there_is_nothing_to_say():
+    statistics = samples_of(30, 0.5, 0.1, seed=0)
+    assert examples_needed(Mean(), statistics[0], statistics[0]) is None
+    assert examples_needed(Mean(), statistics[0][:1], statistics[1][:1]) is None
+    always = statistics[0] + torch.tensor([0.0, 0.25])  # the same for every example
+    assert examples_needed(Mean(), statistics[0], always) == 1
+    baseline, system, references = systems("BLEU", 40, better=0.1)
+    needed = examples_needed(Bleu(), *statistics_of("BLEU", baseline, system, references))
+    assert needed > 40  # its p-value is far above 0.05
+
+
+def test_the_interval_of_a_difference_is_of_paired_draws():
+    """Signed, the same for both tests, and narrower than that of two systems drawn apart."""
+    statistics = samples_of(200, 0.1, 0.02, seed=1)
+    one, other = (found(Mean(), *statistics) for found in (paired_bootstrap, approximate_randomisation))
+    assert one.interval == other.interval and (one.test, other.test) == ("bs", "ar")
+    assert one.interval.low < one.difference < one.interval.high and abs(one.difference - 0.1) < 0.01
+    back = paired_bootstrap(Mean(), *statistics[::-1])
+    assert abs(back.interval.low + one.interval.high) <= 1e-12 and back.p_value == one.p_value
+    assert one.interval.half_width < bootstrap(Mean(), statistics[0]).half_width / 5
+
+
+@pytest.mark.parametrize("found", [*TESTS.values(), examples_needed])
+def test_bad_input_is_refused(found):
+    statistics = samples_of(3, 0.1, 1, seed=0)
+    with pytest.raises(ValueError, match="baseline has 3 examples, the system 2"):
+        found(Mean(), statistics[0], statistics[1][:2])
+    with pytest.raises(ValueError, match="no example"):
+        found(Mean(), statistics[0][:0], statistics[1][:0])
+    with pytest.raises(ValueError, match="samples=0"):
+        found(Mean(), *statistics, samples=0)
+    statistics[1][1, 1] = math.nan
+    with pytest.raises(ValueError, match="example 1 has no finite score"):
+        found(Mean(), *statistics)
+
+
+def test_bad_settings_are_refused():
+    statistics = samples_of(3, 0.1, 1, seed=0)
+    for confidence in (0, 1, 95, math.nan):
+        with pytest.raises(ValueError, match=f"confidence={confidence}"):
+            bootstrap(Mean(), statistics[0], confidence=confidence)
+    for settings in ({"level": 0}, {"level": 1}, {"power": 0}, {"power": 1.0}):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            examples_needed(Mean(), *statistics, **settings)
+    with pytest.raises(ValueError, match="no example"):
+        bootstrap(Bleu(), torch.zeros(0, 11))
+    with pytest.raises(ValueError, match="samples=0"):
+        bootstrap(Mean(), statistics[0], samples=0)

@@ -1,0 +1,85 @@
+"""A model folder as scores want it: its network, its tokenizer, and documents in its ids."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import model.hub
+from data.config import DataConfig, DataError
+from data.corpus import read_corpus
+from data.tokenizer import Tokenizer, load_tokenizer
+from model.network import Network
+from train.checkpoint import resolve
+from train.config import TrainError
+from train.held_out import no_objective, objective_of, open_text
+from train.setup import checked_device
+
+
+class Opened(NamedTuple):
+    """A network in eval mode, on its device, and the tokenizer beside it."""
+
+    folder: Path
+    network: Network
+    tokenizer: Tokenizer
+
+
+class Document(NamedTuple):
+    """Ids without those that begin and end a document; the sizes of the text that they stand for, 0 where not known."""
+
+    ids: list[int]
+    bytes: int
+    characters: int
+    words: int
+
+
+def open_folder(path: Path, *, device: str = "cpu", threads: int = 0) -> Opened:
+    """A run (its best checkpoint, else its last) or a model folder."""
+    if threads:
+        torch.set_num_threads(threads)
+    where, folder = checked_device(device), resolve(path)
+    config = model.hub.read_config(folder)
+    tokenizer = load_tokenizer(folder, config.vocab_size)
+    return Opened(folder, model.hub.load(folder).to(where).eval(), tokenizer)
+
+
+def language_model(opened: Opened) -> str:
+    """What its perplexity is that of: "clm" or "mlm". Errors: none (TrainError)."""
+    objective = objective_of(opened.network.config)
+    if objective is None:
+        raise TrainError(f"{opened.folder}: it has no perplexity: {no_objective(opened.network.config)}")
+    return objective
+
+
+def documents(opened: Opened, corpus: tuple[str, ...], text_key: str = "text") -> Iterator[Document]:
+    """Each text of the corpus, in ids; "-" is standard input, one document."""
+    others = tuple(entry for entry in corpus if entry != "-")
+    if len(others) < len(corpus):
+        yield document(opened, sys.stdin.buffer.read().decode("utf-8"))
+    if others:
+        for found in read_corpus(DataConfig(corpus=others, text_key=text_key)):
+            yield document(opened, found.text)
+
+
+def document(opened: Opened, text: str) -> Document:
+    return Document(opened.tokenizer.encode(text), len(text.encode()), len(text), len(text.split()))
+
+
+def held_out(opened: Opened) -> tuple[str, Iterator[Document]]:
+    """The text that a run was validated on, document by document; what it is, in words."""
+    task = open_text(opened.folder, opened.network.config, eval_tokens=sys.maxsize, say=lambda line: None)
+    if isinstance(task, str):
+        raise DataError(f"no text is named, and there is no held-out one: {task}")
+    split, tokenizer = task.shards.validation, task.shards.tokenizer
+
+    def read() -> Iterator[Document]:
+        ids = torch.from_numpy(split.ids[:].astype("int64"))
+        starts = (ids == tokenizer.bos_id).nonzero()[:, 0].tolist()
+        for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+            kept = [token for token in ids[start + 1 : end].tolist() if token != tokenizer.eos_id]
+            if kept:  # one id both begins and ends: nothing follows the last one
+                yield Document(kept, int(tokenizer.piece_bytes[kept].sum()), 0, 0)
+
+    return f"held-out text of {' '.join(task.config.data.corpus)}", read()

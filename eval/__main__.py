@@ -215,7 +215,7 @@ def score_model(options: asked.Perplexity) -> None:
     context = options.context or has
     if not 2 <= context <= has:
         raise EvalError(f"--context {options.context}: from 2 to the network's {has:,}")
-    tokenizer, eos = opened.tokenizer, held if options.eos is None else options.eos
+    tokenizer, eos = opened.tokenizer, held if options.eos == "auto" else options.eos == "yes"
     settings = {
         "bos_id": tokenizer.bos_id if options.bos else None,
         "eos_id": tokenizer.eos_id if eos else None,

@@ -150,8 +150,8 @@ class Perplexity:
     """Stop after the document in which so many tokens are reached. Default: all."""
     bos: bool = True
     """Begin each document with the token that begins one: its first token is scored too."""
-    eos: bool | None = None
-    """Score the token that ends a document. Default: of held-out text, as training does; not of other text."""
+    eos: Literal["auto", "yes", "no"] = "auto"
+    """Score the token that ends a document. auto: of held-out text, as training does; not of other text."""
     batch_size: int | None = None
     """Windows at once. Default: as many as memory is meant for."""
     top_k: tuple[int, ...] = (1, 5)

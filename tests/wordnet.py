@@ -21,6 +21,7 @@ SYNSETS = {
         ("n", "mat rug"),
         ("n", "set"),
         ("n", "wolf"),
+        ("n", "leaf lass fox quiz church bush woman lady"),
     ],
     "verb": [
         ("v", "run operate work"),
@@ -30,6 +31,8 @@ SYNSETS = {
         ("v", "sit sat"),
         ("v", "update refresh"),
         ("v", "stumble trip"),
+        ("v", "carry convey"),
+        ("v", "go pass"),
     ],
     "adj": [
         ("a", "large big"),
@@ -43,7 +46,7 @@ SYNSETS = {
 }
 EXCEPTIONS = {
     "noun": ["mice mouse", "axes ax axis", "axes axis axe", "wolves wolf", "men man"],
-    "verb": ["saw see", "ran run", "running run absent"],
+    "verb": ["saw see", "ran run", "running run absent", "works see"],
     "adj": ["nicer nice", "best good"],
     "adv": ["best well"],
 }

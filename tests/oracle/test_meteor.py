@@ -144,9 +144,11 @@ def crossings_of(taken) -> int:
 def small_pairs(count: int, seed: int):
     draw = random.Random(seed)
     for _ in range(count):
-        stem_of = [draw.randrange(4) for _ in range(draw.randint(1, 6))]
+        stem_of = [draw.randrange(4) for _ in range(draw.randint(1, 6))] if draw.random() < 0.6 else range(8)
         words = tuple([draw.randrange(len(stem_of)) for _ in range(draw.randint(0, 5))] for _ in range(2))
-        synonyms = {stem: {draw.randrange(4), draw.randrange(4)} - {stem} for stem in range(3)} if draw.random() < 0.6 else {}
+        many = max(stem_of) + 1
+        synonyms = {stem: {draw.randrange(many), draw.randrange(many)} - {stem} for stem in range(many)}
+        synonyms = synonyms if draw.random() < 0.7 else {}
         yield words, tuple([stem_of[word] for word in side] for side in words), synonyms
 
 
@@ -159,6 +161,8 @@ def test_fewest_chunks_equal_all_alignments_tried(parity, monkeypatch):
         tried[fewest] += 1
     parity("METEOR, fewest chunks", "all alignments tried", wrong, 0, "pairs of up to 5 words with another number")
     assert min(tried[fewest] for fewest in (1, 2, 3)) > 40
+    ids, one_place = ([0, 1, 2], [3, 4, 5]), {0: {3, 4, 5}, 1: {3}, 2: {3}}
+    assert fewest_chunks(ids, ids, one_place, (0, 0)) == (2, 2, True)  # 0 gives way to 1, and has nothing to give to 2
     monkeypatch.setattr(chunks, "WIDE", 1)
     monkeypatch.setattr(chunks, "NARROW", 1)
     draw = random.Random(1)
@@ -239,6 +243,7 @@ def test_texts_words_and_streams():
         assert meteor.meteor(side, references).value == score.value
     assert meteor.meteor(texts, others, tokenize="13a").value > score.value
     assert meteor.meteor(texts, [[None, others[1]], [others[0], None]]).value == score.value
+    assert Meteor().statistics(["x"], [[None], ["a b"]]).tolist() == [[1, 0, 0, 1, 2]]  # not those of the missing one
     assert meteor.meteor([["New York"]], [["new", "york"]]).value == 0 < meteor.meteor([["New York"]], [["new york"]]).value
     said = "nrefs:1|stages:exact+stem|alpha:0.9|beta:3|gamma:0.5|align:nltk-3.10.4|corpus:mean|case:lc|tok:none"
     assert score.signature == said and (score.matches, score.length, score.reference_length) == (5, 7, 7)

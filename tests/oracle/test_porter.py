@@ -11,7 +11,7 @@ from tests.pairs import unicode_pairs, word_pairs
 SUFFIXES = [*porter.STEP_1A, *porter.STEP_2, *porter.STEP_3, *porter.STEP_4]
 SUFFIXES += "y ed ing eed ied ion sion tion logi logies logy ll lle e ling ated bled ized tted ssing *d *ded yed yying".split()
 ODD = "a Y ay ies ied ed ing eed ion yyy ayy ayying İ İİ İng ﬁning 1990s 3rd Σίσυφος naïvely a*ded *ded o*ding 's it's".split()
-ODD += ["", "é" * 5 + "ing", "y" * 3000 + "ing", "x" * 40 + "ational", "\x00s"]
+ODD += ["", "İS", "é" * 5 + "ing", "y" * 3000 + "ing", "x" * 40 + "ational", "\x00s"]
 
 
 def words() -> list[str]:

@@ -38,6 +38,7 @@ def test_what_a_word_finds(tmp_path):
     assert wordnet.synonyms("Trips") == {"Trips", "trip", "journey", "voyage", "slip", "stumble"}
     assert wordnet.synonyms("axes") == {"axes", "axis", "axe", "ax"}  # the last line of a form is it
     assert wordnet.synonyms("running") == {"running", "run", "flee", "operate", "work"}  # the exception alone: no noun "run"
+    assert wordnet.synonyms("works") == {"works", "see", "behold"}  # not "work", as the rules have it
     assert wordnet.synonyms("cars") == {"cars", "car", "automobile", "machine"}  # motor_car is of two words
     assert wordnet.synonyms("huger") == {"huger", "huge", "vast"} and wordnet.synonyms("mans") == {"mans", "man"}
     assert wordnet.synonyms("zebra") == {"zebra"}

@@ -184,7 +184,7 @@ def changed(
     values, places = (here - there).abs().topk(min(most, len(here)))
     return [
         Difference(
-            batch.first + place,
+            batch.first + place + 1,
             (float(there[place]), float(here[place])),
             (batch.hypotheses[first][place], batch.hypotheses[name][place]),
             [stream[place] for stream in batch.references if stream[place] is not None],
@@ -195,7 +195,7 @@ def changed(
 
 
 def furthest(differences: "list[Difference]", most: int) -> "list[Difference]":
-    return sorted(differences, key=lambda found: (-abs(found.scores[1] - found.scores[0]), found.example))[:most]
+    return sorted(differences, key=lambda found: (-abs(found.scores[1] - found.scores[0]), found.line))[:most]
 
 
 # ---- a language model

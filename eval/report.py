@@ -21,10 +21,14 @@ SHOWN = 300  # characters of a text
 class Difference(NamedTuple):
     """One example as the first system and another have it."""
 
-    example: int  # from 0
+    line: int  # from 1
     scores: tuple[float, float]
     texts: tuple[str, str]
     references: list[str]
+
+    def as_json(self, systems: tuple[str, str]) -> dict[str, object]:
+        named = {name: dict(zip(systems, pair, strict=True)) for name, pair in (("scores", self.scores), ("texts", self.texts))}
+        return {"line": self.line} | named | {"references": self.references}
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,9 @@ class Result:
         found: dict[str, object] = {f"{self.counted}s": self.examples, "confidence": CONFIDENCE}
         found["scores"] = [_row_as_json(row) for row in self.rows]
         if differences:
+            first = self.rows[0].system
             found["differ_most"] = {
-                system: [{"line": each.example + 1} | each._asdict() for each in kept] for system, kept in differences.items()
+                system: [each.as_json((first, system)) for each in kept] for system, kept in differences.items()
             }
         return found
 
@@ -172,7 +177,7 @@ def differ(result: Result, system: str, kept: Sequence[Difference]) -> list[str]
     lines = [f"where {system} and {first} differ most, by {score.name} of single examples:"]
     for each in kept:
         before, after = (f"{value:.{score.digits}f}" for value in each.scores)
-        lines += [f"  line {each.example + 1:,}: {first} {before}, {system} {after}"]
+        lines += [f"  line {each.line:,}: {first} {before}, {system} {after}"]
         width = max(len(first), len(system), len("reference"))
         for name, text in ((first, each.texts[0]), (system, each.texts[1]), *(("reference", text) for text in each.references)):
             lines.append(f"    {name.ljust(width)}  {shortened(text)}")

@@ -102,12 +102,13 @@ def test_systems_beside_the_first(place, texts, test, function):
     single = replace(metric, effective_order=True)
     furthest = (single.scores(worse) - single.scores(good)).abs().topk(4)
     kept = found["differ_most"]["shuffled"]
-    assert [abs(each["scores"][1] - each["scores"][0]) for each in kept] == furthest.values.tolist()
+    assert [abs(each["scores"]["shuffled"] - each["scores"]["good"]) for each in kept] == furthest.values.tolist()
     for each in kept:
-        assert each["texts"] == [side[each["example"]] for side in texts[:2]] and each["line"] == each["example"] + 1
-        assert each["references"] == [texts[2][each["example"]]]
+        assert list(each["texts"].values()) == [side[each["line"] - 1] for side in texts[:2]]
+        assert each["references"] == [texts[2][each["line"] - 1]]
     said = command("bleu", *given, "--test", test, main=main).out
-    assert "shuffled" in said and f"{expected.p_value:.4f}" in said and "differ most" in said and kept[0]["texts"][0] in said
+    for words in ("shuffled", f"{expected.p_value:.4f}", "differ most", kept[0]["texts"]["good"]):
+        assert words in said
 
 
 def test_a_system_beside_itself_is_no_better(place):

@@ -17,6 +17,7 @@
     entities        F1 of the entities that IOB2 tags spell
     calibration     calibration error, Brier score
     perplexity      a language model on text: per token, byte, character, word
+    targets         which tokens of a text are scored, and what a network says of them
     baseline        what counting alone achieves on a text, the baseline beside a language model's loss
 
     bootstrap       how sure a score is

@@ -5,12 +5,16 @@ Files are read a batch at a time; of each example only the statistics stay, whol
 
 import itertools
 import json
+import os
+import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from operator import attrgetter
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import tyro
 
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from eval.score import Metric
     from train.scoring import Document
 
+LEAST = 40  # samples
 Texts = Sequence[str]
 
 
@@ -61,17 +66,24 @@ def chrf(options: asked.Chrf) -> Scorer:
 
 
 def rouge(options: asked.Rouge) -> Scorer:
-    from eval.rouge import Rouge, rouge_statistics
+    from eval.rouge import KINDS, Rouge, rouge_statistics
 
+    wrong = [kind for kind in options.kinds if kind not in KINDS]
+    if wrong or not options.kinds:
+        raise EvalError(f"--kinds {shlex.join(wrong)}: kinds are {', '.join(KINDS)}; files stand before --kinds")
     metrics = [Rouge(kind, stemmer=options.stemmer) for kind in options.kinds]
-    if not metrics:
-        raise EvalError("--kinds: none is asked for")
+    told = False
 
     def broken(texts: Sequence[str | None]) -> list[str | None]:
         there = options.line_break
         return [text if text is None or not there else text.replace(there, "\n") for text in texts]
 
     def statistics(hypotheses: Texts, references: Sequence[Sequence[str | None]]) -> list["Tensor"]:
+        nonlocal told
+        without = next((text for text in hypotheses if text.strip() and not re.search("[a-z0-9]", text.lower())), None)
+        if without is not None and not told:
+            print(f"note: words of ROUGE are of a-z and 0-9, and {without!r:.60} has none", file=sys.stderr)
+            told = True
         return rouge_statistics(metrics, broken(hypotheses), [broken(stream) for stream in references])
 
     return Scorer(metrics, statistics)
@@ -92,7 +104,8 @@ def bertscore(options: asked.BertScore) -> Scorer:
 
     opened = open_folder(options.model, device=options.device, threads=options.threads)
     given = {"layer": options.layer, "idf": options.idf, "baseline": options.baseline, "progress": sys.stderr.isatty()}
-    metric = BertScore(opened.network, opened.tokenizer, model=options.model.name, **given)
+    name = "/".join(options.model.resolve().parts[-2:])  # the last part alone is often "model"
+    metric = BertScore(opened.network, opened.tokenizer, model=name, **given)
     # Which token is rare, all references tell together.
     batch = sys.maxsize if options.idf else None
     return Scorer([metric], lambda hypotheses, references: [metric.statistics(hypotheses, references)], batch)
@@ -133,7 +146,8 @@ def sources(options: asked.Scored) -> Sources:
         systems[name] = Source(path, hypothesis_fields, several=False)
     if not files:
         raise EvalError("a file of references is wanted beside the systems")
-    return Sources(systems, [Source(path, reference_fields, several=True) for path in files])
+    empty = isinstance(options, asked.F1) and options.version == "2.0"  # a question without an answer
+    return Sources(systems, [Source(path, reference_fields, several=True, empty=empty) for path in files])
 
 
 def score_texts(options: asked.Scored) -> None:
@@ -141,12 +155,12 @@ def score_texts(options: asked.Scored) -> None:
 
     from eval.report import Difference, compared, per_example
 
-    found, scorer = sources(options), SCORERS[type(options)](options)
+    scorer, found = SCORERS[type(options)](options), sources(options)
     names = list(found.systems)
     statistics: dict[str, list[list[Tensor]]] = {name: [[] for _ in scorer.metrics] for name in names}
     differences: dict[str, list[Difference]] = {name: [] for name in names[1:]}
     bar = tqdm(unit="example", desc="scoring", disable=not sys.stderr.isatty(), leave=False, delay=1)
-    with bar, options.per_example.open("w", encoding="utf-8") if options.per_example else nullcontext() as written:
+    with bar, whole_or_not_there(options.per_example, found) as written:
         for batch in found.batches(scorer.batch or BATCH):
             scored = {name: scorer.statistics(texts, batch.references) for name, texts in batch.hypotheses.items()}
             for name, parts in scored.items():
@@ -159,7 +173,26 @@ def score_texts(options: asked.Scored) -> None:
             bar.update(len(batch.references[0]))
     whole = {name: [joined(parts) for parts in kept] for name, kept in statistics.items()}
     result = compared(scorer.metrics, whole, samples=options.samples, seed=options.seed, test=options.test)
-    show(options.json, result, differences)
+    show(options.json, result, differences if options.differ else dict.fromkeys(differences))
+
+
+@contextmanager
+def whole_or_not_there(path: Path | None, read: Sources) -> Iterator[TextIO | None]:
+    """A file that takes its name when all is written; it may not be one of those that are read."""
+    if path is None:
+        yield None
+        return
+    if any(source.path != "-" and path.resolve() == Path(source.path).resolve() for source in read.all):
+        raise EvalError(f"--per-example {path}: that file is read, and would be lost")
+    making = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with making.open("w", encoding="utf-8", errors="replace") as file:
+            yield file
+        making.replace(path)
+    except OSError as error:
+        raise EvalError(f"--per-example {path}: {error.strerror}") from error
+    finally:
+        making.unlink(missing_ok=True)
 
 
 def show(as_json: bool, result: "Result", differences: "dict[str, list[Difference]]") -> None:
@@ -269,6 +302,13 @@ def main(arguments: list[str]) -> int:
     try:
         check_values(options)
         (score_model if isinstance(options, asked.Perplexity) else score_texts)(options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (EvalError, ValueError, OSError, *failures()) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -291,6 +331,8 @@ def check_values(options: asked.Scored | asked.Perplexity) -> None:
         value = getattr(options, name, None)
         if value is not None and value < least:
             raise EvalError(f"--{name.replace('_', '-')} {value}: from {least}")
+    if 0 < options.samples < LEAST:
+        raise EvalError(f"--samples {options.samples}: from {LEAST}, for a 95 % interval leaves out one in {LEAST} at each end")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from eval.ngram import matches_each, number
+from eval.ngram import matches_each, numbered
 from eval.score import Score, check_each_has_one, check_streams, corpus_value, exact_mean, ratio
 
 KINDS = {"exact": "exact match", "f1": "F1"}
@@ -110,10 +110,11 @@ def answers_statistics(
     if any(metric.version == "1.1" for metric in metrics):
         check_each_has_one(references)
     answer_B, *right_RB = [_words(texts, side) for side, texts in enumerate((hypotheses, *references))]
-    answer, *right = number(answer_B, *right_RB)
+    answer, *right = numbered(answer_B, *right_RB)
     length_B, right_BR = answer.lengths_B, torch.stack([stream.lengths_B for stream in right], 1)
     common_BR = matches_each(answer, right, 1).squeeze(2)
-    whole, *wholes = number(*[[None if words is None else [tuple(words)] for words in side] for side in (answer_B, *right_RB)])
+    sides = [[None if words is None else [tuple(words)] for words in side] for side in (answer_B, *right_RB)]
+    whole, *wholes = numbered(*sides)
     exact_BR = torch.zeros_like(common_BR, dtype=torch.bool)
     for stream, (ids_N, there_B) in enumerate(wholes):
         exact_BR[there_B == 1, stream] = whole.ids_N[there_B == 1] == ids_N

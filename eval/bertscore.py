@@ -19,6 +19,7 @@ import copy
 import csv
 import math
 import sys
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,7 +47,8 @@ class BertScore:
     - layer: how many blocks; 0 is the embedding, None all of them
     - idf: True takes the references of the call. For a corpus in pieces, or another one, give a mapping: `idf_weights`
     - baseline: a file of bert-score's, `LAYER,P,R,F` and a row a layer
-    - max_length: ids that a text is cut to, special tokens included; None is the network's context, where it says one
+    - max_length: ids that a text is cut to, special tokens included; None is the network's context, where it says one. What is
+      cut off is not compared: `statistics` warns of how many texts lose some (UserWarning)
     - model: the name that the signature says
     - batch_tokens: padded tokens at a time; memory follows it, not the corpus
 
@@ -92,14 +94,18 @@ class BertScore:
         idf = self.idf
         if idf is True:
             idf = idf_weights(references, self.tokenizer, max_length=self.max_length)
-        best_B3 = torch.full((len(hypotheses), 3), -math.inf, dtype=torch.float64)
+        best_B3, cut = torch.full((len(hypotheses), 3), -math.inf, dtype=torch.float64), 0
         for pairs in self._chunks(hypotheses, references):
             example_P3 = torch.tensor(pairs.examples)[:, None].expand(-1, 3)
             best_B3.scatter_reduce_(0, example_P3, self._matched(pairs, idf), "amax")
+            compared = [*dict(zip(pairs.examples, pairs.hypotheses, strict=True)).values(), *pairs.references]
+            cut += sum(pairs.cut[number] for number in compared)
             if self.progress:
                 done = pairs.examples[-1] + 1
                 print(f"\r{done:,} of {len(hypotheses):,}", end="\n" * (done == len(hypotheses)), file=sys.stderr, flush=True)
         there = [sum(text is not None for text in found) for found in zip(*references, strict=True)]
+        if cut:
+            warnings.warn(f"{cut} of {len(there) + sum(there)} texts are cut to {self.max_length} tokens", stacklevel=2)
         count_B1 = torch.tensor(there, dtype=torch.float64)[:, None]
         return torch.cat([count_B1, (best_B3 - self.baseline_3) / (1 - self.baseline_3)], 1)
 
@@ -125,8 +131,7 @@ class BertScore:
 
     def _chunks(self, hypotheses: Sequence[str], references: Sequence[Sequence[str | None]]) -> Iterator["Pairs"]:
         """All pairs in order, in pieces of a bounded number of tokens; a text comes once in a piece."""
-        encode = partial(token_ids, tokenizer=self.tokenizer, max_length=self.max_length)
-        pairs, tokens = Pairs([], [], [], {}, []), 0
+        pairs, tokens = Pairs([], [], [], {}, [], []), 0
         for example, (hypothesis, *found) in enumerate(zip(hypotheses, *references, strict=True)):
             for reference in found:
                 if reference is None:
@@ -134,14 +139,16 @@ class BertScore:
                 for text in (hypothesis, reference):
                     if text not in pairs.texts:
                         pairs.texts[text] = len(pairs.ids)
-                        pairs.ids.append(encode(text))
+                        whole = token_ids(text, self.tokenizer)
+                        pairs.ids.append(shortened(whole, self.max_length))
+                        pairs.cut.append(len(pairs.ids[-1]) < len(whole))
                         tokens += len(pairs.ids[-1])
                 pairs.examples.append(example)
                 pairs.hypotheses.append(pairs.texts[hypothesis])
                 pairs.references.append(pairs.texts[reference])
             if tokens >= CHUNK * self.batch_tokens:
                 yield pairs
-                pairs, tokens = Pairs([], [], [], {}, []), 0
+                pairs, tokens = Pairs([], [], [], {}, [], []), 0
         if pairs.examples:
             yield pairs
 
@@ -206,13 +213,14 @@ class BertScore:
 
 
 class Pairs(NamedTuple):
-    """Some pairs: example, and the numbers of both texts; each text once, and its ids."""
+    """Some pairs: example, and the numbers of both texts; each text once, its ids, and whether they lack its end."""
 
     examples: list[int]
     hypotheses: list[int]
     references: list[int]
     texts: dict[str, int]
     ids: list[list[int]]
+    cut: list[bool]
 
 
 def bertscore(
@@ -259,13 +267,21 @@ def first_blocks(network: Callable, layer: int | None) -> tuple[Callable, int]:
     return short, layer
 
 
-def token_ids(text: str, tokenizer: object, max_length: int | None) -> list[int]:
-    """begin, text, end, at most `max_length` of them: what is too long loses its end."""
+def token_ids(text: str, tokenizer: object) -> list[int]:
+    """begin, text, end."""
     if not isinstance(text, str):
         raise TypeError(f"a text is a str, got {type(text).__name__}: {text!r:.80}")
     begin = [tokenizer.bos_id] if tokenizer.bos_id != tokenizer.eos_id else []
-    room = None if max_length is None else max_length - len(begin) - 1
-    return [*begin, *tokenizer.encode(text.strip())[:room], tokenizer.eos_id]
+    return [*begin, *tokenizer.encode(text.strip()), tokenizer.eos_id]
+
+
+def shortened(ids: list[int], max_length: int | None) -> list[int]:
+    """At most `max_length` ids: a text that is too long loses its end, not the id after it.
+
+    >>> shortened([1, 7, 8, 9, 2], 4)
+    [1, 7, 8, 2]
+    """
+    return ids if max_length is None or len(ids) <= max_length else [*ids[: max_length - 1], ids[-1]]
 
 
 def idf_weights(
@@ -276,7 +292,7 @@ def idf_weights(
         raise TypeError("references are streams, [[first of example 0, first of example 1, …], …]: got a string among them")
     held, total = Counter(), 0
     for text in (text for stream in references for text in stream if text is not None):
-        held.update(set(token_ids(text, tokenizer, max_length)))
+        held.update(set(shortened(token_ids(text, tokenizer), max_length)))
         total += 1
     weights = {id: math.log((total + 1) / (count + 1)) for id, count in held.items()}
     return defaultdict(partial(float, math.log(total + 1)), weights)

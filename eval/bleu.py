@@ -1,9 +1,10 @@
 """BLEU: how many of a text's n-grams its references hold, times a penalty for being short.
 
-    BLEU = BP exp(1/4 Σ log p_n)      p_n = clipped matches / n-grams of the hypotheses      BP = min(1, exp(1 - r / c))
+    BLEU = BP exp(1/O Σ log p_n)      p_n = clipped matches / n-grams of the hypotheses      BP = min(1, exp(1 - r / c))
 
-Sums run over the corpus before anything is divided. c is the hypotheses' length; r adds up, for each, the length of the
-reference nearest to it, the shorter one of two. Values, names of settings and the signature are sacrebleu's.
+over the orders n = 1 … O, four of them unless asked otherwise. Sums run over the corpus before anything is divided. c is the
+hypotheses' length; r adds up, for each, the length of the reference nearest to it, of two equally near the shorter. Values,
+names of settings and the signature are sacrebleu's. B examples, R references, K statistics, X any dimensions before them.
 Source: Papineni et al. 2002; Post 2018, arXiv 1804.08771; for smoothing Chen & Cherry 2014.
 """
 
@@ -15,8 +16,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from eval.ngram import matches, number, totals
-from eval.score import Score, check_each_has_one, check_streams, corpus_value, ratio, sacrebleu_signature
+from eval.ngram import matches, numbered, totals
+from eval.score import Score, check_each_has_one, check_streams, corpus_value, one_of_each, ratio, sacrebleu_signature
 from eval.tokenize import TOKENIZERS, tokens
 
 SMOOTH_VALUES = {"none": None, "floor": 0.1, "add-k": 1.0, "exp": None}  # and the value of each, where it has one
@@ -61,7 +62,7 @@ class Bleu:
     def statistics(self, hypotheses: Sequence, references: Sequence[Sequence]) -> Tensor:
         check_streams(hypotheses, references)
         sides = [tokens(texts, self.tokenize, lowercase=self.lowercase) for texts in (hypotheses, *references)]
-        hypothesis, *found = number(*sides)
+        hypothesis, *found = numbered(*sides)
         check_each_has_one(references)
         length_BR = torch.stack([reference.lengths_B for reference in found], 1)
         return torch.cat(
@@ -76,10 +77,10 @@ class Bleu:
         )
 
     def scores(self, statistics_XK: Tensor) -> Tensor:
-        precision_XO, penalty_X, order_X = self._parts(statistics_XK)
+        precision_XO, penalty_X, orders_X = self._parts(statistics_XK)
         log_XO = torch.where(precision_XO > 0, precision_XO, 1).log().where(precision_XO > 0, LOG_OF_ZERO)
-        used_XO = torch.arange(self.max_order, device=order_X.device) < order_X[..., None]
-        return penalty_X * ((log_XO * used_XO).sum(-1) / order_X).exp()
+        used_XO = torch.arange(self.max_order, device=orders_X.device) < orders_X[..., None]
+        return penalty_X * ((log_XO * used_XO).sum(-1) / orders_X).exp()
 
     def examples(self, statistics_BK: Tensor) -> Tensor:
         """The score of each example as a text of its own: `sentence_bleu`'s."""
@@ -91,23 +92,24 @@ class Bleu:
         matched, total = rest[: self.max_order], rest[self.max_order :]
         penalty_X = torch.where(length_X < reference_X, 1 - ratio(reference_X, length_X), 0).exp()
         penalty_X = penalty_X.where((length_X > 0) | (reference_X == 0), 0.0)
-        there_X, halved_X = torch.ones_like(length_X, dtype=torch.bool), torch.ones_like(length_X)
-        order_X, precisions = torch.full_like(length_X, 1 if self.effective_order else self.max_order), []
+        # Orders from the first one without an n-gram on have a precision of 0, and with effective_order do not count.
+        there_X, smoothed_X = torch.ones_like(length_X, dtype=torch.bool), torch.ones_like(length_X)
+        orders_X, precisions = torch.full_like(length_X, 1 if self.effective_order else self.max_order), []
         for order, (match_X, total_X) in enumerate(zip(matched, total, strict=True), 1):
             if self.smooth == "add-k" and order > 1:
                 match_X, total_X = match_X + self.smooth_value, total_X + self.smooth_value
             there_X = there_X & (total_X > 0)
             none_X = there_X & (match_X == 0)
             if self.smooth == "exp":
-                halved_X = torch.where(none_X, halved_X / 2, halved_X)
-                match_X = torch.where(none_X, halved_X, match_X)
+                smoothed_X = torch.where(none_X, smoothed_X / 2, smoothed_X)
+                match_X = torch.where(none_X, smoothed_X, match_X)
             elif self.smooth == "floor":
                 match_X = torch.where(none_X, self.smooth_value, match_X)
             if self.effective_order:
-                order_X = order_X.where(~there_X, order)
+                orders_X = orders_X.where(~there_X, order)
             precisions.append(100 * ratio(match_X, total_X).where(there_X, 0.0))
         any_X = torch.stack(matched, -1).gt(0).any(-1, keepdim=True)  # without a match nothing is smoothed
-        return torch.stack(precisions, -1).where(any_X, 0.0), penalty_X, order_X
+        return torch.stack(precisions, -1).where(any_X, 0.0), penalty_X, orders_X
 
     def score(self, statistics_BK: Tensor) -> Score:
         sums_K = statistics_BK.sum(0)
@@ -131,7 +133,7 @@ class Bleu:
 
 
 def nearest(length_B: Tensor, reference_BR: Tensor) -> Tensor:
-    """Of each example, the reference length nearest to its own; of two as near the shorter one; -1 is no reference.
+    """Of each example, the reference length nearest to its own, of two equally near the shorter; -1 is no reference.
 
     >>> nearest(torch.tensor([5, 5]), torch.tensor([[7, 3, -1], [-1, 9, 6]]))
     tensor([3, 6])
@@ -165,4 +167,4 @@ def sentence_bleu(
     >>> f"{sentence_bleu('the cat sat', ['the cat sat on the mat']).value:.4f}"  # e^(1 - 6/3) of 100
     '36.7879'
     """
-    return corpus_bleu([hypothesis], [[reference] for reference in references], effective_order=effective_order, **settings)
+    return corpus_bleu([hypothesis], one_of_each(references), effective_order=effective_order, **settings)

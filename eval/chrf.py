@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.ngram import Ragged, matches_each, number, totals
-from eval.score import Score, check_each_has_one, check_streams, corpus_value, ratio, sacrebleu_signature
+from eval.ngram import Ragged, matches_each, numbered, totals
+from eval.score import Score, check_each_has_one, check_streams, corpus_value, one_of_each, ratio, sacrebleu_signature
 
 EPSILON = 1e-16  # sacrebleu's, for what cannot be divided
 CHARACTERS = 2**17  # of one batch: its tables of n-grams stay in the cache
@@ -79,7 +79,7 @@ class Chrf:
         """Statistics of each example with the reference that it scores highest with."""
         counted = [(code_points(sides, whitespace=self.whitespace), self.char_order)]
         if self.word_order:
-            counted.append((number(*(words(texts) for texts in sides)), self.word_order))
+            counted.append((numbered(*(words(texts) for texts in sides)), self.word_order))
         counts = []
         for (hypothesis, *found), order in counted:
             match_BRO = matches_each(hypothesis, found, order)
@@ -193,4 +193,4 @@ def sentence_chrf(hypothesis: str, references: Sequence[str], **settings: object
     >>> f"{sentence_chrf('aa', ['ab'], beta=3).value:.4f}"  # P and R are 1/2 of the characters, 0 of the pairs
     '25.0000'
     """
-    return corpus_chrf([hypothesis], [[reference] for reference in references], **settings)
+    return corpus_chrf([hypothesis], one_of_each(references), **settings)

@@ -9,6 +9,7 @@ import gzip
 import itertools
 import json
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ class Source:
     path: str
     fields: tuple[str, ...]
     several: bool  # whether a line may hold several texts
+    empty: bool = False  # or none
 
     @property
     def name(self) -> str:
@@ -56,7 +58,7 @@ class Source:
             raise EvalError(f"{self.name}: no such file") from None
         except IsADirectoryError:
             raise EvalError(f"{self.name} is a folder: a file of texts is wanted") from None
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise EvalError(f"{self.name}: it cannot be read ({error})") from error
 
     def texts(self, stack: ExitStack) -> Iterator[list[str]]:
@@ -78,6 +80,8 @@ class Source:
             raise EvalError(f"{where}: not JSON ({error.msg} at character {error.pos + 1})") from None
         except RecursionError:
             raise EvalError(f"{where}: JSON nested too deep") from None
+        except ValueError as error:  # a number of thousands of digits
+            raise EvalError(f"{where}: {error}") from None
         if isinstance(value, dict):
             found = next((name for name in self.fields if name in value), None)
             if found is None:
@@ -86,10 +90,12 @@ class Source:
                     "--hypothesis-field and --reference-field name others"
                 )
             where, value = f"{where}, field {found!r}", value[found]
+            if isinstance(value, dict) and "text" in value:  # SQuAD's answers, with the places where they start
+                value = value["text"]
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise EvalError(f"{where}: a text is wanted{', or a list of texts' if self.several else ''}, got {value!r:.60}")
-        if not texts or (len(texts) > 1 and not self.several):
+        if (not texts and not self.empty) or (len(texts) > 1 and not self.several):
             raise EvalError(f"{where}: {len(texts)} texts, {'one at least' if self.several else 'a hypothesis is one'}")
         return texts
 
@@ -135,13 +141,13 @@ class Sources:
 
 
 def reference_streams(columns: Sequence[Sequence[list[str]]]) -> list[list[str | None]]:
-    """Streams of equal length; None where an example has fewer texts than another.
+    """Streams of equal length, one at least of each column; None where an example has fewer texts than another.
 
     >>> reference_streams([[["a"], ["b"]], [["c", "d"], ["e"]]])
     [['a', 'b'], ['c', 'e'], ['d', None]]
     """
     streams = []
     for column in columns:
-        for place in range(max(map(len, column))):
+        for place in range(max(1, *map(len, column))):
             streams.append([texts[place] if place < len(texts) else None for texts in column])
     return streams

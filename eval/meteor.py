@@ -20,7 +20,7 @@ from torch import Tensor
 
 from eval import porter
 from eval.chunks import fewest_chunks
-from eval.ngram import Ragged, number
+from eval.ngram import Ragged, numbered
 from eval.score import Score, check_each_has_one, check_streams, corpus_value, ratio
 from eval.tokenize import TOKENIZERS, tokens
 
@@ -91,8 +91,8 @@ class Meteor:
         words = list(dict.fromkeys(word for side in texts for text in side if text is not None for word in text))
         stems = [porter.stem(word) for word in words] if self.stem else words
         forms = list(dict.fromkeys(stems))
-        stem_of = number([forms], [stems])[1].ids_N
-        _, *found = number([words], *texts)
+        stem_of = numbered([forms], [stems])[1].ids_N
+        _, *found = numbered([words], *texts)
         there_BR = torch.stack([side.lengths_B >= 0 for side in found[1:]], 1)
         hypothesis, *others = (_side(side, stem_of) for side in found)
         best_BK, best_B = None, torch.full((len(hypotheses),), -1.0, dtype=torch.float64)

@@ -1,8 +1,8 @@
 """Counting on tensors: n-grams of many pairs of texts at once, and how many of them two sides share.
 
 A batch of B texts is `Ragged`: all their ids in one row, and the lengths. Texts of one pair are compared, never those of two,
-so that a group of equal n-grams is one of equal (pair, n-gram). N tokens flattened, S sides (the hypothesis and R references),
-U groups. Everything is whole numbers, on the CPU or a card.
+so that a group of equal n-grams is one of equal (pair, n-gram). N tokens flattened, M of them that may match, S sides (the
+hypothesis and R references), U groups. Everything is whole numbers, on the CPU or a card.
 """
 
 from collections import defaultdict
@@ -23,16 +23,16 @@ class Ragged(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """Equal n-grams of a pair are one group: how often it comes on each side, and whose it is."""
+    """Equal n-grams of a pair are one group: how often it comes on each side, and which pair it belongs to."""
 
     count_US: Tensor
     pair_U: Tensor
 
 
-def number(*sides: Sequence[Sequence[Hashable] | None], device: torch.device | str | None = None) -> list[Ragged]:
+def numbered(*sides: Sequence[Sequence[Hashable] | None], device: torch.device | str | None = None) -> list[Ragged]:
     """Equal tokens get one number, over all sides.
 
-    >>> [side.ids_N.tolist() for side in number([["a", "b", "a"]], [["b", "c"]])]
+    >>> [side.ids_N.tolist() for side in numbered([["a", "b", "a"]], [["b", "c"]])]
     [[0, 1, 0], [1, 2]]
     """
     numbers: defaultdict[Hashable, int] = defaultdict()
@@ -54,7 +54,7 @@ def totals(lengths_B: Tensor, max_order: int) -> Tensor:
 def matches(hypotheses: Ragged, references: Sequence[Ragged], max_order: int) -> Tensor:
     """Clipped matches with all references together, (B, orders): Σ over n-grams of min(count, the most in one reference).
 
-    >>> hypothesis, reference = number([["the"] * 7], ["the cat is on the mat".split()])
+    >>> hypothesis, reference = numbered([["the"] * 7], ["the cat is on the mat".split()])
     >>> matches(hypothesis, [reference], 2)  # Papineni et al. 2002, section 2.1
     tensor([[2, 0]])
     """
@@ -79,18 +79,14 @@ def matches_each(hypotheses: Ragged, references: Sequence[Ragged], max_order: in
 def shared_ngrams(hypotheses: Ragged, references: Sequence[Ragged], max_order: int) -> Iterator[Groups]:
     """For n = 1, 2 … the groups of n-grams; past n = 1 only such as may stand on both sides.
 
-    An n-gram is told by the groups of its first and of its last n - 1 tokens, and is shared only where both of those are: what
-    has no match is dropped before it is sorted, so that long orders cost little.
+    An n-gram is identified by the groups of its first and of its last n - 1 tokens, and can be shared only where both of those
+    are: what has no match is dropped before it is sorted, so that long orders cost little.
     """
     sides = [hypotheses, *references]
-    (group_N, pair_N, side_N), groups = _rows(sides), 0
-    for order in range(1, max_order + 1):
-        if order > 1:
-            first_N, last_N = group_N[:-1], group_N[1:]
-            both_N = (first_N >= 0) & (last_N >= 0)
-            pair_N, side_N, group_N = pair_N[:-1], side_N[:-1], torch.where(both_N, first_N * groups + last_N, -1)
-        (place_M,) = torch.nonzero(group_N >= 0, as_tuple=True)
-        _, group_M = torch.unique(group_N[place_M], return_inverse=True)
+    key_N, pair_N, side_N = _rows(sides)
+    for _ in range(max_order):
+        (place_M,) = torch.nonzero(key_N >= 0, as_tuple=True)
+        _, group_M = torch.unique(key_N[place_M], return_inverse=True)
         groups = int(group_M.amax()) + 1 if len(group_M) else 0
         cell_M = group_M * len(sides) + side_N[place_M]
         count_US = torch.bincount(cell_M, minlength=groups * len(sides)).view(groups, len(sides))
@@ -98,8 +94,12 @@ def shared_ngrams(hypotheses: Ragged, references: Sequence[Ragged], max_order: i
         pair_U[group_M] = pair_N[place_M]
         yield Groups(count_US, pair_U)
         shared_U = (count_US[:, 0] > 0) & (count_US[:, 1:].amax(1) > 0)
-        group_N = torch.full_like(group_N, -1)
+        group_N = torch.full_like(key_N, -1)
         group_N[place_M] = torch.where(shared_U[group_M], group_M, -1)
+        # The gap after a text has no group, so nothing that reaches over its end has a key.
+        first_N, last_N = group_N[:-1], group_N[1:]
+        key_N = torch.where((first_N >= 0) & (last_N >= 0), first_N * groups + last_N, -1)
+        pair_N, side_N = pair_N[:-1], side_N[:-1]
 
 
 def _rows(sides: Sequence[Ragged]) -> tuple[Tensor, Tensor, Tensor]:

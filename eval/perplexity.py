@@ -15,38 +15,18 @@ Source: Jelinek et al. 1977; for masked language models Salazar et al. 2020, arX
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from eval.score import Score, corpus_value, exact_sum
+from eval.targets import IGNORE, SIZES, Ids, Reader, Row, batches, evaluating, framed, sized
 
-IGNORE = -100  # a label that is not scored
-LOGITS, TOKENS = 1 << 26, 1 << 14  # of a batch at most, where its size is not given: 256 MiB of float32
-SOFTMAX = 1 << 24  # logits that become probabilities at a time
 ROWS = 1024  # read ahead and sorted by length, so that few positions of a batch are padding
-SIZES = ("bytes", "characters", "words")
-MISSING = object()
-
-Ids = Sequence[int] | np.ndarray | Tensor
-
-
-class Row(NamedTuple):
-    """What the network reads at once, and what is scored: label_T[t] is the target of position t, or -100."""
-
-    place: int  # in the document, of label_T[0]
-    input_T: np.ndarray
-    label_T: np.ndarray
-    document: int = 0
-    size: Sequence[int] = (0, 0, 0)  # of the document's bytes, characters and words the share of the row's targets
-    opens: bool = False  # the first row of its document
-
 
 @dataclass(frozen=True, kw_only=True)
 class TokenScores(ABC):
@@ -69,7 +49,7 @@ class TokenScores(ABC):
 
     def __post_init__(self) -> None:
         if self.bins < 1 or min(self.top_k, default=1) < 1:
-            raise ValueError(f"top_k={self.top_k} and bins={self.bins} are from 1")
+            raise ValueError(f"top_k={self.top_k} and bins={self.bins} must be at least 1")
         object.__setattr__(self, "top_k", tuple(sorted({1, *self.top_k})))
 
     @abstractmethod
@@ -94,7 +74,7 @@ class TokenScores(ABC):
         A logit of -inf is a probability of 0, which only a target must not have.
         """
         if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} is from 1")
+            raise ValueError(f"batch_size={batch_size} must be at least 1")
         if unit not in (None, "document", "window"):
             raise ValueError(f"unit={unit!r}: one of 'document', 'window'")
         config = getattr(network, "config", None)
@@ -131,21 +111,11 @@ class TokenScores(ABC):
         if rows:
             yield rows
 
-    def _batches(self, rows: Sequence[Row], vocabulary: int, batch_size: int | None) -> Iterator[list[int]]:
-        order = sorted((i for i, row in enumerate(rows) if len(row.input_T)), key=lambda i: -len(rows[i].input_T))
-        start = 0
-        while start < len(order):
-            longest = len(rows[order[start]].input_T)
-            size = batch_size or max(1, min(LOGITS // vocabulary, TOKENS) // longest)
-            batch = [i for i in order[start : start + size] if self.padded or len(rows[i].input_T) == longest]
-            start += len(batch)
-            yield batch
-
-    def _score(self, read: "Reader", rows: Sequence[Row], batch_size: int | None, advance: Callable[[int], object]) -> Tensor:
+    def _score(self, read: Reader, rows: Sequence[Row], batch_size: int | None, advance: Callable[[int], object]) -> Tensor:
         """Statistics (W, K) of rows."""
         edges = torch.arange(1, self.bins, dtype=torch.float64) / self.bins  # a bin is (low, high], as in eval/calibration.py
         found_WK = torch.zeros(len(rows), 2 + len(self.top_k) + 3 * self.bins, dtype=torch.float64)
-        for batch in self._batches(rows, read.vocabulary, batch_size):
+        for batch in batches(rows, read.vocabulary, batch_size, padded=self.padded):
             row_N, place_N, nll_N, rank_N, confidence_N = read([rows[i] for i in batch])
             for n in (~nll_N.isfinite()).nonzero()[:1, 0].tolist():
                 where = f"document {rows[batch[int(row_N[n])]].document}, token {int(place_N[n])}"
@@ -202,7 +172,9 @@ class Perplexity(TokenScores):
     """Of a causal language model. N tokens have N - 1 targets, one more with a bos (the first token), and one more with an eos.
 
     By default `stride` is half the context: no target but a document's first ones sees less than that, at twice the cost of
-    stride = context, with which training validates. A bos stands at the document's start, not at every window's.
+    stride = context. A bos stands at the document's start, not at every window's. In training's validation, too, a target sees
+    its own document alone, but blocks of `context` tokens are cut at fixed places of the whole stream (data.stream.sequential),
+    in the midst of documents, where windows begin with each document: at stride = context the values differ a little.
     """
 
     context: int
@@ -215,11 +187,11 @@ class Perplexity(TokenScores):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.context < 2:
-            raise ValueError(f"context={self.context} is from 2")
+            raise ValueError(f"context={self.context} must be at least 2")
         if self.stride is None:
             object.__setattr__(self, "stride", self.context // 2)
         if not 1 <= self.stride <= self.context:
-            raise ValueError(f"stride={self.stride} is from 1 to context={self.context}")
+            raise ValueError(f"stride={self.stride} must be from 1 to context={self.context}")
 
     def rows(self, id_M: np.ndarray) -> Iterator[Row]:
         end = 0
@@ -252,93 +224,6 @@ class PseudoPerplexity(TokenScores):
             input_T, label_T = id_M.copy(), np.full_like(id_M, IGNORE)
             input_T[place], label_T[place] = self.mask_id, id_M[place]
             yield Row(-first, input_T, label_T)
-
-
-class Reader:
-    """Asks the network about the targets of some rows."""
-
-    def __init__(self, network: Callable, device: str | None, vocabulary: int | None):
-        parameters = network.parameters() if hasattr(network, "parameters") else ()
-        self.network, self.device = network, device or next((weight.device for weight in parameters), "cpu")
-        self.vocabulary = vocabulary or self.logits(torch.zeros(1, 1, dtype=torch.int64)).size(-1)
-
-    def __call__(self, rows: Sequence[Row]) -> tuple[Tensor, ...]:
-        """Of each target its row, its place in the document, -log p, how many tokens are likelier, and the highest p."""
-        shape = len(rows), max(len(row.input_T) for row in rows)
-        input_BT, label_BT = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE)
-        for index, row in enumerate(rows):
-            input_BT[index, : len(row.input_T)] = torch.from_numpy(row.input_T)
-            label_BT[index, : len(row.label_T)] = torch.from_numpy(row.label_T)
-        logits_BTV, (row_N, position_N) = self.logits(input_BT), (label_BT != IGNORE).nonzero(as_tuple=True)
-        column_3N = torch.stack([row_N, position_N, label_BT[row_N, position_N]]).to(self.device)
-        parts = [guesses(logits_BTV[b, t], label) for b, t, label in column_3N.split(max(1, SOFTMAX // self.vocabulary), 1)]
-        nll_N, rank_N, confidence_N = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
-        place_N = torch.tensor([row.place for row in rows])[row_N] + position_N
-        return row_N, place_N, nll_N.double(), rank_N, confidence_N.double()
-
-    def logits(self, input_BT: Tensor) -> Tensor:
-        output = self.network(input_BT.to(self.device))
-        logits_BTV = getattr(output, "logits", output)
-        if logits_BTV.ndim != 3 or logits_BTV.shape[:2] != input_BT.shape:
-            raise ValueError(f"logits of shape {tuple(logits_BTV.shape)} for ids of shape {tuple(input_BT.shape)}")
-        return logits_BTV
-
-
-def guesses(logits_NV: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """-log p of the label, how many ids are guessed before it, and the highest p, in float32 or wider.
-
-    Of equal logits the lower id comes first, on every device.
-
-    >>> guesses(torch.tensor([[0.0, 1.0, 1.0]]), torch.tensor([2]))
-    (tensor([0.8620]), tensor([1]), tensor([0.4223]))
-    """
-    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-    logp_NV, label_N1 = logits_NV.log_softmax(-1), label_N[:, None]
-    chosen_N1 = logits_NV.gather(1, label_N1)
-    lower_NV = torch.arange(logits_NV.size(1), device=label_N.device) < label_N1
-    rank_N = torch.where(lower_NV, logits_NV >= chosen_N1, logits_NV > chosen_N1).sum(1)
-    return -logp_NV.gather(1, label_N1)[:, 0], rank_N, logp_NV.amax(1).exp()
-
-
-@contextmanager
-def evaluating(network: Callable) -> Iterator[None]:
-    """Without dropout and gradients."""
-    training = getattr(network, "training", False)
-    if training:
-        network.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        if training:
-            network.train()
-
-
-def sized(documents: Iterable[Ids], texts: Iterable[str] | None, counts: Mapping[str, Iterable[int]]) -> Iterator[tuple]:
-    """Each document with its bytes, characters and words; 0 where they are not known."""
-    if isinstance(texts, str) or (texts is not None and counts):
-        raise TypeError(f"texts are counted: either a text for each document, or {', '.join(SIZES)}; got one string, or both")
-    given = counts if texts is None else {"texts": texts}
-    for place, (document, *found) in enumerate(zip_longest(documents, *given.values(), fillvalue=MISSING)):
-        if ended := [name for name, one in zip(("documents", *given), (document, *found), strict=True) if one is MISSING]:
-            raise ValueError(f"{' and '.join(ended)} end after {place}, others of documents, {', '.join(given)} go on")
-        known = dict(zip(given, found, strict=True))
-        if text := known.get("texts"):
-            known = {"bytes": len(text.encode()), "characters": len(text), "words": len(text.split())}
-        yield document, [known.get(name, 0) for name in SIZES]
-
-
-def framed(document: Ids, place: int, vocabulary: int, bos_id: int | None, eos_id: int | None) -> np.ndarray:
-    """A document's ids between its bos and its eos."""
-    id_N = document.detach().cpu().numpy() if isinstance(document, Tensor) else np.asarray(document)
-    if id_N.ndim != 1 or (id_N.size and id_N.dtype.kind not in "iu"):
-        raise TypeError(f"document {place} is not a sequence of token ids: {document!r:.60}")
-    for n in np.flatnonzero((id_N < 0) | (id_N >= vocabulary))[:1]:
-        raise ValueError(f"document {place}, token {n}: id {id_N[n]} is outside the vocabulary of {vocabulary}")
-    if len(id_N) and (id_N[0] == bos_id or id_N[-1] == eos_id):
-        raise ValueError(f"document {place} has its bos_id={bos_id} or eos_id={eos_id} already: it would stand there twice")
-    bos, eos = ([] if id is None else [id] for id in (bos_id, eos_id))
-    return np.concatenate([bos, id_N, eos]).astype(np.int64)
 
 
 def by_document(statistics_WK: Tensor, rows: Sequence[Row]) -> Tensor:

@@ -49,13 +49,13 @@ class Result:
     rows: list[Row]
     counted: str = "example"
 
-    def as_json(self, differences: Mapping[str, Sequence[Difference]]) -> dict[str, object]:
+    def as_json(self, differences: Mapping[str, Sequence[Difference] | None]) -> dict[str, object]:
         found: dict[str, object] = {f"{self.counted}s": self.examples, "confidence": CONFIDENCE}
         found["scores"] = [_row_as_json(row) for row in self.rows]
         if differences:
             first = self.rows[0].system
             found["differ_most"] = {
-                system: [each.as_json((first, system)) for each in kept] for system, kept in differences.items()
+                system: [each.as_json((first, system)) for each in kept or ()] for system, kept in differences.items()
             }
         return found
 
@@ -73,8 +73,9 @@ def _row_as_json(row: Row) -> dict[str, object]:
 
 
 def p_value(comparison: Comparison) -> float | None:
-    """None where there is no difference that chance could explain: sacrebleu's tests give the smallest p there."""
-    return comparison.p_value if comparison.difference else None
+    """None where no sample shows a difference, as for two equal systems: sacrebleu's tests give their smallest p there."""
+    near = comparison.interval
+    return comparison.p_value if comparison.difference or near.low != near.high else None
 
 
 def finite(value: object) -> object:
@@ -114,7 +115,8 @@ def with_interval(metric: Metric, statistics_BK: Tensor, samples: int, seed: int
 # ---- for people
 
 
-def printed(result: Result, differences: Mapping[str, Sequence[Difference]]) -> str:
+def printed(result: Result, differences: Mapping[str, Sequence[Difference] | None]) -> str:
+    """`differences` of all systems but the first; None: not asked for."""
     lines = []
     if differences:
         for name in dict.fromkeys(row.score.name for row in result.rows):
@@ -125,7 +127,8 @@ def printed(result: Result, differences: Mapping[str, Sequence[Difference]]) -> 
     count = f"{result.examples:,} {result.counted}{'s' * (result.examples != 1)}"
     lines.append(f"{count}; in brackets the {CONFIDENCE:.0%} interval of a bootstrap")
     for system, kept in differences.items():
-        lines += ["", *differ(result, system, kept)]
+        if kept is not None:
+            lines += ["", *differ(result, system, kept)]
     return "\n".join(lines)
 
 
@@ -140,11 +143,11 @@ def parts_of(score: Score) -> Iterator[str]:
         if isinstance(part, dict):
             shown = " / ".join(f"{key}: {value:.{digits}f}" for key, value in part.items())
         else:
-            shown = " / ".join(number(value, digits) for value in (part if isinstance(part, list | tuple) else [part]))
+            shown = " / ".join(figure(value, digits) for value in (part if isinstance(part, list | tuple) else [part]))
         yield f"  {name.replace('_', ' ')}  {shown}"
 
 
-def number(value: float | None, digits: int) -> str:
+def figure(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:.{digits}f}" if isinstance(value, float) else f"{value:,}"
 
 
@@ -158,7 +161,7 @@ def table(rows: Sequence[Row]) -> list[str]:
         if row.paired:
             near = row.paired.interval
             difference, low, high = (f"{value:+.{digits}f}" for value in (row.paired.difference, near.low, near.high))
-            found[2:] = difference, f"[{low}, {high}]", number(p_value(row.paired), 4), number(row.needed, 0)
+            found[2:] = difference, f"[{low}, {high}]", figure(p_value(row.paired), 4), figure(row.needed, 0)
         cells.append(tuple(found))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []

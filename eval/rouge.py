@@ -15,7 +15,8 @@ choices are rouge-score's, but for rougeW, which it has not and which is the pap
 Source: Lin 2004, aclanthology.org/W04-1013.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import ClassVar, NamedTuple
@@ -24,8 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.lcs import lcs_lengths, lcs_union, weighted_lcs
-from eval.ngram import Ragged, matches, matches_each, number
+from eval.bootstrap import CELLS
+from eval.lcs import lcs_lengths, lcs_reference, lcs_union, weighted_lcs
+from eval.ngram import Ragged, matches, matches_each, numbered
 from eval.score import Score, check_each_has_one, check_streams, corpus_value, exact_mean, f_measure, ratio
 
 ROUGE_SCORE = "0.1.2"  # the version of rouge-score whose values these are
@@ -35,7 +37,6 @@ TOKENIZE = ("rouge-score", "ids")
 WEIGHT = 1.2  # ROUGE-1.5.5's
 HEAVIEST = 20.0  # a million words to this power are still a float64
 SENTENCE_PAIRS = 1 << 18  # of one step of rougeLsum
-CELLS = 1 << 20  # numbers drawn at a time: bounds the memory, and changes no draw
 WORDS = bytes(byte if chr(byte) in "abcdefghijklmnopqrstuvwxyz0123456789\n" else 32 for byte in range(256))
 
 
@@ -43,8 +44,9 @@ WORDS = bytes(byte if chr(byte) in "abcdefghijklmnopqrstuvwxyz0123456789\n" else
 class Rouge:
     """Settings of one kind of ROUGE; its score is the mean F of the examples, from 0 to 1.
 
-    - `tokenize`: "rouge-score", words of a-z and 0-9 in lower case, all other characters between words; or "ids", for texts
-      that are sequences of tokens or ids already, each of one line
+    - `tokenize`: "rouge-score", words are runs of a-z and 0-9 in lower case, and nothing else is: a text in Chinese or Arabic
+      has no word and scores 0, as in rouge-score; or "ids", for texts that are sequences of tokens or ids already, each of one
+      line
     - `stemmer`: words of more than three characters become their Porter stems
     - `weight`: rougeW's exponent, 1.2 unless told
 
@@ -78,7 +80,9 @@ class Rouge:
         return rouge_statistics([self], hypotheses, references)[0]
 
     def measures(self, statistics_XK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Precision, recall and F of each row."""
+        """Precision, recall and F of each row. Errors: rows of another metric (ValueError)."""
+        if statistics_XK.size(-1) != 4:
+            raise ValueError(f"these are no statistics of ROUGE: 4 columns wanted, got {statistics_XK.size(-1)}")
         _, match_X, hypothesis_X, reference_X = statistics_XK.unbind(-1)
         if self.kind == "rougeW":
             # One by one: torch's powers depend on a value's place in the tensor, in the last bit.
@@ -122,8 +126,6 @@ def rouge_statistics(metrics: Sequence[Rouge], hypotheses: Sequence, references:
     """
     check_streams(hypotheses, references)
     check_each_has_one(references)
-    if missing := [place for place, text in enumerate(hypotheses) if text is None]:
-        raise TypeError(f"hypothesis {missing[0]} is None")
     found: dict[Rouge, Tensor] = {}
     for tokenize, stemmer in {(metric.tokenize, metric.stemmer): None for metric in metrics}:
         alike = [metric for metric in metrics if (metric.tokenize, metric.stemmer) == (tokenize, stemmer)]
@@ -134,7 +136,8 @@ def rouge_statistics(metrics: Sequence[Rouge], hypotheses: Sequence, references:
             if n := GRAMS.get(metric.kind, 0):
                 common_BR = grams_BRO[..., n - 1]
             else:
-                common_BR = torch.stack([COMMON[metric.kind](metric, hypothesis, side) for side in sides], 1)
+                weight = () if metric.weight is None else (metric.weight,)
+                common_BR = torch.stack([COMMON[metric.kind](hypothesis, side, *weight) for side in sides], 1)
             length_BR = torch.stack([side.texts.lengths_B for side in sides], 1)
             found[metric] = _best(metric, common_BR, hypothesis.texts.lengths_B, length_BR, max(1, n))
     return [found[metric] for metric in metrics]
@@ -150,40 +153,69 @@ def _best(metric: Rouge, common_BR: Tensor, length_B: Tensor, length_BR: Tensor,
     return row_BRK[torch.arange(len(best_B), device=best_B.device), best_B]
 
 
-def _longest(metric: Rouge, hypothesis: Side, reference: Side) -> Tensor:
+def _longest(hypothesis: Side, reference: Side) -> Tensor:
     return lcs_lengths(hypothesis.texts, reference.texts)
 
 
-def _weighted(metric: Rouge, hypothesis: Side, reference: Side) -> Tensor:
-    return weighted_lcs(hypothesis.texts, reference.texts, metric.weight)
+def _weighted(hypothesis: Side, reference: Side, weight: float) -> Tensor:
+    return weighted_lcs(hypothesis.texts, reference.texts, weight)
 
 
-def _summary(metric: Rouge, hypothesis: Side, reference: Side) -> Tensor:
-    """Words of the reference in the union of subsequences, (B,): as often as both texts have them."""
+def summary_reference(hypothesis: Sequence[Sequence], reference: Sequence[Sequence]) -> int:
+    """rougeLsum's m of one pair, whose texts are lists of lines; i and j are lines of reference and hypothesis.
+
+        union(i) = ∪_j (places in i of the longest common subsequence of i and j)
+        m = Σ over words w of min(how often the unions have w, how often the hypothesis has w)
+
+    The minimum: two lines of the reference may both take one word of the hypothesis.
+    Source: Lin 2004, section 3.2; the minimum is rouge-score's.
+
+    >>> summary_reference([["a", "b"]], [["a", "c"], ["b", "a"]])  # the unions are {a} and {b}
+    2
+    >>> summary_reference([["a", "b"]], [["a", "c"], ["a", "b"]])  # {a} and {a, b}
+    2
+    """
+    union = Counter()
+    for line in reference:
+        union.update(line[place] for place in {place for other in hypothesis for place in lcs_reference(other, line)})
+    return (union & Counter(chain.from_iterable(hypothesis))).total()
+
+
+def _summary(hypothesis: Side, reference: Side) -> Tensor:
+    """`summary_reference` of each pair, (B,)."""
+    union_N = torch.zeros_like(reference.lines.ids_N, dtype=torch.bool)
+    for hypothesis_P, reference_P in _line_pairs(hypothesis.lines_B, reference.lines_B):
+        union_N |= lcs_union(hypothesis.lines, reference.lines, hypothesis_P, reference_P)
     ids_N, length_B = reference.texts
-    text_L = torch.repeat_interleave(reference.lines_B)
-    first_L = (hypothesis.lines_B.cumsum(0) - hypothesis.lines_B)[text_L]
-    union_N = torch.zeros_like(ids_N, dtype=torch.bool)
-    pairs_L = hypothesis.lines_B[text_L]
-    batch_L = (pairs_L.cumsum(0) - pairs_L) // SENTENCE_PAIRS
-    for batch in batch_L.unique().tolist():
-        (line_M,) = torch.nonzero(batch_L == batch, as_tuple=True)
-        line_P = torch.repeat_interleave(line_M, pairs_L[line_M])
-        turn_M = pairs_L[line_M].cumsum(0) - pairs_L[line_M]
-        turn_P = torch.arange(len(line_P), device=line_P.device) - torch.repeat_interleave(turn_M, pairs_L[line_M])
-        union_N |= lcs_union(hypothesis.lines, reference.lines, first_L[line_P] + turn_P, line_P)
-    text_N = torch.repeat_interleave(length_B.clamp(min=0))
-    union = Ragged(ids_N[union_N], torch.bincount(text_N[union_N], minlength=len(length_B)))
+    example_N = torch.repeat_interleave(length_B.clamp(min=0))
+    union = Ragged(ids_N[union_N], torch.bincount(example_N[union_N], minlength=len(length_B)))
     return matches(hypothesis.texts, [union], 1)[:, 0]
 
 
-COMMON: dict[str, Callable[[Rouge, Side, Side], Tensor]] = {"rougeL": _longest, "rougeLsum": _summary, "rougeW": _weighted}
+def _line_pairs(hypothesis_B: Tensor, reference_B: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each line of an example's reference with each of its hypothesis, both as places among all L lines of their side, from
+    numbers of lines; some P pairs at a time, since a corpus has many.
+
+    >>> [torch.stack(pairs).tolist() for pairs in _line_pairs(torch.tensor([1, 2]), torch.tensor([1, 2]))]
+    [[[0, 1, 2, 1, 2], [0, 1, 1, 2, 2]]]
+    """
+    example_L = torch.repeat_interleave(reference_B)
+    partners_L, partner_L = hypothesis_B[example_L], (hypothesis_B.cumsum(0) - hypothesis_B)[example_L]  # the first of them
+    pair_L = partners_L.cumsum(0) - partners_L  # the number of a line's first pair
+    _, together = torch.unique_consecutive(pair_L // SENTENCE_PAIRS, return_counts=True)
+    for line_M in torch.arange(len(example_L), device=example_L.device).split(together.tolist()):
+        reference_P = torch.repeat_interleave(line_M, partners_L[line_M])
+        pair_P = pair_L[line_M[0]] + torch.arange(len(reference_P), device=example_L.device)
+        yield partner_L[reference_P] + pair_P - pair_L[reference_P], reference_P
+
+
+COMMON: dict[str, Callable[..., Tensor]] = {"rougeL": _longest, "rougeLsum": _summary, "rougeW": _weighted}
 
 
 def _sides(texts: Sequence[Sequence], tokenize: str, stemmer: bool) -> list[Side]:
     lines = [[_ids(text) for text in side] if tokenize == "ids" else _words(side, stemmer) for side in texts]
     sides = []
-    for side, row in zip(texts, number(*lines), strict=True):
+    for side, row in zip(texts, numbered(*lines), strict=True):
         breaks = [text.count("\n") if isinstance(text, str) else 0 for text in side]
         counts = [0 if text is None else 1 + count for text, count in zip(side, breaks, strict=True)]
         lines_B = torch.tensor(counts, dtype=torch.int64)
@@ -228,7 +260,8 @@ def rouge(
     """Each kind of ROUGE for a corpus, from 0 to 1, with the mean precision, recall and fmeasure of its examples as parts.
 
     `references` is one text for each hypothesis, or streams: `references[r][i]` is a reference of hypothesis i, or None. Of ids
-    they are always streams. `weight` is rougeW's.
+    they are always streams. `weight` is rougeW's. Words are runs of a-z and 0-9: texts in other scripts, which have none, score
+    0 unless cut into tokens first (`tokenize="ids"`).
 
     >>> print(rouge(["testing one"], ["testing one two"])["rouge2"])
     ROUGE-2 = 0.6667 nrefs:1|kind:rouge2|stemmer:no|tok:rouge-score|beta:1|version:0.1.2

@@ -115,6 +115,13 @@ def check_each_has_one(references: Sequence[Sequence]) -> None:
             raise ValueError(f"example {place} has no reference")
 
 
+def one_of_each(references: Sequence) -> list[list]:
+    """The references of one example as streams. Errors: one text in place of a list of them (TypeError)."""
+    if isinstance(references, str):
+        raise TypeError("references are a list of texts, got one string: put it into a list")
+    return [[reference] for reference in references]
+
+
 def check_streams(hypotheses: Sequence, references: Sequence[Sequence]) -> None:
     """Errors: no stream of references, one of another length than the hypotheses (ValueError says both), a bare string, a
     hypothesis that is None (TypeError)."""

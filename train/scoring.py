@@ -14,7 +14,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from model.network import Network
 from train.checkpoint import resolve
 from train.config import TrainError
-from train.held_out import no_objective, objective_of, open_text
+from train.held_out import objective_of, open_text
 from train.setup import checked_device
 
 
@@ -49,7 +49,8 @@ def language_model(opened: Opened) -> str:
     """What its perplexity is that of: "clm" or "mlm". Errors: none (TrainError)."""
     objective = objective_of(opened.network.config)
     if objective is None:
-        raise TrainError(f"{opened.folder}: it has no perplexity: {no_objective(opened.network.config)}")
+        config = opened.network.config
+        raise TrainError(f"{opened.folder}: perplexity takes a head lm or mlm; this {config.architecture} has {config.head!r}")
     return objective
 
 
@@ -59,8 +60,11 @@ def documents(opened: Opened, corpus: tuple[str, ...], text_key: str = "text") -
     if len(others) < len(corpus):
         yield document(opened, sys.stdin.buffer.read().decode("utf-8"))
     if others:
-        for found in read_corpus(DataConfig(corpus=others, text_key=text_key)):
-            yield document(opened, found.text)
+        try:
+            for found in read_corpus(DataConfig(corpus=others, text_key=text_key)):
+                yield document(opened, found.text)
+        except DataError as error:
+            raise DataError(str(error).removeprefix("--corpus ")) from None
 
 
 def document(opened: Opened, text: str) -> Document:

@@ -1,10 +1,17 @@
 """What can go wrong with `python -m eval`: one line that begins with "error: ", and code 2."""
 
+import gzip
+import json
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 
 from eval.__main__ import main
 from tests.fault.test_command import assert_one_clear_line
-from tests.runs import command
+from tests.runs import ROOT, command
 
 
 @pytest.fixture
@@ -13,6 +20,11 @@ def place(tmp_path):
     (tmp_path / "b.txt").write_text("one\n")
     (tmp_path / "bad.txt").write_bytes(b"one\n\xc3\x28\n")
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "empty.jsonl").write_text('"one"\n{"answers": []}\n')
+    (tmp_path / "digits.jsonl").write_text("1" * 5000 + '\n"two"\n')
+    torn = bytearray(gzip.compress(b"".join(b"%d\n" % n for n in range(9999))))
+    torn[2000:2100] = bytes(100)
+    (tmp_path / "torn.gz").write_bytes(torn)
     return tmp_path
 
 
@@ -22,7 +34,8 @@ BAD = {
     "chrf a.txt none.txt": ("none.txt: no such file",),
     "rouge bad.txt a.txt": ("bad.txt, line 2: not UTF-8 (byte 0xc3",),
     "rouge a.txt bad.txt": ("bad.txt, line 2",),
-    "rouge a.txt a.txt --kinds rouge0": ("rouge0", "rouge1"),
+    "rouge a.txt a.txt --kinds rouge0": ("--kinds rouge0: kinds are rouge1",),
+    "rouge --kinds rouge1 rougeL a.txt a.txt": ("--kinds a.txt a.txt", "files stand before --kinds"),
     "f1 empty.txt empty.txt": ("empty.txt is empty",),
     "bleu - -": ("standard input",),
     "bleu --system x a.txt": ("--system x: NAME=FILE",),
@@ -31,9 +44,16 @@ BAD = {
     "bleu --system x=a.txt --system y=a.txt": ("a file of references",),
     "bleu a.txt a.txt --smooth exp --smooth-value 1": ("smooth='exp' with smooth_value=1.0",),
     "bleu a.txt a.txt --samples -1": ("--samples -1",),
+    "bleu a.txt a.txt --samples 39": ("--samples 39: from 40",),
+    "bleu a.txt b.txt --per-example a.txt": ("--per-example a.txt: that file is read",),
+    "bleu a.txt b.txt --per-example ./b.txt": ("--per-example b.txt: that file is read",),
+    "f1 a.txt empty.jsonl --version 1.1": ("empty.jsonl, line 2, field 'answers': 0 texts",),
+    "bleu a.txt empty.jsonl": ("empty.jsonl, line 2",),
+    "bleu a.txt digits.jsonl": ("digits.jsonl, line 1",),
+    "bleu torn.gz a.txt": ("torn.gz: it cannot be read",),
     "bleu a.txt a.txt --seed -1": ("--seed -1",),
     "bleu a.txt a.txt --differ -1": ("--differ -1",),
-    "bleu a.txt a.txt --per-example none/x": ("none/x",),
+    "bleu a.txt a.txt --per-example none/x": ("--per-example none/x: No such file",),
     "chrf a.txt a.txt --char-order 0": ("char_order=0",),
     "meteor a.txt a.txt --alpha 2": ("alpha=2",),
     "meteor a.txt a.txt --wordnet .": ("index.noun",),
@@ -46,7 +66,9 @@ BAD = {
 @pytest.mark.parametrize("given", BAD)
 def test_a_bad_line(given, place, monkeypatch):
     monkeypatch.chdir(place)
+    before = {path.name: path.read_bytes() for path in place.iterdir()}
     assert_one_clear_line(command(*given.split(), main=main), *BAD[given])
+    assert before == {path.name: path.read_bytes() for path in place.iterdir()}, "nothing is lost, and nothing half-made stays"
 
 
 def test_empty_texts_have_defined_scores(tmp_path):
@@ -55,3 +77,48 @@ def test_empty_texts_have_defined_scores(tmp_path):
     for score in ("bleu", "chrf", "rouge", "meteor", "f1"):
         said = command(score, tmp_path / "a.txt", tmp_path / "b.txt", main=main)
         assert said.code == 0 and "nan" not in said.out, said
+
+
+def test_a_result_that_is_there_stays_when_another_fails(place):
+    (place / "each").write_text("kept")
+    said = command("bleu", place / "a.txt", place / "b.txt", "--per-example", place / "each", main=main)
+    assert said.code == 2 and (place / "each").read_text() == "kept"
+
+
+def test_words_that_rouge_does_not_see_are_told(tmp_path):
+    for name in ("h", "r"):
+        (tmp_path / name).write_text("the cat\n中文 测试\n中文\n", encoding="utf-8")
+    said = command("rouge", tmp_path / "h", tmp_path / "r", main=main)
+    assert said.code == 0 and said.err.count("note: words of ROUGE are of a-z and 0-9, and '中文 测试' has none") == 1
+
+
+def test_questions_without_an_answer(tmp_path):
+    (tmp_path / "h").write_text("\nParis\nin Rome\n")
+    answers = {"text": ["Paris", "paris, France"], "answer_start": [1, 5]}, {"text": [], "answer_start": []}
+    lines = [json.dumps({"answers": found}) for found in ([], *answers)]
+    (tmp_path / "r.jsonl").write_text("\n".join(lines))
+    said = command("f1", tmp_path / "h", tmp_path / "r.jsonl", main=main)
+    assert said.code == 0 and "exact match = 66.67" in said.out and "F1 = 66.67" in said.out
+
+
+def test_a_reader_that_leaves_and_an_interrupt(place):
+    """In processes of their own: a closed pipe is no error to tell, and Ctrl-C no traceback."""
+    pair = [sys.executable, "-m", "eval", "bleu", str(place / "a.txt"), str(place / "a.txt")]
+    process = subprocess.Popen(pair, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 1
+    each = place / "each"
+    reading = [*pair[:4], "-", pair[4], "--per-example", str(each)]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    waiting = subprocess.Popen(reading, cwd=ROOT, **pipes)
+    until(lambda: [path for path in place.iterdir() if "each.partial" in path.name])
+    waiting.send_signal(signal.SIGINT)
+    assert waiting.wait() == 130 and waiting.stderr.read() == b"interrupted\n"
+    assert not [path for path in place.iterdir() if "each" in path.name]
+
+
+def until(condition, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.02)

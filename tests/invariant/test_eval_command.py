@@ -116,6 +116,16 @@ def test_a_system_beside_itself_is_no_better(place):
     _, second = scored("chrf", *given)["scores"]
     assert second["difference"] == 0 and second["p_value"] is None and second["examples_needed"] is None
     assert "score the same on every example" in command("chrf", *given, main=main).out
+    assert "same" not in command("chrf", *given, "--differ", "0", main=main).out
+
+
+def test_equal_scores_of_different_systems_have_a_p(tmp_path):
+    """One is right on the even lines, the other on the odd ones."""
+    (tmp_path / "r").write_text("yes\n" * 20)
+    (tmp_path / "a").write_text("yes\nno\n" * 10)
+    (tmp_path / "b").write_text("no\nyes\n" * 10)
+    _, second, *_ = scored("f1", "--system", f"a={tmp_path / 'a'}", "--system", f"b={tmp_path / 'b'}", tmp_path / "r")["scores"]
+    assert second["difference"] == 0 and second["p_value"] > 0.3
 
 
 def test_scores_of_each_example(place, texts, tmp_path):

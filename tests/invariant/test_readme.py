@@ -60,7 +60,12 @@ def test_the_scores_of_the_readme():
     text = README.read_text(encoding="utf-8").partition("## Scores")[2].partition("## Networks")[0]
     (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     hypotheses, references = word_pairs(7)
-    names: dict = {"hypotheses": hypotheses, "references": references}
+    names: dict = {"hypotheses": hypotheses, "references": references, "baseline": hypotheses[::-1]}
+    names |= {"predicted": ["a", "b", "a"], "true": ["a", "b", "b"], "labels": torch.tensor([0, 1])}
+    names |= {"probabilities": torch.tensor([[0.9, 0.1], [0.6, 0.4]]), "documents": [[*range(5, 45)]]}
+    names["network"] = randomized(tiny_config("llama"))
     exec(block, names)
+    assert names["test"].difference > 5 and names["report"].accuracy == 2 / 3 and names["loss"].targets == 39
+    assert names["error"].value > 0 and names["named"].precision == 0
     assert names["whole"] == corpus_bleu(hypotheses, [references]) and "tok:intl" in names["score"].signature
     assert names["interval"].low < names["whole"].value < names["interval"].high and names["scores"]["rouge1"].fmeasure > 0.3

@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import math
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -119,10 +120,28 @@ def test_several_references_and_a_baseline(minilm, parity, tmp_path):
 
 def test_too_long_a_text_loses_its_end(minilm, parity):
     hypotheses, references = ["the cat sat " * 300 + "x", "a dog"], ["a cat " * 280, "the dog " * 700]
-    rows = BertScore(*minilm, layer=1).statistics(hypotheses, [references])
+    with pytest.warns(UserWarning, match="^3 of 4 texts are cut to 512 tokens") as told:
+        rows = BertScore(*minilm, layer=1).statistics(hypotheses, [references])
+    assert len(told) == 1
     parity("BERTScore: cut to the context", LIBRARY, error(rows, library(hypotheses, references, 1)), 1e-5, REASON)
     short = BertScore(*minilm, layer=1, max_length=8)
-    assert torch.equal(short.statistics(["a b c d e f g"], [["h"]]), short.statistics(["a b c d e f"], [["h"]]))
+    with warnings.catch_warnings(action="error"):
+        fits = short.statistics(["a b c d e f"], [["h"]])
+    with pytest.warns(UserWarning, match="1 of 2 texts are cut to 8 tokens"):
+        assert torch.equal(short.statistics(["a b c d e f g"], [["h"]]), fits)
+
+
+def test_each_text_that_is_cut_is_counted_once():
+    """In pieces of a batch and in one; a hypothesis with several references is one text, the same text in two examples two."""
+    network, tokenizer, long = randomized(tiny_config("bert")), Letters(), "abcdefgh" * 5
+    streams = [["a", "b", long + "!"], [long, None, "c"], ["b", None, long]]
+    for size in (1, 2048):
+        with pytest.warns(UserWarning, match="^5 of 10 texts are cut to 32 tokens$") as told:
+            BertScore(network, tokenizer, batch_tokens=size).statistics([long, "a", long], streams)
+        assert len(told) == 1
+    with pytest.warns(UserWarning, match="^2 of 2 texts are cut"):  # what differs is not read
+        rows = BertScore(network, tokenizer).statistics([long + "x"], [[long + "y"]])
+    assert (rows[0, 1:] - 1).abs().max() <= 1e-12
 
 
 def test_negative_similarities(minilm, parity):
@@ -279,8 +298,10 @@ def test_bad_input():
         score(["a", "b"], [["a"]])
     with pytest.raises(ValueError, match="example 1 has no reference"):
         score(["a", "b"], [["a", None]])
-    with pytest.raises(TypeError, match="NoneType"):
+    with pytest.raises(TypeError, match="hypothesis 1 is None"):
         score(["a", None], [["a", "b"]])
+    with pytest.raises(TypeError, match="a text is a str, got int: 3"):
+        score(["a", 3], [["a", "b"]])
     with pytest.raises(TypeError, match="streams"):
         score(["a", "b"], ["a", "b"])
     with pytest.raises(TypeError, match="streams"):

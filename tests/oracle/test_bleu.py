@@ -11,7 +11,7 @@ import torch
 
 from eval import bleu, ngram
 from eval.bleu import Bleu, corpus_bleu, nearest, sentence_bleu
-from eval.ngram import matches, matches_each, number, totals
+from eval.ngram import matches, matches_each, numbered, totals
 from eval.score import corpus_value
 from eval.tokenize import TOKENIZERS, tokens
 from tests.pairs import unicode_pairs, word_pairs
@@ -193,7 +193,7 @@ def test_counts_are_a_dictionarys():
     for kinds, most, streams, pairs in [(2, 30, 1, 50), (3, 6, 3, 50), (50, 40, 2, 9), (2**40, 5, 2, 9), *[(4, 30, 1, 1)] * 8]:
         sides = [[draw.choices(range(kinds), k=draw.randint(0, most)) for _ in range(pairs)] for _ in range(1 + streams)]
         sides[1:] = [[None if draw.random() < 0.2 else text for text in side] for side in sides[1:]]
-        hypothesis, *references = number(*sides)
+        hypothesis, *references = numbered(*sides)
         found, each = matches(hypothesis, references, 5), matches_each(hypothesis, references, 5)
         total = totals(hypothesis.lengths_B, 5)
         for pair, texts in enumerate(zip(*sides, strict=True)):

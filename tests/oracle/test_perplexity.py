@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data.clm import clm_batch
 from data.stream import sequential
 from eval import perplexity as module
+from eval import targets
 from eval.bootstrap import bootstrap
 from eval.calibration import calibration
 from eval.perplexity import Perplexity, PseudoPerplexity, perplexity, pseudo_perplexity
@@ -101,7 +102,7 @@ def test_each_target_is_scored_once_with_its_context():
         metric, ids = Perplexity(context=context, stride=stride), np.arange(length)
         seen = []
         for row in metric.rows(ids):
-            scored = np.flatnonzero(row.label_T != module.IGNORE)
+            scored = np.flatnonzero(row.label_T != targets.IGNORE)
             assert 1 <= len(row.input_T) <= context and len(scored)
             assert (row.label_T[scored] == row.input_T[scored] + 1).all() and row.place == row.input_T[0] + 1
             assert all(t + 1 >= min(context - stride + 1, row.label_T[t]) for t in scored)
@@ -141,7 +142,7 @@ def test_groups_of_rows_change_nothing(monkeypatch):
     metric = Perplexity(context=8, stride=2)
     whole = metric.statistics(network(), documents(), batch_size=1)
     monkeypatch.setattr(module, "ROWS", 3)
-    monkeypatch.setattr(module, "SOFTMAX", VOCAB)
+    monkeypatch.setattr(targets, "SOFTMAX", VOCAB)
     assert torch.equal(metric.statistics(network(), documents(), batch_size=1), whole)
 
 
@@ -270,7 +271,7 @@ def test_batches_stay_under_the_budget(monkeypatch):
         shapes.append(tuple(input_ids.shape))
         return torch.zeros(*input_ids.shape, VOCAB)
 
-    monkeypatch.setattr(module, "LOGITS", 50 * VOCAB)
+    monkeypatch.setattr(targets, "LOGITS", 50 * VOCAB)
     perplexity(watched, documents(), context=20)
     assert shapes[0] == (1, 1) and max(rows * length for rows, length in shapes) <= 50  # the first asks for the vocabulary
     assert any(rows > 1 for rows, _ in shapes)
@@ -348,12 +349,12 @@ GIVEN = [[3, 4, 5], [6, 7]]
 @pytest.mark.parametrize(
     ("error", "message", "given", "told"),
     [
-        (ValueError, "context=1 is from 2", GIVEN, {"context": 1}),
-        (ValueError, "stride=0 is from 1 to context=8", GIVEN, {"stride": 0}),
-        (ValueError, "stride=9 is from 1 to context=8", GIVEN, {"stride": 9}),
-        (ValueError, r"top_k=\(0,\) and bins=15 are from 1", GIVEN, {"top_k": (0,)}),
-        (ValueError, "bins=0 are from 1", GIVEN, {"bins": 0}),
-        (ValueError, "batch_size=0 is from 1", GIVEN, {"batch_size": 0}),
+        (ValueError, "context=1 must be at least 2", GIVEN, {"context": 1}),
+        (ValueError, "stride=0 must be from 1 to context=8", GIVEN, {"stride": 0}),
+        (ValueError, "stride=9 must be from 1 to context=8", GIVEN, {"stride": 9}),
+        (ValueError, r"top_k=\(0,\) and bins=15 must be at least 1", GIVEN, {"top_k": (0,)}),
+        (ValueError, "bins=0 must be at least 1", GIVEN, {"bins": 0}),
+        (ValueError, "batch_size=0 must be at least 1", GIVEN, {"batch_size": 0}),
         (ValueError, "unit='word': one of", GIVEN, {"unit": "word"}),
         (ValueError, "document 1, token 2: id 61 is outside the vocabulary of 61", [[3], [4, 5, 61]], {}),
         (ValueError, "document 0, token 0: id -1 is outside", [[-1, 5]], {}),
@@ -365,8 +366,9 @@ GIVEN = [[3, 4, 5], [6, 7]]
         (TypeError, "document 0 is not a sequence of token ids: .0.5", [[0.5, 1.0]], {}),
         (ValueError, "there is no target in 2 documents", [[], [3]], {}),
         (ValueError, "there is no target in 0 documents", [], {}),
-        (ValueError, "texts end after 1, others of documents, texts go on", GIVEN, {"texts": ["one"]}),
-        (ValueError, "documents end after 2, others of documents, bytes go on", GIVEN, {"bytes": [1, 2, 3]}),
+        (ValueError, "there are 1 texts but more documents", GIVEN, {"texts": ["one"]}),
+        (ValueError, "there are 2 documents but more bytes", GIVEN, {"bytes": [1, 2, 3]}),
+        (ValueError, "there are 1 documents and words but more bytes", GIVEN[:1], {"bytes": [1, 2], "words": [1]}),
         (TypeError, "got one string, or both", GIVEN, {"texts": ["a", "b"], "words": [1, 1]}),
         (TypeError, "got one string, or both", GIVEN, {"texts": "ab"}),
     ],

@@ -15,7 +15,7 @@ from rouge_score.scoring import BootstrapAggregator
 
 from eval import lcs
 from eval.lcs import weighted_lcs_reference
-from eval.rouge import KINDS, Rouge, aggregate, rouge, rouge_statistics
+from eval.rouge import KINDS, Rouge, aggregate, rouge, rouge_statistics, summary_reference
 from eval.score import corpus_value
 from tests.pairs import unicode_pairs, word_pairs
 
@@ -143,6 +143,25 @@ def test_without_line_breaks_a_summary_is_a_sentence():
     assert not torch.equal(longest, broken)
 
 
+def test_a_summary_equals_the_plain_twin(monkeypatch):
+    """Of few words, which lines compete for; pairs of lines in one step, and in many; one reference is not there."""
+    draw = random.Random(0)
+    texts = [[" ".join(draw.choices("abc\n", k=draw.randint(0, 12))) for _ in range(100)] for _ in range(2)]
+    lines = [[[line.split() for line in text.split("\n")] for text in side] for side in texts]
+    expected = [summary_reference(*pair) for pair in zip(*lines, strict=True)]
+    mixed = [texts[1], [None, *texts[1][1:]]]
+    for pairs in (1 << 18, 3):
+        monkeypatch.setattr("eval.rouge.SENTENCE_PAIRS", pairs)
+        assert Rouge("rougeLsum").statistics(texts[0], mixed[:1])[:, 1].tolist() == expected
+        assert Rouge("rougeLsum").statistics(texts[0], mixed[::-1])[:, 1].tolist() == expected
+
+
+def test_other_scripts_have_no_words():
+    text = "\u732b\u304c\u3044\u308b \u0642\u0637\u0629"
+    assert rouge([text], [text])["rouge1"].value == RougeScorer(["rouge1"]).score(text, text)["rouge1"].fmeasure == 0
+    assert rouge([list(text)], [[list(text)]], tokenize="ids")["rouge1"].value == 1
+
+
 def test_any_split_of_a_corpus_scores_the_same():
     hypotheses, references = word_pairs(120, longest=15)
     hypotheses, streams = of_lines(hypotheses, 1), [of_lines(references, 2), [*hypotheses[1:], None]]
@@ -223,6 +242,7 @@ def test_signature_says_every_setting():
         (lambda: rouge([b"a"], ["a"]), TypeError, "is no text"),
         (lambda: rouge(["a"], [[[1]]], tokenize="ids"), TypeError, "tokenize is 'rouge-score'"),
         (lambda: aggregate(Rouge(), torch.zeros(0, 4)), ValueError, "no example"),
+        (lambda: aggregate(Rouge(), torch.zeros(2, 11)), ValueError, "no statistics of ROUGE: 4 columns wanted, got 11"),
         (lambda: aggregate(Rouge(), torch.zeros(2, 4), samples=0), ValueError, "samples=0"),
         (lambda: aggregate(Rouge(), torch.zeros(2, 4), confidence=95), ValueError, "confidence=95"),
     ],
@@ -243,7 +263,7 @@ def test_no_example_scores_nothing():
 def test_long_texts_score_the_same_alone(monkeypatch):
     hypotheses, references = (of_lines([" ".join(texts)], 1) * 2 for texts in word_pairs(6))
     usual = rouge(hypotheses, references, kinds=KINDS)
-    monkeypatch.setattr(lcs, "ALONE", 0)
+    monkeypatch.setattr(lcs, "LARGEST", 0)
     monkeypatch.setattr("eval.rouge.SENTENCE_PAIRS", 7)
     assert rouge(hypotheses, references, kinds=KINDS) == usual
     assert usual["rougeLsum"].value == RougeScorer(["rougeLsum"]).score(references[0], hypotheses[0])["rougeLsum"].fmeasure

@@ -27,7 +27,7 @@ from eval.ngram import Ragged
 WORD = 62  # bits of an int64 in use: the sum of two words and a carry stays below the sign
 ONES = (1 << WORD) - 1
 BUDGET = 1 << 22  # int64 numbers that a batch holds, 32 MB; and the masks of a pair that is integers
-LARGEST = 1 << 16  # numbers that a pair in a batch has at most: of more, from about 2,000 words on, one Python integer is quicker
+LARGEST = 1 << 16  # numbers of a pair in a batch: of more, from about 2,000 words on, one Python integer is quicker
 FEW = 16  # a mask of fewer positions is quicker made bit by bit than out of an array
 
 

@@ -174,7 +174,7 @@ def test_a_text_of_a_million_characters():
         (lambda: answers(["a", "b"], [["a", "b"], ["a"]]), ValueError, "2 hypotheses, but 1 references of stream 1"),
         (lambda: answers("a", ["a"]), TypeError, "one string"),
         (lambda: answers(["a"], "a"), TypeError, "a string among them"),
-        (lambda: answers([None], ["a"]), TypeError, "hypothesis of example 0 is no text: None"),
+        (lambda: answers([None], ["a"]), TypeError, "hypothesis 0 is None"),
         (lambda: answers(["a", "b"], [["a", 7]]), TypeError, "reference 0 of example 1 is no text: 7"),
         (lambda: Answers("f2"), ValueError, "kind='f2': one of exact, f1"),
         (lambda: answers(["a"], ["a"], version="3"), ValueError, "version='3': one of 1.1, 2.0"),

@@ -10,12 +10,14 @@ from functools import cache
 
 Tokens = list[Sequence[Hashable] | None]
 
-# ASCII punctuation but for the apostrophe, full stop, comma and hyphen, for which the three rules are.
-APART = str.maketrans({mark: f" {mark} " for mark in '!"#$%&()*+/:;<=>?@[\\]^_`{|}~'})
+APART = '!"#$%&()*+/:;<=>?@[\\]^_`{|}~'  # ASCII punctuation but for what the rules below are for: ' , - .
 ENTITIES = (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"))
 POINT_AFTER_NO_DIGIT = re.compile(r"([^0-9])([.,])")
 POINT_BEFORE_NO_DIGIT = re.compile(r"([.,])([^0-9])")
-HYPHEN_AFTER_DIGIT = re.compile(r"([0-9])(-)")
+# What these two do, one after the other, to a point or comma that stands alone; and those that do not.
+POINTS = {mark: re.compile(rf"\{mark}(?<![.,]\{mark})(?![.,])(?:(?<![0-9]\{mark})|(?![0-9]))") for mark in ".,"}
+POINTS_IN_A_ROW = re.compile(r"[.,]{2,}")
+HYPHEN_AFTER_DIGIT = re.compile(r"-(?<=[0-9]-)")
 
 
 def tokenize_13a(texts: Iterable[str]) -> Tokens:
@@ -29,11 +31,19 @@ def tokenize_13a(texts: Iterable[str]) -> Tokens:
     if "&" in text:
         for entity, mark in ENTITIES:
             text = text.replace(entity, mark)
-    text = text.translate(APART)
-    text = POINT_AFTER_NO_DIGIT.sub(r"\1 \2 ", text)
-    text = POINT_BEFORE_NO_DIGIT.sub(r" \1 \2", text)
-    text = HYPHEN_AFTER_DIGIT.sub(r"\1 \2 ", text)
+    for mark in APART:
+        text = text.replace(mark, f" {mark} ")
+    for mark, alone in POINTS.items():
+        text = alone.sub(f" {mark} ", text)
+    text = POINTS_IN_A_ROW.sub(_separated, text)
+    text = HYPHEN_AFTER_DIGIT.sub(" - ", text)
     return [line.split() for line in text.split("\n")] if lines else []
+
+
+def _separated(found: re.Match) -> str:
+    """Points in a row as the two rules leave them, which look at what stands before and after."""
+    around = found.string[found.start() - 1 : found.end() + 1]
+    return POINT_BEFORE_NO_DIGIT.sub(r" \1 \2", POINT_AFTER_NO_DIGIT.sub(r"\1 \2 ", around))[1:-1]
 
 
 def tokenize_intl(texts: Iterable[str]) -> Tokens:

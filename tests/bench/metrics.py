@@ -147,16 +147,29 @@ def commands(hypotheses: list[str], references: list[str]) -> list[tuple[str, st
     return rows
 
 
+# ru_maxrss of a child begins at what its parent holds; VmHWM is of the new program alone.
+COMMAND = """
+import pathlib, runpy, sys
+try:
+    runpy.run_module("eval", run_name="__main__", alter_sys=True)
+except SystemExit as stop:
+    if stop.code:
+        raise
+status = pathlib.Path("/proc/self/status").read_text()
+print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")), file=sys.stderr)
+"""
+
+
 def run(score: str, files: list[Path]) -> tuple[float, float]:
     """Seconds and peak MiB of the command."""
     start = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "eval", score, *map(str, files)],
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, score, *map(str, files)],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=True,
         env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
     )
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"python -m eval {score} ended with {status}")
-    return time.perf_counter() - start, usage.ru_maxrss / 1024
+    return time.perf_counter() - start, int(done.stderr.split()[-1]) / 1024

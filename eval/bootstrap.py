@@ -6,7 +6,7 @@ its sums of whole numbers are exact up to 2^24, its scores carry an error of abo
 Source: Efron 1979; for text Koehn 2004, aclanthology.org/W04-3250.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from eval.score import Metric
 
-CELLS = 2**20  # numbers drawn at a time: bounds the memory, and changes no draw
+CELLS = 2**18  # numbers drawn at a time: bounds the memory, and changes no draw
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,18 @@ def value(metric: Metric, sums_XK: Tensor) -> Tensor:
 
 def resampled(column_BK: Tensor, *, samples: int, seed: int) -> Tensor:
     """Sums of each sample, (samples, K): exact for whole numbers."""
-    return torch.cat([counts_XB @ column_BK for counts_XB in drawn(len(column_BK), samples=samples, seed=seed)])
+    return filled(samples, (counts_XB @ column_BK for counts_XB in drawn(len(column_BK), samples=samples, seed=seed)))
+
+
+def filled(samples: int, parts: Iterable[Tensor]) -> Tensor:
+    """Parts in one tensor that is there before them: small results kept between large temporaries would break up the memory."""
+    whole_XK, start = None, 0
+    for part_XK in parts:
+        if whole_XK is None:
+            whole_XK = part_XK.new_empty(samples, part_XK.size(1))
+        whole_XK[start : start + len(part_XK)] = part_XK
+        start += len(part_XK)
+    return whole_XK
 
 
 def drawn(examples: int, *, samples: int, seed: int) -> Iterator[Tensor]:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.bootstrap import CELLS, Interval, additive, interval, resampled, value
+from eval.bootstrap import CELLS, Interval, additive, filled, interval, resampled, value
 from eval.score import Metric, corpus_value
 
 TIE = 1e-9  # equal sums may give scores that differ in the last bits, by their place in a vector
@@ -124,7 +124,7 @@ def swapped(baseline_BK: Tensor, system_BK: Tensor, *, samples: int, seed: int) 
     """Sums of a system that has the baseline's output where the coin shows 1, and the system's where 0; (samples, K)."""
     change_BK = baseline_BK - system_BK
     sums = (coins_XB.double() @ change_BK for coins_XB in coins(len(change_BK), samples=samples, seed=seed))
-    return system_BK.sum(0) + torch.cat(list(sums))
+    return system_BK.sum(0) + filled(samples, sums)
 
 
 def coins(examples: int, *, samples: int, seed: int) -> Iterator[Tensor]:

@@ -1,0 +1,34 @@
+"""Counting and common subsequences on a card are those of the CPU; so is perplexity."""
+
+import pytest
+import torch
+
+from eval.lcs import lcs_lengths, lcs_members, weighted_lcs
+from eval.ngram import Ragged, matches, matches_each, numbered
+from eval.perplexity import perplexity
+from tests.conftest import randomized, tiny_config
+from tests.pairs import word_pairs
+
+pytestmark = pytest.mark.gpu
+
+
+def on_card(side: Ragged) -> Ragged:
+    return Ragged(*(tensor.cuda() for tensor in side))
+
+
+def test_counts_and_subsequences():
+    sides = [[text.split() for text in texts] for texts in word_pairs(300, longest=150)]
+    hypotheses, references = numbered(*sides)
+    there = on_card(hypotheses), on_card(references)
+    assert torch.equal(matches(there[0], [there[1]], 4).cpu(), matches(hypotheses, [references], 4))
+    assert torch.equal(matches_each(there[0], [there[1]], 2).cpu(), matches_each(hypotheses, [references], 2))
+    assert torch.equal(lcs_lengths(*there).cpu(), lcs_lengths(hypotheses, references))
+    assert torch.equal(lcs_members(*there).cpu(), lcs_members(hypotheses, references))
+    assert torch.allclose(weighted_lcs(*there, 1.2).cpu(), weighted_lcs(hypotheses, references, 1.2), rtol=1e-12, atol=0)
+
+
+def test_perplexity():
+    network = randomized(tiny_config("llama"))
+    documents = [[*range(3, 60)], [7, 8, 9]]
+    here = perplexity(network, documents, context=16, stride=8)
+    assert perplexity(network.cuda(), documents, context=16, stride=8).value == pytest.approx(here.value, rel=1e-9)

@@ -58,7 +58,12 @@ def documents(opened: Opened, corpus: tuple[str, ...], text_key: str = "text") -
     """Each text of the corpus, in ids; "-" is standard input, one document."""
     others = tuple(entry for entry in corpus if entry != "-")
     if len(others) < len(corpus):
-        yield document(opened, sys.stdin.buffer.read().decode("utf-8"))
+        try:
+            text = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            raise DataError(f"standard input is not UTF-8 (byte 0x{byte:02x} at {error.start:,})") from None
+        yield document(opened, text)
     if others:
         try:
             for found in read_corpus(DataConfig(corpus=others, text_key=text_key)):

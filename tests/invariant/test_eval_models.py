@@ -64,6 +64,8 @@ def test_text_files_and_standard_input(finished, opened, tmp_path, monkeypatch):
     assert "windows" in found and score["interval"][0] < score["value"] < score["interval"][1]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TEXT.encode())))
     assert scored("perplexity", finished, "-", "--top-k", "1", "10")[0]["value"] == score["value"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff")))
+    assert_one_clear_line(command("perplexity", finished, "-", main=main), "standard input is not UTF-8 (byte 0xff at 2)")
     without, _ = scored("perplexity", finished, tmp_path / "text.txt", "--no-bos", "--eos", "yes", "--context", "16")
     assert without["parts"]["targets"] == len(ids)
     assert "bos:none" in without["signature"] and "context:16" in without["signature"]

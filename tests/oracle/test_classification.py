@@ -5,14 +5,13 @@ import warnings
 
 import numpy as np
 import pytest
+import sklearn
 import torch
+from sklearn import metrics as oracle
 
 from eval import classification as module
 from eval.classification import Classification, classification, confusion_matrix, from_confusion, in_top_k, top_k_accuracy
 from eval.score import corpus_value
-
-sklearn = pytest.importorskip("sklearn")
-from sklearn import metrics as oracle  # noqa: E402
 
 LIBRARY = f"scikit-learn {sklearn.__version__}"
 REASON = "float64, sums in another order"

@@ -2,22 +2,19 @@
 
 import random
 import warnings
+from importlib.metadata import version
 
 import numpy as np
 import pytest
 import torch
-
-from eval import entities as module
-from eval.entities import Entities, entities
-from eval.score import corpus_value
-
-pytest.importorskip("seqeval")
-from importlib.metadata import version
-
 from seqeval.metrics import classification_report
 from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
 from seqeval.metrics.v1 import precision_recall_fscore_support as strict_scores
 from seqeval.scheme import IOB2
+
+from eval import entities as module
+from eval.entities import Entities, entities
+from eval.score import corpus_value
 
 LIBRARY = f"seqeval {version('seqeval')}"
 TYPES = ("LOC", "MISC", "ORG-NAME", "PER")

@@ -34,7 +34,7 @@ def readers(tmp_path_factory):
 
 
 def nltk_scores(hypotheses, streams, reader, **settings) -> torch.Tensor:
-    nltk_meteor = pytest.importorskip("nltk.translate.meteor_score").meteor_score
+    from nltk.translate.meteor_score import meteor_score as nltk_meteor
     rows = zip(hypotheses, zip(*streams, strict=True), strict=True)
     values = [
         nltk_meteor([one.split() for one in found if one is not None], text.split(), wordnet=reader, **settings)
@@ -55,7 +55,7 @@ def lemmas_mixed_in(texts: list[str], share: float, seed: int) -> list[str]:
 
 @pytest.mark.parametrize("texts", ["words", "synonyms", "unicode"])
 def test_equals_nltk(texts, readers, parity):
-    nltk = pytest.importorskip("nltk")
+    import nltk
     hypotheses, references = unicode_pairs(1000, 2) if texts == "unicode" else word_pairs(700, 1)
     if texts == "synonyms":
         hypotheses, references = (lemmas_mixed_in(side, 0.7, seed) for seed, side in enumerate((hypotheses, references)))
@@ -71,7 +71,7 @@ def test_equals_nltk(texts, readers, parity):
 
 
 def test_several_references_equal_nltk(readers, parity):
-    nltk = pytest.importorskip("nltk")
+    import nltk
     hypotheses, references = (lemmas_mixed_in(side, 0.4, seed) for seed, side in enumerate(word_pairs(150, 6)))
     cut = [" ".join(text.split()[place % 9 :]) if place % 3 else None for place, text in enumerate(hypotheses)]
     streams = [references, cut, references[1:] + references[:1]]
@@ -86,7 +86,7 @@ def test_several_references_equal_nltk(readers, parity):
 
 
 def test_settings_equal_nltk(readers, parity):
-    nltk = pytest.importorskip("nltk")
+    import nltk
     hypotheses, references = (lemmas_mixed_in(side, 0.5, seed) for seed, side in enumerate(word_pairs(200, 7)))
 
     class Same:
@@ -225,7 +225,7 @@ def test_any_split_scores_the_same(corpus, readers):
 
 
 def test_a_text_of_a_hundred_thousand_words(parity):
-    nltk = pytest.importorskip("nltk")
+    import nltk
     draw = random.Random(0)
     pair = [" ".join(f"w{draw.randrange(300)}{draw.choice(['', 's', 'ed'])}" for _ in range(100_000)) for _ in range(2)]
     error = abs(meteor.meteor(pair[:1], pair[1:]).value - float(nltk_scores(pair[:1], [pair[1:]], Empty())[0]))

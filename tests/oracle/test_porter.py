@@ -2,8 +2,6 @@
 
 import random
 
-import pytest
-
 from eval import porter
 from eval.porter import measure, shape, stem
 from tests.pairs import unicode_pairs, word_pairs
@@ -29,7 +27,7 @@ def words() -> list[str]:
 
 
 def test_equals_nltk(parity):
-    nltk = pytest.importorskip("nltk")
+    import nltk
     from nltk.stem.porter import PorterStemmer
 
     oracle, vocabulary = PorterStemmer(), sorted(set(words()))

@@ -11,6 +11,7 @@ from model.flops import flops_per_token
 from quant.linear import count, quantized_layers
 from quant.qat import qat_layers
 from train.checkpoint import IN_PARTS, pointed
+from train.config import FURTHER, WIDTH
 from train.curves import plot
 from train.log import clock, read_metrics
 from train.memory_report import what_would_fit
@@ -52,13 +53,33 @@ def introduction(run: "Run") -> str:
         f"bytes to train on; {shards.validation.documents:,} documents, {shards.validation.bytes:,} held out\n"
         f"tokens   {run.tokenizer.vocab_size:,} pieces, {bytes_per_token:.2f} bytes a token; "
         f"{shards.train.tokens:,} to train on; shards in {cache} "
-        f"({'built' if shards.built else 'reused'})\n"
+        f"({'built' if shards.built else 'reused'})\n{separation(run)}"
         f"network  {has.family}, {has.depth} layers of width {has.width}, {has.heads} heads, "
         f"context {config.network.context}{before}: {parameters:,} parameters{adapter}\n"
-        f"machine  {run.device}, {machine}, {speed.precision}, {how}\n"
+        f"machine  {run.device}, {machine}, {speed.precision}, {how}\n{rates(run)}"
         f"run      {run.out}: steps {run.step} to {config.run.steps} of {per_step:,} tokens, "
         f"{epochs:.1f} epochs in all"
     )
+
+
+def separation(run: "Run") -> str:
+    """Which id stands between documents, and why, where the tokenizer puts none before a text."""
+    tokenizer = run.tokenizer
+    if tokenizer.affixes.prefix:
+        return ""
+    why = "as --separator asks" if tokenizer.separator else "its eos: it puts no token before a text"
+    return f"         documents are separated by {tokenizer.name_of(tokenizer.bos_id)} (id {tokenizer.bos_id}), {why}\n"
+
+
+def rates(run: "Run") -> str:
+    """The rates that nobody asked for, where weights are trained further, and why they are so."""
+    config, width = run.config, run.engine.network.config.width
+    taken = [name for name in run.defaulted if name == "lr" or config.optimizer.optimizer == "muon"]
+    if config.run.init is None or config.method is not None or not taken:
+        return ""
+    shown = ", ".join(f"{name.replace('_', '-')} {getattr(config.optimizer, name):g}" for name in taken)
+    wide = f" (lr times {WIDTH}/{width}, for its width)" if width > WIDTH and "lr" in taken else ""
+    return f"rates    {shown}: 1/{FURTHER} of pretraining's, as --init has weights that are trained further{wide}\n"
 
 
 class Session(NamedTuple):

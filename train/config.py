@@ -152,8 +152,8 @@ class SpeedConfig:
     """Speed: the same numbers, sooner."""
 
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "bf16-pure"] = "auto"
-    """bf16, fp16: autocast with float32 weights; bf16-pure: all in 16 bits, rounded at random. auto: bf16 on a GPU, and of wide
-    networks on a CPU with AMX; else fp32."""
+    """bf16, fp16: autocast with float32 weights; bf16-pure: all in 16 bits, rounded at random. auto: bf16 on a GPU, and for
+    networks of width 512 and more on a CPU that multiplies bfloat16 (AVX512_BF16, AMX); else fp32."""
     loss: Literal["auto", "plain", "chunked", "triton"] = "auto"
     """Cross-entropy of all logits at once, or a chunk at a time. auto: in chunks where they would be large."""
     recompute: Literal["none", "blocks", "selective"] = "none"

@@ -39,7 +39,7 @@ from train.lock import locked
 from train.log import Console, Metrics, cut_back
 from train.phases import Phases
 from train.plain import from_plain, to_plain, with_absolute_paths
-from train.report import Session, conclude, introduction, out_of_memory
+from train.report import Session, comparable, conclude, introduction, out_of_memory
 from train.setup import (
     TASKS,
     open_data,
@@ -153,7 +153,8 @@ class Run:
         if ranks.main:
             self.out.mkdir(parents=True, exist_ok=True)
             if not resume:
-                write_whole(self.out / "config.toml", tomli_w.dumps(to_plain(with_absolute_paths(self.config))))
+                settings = tomli_w.dumps(to_plain(with_absolute_paths(self.config)))
+                write_whole(self.out / "config.toml", f"# begun on {comparable(self)}\n\n{settings}")
             if checkpoint is not None:
                 repoint(self.out, checkpoint, self.best)
             cut_back(self.out / "metrics.jsonl", self.step)

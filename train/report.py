@@ -1,5 +1,6 @@
 """What a run says before its first step and after its last: what it is, what it reached, what to type next."""
 
+import platform
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -82,6 +83,22 @@ def rates(run: "Run") -> str:
     return f"rates    {shown}: 1/{FURTHER} of pretraining's, as --init has weights that are trained further{wide}\n"
 
 
+def comparable(run: "Run") -> str:
+    """What two runs of the same settings must have in common to give the same numbers, to the last bit."""
+    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else processor()
+    ranks = f", {run.ranks.world} ranks" * (run.ranks.world > 1)
+    return f"torch {torch.__version__}, {device}, {run.config.run.threads} threads{ranks}, {run.config.speed.precision}"
+
+
+def processor() -> str:
+    """
+    >>> processor()  # doctest: +SKIP
+    'AMD EPYC with AVX512'
+    """
+    name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    return f"{name} with {torch.backends.cpu.get_cpu_capability()}"
+
+
 class Session(NamedTuple):
     """What was done since the start or the resume."""
 
@@ -121,6 +138,7 @@ def conclude(run: "Run", stopped: str, session: Session) -> None:
     say(speed(run, session))
     if run.best:
         say(f"best     step {run.best['step']}: validation loss {run.best['loss']:.4f}, {run.task.verdict(run.best)}")
+    say(f"compare  a rerun gives these numbers on {comparable(run)}; elsewhere they are close")
     try:
         name = f"{out.name}: {has.family}, {has.depth} × {has.width}"
         diagnosis = plot(read_metrics(out / "metrics.jsonl"), out / "curves.png", name)

@@ -252,7 +252,7 @@ def resolve_network(config: TrainConfig, ranks: Ranks, network: nn.Module, token
     asked = replace(config.network, context=context, width=has.width, depth=has.depth, heads=has.heads, mlp_width=has.mlp_width)
     precision = speed.precision
     if precision == "auto":
-        precision = ranks.agree(choose_precision(torch.device(config.run.device), has.width, has.mlp_width))
+        precision = ranks.agree(choose_precision(torch.device(config.run.device), has.width))
     if torch.device(config.run.device).type == "cuda":
         torch.set_float32_matmul_precision(PRECISIONS[precision].matmul)
     compiled = speed.compile

@@ -12,7 +12,7 @@ from model.flops import flops_per_token
 from quant.linear import count, quantized_layers
 from quant.qat import qat_layers
 from train.checkpoint import IN_PARTS, pointed
-from train.config import FURTHER, WIDTH
+from train.config import FURTHER, WIDTH, TrainConfig
 from train.curves import plot
 from train.log import clock, read_metrics
 from train.memory_report import what_would_fit
@@ -24,6 +24,7 @@ from train.tasks.task import built_in
 LIBRARIES = 2**30  # bytes of a GPU that the CUDA context and the libraries' workspaces take, about
 
 if TYPE_CHECKING:
+    from model.config import ModelConfig
     from train.loop import Run
 
 
@@ -99,6 +100,15 @@ def processor() -> str:
     return f"{name} with {torch.backends.cpu.get_cpu_capability()}"
 
 
+def training_curve(config: TrainConfig, network: "ModelConfig") -> str:
+    """The name of the training loss: what it holds that the validation loss beside it does not."""
+    asked = config.optimizer
+    dropout = max(network.dropout, network.attention_dropout)
+    parts = {"dropout": dropout, "label smoothing": asked.label_smoothing, "z-loss": asked.z_loss}
+    held = ", ".join(f"{name} {value:g}" for name, value in parts.items() if value)
+    return f"training (with {held})" if held else "training"
+
+
 class Session(NamedTuple):
     """What was done since the start or the resume."""
 
@@ -141,7 +151,7 @@ def conclude(run: "Run", stopped: str, session: Session) -> None:
     say(f"compare  a rerun gives these numbers on {comparable(run)}; elsewhere they are close")
     try:
         name = f"{out.name}: {has.family}, {has.depth} × {has.width}"
-        diagnosis = plot(read_metrics(out / "metrics.jsonl"), out / "curves.png", name)
+        diagnosis = plot(read_metrics(out / "metrics.jsonl"), out / "curves.png", name, training=training_curve(config, has))
         say(f"curves   {out / 'curves.png'} ({diagnosis.verdict}: {diagnosis.why})")
     except ImportError:
         say("curves   not drawn: matplotlib is not installed (pip install -c constraints.txt -e '.[plots]')")

@@ -114,7 +114,8 @@ def plot(rows: list[dict], path: Path, title: str = "") -> Diagnosis:
     norm.set(title="gradient norm, before clipping", xlabel="step", yscale="log")
     for axes in (loss, counted, rate, norm):
         axes.grid(alpha=0.3)
-    figure.suptitle(title)
+    # A file's name may hold bytes that are no text, and `$`, which is no formula here.
+    figure.suptitle(title.encode(errors="surrogateescape").decode(errors="replace"), parse_math=False)
     figure.supxlabel(f"{diagnosis.verdict}: {diagnosis.why}", fontsize=10, wrap=True)
     making = path.with_name(f".{path.name}")
     figure.savefig(making, dpi=110, format="png")

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from data.clm import IGNORE
+from data.shell import quote
 from data.stream import Prefetcher
 from quant.qat import converted
 from train.allocator import keep_freed_memory
@@ -74,7 +75,7 @@ def start(config: TrainConfig) -> Path:
             with ranks.together():
                 if ranks.main and any((out / name).exists() for name in ("config.toml", "metrics.jsonl", "checkpoints")):
                     raise TrainError(
-                        f"{out} already holds a run: go on, `python -m train --resume {out}`, or choose another --out"
+                        f"{out} already holds a run: go on, `python -m train --resume {quote(out)}`, or choose another --out"
                     )
             if config.run.init is not None:  # a run's best checkpoint may be another one by the time of a resume
                 config = replace(config, run=replace(config.run, init=resolve(config.run.init)))
@@ -91,7 +92,8 @@ def resume(folder: Path, given: dict[str, dict] | None = None) -> Path:
     if config.method is None and "init" in (given or {}).get("run", {}):
         raise TrainError(f"--resume {folder} needs no --init: the run has its weights in its checkpoints")
     if config.method is not None and not config.run.init.exists():
-        raise TrainError(f"{config.run.init}, the adapter's base, is not there: --resume {folder} --init BASE says where it is")
+        where = f"--resume {quote(folder)} --init BASE says where it is"
+        raise TrainError(f"{config.run.init}, the adapter's base, is not there: {where}")
     with connected() as ranks, held(folder, ranks):
         config = resolve_machine(replace(config, run=replace(config.run, out=folder)), ranks)
         return Run(config, ranks, resume=True).train()
@@ -189,12 +191,12 @@ class Run:
                 raise
             raise TrainError(
                 f"rank {self.ranks.rank}: at step {self.step + 1} another rank was gone ({str(error).splitlines()[0]}). The "
-                f"checkpoints in {self.out} are untouched: torchrun … -m train --resume {self.out}"
+                f"checkpoints in {self.out} are untouched: torchrun … -m train --resume {quote(self.out)}"
             ) from error
         except (OSError, SafetensorError) as error:
             raise TrainError(
                 f"could not write at step {self.step}: {error}. The checkpoints in {self.out} are untouched; "
-                f"when there is room: python -m train --resume {self.out}"
+                f"when there is room: python -m train --resume {quote(self.out)}"
             ) from error
         finally:
             self.console.end()
@@ -276,8 +278,8 @@ class Run:
         times = f" ({self.in_a_row} steps in a row)" if self.in_a_row > 1 else ""
         raise TrainError(
             f"{what}{times}; {where}. Nothing was saved since the last checkpoint in {self.out}. To leave such batches out: "
-            f"python -m train --resume {self.out} --on-nonfinite skip; or begin anew with a lower --lr and --matrix-lr, or "
-            "--precision fp32"
+            f"python -m train --resume {quote(self.out)} --on-nonfinite skip; or begin anew with a lower --lr and --matrix-lr, "
+            "or --precision fp32"
         )
 
     def _early(self) -> str:
@@ -363,7 +365,7 @@ class Run:
             if state["text"] != self._text():
                 raise TrainError(
                     f"the corpus {' '.join(self.config.data.corpus)} is no longer the text that {self.out} began with; "
-                    f"to train its weights on other text: --init {self.out}"
+                    f"to train its weights on other text: --init {quote(self.out)}"
                 )
             for key in ADVANCES:
                 setattr(self, key, state[key])

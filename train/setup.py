@@ -221,7 +221,10 @@ def resolve_network(config: TrainConfig, ranks: Ranks, network: nn.Module) -> Tr
         loss = choose_loss(rows, has.vocab_size, torch.device(config.run.device))
     if loss == "triton" and (torch.device(config.run.device).type != "cuda" or not importlib.util.find_spec("triton")):
         raise TrainError("--loss triton needs a CUDA device and triton; --loss chunked computes the same without")
-    return replace(config, network=asked, speed=replace(speed, precision=precision, compile=compiled, loss=loss))
+    data = config.data
+    if config.run.init is None:  # else the tokenizer is that folder's, whatever its size
+        data = replace(data, vocab_size=has.vocab_size)
+    return replace(config, data=data, network=asked, speed=replace(speed, precision=precision, compile=compiled, loss=loss))
 
 
 def compile_blocks(network: nn.Module, say: Say) -> bool:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from eval.files import HYPOTHESIS_FIELDS, REFERENCE_FIELDS, EvalError, Source, Sources
+from eval.commands.texts import HYPOTHESIS_FIELDS, REFERENCE_FIELDS, EvalError, Source, Sources
 
 
 def sources(hypothesis, *references) -> Sources:

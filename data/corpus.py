@@ -14,7 +14,7 @@ import regex
 
 from data.config import BUILT_IN, DataConfig, DataError
 from data.files import Document, ReadReport, read_files
-from data.find import expand_home, find_files, refuse
+from data.find import expand_home, find_files, refuse, shortened
 
 # Tests and their data are no documentation; site-packages differ from machine to machine.
 PRUNED = frozenset({"test", "tests", "idle_test", "lib2to3", "__phello__", "site-packages", "dist-packages"})
@@ -35,7 +35,7 @@ def find_corpus(config: DataConfig, left_out: list[str] | None = None) -> list[t
             sources.append((entry, found if entry not in taken else []))
             taken.add(entry)
             continue
-        found = find_files(entry)
+        found = find_files(entry, config.cache)
         if found is None:
             near = difflib.get_close_matches(entry, BUILT_IN, n=1)
             raise DataError(
@@ -56,11 +56,12 @@ def read_corpus(config: DataConfig, report: ReadReport | None = None) -> Iterato
     `report` is filled on the way. Raises DataError when nothing is left.
     """
     report = ReadReport() if report is None else report
-    for name, paths in find_corpus(config):
+    for entry, (name, paths) in zip(config.corpus, find_corpus(config), strict=True):
         if name:
             documents = BUILT_IN_READERS[name](paths)
         else:
-            documents = read_files(paths, config.text_key, config.on_bad_text, report)
+            is_named = not expand_home(entry).is_dir()
+            documents = read_files(paths, config.text_key, config.on_bad_text, report, is_named=is_named)
         for document in documents:
             if not document.text.strip():
                 report.empty += 1
@@ -71,7 +72,8 @@ def read_corpus(config: DataConfig, report: ReadReport | None = None) -> Iterato
     if not report.documents:
         raise DataError(
             f"the corpus {' '.join(config.corpus)} is empty: no text in it ({report.empty} empty documents"
-            + (f", {len(report.skipped)} left out by --on-bad-text skip)" if report.skipped else ")")
+            + (f", {len(report.skipped)} left out by --on-bad-text skip" if report.skipped else "")
+            + (f", no list of records: {shortened(report.no_records)})" if report.no_records else ")")
         )
 
 
@@ -193,27 +195,35 @@ def cut(document: Document, size: int) -> list[Document]:
     return [Document(f"{document.name}#{number}", text) for number, text in enumerate(pieces)]
 
 
+def cut_long_lines(pieces: list[Document], size: int, most: int) -> list[Document]:
+    """The pieces that lines make of a document, and what they leave too long cut at white space.
+
+    That is a document in one piece, of more than 8 * size bytes; and beside other pieces one of more than `most` bytes.
+    """
+    longest = 8 * size if len(pieces) == 1 else most
+    cut_again = ([piece] if len(piece.text.encode()) <= longest else cut_at_spaces(piece, size) for piece in pieces)
+    return [part for parts in cut_again for part in parts]
+
+
 SPACE = regex.compile(r"\s(?=[^\s\p{M}\u200d])")  # the last of a run, with nothing behind it that combines with it
 CHARACTER = regex.compile(r"\X")  # as a reader counts: with its accents; \r\n is one
 
 
 def cut_at_spaces(document: Document, size: int) -> list[Document]:
-    """A document that lines leave longer than 8 * size bytes, cut after white space; where there is none, between characters.
+    """A document in pieces that begin with the first word after `size` bytes; where none begins soon, with a character.
 
-    Pieces are of `size` bytes or up to twice as many characters, and joined are the text.
+    The pieces joined are the text. None has more than `size` characters beyond its `size` bytes.
 
-    >>> [piece.text for piece in cut_at_spaces(Document("a", "one two  " * 3 + "0123456789" * 2), 5)]
-    ['one two  ', 'one two  ', 'one two  ', '01234', '56789', '01234', '56789']
+    >>> [piece.text for piece in cut_at_spaces(Document("a", "one two  one two  0123456789"), 5)]
+    ['one two  ', 'one two  ', '01234', '56789']
     """
     text, pieces, start = document.text, [], 0
-    if len(text.encode()) <= 8 * size:
-        return [document]
     while start < len(text):
         least = start + max(1, len(text[start : start + size].encode()[:size].decode(errors="ignore")))
         most = least + size
         if space := SPACE.search(text, least - 1, most):
             end = space.end()
-        else:  # \X from a little before: a character that begins there may end behind `least`
+        else:  # from a little before: a character that begins there may end behind `least`
             ends = (found.end() for found in CHARACTER.finditer(text, max(start, least - 64), most))
             end = next(end for end in ends if end >= least or end == len(text))
         pieces.append(text[start:end])

@@ -9,7 +9,7 @@ from typing import Literal
 
 from data.config import DataError
 from data.find import TEXTS, kind
-from data.records import Line, Record, RecordError, read_records, shown
+from data.records import Line, NoRecordsError, Record, RecordError, read_records, shown
 
 BadText = Literal["error", "replace", "skip"]
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -33,10 +33,17 @@ class ReadReport:
     skipped: list[str] = field(default_factory=list)  # documents left out: not valid UTF-8, on_bad_text="skip"
     replaced: list[str] = field(default_factory=list)  # documents that hold U+FFFD now, on_bad_text="replace"
     empty: int = 0
+    no_records: list[str] = field(default_factory=list)  # JSON files left out: met in a folder, and no list of records
 
 
-def read_files(paths: Iterable[Path], text_key: str, on_bad_text: BadText, report: ReadReport) -> Iterator[Document]:
-    """The documents of `paths`, in order. A DataError names the file, and its line, record or byte offset."""
+def read_files(
+    paths: Iterable[Path], text_key: str, on_bad_text: BadText, report: ReadReport, *, is_named: bool = True
+) -> Iterator[Document]:
+    """The documents of `paths`, in order. A DataError names the file, and its line, record or byte offset.
+
+    `is_named`: the user asked for these very files. Else a .json that is no list of records, as a folder may have for other
+    ends, is left out and noted.
+    """
     for path in paths:
         try:
             with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
@@ -46,6 +53,13 @@ def read_files(paths: Iterable[Path], text_key: str, on_bad_text: BadText, repor
                         yield Document(str(path), text)
                 else:
                     yield from read_record_file(path, stream, text_key, on_bad_text, report)
+        except NoRecordsError as error:
+            if is_named:
+                raise DataError(f"{path}: {error}") from error
+            report.no_records.append(str(path))
+        except RecordError as error:
+            glob = "" if is_named else ". If it is none of the text, name the files to read by a glob"
+            raise DataError(f"{named(path, error.place)}: {error}{glob}") from error
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise DataError(f"{path}: broken or truncated gzip ({error})") from error
         except OSError as error:
@@ -57,15 +71,12 @@ def read_record_file(
 ) -> Iterator[Document]:
     """Each record is one document: the string under `text_key`."""
     suffix = kind(path)
-    try:
-        for record in read_records(decoded_lines(path, stream, on_bad_text, report), suffix):
-            name = named(path, record.place)
-            text = text_of(record, name, text_key, "column" if suffix in (".csv", ".tsv") else "key")
-            text = without_surrogates(text, name, text_key, on_bad_text, report)
-            if text is not None:
-                yield Document(name, text)
-    except RecordError as error:
-        raise DataError(f"{named(path, error.place)}: {error}") from error
+    for record in read_records(decoded_lines(path, stream, on_bad_text, report), suffix):
+        name = named(path, record.place)
+        text = text_of(record, name, text_key, "column" if suffix in (".csv", ".tsv") else "key")
+        text = without_surrogates(text, name, text_key, on_bad_text, report)
+        if text is not None:
+            yield Document(name, text)
 
 
 def named(path: Path, place: str) -> str:
@@ -99,7 +110,7 @@ def text_of(record: Record, name: str, text_key: str, what: str) -> str:
         raise DataError(f"{name}: {which} must be an object, this is {type(record.value).__name__}")
     if text_key not in record.value:
         has = f"no {what} {text_key!r}; its {what}s: {shown(record.value)}"
-        raise DataError(f"{name}: {has}. Name the one with the text by --text-key")
+        raise DataError(f"{name}: {has}. Name the one with the text by --text-key, or the files to read by a glob")
     text = record.value[text_key]
     if not isinstance(text, str):
         has = "null" if text is None else type(text).__name__

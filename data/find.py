@@ -41,14 +41,17 @@ def kind(path: Path) -> str | None:
     return suffix if suffix in SUFFIXES else None
 
 
-def find_files(entry: str) -> Found | None:
-    """The files of one entry; None when there is no such thing. Raises DataError for what is there and cannot be read."""
+def find_files(entry: str, cache: Path) -> Found | None:
+    """The files of one entry; None when there is no such thing. `cache`: a folder of our own, which holds no text.
+
+    Raises DataError for what is there and cannot be read.
+    """
     path = expand_home(entry)
     if path.is_file():
         if kind(path) is None:
             raise DataError(f"{path}: its suffix is not one that is read ({READS})")
         return Found({os.path.realpath(path): path}, "")
-    search = Search()
+    search = Search(cache.expanduser())
     if path.is_dir():
         search.folder(path)
     elif path.exists():
@@ -104,9 +107,9 @@ def shortened(names: list[str], most: int = 3) -> str:
 class Search:
     """Files of folders and globs, as they are met."""
 
-    def __init__(self) -> None:
+    def __init__(self, skipped: Path) -> None:
         self.files: dict[str, Path] = {}  # the real path -> the one by which it is read
-        self.folders: set[str] = set()  # real paths
+        self.folders = {os.path.realpath(skipped)}  # where it has been
         self.left_out = LeftOut()
 
     def glob(self, pattern: Path) -> bool:

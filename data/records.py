@@ -58,6 +58,10 @@ class RecordError(DataError):
         self.place = place
 
 
+class NoRecordsError(RecordError):
+    """A JSON file that holds something else than a list of records."""
+
+
 def suffix_of(path: str | Path) -> str:
     """The suffix that says how a file is read: in small letters, without .gz.
 
@@ -122,8 +126,8 @@ def json_file(lines: Iterable[Line], blank: bool = True) -> Iterator[Record]:
         yield from json_lines(chain(held, lines), blank)
         return
     if not isinstance(value, list):
-        what = f"one object, with the keys {shown(value)}," if isinstance(value, dict) else f"one {type(value).__name__}"
-        raise RecordError("", f"{what} is not a list of records: read are an array of objects, and an object a line")
+        what = f"one object, with the keys {shown(value)}" if isinstance(value, dict) else f"one {type(value).__name__}"
+        raise NoRecordsError("", f"{what}, and no list of records: what is read of a .json is an array, or JSON lines")
     for number, element in enumerate(value, start=1):
         yield Record(f"record {number}", element)
 

@@ -25,7 +25,7 @@ import sentencepiece
 from tqdm import tqdm
 
 from data.config import LEAST_VOCAB, VOCAB_SIZE, DataConfig, DataError
-from data.corpus import cut, cut_at_spaces, find_corpus, read_corpus
+from data.corpus import cut, cut_long_lines, find_corpus, read_corpus
 from data.dedup import deduplicate
 from data.files import Document, ReadReport
 from data.find import shortened
@@ -175,11 +175,6 @@ def split(documents: list[Document], val_fraction: float) -> dict[str, list[Docu
     }
 
 
-def is_few(documents: list[Document], val_fraction: float) -> bool:
-    """Whether the split would hold out less than one of them."""
-    return len(documents) * val_fraction < 1
-
-
 def build(
     folder: Path,
     config: DataConfig,
@@ -198,14 +193,18 @@ def build(
     for names, what in ((read.skipped, "left out"), (read.replaced, "mended with U+FFFD")):
         if names:
             say(f"{len(names)} documents of bad text {what}: {shortened(names)}")
-    was_cut = is_few(documents, config.val_fraction)
+    if read.no_records:
+        say(f"left out: {len(read.no_records)} of .json that are no list of records: {shortened(read.no_records)}")
+    was_cut = len(documents) * config.val_fraction < 1
     if was_cut:  # a book in one file: validation would get all of it or nothing
         size = int(min(LARGEST_PIECE, max(256, read.bytes * config.val_fraction / 4)))
         few, where = len(documents), "after blank lines"
-        documents = [piece for document in documents for piece in cut(document, size)]
-        if is_few(documents, config.val_fraction):  # text8 is one line of 100 MB
-            documents = [piece for document in documents for piece in cut_at_spaces(document, size)]
-            where = "after blank lines, and long lines at white space,"
+        pieces = [cut(document, size) for document in documents]
+        made = sum(map(len, pieces))
+        if made * config.val_fraction < 1:  # text8 is one line of 100 MB
+            pieces = [cut_long_lines(parts, size, most=read.bytes // 4) for parts in pieces]
+            where += ", and long lines at white space," if sum(map(len, pieces)) > made else ""
+        documents = [piece for parts in pieces for piece in parts]
         share = f"{config.val_fraction:.0%}"
         say(f"{few} documents are too few to hold out {share} of: cut {where} into {len(documents):,}")
     kept, dropped = deduplicate(documents, near=config.dedup)

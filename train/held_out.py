@@ -50,7 +50,7 @@ def open_text(
         return no_objective(config)
     try:
         tokenizer = load_tokenizer(folder, config.vocab_size)
-        run = folder.parents[1]
+        run = folder.parent.parent
         is_run = folder.parent.name == "checkpoints" and (run / "config.toml").is_file()
         data = settings(run).data if is_run else DataConfig()
         data = replace(data, corpus=corpus or data.corpus, cache=cache or data.cache)

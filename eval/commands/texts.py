@@ -2,7 +2,8 @@
 
 A file whose name ends in .jsonl holds one JSON value a line, a .json an array of them (or lines too), a .csv or .tsv a row
 for each (`data.records`); any other one text a line. .gz is unpacked; `-` is standard input. A JSON value is a text, a list of
-texts (several references), or an object in which one field holds either; a row is an object of texts. Lines of text end at "\\n" alone, an "\\r" before it is dropped: the other line breaks of Unicode are characters of a text.
+texts (several references), or an object in which one field holds either; a row is an object of texts. Lines of text end at
+"\\n" alone, an "\\r" before it is dropped: the other line breaks of Unicode are characters of a text.
 """
 
 import gzip

@@ -145,7 +145,7 @@ class Search:
                 for path in [Path(root, name) for name in visible(names)]:
                     if not fits(path.relative_to(top).parts, pattern):
                         continue
-                    if path.is_symlink():
+                    if os.path.islink(path):
                         links.append(path)
                     else:
                         self.file(path, os.path.join(real, path.name))

@@ -11,6 +11,7 @@ import model.hub
 from data.config import DataConfig, DataError
 from data.corpus import find_corpus, read_corpus
 from data.files import ReadReport
+from data.find import shortened
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.network import Network
 from train.checkpoint import resolve
@@ -75,7 +76,7 @@ def documents(opened: Opened, corpus: tuple[str, ...], text_key: str = "text") -
             for found in read_corpus(config, report):
                 yield document(opened, found.text)
             if report.no_records:
-                print(f"note: left out, as no list of records: {', '.join(report.no_records)}", file=sys.stderr)
+                print(f"note: left out, as no list of records: {shortened(report.no_records)}", file=sys.stderr)
         except DataError as error:
             raise DataError(str(error).removeprefix("--corpus ")) from None
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from data.config import DataError
-from data.find import TEXTS, kind
-from data.records import Line, NoRecordsError, Record, RecordError, read_records, shown
+from data.find import kind
+from data.records import FORMATS, Line, NoRecordsError, Record, RecordError, read_records, shown
 
 BadText = Literal["error", "replace", "skip"]
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -47,7 +47,7 @@ def read_files(
     for path in paths:
         try:
             with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
-                if kind(path) in TEXTS:
+                if kind(path) not in FORMATS:
                     text = decode(stream.read(), str(path), 0, on_bad_text, report)
                     if text is not None:
                         yield Document(str(path), text)

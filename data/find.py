@@ -47,8 +47,8 @@ def find_files(entry: str, cache: Path) -> Found | None:
     Raises DataError for what is there and cannot be read.
     """
     path = expand_home(entry)
-    if path.is_file():
-        if kind(path) is None:
+    if path.is_file():  # named outright, a file needs no suffix to be text: text8 has none
+        if kind(path) is None and suffix_of(path):
             raise DataError(f"{path}: its suffix is not one that is read ({READS})")
         return Found({os.path.realpath(path): path}, "")
     search = Search(cache.expanduser())
@@ -143,7 +143,7 @@ class Search:
                 folders[:] = visible(folders)
                 pending += [Path(root, name) for name in folders if os.path.islink(os.path.join(root, name))]
                 for path in [Path(root, name) for name in visible(names)]:
-                    if not fits(path.relative_to(top).parts, pattern):
+                    if pattern and not fits(path.relative_to(top).parts, pattern):
                         continue
                     if os.path.islink(path):
                         links.append(path)

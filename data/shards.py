@@ -34,6 +34,7 @@ from data.tokenizer_training import VocabularyError, train_tokenizer, trainer_op
 
 FORMAT = 1
 SPLITS = ("train", "validation")
+FEWER = f"the text can fill {{:,}} pieces, fewer than the default {VOCAB_SIZE:,}: the tokenizer has these"
 LARGEST_PIECE = 1 << 14  # bytes, when a corpus of few documents is cut
 
 
@@ -102,9 +103,11 @@ def prepare(
         return cache / cache_key(config, files, tokenizer, size, mask)
 
     cache, built = config.cache.expanduser(), False
-    size = config.vocab_size or VOCAB_SIZE
-    note = folder_of(size).with_suffix(".json")  # how many pieces the text fills, where these are fewer than the default
-    size = config.vocab_size or read_note(note) or size
+    note = folder_of(VOCAB_SIZE).with_suffix(".json")  # how many pieces the text fills, where these are fewer
+    noted = read_note(note) if config.vocab_size is None else None
+    size = config.vocab_size or noted or VOCAB_SIZE
+    if noted:
+        say(FEWER.format(noted))
     for _ in range(3):  # another process may replace a damaged folder at the same time
         folder = folder_of(size)
         if folder.exists():
@@ -216,7 +219,7 @@ def build(
         tokenizer = train(parts["train"], vocab_size, mask, config.vocab_size is None)
         if tokenizer.vocab_size < vocab_size:
             vocab_size = tokenizer.vocab_size
-            say(f"the text can fill {vocab_size:,} pieces, fewer than the default {VOCAB_SIZE:,}: the tokenizer has these")
+            say(FEWER.format(vocab_size))
     for name, content in tokenizer.files.items():
         (folder / name).write_bytes(content)
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"

@@ -67,6 +67,8 @@ BAD = {
     "twice.csv": ("text,id,text\na,b,c\n", r", header: 'text': more than one column"),
     "again.csv": ("id,text\n1,a\n\ufeffid,text\n2,b\n", r", record 2: the header once more"),
     "open.csv": ('id,text\n1,a\n2,"open\n3,b\n4,c\n', r", record 2: unexpected end of data \(line 5\): a quote"),
+    "stated.csv": ('sep=;\nid;text\n1;"a\n', r", record 1: unexpected end of data \(line 3\)"),
+    "stated-few.csv": ("sep=;\nid;text\n1\n", r", record 1: 1 fields \(line 3, separated by ';'\)"),
     "quote.tsv": ('id\ttext\n1\t"Oh" he said\n', r", record 1: '\t' expected after '\"' \(line 2\): a quote"),
     "null.json": ('[{"text": "a"}, {"text": null}]', r", record 2: the value of 'text' is null, not a string"),
     "nested.json": ('[{"text": {"en": "a"}}]', r", record 1: the value of 'text' is dict, not a string"),

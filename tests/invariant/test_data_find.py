@@ -1,5 +1,6 @@
 """Which files an entry of --corpus names: through links once each, by globs, and what is said to be left out."""
 
+import gzip
 import os
 import shutil
 from pathlib import Path
@@ -116,6 +117,16 @@ def test_a_name_that_exists_is_no_glob():
     assert found("dir[1]") == found("dir[1]/*.txt") == found("dir[1]/**") == ["dir[1]/a.txt"]
     assert found("di[r]1/*") == ["dir1/b.txt"]
     assert found("~nobody-has-this-name/c.txt") == ["~nobody-has-this-name/c.txt"]
+
+
+def test_a_file_without_a_suffix_is_text_where_it_is_named(place):
+    """text8 and enwik8 have none; in a folder such a file may be anything."""
+    write("corpus/text8", "anarchism originated"), write("corpus/a.txt")
+    Path("packed.gz").write_bytes(gzip.compress(b"as a term"))
+    texts = [document.text for document in read_corpus(DataConfig(corpus=("corpus/text8", "packed.gz")))]
+    assert texts == ["anarchism originated", "as a term"]
+    assert found("corpus") == found("corpus/*") == ["corpus/a.txt"]
+    assert left_out("corpus") == ["left out of corpus/: 1 file without a suffix"]
 
 
 def test_globs_below_folders():

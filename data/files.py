@@ -71,9 +71,10 @@ def read_record_file(
 ) -> Iterator[Document]:
     """Each record is one document: the string under `text_key`."""
     suffix = kind(path)
-    for record in read_records(decoded_lines(path, stream, on_bad_text, report), suffix):
+    what = "column" if suffix in (".csv", ".tsv") else "key"
+    for record in read_records(decoded_lines(path, stream, suffix == ".jsonl", on_bad_text, report), suffix):
         name = named(path, record.place)
-        text = text_of(record, name, text_key, "column" if suffix in (".csv", ".tsv") else "key")
+        text = text_of(record, name, text_key, what)
         text = without_surrogates(text, name, text_key, on_bad_text, report)
         if text is not None:
             yield Document(name, text)
@@ -84,18 +85,22 @@ def named(path: Path, place: str) -> str:
     >>> named(Path("a.jsonl"), "line 3"), named(Path("a.csv"), "record 2"), named(Path("a.json"), "")
     ('a.jsonl:3', 'a.csv, record 2', 'a.json')
     """
-    return f"{path}:{place[5:]}" if place.startswith("line ") else f"{path}, {place}" if place else str(path)
+    if place.startswith("line "):
+        return f"{path}:{place.removeprefix('line ')}"
+    return f"{path}, {place}" if place else str(path)
 
 
-def decoded_lines(path: Path, stream: Iterable[bytes], on_bad_text: BadText, report: ReadReport) -> Iterator[Line]:
-    """Numbered lines with their ends. A line that is a record is mended or left out here, by `on_bad_text`.
+def decoded_lines(
+    path: Path, stream: Iterable[bytes], is_record: bool, on_bad_text: BadText, report: ReadReport
+) -> Iterator[Line]:
+    """Numbered lines with their ends. A line that is a record (`is_record`) is mended or left out here, by `on_bad_text`.
 
-    In other files a record may be several lines, or a part of one: bytes that are no UTF-8 stay in them as lone surrogates,
-    for `without_surrogates`.
+    Elsewhere a record may be several lines, or a part of one: bytes that are no UTF-8 stay in it as lone surrogates, for
+    `without_surrogates`.
     """
-    offset = 0
+    offset, is_strict = 0, is_record or on_bad_text == "error"
     for number, raw in enumerate(stream, start=1):
-        if kind(path) == ".jsonl" or on_bad_text == "error":
+        if is_strict:
             line = decode(raw, f"{path}:{number}", offset, on_bad_text, report)
         else:
             line = without_mark(raw.decode(errors="surrogateescape"), offset)

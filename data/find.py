@@ -1,8 +1,8 @@
 """Files that an entry of --corpus names: a file, a folder with what its links lead to, or a glob; and what is left out.
 
-Each real folder and each real file comes once, however many links lead to it; so loops of links end. What is no link goes
-first: without links, paths are those of the folder itself. Hidden names are passed over; so are other suffixes, which are
-counted, since text that goes missing in silence is a defect.
+Each real folder and each real file comes once, however many links lead to it, so that loops of links end. Links come last: a
+file that a folder holds itself keeps its path there. Hidden names are passed over. Other suffixes are too, and are counted:
+text must not go missing in silence.
 """
 
 import errno
@@ -58,7 +58,7 @@ def find_files(entry: str, cache: Path) -> Found | None:
         raise DataError(f"{path}: neither a file nor a folder")
     elif path.is_symlink():
         raise DataError(f"{path}: a link to {os.readlink(path)}, and nothing is there")
-    elif not search.glob(path):
+    elif not search.matches(path):
         return None
     left_out = search.left_out.line(f"{path}{os.sep}" if path.is_dir() else str(path))
     if not search.files:
@@ -76,7 +76,7 @@ def expand_home(entry: str) -> Path:
 
 @dataclass
 class LeftOut:
-    """What was met and is not read."""
+    """Names and counts of what is not read."""
 
     suffixes: Counter[str] = field(default_factory=Counter)
     broken: list[str] = field(default_factory=list)  # links that lead nowhere
@@ -105,15 +105,16 @@ def shortened(names: list[str], most: int = 3) -> str:
 
 
 class Search:
-    """Files of folders and globs, as they are met."""
+    """Collect the files of folders and globs, and count what is left out."""
 
-    def __init__(self, skipped: Path) -> None:
+    def __init__(self, cache: Path) -> None:
         self.files: dict[str, Path] = {}  # the real path -> the one by which it is read
-        self.folders = {os.path.realpath(skipped)}  # where it has been
+        self.folders: set[str] = set()  # real paths of those that were entered
+        self.cache = os.path.realpath(cache)
         self.left_out = LeftOut()
 
-    def glob(self, pattern: Path) -> bool:
-        """All that a pattern names, folders with what is below them; False when that is nothing.
+    def matches(self, pattern: Path) -> bool:
+        """Collect all that a pattern names, folders with what is below them; False when that is nothing.
 
         What exists is a name, brackets and all. `**` is matched here: the library's follows loops of links to their
         fortieth round.
@@ -128,15 +129,15 @@ class Search:
                 self.folder(top, rest[depth:])
             elif depth == len(rest):
                 self.file(top)
-        return bool(self.files or self.left_out.line("")) or (bool(found) and depth == len(rest))
+        return bool(found) if depth == len(rest) else bool(self.files or self.left_out.line(""))
 
     def folder(self, top: Path, pattern: tuple[str, ...] = ()) -> None:
-        """Everything below a folder that fits the parts of a glob and is not hidden; first what is no link."""
+        """Collect what is below a folder, fits the parts of a glob and is not hidden; links last."""
         pending, links = [top], []
         while pending:
             for root, folders, names in os.walk(pending.pop(0), onerror=refuse):
                 real = os.path.realpath(root)
-                if real in self.folders:
+                if real in self.folders or (real == self.cache and Path(root) != top):
                     folders.clear()
                     continue
                 self.folders.add(real)
@@ -179,7 +180,7 @@ def refuse(error: OSError) -> None:
 
 
 def fits(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Whether a path, or a folder above it, matches the parts of a glob.
+    """True if a path, or a folder above it, matches the parts of a glob.
 
     >>> fits(("a", "b", "c.txt"), ("**", "*.txt")), fits(("a", "b"), ("**", "a")), fits(("a", "b"), ("b", "**"))
     (True, True, False)

@@ -96,10 +96,11 @@ def read_records(lines: Iterable[Line], suffix: str, *, blank: bool = True) -> I
 
 
 def json_lines(lines: Iterable[Line], blank: bool = True) -> Iterator[Record]:
-    """A record a line; a byte order mark before one comes of a file that was appended to another."""
+    """A record a line; a byte order mark before one comes from a file that was appended to another."""
     for number, line in lines:
         if not blank or line.strip():
-            yield Record(f"line {number}", parsed(line.removeprefix("\ufeff"), f"line {number}"))
+            place = f"line {number}"
+            yield Record(place, parsed(line.removeprefix("\ufeff"), place))
 
 
 def json_file(lines: Iterable[Line], blank: bool = True) -> Iterator[Record]:
@@ -148,7 +149,7 @@ def table(lines: Iterable[Line], separator: str | None = None) -> Iterator[Recor
     csv.field_size_limit(LONGEST_FIELD)  # of the whole process: csv has no other
     physical = split_lines(line for _, line in lines)
     first, above = next(physical, ""), 0
-    if stated := re.fullmatch(r'"?sep=(.)"?\s*', first):
+    if stated := re.fullmatch(r'"?sep=([,;|\t])"?\s*', first):
         separator, first, above = stated[1], next(physical, ""), 1
     separator = separator or max(SEPARATORS, key=lambda each: len(next(csv.reader([first], delimiter=each), ())))
     # strict: a quote that is never closed would swallow all rows below it.

@@ -34,7 +34,6 @@ from data.tokenizer_training import VocabularyError, train_tokenizer, trainer_op
 
 FORMAT = 1
 SPLITS = ("train", "validation")
-FEWER = f"the text can fill {{:,}} pieces, fewer than the default {VOCAB_SIZE:,}: the tokenizer has these"
 LARGEST_PIECE = 1 << 14  # bytes, when a corpus of few documents is cut
 
 
@@ -98,16 +97,16 @@ def prepare(
     files = identity(find_corpus(config, left_out))
     for line in left_out:
         say(line)
+    cache, built = config.cache.expanduser(), False
 
     def folder_of(size: int) -> Path:
         return cache / cache_key(config, files, tokenizer, size, mask)
 
-    cache, built = config.cache.expanduser(), False
     note = folder_of(VOCAB_SIZE).with_suffix(".json")  # how many pieces the text fills, where these are fewer
     noted = read_note(note) if config.vocab_size is None else None
     size = config.vocab_size or noted or VOCAB_SIZE
     if noted:
-        say(FEWER.format(noted))
+        say(fewer(noted))
     for _ in range(3):  # another process may replace a damaged folder at the same time
         folder = folder_of(size)
         if folder.exists():
@@ -131,6 +130,10 @@ def prepare(
     raise DataError(f"{folder}: damaged again each time that it was built")
 
 
+def fewer(size: int) -> str:
+    return f"the text can fill {size:,} pieces, fewer than the default {VOCAB_SIZE:,}: the tokenizer has these"
+
+
 def read_note(note: Path) -> int | None:
     try:
         return int(json.loads(note.read_text(encoding="utf-8"))["vocab_size"])
@@ -139,7 +142,7 @@ def read_note(note: Path) -> int | None:
 
 
 def identity(found: list[tuple[str, list[Path]]]) -> list[tuple[str, str, int, int]]:
-    """What says whether files are still the same: built-in's name, path, size, time."""
+    """Name of the built-in, path, size and time of each file: they tell whether it is still the same."""
     files = []
     for name, paths in found:
         for path in paths:
@@ -188,8 +191,10 @@ def build(
     say: Callable[[str], None],
     progress: bool,
 ) -> int:
-    """Everything of a folder, from reading to index.json. Returns the size of the vocabulary that was trained for it: where
-    none was asked for, what the text fills; and `vocab_size` where none was trained."""
+    """Write a folder, from reading to index.json.
+
+    Returns `vocab_size`; or, where no size was asked for and the text fills fewer pieces, how many.
+    """
     folder.mkdir()
     read = ReadReport()
     documents = list(tqdm(read_corpus(config, read), "reading", unit=" documents", disable=not progress, leave=False))
@@ -219,7 +224,7 @@ def build(
         tokenizer = train(parts["train"], vocab_size, mask, config.vocab_size is None)
         if tokenizer.vocab_size < vocab_size:
             vocab_size = tokenizer.vocab_size
-            say(FEWER.format(vocab_size))
+            say(fewer(vocab_size))
     for name, content in tokenizer.files.items():
         (folder / name).write_bytes(content)
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"

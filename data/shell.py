@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def quote(name: str | Path) -> str:
-    """A name as bash reads it back. shlex.quote does, but for bytes that are no text, which a terminal cannot show.
+    """Quote a name so that bash reads it back; in ASCII, where it holds what a terminal cannot show.
 
     >>> print(quote("my notes"), quote("caf\\udce9 'x'"))
     'my notes' $'caf\\xe9 \\'x\\''

@@ -69,6 +69,13 @@ def test_loops_end(entry):
     assert found(entry) == ["corpus/b.txt", "corpus/below/a.txt"]
 
 
+def test_the_cache_is_no_text_where_it_stands_below():
+    """Our own index.json would change the corpus with each build; a corpus that is the cache's folder is still one."""
+    write("corpus/a.txt"), write("corpus/cache/key/index.json", "{}")
+    for cache, names in (("corpus/cache", ["corpus/a.txt"]), ("corpus", ["corpus/a.txt", "corpus/cache/key/index.json"])):
+        assert [str(path) for path in find_corpus(DataConfig(corpus=("corpus",), cache=Path(cache)))[0][1]] == names
+
+
 def test_links_that_lead_nowhere():
     write("corpus/a.txt"), link("corpus/gone.txt", "/nowhere/b.txt"), link("corpus/self", "self"), link("gone.txt", "c.txt")
     assert found("corpus") == ["corpus/a.txt"]

@@ -46,6 +46,7 @@ from train.setup import (
     open_engine,
     open_network,
     own_device,
+    resolve_data,
     resolve_machine,
     resolve_network,
 )
@@ -92,8 +93,7 @@ def resume(folder: Path, given: dict[str, dict] | None = None) -> Path:
     if config.method is None and "init" in (given or {}).get("run", {}):
         raise TrainError(f"--resume {folder} needs no --init: the run has its weights in its checkpoints")
     if config.method is not None and not config.run.init.exists():
-        where = f"--resume {quote(folder)} --init BASE says where it is"
-        raise TrainError(f"{config.run.init}, the adapter's base, is not there: {where}")
+        raise TrainError(f"the adapter's base {config.run.init} is not there: say where, --resume {quote(folder)} --init BASE")
     with connected() as ranks, held(folder, ranks):
         config = resolve_machine(replace(config, run=replace(config.run, out=folder)), ranks)
         return Run(config, ranks, resume=True).train()
@@ -138,7 +138,7 @@ class Run:
         network = open_network(config, self.tokenizer, checkpoint, place, say)
         if self.device.type == "cpu":
             keep_freed_memory()
-        config = self.config = resolve_network(config, ranks, network)
+        config = self.config = resolve_network(resolve_data(config, self.tokenizer), ranks, network)
         self.task = TASKS[config.run.objective](config, self.shards)
         self.console.unit = self.task.unit
         self.engine, self.config = open_engine(config, ranks, self.device, self.task, network, say)

@@ -148,6 +148,13 @@ def open_data(config: TrainConfig, checkpoint: Path | None, say: Say) -> Shards:
     return prepare(config.data, tokenizer=tokenizer, mask=mask, say=say, progress=progress)
 
 
+def resolve_data(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
+    """Write the size of the vocabulary back into the settings. With --init the tokenizer is that folder's, of any size."""
+    if config.run.init is not None:
+        return config
+    return replace(config, data=replace(config.data, vocab_size=tokenizer.vocab_size))
+
+
 def open_network(
     config: TrainConfig, tokenizer: Tokenizer, checkpoint: Path | None, device: torch.device, say: Say = print
 ) -> nn.Module:
@@ -221,10 +228,7 @@ def resolve_network(config: TrainConfig, ranks: Ranks, network: nn.Module) -> Tr
         loss = choose_loss(rows, has.vocab_size, torch.device(config.run.device))
     if loss == "triton" and (torch.device(config.run.device).type != "cuda" or not importlib.util.find_spec("triton")):
         raise TrainError("--loss triton needs a CUDA device and triton; --loss chunked computes the same without")
-    data = config.data
-    if config.run.init is None:  # else the tokenizer is that folder's, whatever its size
-        data = replace(data, vocab_size=has.vocab_size)
-    return replace(config, data=data, network=asked, speed=replace(speed, precision=precision, compile=compiled, loss=loss))
+    return replace(config, network=asked, speed=replace(speed, precision=precision, compile=compiled, loss=loss))
 
 
 def compile_blocks(network: nn.Module, say: Say) -> bool:

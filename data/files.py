@@ -9,11 +9,10 @@ from typing import Literal
 
 from data.config import DataError
 from data.find import kind
-from data.records import FORMATS, Line, NoRecordsError, Record, RecordError, read_records, shown
+from data.records import FORMATS, Line, NoRecordsError, Record, RecordError, is_utf16, read_records, shown
 
 BadText = Literal["error", "replace", "skip"]
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
-PROBED = 1 << 16  # bytes at the beginning of a file, by which UTF-16 without a mark is told
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def decode(raw: bytes, name: str, offset: int, on_bad_text: BadText, report: Rea
         at = offset + error.start
         hint = " (UTF-16? convert it to UTF-8)" if raw[:2] in UTF16 else ""
         text, problem = raw.decode(errors="replace"), f"{name}: broken UTF-8 at byte {at} (0x{raw[error.start]:02x}){hint}"
-    if offset == 0 and raw.count(0, 0, PROBED) > len(raw[:PROBED]) // 4:  # valid UTF-8, and no text
+    if offset == 0 and is_utf16(raw):
         text, problem = text.replace("\0", "\ufffd"), problem or f"{name}: full of NUL bytes (UTF-16? convert it to UTF-8)"
     if problem and mend(problem, name, on_bad_text, report) is None:
         return None

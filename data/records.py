@@ -25,6 +25,7 @@ from data.shell import quote
 FORMATS = (".jsonl", ".json", ".csv", ".tsv")
 SEPARATORS = ",;\t"  # of .csv: the one that cuts the header into most columns
 LONGEST_FIELD = 2**31 - 1  # characters; csv's own limit is 128 Ki
+PROBED = 1 << 16  # bytes by which UTF-16 without a mark is told
 KEYS = 20  # are named in a message
 
 # What has records too, and is not read; and what makes JSON lines of it.
@@ -60,6 +61,11 @@ class RecordError(DataError):
 
 class NoRecordsError(RecordError):
     """A JSON file that holds something else than a list of records."""
+
+
+def is_utf16(start: bytes) -> bool:
+    """True for the beginning of a file that is NUL bytes by more than a quarter: valid UTF-8, and no text."""
+    return start.count(0, 0, PROBED) > min(len(start), PROBED) // 4
 
 
 def suffix_of(path: str | Path) -> str:

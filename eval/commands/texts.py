@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from json import JSONDecodeError
 from typing import Any
 
-from data.records import FORMATS, Line, RecordError, read_records, refuse_columnar, suffix_of
+from data.records import FORMATS, Line, RecordError, is_utf16, read_records, refuse_columnar, suffix_of
 
 HYPOTHESIS_FIELDS = ("hypothesis", "prediction", "output", "generated", "text")
 REFERENCE_FIELDS = ("references", "reference", "answers", "answer", "target", "label", "text")
@@ -58,6 +58,8 @@ class Source:
                 file = stack.enter_context((gzip.open if self.path.lower().endswith(".gz") else open)(self.path, "rb"))
             for number, line in enumerate(file, 1):
                 line = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"")
+                if number == 1 and is_utf16(line):
+                    raise EvalError(f"{self.name}: full of NUL bytes (UTF-16? convert it to UTF-8)")
                 try:
                     yield number, line.decode("utf-8")
                 except UnicodeDecodeError as error:

@@ -137,6 +137,7 @@ def test_files_that_cannot_be_read(tmp_path):
     assert "is a folder" in refused(tmp_path, good)
     assert "is empty" in refused(written(tmp_path, "e", ""), written(tmp_path, "f", ""))
     assert "is empty" in refused(written(tmp_path, "header.csv", "text\n"), written(tmp_path, "empty.json", "[]"))
+    assert "full of NUL bytes (UTF-16?" in refused(written(tmp_path, "utf16", "a text\n".encode("utf-16-le")), good)
     torn = written(tmp_path, "torn.gz", gzip.compress(b"a\n" * 999)[:-9])
     assert f"{torn}: it cannot be read" in refused(torn, good)
     assert f"{good}.gz: it cannot be read" in refused(written(tmp_path, "good.txt.gz", "a\n"), good)

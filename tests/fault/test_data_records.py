@@ -157,5 +157,5 @@ def test_parquet_is_refused_with_a_command_that_works(tmp_path, monkeypatch, nam
 def test_arrow_and_hidden_parquet(tmp_path):
     write(tmp_path / ".x.parquet", "x"), write(tmp_path / "a.txt", "a text")
     assert len(read(tmp_path)[0]) == 1
-    with pytest.raises(DataError, match=r"x\.arrow: Arrow is not read yet; convert it: python -c .*Dataset\.from_file"):
+    with pytest.raises(DataError, match=r"x\.arrow: Arrow is not read yet; convert it: python -c .*open_stream"):
         read(write(tmp_path / "x.arrow", "x"))

@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 import tyro
 
 from eval import options as asked
-from eval.files import BATCH, HYPOTHESIS_FIELDS, REFERENCE_FIELDS, EvalError, Source, Sources
+from eval.commands.texts import BATCH, HYPOTHESIS_FIELDS, REFERENCE_FIELDS, EvalError, Source, Sources
 
 if TYPE_CHECKING:
     from numpy import ndarray
     from torch import Tensor
 
-    from eval.files import Batch
+    from eval.commands.texts import Batch
     from eval.report import Difference, Result
     from eval.score import Metric
     from train.scoring import Document
@@ -336,5 +336,5 @@ def check_values(options: asked.Scored | asked.Perplexity) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # for a terminal without UTF-8
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal without UTF-8, and for files' names that are none
     sys.exit(main(sys.argv[1:]))

@@ -25,6 +25,8 @@ def place(tmp_path):
     torn = bytearray(gzip.compress(b"".join(b"%d\n" % n for n in range(9999))))
     torn[2000:2100] = bytes(100)
     (tmp_path / "torn.gz").write_bytes(torn)
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    (tmp_path / "one.json").write_text('{"texts": ["one", "two"]}')
     return tmp_path
 
 
@@ -60,6 +62,8 @@ BAD = {
     "bertscore a.txt a.txt --model none": ("none",),
     "bertscore a.txt a.txt --model .": ("config.json",),
     "perplexity none a.txt": ("none",),
+    "bleu x.parquet a.txt": ("x.parquet: Parquet is not read yet; convert it: python -c ",),
+    "bleu a.txt one.json": ("one.json: one object, with the keys 'texts', and no list of records",),
 }
 
 

@@ -6,7 +6,6 @@ Files are read a batch at a time; of each example only the statistics stay, whol
 import itertools
 import json
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from eval.files import Batch
+    from eval.notes import Notes
     from eval.report import Difference, Result
     from eval.score import Metric
     from train.scoring import Document
@@ -38,7 +38,7 @@ class Scorer(NamedTuple):
     """Metrics that share the work on a batch; by the first one, examples are said to differ."""
 
     metrics: list["Metric"]
-    statistics: Callable[[Texts, Sequence[Sequence[str | None]]], list["Tensor"]]
+    statistics: Callable[..., list["Tensor"]]  # (hypotheses, streams of references, notes=…)
     batch: int | None = None  # examples at once, where it matters
 
 
@@ -51,18 +51,22 @@ def settings(options: asked.Scored) -> dict[str, object]:
     return {name: value for name, value in asdict(options).items() if name not in common}
 
 
+def scorer_of(metric: "Metric", batch: int | None = None) -> Scorer:
+    return Scorer([metric], lambda *texts, notes: [metric.statistics(*texts, notes=notes)], batch)
+
+
 def bleu(options: asked.Bleu) -> Scorer:
     from eval.bleu import Bleu
 
     metric = Bleu(**settings(options))
-    return Scorer([metric], lambda hypotheses, references: [metric.statistics(hypotheses, references)])
+    return scorer_of(metric)
 
 
 def chrf(options: asked.Chrf) -> Scorer:
     from eval.chrf import Chrf
 
     metric = Chrf(**settings(options))
-    return Scorer([metric], lambda hypotheses, references: [metric.statistics(hypotheses, references)])
+    return scorer_of(metric)
 
 
 def rouge(options: asked.Rouge) -> Scorer:
@@ -71,20 +75,14 @@ def rouge(options: asked.Rouge) -> Scorer:
     wrong = [kind for kind in options.kinds if kind not in KINDS]
     if wrong or not options.kinds:
         raise EvalError(f"--kinds {shlex.join(wrong)}: kinds are {', '.join(KINDS)}; files stand before --kinds")
-    metrics = [Rouge(kind, stemmer=options.stemmer) for kind in options.kinds]
-    told = False
+    metrics = [Rouge(kind, stemmer=options.stemmer, tokenize=options.tokenize) for kind in options.kinds]
 
     def broken(texts: Sequence[str | None]) -> list[str | None]:
         there = options.line_break
         return [text if text is None or not there else text.replace(there, "\n") for text in texts]
 
-    def statistics(hypotheses: Texts, references: Sequence[Sequence[str | None]]) -> list["Tensor"]:
-        nonlocal told
-        without = next((text for text in hypotheses if text.strip() and not re.search("[a-z0-9]", text.lower())), None)
-        if without is not None and not told:
-            print(f"note: words of ROUGE are of a-z and 0-9, and {without!r:.60} has none", file=sys.stderr)
-            told = True
-        return rouge_statistics(metrics, broken(hypotheses), [broken(stream) for stream in references])
+    def statistics(hypotheses: Texts, references: Sequence[Sequence[str | None]], *, notes: "Notes") -> list["Tensor"]:
+        return rouge_statistics(metrics, broken(hypotheses), [broken(stream) for stream in references], notes=notes)
 
     return Scorer(metrics, statistics)
 
@@ -95,7 +93,7 @@ def meteor(options: asked.Meteor) -> Scorer:
 
     wordnet = None if options.wordnet is None else WordNet(options.wordnet)
     metric = Meteor(**settings(options) | {"wordnet": wordnet})
-    return Scorer([metric], lambda hypotheses, references: [metric.statistics(hypotheses, references)])
+    return scorer_of(metric)
 
 
 def bertscore(options: asked.BertScore) -> Scorer:
@@ -108,14 +106,14 @@ def bertscore(options: asked.BertScore) -> Scorer:
     metric = BertScore(opened.network, opened.tokenizer, model=name, **given)
     # Which token is rare, all references tell together.
     batch = sys.maxsize if options.idf else None
-    return Scorer([metric], lambda hypotheses, references: [metric.statistics(hypotheses, references)], batch)
+    return scorer_of(metric, batch)
 
 
 def f1(options: asked.F1) -> Scorer:
     from eval.answers import Answers, answers_statistics
 
     metrics = [Answers("f1", **settings(options)), Answers("exact", **settings(options))]
-    return Scorer(metrics, lambda hypotheses, references: answers_statistics(metrics, hypotheses, references))
+    return Scorer(metrics, lambda *texts, notes: answers_statistics(metrics, *texts, notes=notes))
 
 
 SCORERS: dict[type, Callable[..., Scorer]] = {
@@ -136,7 +134,8 @@ def sources(options: asked.Scored) -> Sources:
     reference_fields = (options.reference_field,) if options.reference_field else REFERENCE_FIELDS
     files, systems = list(options.files), {}
     if not options.system and len(files) < 2:
-        raise EvalError("a file of hypotheses and one or more of references are wanted: HYP REF…")
+        last = "; files stand before --no-answer" if getattr(options, "no_answer", ()) else ""
+        raise EvalError(f"a file of hypotheses and one or more of references are wanted: HYP REF…{last}")
     for system in options.system or ["=" + files.pop(0)]:
         name, equals, path = system.partition("=")
         if not (equals and path) or (options.system and not name):
@@ -153,16 +152,20 @@ def sources(options: asked.Scored) -> Sources:
 def score_texts(options: asked.Scored) -> None:
     from tqdm import tqdm
 
+    from eval.notes import Notes
     from eval.report import Difference, compared, per_example
 
     scorer, found = SCORERS[type(options)](options), sources(options)
     names = list(found.systems)
     statistics: dict[str, list[list[Tensor]]] = {name: [[] for _ in scorer.metrics] for name in names}
     differences: dict[str, list[Difference]] = {name: [] for name in names[1:]}
+    notes = {name: Notes() for name in names}
     bar = tqdm(unit="example", desc="scoring", disable=not sys.stderr.isatty(), leave=False, delay=1)
     with bar, whole_or_not_there(options.per_example, found) as written:
         for batch in found.batches(scorer.batch or BATCH):
-            scored = {name: scorer.statistics(texts, batch.references) for name, texts in batch.hypotheses.items()}
+            scored = {
+                name: scorer.statistics(texts, batch.references, notes=notes[name]) for name, texts in batch.hypotheses.items()
+            }
             for name, parts in scored.items():
                 for kept, part in zip(statistics[name], parts, strict=True):
                     kept.append(part)
@@ -171,9 +174,20 @@ def score_texts(options: asked.Scored) -> None:
             if written:
                 written.writelines(per_example(scorer.metrics, scored, batch.first))
             bar.update(len(batch.references[0]))
+    say(notes)
     whole = {name: [joined(parts) for parts in kept] for name, kept in statistics.items()}
     result = compared(scorer.metrics, whole, samples=options.samples, seed=options.seed, test=options.test)
     show(options.json, result, differences if options.differ else dict.fromkeys(differences))
+
+
+def say(notes: "dict[str, Notes]") -> None:
+    """Each note once, of the first system that it is true of."""
+    told: dict[str, str] = {}
+    for system, each in notes.items():
+        for name, text in each.said().items():
+            told.setdefault(name, f"{system}: {text}" if system else text)
+    for text in told.values():
+        print(f"note: {text}", file=sys.stderr)
 
 
 @contextmanager

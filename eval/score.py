@@ -50,7 +50,10 @@ class Metric(Protocol):
     mean: bool
 
     def statistics(self, hypotheses: Sequence[str], references: Sequence[Sequence[str | None]]) -> Tensor:
-        """Statistics (B, K) of B examples; references in streams, one for each of the R references, each B long."""
+        """Statistics (B, K) of B examples; references in streams, one for each of the R references, each B long.
+
+        Metrics of texts warn of those that do not fit them, or with `notes` add what they count of these (`eval.notes`).
+        """
 
     def scores(self, statistics_XK: Tensor) -> Tensor:
         """The score of each row, float64, over any leading dimensions."""

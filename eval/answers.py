@@ -26,7 +26,7 @@ from torch import Tensor
 from eval import scripts, unanswered
 from eval.ngram import matches_each, numbered
 from eval.notes import Notes
-from eval.score import Score, check_each_has_one, check_streams, corpus_value, exact_mean, ratio
+from eval.score import Proportion, Score, check_each_has_one, check_streams, corpus_value, exact_mean, ratio
 
 KINDS = {"exact": "exact match", "f1": "F1"}
 VERSIONS = ("1.1", "2.0")
@@ -90,6 +90,10 @@ class Answers:
 
     def examples(self, statistics_BK: Tensor) -> Tensor:
         return self.scores(statistics_BK)
+
+    def proportion(self, statistics_BK: Tensor) -> Proportion | None:
+        """Of exact match."""
+        return Proportion(int(statistics_BK[:, 2].sum()), len(statistics_BK), 100.0) if self.kind == "exact" else None
 
     def score(self, statistics_BK: Tensor) -> Score:
         """Parts: `has_answer` and `no_answer`, the means over the questions that have an answer and over the others, each None

@@ -137,7 +137,9 @@ class BertScore:
 
     def _chunks(self, hypotheses: Sequence[str], references: Sequence[Sequence[str | None]]) -> Iterator["Pairs"]:
         """All pairs in order, in pieces of a bounded number of tokens; a text comes once in a piece."""
-        pairs, tokens, unknown_id = Pairs([], [], [], {}, [], []), 0, getattr(self.tokenizer, "unknown_id", None)
+        specials = 1 + (self.tokenizer.bos_id != self.tokenizer.eos_id)
+        unknown_id = getattr(self.tokenizer, "unknown_id", None)
+        pairs, tokens = Pairs([], [], [], {}, [], []), 0
         for example, (hypothesis, *found) in enumerate(zip(hypotheses, *references, strict=True)):
             for reference in found:
                 if reference is None:
@@ -147,7 +149,7 @@ class BertScore:
                         pairs.texts[text] = len(pairs.ids)
                         whole = token_ids(text, self.tokenizer)
                         ids = shortened(whole, self.max_length)
-                        counts = {"texts": 1, "cut": len(ids) < len(whole), "tokens": len(ids)}
+                        counts = {"texts": 1, "cut": len(ids) < len(whole), "tokens": len(ids) - specials}
                         pairs.counts.append(counts | {"unknown": ids.count(unknown_id)})
                         pairs.ids.append(ids)
                         tokens += len(ids)
@@ -170,9 +172,8 @@ class BertScore:
         weight_N = self._weights(ids_N, start_U, length_U, idf)
         weight_U = torch.zeros_like(start_U, dtype=weight_N.dtype)
         weight_U.index_add_(0, torch.repeat_interleave(length_U), weight_N)
-        specials = 1 + (self.tokenizer.bos_id != self.tokenizer.eos_id)
-        for counts, weight, length in zip(pairs.counts, weight_U.tolist(), length_U.tolist(), strict=True):
-            counts["weightless"] = weight == 0 and length > specials
+        for counts, weight in zip(pairs.counts, weight_U.tolist(), strict=True):
+            counts["weightless"] = weight == 0 and counts["tokens"] > 0
         unit_ND = self._vectors(ids_N, start_U, length_U, list(pairs.texts))
         hypothesis_P, reference_P = (torch.tensor(side, device=device) for side in (pairs.hypotheses, pairs.references))
         matched_P3 = torch.zeros(len(hypothesis_P), 3, dtype=torch.float64, device=device)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from eval.multilabel import is_label_matrix, score_columns
 from eval.rates import AVERAGES, RATES, averaged, check_rates, correlation, rates
-from eval.score import Score, corpus_value, ratio
+from eval.score import Proportion, Score, corpus_value, ratio
 
 IGNORED = -100
 Classes = Sequence[int] | Sequence[str] | int | None
@@ -193,6 +193,12 @@ class Classification:
     def examples(self, statistics_BK: Tensor) -> Tensor:
         """The share of each example's labels that is right, whatever `value` is."""
         return ratio(statistics_BK[..., 1::3].sum(-1), statistics_BK[..., 0])
+
+    def proportion(self, statistics_BK: Tensor) -> Proportion | None:
+        """Of accuracy, where an example is one label: those of a row are not drawn apart."""
+        if self.value != "accuracy" or bool((statistics_BK[:, 0] > 1).any()):
+            return None
+        return Proportion(int(statistics_BK[:, 1::3].sum()), int(statistics_BK[:, 0].sum()), 1.0)
 
     def score(self, statistics_BK: Tensor) -> Score:
         """Parts: accuracy, mcc, the three averages of (precision, recall, f1), and per class the three and the support."""

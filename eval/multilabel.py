@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from eval.rates import AVERAGES, RATES, averaged, check_rates, rates
-from eval.score import Score, corpus_value, exact_mean, ratio
+from eval.score import Proportion, Score, corpus_value, exact_mean, ratio
 
 MATRIX_AVERAGES = (*AVERAGES, "samples")
 
@@ -80,6 +80,11 @@ class Multilabel:
         if self.value == "accuracy":
             return ratio(statistics_XK[..., 1], statistics_XK[..., 0])
         return self._of_examples(statistics_XK)[..., RATES.index(self.value)]
+
+    def proportion(self, statistics_BK: Tensor) -> Proportion | None:
+        """Of subset accuracy."""
+        right, trials = int(statistics_BK[:, 1].sum()), len(statistics_BK)
+        return Proportion(right, trials, 1.0) if self.value == "accuracy" else None
 
     def _of_examples(self, statistics_XK: Tensor) -> Tensor:
         """Precision, recall and F1 of each example's labels."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from numpy import ndarray
     from torch import Tensor
 
+    from data.tokenizer import Tokenizer
     from eval.files import Batch
     from eval.notes import Notes
     from eval.report import Difference, Result
@@ -152,7 +153,7 @@ def sources(options: asked.Scored) -> Sources:
 def score_texts(options: asked.Scored) -> None:
     from tqdm import tqdm
 
-    from eval.notes import Notes
+    from eval.notes import Notes, said_once
     from eval.report import Difference, compared, per_example
 
     scorer, found = SCORERS[type(options)](options), sources(options)
@@ -174,20 +175,11 @@ def score_texts(options: asked.Scored) -> None:
             if written:
                 written.writelines(per_example(scorer.metrics, scored, batch.first))
             bar.update(len(batch.references[0]))
-    say(notes)
+    for note in said_once(notes):
+        print(f"note: {note}", file=sys.stderr)
     whole = {name: [joined(parts) for parts in kept] for name, kept in statistics.items()}
     result = compared(scorer.metrics, whole, samples=options.samples, seed=options.seed, test=options.test)
     show(options.json, result, differences if options.differ else dict.fromkeys(differences))
-
-
-def say(notes: "dict[str, Notes]") -> None:
-    """Each note once, of the first system that it is true of."""
-    told: dict[str, str] = {}
-    for system, each in notes.items():
-        for name, text in each.said().items():
-            told.setdefault(name, f"{system}: {text}" if system else text)
-    for text in told.values():
-        print(f"note: {text}", file=sys.stderr)
 
 
 @contextmanager
@@ -263,8 +255,9 @@ def score_model(options: asked.Perplexity) -> None:
     if not 2 <= context <= has:
         raise EvalError(f"--context {options.context}: from 2 to the network's {has:,}")
     tokenizer, eos = opened.tokenizer, held if options.eos == "auto" else options.eos == "yes"
+    bos_id = beginning(options.bos, tokenizer)
     settings = {
-        "bos_id": tokenizer.bos_id if options.bos else None,
+        "bos_id": bos_id,
         "eos_id": tokenizer.eos_id if eos else None,
         "top_k": options.top_k,
         "bins": options.bins,
@@ -272,16 +265,24 @@ def score_model(options: asked.Perplexity) -> None:
     if masked:
         if options.stride is not None:
             raise EvalError("--stride is of causal models: of a masked one each token sees all of its document")
+        if options.bos == "every-window":
+            raise EvalError("--bos every-window is of causal models: a masked one has no windows")
         metric = PseudoPerplexity(mask_id=tokenizer.mask_id, **settings)
-        found = (part for whole in found for part in pieces(whole, context - options.bos - eos, tokenizer.piece_bytes))
+        found = (part for whole in found for part in pieces(whole, context - (bos_id is not None) - eos, tokenizer.piece_bytes))
     else:
-        metric = Perplexity(context=context, stride=options.stride, **settings)
+        bos_at = "every-window" if options.bos == "every-window" else "document"
+        metric = Perplexity(context=context, stride=options.stride, bos_at=bos_at, **settings)
     statistics_BK = metric.statistics(opened.network, **columns(found, options.tokens), **reading(options))
     counted = "document" if len(statistics_BK) == statistics_BK[:, 6].sum() else "window"
     result = alone(metric, statistics_BK, samples=options.samples, seed=options.seed, counted=counted)
     if not options.json:
         print(f"{options.model} on {what}")
     show(options.json, result, {})
+
+
+def beginning(bos: str, tokenizer: "Tokenizer") -> int | None:
+    """The token that `--bos` puts before a text, if any."""
+    return None if bos == "no" else tokenizer.bos_id
 
 
 def reading(options: asked.Perplexity) -> dict[str, object]:

@@ -7,7 +7,7 @@ kept until all batches are there: `python -m eval` prints it as `note: …`.
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 Counts = TypeVar("Counts")
@@ -27,6 +27,15 @@ class Notes:
         """Name -> sentence, of those that have one."""
         sentences = {name: sentence(counts) for name, (sentence, counts) in self.found.items()}
         return {name: text for name, text in sentences.items() if text}
+
+
+def said_once(notes: Mapping[str, Notes]) -> list[str]:
+    """Each note of several systems once, with the name of the first one that it is true of."""
+    told: dict[str, str] = {}
+    for system, each in notes.items():
+        for name, text in each.said().items():
+            told.setdefault(name, f"{system}: {text}" if system else text)
+    return list(told.values())
 
 
 def notice(name: str, sentence: Callable[[Counts], str | None], counts: Counts, notes: Notes | None = None) -> None:

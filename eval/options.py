@@ -156,8 +156,9 @@ class Perplexity:
     """How far a window moves: each target sees at least context - stride tokens. Default: half the context."""
     tokens: int | None = None
     """Stop after the document in which so many tokens are reached. Default: all."""
-    bos: bool = True
-    """Begin each document with the token that begins one: its first token is scored too."""
+    bos: Literal["auto", "yes", "no", "every-window"] = "auto"
+    """Begin each document with the token that begins one: its first token is scored too. every-window: begin each window of a
+    document with it. auto: yes."""
     eos: Literal["auto", "yes", "no"] = "auto"
     """Score the token that ends a document. auto: of held-out text, as training does; not of other text."""
     batch_size: int | None = None

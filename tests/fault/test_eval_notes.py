@@ -71,6 +71,19 @@ def test_the_share_of_dropped_letters():
     assert "50.0 % of the letters of hypotheses" in note and ", and 2 of 4 texts lose most of theirs" in note
 
 
+def test_one_letter_in_200_and_one_text_of_many():
+    """Few such letters pass; a text that has not much else is said however many others there are."""
+    for letters, notes in ((200, 1), (201, 0)):
+        text = "é" + "e" * (letters - 1)
+        assert len(said(lambda text=text: rouge([text], ["e"]))) == notes
+        text = "花园" + "e" * (2 * letters - 2)
+        assert len(said(lambda text=text: corpus_bleu([text], [[text]]))) == notes
+    many = [ENGLISH] * 500
+    (note,) = said(lambda: rouge([*many, "中文"], [*many, ENGLISH]))
+    assert "0.0 % of the letters of references" in note.replace("those of ", "the letters of ") and "1 of 1,002 texts" in note
+    assert len(said(lambda: corpus_bleu([*many, "中文"], [[*many, ENGLISH]]))) == 1
+
+
 @pytest.mark.parametrize("language", UNSPACED)
 def test_sentences_that_are_not_cut(language):
     """Near-equal lines share no word. Tibetan's syllables are parted by a mark, which no tokenizer but char takes for one."""

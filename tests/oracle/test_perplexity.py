@@ -97,7 +97,7 @@ def test_strided_windows_equal_a_plain_loop(context, stride, parity):
     assert error(score.value, math.exp(dropped / count)) > 1e-3
 
 
-@pytest.mark.parametrize(("context", "stride", "eos"), [(2, 1, False), (3, 2, True), (8, 3, True), (8, 8, False), (40, 5, True)])
+@pytest.mark.parametrize(("context", "stride", "eos"), [(2, 1, 0), (3, 2, 1), (8, 3, 1), (8, 8, 0), (40, 5, 1)])
 def test_a_bos_in_every_window_equals_direct_computation(context, stride, eos, parity):
     """Each target by the first window that reaches it, which is read on its own: a bos, and what stands before the target."""
     total, count, given = 0.0, 0, documents((20, 0, 7, 1, 33))

@@ -53,6 +53,7 @@ def settings(options: asked.Scored) -> dict[str, object]:
 
 
 def scorer_of(metric: "Metric", batch: int | None = None) -> Scorer:
+    """The scorer of one metric."""
     return Scorer([metric], lambda *texts, notes: [metric.statistics(*texts, notes=notes)], batch)
 
 

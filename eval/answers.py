@@ -139,7 +139,7 @@ def answers_statistics(
     (no_answer,) = mapped
     sides = [_words(texts, side, no_answer) for side, texts in enumerate((hypotheses, *references))]
     if any(metric.kind == "f1" for metric in metrics):
-        scripts.notice_uncut("SQuAD's words", SPACES_FIRST, [hypotheses, *references], sides, notes)
+        scripts.notice_uncut("SQuAD's F1", SPACES_FIRST, [hypotheses, *references], sides, notes)
     if all(metric.version == "2.0" for metric in metrics):
         unanswered.notice_in_words(sides, notes)
     answer_B, *right_RB = sides

@@ -109,9 +109,9 @@ class BertScore:
                 done = pairs.examples[-1] + 1
                 print(f"\r{done:,} of {len(hypotheses):,}", end="\n" * (done == len(hypotheses)), file=sys.stderr, flush=True)
         there = [sum(text is not None for text in found) for found in zip(*references, strict=True)]
-        notice("cut", partial(cut_off, self.max_length), found, notes)
-        notice("unknown", unknown, found, notes)
-        notice("idf", weightless, found, notes)
+        notice("cut", partial(describe_cut, self.max_length), found, notes)
+        notice("unknown", describe_unknown, found, notes)
+        notice("idf", describe_weightless, found, notes)
         count_B1 = torch.tensor(there, dtype=torch.float64)[:, None]
         return torch.cat([count_B1, (best_B3 - self.baseline_3) / (1 - self.baseline_3)], 1)
 
@@ -237,18 +237,18 @@ class Pairs(NamedTuple):
     counts: list[dict[str, int]]
 
 
-def cut_off(max_length: int | None, found: Counter) -> str | None:
+def describe_cut(max_length: int | None, found: Counter) -> str | None:
     return f"{found['cut']} of {found['texts']} texts are cut to {max_length} tokens" if found["cut"] else None
 
 
-def unknown(found: Counter) -> str | None:
+def describe_unknown(found: Counter) -> str | None:
     if found["unknown"] <= UNKNOWN * found["tokens"]:
         return None
     share = 100 * found["unknown"] / found["tokens"]
     return f"{share:.1f} % of the tokens are the unknown one, alike whatever the text is: take an encoder that knows its script"
 
 
-def weightless(found: Counter) -> str | None:
+def describe_weightless(found: Counter) -> str | None:
     if not found["weightless"]:
         return None
     return (

@@ -83,12 +83,12 @@ class Bleu:
         )
 
     def _notice(self, texts: Sequence[Sequence], sides: Sequence[Sequence], notes: Notes | None) -> None:
-        """Say that texts are in sentences, or in tokens, where this tokenizer takes words or text."""
-        if self.tokenize in scripts.WORDS:
-            scripts.notice_uncut(f"BLEU's words ({self.tokenize})", scripts.TOKENIZERS, texts, sides, notes)
+        """Say that texts are not cut into words by this tokenizer, or that they are in tokens already."""
+        if self.tokenize not in ("char", "ids"):
+            scripts.notice_uncut(f"BLEU ({self.tokenize})", scripts.TOKENIZERS, texts, sides, notes)
         if self.tokenize not in ("none", "ids") and not self.force:
             count = sum(text.endswith(" .") for text in texts[0])
-            notice("tokenized", tokenized, count, notes)
+            notice("tokenized", describe_tokenized, count, notes)
 
     def scores(self, statistics_XK: Tensor) -> Tensor:
         precision_XO, penalty_X, orders_X = self._parts(statistics_XK)
@@ -147,7 +147,7 @@ class Bleu:
         return sacrebleu_signature(statistics_BK, settings, **resampled)
 
 
-def tokenized(count: int) -> str | None:
+def describe_tokenized(count: int) -> str | None:
     if count < TOKENIZED:
         return None
     return (

@@ -73,7 +73,7 @@ class Chrf:
         sides = [[self._text(text) for text in texts] for texts in (hypotheses, *references)]
         if self.word_order:
             between_spaces = [[[text] for text in texts] for texts in sides]
-            scripts.notice_uncut(f"{self.name}'s words", CHARACTERS_ALONE, sides, between_spaces, notes)
+            scripts.notice_uncut(self.name, CHARACTERS_ALONE, sides, between_spaces, notes)
         rows = [torch.zeros(0, 1 + 3 * self.orders, dtype=torch.int64)]
         rows += [self._best(*(side[batch] for side in sides)) for batch in batches(sides)]
         return torch.cat(rows)

@@ -89,9 +89,9 @@ class Meteor:
         texts = [self._words(side) for side in (hypotheses, *references)]
         if None in texts[0]:
             raise TypeError(f"hypothesis {texts[0].index(None)} is None")
-        if self.tokenize in scripts.WORDS:
+        if self.tokenize != "char":
             whole = [[text if isinstance(text, str) else None for text in side] for side in (hypotheses, *references)]
-            scripts.notice_uncut(f"METEOR's words ({self.tokenize})", scripts.TOKENIZERS, whole, texts, notes)
+            scripts.notice_uncut(f"METEOR ({self.tokenize})", scripts.TOKENIZERS, whole, texts, notes)
         words = list(dict.fromkeys(word for side in texts for text in side if text is not None for word in text))
         stems = [porter.stem(word) for word in words] if self.stem else words
         forms = list(dict.fromkeys(stems))

@@ -97,7 +97,7 @@ class Multilabel:
         correct, predicted, true = count_C3.sum(0).tolist()
         parts = {
             "accuracy": float(ratio(statistics_BK[:, 1].sum(), statistics_BK[:, 0].sum())),
-            "hamming_loss": (predicted + true - 2 * correct) / max(1, len(statistics_BK) * self.columns),
+            "hamming_loss": (predicted + true - 2 * correct) / max(1, int(statistics_BK[:, 0].sum()) * self.columns),
             "classes": tuple(range(self.columns)) if isinstance(self.classes, int) else tuple(self.classes),
             "support": count_C3[:, 2].tolist(),
         }
@@ -110,7 +110,7 @@ class Multilabel:
         return Score(self.name, corpus_value(self, statistics_BK), parts, self.signature(statistics_BK))
 
     def signature(self, statistics_BK: Tensor, **resampled: object) -> str:
-        said = {"examples": len(statistics_BK)} | resampled | {"columns": self.columns, "value": self.value}
+        said = {"examples": int(statistics_BK[:, 0].sum())} | resampled | {"columns": self.columns, "value": self.value}
         said |= {"average": self.average} if self.value in RATES else {}
         return "|".join(f"{name}:{value}" for name, value in (said | {"zero_division": f"{self.zero_division:g}"}).items())
 

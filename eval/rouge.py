@@ -248,8 +248,8 @@ def _cut(texts: Sequence[Sequence], tokenize: str, notes: Notes | None) -> list[
     words = [_words(side, tokenize) for side in lines]
     if tokenize == "rouge-score":
         scripts.notice_dropped(texts[0], texts[1:], notes)
-    elif tokenize in ("unicode", *scripts.WORDS):
-        scripts.notice_uncut(f"ROUGE's words ({tokenize})", scripts.TOKENIZERS, lines, words, notes)
+    elif tokenize != "char":
+        scripts.notice_uncut(f"ROUGE ({tokenize})", scripts.TOKENIZERS, lines, words, notes)
     return words
 
 

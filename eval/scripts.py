@@ -17,7 +17,6 @@ import numpy as np
 
 from eval.notes import Notes, notice
 
-WORDS = ("13a", "intl", "none")  # tokenizers of eval.tokenize that leave together what stands between spaces
 LEAST = 0.005  # of the letters, one in 200: about every 40th word has such a one
 UNCUT = 0.9  # of the pairs of neighbouring letters: words of Thai in tokens, six letters long, keep 0.83 of them together
 UNSPACED = (  # first and last of scripts that are written without spaces between words
@@ -123,10 +122,10 @@ def count(texts: Iterable[str | None], unseen: np.ndarray) -> Letters:
 def notice_dropped(hypotheses: Sequence[str], references: Sequence[Sequence[str | None]], notes: Notes | None) -> None:
     """Say which letters are lost to words of a-z and 0-9."""
     every = (text for stream in references for text in stream)
-    notice("dropped", dropped, Sides(count(hypotheses, letter_codes()), count(every, letter_codes())), notes)
+    notice("dropped", describe_dropped, Sides(count(hypotheses, letter_codes()), count(every, letter_codes())), notes)
 
 
-def dropped(found: Sides) -> str | None:
+def describe_dropped(found: Sides) -> str | None:
     if not found.are_many:
         return None
     mostly, texts = found.total("mostly"), found.total("texts")
@@ -141,7 +140,7 @@ def dropped(found: Sides) -> str | None:
 
 
 def notice_uncut(
-    words: str,
+    who: str,
     instead: str,
     texts: Sequence[Sequence[str | None]],
     tokens: Sequence[Sequence[Sequence[str] | None]],
@@ -149,10 +148,10 @@ def notice_uncut(
 ) -> None:
     """Say that the tokens of texts, hypotheses and then streams of references, are sentences; `instead` is the way on.
 
-    `words` names what should be words: "BLEU's words (13a)".
+    `who` takes them for words: "BLEU (13a)".
     """
     hypotheses, *references = (neighbours(*side) for side in zip(texts, tokens, strict=True))
-    notice(f"uncut {words}", partial(uncut, words, instead), Sides(hypotheses, sum(references, Letters())), notes)
+    notice(f"uncut {who}", partial(describe_uncut, who, instead), Sides(hypotheses, sum(references, Letters())), notes)
 
 
 def neighbours(texts: Sequence[str | None], tokens: Sequence[Sequence[str] | None]) -> Letters:
@@ -176,10 +175,10 @@ def adjacent(text: str) -> int:
     return int((is_C[1:] & is_C[:-1]).sum())
 
 
-def uncut(words: str, instead: str, found: Sides) -> str | None:
+def describe_uncut(who: str, instead: str, found: Sides) -> str | None:
     if not found.are_many or found.total("uncut") <= UNCUT * found.total("pairs"):
         return None
-    return f"{words} stand between spaces, but {found} are of scripts that have none: whole sentences count as words. {instead}"
+    return f"{who} takes whole sentences for words: {found} are of scripts without spaces between words. {instead}"
 
 
 TOKENIZERS = "'zh' cuts Chinese, 'ja-mecab' Japanese, 'char' any script (tokenize='zh', --tokenize zh)"

@@ -8,7 +8,7 @@
 Differences are absolute, p = (c + 1) / (samples + 1), c how often. A tie does not count, so that a system against itself has
 the smallest p there is: look at the difference too. Draws and p-values are sacrebleu's for the same seed.
 
-Such a p means nothing where few examples differ (`smallest_p`): with fewer than six none is below 0.05 by right.
+Where fewer than six examples differ, no two-sided p-value can be below 0.05 (`smallest_p`), and the functions warn.
 Source: Koehn 2004, aclanthology.org/W04-3250; Riezler & Maxwell 2005, aclanthology.org/W05-0908; for how many examples are
 needed Card et al. 2020, arXiv 2010.06595.
 """
@@ -70,7 +70,7 @@ def paired_bootstrap(
     difference_X = resampled_difference(metric, baseline_BK, system_BK, samples=samples, seed=seed)
     beyond_X = difference_X.abs() - difference_X.abs().mean()
     found = _compared("bs", metric, baseline_BK, system_BK, beyond_X, interval(difference_X, seed=seed))
-    notice("p", meaningless, found, notes)
+    notice("p", describe_meaningless, found, notes)
     return found
 
 
@@ -93,16 +93,17 @@ def approximate_randomisation(
     second_XK = (columns[0] + columns[1]).sum(0) - first_XK
     beyond_X = (value(metric, first_XK) - value(metric, second_XK)).abs()
     found = _compared("ar", metric, baseline_BK, system_BK, beyond_X, interval(difference_X, seed=seed))
-    notice("p", meaningless, found, notes)
+    notice("p", describe_meaningless, found, notes)
     return found
 
 
 def smallest_p(differing: int) -> float:
-    """The smallest p that a two-sided test of so many examples that differ may give: 2 / 2^n, and 1 of none.
+    """The smallest p-value of a two-sided test on n examples that differ: 2 / 2^n, and 1 of none.
 
-    Were the systems alike, each example might as well have its outputs the other way round: 2^n outcomes, all as likely. As
-    large a difference as was observed have two of them at least, that one and the one with all outputs the other way round. So
-    p <= 0.05 takes six examples; a bootstrap, whose samples these examples are all there is of, knows no more.
+    If the systems are alike, their outputs on any example might as well be exchanged: 2^n outcomes, equally likely. To exchange
+    all outputs changes the sign of the difference alone, so that two outcomes at least are as extreme as the observed one.
+    p <= 0.05 takes six examples. Those that both systems score alike change no outcome. A bootstrap resamples the same examples
+    and has no more evidence.
     Source: Fisher 1935, "The design of experiments", section 21; for text Noreen 1989, Riezler & Maxwell 2005.
 
     >>> [smallest_p(n) for n in (0, 1, 4, 5, 6)]
@@ -122,12 +123,12 @@ def why_no_p(comparison: Comparison) -> str | None:
     if smallest_p(count) <= LEVEL:
         return None
     if not count:
-        return "no example differs, and a p would be of nothing"
+        return "no example differs, and there is nothing to test"
     examples = f"{count} example{'s differ' if count > 1 else ' differs'}"
     return f"{examples}: a two-sided p of so few is at least {smallest_p(count):g}, and {LEVEL:g} takes {fewest_examples()}"
 
 
-def meaningless(comparison: Comparison) -> str | None:
+def describe_meaningless(comparison: Comparison) -> str | None:
     why = why_no_p(comparison)
     return why and f"this p_value means nothing: {why}"
 

@@ -1,6 +1,6 @@
 """Answers that say in words that there is none: "unanswerable", "N/A", where SQuAD 2.0 has the empty answer.
 
-To SQuAD's script they are words like others, and so they are here. Counted is how many questions are wrong by that alone.
+To SQuAD's script they are words like others, and so they are here. A note counts the questions that are wrong by that alone.
 """
 
 import shlex
@@ -44,13 +44,13 @@ def notice_in_words(sides: Sequence[Sequence[list[str] | None]], notes: Notes | 
             is_wrong = rights <= NONE
             said, wrong = said + (answer != ""), wrong + is_wrong
             phrases.update((rights | {answer} if is_wrong else {answer}) - {""})
-    notice("no answer", in_words, InWords(len(sides[0]), said, wrong, phrases), notes)
+    notice("no answer", describe, InWords(len(sides[0]), said, wrong, phrases), notes)
 
 
-def in_words(found: InWords) -> str | None:
+def describe(found: InWords) -> str | None:
     """The sentence of a note, where a question is wrong by words alone, or many hypotheses are such words.
 
-    >>> in_words(InWords(9, 3, 2, Counter({"unanswerable": 2, "na": 1})))
+    >>> describe(InWords(9, 3, 2, Counter({"unanswerable": 2, "na": 1})))
     "'unanswerable', 'na' are words, not the empty answer: 3 of 9 hypotheses say so, and 2 questions ..."
     """
     if not found.wrong and found.said <= MANY * found.hypotheses:

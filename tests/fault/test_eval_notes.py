@@ -89,18 +89,18 @@ def test_sentences_that_are_not_cut(language):
     """Near-equal lines share no word. Tibetan's syllables are parted by a mark, which no tokenizer but char takes for one."""
     text = UNSPACED[language]
     calls = {
-        "BLEU's words (13a)": lambda: corpus_bleu([text], [[text]]),
-        "BLEU's words (intl)": lambda: corpus_bleu([text, ENGLISH], [[text, ENGLISH]], tokenize="intl"),
-        "BLEU's words (none)": lambda: corpus_bleu([ENGLISH], [[text]], tokenize="none"),
-        "METEOR's words (none)": lambda: meteor([text], [text]),
-        "chrF2++'s words": lambda: corpus_chrf([text], [[text]], word_order=2),
-        "SQuAD's words": lambda: answers([text], [text]),
+        "BLEU (13a)": lambda: corpus_bleu([text], [[text]]),
+        "BLEU (intl)": lambda: corpus_bleu([text, ENGLISH], [[text, ENGLISH]], tokenize="intl"),
+        "BLEU (none)": lambda: corpus_bleu([ENGLISH], [[text]], tokenize="none"),
+        "METEOR (none)": lambda: meteor([text], [text]),
+        "chrF2++": lambda: corpus_chrf([text], [[text]], word_order=2),
+        "SQuAD's F1": lambda: answers([text], [text]),
     }
     if language == "Tibetan":
-        del calls["BLEU's words (intl)"]
-    for words, call in calls.items():
+        del calls["BLEU (intl)"]
+    for who, call in calls.items():
         (note,) = said(call)
-        assert note.startswith(f"{words} stand between spaces, but ") and "whole sentences count as words. " in note
+        assert note.startswith(f"{who} takes whole sentences for words: ") and "of scripts without spaces" in note
     for call in (
         lambda: corpus_bleu([text], [[text]], tokenize="char"),
         lambda: meteor([text], [text], tokenize="char"),
@@ -109,6 +109,14 @@ def test_sentences_that_are_not_cut(language):
         lambda: meteor([list(text)], [[list(text)]]),
     ):
         assert said(call) == []
+
+
+def test_tokenizers_of_another_language():
+    """zh leaves Thai together, and of Japanese the kana, which are words or endings; MeCab of Japanese knows no Thai."""
+    for tokenize, notes in (("zh", {"Thai", "Khmer"}), ("ja-mecab", {"Thai", "Khmer"})):
+        for language in ("Chinese", "Japanese", "Thai", "Khmer"):
+            found = said(lambda how=tokenize, text=UNSPACED[language]: corpus_bleu([text], [[text]], tokenize=how))
+            assert len(found) == (language in notes), (tokenize, language, found)
 
 
 def test_texts_that_fit():

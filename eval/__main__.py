@@ -6,7 +6,6 @@ Files are read a batch at a time; of each example only the statistics stay, whol
 import itertools
 import json
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,9 @@ if TYPE_CHECKING:
     from numpy import ndarray
     from torch import Tensor
 
+    from data.tokenizer import Tokenizer
     from eval.commands.texts import Batch
+    from eval.notes import Notes
     from eval.report import Difference, Result
     from eval.score import Metric
     from train.scoring import Document
@@ -38,7 +39,7 @@ class Scorer(NamedTuple):
     """Metrics that share the work on a batch; by the first one, examples are said to differ."""
 
     metrics: list["Metric"]
-    statistics: Callable[[Texts, Sequence[Sequence[str | None]]], list["Tensor"]]
+    statistics: Callable[..., list["Tensor"]]  # (hypotheses, streams of references, notes=…)
     batch: int | None = None  # examples at once, where it matters
 
 
@@ -51,18 +52,23 @@ def settings(options: asked.Scored) -> dict[str, object]:
     return {name: value for name, value in asdict(options).items() if name not in common}
 
 
+def scorer_of(metric: "Metric", batch: int | None = None) -> Scorer:
+    """The scorer of one metric."""
+    return Scorer([metric], lambda *texts, notes: [metric.statistics(*texts, notes=notes)], batch)
+
+
 def bleu(options: asked.Bleu) -> Scorer:
     from eval.bleu import Bleu
 
     metric = Bleu(**settings(options))
-    return Scorer([metric], lambda hypotheses, references: [metric.statistics(hypotheses, references)])
+    return scorer_of(metric)
 
 
 def chrf(options: asked.Chrf) -> Scorer:
     from eval.chrf import Chrf
 
     metric = Chrf(**settings(options))
-    return Scorer([metric], lambda hypotheses, references: [metric.statistics(hypotheses, references)])
+    return scorer_of(metric)
 
 
 def rouge(options: asked.Rouge) -> Scorer:
@@ -71,20 +77,14 @@ def rouge(options: asked.Rouge) -> Scorer:
     wrong = [kind for kind in options.kinds if kind not in KINDS]
     if wrong or not options.kinds:
         raise EvalError(f"--kinds {shlex.join(wrong)}: kinds are {', '.join(KINDS)}; files stand before --kinds")
-    metrics = [Rouge(kind, stemmer=options.stemmer) for kind in options.kinds]
-    told = False
+    metrics = [Rouge(kind, stemmer=options.stemmer, tokenize=options.tokenize) for kind in options.kinds]
 
     def broken(texts: Sequence[str | None]) -> list[str | None]:
         there = options.line_break
         return [text if text is None or not there else text.replace(there, "\n") for text in texts]
 
-    def statistics(hypotheses: Texts, references: Sequence[Sequence[str | None]]) -> list["Tensor"]:
-        nonlocal told
-        without = next((text for text in hypotheses if text.strip() and not re.search("[a-z0-9]", text.lower())), None)
-        if without is not None and not told:
-            print(f"note: words of ROUGE are of a-z and 0-9, and {without!r:.60} has none", file=sys.stderr)
-            told = True
-        return rouge_statistics(metrics, broken(hypotheses), [broken(stream) for stream in references])
+    def statistics(hypotheses: Texts, references: Sequence[Sequence[str | None]], *, notes: "Notes") -> list["Tensor"]:
+        return rouge_statistics(metrics, broken(hypotheses), [broken(stream) for stream in references], notes=notes)
 
     return Scorer(metrics, statistics)
 
@@ -95,7 +95,7 @@ def meteor(options: asked.Meteor) -> Scorer:
 
     wordnet = None if options.wordnet is None else WordNet(options.wordnet)
     metric = Meteor(**settings(options) | {"wordnet": wordnet})
-    return Scorer([metric], lambda hypotheses, references: [metric.statistics(hypotheses, references)])
+    return scorer_of(metric)
 
 
 def bertscore(options: asked.BertScore) -> Scorer:
@@ -108,14 +108,14 @@ def bertscore(options: asked.BertScore) -> Scorer:
     metric = BertScore(opened.network, opened.tokenizer, model=name, **given)
     # Which token is rare, all references tell together.
     batch = sys.maxsize if options.idf else None
-    return Scorer([metric], lambda hypotheses, references: [metric.statistics(hypotheses, references)], batch)
+    return scorer_of(metric, batch)
 
 
 def f1(options: asked.F1) -> Scorer:
     from eval.answers import Answers, answers_statistics
 
     metrics = [Answers("f1", **settings(options)), Answers("exact", **settings(options))]
-    return Scorer(metrics, lambda hypotheses, references: answers_statistics(metrics, hypotheses, references))
+    return Scorer(metrics, lambda *texts, notes: answers_statistics(metrics, *texts, notes=notes))
 
 
 SCORERS: dict[type, Callable[..., Scorer]] = {
@@ -136,7 +136,8 @@ def sources(options: asked.Scored) -> Sources:
     reference_fields = (options.reference_field,) if options.reference_field else REFERENCE_FIELDS
     files, systems = list(options.files), {}
     if not options.system and len(files) < 2:
-        raise EvalError("a file of hypotheses and one or more of references are wanted: HYP REF…")
+        last = "; files stand before --no-answer" if getattr(options, "no_answer", ()) else ""
+        raise EvalError(f"a file of hypotheses and one or more of references are wanted: HYP REF…{last}")
     for system in options.system or ["=" + files.pop(0)]:
         name, equals, path = system.partition("=")
         if not (equals and path) or (options.system and not name):
@@ -153,16 +154,20 @@ def sources(options: asked.Scored) -> Sources:
 def score_texts(options: asked.Scored) -> None:
     from tqdm import tqdm
 
+    from eval.notes import Notes, said_once
     from eval.report import Difference, compared, per_example
 
     scorer, found = SCORERS[type(options)](options), sources(options)
     names = list(found.systems)
     statistics: dict[str, list[list[Tensor]]] = {name: [[] for _ in scorer.metrics] for name in names}
     differences: dict[str, list[Difference]] = {name: [] for name in names[1:]}
+    notes = {name: Notes() for name in names}
     bar = tqdm(unit="example", desc="scoring", disable=not sys.stderr.isatty(), leave=False, delay=1)
     with bar, whole_or_not_there(options.per_example, found) as written:
         for batch in found.batches(scorer.batch or BATCH):
-            scored = {name: scorer.statistics(texts, batch.references) for name, texts in batch.hypotheses.items()}
+            scored = {
+                name: scorer.statistics(texts, batch.references, notes=notes[name]) for name, texts in batch.hypotheses.items()
+            }
             for name, parts in scored.items():
                 for kept, part in zip(statistics[name], parts, strict=True):
                     kept.append(part)
@@ -171,6 +176,8 @@ def score_texts(options: asked.Scored) -> None:
             if written:
                 written.writelines(per_example(scorer.metrics, scored, batch.first))
             bar.update(len(batch.references[0]))
+    for note in said_once(notes):
+        print(f"note: {note}", file=sys.stderr)
     whole = {name: [joined(parts) for parts in kept] for name, kept in statistics.items()}
     result = compared(scorer.metrics, whole, samples=options.samples, seed=options.seed, test=options.test)
     show(options.json, result, differences if options.differ else dict.fromkeys(differences))
@@ -249,8 +256,9 @@ def score_model(options: asked.Perplexity) -> None:
     if not 2 <= context <= has:
         raise EvalError(f"--context {options.context}: from 2 to the network's {has:,}")
     tokenizer, eos = opened.tokenizer, held if options.eos == "auto" else options.eos == "yes"
+    bos_id = beginning(options.bos, tokenizer)
     settings = {
-        "bos_id": tokenizer.bos_id if options.bos else None,
+        "bos_id": bos_id,
         "eos_id": tokenizer.eos_id if eos else None,
         "top_k": options.top_k,
         "bins": options.bins,
@@ -258,16 +266,24 @@ def score_model(options: asked.Perplexity) -> None:
     if masked:
         if options.stride is not None:
             raise EvalError("--stride is of causal models: of a masked one each token sees all of its document")
+        if options.bos == "every-window":
+            raise EvalError("--bos every-window is of causal models: a masked one has no windows")
         metric = PseudoPerplexity(mask_id=tokenizer.mask_id, **settings)
-        found = (part for whole in found for part in pieces(whole, context - options.bos - eos, tokenizer.piece_bytes))
+        found = (part for whole in found for part in pieces(whole, context - (bos_id is not None) - eos, tokenizer.piece_bytes))
     else:
-        metric = Perplexity(context=context, stride=options.stride, **settings)
+        bos_at = "every-window" if options.bos == "every-window" else "document"
+        metric = Perplexity(context=context, stride=options.stride, bos_at=bos_at, **settings)
     statistics_BK = metric.statistics(opened.network, **columns(found, options.tokens), **reading(options))
     counted = "document" if len(statistics_BK) == statistics_BK[:, 6].sum() else "window"
     result = alone(metric, statistics_BK, samples=options.samples, seed=options.seed, counted=counted)
     if not options.json:
         print(f"{options.model} on {what}")
     show(options.json, result, {})
+
+
+def beginning(bos: str, tokenizer: "Tokenizer") -> int | None:
+    """The token that `--bos` puts before a text, if any."""
+    return None if bos == "no" else tokenizer.bos_id
 
 
 def reading(options: asked.Perplexity) -> dict[str, object]:

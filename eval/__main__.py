@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import tyro
 
-from eval import options as asked
+from eval.commands import options as asked
 from eval.commands.texts import BATCH, HYPOTHESIS_FIELDS, REFERENCE_FIELDS, EvalError, Source, Sources
+from train.command_line import refuse_idle, run_command
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -255,21 +256,17 @@ def score_model(options: asked.Perplexity) -> None:
     context = options.context or has
     if not 2 <= context <= has:
         raise EvalError(f"--context {options.context}: from 2 to the network's {has:,}")
-    tokenizer, eos = opened.tokenizer, held if options.eos == "auto" else options.eos == "yes"
-    bos_id = beginning(options.bos, tokenizer)
-    settings = {
-        "bos_id": bos_id,
-        "eos_id": tokenizer.eos_id if eos else None,
-        "top_k": options.top_k,
-        "bins": options.bins,
-    }
+    tokenizer = opened.tokenizer
+    bos_id, eos_id = ends(options, tokenizer, held_out=held)
+    settings = {"bos_id": bos_id, "eos_id": eos_id, "top_k": options.top_k, "bins": options.bins}
     if masked:
         if options.stride is not None:
             raise EvalError("--stride is of causal models: of a masked one each token sees all of its document")
         if options.bos == "every-window":
             raise EvalError("--bos every-window is of causal models: a masked one has no windows")
         metric = PseudoPerplexity(mask_id=tokenizer.mask_id, **settings)
-        found = (part for whole in found for part in pieces(whole, context - (bos_id is not None) - eos, tokenizer.piece_bytes))
+        room = context - (bos_id is not None) - (eos_id is not None)
+        found = (part for whole in found for part in pieces(whole, room, tokenizer.piece_bytes))
     else:
         bos_at = "every-window" if options.bos == "every-window" else "document"
         metric = Perplexity(context=context, stride=options.stride, bos_at=bos_at, **settings)
@@ -281,9 +278,20 @@ def score_model(options: asked.Perplexity) -> None:
     show(options.json, result, {})
 
 
-def beginning(bos: str, tokenizer: "Tokenizer") -> int | None:
-    """The token that `--bos` puts before a text, if any."""
-    return None if bos == "no" else tokenizer.bos_id
+def ends(options: asked.Perplexity, tokenizer: "Tokenizer", *, held_out: bool) -> tuple[int | None, int | None]:
+    """The tokens before and behind a document: `auto` takes those of the folder's tokenizer, and for a run's held-out text
+    those of its training."""
+    for name, side in zip(("bos", "eos"), tokenizer.affixes, strict=True):
+        if len(side) > 1 and getattr(options, name) == "auto" and not held_out:
+            names = " ".join(map(tokenizer.name_of, side))
+            raise EvalError(f"--{name} auto: this tokenizer puts {names} there, and one token is scored with: say yes or no")
+    begins, finishes = (held_out or bool(side) for side in tokenizer.affixes)
+    begins = begins if options.bos == "auto" else options.bos != "no"
+    finishes = finishes if options.eos == "auto" else options.eos == "yes"
+    for name, wanted, there in (("bos", begins, tokenizer.bos_id), ("eos", finishes, tokenizer.eos_id)):
+        if wanted and there is None:
+            raise EvalError(f"--{name} {getattr(options, name)}: the tokenizer has no such token")
+    return tokenizer.bos_id if begins else None, tokenizer.eos_id if finishes else None
 
 
 def reading(options: asked.Perplexity) -> dict[str, object]:
@@ -315,31 +323,24 @@ def until(found: "Iterator[Document]", tokens: int | None) -> "Iterator[Document
 
 def main(arguments: list[str]) -> int:
     options = tyro.extras.subcommand_cli_from_dict(asked.KINDS, args=arguments or ["--help"], prog="python -m eval")
-    try:
+
+    def act() -> None:
         check_values(options)
+        refuse_idle(options, options.NEEDS, arguments, EvalError)
         (score_model if isinstance(options, asked.Perplexity) else score_texts)(options)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # whoever read has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (EvalError, ValueError, OSError, *failures()) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command(act, failures)
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What is wrong with a model folder: asked for when something is wrong, since scores of texts open none."""
+    """With what is wrong with a model folder only where one was opened: scores of texts open none."""
     if "model.hub" not in sys.modules:
-        return ()
+        return EvalError, ValueError, OSError
     from safetensors import SafetensorError
 
     from train.checkpoint import CheckpointError
 
-    return SafetensorError, CheckpointError
+    return EvalError, ValueError, OSError, SafetensorError, CheckpointError
 
 
 def check_values(options: asked.Scored | asked.Perplexity) -> None:

@@ -105,8 +105,10 @@ def test_pseudo_perplexity_of_an_encoder(masked, tmp_path):
     score, _ = scored("perplexity", masked, tmp_path / "text.txt")
     opened = open_folder(masked)
     tokenizer, ids = opened.tokenizer, opened.tokenizer.encode(TEXT * 3)
-    pieces = [ids[start : start + 23] for start in range(0, len(ids), 23)]  # a bos stands before each
-    expected = pseudo_perplexity(opened.network, pieces, mask_id=tokenizer.mask_id, bos_id=tokenizer.bos_id)
+    pieces = [ids[start : start + 22] for start in range(0, len(ids), 22)]  # between [CLS] and [SEP]
+    ends = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
+    assert [*map(tokenizer.name_of, ends.values())] == ["[CLS]", "[SEP]"]
+    expected = pseudo_perplexity(opened.network, pieces, mask_id=tokenizer.mask_id, **ends)
     assert len(pieces) > 2 and score["value"] == pytest.approx(expected.value, rel=1e-6)
     assert score["parts"]["targets"] == len(ids) and score["parts"]["bytes"] == tokenizer.piece_bytes[ids].sum()
     assert_one_clear_line(command("perplexity", masked, tmp_path / "text.txt", "--stride", "3", main=main), "--stride")
@@ -122,6 +124,7 @@ def test_what_has_no_perplexity(finished, tmp_path):
     assert_one_clear_line(said)
     for given, told in {
         f"perplexity {finished} none.txt": "none.txt",
+        f"perplexity {finished} --text-key body": "--text-key would have no effect: it is of files",
         f"perplexity {finished} {tmp_path / 'text.txt'} --context 64": "--context 64: from 2 to the network's 32",
         f"perplexity {finished} {tmp_path / 'text.txt'} --context 8 --stride 9": "stride=9",
         f"perplexity {finished} {tmp_path / 'text.txt'} --tokens 0": "--tokens 0",

@@ -1,13 +1,19 @@
 """What `python -m eval` asks, a dataclass for each score; without torch."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
+from data.config import BUILT_IN
+from data.records import FORMATS, suffix_of
+from train.command_line import Needs
+
 FILE = tyro.conf.arg(metavar="FILE")
 DIR = tyro.conf.arg(metavar="DIR")
+LINES = "a text is a line of its file, and no record"
 Tokenizer = Literal["13a", "intl", "char", "none", "zh", "ja-mecab", "ko-mecab"]
 
 
@@ -36,6 +42,27 @@ class Scored:
     """Of JSON lines. Default: the first that is there of hypothesis, prediction, output, generated, text."""
     reference_field: str | None = None
     """Of JSON lines. Default: references, reference, answers, answer, target, label, text."""
+    NEEDS: ClassVar = (
+        Needs(("test", "differ"), lambda asked: len(asked.system) > 1, "it is of several systems, --system NAME=FILE for each"),
+        Needs(("hypothesis_field",), lambda asked: holds_records(hypotheses(asked)), LINES),
+        Needs(("reference_field",), lambda asked: holds_records(references(asked)), LINES),
+    )
+
+
+def hypotheses(asked: Scored) -> list[str]:
+    return [system.partition("=")[2] for system in asked.system] or list(asked.files[:1])
+
+
+def references(asked: Scored) -> tuple[str, ...]:
+    return asked.files if asked.system else asked.files[1:]
+
+
+def holds_records(files: Iterable[str]) -> bool:
+    return any(suffix_of(file) in FORMATS for file in files)
+
+
+def is_file(entry: str) -> bool:
+    return entry not in BUILT_IN and entry != "-"
 
 
 @dataclass(frozen=True)
@@ -55,6 +82,11 @@ class Bleu(Scored):
     """Ignore capitals."""
     force: bool = False
     """Text that looks tokenized is meant so: no note of it."""
+    NEEDS: ClassVar = (
+        *Scored.NEEDS,
+        Needs(("smooth_value",), lambda asked: asked.smooth in ("floor", "add-k"), "it is of --smooth floor or add-k"),
+        Needs(("force",), lambda asked: asked.tokenize != "none", "--tokenize none says it already"),
+    )
 
 
 @dataclass(frozen=True)
@@ -110,6 +142,10 @@ class Meteor(Scored):
     """The mean of examples' scores, or the score of all their counts."""
     tokenize: Tokenizer = "none"
     """none: words stand between white space; the others are BLEU's."""
+    NEEDS: ClassVar = (
+        *Scored.NEEDS,
+        Needs(("beta",), lambda asked: asked.gamma != 0, "--gamma 0 leaves no penalty that it could shape"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,9 +194,9 @@ class Perplexity:
     """Stop after the document in which so many tokens are reached. Default: all."""
     bos: Literal["auto", "yes", "no", "every-window"] = "auto"
     """Begin each document with the token that begins one: its first token is scored too. every-window: begin each window of a
-    document with it. auto: yes."""
+    document with it. auto: yes of held-out text; of other text where the folder's tokenizer does."""
     eos: Literal["auto", "yes", "no"] = "auto"
-    """Score the token that ends a document. auto: of held-out text, as training does; not of other text."""
+    """Score the token that ends a document (a masked model sees it only). auto: as of bos."""
     batch_size: int | None = None
     """Windows at once. Default: as many as memory is meant for."""
     top_k: tuple[int, ...] = (1, 5)
@@ -179,6 +215,9 @@ class Perplexity:
     """cpu, cuda, …"""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
+    NEEDS: ClassVar = (
+        Needs(("text_key",), lambda asked: any(map(is_file, asked.corpus)), "it is of files, and none is read"),
+    )
 
 
 KINDS: dict[str, type] = {

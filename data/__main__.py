@@ -1,14 +1,32 @@
 """`python -m data prepare`: build the shards of a corpus and print what they hold."""
 
 import sys
+from dataclasses import dataclass
+from typing import ClassVar
 
 import tyro
 
-from data.config import DataConfig, DataError
+from data.config import BUILT_IN, DataConfig, DataError
+from data.find import may_hold_records
+from data.words import counted
+from train.command_line import Needs, refuse_idle, run_command
+
+
+@dataclass(frozen=True)
+class Prepare(DataConfig):
+    """Read, deduplicate, split and tokenize a corpus into shards that training maps into memory."""
+
+    NEEDS: ClassVar = (
+        Needs(("text_key",), lambda config: may_hold_records(config.corpus), "the corpus holds no records"),
+        Needs(
+            ("on_bad_text",),
+            lambda config: any(entry not in BUILT_IN for entry in config.corpus),
+            "the corpus comes with Python, and is no file of yours",
+        ),
+    )
 
 
 def prepare(config: DataConfig) -> None:
-    """Read, deduplicate, split and tokenize a corpus into shards that training maps into memory."""
     from data import shards  # here: --help must not wait for numpy
 
     made = shards.prepare(config, say=print, progress=sys.stderr.isatty())
@@ -18,23 +36,24 @@ def prepare(config: DataConfig) -> None:
         part = getattr(made, name)
         per_token = part.bytes / (part.tokens - 2 * part.documents)
         print(f"{name:12}{part.documents:12,}{part.bytes:14,}{part.tokens:14,}{per_token:14.3f}")
-    print(f"read         {report['documents']:,} documents, {report['bytes']:,} bytes")
-    print(f"dropped      {len(report['exact_duplicates'])} exact and {len(report['near_duplicates'])} near duplicates")
+    print(f"read         {counted(report['documents'], 'document')}, {report['bytes']:,} bytes")
+    dropped = [counted(len(report[f"{kind}_duplicates"]), f"{kind} duplicate") for kind in ("exact", "near")]
+    print(f"dropped      {' and '.join(dropped)}")
     print(f"tokenizer    {made.tokenizer.vocab_size:,} ids")
     print(f"{'built' if made.built else 'reused':13}{made.folder}")
 
 
-def main() -> int:
-    command = tyro.extras.SubcommandApp()
-    command.command(name="prepare")(prepare)
-    try:
-        command.cli(prog="python -m data", description="Text in, batches out.", config=(tyro.conf.OmitArgPrefixes,))
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(arguments: list[str]) -> int:
+    def act() -> None:
+        config = tyro.extras.subcommand_cli_from_dict(
+            {"prepare": Prepare}, args=arguments or ["--help"], prog="python -m data", description="Text in, batches out."
+        )
+        refuse_idle(config, config.NEEDS, arguments, DataError)
+        prepare(config)
+
+    return run_command(act, lambda: (DataError, OSError))
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

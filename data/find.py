@@ -16,7 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
-from data.config import DataError
+from data.config import BUILT_IN, DataError
 from data.records import FORMATS, refuse_columnar, suffix_of
 
 TEXTS = (".txt", ".md", ".py")
@@ -39,6 +39,15 @@ def kind(path: Path) -> str | None:
     refuse_columnar(path)
     suffix = suffix_of(path)
     return suffix if suffix in SUFFIXES else None
+
+
+def may_hold_records(entries: Iterable[str]) -> bool:
+    """Whether a key of records could matter: not to a built-in, nor to files whose suffix says that they are text.
+
+    >>> may_hold_records(["stdlib-docs", "a/*.txt"]), may_hold_records(["a.md", "a.jsonl.gz"]), may_hold_records(["folder"])
+    (False, True, True)
+    """
+    return any(entry not in (*BUILT_IN, "-") and suffix_of(entry) not in TEXTS for entry in entries)
 
 
 def find_files(entry: str, cache: Path) -> Found | None:

@@ -31,6 +31,7 @@ from data.files import Document, ReadReport
 from data.find import shortened
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.tokenizer_training import VocabularyError, train_tokenizer, trainer_options
+from data.words import counted
 
 FORMAT = 1
 SPLITS = ("train", "validation")
@@ -205,9 +206,9 @@ def build(
     documents = list(tqdm(read_corpus(config, read), "reading", unit=" documents", disable=not progress, leave=False))
     for names, what in ((read.skipped, "left out"), (read.replaced, "mended with U+FFFD")):
         if names:
-            say(f"{len(names)} documents of bad text {what}: {shortened(names)}")
+            say(f"{counted(len(names), 'document')} of bad text {what}: {shortened(names)}")
     if read.no_records:
-        say(f"left out: {len(read.no_records)} of .json that are no list of records: {shortened(read.no_records)}")
+        say(f"left out, as no list of records: {shortened(read.no_records)}")
     was_cut = len(documents) * config.val_fraction < 1
     if was_cut:  # a book in one file: validation would get all of it or nothing
         size = int(min(LARGEST_PIECE, max(256, read.bytes * config.val_fraction / 4)))
@@ -219,13 +220,14 @@ def build(
             where += ", and long lines at white space," if sum(map(len, pieces)) > made else ""
         documents = [piece for parts in pieces for piece in parts]
         share = f"{config.val_fraction:.0%}"
-        say(f"{few} documents are too few to hold out {share} of: cut {where} into {len(documents):,}")
+        say(f"{counted(few, 'document')} cannot have {share} held out: cut {where} into {len(documents):,}")
     kept, dropped = deduplicate(documents, near=config.dedup)
     if len(kept) < len(documents):
-        say(f"{len(documents):,} documents: dropped {len(dropped.exact)} exact and {len(dropped.near)} near duplicates")
+        gone = (counted(len(names), f"{kind} duplicate") for kind, names in (("exact", dropped.exact), ("near", dropped.near)))
+        say(f"{counted(len(documents), 'document')}: dropped {' and '.join(gone)}")
     parts = split(kept, config.val_fraction)
     if tokenizer is None:
-        say(f"training a tokenizer of {vocab_size:,} pieces on {len(parts['train']):,} documents")
+        say(f"training a tokenizer of {vocab_size:,} pieces on {counted(len(parts['train']), 'document')}")
         tokenizer = train(parts["train"], vocab_size, mask, config.vocab_size is None)
         if tokenizer.vocab_size < vocab_size:
             vocab_size = tokenizer.vocab_size
@@ -349,7 +351,7 @@ def open_shards(folder: Path, built: bool, tokenizer: Tokenizer | None = None) -
             counts, path = index["splits"][name], folder / f"{name}.bin"
             expected, found = counts["tokens"] * np.dtype(dtype).itemsize, path.stat().st_size
             if expected != found:
-                raise DamagedError(f"{path.name} has {found} bytes, not {expected}")
+                raise DamagedError(f"{path.name} has size {found}, not {expected}")
             splits[name] = Split(path, dtype, **counts, one_separator=tokenizer.bos_id == tokenizer.eos_id)
         return Shards(folder, tokenizer, **splits, built=built, report=index["report"])
     except DataError as error:

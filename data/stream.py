@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from data.config import DataError
+from data.words import counted
 
 FILLER = -1  # no token: bos takes its place in a network's input, and nothing scores it
 
@@ -82,8 +83,8 @@ def sequential(ids: np.ndarray, context: int, batch_size: int, filler: int = FIL
 def check_length(ids: np.ndarray, context: int, split: str) -> None:
     if len(ids) < context + 1:
         raise DataError(
-            f"the {split} split has {len(ids)} tokens, fewer than one block of context={context} and its last target: "
-            f"use a context of at most {max(len(ids) - 1, 1)}, or more text"
+            f"the {split} split has {counted(len(ids), 'token')}, fewer than one block of context={context} and its last "
+            f"target: use a context of at most {max(len(ids) - 1, 1)}, or more text"
         )
 
 

@@ -322,9 +322,8 @@ def until(found: "Iterator[Document]", tokens: int | None) -> "Iterator[Document
 
 
 def main(arguments: list[str]) -> int:
-    options = tyro.extras.subcommand_cli_from_dict(asked.KINDS, args=arguments or ["--help"], prog="python -m eval")
-
     def act() -> None:
+        options = tyro.extras.subcommand_cli_from_dict(asked.KINDS, args=arguments or ["--help"], prog="python -m eval")
         check_values(options)
         refuse_idle(options, options.NEEDS, arguments, EvalError)
         (score_model if isinstance(options, asked.Perplexity) else score_texts)(options)

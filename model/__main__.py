@@ -25,9 +25,9 @@ COMMANDS: dict[type, Callable[[object], None]] = {
 
 def main(arguments: list[str]) -> int:
     named = {kind.__name__.lower(): kind for kind in COMMANDS}
-    options = tyro.extras.subcommand_cli_from_dict(named, args=arguments or ["--help"], prog="python -m model")
 
     def act() -> None:
+        options = tyro.extras.subcommand_cli_from_dict(named, args=arguments or ["--help"], prog="python -m model")
         refuse_idle(options, getattr(options, "NEEDS", ()), arguments, ConfigError)
         COMMANDS[type(options)](options)
 

@@ -63,11 +63,11 @@ def info(
 
 def title(config: ModelConfig) -> str:
     depth = f"{config.depth}" if config.decoder_depth is None else f"{config.depth} + {config.decoder_depth}"
-    heads = f"{config.heads} heads of {config.head_width}"
+    heads = f"heads {config.heads} of {config.head_width}"
     heads += f" ({config.kv_heads} of keys and values)" if config.kv_heads != config.heads else ""
     total = sum(parameters_by_part(config).values())
     return (
-        f"{config.family} {config.architecture} · head {config.head} · {depth} layers · width {config.width:,} · {heads} · "
+        f"{config.family} {config.architecture} · head {config.head} · layers {depth} · width {config.width:,} · {heads} · "
         f"mlp {config.mlp_width:,}\nvocabulary {config.vocab_size:,} · context {config.context:,} · "
         f"weights {amount(4 * total)} in float32, {amount(2 * total)} in bfloat16"
     )

@@ -152,7 +152,8 @@ def load(
             missing = sorted(set(parameters) - set(found.sources))
             if any(not (asked and name.startswith("head.")) for name in missing):
                 names = ", ".join(table[name].published for name in missing[:5])
-                raise HubError(f"{folder} lacks {len(missing)} weights: {names}")
+                more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+                raise HubError(f"{folder} lacks {names}{more}")
             if small and (bare := [name for name in small.stored if name not in small.places]):
                 raise HubError(f"{folder} holds parts of {bare[0]!r}, which is not there")
             for name, empty in parameters.items():

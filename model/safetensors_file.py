@@ -162,7 +162,7 @@ class WeightFile:
             while done < len(memory):  # one call reads 2 GiB at most
                 count = self._file.readinto(memory[done:])
                 if not count:
-                    raise self._error(f"ends at byte {offset + done}, {len(memory) - done} bytes before the end of {what}")
+                    raise self._error(f"ends at byte {offset + done}, before the end of {what} at {offset + len(memory)}")
                 done += count
         except OSError as error:
             raise self._error(f"{what} cannot be read: {error.strerror}") from None
@@ -171,7 +171,7 @@ class WeightFile:
         """The entries by offset, the metadata, and where the data starts."""
         size = os.fstat(self._file.fileno()).st_size
         if size < 8:
-            raise self._error(f"{size} bytes are too few for safetensors")
+            raise self._error(f"too short for safetensors, of size {size}")
         length = bytearray(8)
         self._read_bytes(memoryview(length), 0, "the header's length")
         header_size = int.from_bytes(length, "little")

@@ -28,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data.shell import quote
+from data.words import counted
 from train.distributed import Ranks
 
 FORMAT = 2
@@ -101,7 +102,7 @@ def verify(folder: Path) -> None:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
         if path.stat().st_size != size:
-            raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes, {size:,} were written")
+            raise CheckpointError(f"{path} has {counted(path.stat().st_size, 'byte')}, {size:,} were written")
         if _sha256(path) != digest:
             raise CheckpointError(f"{path} was changed after it was written (its SHA-256 is not that of {MANIFEST})")
 
@@ -126,7 +127,7 @@ def latest_whole(run: Path, say: Callable[[str], None]) -> Path | None:
         except CheckpointError as error:
             say(f"skipping checkpoint {folder.name}: {error}")
     if folders:
-        raise CheckpointError(f"none of the {len(folders)} checkpoints in {run / 'checkpoints'} is whole")
+        raise CheckpointError(f"none of {counted(len(folders), 'checkpoint')} in {run / 'checkpoints'} is whole")
     return None
 
 

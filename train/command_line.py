@@ -60,6 +60,8 @@ def run_command(act: Callable[[], int | None], errors: Callable[[], tuple[type[B
             code = act() or 0
         sys.stdout.flush()
         return code
+    except SystemExit:  # a command line that cannot be read, or --help: before `errors` imports anything
+        raise
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return STOPPED

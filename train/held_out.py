@@ -11,6 +11,7 @@ from tqdm import tqdm
 from data.config import DataConfig, DataError
 from data.shards import prepare
 from data.tokenizer import load_tokenizer
+from data.words import counted
 from model.config import ModelConfig
 from train.config import NetworkConfig, OptimizerConfig, ReportConfig, RunConfig, TrainConfig, TrainError
 from train.evaluate import evaluate
@@ -84,5 +85,5 @@ def score(network: nn.Module, task: Task, what: str) -> Scores:
 
 def described(task: Task) -> str:
     scored, there = len(task.held_out), task.shards.validation.tokens
-    share = f"{scored:,} tokens" if scored == there else f"the first {scored:,} of {there:,} tokens"
+    share = counted(scored, "token") if scored == there else f"the first {scored:,} of {there:,} tokens"
     return f"{' '.join(task.config.data.corpus)}, {share} in windows of {task.config.network.context:,}"

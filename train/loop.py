@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from data.clm import IGNORE
 from data.shell import quote
 from data.stream import Prefetcher
+from data.words import counted
 from model.folders import EXTRAS, copy_beside
 from quant.qat import converted
 from train.allocator import keep_freed_memory
@@ -278,7 +279,7 @@ class Run:
     def _early(self) -> str:
         """Why there is nothing more to hope for, by --early-stop; else ""."""
         enough = self.config.report.early_stop
-        return f"early: {self.bad_evaluations} validations without a new best" * (0 < enough <= self.bad_evaluations)
+        return f"early: {counted(self.bad_evaluations, 'validation')} without a new best" * (0 < enough <= self.bad_evaluations)
 
     def _source(self):
         """Micro-batches from the current step on; made ahead, in pinned memory, where a GPU would otherwise wait."""

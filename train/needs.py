@@ -3,6 +3,7 @@
 import os
 
 from data.config import BUILT_IN
+from data.find import may_hold_records
 from lora.config import CONFIGS
 from quant.config import QatConfig
 from train.command_line import Needs
@@ -25,7 +26,8 @@ INIT = "--init brings its own"
 NEEDS = (
     Needs(("preset", "dropout"), _new, INIT),
     Needs(("vocab_size",), _new, f"{INIT} tokenizer"),
-    Needs(("text_key", "on_bad_text"), _files, "the corpus comes with Python, and is no file of yours"),
+    Needs(("text_key",), lambda config: may_hold_records(config.data.corpus), "the corpus holds no records"),
+    Needs(("on_bad_text",), _files, "the corpus comes with Python, and is no file of yours"),
     Needs(("matrix_lr",), _uses("muon"), "it is Muon's rate, --optimizer muon"),
     Needs(("momentum",), _uses("muon", "sgd"), "Muon and SGD have one: --optimizer muon or sgd"),
     Needs(("betas", "eps"), _uses("adamw", "adamw8bit", "muon"), "they are AdamW's, which --optimizer sgd does without"),

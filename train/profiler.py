@@ -10,6 +10,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from data.words import counted
+
 SKIP = 2  # steps that warm up: compilation, the allocator, the choice of kernels
 LARGE = 16 * 2**20  # bytes of a trace; a larger one is compressed
 ROWS = 20  # of the table
@@ -83,7 +85,7 @@ def operators(profiled: profile, device: torch.device, steps: int, seconds: floa
     found = sorted((row for row in found if row[0] > 0), reverse=True)
     total = sum(own for own, _, _ in found)
     lines = [
-        f"{steps} steps profiled: {1000 * seconds / steps:,.1f} ms a step by the clock, "
+        f"{counted(steps, 'step')} profiled: {1000 * seconds / steps:,.1f} ms a step by the clock, "
         f"{1000 * total:,.1f} ms in operators on the {'GPU' if gpu else 'CPU'}",
         f"{'self, ms':>10} {'share':>8} {'calls':>8}   operator",
     ]
@@ -91,7 +93,8 @@ def operators(profiled: profile, device: torch.device, steps: int, seconds: floa
         lines.append(f"{1000 * own:10,.2f} {own / total:8.1%} {calls:8,.0f}   {name}"[:110])
     if rest := found[rows:]:
         own = sum(row[0] for row in rest)
-        lines.append(f"{1000 * own:10,.2f} {own / total:8.1%} {sum(row[1] for row in rest):8,.0f}   {len(rest)} others")
+        calls, others = sum(row[1] for row in rest), counted(len(rest), "other")
+        lines.append(f"{1000 * own:10,.2f} {own / total:8.1%} {calls:8,.0f}   {others}")
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from data.clm import IGNORE
 from data.shell import quote
+from data.words import counted
 from model.flops import flops_per_token
 from quant.linear import count, quantized_layers
 from quant.qat import qat_layers
@@ -37,9 +38,9 @@ def introduction(run: "Run") -> str:
     adapter = f", {trained:,} of them trained ({config.run.adapter})" if config.method is not None else ""
     small = [layer.weight for layer in quantized_layers(run.engine.network).values()]
     bits = 8 * sum(weight.nbytes for weight in small) / max(1, sum(weight.numel() for weight in small))
-    adapter += f", {len(small)} matrices in {small[0].scheme} of {bits:.3f} bits" if small else ""
+    adapter += f", {counted(len(small), 'matrix', 'matrices')} in {small[0].scheme} of {bits:.3f} bits" if small else ""
     rounded = len(qat_layers(run.engine.network))
-    adapter += f", {rounded} matrices rounded to {config.run.qat} in every step" if rounded else ""
+    adapter += f", {counted(rounded, 'matrix', 'matrices')} rounded to {config.run.qat} in every step" if rounded else ""
     before = run.engine.network.body.before
     before = f" after {before} of the {config.run.adapter}" if before else ""
     epochs = config.run.steps * per_step / shards.train.tokens
@@ -47,19 +48,19 @@ def introduction(run: "Run") -> str:
     speed, home = config.speed, str(Path.home())
     cache = str(shards.folder).replace(home, "~", 1) if home != "/" else str(shards.folder)
     gpu = run.device.type == "cuda"
-    machine = torch.cuda.get_device_name(run.device) if gpu else f"{config.run.threads} threads"
+    machine = torch.cuda.get_device_name(run.device) if gpu else counted(config.run.threads, "thread")
     machine += f", {run.ranks.world} ranks ({config.run.mesh})" * (run.ranks.world > 1)
     how = ("compiled" if speed.compile == "on" else "eager") + (", deterministic" * (speed.deterministic == "on"))
     return (
-        f"text     {' '.join(config.data.corpus)}: {shards.train.documents:,} documents, {shards.train.bytes:,} "
-        f"bytes to train on; {shards.validation.documents:,} documents, {shards.validation.bytes:,} held out\n"
+        f"text     {' '.join(config.data.corpus)}: {counted(shards.train.documents, 'document')}, {shards.train.bytes:,} "
+        f"bytes to train on; {counted(shards.validation.documents, 'document')}, {shards.validation.bytes:,} held out\n"
         f"tokens   {run.tokenizer.vocab_size:,} pieces, {bytes_per_token:.2f} bytes a token; "
         f"{shards.train.tokens:,} to train on; shards in {cache} "
         f"({'built' if shards.built else 'reused'})\n{separation(run)}"
-        f"network  {has.family}, {has.depth} layers of width {has.width}, {has.heads} heads, "
+        f"network  {has.family}, {counted(has.depth, 'layer')} of width {has.width}, {counted(has.heads, 'head')}, "
         f"context {config.network.context}{before}: {parameters:,} parameters{adapter}\n"
         f"machine  {run.device}, {machine}, {speed.precision}, {how}\n{rates(run)}"
-        f"run      {run.out}: steps {run.step} to {config.run.steps} of {per_step:,} tokens, "
+        f"run      {run.out}: steps {run.step} to {config.run.steps} of {counted(per_step, 'token')}, "
         f"{epochs:.1f} epochs in all"
     )
 
@@ -87,8 +88,8 @@ def rates(run: "Run") -> str:
 def comparable(run: "Run") -> str:
     """What two runs of the same settings must have in common to give the same numbers, to the last bit."""
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else processor()
-    ranks = f", {run.ranks.world} ranks" * (run.ranks.world > 1)
-    return f"torch {torch.__version__}, {device}, {run.config.run.threads} threads{ranks}, {run.config.speed.precision}"
+    threads, ranks = counted(run.config.run.threads, "thread"), f", {run.ranks.world} ranks" * (run.ranks.world > 1)
+    return f"torch {torch.__version__}, {device}, {threads}{ranks}, {run.config.speed.precision}"
 
 
 def processor() -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from data.config import BUILT_IN
+from data.find import may_hold_records
 from data.records import FORMATS, suffix_of
 from train.command_line import Needs
 
@@ -59,10 +59,6 @@ def references(asked: Scored) -> tuple[str, ...]:
 
 def holds_records(files: Iterable[str]) -> bool:
     return any(suffix_of(file) in FORMATS for file in files)
-
-
-def is_file(entry: str) -> bool:
-    return entry not in BUILT_IN and entry != "-"
 
 
 @dataclass(frozen=True)
@@ -216,7 +212,7 @@ class Perplexity:
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
     NEEDS: ClassVar = (
-        Needs(("text_key",), lambda asked: any(map(is_file, asked.corpus)), "it is of files, and none is read"),
+        Needs(("text_key",), lambda asked: may_hold_records(asked.corpus), "no records are read"),
     )
 
 

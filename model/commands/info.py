@@ -58,7 +58,7 @@ class Info:
 def info(options: Info) -> None:
     if not options.network:
         for name, values in sorted(presets().items()):
-            print(f"{name:18} {values['family']:8} {values['depth']:3} layers of width {values['width']:5}")
+            print(f"{name:18} {values['family']:8} {values['depth']:3} × {values['width']:5}")
         return
 
     from model.account import info

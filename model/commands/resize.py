@@ -38,7 +38,7 @@ def resize(options: Resize) -> None:
     with written_whole(options.out) as making:
         save(resize_vocabulary(network, options.vocab_size), making)
         copy_beside(folder, making)
-    print(f"written: {options.out}: {options.vocab_size:,} rows, were {before:,}")
+    print(f"written: {options.out}: {before:,} rows became {options.vocab_size:,}")
     try:
         count = len(load_tokenizer(folder).bytes_of)
     except DataError:

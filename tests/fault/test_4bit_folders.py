@@ -169,7 +169,7 @@ CASES = {  # name: (folder, change, message)
     "blocks of scales": ("double", state(nested_blocksize=128), shown("scales are quantized in blocks of 128, 256 are read")),
     "no blocks of scales": ("double", state(nested_blocksize=None), shown("scales are quantized in blocks of None")),
     "scales of half": ("double", state(nested_dtype="float16"), SENSELESS),
-    "no codes": ("double", without(NAME), f"lacks 1 weights: {NAME}"),
+    "no codes": ("double", without(NAME), f"lacks {NAME}"),
     "codes cut": ("double", part("", lambda packed: packed[:-1]), shown("packed has 479 numbers, [40, 24] wants 480")),
     "codes are one number": ("double", part("", lambda packed: torch.tensor(1.0)), shown("packed has 4 numbers")),
     "no absmax": ("double", without(f"{NAME}.absmax"), f"{NAME} has no part 'absmax'"),

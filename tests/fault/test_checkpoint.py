@@ -85,7 +85,7 @@ def test_all_broken(halfway):
     for folder in checkpoints(halfway):
         remove(folder / "state.json")
     said = command("--resume", halfway)
-    assert said.code == 2 and "none of the 3 checkpoints" in said.err and "Traceback" not in said.err
+    assert said.code == 2 and "none of 3 checkpoints" in said.err and "Traceback" not in said.err
     assert said.out.count("state.json is missing") == 3
 
 

@@ -95,7 +95,7 @@ def test_on_bad_text_goes_on(options, tmp_path):
     (corpus / "broken.txt").write_bytes(BROKEN)
     changes = {"corpus": corpus, "cache": tmp_path / "cache", "out": tmp_path / "run", "steps": 1, "on-bad-text": "skip"}
     said = command(*options, *arguments(changes))
-    assert said.code == 0 and "1 documents of bad text left out" in said.out and "broken.txt" in said.out
+    assert said.code == 0 and "1 document of bad text left out" in said.out and "broken.txt" in said.out
 
 
 @pytest.mark.parametrize(

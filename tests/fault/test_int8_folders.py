@@ -77,7 +77,7 @@ NOT_POSITIVE = "is not all positive, finite numbers"
 OTHER = "quantization_config makes another thing than INT8 of linear layers"
 UNREADABLE = "quantization_config cannot be read: "
 CASES = {  # name: (folder, change, message)
-    "no codes": ("dynamic", lost("weight"), f"lacks 1 weights: {NAME}"),
+    "no codes": ("dynamic", lost("weight"), f"lacks {NAME}"),
     "no scale": ("dynamic", lost("weight_scale"), f"{NAME}' is of int8, and nothing says what it stands for"),
     "codes of floats": ("dynamic", of("weight", torch.Tensor.float), f"{NAME} has a weight_scale, but is no matrix of int8"),
     "codes of bytes": ("dynamic", of("weight", lambda q: q.view(torch.uint8)), "is no matrix of int8"),
@@ -168,7 +168,7 @@ CASES = {  # name: (folder, change, message)
         r"model\.embed_tokens\.weight is quantized: .* body\.embedding\.weight, which is no linear layer's",
     ),
     "the head": ("dynamic", more("lm_head.weight_scale", 1), r"lm_head\.weight is quantized: a head is read with all its bits"),
-    "llm: no codes": ("llm", lost("weight"), f"lacks 1 weights: {NAME}"),
+    "llm: no codes": ("llm", lost("weight"), f"lacks {NAME}"),
     "llm: no SCB": ("llm", lost("SCB"), rf"holds '{LAYER}\.weight_format', which llama of this config has no place for"),
     "llm: SCB cut": ("llm", of("SCB", lambda s: s[1:]), shown("SCB has 39 numbers, [40, 24] wants 40")),
     "llm: SCB of NaN": ("llm", of("SCB", lambda s: s * math.nan), shown("SCB is not all finite numbers from 0")),

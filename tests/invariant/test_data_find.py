@@ -181,7 +181,7 @@ def test_what_is_left_out_is_said_once(capsys):
         write(f"corpus/{number}.txt", prose(number))
     write("corpus/page.html"), write("corpus/package.json", '{"name": "x"}')
     pages = "left out of corpus/: 1 file of .html"
-    objects = "left out: 1 of .json that are no list of records: corpus/package.json"
+    objects = "left out, as no list of records: corpus/package.json"
     for is_built in (True, False):
         said: list[str] = []
         prepare(DataConfig(corpus=("corpus",), cache=Path("corpus/cache")), say=said.append)

@@ -124,7 +124,7 @@ def test_what_has_no_perplexity(finished, tmp_path):
     assert_one_clear_line(said)
     for given, told in {
         f"perplexity {finished} none.txt": "none.txt",
-        f"perplexity {finished} --text-key body": "--text-key would have no effect: it is of files",
+        f"perplexity {finished} --text-key body": "--text-key would have no effect: no records",
         f"perplexity {finished} {tmp_path / 'text.txt'} --context 64": "--context 64: from 2 to the network's 32",
         f"perplexity {finished} {tmp_path / 'text.txt'} --context 8 --stride 9": "stride=9",
         f"perplexity {finished} {tmp_path / 'text.txt'} --tokens 0": "--tokens 0",

@@ -38,7 +38,7 @@ def calls(text: str, operator: str) -> float:
 @pytest.mark.parametrize(("steps", "seen"), [(9, 3), (5, 3), (4, 2), (3, 1)])
 def test_what_is_written(tmp_path, steps, seen):
     (text,) = profiled_run(tmp_path / "profile", steps)
-    assert text.startswith(f"{seen} steps profiled")
+    assert text.startswith(f"{seen} step{'s' * (seen > 1)} profiled")
     assert calls(text, "aten::mm") == 3  # forward, and two in the backward; a step
     assert (tmp_path / "profile" / "operators.txt").read_text(encoding="utf-8") == text + "\n"
     events = json.loads((tmp_path / "profile" / "trace.json").read_text(encoding="utf-8"))["traceEvents"]

@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,7 +70,9 @@ def quantize(options: Options, scheme: str) -> None:
         inputs = observed(options, config, folder, settings, device) if isinstance(options, Int8Static) else None
         network, layers = quantized(folder, settings, device, paths, inputs)
         kept = parts(network)
-        model.hub.save(network, making)
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter("always")
+            model.hub.save(network, making)
         copy_the_rest(folder, making)
         files, normal = (bytes_of_weights(folder), bytes_of_weights(making)), normal_error(settings)
         how, what = f"{described(settings)}, {together('', layers).bits:.3f} bits a weight", f"{settings.bits}-bit matrices"
@@ -88,6 +91,8 @@ def quantize(options: Options, scheme: str) -> None:
             print(f"held-out text: {held_out.described(task)}\n{columns(score_table(before, after, scheme))}\n")
         title = f"{options.folder.absolute().name}: {how} · {amount(files[0])} → {amount(files[1])}"
         print(drawn(layers, kept, making, options.out, what=what, title=title, caption=said, normal=normal))
+    for note in notes:
+        print(f"note: {note.message}")
     print(f"written: {options.out}: {amount(files[1])} of weights, was {amount(files[0])}")
     print(f"try it:  {try_it(config, options.out)}")
 

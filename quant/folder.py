@@ -4,17 +4,19 @@
 anything with the methods of `model.safetensors_file.WeightFile`.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from quant.config import FourBit, Int8, QuantError
+from quant.config import BLOCK_SIZES, FourBit, Int8, QuantError
 from quant.forms import FORMS, Form, form_of
 from quant.int8_linear import StaticInput
 from quant.layer import QuantizedLinear
 from quant.linear import layer_of, quantizable, quantized_layers
+from quant.nf4 import QuantizedTensor
 
 Watch = Callable[[str, Tensor, nn.Module], None]  # published name, the weight before, the weight after
 
@@ -139,7 +141,7 @@ def config_entry(network: nn.Module, table: Mapping[str, Row]) -> dict:
     that are not quantized are named in it, for what opens the folder would take them for quantized else.
 
     Errors (QuantError): a layer that was quantized in memory, though not in the form in which the family publishes it; layers
-    of several kinds.
+    of several kinds. Warns of `uneven_rows`.
     """
     found = quantized_layers(network)
     for path, layer in found.items():
@@ -155,4 +157,28 @@ def config_entry(network: nn.Module, table: Mapping[str, Row]) -> dict:
     dtype = next(parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
     linear = (path for path, module in network.named_modules() if isinstance(module, nn.Linear))
     kept = [table[f"{path}.weight"].published.removesuffix(".weight") for path in linear if f"{path}.weight" in table]
-    return FORMS[forms.pop()].config(list(found.values()), dtype, kept)
+    entry = FORMS[forms.pop()].config(list(found.values()), dtype, kept)
+    if (uneven := uneven_rows({table[f"{path}.weight"].published: layer for path, layer in found.items()})) is not None:
+        warnings.warn(uneven, stacklevel=4)
+    return entry
+
+
+def uneven_rows(layers: Mapping[str, QuantizedLinear]) -> str | None:
+    """Say which 4-bit matrices have rows that are not whole blocks; None: none. layers: published name of the weight -> layer.
+
+    Ours take a matrix as one long row of blocks, as bitsandbytes packs it and its CUDA kernels read it. Its CPU kernels for
+    AVX-512 count blocks anew in each row (version 0.50: where a row is a multiple of 16 numbers), and multiply by other scales.
+    """
+    four = {name: layer for name, layer in layers.items() if isinstance(layer.weight, QuantizedTensor)}
+    uneven = {name: layer for name, layer in four.items() if layer.in_features % layer.weight.block_size}
+    if not uneven:
+        return None
+    first = next(iter(uneven))
+    size, rows = uneven[first].weight.block_size, uneven[first].in_features
+    fitting = [each for each in BLOCK_SIZES if not any(layer.in_features % each for layer in four.values())]
+    other = f"--block-size {fitting[-1]} (block_size={fitting[-1]}) or " if fitting else ""
+    return (
+        f"{len(uneven)} of {len(four)} matrices have rows that are not whole blocks of {size}, such as {first}, rows of "
+        f"{rows}: bitsandbytes on a CPU with AVX-512 reads these wrongly (on GPUs, and here, they are read as they were "
+        f"written). {other}--skip REGEX (skip=...) avoids it"
+    )

@@ -157,6 +157,8 @@ CASES = {  # name: (folder, change, message)
     "a cache of few bits": ("dynamic", settings(kv_cache_scheme={"num_bits": 8}), "has a kv_cache_scheme, which is not read"),
     "turned before": ("dynamic", settings(transform_config={"config_groups": {"a": {}}}), "has a transform_config"),
     "sparse": ("dynamic", settings(sparsity_config={"format": "sparse-24-bitmask"}), "has a sparsity_config"),
+    "sparse in no format": ("dynamic", settings(sparsity_config={"global_sparsity": 0.5}), "has a sparsity_config"),
+    "fewer experts": ("dynamic", settings(moe_sparsity_config={"method": "prune"}), "has a moe_sparsity_config"),
     "the other's settings": (
         "llm",
         lambda t, c: c["quantization_config"].update(quant_method="compressed-tensors", format="int-quantized"),
@@ -223,6 +225,7 @@ ALIKE = {  # other shapes and formats of the same numbers
         "dynamic",
         lambda t, c: t.update({f"{LAYER}.weight_zero_point": torch.zeros(40, 1, dtype=torch.int8)}),
     ),
+    "not sparse": ("dynamic", settings(sparsity_config={"format": "dense", "sparsity_structure": "0:0", "targets": []})),
     "what has a default": ("dynamic", lambda t, c: [half("weights")(t, c), c["quantization_config"].pop("ignore")]),
     "llm: SCB in a column": ("llm", of("SCB", lambda s: s[:, None])),
     "llm: as the oldest files": ("llm", lost("weight_format")),

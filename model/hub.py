@@ -162,7 +162,7 @@ def _published(network: Network) -> Iterator[tuple[str, Tensor]]:
 
 def _has_quantized(network: Network) -> bool:
     """Whether a linear layer's weight is no parameter."""
-    return any(hasattr(module, "in_features") and isinstance(module.weight, nn.Module) for module in network.modules())
+    return any(hasattr(module, "in_features") and "weight" in module._modules for module in network.modules())
 
 
 @torch.no_grad()
@@ -202,11 +202,12 @@ def load(
     asked = (config.head, config.labels) != (own.head, own.labels)
     with torch.device("meta"):
         network = Network(config, attention)
-    parameters, table = dict(network.named_parameters()), weight_table(config)
+    table = weight_table(config)
     try:
         with ExitStack() as opened:
             files = {path: opened.enter_context(WeightFile(path)) for path in weight_files(folder)}
             small, room = quantized_weights(folder, list(files.values()), network, quantization, inputs, watch), Room()
+            parameters = dict(network.named_parameters())  # a quantized head is no longer the embedding's
             found = _match(files, config, parameters, small.others if small else (), asked=asked)
             missing = sorted(set(parameters) - set(found.sources))
             if any(not (asked and name.startswith("head.")) for name in missing):

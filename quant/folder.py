@@ -63,6 +63,8 @@ class QuantizedWeights:
         self.asked = {path: layer for path, layer in linear.items() if path in modules}
         if not self.stored and not self.asked:
             raise QuantError(f"no linear layer to quantize, with skip={list(self.settings.skip)}")
+        if published.get("head.weight") in self.stored:  # it has codes of its own, whatever config.json says of tied embeddings
+            network.head.weight = nn.Parameter(torch.empty_like(network.head.weight))
         self.others = {part for parts in self.stored.values() for part in parts.values()} - set(self.stored)
 
     def takes(self, name: str, published: str) -> bool:
@@ -83,6 +85,9 @@ class QuantizedWeights:
         new = self.layer(name, published, read, device)
         new.weight.dtype = dtype or new.weight.dtype
         new.weight.to(device)
+        if name == "head.weight":
+            self.network.head.pack(new)
+            return
         self.network.set_submodule(name.removesuffix(".weight"), new if order is None else new.reordered(order.to(device)))
 
     def layer(
@@ -92,11 +97,10 @@ class QuantizedWeights:
         linear = self.network.get_submodule(name.removesuffix(".weight"))
         if not isinstance(linear, nn.Linear):
             raise QuantError(f"{published} is quantized: of this network it is {name}, which is no linear layer's")
-        if name == "head.weight":
-            raise QuantError(f"{published} is quantized: a head is read with all its bits; leave it out of what is quantized")
         if published in self.stored:
             parts = {part: self.raw(each) for part, each in self.stored[published].items()}
-            layer = self.form.layer(parts, published, linear.bias, self.settings, self.dtype)
+            bias = linear.bias if name != "head.weight" else None  # a language head keeps its own
+            layer = self.form.layer(parts, published, bias, self.settings, self.dtype)
             if layer.weight.shape != linear.weight.shape:
                 raise QuantError(f"{published} is of {tuple(layer.weight.shape)}, {name} expects {tuple(linear.weight.shape)}")
             return layer
@@ -156,7 +160,11 @@ def config_entry(network: nn.Module, table: Mapping[str, Row]) -> dict:
         raise QuantError(f"layers are quantized in two forms, {' and '.join(sorted(forms))}: a quantization_config names one")
     dtype = next(parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
     linear = (path for path, module in network.named_modules() if isinstance(module, nn.Linear))
-    kept = [table[f"{path}.weight"].published.removesuffix(".weight") for path in linear if f"{path}.weight" in table]
+    kept = [
+        table[f"{path}.weight"].published.removesuffix(".weight")
+        for path in linear
+        if f"{path}.weight" in table and path not in found
+    ]
     entry = FORMS[forms.pop()].config(list(found.values()), dtype, kept)
     if (uneven := uneven_rows({table[f"{path}.weight"].published: layer for path, layer in found.items()})) is not None:
         warnings.warn(uneven, stacklevel=4)

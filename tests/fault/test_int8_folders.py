@@ -169,7 +169,7 @@ CASES = {  # name: (folder, change, message)
         lambda t, c: t.update({"model.embed_tokens.weight_scale": torch.ones(1)}),
         r"model\.embed_tokens\.weight is quantized: .* body\.embedding\.weight, which is no linear layer's",
     ),
-    "the head": ("dynamic", more("lm_head.weight_scale", 1), r"lm_head\.weight is quantized: a head is read with all its bits"),
+    "the head": ("dynamic", more("lm_head.weight_scale", 1), r"lm_head\.weight has a weight_scale, but is no matrix of int8"),
     "llm: no codes": ("llm", lost("weight"), f"lacks 1 weights: {NAME}"),
     "llm: no SCB": ("llm", lost("SCB"), rf"holds '{LAYER}\.weight_format', which llama of this config has no place for"),
     "llm: SCB cut": ("llm", of("SCB", lambda s: s[1:]), shown("SCB has 39 numbers, [40, 24] wants 40")),

@@ -203,12 +203,14 @@ def test_theirs_reads_ours(name, parity, tmp_path):
     assert (ties > 0) == (settings == Int8())
 
 
-def compressed(config, folder: Path, dense_folder: Path, weights: dict, activations: dict, dtype: torch.dtype) -> nn.Module:
+def compressed(
+    config, folder: Path, dense_folder: Path, weights: dict, activations: dict, dtype: torch.dtype, ignore=("lm_head",)
+) -> nn.Module:
     """A folder that compressed-tensors made, by its own scales; and the network that it was made of, which rounds alike."""
     theirs = opened(config, dense_folder, dtype=dtype)
     kinds = {"type": "int", "num_bits": 8}
     group = {"targets": ["Linear"], "weights": kinds | weights, "input_activations": kinds | activations}
-    apply_quantization_config(theirs, QuantizationConfig(config_groups={"group_0": group}, ignore=["lm_head"]))
+    apply_quantization_config(theirs, QuantizationConfig(config_groups={"group_0": group}, ignore=list(ignore)))
     for twin in theirs.modules():
         if hasattr(twin, "quantization_scheme"):
             args, weight = twin.quantization_scheme.weights, twin.weight.detach()

@@ -110,7 +110,7 @@ class AdaptedHead(Adapted):
 
     def read(self, output: Output, attention_mask: Tensor | None) -> Output:
         if hasattr(self.base, "pair"):
-            output = output._replace(pair_logits=self.base.pair(output.hidden, attention_mask))
+            output = output._replace(pair_logits=self.base.pair.pooled(output, attention_mask))
         return output._replace(logits=self(output.hidden, attention_mask))
 
 

@@ -24,7 +24,8 @@ from lora.config import (
 )
 from lora.inject import adapters, parts
 from lora.layer import Place
-from lora.peft_names import Entry, endings, linear_modules, plain
+from lora.methods import BEFORE_THE_TEXT
+from lora.peft_names import CLASSIFIER_MODULES, CLASSIFIERS, Entry, endings, linear_modules, plain
 from lora.targets import by_pattern
 from model.weights import weight_table
 
@@ -157,10 +158,15 @@ def read_config(given: dict, layers: Layers) -> object:
 
 def refuse_what_peft_ignores(network: nn.Module, given: dict, changed: Collection[str]) -> None:
     """Of an encoder-decoder PEFT wraps the embedding under one of its three names, that which no stack looks at: measured, its
-    adapter changes nothing. Ours does, so that PEFT's cannot be put here, nor ours there."""
-    shared = network.config.architecture == "encoder-decoder" and "body.embedding" in changed
-    if shared and not str(given.get("peft_type")).startswith(OURS):
+    adapter changes nothing. Nor does a prefix of its classifiers, and prompts of these are errors there. Ours change something,
+    so that PEFT's cannot be put here, nor ours there."""
+    kind = str(given.get("peft_type"))
+    if network.config.architecture != "encoder-decoder" or kind.startswith(OURS):
+        return
+    if "body.embedding" in changed:
         raise AdapterError("an embedding that both stacks share: PEFT's adapter of it changes nothing, here it would")
+    if network.config.head in CLASSIFIERS and kind in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"):
+        raise AdapterError(f"{kind} of an encoder-decoder's classifier changes nothing in PEFT, here it would")
 
 
 def meant(given: dict, modules: Collection[str]) -> set[str] | None:
@@ -198,11 +204,15 @@ def write_config(network: nn.Module, name: str, base: str | None, entries: dict[
     whole = {entry.module for entry in entries.values() if entry.whole}
     layers = {module for module, ours in published.items() if ours in adapted} - whole
     kind, values = WRITE[config.method](network, config, entries)
-    if network.config.architecture == "encoder-decoder" and (kind == "PREFIX_TUNING" or "body.embedding" in adapted):
-        kind = (
-            OURS + kind
-        )  # PEFT computes something else with it: see `refuse_what_peft_ignores`; of a prefix it reads another layer's
-    values |= {"modules_to_save": endings(whole - {""}, known) or None}
+    task_type = task(network, any(entry.whole and entry.row.name.startswith("head.") for entry in entries.values()))
+    two_stacks = network.config.architecture == "encoder-decoder"
+    if two_stacks and (kind == "PREFIX_TUNING" or "body.embedding" in adapted):
+        kind = OURS + kind  # PEFT computes another thing: see `refuse_what_peft_ignores`; of a prefix it reads another layer's
+    elif config.method in BEFORE_THE_TEXT and (task_type is None or (two_stacks and task_type in TASKS.values())):
+        kind = OURS + kind  # PEFT has no class for the head, and its general one leaves out what stands before the text
+    inside = [module for module in whole if f"{module}.".startswith(CLASSIFIER_MODULES)]  # all of them: `whole_head`
+    saved = [*endings(whole - {"", *inside}, known), *sorted({module.partition(".")[0] for module in inside})]
+    values["modules_to_save"] = saved or None
     if layers:
         inner = {entry.module for entry in entries.values() if entry.shape[:1] == (1,)} if config.method == "ia3" else set()
         values["target_modules"] = endings(layers - inner, known) + endings(inner, known)
@@ -219,7 +229,7 @@ def write_config(network: nn.Module, name: str, base: str | None, entries: dict[
             values[field] = {re.escape(end): value for value, group in groups.items() for end in endings(group, layers)}
     common = {
         "peft_type": kind,
-        "task_type": task(network, bool(whole)),
+        "task_type": task_type,
         "base_model_name_or_path": base,
         "inference_mode": True,
     }

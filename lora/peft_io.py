@@ -26,7 +26,19 @@ from lora.base import check_base, read_base, write_base
 from lora.config import AdapterError
 from lora.inject import adapters, add_adapters, biases, discard, holders, in_use, parts, trains_biases
 from lora.peft_config import Layers, meant, read_config, refuse_what_peft_ignores, write_config
-from lora.peft_names import BEFORE, Read, bias_key, entries, exactly, linear_modules, plain, read_keys
+from lora.peft_names import (
+    BEFORE,
+    PREFIX,
+    PREFIX_BEFORE,
+    Read,
+    bias_key,
+    entries,
+    exactly,
+    linear_modules,
+    plain,
+    read_keys,
+    whole_head,
+)
 from lora.targets import adaptable
 from model.network import Network
 from model.safetensors_file import WeightFile, WeightFileError
@@ -51,7 +63,7 @@ def save(network: nn.Module, folder: str | Path, name: str = "default", *, base:
             f"the network was quantized after it was read from {source}: nothing there says how. Read it with "
             "model.hub.load(…, quantization=…), or save the quantized network first and load that"
         )
-    found = entries(network, name)
+    found = whole_head(network, name) | entries(network, name)
     config = write_config(network, name, None if source is None else str(Path(source).resolve()), found)
     tensors = {key: entry.to_file(network.config) for key, entry in found.items()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +109,8 @@ def load(
     before = in_use(network)
     try:
         with WeightFile(path) as file:
-            read = read_keys(network, file.names, str(path), all_biases=given.get("bias") == "all")
+            prefix = PREFIX_BEFORE if BEFORE in file.names else PREFIX
+            read = read_keys(network, file.names, str(path), all_biases=given.get("bias") == "all", prefix=prefix)
             try:
                 refuse_what_peft_ignores(network, given, {*read.layers.values(), *read.whole})
                 config = read_config(given, layers_of(network, read, file))

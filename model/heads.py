@@ -105,7 +105,8 @@ class PooledHead(Head):
 
     C = labels for classes, 1 for regression, 2 for next sentence (0: it is the next, 1: it is not). As `pooler` it stops
     after the dense layer, and logits are B D. Dropout stands before the last matrix (RoBERTa's code has it before the
-    dense layer as well).
+    dense layer as well). Where the first token speaks, and a prompt stands before the text, that is the prompt's first vector,
+    as in PEFT.
     """
 
     def __init__(self, config: ModelConfig, spec: HeadSpec):
@@ -115,6 +116,14 @@ class PooledHead(Head):
         self.out = nn.Linear(config.width, classes, spec.bias) if config.head != "pooler" else nn.Identity()
         self.pool = POOLS[spec.pool]
         self.dropout = 0.0 if config.head == "pooler" else config.dropout
+
+    def read(self, output: Output, attention_mask: Tensor | None) -> Output:
+        return output._replace(logits=self.pooled(output, attention_mask))
+
+    def pooled(self, output: Output, attention_mask: Tensor | None) -> Tensor:
+        if self.pool is first and output.prompt is not None:
+            return self(output.prompt)
+        return self(output.hidden, attention_mask)
 
     def forward(self, hidden_BTD: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         pooled_BD = self.pool(hidden_BTD, attention_mask)
@@ -131,7 +140,7 @@ class PretrainingHead(MaskedHead):
         self.pair = PooledHead(config, spec)
 
     def read(self, output: Output, attention_mask: Tensor | None) -> Output:
-        return super().read(output, attention_mask)._replace(pair_logits=self.pair(output.hidden, attention_mask))
+        return super().read(output, attention_mask)._replace(pair_logits=self.pair.pooled(output, attention_mask))
 
 
 class TokenHead(Head):

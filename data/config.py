@@ -37,6 +37,9 @@ class DataConfig:
     dedup: bool = True
     """Drop near duplicates before the split. (Exact duplicates always go.)"""
 
+    separator: str | None = None
+    """The control token between documents, where the tokenizer of --init puts none before a text. Default: its eos."""
+
     cache: Path = field(default_factory=default_cache)
     """Folder for prepared shards; they are reused while the corpus and these settings stay the same."""
 

@@ -92,6 +92,10 @@ def prepare(
             f"{tokenizer.vocab_size} ids) has none. Start from a network that was trained with one, or from random "
             "weights: a tokenizer with [MASK] is then trained"
         )
+    if tokenizer is not None:
+        tokenizer = tokenizer.with_separator(config.separator)
+    elif config.separator is not None:
+        raise DataError(f"--separator {config.separator}: the tokenizer that is trained here begins each document with <s>")
     key = cache_key(config, tokenizer, mask)
     folder = config.cache.expanduser() / key
     built = False
@@ -122,6 +126,7 @@ def cache_key(config: DataConfig, tokenizer: Tokenizer | None, mask: bool = Fals
             files.append((name, str(path.absolute()), stat.st_size, stat.st_mtime_ns))
     made_by = tokenizer.sha256 if tokenizer else [sentencepiece.__version__, trainer_options(config.vocab_size, mask)]
     settings = [config.text_key, config.on_bad_text, config.val_fraction, config.dedup, made_by]
+    settings += [tokenizer.separator] if tokenizer and tokenizer.separator else []
     return hashlib.sha256(json.dumps([FORMAT, sys.version, settings, files]).encode()).hexdigest()[:16]
 
 
@@ -183,6 +188,7 @@ def build(
         "key": key,
         "dtype": dtype,
         "tokenizer_sha256": tokenizer.sha256,
+        "separator": tokenizer.separator,
         "splits": {
             name: write_split(folder / f"{name}.bin", parts[name], tokenizer, dtype, progress) for name in SPLITS
         },
@@ -208,14 +214,13 @@ def write_split(
     path: Path, documents: list[Document], tokenizer: Tokenizer, dtype: str, progress: bool
 ) -> dict[str, int]:
     one_separator = tokenizer.bos_id == tokenizer.eos_id
-    end = [] if one_separator else [tokenizer.eos_id]
     tokens = count = size = 0
     with path.open("wb") as stream:
         for document in tqdm(documents, f"encoding {path.stem}", unit=" documents", disable=not progress, leave=False):
             ids = tokenizer.encode(document.text)
             if not ids:  # nothing is left of it by a normalisation that drops control characters
                 continue
-            ids = [tokenizer.bos_id, *ids, *end]
+            ids = tokenizer.document(ids)
             stream.write(np.array(ids, dtype=dtype).tobytes())
             tokens += len(ids)
             count += 1
@@ -267,7 +272,8 @@ def open_shards(folder: Path, built: bool, tokenizer: Tokenizer | None = None) -
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
         if index["format"] != FORMAT:
             raise DamagedError(f"index.json has format {index['format']}, this reads {FORMAT}")
-        tokenizer = load_tokenizer(folder) if tokenizer is None else tokenizer
+        if tokenizer is None:
+            tokenizer = load_tokenizer(folder).with_separator(index.get("separator"))
         if tokenizer.sha256 != index["tokenizer_sha256"]:
             raise DamagedError(f"{next(iter(tokenizer.files))} is not the one they were made with")
         dtype, splits = index["dtype"], {}

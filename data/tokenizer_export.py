@@ -15,8 +15,8 @@ def exported(tokenizer: "SentencePieceTokenizer") -> dict[str, bytes]:
     SentencePiece merges the neighbours whose union has the best score, the leftmost first; `tokenizers` has a rank for
     each pair. A piece's pairs get neighbouring ranks, in the order of scores. Pieces hold the space itself, where
     SentencePiece puts U+2581 for it: that character is then one without a piece, and spelled in bytes, as it is by us.
-    Opened there, control tokens written out in a text are recognised, and <s> stands before each text, as here before
-    each document. A model that is no BPE, or has pieces that are matched before it merges, gives nothing: {}.
+    Opened there, control tokens written out in a text are recognised, and what stands around a text here does there
+    (`affixes`). A model that is no BPE, or has pieces that are matched before it merges, gives nothing: {}.
     """
     processor, count = tokenizer.processor, len(tokenizer.processor)
     ids, controls = {}, []
@@ -31,7 +31,12 @@ def exported(tokenizer: "SentencePieceTokenizer") -> dict[str, bytes]:
     if scores != [-rank for rank in range(len(scores))]:  # as SentencePiece's BPE has them, and nothing else
         return {}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    bos = processor.id_to_piece(tokenizer.bos_id)
+    around = {id: processor.id_to_piece(id) for id in (*tokenizer.affixes.prefix, *tokenizer.affixes.suffix)}
+
+    def framed(sequence: str, kind: int) -> list[dict]:
+        before, after = ([{"SpecialToken": {"id": around[id], "type_id": kind}} for id in side] for side in tokenizer.affixes)
+        return [*before, {"Sequence": {"id": sequence, "type_id": kind}}, *after]
+
     spec = {
         "version": "1.0",
         "truncation": None,
@@ -41,14 +46,9 @@ def exported(tokenizer: "SentencePieceTokenizer") -> dict[str, bytes]:
         "pre_tokenizer": None,
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [
-                {"SpecialToken": {"id": bos, "type_id": 0}},
-                {"Sequence": {"id": "A", "type_id": 0}},
-                {"SpecialToken": {"id": bos, "type_id": 1}},
-                {"Sequence": {"id": "B", "type_id": 1}},
-            ],
-            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}},
+            "single": framed("A", 0),
+            "pair": framed("A", 0) + framed("B", 1),
+            "special_tokens": {piece: {"id": piece, "ids": [id], "tokens": [piece]} for id, piece in around.items()},
         },
         "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
         "model": {

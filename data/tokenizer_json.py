@@ -1,8 +1,12 @@
 """Any tokenizer that has a tokenizer.json, or BERT's vocab.txt, run by the library `tokenizers`.
 
 Published files do three things that are undone here. A padding and a cut to some length (sentence-transformers save
-both) are taken off. Control tokens are added by nobody. And text never makes one: the library finds `[MASK]` in text,
-and a Unigram model holds `</s>` among its pieces, so the tokenizer that encodes plain text knows them by other names.
+both) are taken off. Control tokens are not added by the library: what its post-processor would put around a text is read off
+the file (`read_affixes`). And text never makes one: the library finds `[MASK]` in text, and a Unigram model holds `</s>` among
+its pieces, so the tokenizer that encodes plain text knows them by other names.
+
+Where there is a tokenizer.json, its post-processor alone says what stands around a text: so transformers 5 has it, which passes
+over `add_bos_token` and `add_eos_token` then.
 """
 
 import hashlib
@@ -12,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from data.config import DataError
-from data.tokenizer import JSON, PROBE, SIDE_FILES, VOCAB, WELL_KNOWN, Tokenizer, first_id
+from data.tokenizer import JSON, PROBE, SIDE_FILES, VOCAB, WELL_KNOWN, Affixes, Tokenizer, first_id
 
 ROLES = {  # the names of transformers, of which BERT's first and last token are the second
     "bos": ("bos_token", "cls_token"),
@@ -36,8 +40,11 @@ class JsonTokenizer(Tokenizer):
         try:
             side = {name: json.loads(files[name]) for name in reversed(SIDE_FILES) if name in files}
             named = {key: value for content in side.values() for key, value in content.items()}
-            self.spec = (json.loads(files[JSON]) if JSON in files else bert_spec(files[VOCAB], named)) | UNDONE
-            model, added = self.spec["model"], self.spec["added_tokens"]
+            spec = json.loads(files[JSON]) if JSON in files else bert_spec(files[VOCAB], named)
+            processor = spec.get("post_processor")
+            model = spec["model"]
+            added = [*spec["added_tokens"], *added_by_settings(named, piece_ids(model), spec["added_tokens"])]
+            self.spec = spec | UNDONE | {"added_tokens": added}
             ids = piece_ids(model) | {token["content"]: token["id"] for token in added}
             bytes_of_piece = piece_rule(self.spec)
             bytes_of = [b""] * (max(ids.values()) + 1)
@@ -46,6 +53,7 @@ class JsonTokenizer(Tokenizer):
             for token in added:  # these are written as they are
                 bytes_of[token["id"]] = token["content"].encode()
             roles = {role: role_id(role, named, ids) for role in ROLES} | {"unk": unknown_id(model, ids)}
+            affixes = read_affixes(processor) if processor else affixes_of_class(named, model, roles)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise DataError(f"the file, or {' or '.join(SIDE_FILES)} beside it, is damaged ({error!r})") from error
         control_ids = {token["id"] for token in added if token["special"]} | {id for id in roles.values() if id is not None}
@@ -55,14 +63,21 @@ class JsonTokenizer(Tokenizer):
         # Unknown text makes the unknown token, by its name.
         hidden = {piece for piece, id in ids.items() if id in control_ids and id != roles["unk"]}
         plain = json.dumps(hide(self.spec, hidden), ensure_ascii=False)
-        digest = hashlib.sha256((plain + json.dumps(sorted(control_ids)) + json.dumps(roles)).encode())
+        digest = hashlib.sha256((plain + json.dumps(sorted(control_ids)) + json.dumps(roles) + json.dumps(affixes)).encode())
         super().__init__(
-            files, bytes_of, roles=roles, control_ids=control_ids, sha256=digest.hexdigest(), vocab_size=vocab_size
+            files,
+            bytes_of,
+            roles=roles,
+            controls={piece: id for piece, id in ids.items() if id in control_ids},
+            control_ids=control_ids,
+            affixes=affixes,
+            sha256=digest.hexdigest(),
+            vocab_size=vocab_size,
         )
         self.plain = backend(plain)
         self.plain.encode_special_tokens = True
         check_added(added, self.plain, hidden)
-        probed = self.encode(PROBE)
+        probed = self._ids(PROBE, False)
         spells_all = UTF8_BYTES <= set(bytes_of)
         self.lossless = spells_all and self._decode_bytes(probed) == PROBE and self.unknown_id not in probed
         self._decode = self._decode_bytes if self.lossless else self._decode_by_library
@@ -72,7 +87,7 @@ class JsonTokenizer(Tokenizer):
         """The tokenizer as its file has it, which finds control tokens in text; made when first asked for."""
         return backend(json.dumps(self.spec, ensure_ascii=False))
 
-    def encode(self, text: str, *, specials: bool = False) -> list[int]:
+    def _ids(self, text: str, specials: bool) -> list[int]:
         text.encode()  # a lone surrogate: the library's message would not say which
         return (self.with_specials if specials else self.plain).encode(text, add_special_tokens=False).ids
 
@@ -96,6 +111,64 @@ def backend(spec: str) -> Any:
         return tokenizers.Tokenizer.from_str(spec)
     except Exception as error:  # the library raises Exception itself
         raise DataError(f"the library tokenizers cannot read it ({error})") from error
+
+
+def read_affixes(processor: dict | None) -> Affixes:
+    """What a post-processor puts around one text.
+
+    >>> read_affixes({"type": "BertProcessing", "sep": ["[SEP]", 102], "cls": ["[CLS]", 101]})
+    Affixes(prefix=(101,), suffix=(102,))
+    >>> read_affixes({"type": "ByteLevel"})
+    Affixes(prefix=(), suffix=())
+    """
+    kind = processor["type"] if processor else None
+    if kind in (None, "ByteLevel"):
+        return Affixes()
+    if kind in ("BertProcessing", "RobertaProcessing"):
+        return Affixes((processor["cls"][1],), (processor["sep"][1],))
+    if kind == "Sequence":
+        inner = [read_affixes(each) for each in processor["processors"]]
+        return Affixes(
+            tuple(id for each in reversed(inner) for id in each.prefix), tuple(id for each in inner for id in each.suffix)
+        )
+    if kind != "TemplateProcessing":
+        raise ValueError(f"its post_processor is of type {kind!r}, which is not read")
+    sides, side, ids = ([], []), 0, processor["special_tokens"]
+    for piece in processor["single"]:
+        if "Sequence" in piece:
+            side = 1
+        else:
+            sides[side].extend(ids[piece["SpecialToken"]["id"]]["ids"])
+    return Affixes(tuple(sides[0]), tuple(sides[1]))
+
+
+FRAMED = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "RoFormerTokenizer", "RobertaTokenizer", "BartTokenizer")
+
+
+def affixes_of_class(named: dict, model: dict, roles: dict[str, int | None]) -> Affixes:
+    """Where a file has no post-processor: transformers' classes of BERT, RoBERTa and T5 have one of their own."""
+    kind = str(named.get("tokenizer_class") or "").removesuffix("Fast")
+    if kind in FRAMED or (not kind and model.get("type") == "WordPiece"):
+        return Affixes(*((id,) if id is not None else () for id in (roles["bos"], roles["eos"])))
+    return Affixes((), (roles["eos"],)) if kind == "T5Tokenizer" and roles["eos"] is not None else Affixes()
+
+
+def added_by_settings(named: dict, pieces: dict[str, int], added: list[dict]) -> list[dict]:
+    """Tokens that tokenizer_config.json or special_tokens_map.json name and tokenizer.json lacks: they get the next ids, as
+    transformers has them added."""
+    told = [token for _, token in sorted(named.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))]
+    told += [value for key, value in named.items() if key.endswith("_token") and isinstance(value, str | dict)]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = named.get(key) or []
+        told += more.values() if isinstance(more, dict) else more
+    there = pieces | {token["content"]: token["id"] for token in added}
+    new: dict[str, dict] = {}
+    for token in told:
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+        flags |= {"content": token} if isinstance(token, str) else {k: v for k, v in token.items() if k in (*flags, "content")}
+        if flags["content"] and flags["content"] not in there | new:
+            new[flags["content"]] = {"id": max(there.values()) + 1 + len(new)} | flags
+    return list(new.values())
 
 
 def check_added(added: list[dict], made: Any, hidden: set[str]) -> None:
@@ -213,6 +286,11 @@ def bert_spec(vocabulary: bytes, settings: dict) -> dict:
     if "[UNK]" not in controls:
         raise ValueError("no line of it is [UNK]")
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+
+    def around(ids: dict[str, int]) -> dict | None:
+        parts = {part: [piece, ids.get(piece)] for part, piece in (("sep", "[SEP]"), ("cls", "[CLS]"))}
+        return None if None in (parts["sep"][1], parts["cls"][1]) else {"type": "BertProcessing"} | parts
+
     return {
         "version": "1.0",
         "truncation": None,
@@ -226,7 +304,7 @@ def bert_spec(vocabulary: bytes, settings: dict) -> dict:
             "lowercase": settings.get("do_lower_case", True),
         },
         "pre_tokenizer": {"type": "BertPreTokenizer"},
-        "post_processor": None,
+        "post_processor": around(ids),
         "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
         "model": {
             "type": "WordPiece",

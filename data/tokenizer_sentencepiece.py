@@ -6,6 +6,7 @@ byte pieces are written directly.
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable
 from functools import cached_property
@@ -14,7 +15,7 @@ from pathlib import Path
 import sentencepiece
 
 from data.config import DataError
-from data.tokenizer import PROBE, SENTENCEPIECE, WELL_KNOWN, Tokenizer, first_id
+from data.tokenizer import PROBE, SENTENCEPIECE, SIDE_FILES, WELL_KNOWN, Affixes, Tokenizer, first_id
 from data.tokenizer_export import exported
 
 SPACE = "\u2581"
@@ -25,6 +26,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     Ours: 0 `<unk>`, 1 `<s>`, 2 `</s>`, and 3 `[MASK]` where it was asked for.
     A model that does not give PROBE back is `lossless=False`: it encodes and decodes by the library's own rules.
+
+    What stands around a text: by `add_bos_token` and `add_eos_token` of tokenizer_config.json; where that is silent <s> if the
+    model has one (LLaMA's documented default), else </s> after it (T5). Ours for masked language models has both.
     """
 
     def __init__(
@@ -45,17 +49,21 @@ class SentencePieceTokenizer(Tokenizer):
         roles = {role: first_id(controls, names) for role, names in WELL_KNOWN.items()} | {"unk": unknown}
         for role, id in (("bos", processor.bos_id()), ("eos", processor.eos_id()), ("pad", processor.pad_id())):
             roles[role] = id if id >= 0 else roles[role]  # -1: the model has none
+        said = settings_of(beside or {})
+        flags = {key: said[key] for key in ("add_bos_token", "add_eos_token") if key in said}
+        flags |= {"bos_token": None} if said.get("bos_token", "") is None else {}
         super().__init__(
             {name: model_bytes},
             # What each id stands for: text is put together from these, so that broken sequences stay visible.
             [self._bytes_of(i) for i in range(count)],
             roles=roles,
+            controls=controls,
             control_ids={*controls.values(), unknown},
-            sha256=hashlib.sha256(model_bytes).hexdigest(),
+            affixes=affixes_of(roles, said),
+            sha256=hashlib.sha256(model_bytes + (json.dumps(flags).encode() if flags else b"")).hexdigest(),
             vocab_size=vocab_size,
         )
         self.model_bytes = model_bytes
-        self.control_of = controls
         # A capturing group keeps the control tokens between the parts of the text.
         self.control_text = re.compile("(" + "|".join(map(re.escape, sorted(controls, key=len, reverse=True))) + ")")
         self.space_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
@@ -63,7 +71,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.lossless = unknown not in ids and self._decode_bytes(ids) == PROBE
         self._encode = self._encode_lossless if self.lossless else processor.encode
         self._decode = self._decode_bytes if self.lossless else self._decode_by_library
-        if not self.lossless:
+        if not self.lossless or flags:
             self.files |= beside or {}
 
     def _bytes_of(self, i: int) -> bytes:
@@ -72,17 +80,14 @@ class SentencePieceTokenizer(Tokenizer):
             return b""
         return bytes([int(piece[3:5], 16)]) if self.processor.is_byte(i) else piece.replace(SPACE, " ").encode()
 
-    def encode(self, text: str, *, specials: bool = False) -> list[int]:
-        """The ids of `text`, without <s> and </s>. A lone surrogate, which has no UTF-8, raises UnicodeEncodeError.
-
-        specials=True cuts the text at control tokens and encodes the parts alone: a model with a dummy prefix puts
-        it before each.
-        """
+    def _ids(self, text: str, specials: bool) -> list[int]:
+        """specials=True cuts the text at control tokens and encodes the parts alone: a model with a dummy prefix puts it before
+        each."""
         parts = self.control_text.split(text) if specials else [text]
         try:
             ids = self._encode(parts[0])
             for control, part in zip(parts[1::2], parts[2::2], strict=True):
-                ids += [self.control_of[control], *self._encode(part)]
+                ids += [self.controls[control], *self._encode(part)]
         except RuntimeError:
             text.encode()  # says which character and where; the library says "unable to cast"
             raise
@@ -114,3 +119,26 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _decode_by_library(self, ids: Iterable[int]) -> str:
         return self.processor.decode([int(i) for i in ids if int(i) not in self.special_ids])
+
+
+def settings_of(beside: dict[str, bytes]) -> dict:
+    """tokenizer_config.json, as far as it is there and can be read."""
+    try:
+        said = json.loads(beside[SIDE_FILES[0]])
+    except (KeyError, ValueError):
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def affixes_of(roles: dict[str, int | None], said: dict) -> Affixes:
+    """What stands around a text.
+
+    >>> roles = {"bos": 1, "eos": 2, "mask": None}
+    >>> affixes_of(roles, {}), affixes_of(roles, {"add_bos_token": False, "add_eos_token": True})
+    (Affixes(prefix=(1,), suffix=()), Affixes(prefix=(), suffix=(2,)))
+    """
+    bos = None if said.get("bos_token", "") is None else roles["bos"]
+    eos = None if said.get("eos_token", "") is None else roles["eos"]
+    begins = said.get("add_bos_token", bos is not None)
+    ends = said.get("add_eos_token", bos is None or roles["mask"] is not None)
+    return Affixes((bos,) if begins and bos is not None else (), (eos,) if ends and eos is not None else ())

@@ -55,5 +55,5 @@ class Prefixes(BeforeTheText):
 
 
 def prefix(network: nn.Module, config: PrefixConfig, name: str) -> None:
-    stack, sizes = getattr(network.body, "decoder", network.body), network.config
+    stack, sizes = getattr(network.body, "decoder", network.body), network.config.second_stack
     put_before(network, stack, Prefixes, Prefix(config, len(stack.layers), sizes.kv_heads, sizes.head_width), name)

@@ -96,6 +96,7 @@ class Recorder:
         config = self.config
         if config.architecture == "encoder-decoder":
             segments = self.stack("body.encoder", config.layers, causal=False)
+            self.config = config.second_stack
             segments += self.stack("body.decoder", config.decoder_layers, causal=True, cross=True)
         else:
             causal = config.architecture == "decoder"

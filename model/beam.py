@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ConfigError
-from model.decoding import Decoding, evaluating
+from model.constraints import Constraints
+from model.decoding import Decoding, evaluating, seen
+from model.sampling import penalize
 from model.stopping import Stop
 
 
@@ -56,6 +58,8 @@ def beam_search(
     early_stopping: bool = False,
     eos_id: int | None = None,
     stop_ids: Sequence[int] = (),
+    repetition_penalty: float = 1.0,
+    constraints: Constraints | None = None,
     num_return: int = 1,
     use_cache: bool = True,
 ) -> Beams:
@@ -63,12 +67,15 @@ def beam_search(
 
     At each step the k running texts have k · V continuations. Of the best 2k (more where several ids stop), those that
     stop leave, as finished texts if they are among the best k; the best k of the others run on. At max_new_tokens all
-    stop. length_penalty above 0 favours long texts. Equal to transformers' `generate(num_beams=k, do_sample=False)`.
+    stop. length_penalty above 0 favours long texts. repetition_penalty and constraints act on log-probabilities, not on
+    logits. Equal to transformers' `generate(num_beams=k, do_sample=False)`.
     Source: Graves 2012, arXiv 1211.3711, section 2.5; the length penalty as in Sutskever et al. 2014, arXiv 1409.3215, and
     Wu et al. 2016, arXiv 1609.08144, section 7, of whose form transformers keeps the power.
     """
     if beams < 1 or not 1 <= num_return <= beams:
         raise ConfigError(f"beams={beams} must be at least 1, num_return={num_return} from 1 to that")
+    if not repetition_penalty > 0:
+        raise ConfigError(f"repetition_penalty={repetition_penalty} must be above 0 (1: none)")
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens={max_new_tokens}: a beam search needs at least 1")
     stop = Stop(eos_id, stop_ids)
@@ -82,9 +89,13 @@ def beam_search(
         running_Bk = torch.full((rows, beams), -torch.inf, device=device)
         running_Bk[:, 0] = 0  # the beams of an input begin as copies: only one of them counts
         for length in range(1, max_new_tokens + 1):
-            logits_BkV = text.next_logits().unflatten(0, (rows, beams))
-            wide = torch.promote_types(logits_BkV.dtype, torch.float32)
-            total_BkV = running_Bk[..., None] + logits_BkV.log_softmax(-1, dtype=wide)
+            logits_NV = text.next_logits()  # N = B k
+            log_p_NV = logits_NV.log_softmax(-1, dtype=torch.promote_types(logits_NV.dtype, torch.float32))
+            if repetition_penalty != 1:
+                log_p_NV = penalize(log_p_NV, seen(text, vocab_size), repetition_penalty)
+            if constraints is not None:
+                log_p_NV = constraints.apply(log_p_NV, text, stop.ids, last=length == max_new_tokens)
+            total_BkV = running_Bk[..., None] + log_p_NV.unflatten(0, (rows, beams))
             best_BC, place_BC = total_BkV.flatten(1).topk(width)  # C candidates, best first
             beam_BC, token_BC = place_BC // vocab_size, place_BC % vocab_size
             stops_BC = stop.among(token_BC) | (length == max_new_tokens)

@@ -64,7 +64,8 @@ class Cache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ):
-        shape = (batch_size, config.kv_heads, capacity, config.head_width)
+        sizes = config.second_stack
+        shape = (batch_size, sizes.kv_heads, capacity, sizes.head_width)
         self.layers = [LayerCache(shape, dtype, device) for _ in config.decoder_layers]
         self.cross = [CrossCache() for _ in config.decoder_layers]
         self.before = 0  # of the positions held, those of a prompt or prefix (`model.before`)

@@ -3,7 +3,8 @@
 import difflib
 import importlib
 import math
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from types import ModuleType
 
 FAMILIES = ("bart", "bert", "gpt2", "llama", "mistral", "qwen2", "qwen3", "roberta", "roformer", "t5", "vaswani")
@@ -83,6 +84,8 @@ class ModelConfig:
     tie_embeddings: bool  # the head's matrix is the embedding
     architecture: str = "decoder"  # "encoder", "decoder" or "encoder-decoder"
     decoder_depth: int | None = None  # layers of the second stack, of an encoder-decoder alone
+    decoder_heads: int | None = None  # its heads, where they are not as many as the first one's
+    decoder_mlp_width: int | None = None  # its F, likewise
     norm_first: bool = True  # normalize before each sublayer and once at the end, or after each sum
     embedding_norm: bool = False
     scale_embedding: bool = False  # by √D
@@ -109,6 +112,7 @@ class ModelConfig:
     stop_ids: tuple[int, ...] = ()  # further ids that end a generated text
     pad_id: int | None = None
     decoder_start_id: int | None = None  # what an encoder-decoder's output begins with
+    extra: Mapping[str, object] = field(default_factory=dict, compare=False, repr=False)  # config.json as it was read, whole
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "width", "depth", "heads", "kv_heads", "mlp_width", "context", "labels"):
@@ -132,6 +136,7 @@ class ModelConfig:
             raise ConfigError(f"architecture={self.architecture!r} does not go with decoder_depth={self.decoder_depth}")
         if self.decoder_depth is not None and self.decoder_depth < 1:
             raise ConfigError(f"decoder_depth={self.decoder_depth} must be at least 1")
+        self._check_decoder()
         for name in ("bos_id", "eos_id", "pad_id", "decoder_start_id"):
             if getattr(self, name) is not None and (type(getattr(self, name)) is not int or getattr(self, name) < 0):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not an id")
@@ -146,6 +151,25 @@ class ModelConfig:
         for name in ("dropout", "attention_dropout", "mlp_dropout", "output_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is not in [0, 1)")
+
+    def _check_decoder(self) -> None:
+        for name in ("decoder_heads", "decoder_mlp_width"):
+            value = getattr(self, name)
+            if value is not None and (self.decoder_depth is None or type(value) is not int or value < 1):
+                raise ConfigError(f"{name}={value!r}: an encoder-decoder may have one, at least 1")
+        unusual = self.kv_heads != self.heads or self.free_head_width is not None or self.position == "relative"
+        if self.decoder_heads is not None and unusual:
+            raise ConfigError(f"decoder_heads={self.decoder_heads}: each stack has as many key heads, width / heads wide")
+        if self.decoder_heads is not None and self.width % self.decoder_heads:
+            raise ConfigError(f"width={self.width} is not divisible by decoder_heads={self.decoder_heads}")
+
+    @property
+    def second_stack(self) -> "ModelConfig":
+        """The sizes that an encoder-decoder's second stack is built with; of another network its own."""
+        if self.decoder_heads is None and self.decoder_mlp_width is None:
+            return self
+        heads, mlp_width = self.decoder_heads or self.heads, self.decoder_mlp_width or self.mlp_width
+        return self.replace(heads=heads, kv_heads=heads, mlp_width=mlp_width, decoder_heads=None, decoder_mlp_width=None)
 
     @property
     def head_width(self) -> int:

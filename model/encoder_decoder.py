@@ -22,7 +22,7 @@ class EncoderDecoder(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.encoder = Encoder(config, attention, embedding=self.embedding)
-        self.decoder = Decoder(config, attention, cross=True, embedding=self.embedding)
+        self.decoder = Decoder(config.second_stack, attention, cross=True, embedding=self.embedding)
 
     @property
     def before(self) -> int:

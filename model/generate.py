@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from model.decoding import Decoding, evaluating
+from model.constraints import Constraints
+from model.decoding import Decoding, evaluating, seen
 from model.sampling import Sampling
 from model.stopping import Stop
 
@@ -25,6 +26,7 @@ def generate(
     stop_ids: Sequence[int] = (),
     stop_strings: Sequence[str] = (),
     decode: Callable[[list[int]], str] | None = None,
+    constraints: Constraints | None = None,
     on_token: Callable[[Tensor], object] | None = None,
     generator: torch.Generator | None = None,
     use_cache: bool = True,
@@ -35,7 +37,8 @@ def generate(
     `model.sampling`; temperature 0 takes the best. A row ends with eos_id or one of stop_ids, or when the text of its new
     tokens, by `decode`, holds one of stop_strings, wherever in a token that begins or ends. Behind its end a row is filled
     with the config's pad_id, else with its eos_id or first stop id, else 0; all rows at their end stop the loop.
-    on_token(token_B) is called with each step's tokens. Past the network's context the window slides: `model.decoding`.
+    constraints: what is forced or forbidden on the way. on_token(token_B) is called with each step's tokens. Past the
+    network's context the window slides: `model.decoding`.
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     stop = Stop(eos_id, stop_ids, stop_strings, decode)
@@ -44,8 +47,11 @@ def generate(
         fill = stop.fill(network.config.pad_id)
         seen_BV = seen(text, network.config.vocab_size) if repetition_penalty != 1 else None
         done_B = torch.zeros(input_ids.size(0), dtype=torch.bool, device=input_ids.device)
-        for _ in range(max_new_tokens):
-            token_B = sampling.choose(text.next_logits(), seen_BV, generator)
+        for left in range(max_new_tokens, 0, -1):
+            logits_BV = text.next_logits()
+            if constraints is not None:
+                logits_BV = constraints.apply(logits_BV, text, stop.ids, last=left == 1)
+            token_B = sampling.choose(logits_BV, seen_BV, generator)
             if stop.given:
                 token_B = token_B.masked_fill(done_B, fill)
             text.append(token_B)
@@ -59,9 +65,3 @@ def generate(
                     break
         new_BN = text.new_BT
     return new_BN.clone()  # made out here it is a tensor that training may use, as those of inference mode are not
-
-
-def seen(text: Decoding, vocab_size: int) -> Tensor:
-    """bool B V: which ids the texts hold so far, pads aside."""
-    ids_BT, real_BT = text.ids_BT[:, : text.end], text.mask_BT[:, : text.end].long()
-    return ids_BT.new_zeros(ids_BT.size(0), vocab_size).scatter_add_(1, ids_BT, real_BT) > 0

@@ -17,89 +17,28 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model.config import ModelConfig, family
+from model.config import ModelConfig
+from model.config_json import read_config, write_config
+from model.folders import INDEX, SINGLE, HubError, remove_other_weights, weight_files
+from model.generation_config import FILE as GENERATION
+from model.generation_config import generation_json, read_generation_config
 from model.init import initialize
 from model.network import Network
 from model.rope import interleaved_to_halves
 from model.safetensors_file import Room, WeightFile
-from model.weights import Weight, head_spec, published_constants, published_names, published_shape, to_published, weight_table
+from model.weights import Weight, published_constants, published_names, published_shape, to_published, weight_table
 
 if TYPE_CHECKING:
     from quant.config import FourBit, Int8
     from quant.folder import QuantizedWeights, Watch
     from quant.int8_linear import StaticInput
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 QUANTIZED = re.compile(r"\.quant_state\.|weight_scale$|\.SCB$")  # in a tensor's name: it tells how a weight was quantized
-CLASSIFIERS = ("sequence", "token")  # heads with a number of labels
-
-
-class HubError(ValueError):
-    """A folder that cannot be read as a network; the message names the file or the weight."""
-
-
-def read_config(folder: str | Path, *, any_head: bool = False) -> ModelConfig:
-    """`config.json` -> ModelConfig, by its `model_type`; the head by its `architectures`. `any_head`: one that is not
-    known becomes "unknown" rather than an error, for a caller who wants the body."""
-    path = Path(folder) / "config.json"
-    if (Path(folder) / "adapter_config.json").is_file() and not path.is_file():
-        raise HubError(
-            f"{folder} holds an adapter, not a network: `python -m model generate {folder}` opens it beside its base, and "
-            f"`python -m lora merge BASE {folder} --out DIR` makes one network of both"
-        )
-    if not path.is_file():
-        raise HubError(f"{folder} is not a model folder: it holds no config.json")
-    try:
-        published = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise HubError(f"{path} is not JSON: {error}") from None
-    if not isinstance(published, dict):
-        raise HubError(f"{path} is not a JSON object")
-    if "model_type" not in published:
-        raise HubError(f"{path} names no model_type")
-    try:
-        rules = family(published["model_type"])
-        values = rules.read_config(published) | {"head": _read_head(published, rules.HEADS, any_head)}
-        if values["head"] in CLASSIFIERS:
-            values["labels"] = int(published.get("num_labels") or len(published.get("id2label") or ()) or 2)
-        return ModelConfig(**values)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise HubError(f"{path}: {error if isinstance(error, ValueError) else repr(error)}") from None
-
-
-def _read_head(published: dict, heads: dict, any_head: bool) -> str:
-    """`head`, which we write where no class of transformers says it; else the architecture; else the family's first."""
-    if "head" in published:
-        return published["head"]
-    names = published.get("architectures") or [next(iter(heads.values())).architecture]
-    if not isinstance(names, list):
-        raise ValueError(f"architectures={names!r} is not a list")
-    for head, spec in heads.items():
-        if spec.architecture == names[0]:
-            return head
-    if any_head:
-        return "unknown"
-    known = ", ".join(dict.fromkeys(spec.architecture for spec in heads.values() if spec.architecture))
-    raise ValueError(f"the architecture {names[0]!r} is not supported; supported: {known}")
 
 
 def config_json(network: Network) -> str:
-    """`config.json` as the family publishes it, with the class that opens it in transformers where there is one.
-
-    `head` is ours: it says what no class says, a head of our own or a body without one.
-    """
-    config = network.config
-    rules, architecture = family(config.family), head_spec(config).architecture
-    head = {"model_type": rules.MODEL_TYPE, "dtype": str(next(network.parameters()).dtype).removeprefix("torch.")}
-    head["architectures"] = [architecture] if architecture else []
-    if config.head == "none" or architecture is None:
-        head["head"] = config.head
-    if config.head in CLASSIFIERS:
-        head["id2label"] = {str(label): f"LABEL_{label}" for label in range(config.labels)}
-        head["label2id"] = {f"LABEL_{label}": label for label in range(config.labels)}
-        head |= {"problem_type": "regression"} if config.labels == 1 else {}
-    settings = head | rules.write_config(config)
+    """`config.json` of a network (`model.config_json`), with what says how its layers are quantized."""
+    config, settings = network.config, {}
     if _has_quantized(network):
         from quant.config import QuantError
         from quant.folder import config_entry
@@ -108,12 +47,12 @@ def config_json(network: Network) -> str:
             settings["quantization_config"] = config_entry(network, weight_table(config))
         except QuantError as error:
             raise HubError(str(error)) from None
-    return json.dumps(settings, indent=2) + "\n"
+    return write_config(config, str(next(network.parameters()).dtype).removeprefix("torch."), **settings)
 
 
 def save(network: Network, folder: str | Path, *, shard_bytes: int = 5_000_000_000) -> None:
-    """Write `config.json` and the weights with the published names and layouts; a tied weight is written once. More than
-    `shard_bytes` are spread over several files with an index, as transformers does."""
+    """Write `config.json`, of a language model `generation_config.json`, and the weights with the published names and layouts;
+    a tied weight is written once. More than `shard_bytes` are spread over several files with an index, as transformers does."""
     folder, config = Path(folder), network.config
     if getattr(network, "adapters", None):
         raise HubError("the network has adapters: remove(merge(network)) first (lora.inject), or lora.peft_io.save them alone")
@@ -122,6 +61,8 @@ def save(network: Network, folder: str | Path, *, shard_bytes: int = 5_000_000_0
     text = config_json(network)  # what it cannot say is an error before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(text, encoding="utf-8")
+    if config.head == "lm":
+        (folder / GENERATION).write_text(generation_json(config, network.generation or {}), encoding="utf-8")
     shards, sizes = [{}], [0]
     for name, tensor in _published(network):
         size = tensor.numel() * tensor.element_size()
@@ -137,7 +78,7 @@ def save(network: Network, folder: str | Path, *, shard_bytes: int = 5_000_000_0
         if shard is shards[0]:
             tensors |= published_constants(config)
         save_file(tensors, folder / file, metadata={"format": "pt"})
-    (folder / INDEX).unlink(missing_ok=True)
+    remove_other_weights(folder, files)
     if total > 1:
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         weight_map |= dict.fromkeys(published_constants(config), files[0])
@@ -245,6 +186,8 @@ def load(
         names = ", ".join(found.other_heads[:5]) + (" …" if len(found.other_heads) > 5 else "")
         warnings.warn(f"{folder}: left out of a network with the head {config.head!r}: {names}", stacklevel=2)
     network.source = folder
+    if (folder / GENERATION).is_file():
+        network.generation = dict(read_generation_config(folder, config).raw)
     return network.eval()
 
 
@@ -348,30 +291,6 @@ def _read(
     out = new(shape, dtype=dtype, device=device)
     file.read(published, out[None] if row.layout == "row" else out, transposed=row.layout == "transposed")
     return interleaved_to_halves(out, config.head_width) if turned and row.layout == "interleaved" else out
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files that hold weights: those that the index names, or the one."""
-    if (folder / INDEX).is_file():
-        try:
-            weight_map = dict(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
-            names = sorted({str(file) for file in weight_map.values()})
-        except (ValueError, KeyError, TypeError) as error:
-            raise HubError(f"{folder / INDEX} cannot be read: {error!r}") from None
-        for name in names:
-            if Path(name).name != name:
-                raise HubError(f"{INDEX} points outside its folder: {name!r}")
-            if not (folder / name).is_file():
-                raise HubError(f"{INDEX} names {name}, which is not there")
-        return [folder / name for name in names]
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if sorted(folder.glob("pytorch_model*.bin")):
-        raise HubError(
-            f"{folder} holds pytorch_model.bin, a pickle, which can run code when opened and is refused; convert it with "
-            "transformers' save_pretrained(folder, safe_serialization=True) in a place that you trust"
-        )
-    raise HubError(f"{folder} holds neither {SINGLE} nor {INDEX}")
 
 
 def _assign(network: nn.Module, name: str, value: Tensor, requires_grad: bool) -> None:

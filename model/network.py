@@ -1,5 +1,6 @@
 """The network: a body (decoder, encoder or both) and a head."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ class Network(nn.Module):
     """
 
     source: Path | None = None  # the folder that it was loaded from
+    generation: Mapping[str, object] | None = None  # that folder's generation_config.json, if it has one
     quantization: object | None = None  # how its weights were rounded when they were read (quant.config.FourBit), if they were
 
     def __init__(self, config: ModelConfig, attention: str = "sdpa"):

@@ -128,7 +128,7 @@ def cache_bytes(config: ModelConfig, context: int, itemsize: int = 2) -> CacheBy
     CacheBytes(token=131072, source_token=0, full=1073741824, in_reach=1073741824)
     """
     layers = config.decoder_layers if config.architecture != "encoder" else ()
-    one = 2 * config.kv_heads * config.head_width * itemsize
+    one = 2 * config.second_stack.kv_heads * config.second_stack.head_width * itemsize
     source = one * len(layers) if config.architecture == "encoder-decoder" else 0
     reach = sum(context if layer.window is None else min(layer.window, context) for layer in layers)
     return CacheBytes(one * len(layers), source, (one * len(layers) + source) * context, one * reach + source * context)

@@ -17,6 +17,7 @@ Each family's file has the same names:
     ALIASES         published name -> the row's published name of which it is a copy (tied weights that were saved twice)
     RENAMED         endings of published names in old files -> what they are now
     CONSTANTS       published tensors without a parameter that transformers looks for: name -> model.weights.CONSTANTS
+    FILE_TIES       true where the weights' files tell whether the head is the embedding, whatever config.json says; else absent
     IGNORED         published tensors that hold no weight (constant buffers of old checkpoints)
 
 In published names `{layer}` counts the layers, `{decoder_layer}` those of an encoder-decoder's second stack.

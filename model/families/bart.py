@@ -40,12 +40,8 @@ PRESETS = {"bart-base": _published(768, 6, 12), "bart-large": _published(1024, 1
 def read_config(hf: dict) -> dict:
     refuse_unless(hf, is_decoder=False, encoder_layerdrop=0.0, decoder_layerdrop=0.0, normalize_before=False)
     refuse_unless(hf, add_final_layer_norm=False, normalize_embedding=True)
-    for key in ("attention_heads", "ffn_dim"):
-        default = {"attention_heads": 16, "ffn_dim": 4096}[key]
-        one, other = hf.get(f"encoder_{key}", default), hf.get(f"decoder_{key}", default)
-        if one != other:
-            raise ValueError(f"encoder_{key}={one} != decoder_{key}={other} is not supported")
-    heads = hf.get("encoder_attention_heads", 16)
+    heads, decoder_heads = hf.get("encoder_attention_heads", 16), hf.get("decoder_attention_heads", 16)
+    mlp_width, decoder_mlp_width = hf.get("encoder_ffn_dim", 4096), hf.get("decoder_ffn_dim", 4096)
     return (
         _FAMILY
         | {
@@ -55,7 +51,9 @@ def read_config(hf: dict) -> dict:
             "decoder_depth": hf.get("decoder_layers", 12),
             "heads": heads,
             "kv_heads": heads,
-            "mlp_width": hf.get("encoder_ffn_dim", 4096),
+            "decoder_heads": None if decoder_heads == heads else decoder_heads,
+            "mlp_width": mlp_width,
+            "decoder_mlp_width": None if decoder_mlp_width == mlp_width else decoder_mlp_width,
             "context": hf.get("max_position_embeddings", 1024),
             "activation": activation(hf, "activation_function", "gelu"),
             "tie_embeddings": hf.get("tie_word_embeddings", True),
@@ -80,9 +78,9 @@ def write_config(config) -> dict:
         "encoder_layers": config.depth,
         "decoder_layers": config.decoder_depth,
         "encoder_attention_heads": config.heads,
-        "decoder_attention_heads": config.heads,
+        "decoder_attention_heads": config.second_stack.heads,
         "encoder_ffn_dim": config.mlp_width,
-        "decoder_ffn_dim": config.mlp_width,
+        "decoder_ffn_dim": config.second_stack.mlp_width,
         "max_position_embeddings": config.context,
         "activation_function": published_activation(config.activation),
         "tie_word_embeddings": config.tie_embeddings,

@@ -6,7 +6,7 @@ split, not interleaved (see `model.rope`).
 """
 
 from model.config import HeadSpec, Rope
-from model.families.reading import activation, read_rope, token_ids, write_rope, write_token_ids
+from model.families.reading import activation, named_context, read_rope, token_ids, write_rope, write_token_ids
 
 MODEL_TYPE = "llama"
 
@@ -76,7 +76,7 @@ def read_common(hf: dict, family: dict, **default) -> dict:
     """What LLaMA and the families that followed it write in the same words. `default`: where config.json is silent."""
     default = {"heads": 32, "context": 2048, "base": 10000.0, "width": 4096, "mlp_width": 11008} | default
     heads, width = hf.get("num_attention_heads", default["heads"]), hf.get("hidden_size", default["width"])
-    context = hf.get("max_position_embeddings", default["context"])
+    rope, context = read_rope(hf, hf.get("max_position_embeddings", default["context"]), default["base"])
     head_width = hf.get("head_dim", default.get("head_width"))
     return (
         family
@@ -92,7 +92,7 @@ def read_common(hf: dict, family: dict, **default) -> dict:
             "norm_eps": hf.get("rms_norm_eps", 1e-6),
             "activation": activation(hf, "hidden_act", "silu"),
             "tie_embeddings": hf.get("tie_word_embeddings", False),
-            "rope": read_rope(hf, context, default["base"]),
+            "rope": rope,
             "attention_dropout": hf.get("attention_dropout", 0.0),
             "init_std": hf.get("initializer_range", 0.02),
         }
@@ -112,14 +112,14 @@ def write_common(config) -> dict:
             "num_key_value_heads": config.kv_heads,
             "head_dim": config.head_width,
             "intermediate_size": config.mlp_width,
-            "max_position_embeddings": config.context,
+            "max_position_embeddings": named_context(config),
             "rms_norm_eps": config.norm_eps,
             "hidden_act": config.activation,
             "tie_word_embeddings": config.tie_embeddings,
             "attention_dropout": config.attention_dropout,
             "initializer_range": config.init_std,
         }
-        | write_rope(config.rope, config.context)
+        | write_rope(config.rope, named_context(config))
         | write_token_ids(config)
     )
 

@@ -51,8 +51,12 @@ def write_token_ids(config) -> dict:
     }
 
 
-def read_rope(hf: dict, context: int, base: float) -> Rope:
-    """`rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` before it."""
+def read_rope(hf: dict, named: int, base: float) -> tuple[Rope, int]:
+    """`rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` before it; and the longest text that it reaches.
+
+    `named` is max_position_embeddings, which may name the trained length (vicuna-16k, Qwen2.5 with YaRN) or the extended one
+    (DeepSeek): `reach` says what is then the longest text.
+    """
     values = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     published = values.get("rope_type", values.get("type", "default"))
     if published not in ROPE_TYPES:
@@ -61,39 +65,50 @@ def read_rope(hf: dict, context: int, base: float) -> Rope:
         refuse_unless(owner, partial_rotary_factor=1.0)
     kind, base = ROPE_TYPES[published], float(values.get("rope_theta") or hf.get("rope_theta") or base)
     if kind == "plain":
-        return Rope(base)
-    trained = context if kind == "dynamic" else int(values.get("original_max_position_embeddings") or context)
+        return Rope(base), named
+    original = hf.get("original_max_position_embeddings") or values.get("original_max_position_embeddings")
+    trained = named if kind == "dynamic" else int(original or named)  # of dynamic ones transformers takes it so
     factor = values.get("factor")
     if factor is None and kind != "yarn":
         raise ValueError(f"rope_type={published!r} needs a factor")
-    rope = {"base": base, "kind": kind, "factor": float(context / trained if factor is None else factor)}
-    if kind == "linear":
-        return Rope(**rope)
-    if kind == "dynamic":
-        return Rope(**rope, trained_context=trained)
+    rope = {"base": base, "kind": kind, "factor": float(named / trained if factor is None else factor)}
     if kind == "llama3":
-        return Rope(
-            **rope, trained_context=trained, slow=float(values["low_freq_factor"]), fast=float(values["high_freq_factor"])
-        )
-    refuse_unless(values, mscale=None, mscale_all_dim=None)
-    return Rope(
-        **rope,
-        trained_context=trained,
-        slow=float(values.get("beta_slow") or 1),
-        fast=float(values.get("beta_fast") or 32),
-        magnitude=values.get("attention_factor"),
-        whole_pairs=values.get("truncate", True),
-    )
+        rope |= {"slow": float(values["low_freq_factor"]), "fast": float(values["high_freq_factor"])}
+    elif kind == "yarn":
+        refuse_unless(values, mscale=None, mscale_all_dim=None)
+        rope |= {"slow": float(values.get("beta_slow") or 1), "fast": float(values.get("beta_fast") or 32)}
+        rope |= {"magnitude": values.get("attention_factor"), "whole_pairs": values.get("truncate", True)}
+    made = Rope(**rope, trained_context=trained)
+    return made, reach(made, named)
 
 
-def write_rope(rope: Rope, context: int) -> dict:
+def reach(rope: Rope, named: int) -> int:
+    """The longest text of a network whose config.json has max_position_embeddings = `named`: factor times what it was trained
+    with, unless more is named. llama3's files name the extended length always.
+
+    >>> reach(Rope(kind="linear", factor=4.0, trained_context=4096), 4096)  # the trained length is named
+    16384
+    >>> reach(Rope(kind="yarn", factor=40.0, trained_context=4096), 163840)  # the extended one
+    163840
+    """
+    return named if rope.kind in ("plain", "llama3") else max(named, int(rope.factor * rope.trained_context))
+
+
+def named_context(config) -> int:
+    """max_position_embeddings: as it was read, where that still says `context`; else what says it, if anything does."""
+    rope, said = config.rope, config.extra.get("max_position_embeddings")
+    if rope.kind == "dynamic":
+        return rope.trained_context
+    same = type(said) is int and said >= rope.trained_context and reach(rope, said) == config.context
+    return said if same else config.context
+
+
+def write_rope(rope: Rope, named: int) -> dict:
     """Both spellings: transformers 4 reads rope_theta and rope_scaling, version 5 rope_parameters."""
     values: dict = {"rope_type": {ours: published for published, ours in ROPE_TYPES.items()}[rope.kind]}
     if rope.kind != "plain":
         values["factor"] = rope.factor
-    if rope.kind == "dynamic" and rope.trained_context != context:
-        raise ValueError(f"a config.json has one context for trained_context={rope.trained_context} and context={context}")
-    if rope.kind in ("llama3", "yarn"):
+    if rope.kind in ("llama3", "yarn") or (rope.kind == "linear" and rope.trained_context not in (0, named)):
         values["original_max_position_embeddings"] = rope.trained_context
     if rope.kind == "llama3":
         values |= {"low_freq_factor": rope.slow, "high_freq_factor": rope.fast}

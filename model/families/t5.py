@@ -55,9 +55,10 @@ def read_config(hf: dict) -> dict:
     activation = "gelu_tanh" if feed_forward == "gated-gelu" else ACTIVATIONS.get(activation)
     if gate not in ("", "gated") or activation is None:
         raise ValueError(f"feed_forward_proj={feed_forward!r} is not supported; supported: relu, gated-gelu, gated-silu …")
-    # The first version ties its embeddings and scales what the head reads, 1.1 does neither. transformers 5 writes the
-    # one as true always, and keeps the difference in the other.
-    tied = hf.get("scale_decoder_outputs", hf.get("tie_word_embeddings", True))
+    # The first version ties its embeddings and scales what the head reads, 1.1 does neither: one flag once said both.
+    # transformers 5 says the scale by a flag of its own, writes the other as true always, and lets the file tell whether there
+    # is a second matrix (`model.hub.load` looks).
+    tied = hf.get("tie_word_embeddings", True) is not False
     return (
         _FAMILY
         | {
@@ -74,7 +75,7 @@ def read_config(hf: dict) -> dict:
             "mlp": "gated" if gate else "plain",
             "activation": activation,
             "tie_embeddings": tied,
-            "scale_head": tied,
+            "scale_head": hf.get("scale_decoder_outputs", tied) is not False,
             "relative_buckets": hf.get("relative_attention_num_buckets", 32),
             "relative_distance": hf.get("relative_attention_max_distance", 128),
             "init_std": hf.get("initializer_factor", 1.0),
@@ -89,8 +90,8 @@ def write_config(config) -> dict:
     rates = {name: getattr(config, name) for name in DROPOUTS}
     if len(set(rates.values())) > 1:
         raise ValueError(f"a t5 config.json has one rate for all dropouts, not {rates}")
-    if config.scale_head != config.tie_embeddings:
-        raise ValueError(f"t5's scale_head={config.scale_head} is told by tie_embeddings={config.tie_embeddings}")
+    if config.second_stack != config:
+        raise ValueError(f"a t5 config.json has one size for both stacks, not decoder_mlp_width={config.decoder_mlp_width}")
     spelled = {"gelu_tanh": "gelu" if config.mlp == "gated" else "gelu_new"}.get(config.activation, config.activation)
     return {
         "is_encoder_decoder": True,
@@ -104,7 +105,9 @@ def write_config(config) -> dict:
         "n_positions": config.context,
         "layer_norm_epsilon": config.norm_eps,
         "feed_forward_proj": f"gated-{spelled}" if config.mlp == "gated" else spelled,
-        "tie_word_embeddings": config.tie_embeddings,
+        # false would say "not scaled" to transformers 4, and to 5 where the next line is not read
+        "tie_word_embeddings": config.tie_embeddings or config.scale_head,
+        "scale_decoder_outputs": config.scale_head,
         "relative_attention_num_buckets": config.relative_buckets,
         "relative_attention_max_distance": config.relative_distance,
         "initializer_factor": config.init_std,
@@ -173,5 +176,6 @@ RENAMED: dict[str, str] = {}
 # An unused table that the first published files carry.
 IGNORED = ("{body}decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
 PREFIX = ""
+FILE_TIES = True
 DROPOUTS = ("dropout", "attention_dropout", "mlp_dropout", "output_dropout")
 CONSTANTS: dict[str, str] = {}

@@ -51,6 +51,8 @@ def read_config(hf: dict) -> dict:
 
 
 def write_config(config) -> dict:
+    if config.second_stack != config:
+        raise ValueError("a vaswani config.json has one size for both stacks")
     values = asdict(config)
     return {name: values[name] for name in _FREE} | {"is_encoder_decoder": True} | write_token_ids(config)
 

@@ -290,8 +290,10 @@ def test_added_token_with_another_id(tmp_path, id, given):
 def test_no_token_ends_a_document(tmp_path):
     model = spec()["model"] | {"vocab": {"[UNK]": 0, "a": 1}}
     write(tmp_path / "tokenizer.json", json.dumps(spec(model=model, added_tokens=[])))
-    with pytest.raises(DataError, match=r"tokenizer\.json: no token of this tokenizer ends or begins a document"):
-        load_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)  # it reads texts; documents to train on need something between them
+    assert tokenizer.encode("a") == [1] and (tokenizer.bos_id, tokenizer.eos_id) == (None, None)
+    with pytest.raises(DataError, match="no token of this tokenizer ends or begins a document"):
+        prepare(DataConfig(cache=tmp_path / "cache"), tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("name, content", [("tokenizer.json", json.dumps(spec())), ("vocab.txt", VOCABULARY)])

@@ -193,6 +193,9 @@ def test_generate(finished):
     assert generate(finished, "--prompt", "the file", "--max-new-tokens", 0).out == "the file\n"
     assert generate(finished, "--prompt", "the file " * 40, "--max-new-tokens", 40).code == 0  # longer than the context
     assert generate(finished, "--max-new-tokens", 5).code == 0  # no prompt: a document's beginning
+    hot = [*with_seed, "--temperature", 3]
+    every = generate(finished, *hot, "--top-k", 0).out  # 0: no limit, as in transformers
+    assert every == generate(finished, *hot, "--top-k", 320).out != generate(finished, *hot).out
 
 
 @pytest.mark.parametrize(
@@ -200,7 +203,7 @@ def test_generate(finished):
     [
         ("--temperature -1", "temperature=-1.0"),
         ("--temperature nan", "temperature=nan"),
-        ("--top-k 0", "top_k=0"),
+        ("--top-k -1", "top_k=-1"),
         ("--top-p 0", "top_p=0.0"),
         ("--top-p 1.5", "top_p=1.5"),
         ("--max-new-tokens -1", "max_new_tokens=-1"),

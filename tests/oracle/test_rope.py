@@ -16,7 +16,7 @@ from tests.oracle.test_model import CASTS, LIBRARY, published
 # K = 48 and a base of 10000: over 64 positions the 24 pairs make between 0.001 and 10 turns, so that every branch is met.
 ROPES = {
     "plain": Rope(),
-    "linear": Rope(kind="linear", factor=4.0),
+    "linear": Rope(kind="linear", factor=4.0, trained_context=64),
     "dynamic": Rope(kind="dynamic", factor=4.0, trained_context=64),
     "llama3": Rope(kind="llama3", factor=8.0, trained_context=64, slow=1.0, fast=4.0),
     "yarn": Rope(kind="yarn", factor=4.0, trained_context=64, slow=1.0, fast=8.0),
@@ -94,8 +94,9 @@ def test_llama3_by_hand():
 
 @pytest.mark.parametrize("name", [name for name in ROPES if name != "plain"])
 def test_whole_network(name, tmp_path, parity):
-    """A stretched LLaMA over a text longer than its trained context, through a folder, and back."""
-    network = randomized(tiny_config("llama", context=64, width=96, heads=2, kv_heads=1, rope=ROPES[name]))
+    """A LLaMA with scaled positions over a text longer than its trained context, through a folder, and back."""
+    context = 64 if name == "llama3" else 256  # its files name the extended length, of 64 here as long as the text is
+    network = randomized(tiny_config("llama", context=context, width=96, heads=2, kv_heads=1, rope=ROPES[name]))
     theirs = published(network, tmp_path)
     ids = torch.randint(3, 61, (2, 100))
     ours, other = network(ids).logits, theirs(ids).logits

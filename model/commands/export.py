@@ -1,0 +1,23 @@
+"""`python -m model export`: a run's network and what belongs to it, as one model folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a run's network and tokenizer as one model folder, which transformers opens; also from a sharded run."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """A run (its best checkpoint, else its last) or one of its checkpoints."""
+    out: Path
+    """The folder to write; it must be empty, or not there yet."""
+
+
+def export(options: Export) -> None:
+    from train.export import export
+
+    print(f"written: {export(options.run, options.out)}")

@@ -1,0 +1,59 @@
+"""`python -m model fill`: the best guesses of a masked-language model for the gaps of a text."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from model.commands.opening import encode, note_control_tokens, open_network
+from model.config import ConfigError
+
+GAP = "[MASK]"
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Read words into the gaps of a text: the best guesses of a masked-language model."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """A run (its best checkpoint, else its last) or a model folder with a tokenizer."""
+    text: Annotated[str, tyro.conf.Positional]
+    """The text, with [MASK] where a token is missing."""
+    top: int = 5
+    """How many guesses for each gap."""
+    base: Path | None = None
+    """Of an adapter: its base, where that has moved since it was trained."""
+    device: str = "cpu"
+    """cpu, cuda, …"""
+
+
+def fill(options: Fill) -> None:
+    import torch
+
+    from data.tokenizer import load_tokenizer
+    from model.fill import fill
+    from train.checkpoint import resolve
+    from train.setup import checked_device
+
+    device = checked_device(options.device)
+    folder = resolve(options.run)
+    network = open_network(folder, device, options.base)
+    tokenizer = load_tokenizer(folder, network.config.vocab_size)
+    if tokenizer.mask_id is None:
+        raise ConfigError(f"{folder}: its tokenizer has no mask token, so that no gap can be told")
+    # [MASK] is understood whatever the tokenizer calls its own mask token (RoBERTa: <mask>). A space before it belongs
+    # to the token that is missing: pieces begin with theirs, or (WordPiece) spaces are not kept at all.
+    *before, last = options.text.split(GAP)
+    texts = [*(part.removesuffix(" ") for part in before), last]
+    own = tokenizer.name_of(tokenizer.mask_id)
+    note_control_tokens(tokenizer, " ".join(texts).replace(own, ""), specials=True, option="the text")
+    first, *rest = (encode(tokenizer, part, option="the text") for part in texts)
+    ids = first
+    for part in rest:
+        ids = [*ids, tokenizer.mask_id, *part]
+    guesses = fill(network, torch.tensor([tokenizer.framed(ids)], device=device), tokenizer.mask_id, top=options.top)
+    for number, best in enumerate(guesses, 1):
+        print(f"gap {number} of {len(guesses)}" if len(guesses) > 1 else f"in “{options.text}”")
+        for guess in best:
+            print(f"  {100 * guess.probability:5.1f} %  {tokenizer.decode([guess.id])!r}")

@@ -1,0 +1,191 @@
+"""`python -m model generate`: a text goes on, as the folder's own generation_config.json says where no option does."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+import tyro
+
+from model.commands.opening import encode, note_control_tokens, open_network
+from model.config import ConfigError
+from train.command_line import Needs
+
+if TYPE_CHECKING:
+    from data.tokenizer import Tokenizer
+    from model.generation_config import GenerationConfig
+
+# Where neither an option nor the folder says: 200 tokens, drawn from the 50 best, a little sharpened.
+DEFAULTS = {
+    "max_new_tokens": 200,
+    "temperature": 0.8,
+    "top_k": 50,
+    "repetition_penalty": 1.0,
+    "beams": 1,
+    "length_penalty": 1.0,
+}
+DRAWN = ("top_k", "top_p", "min_p")
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue a text; with an encoder-decoder, answer it. Where an option is not given, generation_config.json of the folder
+    says, if it does; stop ids are its own."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """A run (its best checkpoint, else its last) or a model folder with a tokenizer."""
+    prompt: str = ""
+    """The text to continue; empty: begin a document. An encoder-decoder reads it, and writes another."""
+    specials: bool = True
+    """Read a control token that is written out in --prompt (<|eot_id|>, </s> …) as that token, as transformers does."""
+    max_new_tokens: int | None = None
+    """How many tokens at the most. Default: the folder's, else 200."""
+    temperature: float | None = None
+    """Below 1 sharper, above 1 flatter; 0: always the best token. Default: the folder's, else 0.8."""
+    top_k: int | None = None
+    """Choose among this many best tokens; 0: among all. Default: the folder's, else 50."""
+    top_p: float | None = None
+    """Choose among the best tokens that together have this probability."""
+    min_p: float | None = None
+    """Choose among tokens that are at least this many times as probable as the best one."""
+    repetition_penalty: float | None = None
+    """Above 1: tokens that the text holds already become less probable."""
+    beams: int | None = None
+    """More than 1: beam search for the most probable text, instead of choosing token by token."""
+    length_penalty: float | None = None
+    """Of beam search: above 0 favours long texts, below 0 short ones. Default: the folder's, else 1."""
+    stop: tuple[str, ...] = ()
+    """End before the first of these strings; a control token's name is that token."""
+    stream: bool = True
+    """Show the text while it is made (not with beams, which settle at the end)."""
+    seed: int = 0
+    """The same seed gives the same text."""
+    base: Path | None = None
+    """Of an adapter: its base, where that has moved since it was trained."""
+    device: str = "cpu"
+    """cpu, cuda, …"""
+    cache: bool = True
+    """Keep the keys and values of earlier tokens, rather than compute them again."""
+
+    NEEDS: ClassVar = (
+        Needs(("temperature", *DRAWN), lambda options: options.beams in (None, 1), "--beams draws nothing"),
+        Needs(("stream",), lambda options: options.beams in (None, 1) or not options.stream, "--beams settle at the end"),
+        Needs(DRAWN, lambda options: options.temperature != 0, "--temperature 0 always takes the best token"),
+        Needs(("specials",), lambda options: bool(options.prompt), "it says how --prompt is read, and there is none"),
+    )
+
+
+def generate(options: Generate) -> None:
+    import torch
+
+    from data.tokenizer import load_tokenizer
+    from model.generation_config import read_generation_config
+    from train.checkpoint import resolve
+    from train.setup import checked_device
+
+    device = checked_device(options.device)
+    folder = resolve(options.run)
+    network = open_network(folder, device, options.base)
+    tokenizer = load_tokenizer(folder, network.config.vocab_size)
+    said = read_generation_config(network.source or folder, network.config)
+    if said.decoder_start_id != network.config.decoder_start_id:
+        network.config = network.config.replace(decoder_start_id=said.decoder_start_id)
+    note_control_tokens(tokenizer, options.prompt, specials=options.specials, option="--prompt")
+    prompt = encode(tokenizer, options.prompt, specials=options.specials)
+    written = network.config.architecture == "encoder-decoder"  # an answer, not what the prompt goes on with
+    opening = "" if written else tokenizer.decode(prompt)
+    ids = tokenizer.framed(prompt) if prompt or written else beginning(tokenizer)
+    if tokenizer.affixes.suffix and not written:
+        end = ", ".join(tokenizer.name_of(id) for id in tokenizer.affixes.suffix)
+        print(f"note: this folder's tokenizer puts {end} behind each text, and so behind --prompt", file=sys.stderr)
+    stop_strings, stop_ids = stops(options.stop, tokenizer)
+    settings = chosen(options, said, prompt=len(ids) if not written else 1)
+    common = {
+        "max_new_tokens": int(settings.pop("max_new_tokens")),
+        "stop_ids": [*stop_ids, *(said.stop_ids or [i for i in (tokenizer.eos_id,) if i is not None])],
+        "use_cache": options.cache,
+        "constraints": said.constraints,
+        "repetition_penalty": settings.pop("repetition_penalty"),
+    }
+    input_ids = torch.tensor([ids], device=device)
+    beams, early = int(settings.pop("beams")), settings.pop("early_stopping", False)
+    length_penalty = settings.pop("length_penalty")
+    if beams == 1 and options.length_penalty is not None:
+        raise ConfigError("--length-penalty has no effect: it is of beam search, --beams above 1")
+    if beams != 1:
+        if stop_strings:
+            raise ConfigError("--stop does not go with --beams, which end at ids: name control tokens")
+        from model.beam import beam_search
+
+        found = beam_search(
+            network, input_ids, beams=beams, length_penalty=length_penalty, early_stopping=early is True, **common
+        )
+        print(opening + tokenizer.decode(found.tokens[0, 0].tolist()))
+        return
+    generator = torch.Generator(device).manual_seed(options.seed)
+    write(network, input_ids, tokenizer, opening, stop_strings, options.stream, generator=generator, **settings, **common)
+
+
+def write(network, input_ids, tokenizer: "Tokenizer", opening: str, stop: tuple[str, ...], stream: bool, **settings) -> None:
+    """Print the text, while it is made or at the end."""
+    from model.generate import generate
+    from model.streaming import TextStream, before_stop
+
+    shown = TextStream(lambda text: print(text, end="", flush=True), tokenizer.bytes_of, stop)
+    begun = False
+
+    def show(token_B) -> None:
+        nonlocal begun
+        if not begun:  # not earlier: an option might have been refused
+            shown.write(opening)
+        begun = True
+        shown.add(token_B.item())
+
+    on_token = show if stream else None
+    new = generate(network, input_ids, stop_strings=stop, decode=tokenizer.decode, on_token=on_token, **settings)
+    if begun:
+        shown.close()
+        print()
+    else:
+        text = tokenizer.decode(new[0].tolist())
+        print(opening + text[: before_stop(text, stop)])
+
+
+def beginning(tokenizer: "Tokenizer") -> list[int]:
+    """What a document begins with, for a text from nothing."""
+    if tokenizer.bos_id is None:
+        raise ConfigError("this tokenizer has no token that begins or ends a text: give a --prompt to continue")
+    return tokenizer.checked([*(tokenizer.affixes.prefix or (tokenizer.bos_id,))])
+
+
+def stops(given: tuple[str, ...], tokenizer: "Tokenizer") -> tuple[tuple[str, ...], list[int]]:
+    """The strings and the ids of --stop. A control token is no text: no decoded text would ever hold it."""
+    for text in given:
+        held = [name for name in tokenizer.controls if name in text]
+        if held and text not in tokenizer.controls:
+            raise ConfigError(f"--stop {text!r} holds the control token {held[0]}: that ends a text alone, --stop {held[0]!r}")
+    for text in given:
+        note_control_tokens(tokenizer, "" if text in tokenizer.controls else text, specials=True, option="--stop")
+    ids = [tokenizer.controls[text] for text in given if text in tokenizer.controls]
+    return tuple(text for text in given if text not in tokenizer.controls), ids
+
+
+def chosen(options: Generate, said: "GenerationConfig", *, prompt: int) -> dict[str, float]:
+    """How tokens are chosen: by the options, the folder, or `DEFAULTS`. prompt: tokens that max_length counts too."""
+    asked = {name: getattr(options, name) for name in (*DEFAULTS, "top_p", "min_p") if getattr(options, name) is not None}
+    own = dict(said.defaults)
+    if (length := own.pop("max_length", None)) is not None and "max_new_tokens" not in own:
+        own["max_new_tokens"] = max(1, int(length) - prompt)
+    if asked.get("temperature") == 0 or asked.get("beams", 1) > 1:  # nothing is drawn: the rest is idle
+        own = {name: value for name, value in own.items() if name not in ("top_k", "top_p", "min_p")}
+    elif asked.keys() & {"temperature", "top_k", "top_p", "min_p"}:  # a draw is asked for, where the folder might make none
+        own = {name: value for name, value in own.items() if name != "beams" and (name, value) != ("temperature", 0)}
+    taken = {name: value for name, value in own.items() if name not in asked and DEFAULTS.get(name) != value}
+    if taken:
+        words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in taken.items())
+        print(f"note: the folder's own settings: {words}; options override them", file=sys.stderr)
+    if said.unread:
+        print(f"note: the folder's generation_config.json also asks for {', '.join(said.unread)}: not obeyed", file=sys.stderr)
+    settings = DEFAULTS | own | asked
+    settings["top_k"] = settings["top_k"] or None
+    return settings

@@ -1,0 +1,59 @@
+"""`python -m model info`: what a network costs, before it is built."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from model.config import ModelConfig, presets
+
+
+@dataclass(frozen=True)
+class Info:
+    """Parameters, operations and memory of a network: what to read before renting a GPU. Without a name: all presets."""
+
+    network: Annotated[str, tyro.conf.Positional] = ""
+    """A preset, a run, or a model folder (its weights are not read)."""
+    batch_size: int = 1
+    """Texts in a micro-batch."""
+    context: int | None = None
+    """Tokens of each text. Default: the network's."""
+    accumulate: int = 1
+    """Micro-batches a step; with several, gradients stand beside activations."""
+    method: Literal["full", "lora", "qlora"] = "full"
+    """The way of training whose parts are listed."""
+    precision: Literal["fp32", "bf16", "fp16", "bf16-pure"] = "bf16"
+    """bf16, fp16: float32 weights and autocast; bf16-pure: weights in 16 bits."""
+    recompute: Literal["none", "blocks", "selective"] = "none"
+    """List the parts with blocks run again in the backward; selective: but for their matrix products."""
+    recompute_every: int = 1
+    """Only every so many blocks."""
+    loss: Literal["plain", "chunked"] = "plain"
+    """All logits at once, or a chunk at a time."""
+    optimizer: Literal["adamw", "adamw8bit", "muon", "sgd"] = "adamw"
+    """What keeps state beside the weights."""
+    ema: bool = False
+    """With averages of the weights."""
+    rank: int = 8
+    """Of LoRA's matrices."""
+    targets: Literal["all-linear", "attention", "query-value"] = "all-linear"
+    """Which matrices of the blocks get an adapter."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """Whose operators: they keep different things."""
+
+
+def info(options: Info) -> None:
+    if not options.network:
+        for name, values in sorted(presets().items()):
+            print(f"{name:18} {values['family']:8} {values['depth']:3} layers of width {values['width']:5}")
+        return
+
+    from model.account import info
+    from model.hub import read_config
+    from train.checkpoint import resolve
+
+    values = vars(options).copy()
+    name = values.pop("network")
+    config = ModelConfig.preset(name) if name in presets() or not Path(name).exists() else read_config(resolve(name))
+    print(info(config, **values))

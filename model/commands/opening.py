@@ -1,0 +1,54 @@
+"""What several commands open: a network (an adapter's with its base), its tokenizer, a text from the command line."""
+
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from model.config import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from data.tokenizer import Tokenizer
+    from model.network import Network
+
+# What control tokens mostly look like; to tell a person that one of another model's is a mere text here.
+LOOKS_LIKE_CONTROL = re.compile(r"<\|[^\s|<>]{1,40}\|>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]|\[(?:CLS|SEP|PAD)\]")
+
+
+def open_network(folder: Path, device: "torch.device", base: Path | None) -> "Network":
+    """The network of a model folder; of an adapter's, its base with it."""
+    from train.checkpoint import resolve
+
+    if (folder / "adapter_config.json").is_file():
+        from lora.peft_io import open_network
+
+        return open_network(folder, device=device, base=None if base is None else resolve(base))
+    if base is not None:
+        raise ConfigError(f"--base {base}: {folder} is a network, not an adapter")
+    from model.hub import load
+
+    return load(folder, device=device)
+
+
+def encode(tokenizer: "Tokenizer", text: str, *, specials: bool = True, option: str = "--prompt") -> list[int]:
+    """The ids of a text, without what the tokenizer puts around it. With `specials`, as transformers reads a text: a control
+    token that is written out is that token; else it is letters."""
+    try:
+        return tokenizer.encode(text, specials=specials)
+    except UnicodeEncodeError:
+        raise ConfigError(f"{option} is not valid UTF-8") from None
+
+
+def note_control_tokens(tokenizer: "Tokenizer", text: str, *, specials: bool, option: str) -> None:
+    """Say what became of control tokens in a text, and of what looks like one and is none of this tokenizer's."""
+    known = [name for name in tokenizer.controls if name in text]
+    if known and specials:
+        is_what = "is read as that control token" if len(known) == 1 else "are read as these control tokens"
+        print(f"note: {', '.join(known)} in {option} {is_what}; --no-specials spells it in letters", file=sys.stderr)
+    elif known:
+        print(f"note: {', '.join(known)} in {option} is spelled in letters, as --no-specials asks", file=sys.stderr)
+    strange = [name for name in dict.fromkeys(LOOKS_LIKE_CONTROL.findall(text)) if name not in tokenizer.controls]
+    if strange:
+        print(f"note: {', '.join(strange)} in {option} is no control token of this tokenizer: read as text", file=sys.stderr)

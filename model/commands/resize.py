@@ -1,0 +1,47 @@
+"""`python -m model resize`: a folder whose network knows more tokens, or fewer."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from model.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Write a model folder with another number of rows in its embedding and its head; new ones are the mean of the old."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """A model folder, or a run (its best checkpoint, else its last)."""
+    out: Path
+    """The folder to write; it must be empty, or not there yet."""
+    vocab_size: int
+    """Rows of the new network. (A tokenizer's ids below that are read; those from there on have no row.)"""
+
+
+def resize(options: Resize) -> None:
+    from data.config import DataError
+    from data.tokenizer import load_tokenizer
+    from model.folders import copy_beside, written_whole
+    from model.hub import load, save
+    from model.resize import resize_vocabulary
+    from train.checkpoint import resolve
+
+    folder = resolve(options.folder)
+    network = load(folder)
+    before = network.config.vocab_size
+    if options.vocab_size == before:
+        raise ConfigError(f"--vocab-size {before}: the network has as many rows already")
+    with written_whole(options.out) as making:
+        save(resize_vocabulary(network, options.vocab_size), making)
+        copy_beside(folder, making)
+    print(f"written: {options.out}: {options.vocab_size:,} rows, were {before:,}")
+    try:
+        count = len(load_tokenizer(folder).bytes_of)
+    except DataError:
+        return
+    if count > options.vocab_size:
+        print(f"note: its tokenizer has {count:,} ids: text that makes one without a row is refused", file=sys.stderr)

@@ -1,0 +1,88 @@
+"""`config.json`, read and written: by its family's table, and with every field that no table knows kept as it is."""
+
+import json
+from pathlib import Path
+
+from model.config import ModelConfig, family
+from model.folders import HubError, refuse_pointer
+from model.safetensors_file import WeightFileError
+from model.ties import as_the_files_tie
+from model.weights import head_spec
+
+CLASSIFIERS = ("sequence", "token")  # heads with a number of labels
+NAMES_OF_LABELS = ("id2label", "label2id", "problem_type")
+# Older spellings of what is written, and what is said of weights that are no longer those.
+REPLACED = ("torch_dtype", "num_labels", "head", "quantization_config", "transformers_version")
+
+
+def read_config(folder: str | Path, *, any_head: bool = False) -> ModelConfig:
+    """`config.json` -> ModelConfig, by its `model_type`; the head by its `architectures`. `any_head`: one that is not
+    known becomes "unknown" rather than an error, for a caller who wants the body."""
+    path = Path(folder) / "config.json"
+    if (Path(folder) / "adapter_config.json").is_file() and not path.is_file():
+        raise HubError(
+            f"{folder} holds an adapter, not a network: `python -m model generate {folder}` opens it beside its base, and "
+            f"`python -m lora merge BASE {folder} --out DIR` makes one network of both"
+        )
+    if not path.is_file():
+        raise HubError(f"{folder} is not a model folder: it holds no config.json")
+    try:
+        published = json.loads(refuse_pointer(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise HubError(f"{path} is not JSON: {error}") from None
+    if not isinstance(published, dict):
+        raise HubError(f"{path} is not a JSON object")
+    if "model_type" not in published:
+        raise HubError(f"{path} names no model_type")
+    if other := published.get("transformers_weights"):
+        raise HubError(f"{path}: transformers_weights={other!r} names another file of weights, which is not read")
+    try:
+        rules = family(published["model_type"])
+        values = rules.read_config(published) | {"head": _read_head(published, rules.HEADS, any_head), "extra": published}
+        if values["head"] in CLASSIFIERS:
+            values["labels"] = int(published.get("num_labels") or len(published.get("id2label") or ()) or 2)
+        config = ModelConfig(**values)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise HubError(f"{path}: {error if isinstance(error, ValueError) else repr(error)}") from None
+    try:
+        return as_the_files_tie(config, Path(folder))
+    except WeightFileError as error:
+        raise HubError(str(error)) from None
+
+
+def _read_head(published: dict, heads: dict, any_head: bool) -> str:
+    """`head`, which we write where no class of transformers says it; else the architecture; else the family's first."""
+    if "head" in published:
+        return published["head"]
+    names = published.get("architectures") or [next(iter(heads.values())).architecture]
+    if not isinstance(names, list):
+        raise ValueError(f"architectures={names!r} is not a list")
+    for head, spec in heads.items():
+        if spec.architecture == names[0]:
+            return head
+    if any_head:
+        return "unknown"
+    known = ", ".join(dict.fromkeys(spec.architecture for spec in heads.values() if spec.architecture))
+    raise ValueError(f"the architecture {names[0]!r} is not supported; supported: {known}")
+
+
+def write_config(config: ModelConfig, dtype: str, **settings: object) -> str:
+    """`config.json` as the family publishes it, with the class that opens it in transformers where there is one.
+
+    What it held when it was read and no field of ours says is written back, names of labels too as long as there are as many.
+    `head` is ours: it says what no class says, a head of our own or a body without one. `settings`: further entries.
+    """
+    rules, architecture = family(config.family), head_spec(config).architecture
+    written = {"model_type": rules.MODEL_TYPE, "dtype": dtype, "architectures": [architecture] if architecture else []}
+    if config.head == "none" or architecture is None:
+        written["head"] = config.head
+    written |= rules.write_config(config)
+    kept = {key: value for key, value in config.extra.items() if key not in REPLACED}
+    if config.head in CLASSIFIERS and len(kept.get("id2label") or ()) != config.labels:
+        for name in NAMES_OF_LABELS:
+            kept.pop(name, None)
+        names = [f"LABEL_{label}" for label in range(config.labels)]
+        written["id2label"] = {str(label): name for label, name in enumerate(names)}
+        written["label2id"] = {name: label for label, name in enumerate(names)}
+        written |= {"problem_type": "regression"} if config.labels == 1 else {}
+    return json.dumps(kept | written | settings, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,134 @@
+"""What lies in a model folder: which files hold its weights, and what else is to travel with them.
+
+Where a folder is ambiguous, the files are those that transformers reads: `model.safetensors` alone where it is there, whatever
+an index beside it says.
+"""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+LFS = b"version https://git-lfs.github.com/spec/"  # what a pointer begins with, in place of the file
+LARGEST_COPY = 100_000_000  # bytes of a file that travels
+# Weights in any form, which are others once the network has changed; and an adapter's.
+WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf")
+# What is made anew, is of a checkpoint alone, or tells of a quantization.
+OWN = ("config.json", "manifest.json", "state.json", "tensors.json", "base.json", "adapter_config.json", "quantization.png")
+
+
+class HubError(ValueError):
+    """A folder that cannot be read as a network; the message names the file or the weight."""
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold weights: the one, or those that the index names."""
+    if (folder / SINGLE).is_file():
+        if (folder / INDEX).is_file():
+            warnings.warn(f"{folder}: {SINGLE} is read, as transformers reads it, not what {INDEX} names", stacklevel=2)
+        return [refuse_pointer(folder / SINGLE)]
+    if (folder / INDEX).is_file():
+        return [refuse_pointer(path) for path in indexed_files(folder)]
+    if parts := sorted(path.name for path in folder.glob("*-of-*.safetensors")):
+        raise HubError(f"{folder} holds shards ({parts[0]} …) and no {INDEX}, which says how they belong together")
+    if sorted(folder.glob("pytorch_model*.bin")):
+        raise HubError(
+            f"{folder} holds pytorch_model.bin, a pickle, which can run code when opened and is refused; convert it with "
+            "transformers' save_pretrained(folder, safe_serialization=True) in a place that you trust"
+        )
+    raise HubError(f"{folder} holds neither {SINGLE} nor {INDEX}")
+
+
+def indexed_files(folder: Path) -> list[Path]:
+    """The shards that the index names; each must be there."""
+    try:
+        weight_map = dict(json.loads(refuse_pointer(folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+        names = sorted({str(file) for file in weight_map.values()})
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, HubError):
+            raise
+        raise HubError(f"{folder / INDEX} cannot be read: {error!r}") from None
+    for name in names:
+        if Path(name).name != name:
+            raise HubError(f"{INDEX} points outside its folder: {name!r}")
+        if not (folder / name).is_file():
+            raise HubError(f"{INDEX} names {name}, which is not there: the folder is not whole, or the index is of other files")
+    return [folder / name for name in names]
+
+
+def refuse_pointer(path: Path) -> Path:
+    """The path, unless what lies there only says where Git LFS keeps the file."""
+    with open(path, "rb") as file:
+        if file.read(len(LFS)) == LFS:
+            raise HubError(f"{path} is a Git LFS pointer, not the file: fetch it, `git lfs pull` in {path.parent}")
+    return path
+
+
+def remove_other_weights(folder: Path, files: list[str]) -> None:
+    """Of an earlier network in the same folder: its files would be read instead of `files`, or beside them."""
+    index = [] if len(files) == 1 else [INDEX]
+    for path in (folder / SINGLE, folder / INDEX, *folder.glob("model-*-of-*.safetensors")):
+        if path.name not in (*files, *index):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_whole(out: Path) -> Iterator[Path]:
+    """A folder beside `out`, which takes its name when all that stands in it is whole; else nothing stays. `out` must be empty,
+    or not there yet (HubError)."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise HubError(f"--out {out} is there already, and is not an empty folder")
+    out = out.resolve()
+    making = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    making.mkdir(parents=True)
+    try:
+        yield making
+        making.rename(out)
+    except BaseException:
+        shutil.rmtree(making)
+        raise
+
+
+def copy_beside(source: Path, out: Path) -> list[str]:
+    """Copy what lies beside the weights and does not depend on them: tokenizer, chat templates, generation_config.json, label
+    files, licence …; a file that `out` has already stays. Returns the names."""
+    copied = []
+    for path in beside(source):
+        target = out / path.relative_to(source)
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+            copied.append(str(path.relative_to(source)))
+    return copied
+
+
+def beside(folder: Path) -> list[Path]:
+    """The files that travel: those of the folder itself, and of the subfolders that transformers (further chat templates) and
+    sentence-transformers (the modules after the network) look into."""
+    found = [*folder.iterdir(), *(folder / "additional_chat_templates").glob("*.jinja")]
+    for name in module_folders(folder):
+        found += (folder / name).iterdir()
+    return sorted(
+        path
+        for path in found
+        if path.is_file()
+        and path.stat().st_size <= LARGEST_COPY
+        and not path.name.startswith(".")
+        and not path.name.endswith(WEIGHTS)
+        and not (path.parent == folder and path.name in OWN)
+    )
+
+
+def module_folders(folder: Path) -> list[str]:
+    """Of a sentence-transformers folder: where its modules.json has settings of what follows the network."""
+    try:
+        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        names = [str(module["path"]) for module in modules if module["path"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [name for name in names if Path(name).name == name and (folder / name).is_dir()]

@@ -1,0 +1,145 @@
+"""`generation_config.json`: which ids end, fill or are forced into a text, and how its tokens are chosen where nobody asks.
+
+A folder of transformers 4 may have no such file and say the same in config.json. What is not read here, and would change a
+text, is in `unread`, for a command to tell.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from model.config import ModelConfig
+from model.constraints import Constraints
+from model.folders import HubError
+
+FILE = "generation_config.json"
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
+NUMBERS = {  # theirs -> ours: defaults that a caller may override
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "num_beams": "beams",
+    "length_penalty": "length_penalty",
+    "early_stopping": "early_stopping",
+    "max_new_tokens": "max_new_tokens",
+    "max_length": "max_length",
+}
+LIMITS = {"min_length": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0}
+LISTS = ("suppress_tokens", "begin_suppress_tokens")
+READ = {*IDS, *NUMBERS, *LIMITS, *LISTS, "do_sample"}
+# Other settings that choose tokens, and the values at which they do nothing.
+OTHERS = {
+    "typical_p": (1.0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "top_h": (),
+    "encoder_repetition_penalty": (1.0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "bad_words_ids": ([],),
+    "force_words_ids": ([],),
+    "constraints": ([],),
+    "sequence_bias": ({},),
+    "num_beam_groups": (1,),
+    "diversity_penalty": (0.0,),
+    "penalty_alpha": (0.0,),
+    "dola_layers": (),
+    "guidance_scale": (1.0,),
+    "exponential_decay_length_penalty": (),
+    "renormalize_logits": (False,),
+    "remove_invalid_values": (False,),
+    "forced_decoder_ids": ([],),
+    "watermarking_config": (),
+    "stop_strings": ([],),
+    "max_time": (),
+    "token_healing": (False,),
+}
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """What a folder says of generating. `defaults`: of the names in `NUMBERS`, those that it gives (temperature 0 where it says
+    that nothing is drawn); `raw`: the file as it was read."""
+
+    stop_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
+    decoder_start_id: int | None = None
+    constraints: Constraints = field(default_factory=Constraints)
+    defaults: Mapping[str, float] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+    raw: Mapping[str, object] = field(default_factory=dict)
+
+
+def read_generation_config(folder: str | Path, config: ModelConfig) -> GenerationConfig:
+    """Of a model folder; ids that it does not say are those of config.json."""
+    path = Path(folder) / FILE
+    if path.is_file():
+        try:
+            said = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise HubError(f"{path} is not JSON: {error}") from None
+        if not isinstance(said, dict):
+            raise HubError(f"{path} is not a JSON object")
+    else:
+        path, known = Path(folder) / "config.json", READ | OTHERS.keys()
+        said = {key: value for key, value in config.extra.items() if key in known}
+    try:
+        return understood({key: value for key, value in said.items() if value is not None}, config, said)
+    except (ValueError, TypeError) as error:
+        raise HubError(f"{path}: {error}") from None
+
+
+def understood(said: dict, config: ModelConfig, raw: dict) -> GenerationConfig:
+    defaults = {ours: number(said, theirs) for theirs, ours in NUMBERS.items() if theirs in said}
+    if said.get("do_sample") is False:
+        defaults = {name: value for name, value in defaults.items() if name not in ("top_k", "top_p", "min_p")}
+        defaults["temperature"] = 0.0
+    own = [i for i in (config.eos_id, *config.stop_ids) if i is not None]
+    constraints = Constraints(
+        min_length=int(number(said, "min_length", 0)),
+        min_new_tokens=int(number(said, "min_new_tokens", 0)),
+        no_repeat_ngram=int(number(said, "no_repeat_ngram_size", 0)),
+        forced_first=(*ids(said, "forced_bos_token_id"), None)[0],
+        forced_last=ids(said, "forced_eos_token_id"),
+        suppressed=ids(said, "suppress_tokens"),
+        suppressed_first=ids(said, "begin_suppress_tokens"),
+    )
+    return GenerationConfig(
+        stop_ids=ids(said, "eos_token_id") or tuple(own),
+        pad_id=(*ids(said, "pad_token_id"), config.pad_id)[0],
+        decoder_start_id=(*ids(said, "decoder_start_token_id"), config.decoder_start_id)[0],
+        constraints=constraints,
+        defaults=defaults,
+        unread=tuple(key for key, idle in OTHERS.items() if key in said and said[key] not in idle),
+        raw=raw,
+    )
+
+
+def ids(said: dict, key: str) -> tuple[int, ...]:
+    value = said.get(key, ())
+    value = (value,) if type(value) is int else value
+    if not isinstance(value, list | tuple) or not all(type(i) is int for i in value):
+        raise ValueError(f"{key}={value!r} is no id, nor a list of ids")
+    return tuple(i for i in value if i >= 0)  # Whisper's -1 is none
+
+
+def number(said: dict, key: str, default: float = 0.0) -> float:
+    value = said.get(key, default)
+    if not isinstance(value, int | float) and not (key == "early_stopping" and value == "never"):
+        raise ValueError(f"{key}={value!r} is not a number")
+    return value
+
+
+def generation_json(config: ModelConfig, raw: Mapping[str, object]) -> str:
+    """The file of a network: as it was read (`raw`), or what config.json says of ids, for tools that look here alone."""
+    ends = [i for i in (config.eos_id, *config.stop_ids) if i is not None]
+    own = {
+        "bos_token_id": config.bos_id,
+        "eos_token_id": ends if len(ends) > 1 else config.eos_id,
+        "pad_token_id": config.pad_id,
+        "decoder_start_token_id": config.decoder_start_id,
+    }
+    said = {key: value for key, value in own.items() if value is not None}
+    return json.dumps(dict(raw) or said, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,50 @@
+"""Another size of vocabulary: rows of the embedding and of the head added, or taken away at the end."""
+
+import torch
+from torch import Tensor, nn
+
+from model.config import ConfigError
+from model.heads import LanguageHead
+from model.network import Network
+
+
+@torch.no_grad()
+def resize_vocabulary(network: Network, vocab_size: int) -> Network:
+    """The same network with `vocab_size` rows in the embedding and in a language head, tied or not, its bias too.
+
+    New rows are the mean of the old ones, taken in float32: a new token is then no likelier than others on average, where rows
+    drawn anew give it logits near zero, often above those of all trained ones. Source: Hewitt 2021, "Initializing new word
+    embeddings for pretrained language models", https://nlp.stanford.edu/~johnhew/vocab-expansion.html; transformers'
+    resize_token_embeddings draws around the same mean. Errors (ConfigError): a head of packed weights.
+    """
+    if vocab_size < 1:
+        raise ConfigError(f"vocab_size={vocab_size} must be at least 1")
+    embedding, head = network.body.embedding, network.head
+    embedding.weight = nn.Parameter(resized(embedding.weight, vocab_size), requires_grad=embedding.weight.requires_grad)
+    embedding.num_embeddings = vocab_size
+    if isinstance(head, LanguageHead):
+        if not isinstance(head.weight, nn.Parameter):
+            raise ConfigError("the head's weights are quantized: resize the folder that it was made from")
+        if not network.config.tie_embeddings:
+            head.weight = nn.Parameter(resized(head.weight, vocab_size), requires_grad=head.weight.requires_grad)
+        if head.bias is not None:
+            constant = network.config.family == "bart"  # its bias is a constant, 0 for new tokens there too
+            bias = resized(head.bias[:, None], vocab_size)[:, 0]
+            bias = bias.clone() if not constant else torch.cat((head.bias, head.bias.new_zeros(vocab_size)))[:vocab_size]
+            head.bias = nn.Parameter(bias, requires_grad=head.bias.requires_grad)
+        head.out_features = vocab_size
+    config = network.config.replace(vocab_size=vocab_size)
+    for module in network.modules():
+        if getattr(module, "config", None) is network.config:
+            module.config = config
+    network.config = config
+    network.tie_weights()
+    return network
+
+
+def resized(weight_VD: Tensor, rows: int) -> Tensor:
+    """The first `rows` rows, and below them as many means of all as are missing."""
+    if rows <= len(weight_VD):
+        return weight_VD[:rows].clone()
+    mean_D = weight_VD.to(torch.promote_types(weight_VD.dtype, torch.float32)).mean(0).to(weight_VD.dtype)
+    return torch.cat((weight_VD, mean_D.expand(rows - len(weight_VD), -1)))

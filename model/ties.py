@@ -1,0 +1,59 @@
+"""Whether head and embedding are one matrix: config.json has a flag, and the files of weights may contradict it.
+
+As transformers 5 reads them: a head that the files do not hold is the embedding where the flag says so (of T5 always), and two
+matrices that differ are two, whatever the flag says.
+"""
+
+import warnings
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from model.config import ModelConfig, family
+from model.folders import INDEX, SINGLE, weight_files
+from model.safetensors_file import WeightFile
+from model.weights import head_spec, published_names
+
+TIED_HEADS = ("lm", "mlm", "pretraining")  # heads whose matrix may be the embedding
+
+
+def as_the_files_tie(config: ModelConfig, folder: Path) -> ModelConfig:
+    """The config of a folder, with `tie_embeddings` as its files have it; of a folder without weights as config.json has it."""
+    may_tie = getattr(family(config.family), "FILE_TIES", False)
+    if config.head not in TIED_HEADS or not (config.tie_embeddings or may_tie):
+        return config
+    if not ((folder / SINGLE).is_file() or (folder / INDEX).is_file()):
+        return config
+    tied = config if config.tie_embeddings else replace(config, tie_embeddings=True)
+    head = next(row[1] for row in head_spec(config).weights if row[0] == "head.weight")
+    with ExitStack() as opened:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `load` tells about files
+            files = [opened.enter_context(WeightFile(path)) for path in weight_files(folder)]
+        names = published_names(tied)
+        stored = {names.canonical(name): (file, name) for file in files for name in file.names}
+        embedding = next(row[1] for row in family(config.family).weights(tied) if row[0] == "body.embedding.weight")
+        if head not in stored or embedding not in stored:
+            return tied
+        if not config.tie_embeddings or are_equal(*stored[head], *stored[embedding]):
+            return config
+    untied = replace(config, tie_embeddings=False)
+    try:
+        family(config.family).write_config(untied)
+    except ValueError:  # a family without a place for two: `load` refuses the folder
+        return config
+    if not may_tie:  # of T5 the flag says nothing
+        told = "config.json says that head and embedding are one matrix, and the files hold two that differ: both are read"
+        warnings.warn(f"{folder}: {told}", stacklevel=3)
+    return untied
+
+
+def are_equal(file: WeightFile, name: str, other_file: WeightFile, other: str) -> bool:
+    """Whether two tensors of files hold the same numbers. A quantized one differs from one that is not."""
+    if file.shape(name) != other_file.shape(other) or not file.dtype(name).is_floating_point:
+        return False
+    value = torch.empty(file.shape(name), dtype=file.dtype(name))
+    file.read(name, value)
+    return other_file.dtype(other).is_floating_point and other_file.holds(other, value)

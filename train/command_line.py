@@ -1,0 +1,87 @@
+"""What all command lines share: messages for people, notes, Ctrl-C, a reader that leaves, and options that would do nothing.
+
+Standard library only, so that `--help` stays fast.
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+FAILED = 2
+STOPPED = 130  # as a shell says of a process that SIGINT ended
+
+
+class Needs(NamedTuple):
+    """Options that have an effect under a condition only."""
+
+    options: tuple[str, ...]  # fields of the dataclass
+    met: Callable[[object], bool]
+    reason: str  # completes "--option has no effect: "
+
+
+def refuse_idle(options: object, rules: Iterable[Needs], arguments: Sequence[str], error: type[Exception] = ValueError) -> None:
+    """Raise where an option is given, even with its default value, that would do nothing beside the others.
+
+    >>> rules = [Needs(("seed",), lambda options: options.temperature > 0, "--temperature 0 draws nothing")]
+    >>> refuse_idle(type("Options", (), {"temperature": 0.0}), rules, ["--temperature", "0", "--seed", "3"])
+    Traceback (most recent call last):
+        ...
+    ValueError: --seed has no effect: --temperature 0 draws nothing
+    """
+    given = given_options(arguments)
+    for rule in rules:
+        idle = [name for name in rule.options if name in given]
+        if idle and not rule.met(options):
+            raise error(f"{' and '.join(spelled(name) for name in idle)} has no effect: {rule.reason}")
+
+
+def given_options(arguments: Sequence[str]) -> set[str]:
+    """The fields that a command line names: `--top-k 3`, `--top_k=3` and `--no-stream` are top_k and stream."""
+    named = {argument.split("=")[0].removeprefix("--").replace("-", "_") for argument in arguments if argument.startswith("--")}
+    return named | {name.removeprefix("no_") for name in named if name.startswith("no_")}
+
+
+def spelled(name: str) -> str:
+    """
+    >>> spelled("top_k")
+    '--top-k'
+    """
+    return f"--{name.replace('_', '-')}"
+
+
+def run_command(act: Callable[[], int | None], errors: Callable[[], tuple[type[BaseException], ...]]) -> int:
+    """The exit code of a command: 0, or `act`'s; 2 after an error that a person can put right, told in one line; 130 after
+    Ctrl-C. `errors`: which these are, asked for when something is wrong."""
+    try:
+        with notes():
+            code = act() or 0
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return STOPPED
+    except BrokenPipeError:  # whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except errors() as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+
+
+@contextmanager
+def notes() -> Iterator[None]:
+    """Warnings that are meant for people (UserWarning) as lines of their own: what is accepted and may surprise is said."""
+    shown = warnings.showwarning
+
+    def show(message, category, *place, **more) -> None:
+        if category is UserWarning:
+            print(f"note: {message}", file=sys.stderr)
+        else:
+            shown(message, category, *place, **more)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield

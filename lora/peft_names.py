@@ -10,7 +10,7 @@ PEFT has no bottleneck adapters: `adapter_down.weight` and its like are ours.
 """
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ from lora.prompt import BeforeTheText
 from lora.targets import adaptable
 from model.config import ModelConfig
 from model.rope import interleaved_to_halves
-from model.weights import Weight, head_spec, published_names, published_prefix, published_shape, to_published, weight_table
+from model.weights import Weight, published_names, published_shape, to_published, weight_table
 
 PREFIX, PREFIX_BEFORE = "base_model.model.", "base_model."  # of the network's own names: a prompt has no tuner around it
 
@@ -185,77 +185,6 @@ def linear_modules(network: nn.Module) -> dict[str, str]:
     """Published module -> ours, of all layers that PEFT and `lora` can put something beside."""
     table = weight_table(network.config)
     return {module_of(table[f"{path}.weight"]): path for path in adaptable(network) if f"{path}.weight" in table}
-
-
-# ---- from a file's keys to ours
-
-
-@dataclass
-class Read:
-    """What a file's keys say."""
-
-    keys: dict[str, str]  # the key as `entries` spells it -> in the file
-    copies: list[tuple[str, str]]  # our name of a weight of the base, and its key: what PEFT saves along
-    layers: dict[str, str]  # the key of a part -> our layer beside which it stands
-    whole: set[str]  # our modules that were trained whole
-    prefix: str  # of the body's names in this file
-
-
-def read_keys(
-    network: nn.Module, found: Iterable[str], file: str, *, all_biases: bool = False, prefix: str = PREFIX
-) -> Read:
-    """The names of a file's tensors, understood; one that is nothing here is an error. all_biases: a module of which there is
-    a bias alone was not trained whole. prefix: of the network's own names."""
-    config = network.config
-    names, table = published_names(config), weight_table(config)
-    read = Read({}, [], {}, set(), published_prefix(config, head_spec(config)))
-
-    def weight(published: str) -> Weight | None:
-        """The row of a published weight, whatever the prefix."""
-        canonical = names.canonical(published)
-        canonical = canonical if canonical in names.rows else names.aliases.get(canonical, canonical)
-        if canonical not in names.rows:
-            return None
-        row = table[names.rows[canonical]]
-        if canonical.startswith("{body}") and published.endswith(canonical.removeprefix("{body}")):
-            read.prefix = published.removesuffix(canonical.removeprefix("{body}"))
-        return row
-
-    def keep(key: str, there: str) -> None:
-        if key in read.keys:
-            raise AdapterError(f"{file}: {there!r} and {read.keys[key]!r} are both {key}")
-        read.keys[key] = there
-
-    left = []
-    for there in found:
-        if there == BEFORE:
-            keep(BEFORE, there)
-            continue
-        inner = there.removeprefix(prefix)
-        ending = next((key for key in KEYS if inner.endswith(f".{key}")), None)
-        if ending is not None:
-            row = weight(inner.removesuffix(ending) + "weight")
-            if row is not None:
-                keep(f"{prefix}{module_of(row)}.{ending}", there)
-                read.layers[f"{prefix}{module_of(row)}.{ending}"] = row.name.rpartition(".")[0]
-                continue
-        stored = re.sub(r"\.(base_layer|original_module|modules_to_save)(?=\.[^.]+$)", "", inner)
-        row = weight(stored)
-        if row is None or not there.startswith(prefix):
-            left.append(there)
-        elif "original_module" in inner or "modules_to_save" in inner or (stored != inner and inner.endswith(".weight")):
-            read.copies.append((row.name, there))
-        elif stored != inner:
-            keep(bias_key(config, row.name), there)
-        elif stored == row.published or names.canonical(stored) in names.rows:
-            keep(prefix + row.published, there)
-            if not (all_biases and row.name.endswith(".bias")):
-                read.whole.add(row.name.rpartition(".")[0])
-        else:
-            read.copies.append((row.name, there))
-    if left:
-        raise AdapterError(f"{file} holds tensors that this network has no place for: {', '.join(left[:5])}")
-    return read
 
 
 # ---- which modules, as short as it can be said

@@ -37,12 +37,14 @@ class Base:
         own, by_path = empty(config, device="meta"), {file.path: file for file in files}
         self.small = quantized_weights(folder, files, own, asked)
         found = match_weights(folder, by_path, own, self.small, asked=new_head)
-        self.missing, self.other_heads = found.missing, found.other_heads
+        # of another head; a quantized one cannot be copied as it is
+        left_out = [name for name in found.other_heads if new_head or (self.small and name in self.small.stored)]
+        self.missing, self.left_out = found.missing, left_out
         self.sources = {name: (by_path[path], published) for name, (path, published) in found.sources.items()}
         self.tied = "head.weight" in self.table and "head.weight" not in dict(own.named_parameters())
         if self.tied:
             self.sources["head.weight"] = self.sources["body.embedding.weight"]
-        elif config.tie_embeddings:  # a quantized head has codes of its own, and what is written a matrix
+        elif config.tie_embeddings and "head.weight" in self.table:  # a quantized head has codes of its own
             self.config = config.replace(tie_embeddings=False)
         self.stand_ins: dict[str, tuple[WeightFile, Copy]] = {}
         self.build()
@@ -74,7 +76,7 @@ class Base:
         found = []
         for file in self.files:
             for published in file.names:
-                if self.small is None or published not in self.small.others:
+                if published not in self.left_out and (self.small is None or published not in self.small.others):
                     spelled = self.names.canonical(published)
                     original = spelled if spelled in self.names.rows else self.names.aliases.get(spelled)
                     found.append((file, published, self.names.rows.get(original)))

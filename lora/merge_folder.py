@@ -93,13 +93,12 @@ def merge_folder(
     with written_whole(out) as partial, ExitStack() as opened:
         try:
             source, merged = open_both(opened, base, adapter, *config_to_write(base, adapter, head, labels, any_base=any_base))
-            end, written, scale = merged.torn(), source.config, 1.0
-            if end is not None:
-                written, scale = untied_config(source.config, adapter, end, untie)
+            end = merged.torn()
+            written = source.config if end is None else untied_config(source.config, adapter, end, untie)
             plan = planned(source, untied=end is not None, dtype=dtype, shard_bytes=shard_bytes)
             steps = iter(progress([item for items in plan.values() for item in items]))
             for name, items in plan.items():
-                write_file(partial / name, items, lambda item: (next(steps), content(item, merged, scale))[1])
+                write_file(partial / name, items, lambda item: (next(steps), content(item, merged))[1])
                 merged.written((item.ours for item in items if item.ours is not None), untied=end is not None)
             merged.account.close()
         except WeightFileError as error:
@@ -136,8 +135,8 @@ def open_both(opened: ExitStack, base: Path, adapter: Path, config: ModelConfig,
     if size != config.vocab_size:
         source.stand_in(file, resized_weights(source.network, read))
     refuse_random_head(source.missing, source.network, "default", read, base)
-    if new_head and source.other_heads:
-        left = ", ".join(source.other_heads[:5]) + (" …" if len(source.other_heads) > 5 else "")
+    if source.left_out:
+        left = ", ".join(source.left_out[:5]) + (" …" if len(source.left_out) > 5 else "")
         warnings.warn(f"{base}: left out of a network with the head {config.head!r}: {left}", stacklevel=4)
     return source, Merged(source, read, entries(source.network, "default"))
 
@@ -148,23 +147,19 @@ def named_dtype(base: Path, dtype: torch.dtype | None) -> str:
     return str(dtype or settings.get("dtype") or settings.get("torch_dtype") or torch.float32).removeprefix("torch.")
 
 
-def untied_config(config: ModelConfig, adapter: Path, end: str, untie: bool) -> tuple[ModelConfig, float]:
-    """The config of the network whose head has a matrix of its own, and what that matrix is multiplied by: where the family
-    scales tied heads alone, the scale goes into it."""
+def untied_config(config: ModelConfig, adapter: Path, end: str, untie: bool) -> ModelConfig:
+    """The config of the network whose head has a matrix of its own; what the head reads is scaled as before."""
     if not untie:
         other = "the head" if "embedding" in end else "the embedding"
         raise AdapterError(
             f"{end} was adapted, and its matrix is also that of {other}: merged, it would change both. With --untie two "
             f"matrices are written; or leave the adapter beside the weights: python -m model generate {adapter}"
         )
-    for changes, scale in (({}, 1.0), ({"scale_head": False}, config.head_scale)):
-        untied = config.replace(tie_embeddings=False, **changes)
-        try:
-            write_config(untied, "float32")
-            return untied, scale
-        except ValueError as error:
-            reason = error
-    raise AdapterError(f"the head cannot be untied: {reason}; leave the adapter beside the weights")
+    try:
+        write_config(untied := config.replace(tie_embeddings=False), "float32")
+    except ValueError as error:
+        raise AdapterError(f"the head cannot be untied: {error}; leave the adapter beside the weights") from None
+    return untied
 
 
 def planned(base: Base, *, untied: bool, dtype: torch.dtype | None, shard_bytes: int | None) -> dict[str, list[Item]]:
@@ -215,12 +210,11 @@ def renamed(base: Base) -> Iterator[Place]:
             yield spelled.replace("{body}", prefix), None, file, there
 
 
-def content(item: Item, merged: Merged, scale: float) -> Iterator[bytes | memoryview]:
+def content(item: Item, merged: Merged) -> Iterator[bytes | memoryview]:
     """The bytes of a tensor as it is written."""
-    base, scaled = merged.base, item.ours == "head.weight" and scale != 1
-    if merged.changes(item.ours) or scaled or base.packed(item.ours) or base.is_resized(item.ours):
-        value = merged.value(item.ours)
-        value = to_published(base.table[item.ours], value * scale if scaled else value, base.config)
+    base = merged.base
+    if merged.changes(item.ours) or base.packed(item.ours) or base.is_resized(item.ours):
+        value = to_published(base.table[item.ours], merged.value(item.ours), base.config)
     else:
         file, there = item.source
         if file.dtype(there) == item.dtype:

@@ -18,10 +18,10 @@ from lora.base import check_base, read_base
 from lora.config import AdapterError
 from lora.inject import adapters, add_adapters, biases, discard, holders, in_use, parts, trains_biases
 from lora.peft_config import Layers, meant, read_config, refuse_unknown, refuse_what_peft_ignores
-from lora.peft_names import BEFORE, bias_key, entries, exactly, linear_modules, plain
-from lora.peft_read import VOCABULARY, Copy, Read, read_keys
+from lora.peft_names import BEFORE, Entry, bias_key, entries, exactly, linear_modules, plain
+from lora.peft_read import VOCABULARY, Copy, Read, read_keys, ties
 from lora.targets import adaptable
-from lora.vocabulary import first_rows, is_tied, refuse_unknown_rows, resized_weights, same_change, tensor, vocabulary_of
+from lora.vocabulary import first_rows, refuse_unknown_rows, resized_weights, same_change, tensor, vocabulary_of
 from model.safetensors_file import WeightFile
 from model.weights import head_spec, published_prefix, to_published, weight_table
 from quant.folder import tensors
@@ -93,7 +93,7 @@ def put(
         if next(network.parameters()).is_meta:
             make_real(network, name)
         fill(network, name, given, read, base)
-        if given.get("ensure_weight_tying") and is_tied(network):
+        if ties(network.config, given):
             expect_ties(network, name, folder)
     except BaseException:
         discard(network, name, before)
@@ -183,72 +183,40 @@ def make_real(network: nn.Module, name: str) -> None:
 
 
 class Own:
-    """A network's own weights, by our names."""
+    """A network's own weights, by our names, as they were before the adapter."""
 
     def __init__(self, network: nn.Module):
-        self.network = network
+        self.missing: tuple[str, ...] = ()  # all are there
         self.weights = {plain(path): value for path, value in network.named_parameters() if ".parts." not in path}
+        self.head, self.small = network.head, {plain(path): layer for path, layer in quantized_layers(network).items()}
 
     def read(self, name: str) -> Tensor:
         """In our layout."""
         if name == "head.weight" and name not in self.weights:
-            return dense(self.network.head) if not is_tied(self.network) else self.weights["body.embedding.weight"]
+            return dense(self.head) if "head" in self.small else self.weights["body.embedding.weight"]
         return self.weights[name]
 
     def quantized(self, name: str) -> QuantizedLinear | None:
-        found = {plain(path): layer for path, layer in quantized_layers(self.network).items()}
-        return found.get(name.removesuffix(".weight"))
+        return self.small.get(name.removesuffix(".weight"))
 
 
 def fill(network: nn.Module, name: str, given: dict, read: Read, base: Own) -> None:
     """Every tensor into its place, after all of them have been looked at."""
-    places, values, file = entries(network, name), {}, read.file
-    for row in weight_table(network.config).values():  # a bias that PEFT's model has under two names, or that was not trained
-        if row.role != "bias":
-            continue
-        key, beside = read.own + row.published, bias_key(network.config, row.name)
+    places = entries(network, name)
+    for row in weight_table(network.config).values():  # a bias that PEFT's model has under two names
+        key, beside = read.own + row.published, bias_key(network.config, row.name) if row.role == "bias" else ""
         if key not in places and beside in read.keys and key in read.keys:
             read.base.append(Copy(row.name, read.keys.pop(key), frozen=False))
-        if beside not in places and beside.endswith(".base_layer.bias") and beside in read.keys:
-            read.base.append(Copy(row.name, read.keys.pop(beside), frozen=True))
-    if left := sorted(set(read.keys) - set(places)):
-        raise AdapterError(f"{file.path} holds tensors that this network has no place for: {', '.join(left[:5])}")
-    have = {places[key].module for key in read.keys}
-    missing = [key for key, entry in places.items() if key not in read.keys and not (entry.whole and entry.module not in have)]
-    if missing:
-        raise AdapterError(f"{file.path} lacks {len(missing)} tensors: {', '.join(missing[:5])}")
-    for key, there in read.keys.items():
-        entry = places[key]
-        value = torch.empty(file.shape(there), dtype=entry.parameter.dtype)
-        file.read(there, value)
-        value = as_peft_computes(value, there, given, network)
-        if tuple(value.shape) != entry.shape:
-            raise AdapterError(f"{file.path}: {there!r} has shape {file.shape(there)}, {entry.shape} is expected")
-        values[key] = value
-    for key, there in read.again:
-        if key not in values or not file.holds(there, values[key]):
-            raise AdapterError(f"{file.path}: {there!r} is another one than {read.keys.get(key)!r}, of which PEFT has it")
-    resized_from, stand_ins = getattr(network, "resized_from", None), {}
-    if resized_from is not None:
-        stand_ins = resized_weights(network, read)
-    for copy in read.base:
-        # of a bias that was trained too, PEFT saves further copies
-        row = weight_table(network.config)[copy.weight]
-        keys = (read.own + row.published, bias_key(network.config, copy.weight) if row.role == "bias" else "")
-        trained = next((values[key] for key in keys if key in values), None)
-        if copy.weight in stand_ins and not copy.frozen:
-            continue
-        if trained is not None and file.holds(copy.there, trained):
-            continue
-        if not is_the_bases(network, copy, read, base):
-            raise AdapterError(f"{file.path}: {copy.there!r} is not this base's own, and there is no place for another one")
+    expect_all_places(read, places)
+    values = {key: value_of(network, given, read, key, places[key]) for key in read.keys}
+    stand_ins = resized_weights(network, read) if hasattr(network, "resized_from") else {}
+    check_copies(network, read, base, values, stand_ins)
     for key, value in values.items():
         places[key].parameter.data.copy_(places[key].of_file(value, network.config))
     own = {plain(path): value for path, value in network.named_parameters() if ".parts." not in path}
     for weight, copy in stand_ins.items():
         if not own[weight].is_meta:
-            value = tensor(file, copy.there)
-            own[weight].data.copy_(value[0] if weight_table(network.config)[weight].layout == "row" else value)
+            own[weight].data.copy_(tensor(read.file, copy.there).view_as(own[weight]))
     if given.get("rank_pattern") and given["peft_type"] == "ADALORA":
         masks = allocated(given)
         for key, there in read.keys.items():
@@ -256,6 +224,47 @@ def fill(network: nn.Module, name: str, given: dict, read: Read, base: Own) -> N
                 path = read.layers[key]
                 holder = next(holder for found, holder in holders(network).items() if plain(found) == path)
                 holder.parts[name].kept.copy_(torch.tensor(mask)[:, None])
+
+
+def expect_all_places(read: Read, places: Mapping[str, Entry]) -> None:
+    """Of a module that was trained whole the file may hold some weights alone."""
+    if left := sorted(set(read.keys) - set(places)):
+        raise AdapterError(f"{read.file.path} holds tensors that this network has no place for: {', '.join(left[:5])}")
+    have = {places[key].module for key in read.keys}
+    missing = [key for key, entry in places.items() if key not in read.keys and not (entry.whole and entry.module not in have)]
+    if missing:
+        raise AdapterError(f"{read.file.path} lacks {len(missing)} tensors: {', '.join(missing[:5])}")
+
+
+def value_of(network: nn.Module, given: dict, read: Read, key: str, entry: Entry) -> Tensor:
+    there = read.keys[key]
+    value = torch.empty(read.file.shape(there), dtype=entry.parameter.dtype)
+    read.file.read(there, value)
+    value = as_peft_computes(value, there, given, network)
+    if tuple(value.shape) != entry.shape:
+        shape = read.file.shape(there)
+        raise AdapterError(f"{read.file.path}: {there!r} has shape {shape}, {entry.shape} is expected")
+    return value
+
+
+def check_copies(
+    network: nn.Module, read: Read, base: Own, values: Mapping[str, Tensor], stand_ins: Mapping[str, Copy]
+) -> None:
+    """What repeats a trained tensor must be it; what is the base's own must be that, as far as the base has it."""
+    file, table = read.file, weight_table(network.config)
+    for key, there in read.again:
+        if key not in values or not file.holds(there, values[key]):
+            raise AdapterError(f"{file.path}: {there!r} is another one than {read.keys.get(key)!r}, of which PEFT has it")
+    for copy in read.base:
+        if copy.weight in stand_ins and not copy.frozen:
+            continue
+        row = table[copy.weight]
+        keys = (read.own + row.published, bias_key(network.config, copy.weight) if row.role == "bias" else "")
+        trained = next((values[key] for key in keys if key in values), None)
+        if trained is not None and (file.holds(copy.there, trained) or copy.weight in base.missing):
+            continue  # of a trained bias PEFT saves copies; a head that the base lacks had first values too
+        if not is_the_bases(network, copy, read, base):
+            raise AdapterError(f"{file.path}: {copy.there!r} is not this base's own, and there is no place for another one")
 
 
 def as_peft_computes(value: Tensor, there: str, given: dict, network: nn.Module) -> Tensor:

@@ -25,6 +25,7 @@ from quant.forms import FORMS
 
 # Whose size is the vocabulary's: our name -> the axis of it, in the file too.
 VOCABULARY = {"body.embedding.weight": 0, "head.weight": 0, "head.bias": -1}
+EMBEDDINGS = ("embed_tokens", "lm_head")  # PEFT's names of them
 OF_THE_BASE = ("base_layer", "original_module")
 WRAPPED = re.compile(rf"\.({'|'.join(OF_THE_BASE)}|modules_to_save)(?=\.[^.]+$)")
 
@@ -75,12 +76,12 @@ def read_keys(network: nn.Module, file: WeightFile, given: Mapping) -> Read:
     read = Read(file, own, published_prefix(config, head_spec(config)))
     read.parts = {name: parts for form in FORMS.values() for name, parts in form.companions(file.names).items()}
     pieces = {each for name, parts in read.parts.items() for each in parts.values() if each != name}
-    all_biases, left = given.get("bias") == "all", []
+    biases, left = {"lora_only": "adapted", "all": "all"}.get(given.get("bias")), []
 
-    def weight(published: str) -> Weight | None:
+    def weight(published: str, aliases: Mapping[str, str] = names.aliases) -> Weight | None:
         """The row of a published weight, whatever the prefix."""
         canonical = names.canonical(published)
-        canonical = canonical if canonical in names.rows else names.aliases.get(canonical, canonical)
+        canonical = canonical if canonical in names.rows else aliases.get(canonical, canonical)
         if canonical not in names.rows:
             return None
         if canonical.startswith("{body}") and published.endswith(canonical.removeprefix("{body}")):
@@ -95,7 +96,8 @@ def read_keys(network: nn.Module, file: WeightFile, given: Mapping) -> Read:
             continue
         inner = there.removeprefix(own)
         ending = next((key for key in KEYS if inner.endswith(f".{key}")), None)
-        row = weight(inner.removesuffix(ending) + "weight") if ending is not None else None
+        # a part beside one end of a tied matrix is none beside the other
+        row = weight(inner.removesuffix(ending) + "weight", {}) if ending is not None else None
         if row is not None:
             read.keep(f"{own}{module_of(row)}.{ending}", there)
             read.layers[f"{own}{module_of(row)}.{ending}"] = row.name.rpartition(".")[0]
@@ -108,7 +110,7 @@ def read_keys(network: nn.Module, file: WeightFile, given: Mapping) -> Read:
         key, is_row = own + row.published, stored == row.published or names.canonical(stored) in names.rows
         if wrapped is not None and wrapped[1] == "modules_to_save":
             read.again.append((key, there))
-        elif wrapped is not None and (wrapped[1] == "original_module" or inner.endswith(".weight")):
+        elif wrapped is not None and (wrapped[1] == "original_module" or inner.endswith(".weight") or not biases):
             read.base.append(Copy(row.name, there, frozen=True))
         elif wrapped is not None:
             read.keep(bias_key(config, row.name), there)
@@ -121,7 +123,7 @@ def read_keys(network: nn.Module, file: WeightFile, given: Mapping) -> Read:
             read.keep(key, there)
             if row.name in VOCABULARY:
                 read.along[key] = row.name
-            if not (all_biases and row.name.endswith(".bias")):
+            if not (biases == "all" and row.name.endswith(".bias")):
                 read.modules[key] = row.name.rpartition(".")[0]
     if left:
         named = ", ".join(left[:5]) + of_another_head(config, left, own)
@@ -130,17 +132,27 @@ def read_keys(network: nn.Module, file: WeightFile, given: Mapping) -> Read:
 
 
 def saved_whole(config: ModelConfig, given: Mapping) -> Callable[[str], bool]:
-    """Whether PEFT has trained a published module whole; with `ensure_weight_tying` also the other end of a tied matrix."""
+    """Whether PEFT has trained a published module whole; where it ties two ends of a matrix, the other end too."""
     rules = [re.compile(rf"(^|.*\.){name}($|\..*)") for name in given.get("modules_to_save") or ()]
 
     def is_named(module: str) -> bool:
         return any(rule.match(module) for rule in rules)
 
     table = weight_table(config)
-    if not (given.get("ensure_weight_tying") and config.tie_embeddings and config.head in TIED_HEADS):
+    if not ties(config, given):
         return is_named
     ends = {module_of(table[name]) for name in ("body.embedding.weight", "head.weight")}
     return lambda module: is_named(module) or (module in ends and any(map(is_named, ends)))
+
+
+def ties(config: ModelConfig, given: Mapping) -> bool:
+    """Whether PEFT trains head and embedding as one (`ensure_weight_tying`): where they are, and it knows the name of one."""
+    if not (given.get("ensure_weight_tying") and config.tie_embeddings and config.head in TIED_HEADS):
+        return False
+    targets = given.get("target_modules") or ()
+    if isinstance(targets, str):
+        targets = [name for name in EMBEDDINGS if re.fullmatch(targets, name)]
+    return any(name.rpartition(".")[2] in EMBEDDINGS for name in (*targets, *(given.get("modules_to_save") or ())))
 
 
 def of_another_head(config: ModelConfig, left: Iterable[str], own: str) -> str:

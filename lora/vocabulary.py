@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lora.config import AdapterError
 from lora.lora import EmbeddingLora, Lora
-from lora.peft_names import module_of, plain
+from lora.peft_names import bias_key, module_of, plain
 from lora.peft_read import VOCABULARY, Copy, Read
 from model.safetensors_file import WeightFile
 from model.ties import TIED_HEADS
@@ -48,7 +48,8 @@ def refuse_unknown_rows(network: nn.Module, read: Read, base_size: int) -> None:
     """An error unless the file holds every matrix of the resized vocabulary: those of the base have other rows. A bias that the
     network holds as a constant (BART's) is 0 for new tokens."""
     table, own = weight_table(network.config), {copy.weight for copy in read.base}
-    given = own | {name for name in VOCABULARY if name in table and read.own + table[name].published in read.keys}
+    keys = {name: (read.own + table[name].published, bias_key(network.config, name)) for name in VOCABULARY if name in table}
+    given = own | {name for name, spelled in keys.items() if any(key in read.keys for key in spelled)}
     for path, parameter in network.named_parameters():
         name = plain(path)
         if name not in VOCABULARY or not parameter.requires_grad:

@@ -6,6 +6,7 @@ ties them to a matrix with all its bits, and then fails: such folders there are 
 
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -15,7 +16,9 @@ from torch.nn import functional as F
 import model.hub
 from data.clm import IGNORE
 from lora.config import AdapterError, LoraConfig
-from lora.inject import add_adapters, merge, remove
+from lora.inject import add_adapters, merge, remove, unmerge
+from lora.merge_folder import merge_folder
+from lora.peft_io import load
 from model.generate import generate
 from quant.config import FourBit
 from quant.linear import quantized_layers
@@ -23,7 +26,7 @@ from tests.conftest import randomized, tiny_config
 from tests.oracle.test_4bit_folders import opened as opened_4bit
 from tests.oracle.test_int8_folders import BITSANDBYTES, THEIRS, TOKEN, between_codes, compressed, gap, opened
 from tests.oracle.test_int8_folders import TENSOR as STATIC
-from tests.oracle.test_peft_folders import inputs
+from tests.oracle.test_peft_folders import inputs, peft_folder
 from train.loss.losses import LOSSES
 from train.objective import MaskedObjective, Objective
 
@@ -159,6 +162,24 @@ def test_written_again(case, tmp_path, parity, label):
 def test_it_is_not_trained_whole(case):
     with pytest.raises(AdapterError, match="train_whole: head has a quantized weight, which cannot be trained"):
         add_adapters(case.ours, LoraConfig(r=2, targets="mlp", train_whole=("^head$",)))
+
+
+@pytest.mark.parametrize("case", ["llama, 4 bits"], indirect=True)
+def test_an_adapter_beside_it(case, tmp_path, parity):
+    """LoRA on a head of four bits is PEFT's; merged, in memory and in a folder, the head has all its bits again."""
+    config = peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    folder = peft_folder(opened_4bit(case.config, case.folder), config, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(opened_4bit(case.config, case.folder), folder).eval()
+    network = load(model.hub.load(case.folder), folder).eval()
+    with torch.no_grad():
+        expected, beside = theirs(**case.batch).logits, network(**case.batch).logits
+        parity("quantized heads: 4 bits, LoRA", f"peft {peft.__version__}", gap(beside, expected), *ROUNDING)
+        assert gap(case.ours(**case.batch).logits, expected) > 1e-2
+        assert gap(merge(network)(**case.batch).logits, expected) < 1e-5
+        assert torch.equal(unmerge(network)(**case.batch).logits, beside)
+        merge_folder(case.folder, folder, tmp_path / "out")
+        merged = model.hub.load(tmp_path / "out")
+        assert not quantized_layers(merged) and gap(merged(**case.batch).logits, expected) < 1e-5
 
 
 @pytest.mark.parametrize("case", ["llama, tied, static"], indirect=True)

@@ -7,7 +7,8 @@
                                         all (bottlenecks, the embedding that two stacks share), with a peft_type of our own
 
 What only training needs is not kept: LoRA+'s ratio, and which ranks AdaLoRA had given up (its values are zero).
-PEFT's embeddings and heads beside an adapted embedding are accepted where they equal the base's own. Nothing here reads pickle.
+What PEFT saves along of the base must equal it; of a vocabulary that was resized it takes the base's place. Nothing here reads
+pickle.
 """
 
 import json

@@ -76,7 +76,7 @@ def read_keys(network: nn.Module, file: WeightFile, given: Mapping) -> Read:
     read = Read(file, own, published_prefix(config, head_spec(config)))
     read.parts = {name: parts for form in FORMS.values() for name, parts in form.companions(file.names).items()}
     pieces = {each for name, parts in read.parts.items() for each in parts.values() if each != name}
-    biases, left = {"lora_only": "adapted", "all": "all"}.get(given.get("bias")), []
+    biases, left = given.get("bias") or "none", []
 
     def weight(published: str, aliases: Mapping[str, str] = names.aliases) -> Weight | None:
         """The row of a published weight, whatever the prefix."""
@@ -108,9 +108,12 @@ def read_keys(network: nn.Module, file: WeightFile, given: Mapping) -> Read:
             left.append(there)
             continue
         key, is_row = own + row.published, stored == row.published or names.canonical(stored) in names.rows
-        if wrapped is not None and wrapped[1] == "modules_to_save":
+        if wrapped is not None and wrapped[1] == "modules_to_save" and there.replace(wrapped[0], "", 1) in file.names:
             read.again.append((key, there))
-        elif wrapped is not None and (wrapped[1] == "original_module" or inner.endswith(".weight") or not biases):
+        elif wrapped is not None and wrapped[1] == "modules_to_save":
+            read.keep(key, there)
+            read.modules[key] = row.name.rpartition(".")[0]
+        elif wrapped is not None and (wrapped[1] == "original_module" or inner.endswith(".weight") or biases == "none"):
             read.base.append(Copy(row.name, there, frozen=True))
         elif wrapped is not None:
             read.keep(bias_key(config, row.name), there)

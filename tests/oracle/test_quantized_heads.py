@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import model.hub
 from data.clm import IGNORE
+from eval.perplexity import perplexity
 from lora.config import AdapterError, LoraConfig
 from lora.inject import add_adapters, merge, remove, unmerge
 from lora.merge_folder import merge_folder
@@ -144,6 +145,16 @@ def test_greedy_text(case):
     options = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     expected = case.theirs.generate(ids, use_cache=case.config.family != "t5", **options)[:, -9:]
     assert torch.equal(generate(case.ours, ids, max_new_tokens=9, temperature=0), expected)
+
+
+@pytest.mark.parametrize("case", ["llama, tied, static", "llama, 4 bits", "qwen2, LLM.int8()"], indirect=True)
+@torch.no_grad()
+def test_perplexity(case, parity, label):
+    document = torch.randint(3, 61, (20,)).tolist()
+    ids = torch.tensor([document])
+    direct = F.cross_entropy(case.theirs(ids[:, :-1]).logits[0], ids[0, 1:]).exp()  # LLM.int8() looks at all rows together
+    found = perplexity(case.ours, [document], context=32).value
+    parity(f"quantized heads: {label}, perplexity", case.library, abs(found / direct - 1), *ROUNDING)
 
 
 @pytest.mark.parametrize("case", ["llama, tied, static", "gpt2, tied, dynamic", "llama, 4 bits", "qwen2, LLM.int8()"],

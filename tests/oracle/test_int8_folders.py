@@ -261,6 +261,19 @@ def test_ours_reads_theirs(name, parity, tmp_path):
     opened(config, tmp_path / "again")
 
 
+@torch.no_grad()
+def test_a_sparsity_of_the_format_dense_is_none(parity, tmp_path):
+    weights, activations, dtype = MADE["tensor, static"]
+    config, batch = tiny_config("llama", tie_embeddings=False), inputs(tiny_config("llama"))
+    model.hub.save(randomized(config, dtype=torch.float32), tmp_path / "dense")
+    compressed(config, tmp_path / "theirs", tmp_path / "dense", weights, activations, dtype)
+    settings = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    settings["quantization_config"]["sparsity_config"] = {"format": "dense", "sparsity_structure": "0:0", "targets": []}
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(settings))
+    ours, theirs = model.hub.load(tmp_path / "theirs"), opened(config, tmp_path / "theirs")
+    parity("INT8 folders, in, logits: no sparsity", THEIRS, gap(ours(**batch).logits, theirs(**batch).logits), *ROUNDING)
+
+
 def test_the_usual_scheme_is_what_is_read():
     """W8A8 by its preset's name is INT8 with dynamic inputs, as here by default."""
     assert is_preset_scheme("W8A8")

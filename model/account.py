@@ -7,7 +7,7 @@ from model.config import ConfigError, ModelConfig
 from model.flops import flops_per_token
 from model.memory import BITS, Memory, training_memory
 from model.parameters import adapter_parameters, cache_bytes, parameters, parameters_by_part
-from model.training import Training
+from model.training import USUAL_CONTEXT, Training
 
 LABELS = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
 COLUMNS = ("fp32", "bf16")  # of the table of all ways
@@ -33,11 +33,12 @@ def info(
 ) -> str:
     """Parameters by part, operations and cache a token, and the memory of every way to train; one way in detail.
 
-    context: tokens of each text (default: the config's). `method`, `precision`, `recompute` and `recompute_every` choose the
-    way whose parts are listed; the rest holds for all. A value that is not possible raises ConfigError and names the option.
+    context: tokens of each text (default: the config's, at most `USUAL_CONTEXT`). `method`, `precision`, `recompute` and
+    `recompute_every` choose the way whose parts are listed; the rest holds for all. A value that is not possible raises
+    ConfigError and names the option.
     """
     if context is None:
-        context = config.context
+        context = min(config.context, USUAL_CONTEXT)
     if config.position == "learned" and context > config.context:
         raise ConfigError(f"context={context} is more than the {config.context} positions of the network")
     training = Training(
@@ -103,8 +104,11 @@ def cache_text(config: ModelConfig, context: int) -> str:
         return "key/value cache: none, an encoder does not generate"
     text = f"key/value cache, bfloat16: {amount(cache.token)} a token"
     text += f", {amount(cache.source_token)} a token of the input" if cache.source_token else ""
-    text += f"; {amount(cache.full)} at {context:,} tokens"
-    return text + (f", of which the windows reach {amount(cache.in_reach)}" if cache.in_reach < cache.full else "")
+    for at in sorted({context, config.context}):
+        cache = cache_bytes(config, at)
+        text += f"; {amount(cache.full)} at {at:,} tokens"
+        text += f", of which the windows reach {amount(cache.in_reach)}" if cache.in_reach < cache.full else ""
+    return textwrap.fill(text, 110, subsequent_indent="  ")
 
 
 def memory_table(config: ModelConfig, chosen: Training) -> str:
@@ -141,8 +145,9 @@ def assumptions(config: ModelConfig, training: Training) -> str:
     dropouts = ", ".join(f"{name} {getattr(config, name):g}" for name in rates if getattr(config, name))
     micro = f" x {training.accumulate} micro-batches" if training.accumulate > 1 else ""
     optimizer = training.optimizer + " with averages" * training.ema
+    reads = f" (the network reads {config.context:,}: --context)" if training.context < config.context else ""
     how = (
-        f"assumed: batch {training.batch_size}{micro} of {training.context:,} tokens · {optimizer} · "
+        f"assumed: batch {training.batch_size}{micro} of {training.context:,} tokens{reads} · {optimizer} · "
         f"LoRA r={training.rank} on {training.targets} · {dropouts or 'no dropout'}. "
         "bf16: float32 weights and autocast; a frozen base in 16 bits. Recomputed: each block's forward, from its input. "
         f"QLoRA: the blocks' matrices in {BITS:.3f} bits, the rest in 16, adapters in float32. "

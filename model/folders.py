@@ -18,6 +18,9 @@ LFS = b"version https://git-lfs.github.com/spec/"  # what a pointer begins with,
 LARGEST_COPY = 100_000_000  # bytes of a file that travels
 # Weights in any form, which are others once the network has changed; and an adapter's.
 WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf")
+# Of a tokenizer, beside the files that it is made from: what an adapter's folder takes along.
+EXTRAS = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+EXTRAS += ("added_tokens.json", "vocab.json", "merges.txt")
 # What is made anew, is of a checkpoint alone, or tells of a quantization.
 OWN = ("config.json", "manifest.json", "state.json", "tensors.json", "base.json", "adapter_config.json", "quantization.png")
 
@@ -94,13 +97,14 @@ def written_whole(out: Path) -> Iterator[Path]:
         raise
 
 
-def copy_beside(source: Path, out: Path) -> list[str]:
+def copy_beside(source: Path, out: Path, *, only: tuple[str, ...] | None = None) -> list[str]:
     """Copy what lies beside the weights and does not depend on them: tokenizer, chat templates, generation_config.json, label
-    files, licence …; a file that `out` has already stays. Returns the names."""
+    files, licence …; a file that `out` has already stays. only: names, where not all are wanted. Returns the names."""
     copied = []
     for path in beside(source):
         target = out / path.relative_to(source)
-        if not target.exists():
+        wanted = only is None or path.relative_to(source).parts[0] in only
+        if wanted and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
             copied.append(str(path.relative_to(source)))

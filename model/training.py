@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from model.config import ConfigError
 
+USUAL_CONTEXT = 2048  # tokens of a text in training, where a network reads more
 WIDE = 4  # bytes of a float32 number
 HALF = 2  # of a 16-bit one
 # As in train.loss.chunked: what float32 logits of one chunk of rows take, but never fewer rows.

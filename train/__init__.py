@@ -12,7 +12,7 @@ Where to read first: `step` (one optimizer step: the heart, in 40 lines), then `
     rounding     stochastic rounding to bfloat16
     schedule     the learning rate as a function of the step
     clip         the global gradient norm
-    precision    which number format stands where; the scaling of the loss in float16; bfloat16 decided by measurement
+    precision    which number format stands where; the scaling of the loss in float16; what `auto` is
     ema          averaged weights beside the raw ones
     tasks/       an objective's batches, its scores beside counting, an example of what was learned: next token, masked token
     evaluate     sums and counts over held-out text; bits per byte, and what counting reaches

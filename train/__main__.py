@@ -1,6 +1,7 @@
 """`python -m train`: options in, a run out. Nothing heavy is imported before the options are understood."""
 
 import os
+import signal
 import sys
 import tomllib
 from dataclasses import make_dataclass, replace
@@ -13,13 +14,12 @@ from data.config import DataError
 from lora.config import CONFIGS, AdapterError
 from model.config import ConfigError, ModelConfig
 from quant.config import QuantError
-from train.config import OVERRIDES, TrainConfig, TrainError, overrides
+from train.command_line import FAILED, STOPPED, notes, refuse_idle
+from train.config import OVERRIDES, TrainConfig, TrainError, mesh_sizes, overrides
+from train.needs import NEEDS
 from train.plain import from_plain
 
 RECIPES = Path(__file__).parent / "recipes"
-FAILED = 2
-STOPPED = 130  # as a shell says of a process that SIGINT ended
-
 
 def read_recipe(name: str) -> TrainConfig:
     """Settings from a TOML file, or from `train/recipes/NAME.toml`; what it leaves out keeps its default."""
@@ -69,6 +69,10 @@ def main(arguments: list[str]) -> int:
                 f"{allowed}. To change others, start a new run from its weights: --init {folder} (an adapter's: merged first)"
             )
         config.check()
+        if config.run.mesh is not None:
+            mesh_sizes(config.run.mesh, int(os.environ.get("WORLD_SIZE", 1)))
+        if folder is None:
+            refuse_idle(config, NEEDS, arguments, TrainError)
         if folder is None and config.run.init is None and config.network.preset is not None:
             ModelConfig.preset(config.network.preset)  # a wrong name is told before torch is imported
     except (TrainError, ConfigError, DataError, AdapterError, QuantError, OSError) as error:
@@ -82,7 +86,8 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return STOPPED
     try:
-        start(config) if folder is None else resume(folder, given)
+        with notes():
+            stopped = start(config) if folder is None else resume(folder, given)
     except BrokenPipeError:
         sys.stdout = None  # or Python complains once more at its end
         return fail("the output was closed, so the run stopped; --resume goes on from its last checkpoint")
@@ -93,7 +98,7 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("stopped at once, without saving; the checkpoints before are whole", file=sys.stderr)
         return STOPPED
-    return 0
+    return STOPPED if stopped == signal.SIGINT else 0  # a scheduler's SIGTERM has got what it asked for
 
 
 def fail(error: Exception | str) -> int:

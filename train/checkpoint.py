@@ -8,6 +8,7 @@ A checkpoint is a folder of safetensors and JSON; nothing in it can run code:
     optimizer.safetensors            every optimizer slot, by parameter name
     averages.safetensors, raw…       with --ema: the averages, and the weights they follow (model.safetensors has averages);
                                      of an adapter raw.safetensors is always there: all that is trained, as it is
+    what lay beside --init's weights chat template, generation_config.json, label files … (`model.folders.copy_beside`)
     state.json                       step, tokens, loss scale, best validation …
     manifest.json                    format version; size and SHA-256 of each file above
 
@@ -67,11 +68,13 @@ def write_checkpoint(run: Path, step: int, write: Callable[[Path], None], ranks:
 
 
 def seal(making: Path, target: Path) -> None:
-    files = sorted(path for path in making.iterdir())
-    entries = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+    files = sorted(path for path in making.rglob("*") if path.is_file())
+    folders = [path for path in making.rglob("*") if path.is_dir()]
+    names = {path: path.relative_to(making).as_posix() for path in files}
+    entries = {names[path]: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
     manifest = json.dumps({"format": FORMAT, "files": entries}, indent=2)
     (making / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
-    for path in (*files, making / MANIFEST, making):
+    for path in (*files, *folders, making / MANIFEST, making):
         sync(path)
     if target.exists():  # a broken one, which a resume passed over
         _remove(target)
@@ -93,7 +96,7 @@ def verify(folder: Path) -> None:
         raise CheckpointError(f"{folder / MANIFEST} has format {version!r}; this version reads {FORMAT}")
     for name, (size, digest) in files.items():
         path = folder / name
-        if Path(name).name != name:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
             raise CheckpointError(f"{folder / MANIFEST} points outside its folder: {name!r}")
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")

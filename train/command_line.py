@@ -19,7 +19,7 @@ class Needs(NamedTuple):
 
     options: tuple[str, ...]  # fields of the dataclass
     met: Callable[[object], bool]
-    reason: str  # completes "--option has no effect: "
+    reason: str  # completes "--option would have no effect: "
 
 
 def refuse_idle(options: object, rules: Iterable[Needs], arguments: Sequence[str], error: type[Exception] = ValueError) -> None:
@@ -29,13 +29,13 @@ def refuse_idle(options: object, rules: Iterable[Needs], arguments: Sequence[str
     >>> refuse_idle(type("Options", (), {"temperature": 0.0}), rules, ["--temperature", "0", "--seed", "3"])
     Traceback (most recent call last):
         ...
-    ValueError: --seed has no effect: --temperature 0 draws nothing
+    ValueError: --seed would have no effect: --temperature 0 draws nothing
     """
     given = given_options(arguments)
     for rule in rules:
         idle = [name for name in rule.options if name in given]
         if idle and not rule.met(options):
-            raise error(f"{' and '.join(spelled(name) for name in idle)} has no effect: {rule.reason}")
+            raise error(f"{' and '.join(spelled(name) for name in idle)} would have no effect: {rule.reason}")
 
 
 def given_options(arguments: Sequence[str]) -> set[str]:

@@ -25,7 +25,12 @@ from quant.config import QatConfig
 # By objective, where nothing else is asked for: measured, see LOG.md.
 DEFAULT_PRESETS = {"clm": "tiny", "mlm": "tiny-encoder"}
 DEFAULT_LR = {"clm": 8e-3, "mlm": 3e-3}
+DEFAULT_MATRIX_LR = 4e-2
 DEFAULT_DECAY = 0.2
+# What pretraining's rates are divided by where weights are trained further (--init): measured on the default network. Of larger
+# networks the rate falls with the width, from that of the default one (128) on: 3e-5 at 4,096.
+FURTHER = 8
+WIDTH = 128
 # With an adapter, whatever the objective: for networks as small as the default presets (large ones want less; LoRA's 2e-4).
 ADAPTER_LR = {
     "lora": 1e-2,
@@ -88,7 +93,8 @@ class NetworkConfig:
     preset: str | None = None
     """A published shape (`python -m model info` lists them) or one of our own. Default: tiny, or tiny-encoder for mlm."""
     context: int | None = None
-    """Tokens in a training sequence, and the longest that the network reads. Default: the preset's."""
+    """Tokens in a training sequence, and the longest that the network reads. Default: the preset's; with --init the network's,
+    at most 2,048."""
     width: int | None = None
     """D, the width of the hidden state."""
     depth: int | None = None
@@ -113,10 +119,10 @@ class OptimizerConfig:
     """adamw8bit: AdamW with its moments in 8 bits. muon: hidden matrices by Muon, the rest by AdamW. Default: muon, or adamw
     with an adapter."""
     lr: float | None = None
-    """The learning rate at its height (of AdamW, where Muon has its own). Default: 8e-3, 3e-3 for mlm, with an adapter by its
-    method; all for networks as small as the default ones."""
-    matrix_lr: float = 4e-2
-    """Muon's learning rate at its height."""
+    """The learning rate at its height (of AdamW, where Muon has its own). Default: 8e-3, 3e-3 for mlm, for networks as small as
+    the default ones; with --init an eighth, and less the wider the network is; with an adapter by its method."""
+    matrix_lr: float | None = None
+    """Muon's learning rate at its height. Default: 4e-2; with --init an eighth."""
     weight_decay: float | None = None
     """Decoupled; by parameter role: matrices and embeddings, not norms and biases. Default: 0.2, with an adapter 0."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -146,8 +152,8 @@ class SpeedConfig:
     """Speed: the same numbers, sooner."""
 
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "bf16-pure"] = "auto"
-    """bf16, fp16: autocast with float32 weights; bf16-pure: all in 16 bits, rounded at random. auto: bf16 on a GPU, and on a
-    CPU that is measured to be faster with it."""
+    """bf16, fp16: autocast with float32 weights; bf16-pure: all in 16 bits, rounded at random. auto: bf16 on a GPU, and for
+    networks of width 512 and more on a CPU that multiplies bfloat16 (AVX512_BF16, AMX); else fp32."""
     loss: Literal["auto", "plain", "chunked", "triton"] = "auto"
     """Cross-entropy of all logits at once, or a chunk at a time. auto: in chunks where they would be large."""
     recompute: Literal["none", "blocks", "selective"] = "none"
@@ -234,7 +240,7 @@ class TrainConfig:
             "early-stop": (report.early_stop, 0),
             "clip": (optimizer.clip, 0),
             "lr": (0 if optimizer.lr is None else optimizer.lr, 0),
-            "matrix-lr": (optimizer.matrix_lr, 0),
+            "matrix-lr": (0 if optimizer.matrix_lr is None else optimizer.matrix_lr, 0),
             "z-loss": (optimizer.z_loss, 0),
             "recompute-every": (self.speed.recompute_every, 1),
             "weight-decay": (0 if optimizer.weight_decay is None else optimizer.weight_decay, 0),
@@ -289,6 +295,11 @@ class TrainConfig:
             raise TrainError(f"--qat {chosen} does not go with --mesh {self.run.mesh}: replicate does")
         if chosen != "none" and self.speed.precision == "bf16-pure":
             raise TrainError(f"--qat {chosen}: 16-bit weights lose small steps; --precision bf16 has them in float32")
+
+
+def optimizer_of(config: TrainConfig) -> str:
+    """The one that is asked for, else the default."""
+    return config.optimizer.optimizer or ("muon" if config.method is None else "adamw")
 
 
 # What a resume may be given: none of it changes what is learned, but by rounding, and by leaving out a batch that cannot be

@@ -1,7 +1,10 @@
 """`curves.png`: how the run went, and a caption that says healthy, overfitting or underfitting, and why."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 RISE = 0.01  # the last validation loss this much above the best: overfitting
 STILL_FALLING = 0.02  # the validation loss fell this much towards the end: more steps would help
@@ -83,22 +86,41 @@ def diagnose(rows: list[dict]) -> Diagnosis:
     return Diagnosis("healthy", f"validation loss {last['loss']:.3f} is within 1 % of its best and hardly falls any more")
 
 
-def plot(rows: list[dict], path: Path, title: str = "") -> Diagnosis:
-    """Draw four panels (loss, a score beside counting, learning rate, gradient norm) and the caption; needs matplotlib."""
+def plot(rows: list[dict], path: Path, title: str = "", *, training: str = "training") -> Diagnosis:
+    """Draw `panels` into a PNG, with the diagnosis as its caption; needs matplotlib."""
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
     diagnosis = diagnose(rows)
+    with matplotlib.rc_context({"path.simplify": False}):  # every point, however many there are
+        figure = panels(rows, title, training)
+        figure.supxlabel(f"{diagnosis.verdict}: {diagnosis.why}", fontsize=10, wrap=True)
+        making = path.with_name(f".{path.name}")
+        FigureCanvasAgg(figure).print_figure(making, dpi=110, format="png")
+    making.rename(path)
+    return diagnosis
+
+
+def panels(rows: list[dict], title: str = "", training: str = "training") -> "Figure":
+    """Four panels: loss, a score beside counting, learning rates, gradient norm; a mark for each line of metrics.jsonl.
+
+    Both losses are on one axis, in the same unit. What the training's holds beside the validation's (dropout, smoothing)
+    is for `training`, its name in the legend, to say.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
     train = [row for row in rows if row["split"] == "train"]
     held_out = [row for row in rows if row["split"] == "validation"]
     figure = Figure(figsize=(10, 7), layout="constrained")
-    FigureCanvasAgg(figure)
     (loss, counted), (rate, norm) = figure.subplots(2, 2, sharex=True)
 
     def line(axes, rows, key, **style):
-        axes.plot([row["step"] for row in rows], [row[key] for row in rows], **style)
+        kept = [row for row in rows if key in row]
+        axes.plot([row["step"] for row in kept], [row[key] for row in kept], **style)
 
-    line(loss, train, "loss", label="training", color="tab:blue", alpha=0.7, linewidth=1)
+    of_training = {"marker": ".", "markersize": 3, "linewidth": 1}
+    line(loss, train, "loss", label=training, color="tab:blue", alpha=0.7, **of_training)
     line(loss, held_out, "loss", label="validation", color="tab:orange", marker="o", markersize=3)
     loss.set(title="loss", ylabel="nats per token")
     loss.legend()
@@ -108,15 +130,23 @@ def plot(rows: list[dict], path: Path, title: str = "") -> Diagnosis:
             counted.axhline(held_out[-1][key], color="grey", linestyle=dashes, label=name)
         counted.set(title="validation, beside counting", ylabel=panel.unit)
         counted.legend()
-    line(rate, train, "lr", color="tab:green")
+    line(rate, train, "lr", color="tab:green", label="lr", **of_training)
+    if any("matrix_lr" in row for row in train):
+        line(rate, train, "matrix_lr", color="tab:purple", label="matrix-lr (Muon)", **of_training)
+        rate.legend()
     rate.set(title="learning rate", xlabel="step")
-    line(norm, train, "grad_norm", color="tab:red", linewidth=1)
-    norm.set(title="gradient norm, before clipping", xlabel="step", yscale="log")
+    line(norm, train, "grad_norm", color="tab:red", **of_training)
+    norm.set(title="gradient norm, before clipping", xlabel="step")
+    norms = [row["grad_norm"] for row in train]
+    if norms and min(norms) > 0:  # a logarithm would leave a norm of 0 out
+        norm.set_yscale("log")
+        plain = FuncFormatter(lambda value, _: f"{value:g}")
+        norm.yaxis.set_major_formatter(plain)
+        norm.yaxis.set_minor_formatter(plain if max(norms) < 10 * min(norms) else NullFormatter())
     for axes in (loss, counted, rate, norm):
         axes.grid(alpha=0.3)
-    figure.suptitle(title)
-    figure.supxlabel(f"{diagnosis.verdict}: {diagnosis.why}", fontsize=10, wrap=True)
-    making = path.with_name(f".{path.name}")
-    figure.savefig(making, dpi=110, format="png")
-    making.rename(path)
-    return diagnosis
+        if axes.get_yscale() == "linear":
+            axes.ticklabel_format(axis="y", style="plain", useOffset=False)
+    # A file's name may hold bytes that are no text, and `$`, which is no formula here.
+    figure.suptitle(title.encode(errors="surrogateescape").decode(errors="replace"), parse_math=False)
+    return figure

@@ -7,6 +7,7 @@ import torch
 
 import model.hub
 from data.tokenizer import load_tokenizer
+from model.folders import copy_beside
 from model.init import empty
 from train.checkpoint import IN_PARTS, MANIFEST, CheckpointError, checkpoint_of
 from train.engine import FILES
@@ -27,8 +28,9 @@ def export(path: Path, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     if not (folder / IN_PARTS).is_file():
         for file in folder.iterdir():
-            if file.name not in {*FILES.values(), MANIFEST, "state.json"}:
-                shutil.copy(file, out)
+            if file.is_file() and file.name not in {*FILES.values(), MANIFEST, "state.json"}:
+                shutil.copyfile(file, out / file.name)
+        copy_beside(folder, out)
         return out
     stored = Parts(folder)
     kind = "averages" if any(name.startswith("averages.") for name in stored) else "weights"
@@ -38,4 +40,5 @@ def export(path: Path, out: Path) -> Path:
         parameter.copy_(stored[f"{kind}.{name}" if f"{kind}.{name}" in stored.entries else f"weights.{name}"])
     model.hub.save(network, out)
     load_tokenizer(folder, network.config.vocab_size).save(out)
+    copy_beside(folder, out)
     return out

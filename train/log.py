@@ -78,8 +78,9 @@ def clock(seconds: float | None) -> str:
 class Metrics:
     """`metrics.jsonl`: one object a line, appended and flushed.
 
-    `tokens` counts the labels that were scored since step 0; `loss` is in nats a label; `lr` is AdamW's; `grad_norm` is
-    the norm before clipping; `tokens_per_s` is since the line before, validation and saving left out.
+    `tokens` counts the labels that were scored since step 0; `loss` is in nats a label; `lr` is AdamW's, `matrix_lr` Muon's;
+    `grad_norm` is the norm before clipping; `tokens_per_s` is since the line before, validation and saving left out; `time`
+    is in seconds since 1970.
     """
 
     def __init__(self, path: Path | None):
@@ -87,7 +88,7 @@ class Metrics:
         self._file = open(path or os.devnull, "a", encoding="utf-8")
 
     def write(self, **values: object) -> None:
-        self._file.write(json.dumps(values) + "\n")
+        self._file.write(json.dumps(values | {"time": round(time.time(), 3)}) + "\n")
         self._file.flush()
 
     def sync(self) -> None:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from data.clm import IGNORE
 from data.stream import Prefetcher
+from model.folders import EXTRAS, copy_beside
 from quant.qat import converted
 from train.allocator import keep_freed_memory
 from train.checkpoint import (
@@ -37,8 +38,8 @@ from train.interrupt import StopRequest
 from train.lock import locked
 from train.log import Console, Metrics, cut_back
 from train.phases import Phases
-from train.plain import from_plain, to_plain
-from train.report import Session, conclude, introduction, out_of_memory
+from train.plain import from_plain, to_plain, with_absolute_paths
+from train.report import Session, comparable, conclude, introduction, out_of_memory
 from train.setup import (
     TASKS,
     open_data,
@@ -55,8 +56,9 @@ ADVANCES = ("tokens", "best", "bad_evaluations")  # beside what the engine holds
 MOST_SKIPPED = 30  # in a row: what never succeeds is not a bad batch
 
 
-def start(config: TrainConfig) -> Path:
-    """A new run; returns its folder. Where torchrun starts its processes anew, the run that they had begun goes on."""
+def start(config: TrainConfig) -> int:
+    """A new run; returns the number of the signal that stopped it, else 0. Where torchrun starts its processes anew, the run
+    that they had begun goes on."""
     config.check()
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and config.run.out is None:
@@ -66,6 +68,7 @@ def start(config: TrainConfig) -> Path:
             raise TrainError(f"{config.run.out} already holds another run ({'; '.join(others)}): choose another --out")
         return resume(config.run.out)
     with connected() as ranks:
+        defaulted = tuple(name for name in ("lr", "matrix_lr") if getattr(config.optimizer, name) is None)
         config = resolve_machine(config, ranks)
         out = config.run.out
         if out.exists() and not out.is_dir():
@@ -78,10 +81,10 @@ def start(config: TrainConfig) -> Path:
                     )
             if config.run.init is not None:  # a run's best checkpoint may be another one by the time of a resume
                 config = replace(config, run=replace(config.run, init=resolve(config.run.init)))
-            return Run(config, ranks, resume=False).train()
+            return Run(config, ranks, resume=False, defaulted=defaulted).train()
 
 
-def resume(folder: Path, given: dict[str, dict] | None = None) -> Path:
+def resume(folder: Path, given: dict[str, dict] | None = None) -> int:
     """Go on with the run in `folder` from its latest whole checkpoint, or from step 0 if it has none.
 
     given: settings of `train.config.OVERRIDES` to have now instead of the run's.
@@ -123,8 +126,8 @@ class Run:
     """One process's share of a run: text, screen and files around the engine. What advances is `ADVANCES` and what the
     engine holds: exactly these are in a checkpoint. Batches, rates and noise are functions of the step."""
 
-    def __init__(self, config: TrainConfig, ranks: Ranks, *, resume: bool):
-        self.out, self.ranks = config.run.out, ranks
+    def __init__(self, config: TrainConfig, ranks: Ranks, *, resume: bool, defaulted: tuple[str, ...] = ()):
+        self.out, self.ranks, self.defaulted = config.run.out, ranks, defaulted
         self.console = Console(config.report.verbose and ranks.main)
         say = self.console.say
         checkpoint = self._latest() if resume else None
@@ -136,12 +139,13 @@ class Run:
         network = open_network(config, self.tokenizer, checkpoint, place, say)
         if self.device.type == "cpu":
             keep_freed_memory()
-        config = self.config = resolve_network(config, ranks, network)
+        config = self.config = resolve_network(config, ranks, network, self.tokenizer)
         self.task = TASKS[config.run.objective](config, self.shards)
         self.console.unit = self.task.unit
         self.engine, self.config = open_engine(config, ranks, self.device, self.task, network, say)
-        self.tokens, self.bad_evaluations, self.in_a_row = 0, 0, 0
+        self.tokens, self.bad_evaluations, self.in_a_row, self.signal = 0, 0, 0, 0
         self.phases = Phases(self.device)
+        self.beside = config.run.init if checkpoint is None else checkpoint  # where files lie that travel with the weights
         self.best: dict | None = None
         if checkpoint is not None:
             self._load(checkpoint)
@@ -149,7 +153,8 @@ class Run:
         if ranks.main:
             self.out.mkdir(parents=True, exist_ok=True)
             if not resume:
-                write_whole(self.out / "config.toml", tomli_w.dumps(to_plain(self.config)))
+                settings = tomli_w.dumps(to_plain(with_absolute_paths(self.config)))
+                write_whole(self.out / "config.toml", f"# begun on {comparable(self)}\n\n{settings}")
             if checkpoint is not None:
                 repoint(self.out, checkpoint, self.best)
             cut_back(self.out / "metrics.jsonl", self.step)
@@ -170,8 +175,8 @@ class Run:
         found = self.ranks.from_main(name)
         return self.out / "checkpoints" / found if found is not None else None
 
-    def train(self) -> Path:
-        """Steps until the last one, an early stop, or a signal; returns the run's folder."""
+    def train(self) -> int:
+        """Steps until the last one, an early stop, or a signal, of which it returns the number (else 0)."""
         began, first_step, first_tokens = time.monotonic(), self.step, self.tokens
         if not self.step:
             self.engine.begin(self._to_device(self.task.step(0)[0]))
@@ -201,7 +206,7 @@ class Run:
             self.metrics.close()
         if self.ranks.main:
             conclude(self, stopped, Session(time.monotonic() - began, self.step - first_step, self.tokens - first_tokens))
-        return self.out
+        return self.signal
 
     def _steps(self) -> str:
         """Returns why it stopped before the last step, or ""."""
@@ -233,6 +238,7 @@ class Run:
                         loss=loss,
                         tokens=self.tokens,
                         lr=config.optimizer.lr * rate,
+                        **({"matrix_lr": config.optimizer.matrix_lr * rate} if config.optimizer.optimizer == "muon" else {}),
                         grad_norm=float(result.grad_norm),
                         tokens_per_s=round(tokens / seconds, 1),
                         **scale,
@@ -251,7 +257,7 @@ class Run:
                         self._sample()
                 stopped = self._early()
                 if number := self.ranks.most(request.number):  # a signal need not reach all ranks before the same step
-                    stopped = f"on {signal.Signals(number).name}"
+                    self.signal, stopped = number, f"on {signal.Signals(number).name}"
                 if improved or stopped or last or self.step % report.save_every == 0:
                     with phase("saving"):
                         self._save(improved)
@@ -335,6 +341,8 @@ class Run:
             self.engine.save(folder)
             if self.ranks.main:
                 self.tokenizer.save(folder)
+                if self.beside is not None:
+                    copy_beside(self.beside, folder, only=EXTRAS if self.config.method is not None else None)
                 state = {key: getattr(self, key) for key in ADVANCES} | {"text": self._text(), "engine": self.engine.state()}
                 (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
@@ -345,6 +353,7 @@ class Run:
             )
         self.metrics.sync()
         folder = write_checkpoint(self.out, self.step, write, self.ranks)
+        self.beside = folder if self.beside is not None else None  # what was copied from --init, which may go
         if self.ranks.main:
             if improved:
                 point(self.out, "best", folder, **{k: v for k, v in self.best.items() if k != "step"})

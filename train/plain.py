@@ -2,10 +2,11 @@
 
 import types
 import typing
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from data.config import BUILT_IN
 from lora.config import CONFIGS
 from train.config import TrainConfig, TrainError
 
@@ -15,6 +16,18 @@ def to_plain(config: TrainConfig) -> dict:
     for."""
     unused = CONFIGS.keys() - {config.run.adapter}
     return {k: _plain(v) for k, v in asdict(config).items() if v is not None and k not in unused}
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """The settings as a run's config.toml has them: they hold from whatever folder it is resumed."""
+
+    def absolute(path: str | Path) -> Path:
+        return Path(path).expanduser().absolute()
+
+    corpus = tuple(entry if entry in BUILT_IN else str(absolute(entry)) for entry in config.data.corpus)
+    init = None if config.run.init is None else absolute(config.run.init)
+    data = replace(config.data, corpus=corpus, cache=absolute(config.data.cache))
+    return replace(config, data=data, run=replace(config.run, init=init))
 
 
 def _plain(value: Any) -> Any:

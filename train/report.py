@@ -1,5 +1,6 @@
 """What a run says before its first step and after its last: what it is, what it reached, what to type next."""
 
+import platform
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,6 +12,7 @@ from model.flops import flops_per_token
 from quant.linear import count, quantized_layers
 from quant.qat import qat_layers
 from train.checkpoint import IN_PARTS, pointed
+from train.config import FURTHER, WIDTH, TrainConfig
 from train.curves import plot
 from train.log import clock, read_metrics
 from train.memory_report import what_would_fit
@@ -22,6 +24,7 @@ from train.tasks.task import built_in
 LIBRARIES = 2**30  # bytes of a GPU that the CUDA context and the libraries' workspaces take, about
 
 if TYPE_CHECKING:
+    from model.config import ModelConfig
     from train.loop import Run
 
 
@@ -52,13 +55,58 @@ def introduction(run: "Run") -> str:
         f"bytes to train on; {shards.validation.documents:,} documents, {shards.validation.bytes:,} held out\n"
         f"tokens   {run.tokenizer.vocab_size:,} pieces, {bytes_per_token:.2f} bytes a token; "
         f"{shards.train.tokens:,} to train on; shards in {cache} "
-        f"({'built' if shards.built else 'reused'})\n"
+        f"({'built' if shards.built else 'reused'})\n{separation(run)}"
         f"network  {has.family}, {has.depth} layers of width {has.width}, {has.heads} heads, "
         f"context {config.network.context}{before}: {parameters:,} parameters{adapter}\n"
-        f"machine  {run.device}, {machine}, {speed.precision}, {how}\n"
+        f"machine  {run.device}, {machine}, {speed.precision}, {how}\n{rates(run)}"
         f"run      {run.out}: steps {run.step} to {config.run.steps} of {per_step:,} tokens, "
         f"{epochs:.1f} epochs in all"
     )
+
+
+def separation(run: "Run") -> str:
+    """Which id stands between documents, and why, where the tokenizer puts none before a text."""
+    tokenizer = run.tokenizer
+    if tokenizer.affixes.prefix:
+        return ""
+    why = "as --separator asks" if tokenizer.separator else "its eos: it puts no token before a text"
+    return f"         documents are separated by {tokenizer.name_of(tokenizer.bos_id)} (id {tokenizer.bos_id}), {why}\n"
+
+
+def rates(run: "Run") -> str:
+    """The rates that nobody asked for, where weights are trained further, and why they are so."""
+    config, width = run.config, run.engine.network.config.width
+    taken = [name for name in run.defaulted if name == "lr" or config.optimizer.optimizer == "muon"]
+    if config.run.init is None or config.method is not None or not taken:
+        return ""
+    shown = ", ".join(f"{name.replace('_', '-')} {getattr(config.optimizer, name):g}" for name in taken)
+    wide = f" (lr times {WIDTH}/{width}, for its width)" if width > WIDTH and "lr" in taken else ""
+    return f"rates    {shown}: 1/{FURTHER} of pretraining's, as --init has weights that are trained further{wide}\n"
+
+
+def comparable(run: "Run") -> str:
+    """What two runs of the same settings must have in common to give the same numbers, to the last bit."""
+    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else processor()
+    ranks = f", {run.ranks.world} ranks" * (run.ranks.world > 1)
+    return f"torch {torch.__version__}, {device}, {run.config.run.threads} threads{ranks}, {run.config.speed.precision}"
+
+
+def processor() -> str:
+    """
+    >>> processor()  # doctest: +SKIP
+    'AMD EPYC with AVX512'
+    """
+    name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    return f"{name} with {torch.backends.cpu.get_cpu_capability()}"
+
+
+def training_curve(config: TrainConfig, network: "ModelConfig") -> str:
+    """The name of the training loss: what it holds that the validation loss beside it does not."""
+    asked = config.optimizer
+    dropout = max(network.dropout, network.attention_dropout)
+    parts = {"dropout": dropout, "label smoothing": asked.label_smoothing, "z-loss": asked.z_loss}
+    held = ", ".join(f"{name} {value:g}" for name, value in parts.items() if value)
+    return f"training (with {held})" if held else "training"
 
 
 class Session(NamedTuple):
@@ -100,9 +148,10 @@ def conclude(run: "Run", stopped: str, session: Session) -> None:
     say(speed(run, session))
     if run.best:
         say(f"best     step {run.best['step']}: validation loss {run.best['loss']:.4f}, {run.task.verdict(run.best)}")
+    say(f"compare  a rerun gives these numbers on {comparable(run)}; elsewhere they are close")
     try:
         name = f"{out.name}: {has.family}, {has.depth} × {has.width}"
-        diagnosis = plot(read_metrics(out / "metrics.jsonl"), out / "curves.png", name)
+        diagnosis = plot(read_metrics(out / "metrics.jsonl"), out / "curves.png", name, training=training_curve(config, has))
         say(f"curves   {out / 'curves.png'} ({diagnosis.verdict}: {diagnosis.why})")
     except ImportError:
         say("curves   not drawn: matplotlib is not installed (pip install -c constraints.txt -e '.[plots]')")

@@ -20,13 +20,26 @@ from lora.base import check_base
 from model.config import ModelConfig, family, presets
 from model.init import build, empty
 from model.parameters import TARGETS
-from model.training import Training
+from model.training import USUAL_CONTEXT, Training
 from quant.config import FourBit
 from quant.linear import as_autocast_asks, quantized_layers
 from train import qat
 from train.adapters import NAME, narrow, put_on, rate, role, table
 from train.checkpoint import IN_PARTS, resolve
-from train.config import ADAPTER_LR, DEFAULT_DECAY, DEFAULT_LR, DEFAULT_PRESETS, TrainConfig, TrainError, mesh_sizes
+from train.config import (
+    ADAPTER_LR,
+    DEFAULT_DECAY,
+    DEFAULT_LR,
+    DEFAULT_MATRIX_LR,
+    DEFAULT_PRESETS,
+    FURTHER,
+    WIDTH,
+    OptimizerConfig,
+    TrainConfig,
+    TrainError,
+    mesh_sizes,
+    optimizer_of,
+)
 from train.distributed import Ranks, lay_out, spread, unwrapped
 from train.ema import EMA
 from train.engine import Engine
@@ -70,15 +83,29 @@ def resolve_machine(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     out = Path(ranks.agree(str(run.out or Path("runs") / f"{network.preset}-{time.strftime('%Y%m%d-%H%M%S')}")))
     threads = torch.get_num_threads()
     run = replace(run, device=device, threads=threads, out=out, mesh=mesh, on_nonfinite=on_nonfinite)
-    asked, adapted = config.optimizer, config.method is not None
-    lr = (ADAPTER_LR[run.adapter] if adapted else DEFAULT_LR[run.objective]) if asked.lr is None else asked.lr
-    decay = (0.0 if adapted else DEFAULT_DECAY) if asked.weight_decay is None else asked.weight_decay
-    optimizer = replace(asked, lr=lr, weight_decay=decay, optimizer=asked.optimizer or ("adamw" if adapted else "muon"))
     report = config.report
     eval_every = report.eval_every or max(1, min(100, run.steps // 6))
     report = replace(report, eval_every=eval_every, save_every=report.save_every or eval_every)
     speed = replace(speed, deterministic=deterministic)
-    return replace(config, run=run, network=network, optimizer=optimizer, speed=speed, report=report)
+    return replace(config, run=run, network=network, optimizer=resolve_rates(config), speed=speed, report=report)
+
+
+def resolve_rates(config: TrainConfig) -> OptimizerConfig:
+    """The optimizer, its rates and its decay, where they are not asked for: by the objective, by the adapter's method, or lower
+    and by the width where the weights of --init are trained further."""
+    asked, run, adapted = config.optimizer, config.run, config.method is not None
+    lr, matrix_lr = ADAPTER_LR[run.adapter] if adapted else DEFAULT_LR[run.objective], DEFAULT_MATRIX_LR
+    if run.init is not None and not adapted:
+        width = model.hub.read_config(resolve(run.init)).width if asked.lr is None else WIDTH
+        lr, matrix_lr = float(f"{lr / FURTHER * min(1.0, WIDTH / width):.2g}"), matrix_lr / FURTHER
+    decay = 0.0 if adapted else DEFAULT_DECAY
+    return replace(
+        asked,
+        optimizer=optimizer_of(config),
+        lr=lr if asked.lr is None else asked.lr,
+        matrix_lr=matrix_lr if asked.matrix_lr is None else asked.matrix_lr,
+        weight_decay=decay if asked.weight_decay is None else asked.weight_decay,
+    )
 
 
 def own_device(config: TrainConfig, ranks: Ranks) -> torch.device:
@@ -194,22 +221,38 @@ def open_network(
             check_base(checkpoint, folder)
         put_on(config, network, tokenizer, new_head=found.head != task.head)
         say(table(network))
+    else:
+        also_end_with(network, tokenizer.eos_id)
     return network if run.qat == "none" else qat.put_on(config, network)
 
 
-def resolve_network(config: TrainConfig, ranks: Ranks, network: nn.Module) -> TrainConfig:
-    """Write what the network is, and what speed will be used, back into the settings."""
+def also_end_with(network: nn.Module, eos_id: int) -> None:
+    """What ends documents in training ends generated texts too, also where the folder of --init did not say so."""
+    config = network.config
+    if eos_id in (config.eos_id, *config.stop_ids):
+        return
+    if config.eos_id is None:
+        network.config = config.replace(eos_id=eos_id)
+    else:
+        network.config = config.replace(stop_ids=(*config.stop_ids, eos_id))
+    if network.generation is not None and (said := network.generation.get("eos_token_id")) is not None:
+        network.generation |= {"eos_token_id": [*(said if isinstance(said, list) else [said]), eos_id]}
+
+
+def resolve_network(config: TrainConfig, ranks: Ranks, network: nn.Module, tokenizer: Tokenizer) -> TrainConfig:
+    """Write what the network is, what separates documents, and what speed will be used, back into the settings."""
     has, speed = network.config, config.speed
     before = network.body.before  # a prompt's or prefix's positions
     room = has.context if has.position == "relative" else has.context - before
-    context = config.network.context or room
+    # A network that reads 131,072 tokens is not meant to be trained on so many at a time unless that is asked for.
+    context = config.network.context or (room if config.run.init is None else min(room, USUAL_CONTEXT))
     if before and context > room:
         what = f"{before} positions before the text exceed {has.context}"
         raise TrainError(f"--context {context} and {what}: --context {room} fits")
     asked = replace(config.network, context=context, width=has.width, depth=has.depth, heads=has.heads, mlp_width=has.mlp_width)
     precision = speed.precision
     if precision == "auto":
-        precision = ranks.agree(choose_precision(torch.device(config.run.device), has.width, has.mlp_width))
+        precision = ranks.agree(choose_precision(torch.device(config.run.device), has.width))
     if torch.device(config.run.device).type == "cuda":
         torch.set_float32_matmul_precision(PRECISIONS[precision].matmul)
     compiled = speed.compile
@@ -221,7 +264,13 @@ def resolve_network(config: TrainConfig, ranks: Ranks, network: nn.Module) -> Tr
         loss = choose_loss(rows, has.vocab_size, torch.device(config.run.device))
     if loss == "triton" and (torch.device(config.run.device).type != "cuda" or not importlib.util.find_spec("triton")):
         raise TrainError("--loss triton needs a CUDA device and triton; --loss chunked computes the same without")
-    return replace(config, network=asked, speed=replace(speed, precision=precision, compile=compiled, loss=loss))
+    separator = None if tokenizer.affixes.prefix else tokenizer.name_of(tokenizer.bos_id)
+    return replace(
+        config,
+        data=replace(config.data, separator=separator),
+        network=asked,
+        speed=replace(speed, precision=precision, compile=compiled, loss=loss),
+    )
 
 
 def compile_blocks(network: nn.Module, say: Say) -> bool:

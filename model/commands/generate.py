@@ -111,7 +111,7 @@ def generate(options: Generate) -> None:
     beams, early = int(settings.pop("beams")), settings.pop("early_stopping", False)
     length_penalty = settings.pop("length_penalty")
     if beams == 1 and options.length_penalty is not None:
-        raise ConfigError("--length-penalty has no effect: it is of beam search, --beams above 1")
+        raise ConfigError("--length-penalty would have no effect: it is of beam search, --beams above 1")
     if beams != 1:
         if stop_strings:
             raise ConfigError("--stop does not go with --beams, which end at ids: name control tokens")

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
 from model.config import ModelConfig, presets
+from train.command_line import Needs
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Info:
     batch_size: int = 1
     """Texts in a micro-batch."""
     context: int | None = None
-    """Tokens of each text. Default: the network's."""
+    """Tokens of each text. Default: the network's, at most 2,048."""
     accumulate: int = 1
     """Micro-batches a step; with several, gradients stand beside activations."""
     method: Literal["full", "lora", "qlora"] = "full"
@@ -41,6 +42,17 @@ class Info:
     """Which matrices of the blocks get an adapter."""
     device: Literal["cuda", "cpu"] = "cuda"
     """Whose operators: they keep different things."""
+    NEEDS: ClassVar = (
+        Needs(
+            (
+                *("batch_size", "context", "accumulate", "method", "precision", "recompute", "recompute_every", "loss"),
+                *("optimizer", "ema", "rank", "targets", "device"),
+            ),
+            lambda options: bool(options.network),
+            "without a NETWORK the presets are listed",
+        ),
+        Needs(("recompute_every",), lambda options: options.recompute != "none", "it is of --recompute blocks or selective"),
+    )
 
 
 def info(options: Info) -> None:

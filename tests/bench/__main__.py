@@ -4,6 +4,7 @@
     generate  tokens a second of our cached generation beside transformers' generate, the same network
     loading   peak memory of model.hub.load beside transformers' from_pretrained, in fresh processes, over the weights' bytes
     engine    a training step on the CPU, eager, compiled, recomputed: operations a second beside the machine's products
+    formats   a training step in bf16 beside fp32, at six widths: where --precision auto begins to choose bf16
     loss      time and memory of the head's chunked loss beside the plain one's
     ranks     two ranks of one thread each, DDP and FSDP2, beside one process of two threads
     adapters  LoRA's step beside PEFT's; and what each method learns of a new corpus, beside full fine-tuning (--steps, --base)
@@ -25,6 +26,7 @@ import torch
 from tests.bench.adapters import bench_adapters
 from tests.bench.engine import bench_engine
 from tests.bench.errors import bench_errors
+from tests.bench.formats import bench_formats
 from tests.bench.generate import bench_generate
 from tests.bench.gpu import bench_gpu
 from tests.bench.int8 import bench_int8
@@ -42,6 +44,7 @@ BENCHES = {
     "generate": bench_generate,
     "loading": bench_loading,
     "engine": bench_engine,
+    "formats": bench_formats,
     "loss": bench_loss,
     "ranks": bench_ranks,
     "adapters": bench_adapters,

@@ -21,7 +21,7 @@ from train.allocator import keep_freed_memory
 from train.loss.losses import LOSSES
 from train.objective import Objective
 from train.optim import build_optimizer
-from train.precision import autocast, bf16_speedup
+from train.precision import autocast, multiplies_bf16
 from train.recompute import recompute
 from train.setup import compile_blocks
 from train.step import train_step
@@ -29,7 +29,6 @@ from train.step import train_step
 NAME = "6 × 384, V 8,192"
 SQUARE = 2048  # rows of the square product: from about 1,024 on its rate no longer grows
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-EMULATED = 0.5  # bfloat16 slower than this beside float32: the processor has no instructions for it
 WAYS = {  # row: how the network is made ready
     "eager": {},
     "eager, chunked loss": {"loss": "chunked"},
@@ -134,9 +133,9 @@ def bench_engine(rounds: int) -> None:
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
-    rows, speedup = [], bf16_speedup(config.width, config.mlp_width)
+    rows = []
     try:
-        for precision in DTYPES if speedup > EMULATED else ["fp32"]:
+        for precision in DTYPES if multiplies_bf16() else ["fp32"]:
             torch.compiler.reset()
             rows += measure(config, batch_size, context, precision, rounds)
     finally:
@@ -146,5 +145,5 @@ def bench_engine(rounds: int) -> None:
     pairs = "of the square product's rate, all pairs of positions counted"
     columns = ("GFLOP/s", "tokens/s", "over transformers", pairs, "the causal half of them", "of own products", "recomputing")
     print(table(("what", *columns), rows))
-    if speedup <= EMULATED:
-        print(f"\nbf16: one layer at {speedup:.3f} times float32's speed, so emulated; not measured.")
+    if not multiplies_bf16():
+        print("\nbf16: this processor has no such products; not measured.")

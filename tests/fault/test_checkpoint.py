@@ -29,6 +29,7 @@ from train.sharded_checkpoint import INDEX, Parts, file_name, rows
 
 FILES = [
     "config.json",
+    "generation_config.json",
     "manifest.json",
     "model.safetensors",
     "optimizer.safetensors",

@@ -3,7 +3,7 @@
 import pytest
 from safetensors.torch import load_file
 
-from tests.runs import arguments, command, write_corpus
+from tests.runs import arguments, command, further, write_corpus
 from train.checkpoint import checkpoints
 
 BROKEN = b"good line\ncaf\xe9"
@@ -177,15 +177,15 @@ def test_resume_with_broken_settings(change, expected, halfway):
 
 def test_init_of_nothing(options, tmp_path, halfway):
     out = tmp_path / "run"
-    assert_one_clear_line(command(*options, "--init", tmp_path / "nothing", "--out", out), "nothing does not exist")
+    assert_one_clear_line(command(*further(options), "--init", tmp_path / "nothing", "--out", out), "nothing does not exist")
     (tmp_path / "empty").mkdir()
-    assert_one_clear_line(command(*options, "--init", tmp_path / "empty", "--out", out), "neither a run")
+    assert_one_clear_line(command(*further(options), "--init", tmp_path / "empty", "--out", out), "neither a run")
     (tmp_path / "empty" / "config.json").write_text("{}")
-    assert_one_clear_line(command(*options, "--init", tmp_path / "empty", "--out", out), "names no model_type")
-    said = command(*options, "--init", halfway, "--width", 64, "--out", out)
+    assert_one_clear_line(command(*further(options), "--init", tmp_path / "empty", "--out", out), "names no model_type")
+    said = command(*further(options), "--init", halfway, "--width", 64, "--out", out)
     assert_one_clear_line(said, "--width 64 does not go with --init", "which has 32")
     (checkpoints(halfway)[-1] / "model.safetensors").write_bytes(b"")  # its best
-    assert_one_clear_line(command(*options, "--init", halfway, "--out", out), "model.safetensors has 0 bytes")
+    assert_one_clear_line(command(*further(options), "--init", halfway, "--out", out), "model.safetensors has 0 bytes")
     assert not out.exists()
 
 

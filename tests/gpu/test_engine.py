@@ -80,6 +80,6 @@ def test_resumed_on_the_card(on_card, tmp_path):
     from tests.runs import stopped_at
 
     run = tmp_path / "run"
-    assert stopped_at(10, *on_card, "--log-every", 1, "--precision", "fp16", "--out", run).code == 0
+    assert stopped_at(10, *on_card, "--log-every", 1, "--precision", "fp16", "--out", run).code == 130
     assert command("--resume", run).code == 0
     assert last_checkpoint(run).name == "step-30"

@@ -22,6 +22,7 @@ from tests.runs import (
     arguments,
     assert_same_end,
     command,
+    further,
     last_checkpoint,
     process,
     stopped_at,
@@ -101,15 +102,21 @@ def test_the_real_command_writes_to_out_and_cache_alone(options, uninterrupted, 
     assert_same_end(run, uninterrupted())
 
 
+COLUMNS = {"step", "split", "loss", "tokens", "lr", "matrix_lr", "grad_norm", "tokens_per_s", "time"}
+
+
 def test_metrics_hold_what_was_promised(finished):
     rows = read_metrics(finished / "metrics.jsonl")
     train, held_out = ([row for row in rows if row["split"] == split] for split in ("train", "validation"))
     assert [row["step"] for row in train] == [1, *range(2, STEPS + 1, 2)]
     assert [row["step"] for row in held_out] == [40, 80, 120, 160]
-    assert all(set(row) == {"step", "split", "loss", "tokens", "lr", "grad_norm", "tokens_per_s"} for row in train)
+    assert all(set(row) == COLUMNS for row in train)
+    assert all(row["matrix_lr"] == pytest.approx(5 * row["lr"]) for row in train)  # 4e-2 and 8e-3, by one schedule
+    times = [row["time"] for row in rows]
+    assert times == sorted(times) and abs(times[-1] - (finished / "metrics.jsonl").stat().st_mtime) < 5
     baselines = {"unigram_bits_per_byte", "bigram_bits_per_byte"}
     for row in held_out:
-        assert set(row) == {"step", "split", "loss", "tokens", "perplexity", "bits_per_byte"} | baselines
+        assert set(row) == {"step", "split", "loss", "tokens", "perplexity", "bits_per_byte", "time"} | baselines
         assert row["perplexity"] == pytest.approx(2.718281828459045 ** row["loss"])
     tokens = [row["tokens"] for row in train]
     assert tokens == sorted(tokens) and 0.97 < tokens[-1] / (STEPS * 4 * 32) < 1  # all but the first of each document
@@ -165,7 +172,7 @@ def test_early_stop(options, tmp_path):
 def test_init_goes_on_with_the_runs_tokenizer(options, finished, tmp_path):
     corpus, run = write_corpus(tmp_path / "corpus", seed=1), tmp_path / "run"
     changes = {"corpus": corpus, "init": finished, "steps": 20, "lr": 1e-3, "out": run}
-    said = command(*options, *arguments(changes))
+    said = command(*further(options), *arguments(changes))
     assert said.code == 0, said.err
     tokenizers = [(last_checkpoint(folder) / "tokenizer.model").read_bytes() for folder in (run, finished)]
     assert tokenizers[0] == tokenizers[1]

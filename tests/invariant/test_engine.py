@@ -173,7 +173,7 @@ def test_a_resume_draws_no_batch_of_the_past(options, halfway, monkeypatch):
 
 def test_what_a_resume_may_be_given(options, tmp_path):
     run = tmp_path / "run"
-    assert stopped_at(4, *options, "--out", run).code == 0
+    assert stopped_at(4, *options, "--out", run).code == 130
     before = (run / "config.toml").read_text()
     said = stopped_at(12, "--resume", run, "--profile", "--memory-report", "--mesh", "shard", "--on-nonfinite", "skip")
     assert said.code == 0, said.err

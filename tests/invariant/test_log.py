@@ -4,6 +4,7 @@ import fcntl
 import io
 import json
 import os
+import re
 import struct
 import sys
 import termios
@@ -12,8 +13,11 @@ from contextlib import suppress
 import pytest
 
 import train.log
-from train.curves import diagnose, plot
+from model.config import ModelConfig
+from train.config import OptimizerConfig, TrainConfig
+from train.curves import diagnose, panels, plot
 from train.log import Console, Metrics, clock, cut_back, read_metrics
+from train.report import training_curve
 
 
 def validation(step, loss, bits=1.0, bigram=2.0):
@@ -60,6 +64,49 @@ def test_plot_writes_a_png(lines, tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") and list(tmp_path.iterdir()) == [path]
 
 
+def test_every_point_is_drawn_as_it_was_logged(tmp_path):
+    """Each line of metrics.jsonl is a mark; both rates; both losses on one axis; labels are plain numbers."""
+    lines = rows(FALLING, VERDICTS[0][2])
+    trained = [row for row in lines if row["split"] == "train"]
+    for n, row in enumerate(trained):
+        row |= {"lr": 1e-5 * n, "grad_norm": 0.3 + 0.02 * n, "matrix_lr": 5e-5 * n}
+    figure = panels(lines, training="training (with dropout 0.1)")
+    loss, counted, rate, norm = figure.axes
+    assert [curve.get_label() for curve in loss.lines] == ["training (with dropout 0.1)", "validation"]
+    for curve, key in (
+        (loss.lines[0], "loss"),
+        (rate.lines[0], "lr"),
+        (rate.lines[1], "matrix_lr"),
+        (norm.lines[0], "grad_norm"),
+    ):
+        assert curve.get_marker() == "."
+        assert curve.get_xydata().tolist() == [[row["step"], row[key]] for row in trained]
+    assert loss.lines[1].get_xydata().tolist() == [[50, 3.5], [150, 3.01], [200, 3.0]]
+    assert counted.lines[0].get_xydata().tolist() == [[50, 1.0], [150, 1.0], [200, 1.0]]
+    low, high = loss.get_ylim()
+    assert low < min(row["loss"] for row in lines) and high > max(row["loss"] for row in lines)
+    figure.savefig(tmp_path / "drawn.png")
+    texts = [
+        text.get_text() for axes in figure.axes for which in ("major", "minor") for text in axes.get_yticklabels(which=which)
+    ]
+    numbers = [text.replace("\N{MINUS SIGN}", "-") for text in texts if text]
+    assert {"0.3", "0.0002", "3.50"} < set(numbers) and all(re.fullmatch(r"-?[0-9.]+", text) for text in numbers), numbers
+
+
+def test_a_gradient_of_zero_is_a_point_too():
+    lines = rows(FALLING, [])
+    lines[3]["grad_norm"] = 0.0
+    norm = panels(lines).axes[3]
+    assert norm.get_yscale() == "linear" and norm.get_ylim()[0] < 0 and len(norm.lines[0].get_ydata()) == len(FALLING)
+
+
+def test_the_training_loss_says_what_it_holds():
+    network = ModelConfig.preset("tiny").replace(dropout=0.1)
+    smoothed = TrainConfig(optimizer=OptimizerConfig(label_smoothing=0.1, z_loss=1e-4))
+    assert training_curve(smoothed, network) == "training (with dropout 0.1, label smoothing 0.1, z-loss 0.0001)"
+    assert training_curve(TrainConfig(), network.replace(dropout=0.0)) == "training"
+
+
 def test_metrics_are_read_without_a_line_that_was_cut(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert read_metrics(path) == []
@@ -72,7 +119,7 @@ def test_metrics_are_read_without_a_line_that_was_cut(tmp_path):
         path.write_text(whole[:-cut])
         assert [row["step"] for row in read_metrics(path)] == ([1, 2] if cut == 1 else [1])
     path.write_bytes(whole.encode() + b'\xff\n[1]\n"step"\n{"loss": 1}\n')
-    assert read_metrics(path) == [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 1 / 3}]
+    assert [(row["step"], row["loss"]) for row in read_metrics(path)] == [(1, 0.1), (2, 1 / 3)]
 
 
 def test_cut_back(tmp_path):

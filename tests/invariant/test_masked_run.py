@@ -13,7 +13,7 @@ import model.__main__
 import model.hub
 from data.tokenizer import load_tokenizer
 from tests.conftest import randomized, tiny_config
-from tests.runs import SETTINGS, arguments, assert_same_end, command, last_checkpoint, stopped_at, write_corpus
+from tests.runs import SETTINGS, arguments, assert_same_end, command, further, last_checkpoint, stopped_at, write_corpus
 from train.log import read_metrics
 
 MASKED = SETTINGS | {"objective": "mlm", "preset": "tiny-encoder", "optimizer": "muon"}
@@ -42,7 +42,7 @@ def test_what_it_says(run):
     folder, shown = run
     held_out = [row for row in read_metrics(folder / "metrics.jsonl") if row["split"] == "validation"]
     keys = {"perplexity", "masked_accuracy", "unigram_perplexity", "unigram_accuracy"}
-    assert all(set(row) == {"step", "split", "loss", "tokens"} | keys for row in held_out)
+    assert all(set(row) == {"step", "split", "loss", "tokens", "time"} | keys for row in held_out)
     assert all(row["perplexity"] == pytest.approx(math.exp(row["loss"])) for row in held_out)
     assert held_out[-1]["loss"] < held_out[0]["loss"]
     for part in ("pseudo-perplexity", "masked accuracy", "unigrams", "reads into the gaps", f"model fill {folder}"):
@@ -110,7 +110,7 @@ def test_wrong_pairs_of_objective_and_network(run, masked_options, finished, tmp
     assert said.code == 2 and "Those that fit: bert-base, " in said.err and "tiny-encoder" in said.err
     shapes = ("preset", "width", "depth", "heads", "dropout")  # --init decides them
     plain = arguments({k: v for k, v in SETTINGS.items() if k not in shapes} | {"objective": "mlm"})
-    said = command(*plain, "--init", finished, "--out", tmp_path / "two")
+    said = command(*further(plain), "--init", finished, "--out", tmp_path / "two")
     assert said.code == 2 and "trains networks of the architecture 'encoder'" in said.err
 
 

@@ -1,41 +1,54 @@
-"""What each precision computes and stores; bfloat16 is chosen only where every round of the measurement agrees."""
+"""What each precision computes and stores; which one `auto` is, by a rule of instructions and width."""
+
+import os
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-import train.precision
 from model.weights import role_of
 from tests.conftest import randomized, tiny_config
 from train.optim import build_optimizer
-from train.precision import PRECISIONS, GradScaler, autocast, bf16_speedup, choose_precision
-
-
-def test_one_slow_neighbour_does_not_decide(monkeypatch):
-    """A clock that makes float32 look slow in all rounds but one: the one that disagrees wins."""
-
-    def clock(ratios):
-        now, steps = 0.0, iter([s for ratio in ratios for s in (0, ratio, 0, 1)])
-        while True:
-            now += next(steps)
-            yield now
-
-    for last, chosen in ((0.9, "fp32"), (5.0, "bf16")):
-        ticks = clock([5.0] * 6 + [last])  # two small rounds, five that count
-        monkeypatch.setattr(train.precision.time, "perf_counter", lambda ticks=ticks: next(ticks))
-        assert choose_precision(torch.device("cpu"), 128, 352) == chosen
-
-
-def test_emulated_bfloat16_is_told_by_a_small_try(monkeypatch):
-    rows = []
-    linear = torch.nn.Linear.forward
-    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: rows.append(len(x)) or linear(self, x))
-    ticks = iter([0, 1, 1, 101] * 2)  # float32: 1 s, bfloat16: 100 s
-    monkeypatch.setattr(train.precision.time, "perf_counter", lambda: next(ticks))
-    assert bf16_speedup(128, 352) == 0.01 and len(rows) == 4 and max(rows) < 500
-
+from train.precision import PRECISIONS, GradScaler, autocast, choose_precision, multiplies_bf16
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("processor", "cap", "most", "width", "chosen"),
+    [
+        ({"_is_amx_tile_supported"}, "AVX512", None, 512, "bf16"),
+        ({"_is_avx512_bf16_supported"}, "AVX512", None, 4096, "bf16"),
+        ({"_is_avx512_bf16_supported"}, "AVX512", "ALL", 512, "bf16"),
+        ({"_is_avx512_bf16_supported"}, "AVX512", "avx512_core_bf16", 512, "bf16"),
+        ({"_is_amx_tile_supported"}, "AVX512", None, 511, "fp32"),
+        ({"_is_amx_tile_supported"}, "AVX512", None, 128, "fp32"),  # the network of a run without options
+        ({"_is_amx_tile_supported"}, "AVX2", None, 4096, "fp32"),  # ATEN_CPU_CAPABILITY=avx2
+        ({"_is_amx_tile_supported"}, "AVX512", "AVX512_CORE", 4096, "fp32"),
+        ({"_is_amx_tile_supported"}, "AVX512", "AVX2", 4096, "fp32"),
+        (set(), "AVX512", None, 4096, "fp32"),
+    ],
+)
+def test_auto_is_a_rule(monkeypatch, processor, cap, most, width, chosen):
+    """Of the instructions and the width alone, on this machine as if it were another."""
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name in processor)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cap)
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if most is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", most)
+    assert choose_precision(CPU, width) == chosen
+
+
+def test_auto_knows_this_processor():
+    """torch's own account of it; and a default run is in float32 on every CPU."""
+    has = torch.cpu.get_capabilities()
+    if "AVX512" not in torch.backends.cpu.get_cpu_capability() or "ONEDNN_MAX_CPU_ISA" in os.environ:
+        assert not multiplies_bf16() or "ONEDNN_MAX_CPU_ISA" in os.environ
+    else:
+        assert multiplies_bf16() == (has.get("avx512_bf16", False) or has.get("amx_bf16", False))
+    assert choose_precision(CPU, tiny_config("llama").width) == "fp32"
 
 
 @pytest.mark.parametrize("name", PRECISIONS)

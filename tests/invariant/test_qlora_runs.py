@@ -18,7 +18,7 @@ from quant.linear import quantized_layers
 from tests.bench.qlora import SEEDS, in_16_bits, learned
 from tests.bench.shown import open_task
 from tests.fault.test_ranks import torchrun
-from tests.runs import arguments, assert_same_end, command, last_checkpoint, metrics, stopped_at
+from tests.runs import arguments, assert_same_end, command, further, last_checkpoint, metrics, stopped_at
 from train.checkpoint import resolve, step_of
 
 STEPS = 16
@@ -43,7 +43,7 @@ def run(options, base, tmp_path_factory):
 
 
 def ask(options, base, **changes) -> list[object]:
-    return [*options, *arguments(SMALL | changes), "--recipe", "qlora", "--init", base]
+    return [*further(options), *arguments(SMALL | changes), "--recipe", "qlora", "--init", base]
 
 
 def test_the_recipe(run, base):
@@ -78,7 +78,7 @@ def test_what_is_saved(run):
 
 def test_stopped_and_resumed_it_ends_in_the_same_bytes(run, options, base, tmp_path):
     said = stopped_at(10, *ask(options, base), "--out", tmp_path / "run")
-    assert said.code == 0 and step_of(last_checkpoint(tmp_path / "run")) == 10, said.err
+    assert said.code == 130 and step_of(last_checkpoint(tmp_path / "run")) == 10, said.err
     said = command("--resume", tmp_path / "run")
     assert said.code == 0, said.err
     assert_same_end(run[0], tmp_path / "run", STEPS)
@@ -118,12 +118,12 @@ def test_a_base_that_is_quantized_already(options, base, tmp_path):
         assert ("is quantized already" in said.out) == (init == packed)
     mine, other = (load_file(last_checkpoint(folder) / "adapter_model.safetensors") for folder in runs.values())
     assert mine.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in mine.items())
-    said = command(*options, *arguments({"steps": 3, "init": packed}), "--out", tmp_path / "none")
+    said = command(*further(options), *arguments({"steps": 3, "init": packed}), "--out", tmp_path / "none")
     assert said.code == 2 and "weights in nf4" in said.err and "--adapter" in said.err
 
 
 def test_what_is_refused(options, base, tmp_path):
-    said = command(*options, "--init", base, "--quantize", "nf4", "--out", tmp_path / "run")
+    said = command(*further(options), "--init", base, "--quantize", "nf4", "--out", tmp_path / "run")
     assert said.code == 2 and "--quantize nf4" in said.err and "--adapter lora" in said.err
     said = command(*options, "--recipe", "qlora", "--out", tmp_path / "run")
     assert said.code == 2 and "--init" in said.err

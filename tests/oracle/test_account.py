@@ -1,5 +1,7 @@
 """The account of a network against what is published, what transformers builds and what torch counts."""
 
+import re
+
 import pytest
 import torch
 import transformers
@@ -160,12 +162,18 @@ def test_cache(name):
 
 @pytest.mark.parametrize("preset", ["gpt2", "llama-3-8b", "mistral-7b", "t5-small", "bert-base", "bart-base", "qwen3-0.6b"])
 def test_the_page(preset):
+    """And its headline is a training that one would do: at most 2,048 tokens a text, with the whole reach beside them."""
     config = ModelConfig.preset(preset)
     text = info(config, batch_size=2, rank=16)
     total = sum(parameters_by_part(config).values())
     for words in (f"{total:,}", "operations a token", "key/value cache", "QLoRA", "at its highest", "batch 2 of", "r=16"):
         assert words in text
     assert max(len(line) for line in text.split("\n")) <= 128
+    at, words = min(2048, config.context), " ".join(text.split())
+    assert re.search(rf"\noperations a token,.* at {at:,} tokens\n", text)
+    assert (f"(the network reads {config.context:,}: --context)" in words) == (config.context > 2048)
+    if config.architecture != "encoder":
+        assert f" at {at:,} tokens" in words and f" at {config.context:,} tokens" in words
 
 
 def test_the_page_of_one_way():

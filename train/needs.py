@@ -1,0 +1,59 @@
+"""Options of `python -m train` that have an effect beside certain others only; given elsewhere, they are refused."""
+
+import os
+
+from data.config import BUILT_IN
+from lora.config import CONFIGS
+from quant.config import QatConfig
+from train.command_line import Needs
+from train.config import TrainConfig, optimizer_of
+
+
+def _uses(*names: str):
+    return lambda config: optimizer_of(config) in names
+
+
+def _files(config: TrainConfig) -> bool:
+    return any(entry not in BUILT_IN for entry in config.data.corpus)
+
+
+def _new(config: TrainConfig) -> bool:
+    return config.run.init is None
+
+
+INIT = "--init brings its own"
+NEEDS = (
+    Needs(("preset", "dropout"), _new, INIT),
+    Needs(("vocab_size",), _new, f"{INIT} tokenizer"),
+    Needs(("text_key", "on_bad_text"), _files, "the corpus comes with Python, and is no file of yours"),
+    Needs(("matrix_lr",), _uses("muon"), "it is Muon's rate, --optimizer muon"),
+    Needs(("momentum",), _uses("muon", "sgd"), "Muon and SGD have one: --optimizer muon or sgd"),
+    Needs(("betas", "eps"), _uses("adamw", "adamw8bit", "muon"), "they are AdamW's, which --optimizer sgd does without"),
+    Needs(
+        ("final_lr",),
+        lambda config: config.optimizer.schedule != "constant",
+        "--schedule constant keeps the rate to the end",
+    ),
+    Needs(("recompute_every",), lambda config: config.speed.recompute != "none", "it is of --recompute blocks or selective"),
+    Needs(("reshard",), lambda config: "shard" in (config.run.mesh or ""), "it is of --mesh shard"),
+    Needs(("mesh",), lambda config: "RANK" in os.environ, "one process shares with nobody: start it with torchrun"),
+    Needs(("qat.group_size",), lambda config: config.qat.granularity == "group", "it is of --qat.granularity group"),
+    Needs(
+        ("qat.observer", "qat.freeze"),
+        lambda config: config.qat.inputs == "static",
+        "they are of inputs with one scale, --qat.inputs static",
+    ),
+    *(
+        Needs(
+            tuple(f"{name}.{field}" for field in kind.__dataclass_fields__),
+            lambda config, name=name: config.run.adapter == name,
+            f"it says how an adapter is made that is not asked for: add --adapter {name}",
+        )
+        for name, kind in CONFIGS.items()
+    ),
+    Needs(
+        tuple(f"qat.{field}" for field in QatConfig.__dataclass_fields__),
+        lambda config: config.run.qat != "none",
+        "it says how numbers are rounded in a training that is not asked for: add --qat int8",
+    ),
+)

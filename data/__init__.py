@@ -1,8 +1,11 @@
 """Text in, batches out.
 
     config    the settings, and the one error of bad input     imports the standard library only
-    files     user's files: .txt .md .py .jsonl, plain or .gz
-    corpus    built-in corpora and user's files -> documents
+    find      files that a path, a folder or a glob names; and what is left out
+    files     user's files into documents: .txt .md .py and files of records, plain or .gz
+    records   records of .jsonl .json .csv .tsv, with their places; scores read their files by it too
+    shell     names of files in commands that are printed
+    corpus    built-in corpora and user's files -> documents; long ones cut
     dedup     exact and near duplicates
     tokenizer one interface to all tokenizers; the kind by the files of a folder
         tokenizer_sentencepiece    SentencePiece models: ours, lossless on any text, and others
@@ -14,5 +17,5 @@
     mlm       blocks -> inputs with gaps and labels of masked language modelling
 
 `python -m data prepare` builds the shards and prints what they hold.
-In reading order: corpus, dedup, tokenizer, shards, stream, clm, mlm.
+In reading order: find, files, records, corpus, dedup, tokenizer, shards, stream, clm, mlm.
 """

@@ -36,4 +36,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     sys.exit(main())

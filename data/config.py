@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Literal
 
 BUILT_IN = ("stdlib-docs", "stdlib-code")
+VOCAB_SIZE = 2048  # of the tokenizer, where nothing else is asked for and the text can fill it
+LEAST_VOCAB = 264  # 3 control ids, 256 bytes, a few characters
 
 
 class DataError(ValueError):
@@ -20,16 +22,17 @@ class DataConfig:
     """Which text, and how it becomes tokens."""
 
     corpus: tuple[str, ...] = ("stdlib-docs",)
-    """What to read: stdlib-docs, stdlib-code, or files, folders and globs of .txt .md .py .jsonl, each also .gz."""
+    """What to read: stdlib-docs, stdlib-code, or files, folders and globs of .txt .md .py, and of records: .jsonl .json .csv
+    .tsv; each also .gz."""
 
     text_key: str = "text"
-    """The key of a .jsonl line that holds its text."""
+    """The key, or the column of a table, that holds a record's text."""
 
     on_bad_text: Literal["error", "replace", "skip"] = "error"
     """Text that is not valid UTF-8: stop, put U+FFFD in its place, or leave that document out."""
 
-    vocab_size: int = 2048
-    """Pieces of the tokenizer, 3 control and 256 byte pieces included."""
+    vocab_size: int | None = None
+    """Pieces of the tokenizer, 3 control and 256 byte pieces included. Default: 2,048, or what the text can fill."""
 
     val_fraction: float = 0.05
     """Share of the documents held out for validation, chosen by a hash of each document's text."""
@@ -48,8 +51,8 @@ class DataConfig:
             raise DataError(f"corpus={self.corpus!r} is a string: give a tuple of names, ({self.corpus!r},)")
         if not self.corpus:
             raise DataError(f"corpus is empty: name files, folders, globs or one of {', '.join(BUILT_IN)}")
-        if not 264 <= self.vocab_size <= 1 << 24:
-            raise DataError(f"vocab_size={self.vocab_size} is outside [264, {1 << 24}]: 3 control ids, 256 bytes")
+        if self.vocab_size is not None and not LEAST_VOCAB <= self.vocab_size <= 1 << 24:
+            raise DataError(f"vocab_size={self.vocab_size} is outside [{LEAST_VOCAB}, {1 << 24}]: 3 control ids, 256 bytes")
         if not 0 < self.val_fraction < 1:
             raise DataError(f"val_fraction={self.val_fraction} is outside (0, 1)")
         if self.on_bad_text not in ("error", "replace", "skip"):

@@ -3,14 +3,18 @@
 import ast
 import difflib
 import inspect
+import os
 import re
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import regex
+
 from data.config import BUILT_IN, DataConfig, DataError
-from data.files import Document, ReadReport, find_files, read_files, walk
+from data.files import Document, ReadReport, read_files
+from data.find import expand_home, find_files, refuse, shortened
 
 # Tests and their data are no documentation; site-packages differ from machine to machine.
 PRUNED = frozenset({"test", "tests", "idle_test", "lib2to3", "__phello__", "site-packages", "dist-packages"})
@@ -18,25 +22,31 @@ TOPICS = "pydoc_data/topics.py"
 DEFINITION = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def find_corpus(config: DataConfig) -> list[tuple[str, list[Path]]]:
+def find_corpus(config: DataConfig, left_out: list[str] | None = None) -> list[tuple[str, list[Path]]]:
     """What `config.corpus` names, without reading it: (built-in's name or "", its files), in the order given.
 
-    A file that two entries name is read once. Raises DataError for what does not exist.
+    A file that two entries name is read once. `left_out` gets a line for each entry that holds what is not read.
+    Raises DataError for what does not exist.
     """
     sources, taken = [], set()
     for entry in config.corpus:
-        found = stdlib_files() if entry in BUILT_IN else find_files(entry)
+        if entry in BUILT_IN:
+            found = stdlib_files()
+            sources.append((entry, found if entry not in taken else []))
+            taken.add(entry)
+            continue
+        found = find_files(entry, config.cache)
         if found is None:
             near = difflib.get_close_matches(entry, BUILT_IN, n=1)
             raise DataError(
-                f"--corpus {entry}: no such file or folder ({Path(entry).expanduser().absolute()}), "
+                f"--corpus {entry}: no such file or folder ({expand_home(entry).absolute()}), "
                 f"no file matches it as a glob, and the built-in corpora are {', '.join(BUILT_IN)}"
                 + (f". Did you mean {near[0]}?" if near else "")
             )
-        name = entry if entry in BUILT_IN else ""
-        new = [path for path in found if (name, path.absolute()) not in taken]
-        taken.update((name, path.absolute()) for path in new)
-        sources.append((name, new))
+        if found.left_out and left_out is not None:
+            left_out.append(found.left_out)
+        sources.append(("", sorted(path for real, path in found.files.items() if real not in taken)))
+        taken.update(found.files)
     return sources
 
 
@@ -46,11 +56,12 @@ def read_corpus(config: DataConfig, report: ReadReport | None = None) -> Iterato
     `report` is filled on the way. Raises DataError when nothing is left.
     """
     report = ReadReport() if report is None else report
-    for name, paths in find_corpus(config):
+    for entry, (name, paths) in zip(config.corpus, find_corpus(config), strict=True):
         if name:
             documents = BUILT_IN_READERS[name](paths)
         else:
-            documents = read_files(paths, config.text_key, config.on_bad_text, report)
+            is_named = not expand_home(entry).is_dir()
+            documents = read_files(paths, config.text_key, config.on_bad_text, report, is_named=is_named)
         for document in documents:
             if not document.text.strip():
                 report.empty += 1
@@ -61,7 +72,8 @@ def read_corpus(config: DataConfig, report: ReadReport | None = None) -> Iterato
     if not report.documents:
         raise DataError(
             f"the corpus {' '.join(config.corpus)} is empty: no text in it ({report.empty} empty documents"
-            + (f", {len(report.skipped)} left out by --on-bad-text skip)" if report.skipped else ")")
+            + (f", {len(report.skipped)} left out by --on-bad-text skip" if report.skipped else "")
+            + (f", no list of records: {shortened(report.no_records)})" if report.no_records else ")")
         )
 
 
@@ -71,7 +83,11 @@ def stdlib_root() -> Path:
 
 def stdlib_files() -> list[Path]:
     """The standard library's .py files, its tests left out, sorted by their path in it."""
-    return sorted(path for path in walk(stdlib_root(), PRUNED) if path.suffix == ".py")
+    found = []
+    for root, folders, names in os.walk(stdlib_root(), onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in PRUNED]
+        found += [Path(root, name) for name in names if name.endswith(".py") and not name.startswith(".")]
+    return sorted(path for path in found if path.is_file())
 
 
 def stdlib_code(paths: list[Path]) -> Iterator[Document]:
@@ -177,3 +193,39 @@ def cut(document: Document, size: int) -> list[Document]:
     if len(pieces) == 1:
         return [document]
     return [Document(f"{document.name}#{number}", text) for number, text in enumerate(pieces)]
+
+
+def cut_long_lines(pieces: list[Document], size: int, most: int) -> list[Document]:
+    """The pieces that lines make of a document, and what they leave too long cut at white space.
+
+    That is a document in one piece, of more than 8 * size bytes; and beside other pieces one of more than `most` bytes.
+    """
+    longest = 8 * size if len(pieces) == 1 else most
+    cut_again = ([piece] if len(piece.text.encode()) <= longest else cut_at_spaces(piece, size) for piece in pieces)
+    return [part for parts in cut_again for part in parts]
+
+
+SPACE = regex.compile(r"\s(?=[^\s\p{M}\u200d])")  # the last of a run, with nothing behind it that combines with it
+CHARACTER = regex.compile(r"\X")  # as a reader counts: with its accents; \r\n is one
+
+
+def cut_at_spaces(document: Document, size: int) -> list[Document]:
+    """A document in pieces that begin with the first word after `size` bytes; where none begins soon, with a character.
+
+    The pieces joined are the text. None has more than `size` characters beyond its `size` bytes.
+
+    >>> [piece.text for piece in cut_at_spaces(Document("a", "one two  one two  0123456789"), 5)]
+    ['one two  ', 'one two  ', '01234', '56789']
+    """
+    text, pieces, start = document.text, [], 0
+    while start < len(text):
+        least = start + max(1, len(text[start : start + size].encode()[:size].decode(errors="ignore")))
+        most = least + size
+        if space := SPACE.search(text, least - 1, most):
+            end = space.end()
+        else:  # from a little before: a character that begins there may end behind `least`
+            ends = (found.end() for found in CHARACTER.finditer(text, max(start, least - 64), most))
+            end = next(end for end in ends if end >= least or end == len(text))
+        pieces.append(text[start:end])
+        start = end
+    return [Document(f"{document.name}#{number}", piece) for number, piece in enumerate(pieces)]

@@ -1,9 +1,6 @@
-"""User's files into documents: .txt .md .py one document a file, .jsonl one a line; each also as .gz."""
+"""User's files into documents: a text file is one, so is each record of a .jsonl, .json, .csv or .tsv; each also as .gz."""
 
-import glob
 import gzip
-import json
-import os
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -11,9 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 from data.config import DataError
+from data.find import kind
+from data.records import FORMATS, Line, NoRecordsError, Record, RecordError, is_utf16, read_records, shown
 
-SUFFIXES = (".txt", ".md", ".py", ".jsonl")
-READS = f"read are {' '.join(SUFFIXES)}, each also with .gz"
+BadText = Literal["error", "replace", "skip"]
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 @dataclass(frozen=True)
@@ -33,131 +32,131 @@ class ReadReport:
     skipped: list[str] = field(default_factory=list)  # documents left out: not valid UTF-8, on_bad_text="skip"
     replaced: list[str] = field(default_factory=list)  # documents that hold U+FFFD now, on_bad_text="replace"
     empty: int = 0
-
-
-def kind(path: Path) -> str | None:
-    """The suffix that says how a file is read, without .gz; None when it is not read.
-
-    >>> kind(Path("a/b.JSONL.gz")), kind(Path("photo.png"))
-    ('.jsonl', None)
-    """
-    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
-    return suffix if suffix in SUFFIXES else None
-
-
-def find_files(entry: str) -> list[Path] | None:
-    """The files that one file, folder or glob names, sorted; None when there is no such thing.
-
-    A folder is walked; hidden names and unknown suffixes in it are passed over. A file named outright must be readable.
-    """
-    path = Path(entry).expanduser()
-    if path.is_file():
-        if kind(path) is None:
-            raise DataError(f"{path}: its suffix is not one that is read ({READS})")
-        return [path]
-    if path.is_dir():
-        found = list(walk(path))
-    elif path.exists():
-        raise DataError(f"{path}: neither a file nor a folder")
-    elif matches := sorted(glob.glob(str(path), recursive=True)):
-        found = [
-            file
-            for match in map(Path, matches)
-            for file in (walk(match) if match.is_dir() else [match])
-            if file.is_file() and kind(file)
-        ]
-    else:
-        return None
-    if not found:
-        raise DataError(f"{path}: holds no file that is read ({READS})")
-    return sorted(set(found))
-
-
-def walk(folder: Path, prune: frozenset[str] = frozenset()) -> Iterator[Path]:
-    """Files below `folder` with a suffix that is read, hidden ones and the folders named in `prune` left out."""
-
-    def refuse(error: OSError) -> None:  # os.walk would pass over an unreadable folder in silence
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror})")
-
-    for root, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".") and name not in prune]
-        for name in names:
-            path = Path(root, name)
-            if not name.startswith(".") and kind(path) and path.is_file():
-                yield path
+    no_records: list[str] = field(default_factory=list)  # JSON files left out: met in a folder, and no list of records
 
 
 def read_files(
-    paths: Iterable[Path], text_key: str, on_bad_text: Literal["error", "replace", "skip"], report: ReadReport
+    paths: Iterable[Path], text_key: str, on_bad_text: BadText, report: ReadReport, *, is_named: bool = True
 ) -> Iterator[Document]:
-    """The documents of `paths`, in order. A DataError names the file, and its line or byte offset."""
+    """The documents of `paths`, in order. A DataError names the file, and its line, record or byte offset.
+
+    `is_named`: the user asked for these very files. Else a .json that is no list of records, as a folder may have for other
+    ends, is left out and noted.
+    """
     for path in paths:
         try:
             with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
-                if kind(path) == ".jsonl":
-                    yield from read_lines(path, stream, text_key, on_bad_text, report)
-                else:
+                if kind(path) not in FORMATS:
                     text = decode(stream.read(), str(path), 0, on_bad_text, report)
                     if text is not None:
                         yield Document(str(path), text)
+                else:
+                    yield from read_record_file(path, stream, text_key, on_bad_text, report)
+        except NoRecordsError as error:
+            if is_named:
+                raise DataError(f"{path}: {error}") from error
+            report.no_records.append(str(path))
+        except RecordError as error:
+            glob = "" if is_named else ". If it is none of the text, name the files to read by a glob"
+            raise DataError(f"{named(path, error.place)}: {error}{glob}") from error
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise DataError(f"{path}: broken or truncated gzip ({error})") from error
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def read_lines(
-    path: Path,
-    stream: Iterable[bytes],
-    text_key: str,
-    on_bad_text: Literal["error", "replace", "skip"],
-    report: ReadReport,
+def read_record_file(
+    path: Path, stream: Iterable[bytes], text_key: str, on_bad_text: BadText, report: ReadReport
 ) -> Iterator[Document]:
-    """Each line of a .jsonl is one document: the string under `text_key`."""
-    offset = 0
+    """Each record is one document: the string under `text_key`."""
+    suffix = kind(path)
+    what = "column" if suffix in (".csv", ".tsv") else "key"
+    for record in read_records(decoded_lines(path, stream, suffix == ".jsonl", on_bad_text, report), suffix):
+        name = named(path, record.place)
+        text = text_of(record, name, text_key, what)
+        text = without_surrogates(text, name, text_key, on_bad_text, report)
+        if text is not None:
+            yield Document(name, text)
+
+
+def named(path: Path, place: str) -> str:
+    """
+    >>> named(Path("a.jsonl"), "line 3"), named(Path("a.csv"), "record 2"), named(Path("a.json"), "")
+    ('a.jsonl:3', 'a.csv, record 2', 'a.json')
+    """
+    if place.startswith("line "):
+        return f"{path}:{place.removeprefix('line ')}"
+    return f"{path}, {place}" if place else str(path)
+
+
+def decoded_lines(
+    path: Path, stream: Iterable[bytes], is_record: bool, on_bad_text: BadText, report: ReadReport
+) -> Iterator[Line]:
+    """Numbered lines with their ends. A line that is a record (`is_record`) is mended or left out here, by `on_bad_text`.
+
+    Elsewhere a record may be several lines, or a part of one: bytes that are no UTF-8 stay in it as lone surrogates, for
+    `without_surrogates`.
+    """
+    offset, is_strict = 0, is_record or on_bad_text == "error"
     for number, raw in enumerate(stream, start=1):
-        name, start = f"{path}:{number}", offset
+        if is_strict:
+            line = decode(raw, f"{path}:{number}", offset, on_bad_text, report)
+        else:
+            line = without_mark(raw.decode(errors="surrogateescape"), offset)
         offset += len(raw)
-        line = decode(raw, name, start, on_bad_text, report)
-        if line is None or not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{name}: not a JSON line ({error})") from error
-        if not isinstance(record, dict):
-            raise DataError(f"{name}: a JSON line must be an object, this is {type(record).__name__}")
-        if text_key not in record:
-            keys = ", ".join(map(repr, record)) or "none"
-            raise DataError(f"{name}: no key {text_key!r}; its keys: {keys}. Name the one with the text by --text-key")
-        text = record[text_key]
-        if not isinstance(text, str):
-            raise DataError(f"{name}: the value of {text_key!r} is {type(text).__name__}, not a string")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # "\ud800" is valid JSON and no text
-            surrogate = f"{name}: lone surrogate \\u{ord(text[error.start]):04x} in {text_key!r}"
-            if mend(surrogate, name, on_bad_text, report) is None:
-                continue
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        yield Document(name, text)
+        if line is not None:
+            yield number, line
 
 
-def decode(raw: bytes, name: str, offset: int, on_bad_text: str, report: ReadReport) -> str | None:
+def text_of(record: Record, name: str, text_key: str, what: str) -> str:
+    if not isinstance(record.value, dict):
+        which = "a JSON line" if record.place.startswith("line ") else "a record"
+        raise DataError(f"{name}: {which} must be an object, this is {type(record.value).__name__}")
+    if text_key not in record.value:
+        has = f"no {what} {text_key!r}; its {what}s: {shown(record.value)}"
+        raise DataError(f"{name}: {has}. Name the one with the text by --text-key, or the files to read by a glob")
+    text = record.value[text_key]
+    if not isinstance(text, str):
+        has = "null" if text is None else type(text).__name__
+        raise DataError(f"{name}: the value of {text_key!r} is {has}, not a string")
+    return text
+
+
+def without_surrogates(text: str, name: str, text_key: str, on_bad_text: BadText, report: ReadReport) -> str | None:
+    """Text that has a UTF-8; None when on_bad_text="skip" leaves it out. "\\ud800" is valid JSON and no text."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        byte = f" (the byte 0x{code - 0xDC00:02x}, which is no UTF-8)" if 0xDC80 <= code <= 0xDCFF else ""
+        problem = f"{name}: lone surrogate \\u{code:04x}{byte} in {text_key!r}"
+    if mend(problem, name, on_bad_text, report) is None:
+        return None
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def decode(raw: bytes, name: str, offset: int, on_bad_text: BadText, report: ReadReport) -> str | None:
     """UTF-8 bytes into text; None when on_bad_text="skip" leaves them out. `offset`: where `raw` begins in its file."""
     try:
-        text = raw.decode()
+        text, problem = raw.decode(), ""
     except UnicodeDecodeError as error:
         at = offset + error.start
-        hint = " (UTF-16? convert it to UTF-8)" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-        broken = f"{name}: broken UTF-8 at byte {at} (0x{raw[error.start]:02x}){hint}"
-        if mend(broken, name, on_bad_text, report) is None:
-            return None
-        text = raw.decode(errors="replace")
-    return text.removeprefix("\ufeff") if offset == 0 else text  # a byte order mark is no text
+        hint = " (UTF-16? convert it to UTF-8)" if raw[:2] in UTF16 else ""
+        text, problem = raw.decode(errors="replace"), f"{name}: broken UTF-8 at byte {at} (0x{raw[error.start]:02x}){hint}"
+    if offset == 0 and is_utf16(raw):
+        text, problem = text.replace("\0", "\ufffd"), problem or f"{name}: full of NUL bytes (UTF-16? convert it to UTF-8)"
+    if problem and mend(problem, name, on_bad_text, report) is None:
+        return None
+    return without_mark(text, offset)
 
 
-def mend(problem: str, name: str, on_bad_text: str, report: ReadReport) -> str | None:
+def without_mark(text: str, offset: int) -> str:
+    """A byte order mark at the beginning of a file is no text."""
+    return text.removeprefix("\ufeff") if offset == 0 else text
+
+
+def mend(problem: str, name: str, on_bad_text: BadText, report: ReadReport) -> str | None:
     """Act on one document of bad text: raise, note it as replaced, or note it as skipped (None)."""
     if on_bad_text == "error":
         raise DataError(f"{problem}. --on-bad-text replace or skip goes on without it")

@@ -24,12 +24,13 @@ import numpy as np
 import sentencepiece
 from tqdm import tqdm
 
-from data.config import DataConfig, DataError
-from data.corpus import cut, find_corpus, read_corpus
+from data.config import LEAST_VOCAB, VOCAB_SIZE, DataConfig, DataError
+from data.corpus import cut, cut_long_lines, find_corpus, read_corpus
 from data.dedup import deduplicate
 from data.files import Document, ReadReport
+from data.find import shortened
 from data.tokenizer import Tokenizer, load_tokenizer
-from data.tokenizer_training import train_tokenizer, trainer_options
+from data.tokenizer_training import VocabularyError, train_tokenizer, trainer_options
 
 FORMAT = 1
 SPLITS = ("train", "validation")
@@ -96,10 +97,22 @@ def prepare(
         tokenizer = tokenizer.with_separator(config.separator)
     elif config.separator is not None:
         raise DataError(f"--separator {config.separator}: the tokenizer that is trained here begins each document with <s>")
-    key = cache_key(config, tokenizer, mask)
-    folder = config.cache.expanduser() / key
-    built = False
+    left_out: list[str] = []
+    files = identity(find_corpus(config, left_out))
+    for line in left_out:
+        say(line)
+    cache, built = config.cache.expanduser(), False
+
+    def folder_of(size: int) -> Path:
+        return cache / cache_key(config, files, tokenizer, size, mask)
+
+    note = folder_of(VOCAB_SIZE).with_suffix(".json")  # how many pieces the text fills, where these are fewer
+    noted = read_note(note) if config.vocab_size is None else None
+    size = config.vocab_size or noted or VOCAB_SIZE
+    if noted:
+        say(fewer(noted))
     for _ in range(3):  # another process may replace a damaged folder at the same time
+        folder = folder_of(size)
         if folder.exists():
             try:
                 return open_shards(folder, built, tokenizer)
@@ -107,24 +120,47 @@ def prepare(
                 say(f"cached shards {folder} are damaged ({error}): building them again")
         say(f"preparing {' '.join(config.corpus)}")
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=f".{key}-", dir=folder.parent) as making:
-                build(Path(making, "shards"), config, key, tokenizer, mask, say, progress)
-                publish(Path(making, "shards"), folder)
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=cache) as making:
+                made = build(Path(making, "shards"), config, folder_of, tokenizer, size, mask, say, progress)
+                if made != size:
+                    size = made
+                    Path(making, note.name).write_text(json.dumps({"vocab_size": size}), encoding="utf-8")
+                    Path(making, note.name).replace(note)
+                publish(Path(making, "shards"), folder_of(size))
         except OSError as error:
-            raise DataError(f"{folder.parent}: {error.strerror}. Name another cache folder by --cache") from error
+            raise DataError(f"{cache}: {error.strerror}. Name another cache folder by --cache") from error
         built = True
     raise DataError(f"{folder}: damaged again each time that it was built")
 
 
-def cache_key(config: DataConfig, tokenizer: Tokenizer | None, mask: bool = False) -> str:
-    """16 hex digits of a hash of all that decides what shards hold: files (path, size, time), settings, tokenizer."""
+def fewer(size: int) -> str:
+    return f"the text can fill {size:,} pieces, fewer than the default {VOCAB_SIZE:,}: the tokenizer has these"
+
+
+def read_note(note: Path) -> int | None:
+    try:
+        return int(json.loads(note.read_text(encoding="utf-8"))["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def identity(found: list[tuple[str, list[Path]]]) -> list[tuple[str, str, int, int]]:
+    """Name of the built-in, path, size and time of each file: they tell whether it is still the same."""
     files = []
-    for name, paths in find_corpus(config):
+    for name, paths in found:
         for path in paths:
-            stat = path.stat()
-            files.append((name, str(path.absolute()), stat.st_size, stat.st_mtime_ns))
-    made_by = tokenizer.sha256 if tokenizer else [sentencepiece.__version__, trainer_options(config.vocab_size, mask)]
+            try:
+                known = path.stat()
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+            files.append((name, str(path.absolute()), known.st_size, known.st_mtime_ns))
+    return files
+
+
+def cache_key(config: DataConfig, files: list, tokenizer: Tokenizer | None, vocab_size: int, mask: bool) -> str:
+    """16 hex digits of a hash of all that decides what shards hold: files, settings, tokenizer."""
+    made_by = tokenizer.sha256 if tokenizer else [sentencepiece.__version__, trainer_options(vocab_size, mask)]
     settings = [config.text_key, config.on_bad_text, config.val_fraction, config.dedup, made_by]
     settings += [tokenizer.separator] if tokenizer and tokenizer.separator else []
     return hashlib.sha256(json.dumps([FORMAT, sys.version, settings, files]).encode()).hexdigest()[:16]
@@ -153,39 +189,53 @@ def split(documents: list[Document], val_fraction: float) -> dict[str, list[Docu
 def build(
     folder: Path,
     config: DataConfig,
-    key: str,
+    folder_of: Callable[[int], Path],
     tokenizer: Tokenizer | None,
+    vocab_size: int,
     mask: bool,
     say: Callable[[str], None],
     progress: bool,
-) -> None:
-    """Everything of a folder, from reading to index.json."""
+) -> int:
+    """Write a folder, from reading to index.json.
+
+    Returns `vocab_size`; or, where no size was asked for and the text fills fewer pieces, how many.
+    """
     folder.mkdir()
     read = ReadReport()
     documents = list(tqdm(read_corpus(config, read), "reading", unit=" documents", disable=not progress, leave=False))
     for names, what in ((read.skipped, "left out"), (read.replaced, "mended with U+FFFD")):
         if names:
             say(f"{len(names)} documents of bad text {what}: {shortened(names)}")
+    if read.no_records:
+        say(f"left out: {len(read.no_records)} of .json that are no list of records: {shortened(read.no_records)}")
     was_cut = len(documents) * config.val_fraction < 1
     if was_cut:  # a book in one file: validation would get all of it or nothing
         size = int(min(LARGEST_PIECE, max(256, read.bytes * config.val_fraction / 4)))
-        few = len(documents)
-        documents = [piece for document in documents for piece in cut(document, size)]
+        few, where = len(documents), "after blank lines"
+        pieces = [cut(document, size) for document in documents]
+        made = sum(map(len, pieces))
+        if made * config.val_fraction < 1:  # text8 is one line of 100 MB
+            pieces = [cut_long_lines(parts, size, most=read.bytes // 4) for parts in pieces]
+            where += ", and long lines at white space," if sum(map(len, pieces)) > made else ""
+        documents = [piece for parts in pieces for piece in parts]
         share = f"{config.val_fraction:.0%}"
-        say(f"{few} documents are too few to hold out {share} of: cut after blank lines into {len(documents)}")
+        say(f"{few} documents are too few to hold out {share} of: cut {where} into {len(documents):,}")
     kept, dropped = deduplicate(documents, near=config.dedup)
     if len(kept) < len(documents):
         say(f"{len(documents):,} documents: dropped {len(dropped.exact)} exact and {len(dropped.near)} near duplicates")
     parts = split(kept, config.val_fraction)
     if tokenizer is None:
-        say(f"training a tokenizer of {config.vocab_size:,} pieces on {len(parts['train']):,} documents")
-        tokenizer = train_tokenizer((document.text for document in parts["train"]), config.vocab_size, mask)
+        say(f"training a tokenizer of {vocab_size:,} pieces on {len(parts['train']):,} documents")
+        tokenizer = train(parts["train"], vocab_size, mask, config.vocab_size is None)
+        if tokenizer.vocab_size < vocab_size:
+            vocab_size = tokenizer.vocab_size
+            say(fewer(vocab_size))
     for name, content in tokenizer.files.items():
         (folder / name).write_bytes(content)
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     index = {
         "format": FORMAT,
-        "key": key,
+        "key": folder_of(vocab_size).name,
         "dtype": dtype,
         "tokenizer_sha256": tokenizer.sha256,
         "separator": tokenizer.separator,
@@ -208,6 +258,24 @@ def build(
     for path in folder.iterdir():
         sync(path)
     sync(folder)
+    return vocab_size
+
+
+def train(documents: list[Document], vocab_size: int, mask: bool, smaller: bool) -> Tokenizer:
+    """A tokenizer of `vocab_size`; or, where that is more than the text fills and a smaller one will do, the largest.
+
+    A smaller vocabulary has room for fewer characters, and so may fill still fewer pieces: what is filled is found by trying.
+    """
+    while True:
+        try:
+            return train_tokenizer((document.text for document in documents), vocab_size, mask)
+        except VocabularyError as error:
+            if not smaller:
+                raise
+            if error.largest < LEAST_VOCAB:
+                least = f"a tokenizer has {LEAST_VOCAB} at the least: use more text"
+                raise DataError(f"this text can fill {error.largest} pieces, and {least}") from error
+            vocab_size = error.largest
 
 
 def write_split(
@@ -290,7 +358,3 @@ def open_shards(folder: Path, built: bool, tokenizer: Tokenizer | None = None) -
         raise DamagedError(f"{Path(error.filename or folder).name}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"index.json cannot be read: {error!r}") from error
-
-
-def shortened(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

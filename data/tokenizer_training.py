@@ -27,6 +27,14 @@ LONGEST = 1 << 16  # characters; sentences of 2^20 took the trainer 80 s for 2 M
 COVERAGE = 0.9999  # of the text; the rarest characters are spelled in bytes
 
 
+class VocabularyError(DataError):
+    """A vocabulary that the text cannot fill. `largest`: how many pieces it gives."""
+
+    def __init__(self, message: str, largest: int):
+        super().__init__(message)
+        self.largest = largest
+
+
 def trainer_options(vocab_size: int, mask: bool = False) -> dict[str, object]:
     """What SentencePiece's trainer is told, but for the text and its characters. `mask` adds a control piece.
 
@@ -68,7 +76,7 @@ def feed(text: str, mask: bool = False) -> str:
 def train_tokenizer(texts: Iterable[str], vocab_size: int, mask: bool = False) -> SentencePieceTokenizer:
     """A tokenizer of exactly `vocab_size` ids, trained on the whole of `texts`; `mask`: one of them is [MASK].
 
-    Raises DataError when the text has too few distinct pieces to fill it, with the largest size that it fills.
+    Raises VocabularyError when the text has too few distinct pieces to fill it, with the largest size that it fills.
     """
     sentences = [feed(text[i : i + LONGEST], mask) for text in texts for i in range(0, len(text), LONGEST)]
     sentences.append(feed(" "))  # without a piece for the space, spaces would be spelled in the bytes of U+2581
@@ -85,9 +93,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, mask: bool = False) -
         largest = re.search(r"value <= (\d+)", str(error))
         if largest is None:
             raise DataError(f"no tokenizer of vocab_size={vocab_size} can be trained on this text ({error})") from error
-        raise DataError(
+        raise VocabularyError(
             f"vocab_size={vocab_size} is more than this text can fill: it gives {largest[1]} pieces at most. "
-            f"Use --vocab-size {largest[1]}, or more text"
+            f"Use --vocab-size {largest[1]}, or more text",
+            int(largest[1]),
         ) from error
     return SentencePieceTokenizer(model.getvalue())
 

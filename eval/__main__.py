@@ -6,7 +6,6 @@ Files are read a batch at a time; of each example only the statistics stay, whol
 import itertools
 import json
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,14 +17,17 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import tyro
 
-from eval import options as asked
-from eval.files import BATCH, HYPOTHESIS_FIELDS, REFERENCE_FIELDS, EvalError, Source, Sources
+from eval.commands import options as asked
+from eval.commands.texts import BATCH, HYPOTHESIS_FIELDS, REFERENCE_FIELDS, EvalError, Source, Sources
+from train.command_line import refuse_idle, run_command
 
 if TYPE_CHECKING:
     from numpy import ndarray
     from torch import Tensor
 
-    from eval.files import Batch
+    from data.tokenizer import Tokenizer
+    from eval.commands.texts import Batch
+    from eval.notes import Notes
     from eval.report import Difference, Result
     from eval.score import Metric
     from train.scoring import Document
@@ -38,7 +40,7 @@ class Scorer(NamedTuple):
     """Metrics that share the work on a batch; by the first one, examples are said to differ."""
 
     metrics: list["Metric"]
-    statistics: Callable[[Texts, Sequence[Sequence[str | None]]], list["Tensor"]]
+    statistics: Callable[..., list["Tensor"]]  # (hypotheses, streams of references, notes=…)
     batch: int | None = None  # examples at once, where it matters
 
 
@@ -51,18 +53,23 @@ def settings(options: asked.Scored) -> dict[str, object]:
     return {name: value for name, value in asdict(options).items() if name not in common}
 
 
+def scorer_of(metric: "Metric", batch: int | None = None) -> Scorer:
+    """The scorer of one metric."""
+    return Scorer([metric], lambda *texts, notes: [metric.statistics(*texts, notes=notes)], batch)
+
+
 def bleu(options: asked.Bleu) -> Scorer:
     from eval.bleu import Bleu
 
     metric = Bleu(**settings(options))
-    return Scorer([metric], lambda hypotheses, references: [metric.statistics(hypotheses, references)])
+    return scorer_of(metric)
 
 
 def chrf(options: asked.Chrf) -> Scorer:
     from eval.chrf import Chrf
 
     metric = Chrf(**settings(options))
-    return Scorer([metric], lambda hypotheses, references: [metric.statistics(hypotheses, references)])
+    return scorer_of(metric)
 
 
 def rouge(options: asked.Rouge) -> Scorer:
@@ -71,20 +78,14 @@ def rouge(options: asked.Rouge) -> Scorer:
     wrong = [kind for kind in options.kinds if kind not in KINDS]
     if wrong or not options.kinds:
         raise EvalError(f"--kinds {shlex.join(wrong)}: kinds are {', '.join(KINDS)}; files stand before --kinds")
-    metrics = [Rouge(kind, stemmer=options.stemmer) for kind in options.kinds]
-    told = False
+    metrics = [Rouge(kind, stemmer=options.stemmer, tokenize=options.tokenize) for kind in options.kinds]
 
     def broken(texts: Sequence[str | None]) -> list[str | None]:
         there = options.line_break
         return [text if text is None or not there else text.replace(there, "\n") for text in texts]
 
-    def statistics(hypotheses: Texts, references: Sequence[Sequence[str | None]]) -> list["Tensor"]:
-        nonlocal told
-        without = next((text for text in hypotheses if text.strip() and not re.search("[a-z0-9]", text.lower())), None)
-        if without is not None and not told:
-            print(f"note: words of ROUGE are of a-z and 0-9, and {without!r:.60} has none", file=sys.stderr)
-            told = True
-        return rouge_statistics(metrics, broken(hypotheses), [broken(stream) for stream in references])
+    def statistics(hypotheses: Texts, references: Sequence[Sequence[str | None]], *, notes: "Notes") -> list["Tensor"]:
+        return rouge_statistics(metrics, broken(hypotheses), [broken(stream) for stream in references], notes=notes)
 
     return Scorer(metrics, statistics)
 
@@ -95,7 +96,7 @@ def meteor(options: asked.Meteor) -> Scorer:
 
     wordnet = None if options.wordnet is None else WordNet(options.wordnet)
     metric = Meteor(**settings(options) | {"wordnet": wordnet})
-    return Scorer([metric], lambda hypotheses, references: [metric.statistics(hypotheses, references)])
+    return scorer_of(metric)
 
 
 def bertscore(options: asked.BertScore) -> Scorer:
@@ -108,14 +109,14 @@ def bertscore(options: asked.BertScore) -> Scorer:
     metric = BertScore(opened.network, opened.tokenizer, model=name, **given)
     # Which token is rare, all references tell together.
     batch = sys.maxsize if options.idf else None
-    return Scorer([metric], lambda hypotheses, references: [metric.statistics(hypotheses, references)], batch)
+    return scorer_of(metric, batch)
 
 
 def f1(options: asked.F1) -> Scorer:
     from eval.answers import Answers, answers_statistics
 
     metrics = [Answers("f1", **settings(options)), Answers("exact", **settings(options))]
-    return Scorer(metrics, lambda hypotheses, references: answers_statistics(metrics, hypotheses, references))
+    return Scorer(metrics, lambda *texts, notes: answers_statistics(metrics, *texts, notes=notes))
 
 
 SCORERS: dict[type, Callable[..., Scorer]] = {
@@ -136,7 +137,8 @@ def sources(options: asked.Scored) -> Sources:
     reference_fields = (options.reference_field,) if options.reference_field else REFERENCE_FIELDS
     files, systems = list(options.files), {}
     if not options.system and len(files) < 2:
-        raise EvalError("a file of hypotheses and one or more of references are wanted: HYP REF…")
+        last = "; files stand before --no-answer" if getattr(options, "no_answer", ()) else ""
+        raise EvalError(f"a file of hypotheses and one or more of references are wanted: HYP REF…{last}")
     for system in options.system or ["=" + files.pop(0)]:
         name, equals, path = system.partition("=")
         if not (equals and path) or (options.system and not name):
@@ -153,16 +155,20 @@ def sources(options: asked.Scored) -> Sources:
 def score_texts(options: asked.Scored) -> None:
     from tqdm import tqdm
 
+    from eval.notes import Notes, said_once
     from eval.report import Difference, compared, per_example
 
     scorer, found = SCORERS[type(options)](options), sources(options)
     names = list(found.systems)
     statistics: dict[str, list[list[Tensor]]] = {name: [[] for _ in scorer.metrics] for name in names}
     differences: dict[str, list[Difference]] = {name: [] for name in names[1:]}
+    notes = {name: Notes() for name in names}
     bar = tqdm(unit="example", desc="scoring", disable=not sys.stderr.isatty(), leave=False, delay=1)
     with bar, whole_or_not_there(options.per_example, found) as written:
         for batch in found.batches(scorer.batch or BATCH):
-            scored = {name: scorer.statistics(texts, batch.references) for name, texts in batch.hypotheses.items()}
+            scored = {
+                name: scorer.statistics(texts, batch.references, notes=notes[name]) for name, texts in batch.hypotheses.items()
+            }
             for name, parts in scored.items():
                 for kept, part in zip(statistics[name], parts, strict=True):
                     kept.append(part)
@@ -171,6 +177,8 @@ def score_texts(options: asked.Scored) -> None:
             if written:
                 written.writelines(per_example(scorer.metrics, scored, batch.first))
             bar.update(len(batch.references[0]))
+    for note in said_once(notes):
+        print(f"note: {note}", file=sys.stderr)
     whole = {name: [joined(parts) for parts in kept] for name, kept in statistics.items()}
     result = compared(scorer.metrics, whole, samples=options.samples, seed=options.seed, test=options.test)
     show(options.json, result, differences if options.differ else dict.fromkeys(differences))
@@ -248,26 +256,42 @@ def score_model(options: asked.Perplexity) -> None:
     context = options.context or has
     if not 2 <= context <= has:
         raise EvalError(f"--context {options.context}: from 2 to the network's {has:,}")
-    tokenizer, eos = opened.tokenizer, held if options.eos == "auto" else options.eos == "yes"
-    settings = {
-        "bos_id": tokenizer.bos_id if options.bos else None,
-        "eos_id": tokenizer.eos_id if eos else None,
-        "top_k": options.top_k,
-        "bins": options.bins,
-    }
+    tokenizer = opened.tokenizer
+    bos_id, eos_id = ends(options, tokenizer, held_out=held)
+    settings = {"bos_id": bos_id, "eos_id": eos_id, "top_k": options.top_k, "bins": options.bins}
     if masked:
         if options.stride is not None:
             raise EvalError("--stride is of causal models: of a masked one each token sees all of its document")
+        if options.bos == "every-window":
+            raise EvalError("--bos every-window is of causal models: a masked one has no windows")
         metric = PseudoPerplexity(mask_id=tokenizer.mask_id, **settings)
-        found = (part for whole in found for part in pieces(whole, context - options.bos - eos, tokenizer.piece_bytes))
+        room = context - (bos_id is not None) - (eos_id is not None)
+        found = (part for whole in found for part in pieces(whole, room, tokenizer.piece_bytes))
     else:
-        metric = Perplexity(context=context, stride=options.stride, **settings)
+        bos_at = "every-window" if options.bos == "every-window" else "document"
+        metric = Perplexity(context=context, stride=options.stride, bos_at=bos_at, **settings)
     statistics_BK = metric.statistics(opened.network, **columns(found, options.tokens), **reading(options))
     counted = "document" if len(statistics_BK) == statistics_BK[:, 6].sum() else "window"
     result = alone(metric, statistics_BK, samples=options.samples, seed=options.seed, counted=counted)
     if not options.json:
         print(f"{options.model} on {what}")
     show(options.json, result, {})
+
+
+def ends(options: asked.Perplexity, tokenizer: "Tokenizer", *, held_out: bool) -> tuple[int | None, int | None]:
+    """The tokens before and behind a document: `auto` takes those of the folder's tokenizer, and for a run's held-out text
+    those of its training."""
+    for name, side in zip(("bos", "eos"), tokenizer.affixes, strict=True):
+        if len(side) > 1 and getattr(options, name) == "auto" and not held_out:
+            names = " ".join(map(tokenizer.name_of, side))
+            raise EvalError(f"--{name} auto: this tokenizer puts {names} there, and one token is scored with: say yes or no")
+    begins, finishes = (held_out or bool(side) for side in tokenizer.affixes)
+    begins = begins if options.bos == "auto" else options.bos != "no"
+    finishes = finishes if options.eos == "auto" else options.eos == "yes"
+    for name, wanted, there in (("bos", begins, tokenizer.bos_id), ("eos", finishes, tokenizer.eos_id)):
+        if wanted and there is None:
+            raise EvalError(f"--{name} {getattr(options, name)}: the tokenizer has no such token")
+    return tokenizer.bos_id if begins else None, tokenizer.eos_id if finishes else None
 
 
 def reading(options: asked.Perplexity) -> dict[str, object]:
@@ -299,31 +323,24 @@ def until(found: "Iterator[Document]", tokens: int | None) -> "Iterator[Document
 
 def main(arguments: list[str]) -> int:
     options = tyro.extras.subcommand_cli_from_dict(asked.KINDS, args=arguments or ["--help"], prog="python -m eval")
-    try:
+
+    def act() -> None:
         check_values(options)
+        refuse_idle(options, options.NEEDS, arguments, EvalError)
         (score_model if isinstance(options, asked.Perplexity) else score_texts)(options)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # whoever read has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (EvalError, ValueError, OSError, *failures()) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_command(act, failures)
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What is wrong with a model folder: asked for when something is wrong, since scores of texts open none."""
+    """With what is wrong with a model folder only where one was opened: scores of texts open none."""
     if "model.hub" not in sys.modules:
-        return ()
+        return EvalError, ValueError, OSError
     from safetensors import SafetensorError
 
     from train.checkpoint import CheckpointError
 
-    return SafetensorError, CheckpointError
+    return EvalError, ValueError, OSError, SafetensorError, CheckpointError
 
 
 def check_values(options: asked.Scored | asked.Perplexity) -> None:
@@ -336,5 +353,5 @@ def check_values(options: asked.Scored | asked.Perplexity) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # for a terminal without UTF-8
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal without UTF-8, and for files' names that are none
     sys.exit(main(sys.argv[1:]))

@@ -19,7 +19,6 @@ import copy
 import csv
 import math
 import sys
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,10 +29,13 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from eval.notes import Notes, notice
+from eval.padding import batches, places
 from eval.score import Score, check_each_has_one, check_streams, corpus_value, exact_mean, f_measure, ratio
 
 BERT_SCORE = "0.3.13"  # whose values these are
 CHUNK = 32  # batches of text whose vectors are held at once
+UNKNOWN = 0.005  # of the tokens, from which on it is said
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +47,11 @@ class BertScore:
       where it has one, follows, as in bert-score. It must be in eval mode. A decoder is refused.
     - tokenizer: `encode`, `bos_id`, `eos_id`; where these two are one, it stands at the end alone
     - layer: how many blocks; 0 is the embedding, None all of them
-    - idf: True takes the references of the call. For a corpus in pieces, or another one, give a mapping: `idf_weights`
+    - idf: True takes the references of the call. For a corpus in pieces, or another one, give a mapping: `idf_weights`.
+      A token that all references hold has weight 0: of one reference all do. `statistics` says of how many texts
     - baseline: a file of bert-score's, `LAYER,P,R,F` and a row a layer
     - max_length: ids that a text is cut to, special tokens included; None is the network's context, where it says one. What is
-      cut off is not compared: `statistics` warns of how many texts lose some (UserWarning)
+      cut off is not compared: `statistics` says of how many texts
     - model: the name that the signature says
     - batch_tokens: padded tokens at a time; memory follows it, not the corpus
 
@@ -88,24 +91,27 @@ class BertScore:
         for name, value in found.items():
             object.__setattr__(self, name, value)
 
-    def statistics(self, hypotheses: Sequence[str], references: Sequence[Sequence[str | None]]) -> Tensor:
+    def statistics(
+        self, hypotheses: Sequence[str], references: Sequence[Sequence[str | None]], *, notes: Notes | None = None
+    ) -> Tensor:
         check_streams(hypotheses, references)
         check_each_has_one(references)
         idf = self.idf
         if idf is True:
             idf = idf_weights(references, self.tokenizer, max_length=self.max_length)
-        best_B3, cut = torch.full((len(hypotheses), 3), -math.inf, dtype=torch.float64), 0
+        best_B3, found = torch.full((len(hypotheses), 3), -math.inf, dtype=torch.float64), Counter()
         for pairs in self._chunks(hypotheses, references):
             example_P3 = torch.tensor(pairs.examples)[:, None].expand(-1, 3)
             best_B3.scatter_reduce_(0, example_P3, self._matched(pairs, idf), "amax")
-            compared = [*dict(zip(pairs.examples, pairs.hypotheses, strict=True)).values(), *pairs.references]
-            cut += sum(pairs.cut[number] for number in compared)
+            for number in [*dict(zip(pairs.examples, pairs.hypotheses, strict=True)).values(), *pairs.references]:
+                found.update(pairs.counts[number])
             if self.progress:
                 done = pairs.examples[-1] + 1
                 print(f"\r{done:,} of {len(hypotheses):,}", end="\n" * (done == len(hypotheses)), file=sys.stderr, flush=True)
         there = [sum(text is not None for text in found) for found in zip(*references, strict=True)]
-        if cut:
-            warnings.warn(f"{cut} of {len(there) + sum(there)} texts are cut to {self.max_length} tokens", stacklevel=2)
+        notice("cut", partial(describe_cut, self.max_length), found, notes)
+        notice("unknown", describe_unknown, found, notes)
+        notice("idf", describe_weightless, found, notes)
         count_B1 = torch.tensor(there, dtype=torch.float64)[:, None]
         return torch.cat([count_B1, (best_B3 - self.baseline_3) / (1 - self.baseline_3)], 1)
 
@@ -131,6 +137,8 @@ class BertScore:
 
     def _chunks(self, hypotheses: Sequence[str], references: Sequence[Sequence[str | None]]) -> Iterator["Pairs"]:
         """All pairs in order, in pieces of a bounded number of tokens; a text comes once in a piece."""
+        specials = 1 + (self.tokenizer.bos_id != self.tokenizer.eos_id)
+        unknown_id = getattr(self.tokenizer, "unknown_id", None)
         pairs, tokens = Pairs([], [], [], {}, [], []), 0
         for example, (hypothesis, *found) in enumerate(zip(hypotheses, *references, strict=True)):
             for reference in found:
@@ -140,9 +148,11 @@ class BertScore:
                     if text not in pairs.texts:
                         pairs.texts[text] = len(pairs.ids)
                         whole = token_ids(text, self.tokenizer)
-                        pairs.ids.append(shortened(whole, self.max_length))
-                        pairs.cut.append(len(pairs.ids[-1]) < len(whole))
-                        tokens += len(pairs.ids[-1])
+                        ids = shortened(whole, self.max_length)
+                        counts = {"texts": 1, "cut": len(ids) < len(whole), "tokens": len(ids) - specials}
+                        pairs.counts.append(counts | {"unknown": ids.count(unknown_id)})
+                        pairs.ids.append(ids)
+                        tokens += len(ids)
                 pairs.examples.append(example)
                 pairs.hypotheses.append(pairs.texts[hypothesis])
                 pairs.references.append(pairs.texts[reference])
@@ -154,12 +164,16 @@ class BertScore:
 
     @torch.inference_mode()
     def _matched(self, pairs: "Pairs", idf: bool | Mapping[int, float]) -> Tensor:
-        """P, R and F of each pair, (P, 3) float64."""
+        """P, R and F of each pair, (P, 3) float64; counts the texts without weight."""
         device = next((each.device for each in getattr(self.network, "parameters", list)()), None)
         length_U = torch.tensor([len(ids) for ids in pairs.ids], device=device)
         start_U = length_U.cumsum(0) - length_U
         ids_N = torch.tensor([id for ids in pairs.ids for id in ids], device=device)
         weight_N = self._weights(ids_N, start_U, length_U, idf)
+        weight_U = torch.zeros_like(start_U, dtype=weight_N.dtype)
+        weight_U.index_add_(0, torch.repeat_interleave(length_U), weight_N)
+        for counts, weight in zip(pairs.counts, weight_U.tolist(), strict=True):
+            counts["weightless"] = weight == 0 and counts["tokens"] > 0
         unit_ND = self._vectors(ids_N, start_U, length_U, list(pairs.texts))
         hypothesis_P, reference_P = (torch.tensor(side, device=device) for side in (pairs.hypotheses, pairs.references))
         matched_P3 = torch.zeros(len(hypothesis_P), 3, dtype=torch.float64, device=device)
@@ -213,14 +227,34 @@ class BertScore:
 
 
 class Pairs(NamedTuple):
-    """Some pairs: example, and the numbers of both texts; each text once, its ids, and whether they lack its end."""
+    """Some pairs: example, and the numbers of both texts; each text once, its ids, and what is counted of it for notes."""
 
     examples: list[int]
     hypotheses: list[int]
     references: list[int]
     texts: dict[str, int]
     ids: list[list[int]]
-    cut: list[bool]
+    counts: list[dict[str, int]]
+
+
+def describe_cut(max_length: int | None, found: Counter) -> str | None:
+    return f"{found['cut']} of {found['texts']} texts are cut to {max_length} tokens" if found["cut"] else None
+
+
+def describe_unknown(found: Counter) -> str | None:
+    if found["unknown"] <= UNKNOWN * found["tokens"]:
+        return None
+    share = 100 * found["unknown"] / found["tokens"]
+    return f"{share:.1f} % of the tokens are the unknown one, alike whatever the text is: take an encoder that knows its script"
+
+
+def describe_weightless(found: Counter) -> str | None:
+    if not found["weightless"]:
+        return None
+    return (
+        f"idf: each token of {found['weightless']} of {found['texts']} texts weighs 0, as one does that all references hold "
+        "(of one reference: all), and their pairs score 0. Take weights of a larger corpus (idf_weights), or score without idf"
+    )
 
 
 def bertscore(
@@ -312,30 +346,3 @@ def read_baseline(path: str | Path, layer: int) -> Tensor:
             raise ValueError(f"{path}: a baseline is below 1, that of layer {layer} is {values}")
         return torch.tensor(values, dtype=torch.float64)
     raise ValueError(f"{path} has no baseline of layer {layer}")
-
-
-def batches(length_P: Tensor, tokens: int) -> Iterator[Tensor]:
-    """All places, shortest first, in batches of at most `tokens` once padded (or of one).
-
-    >>> [batch.tolist() for batch in batches(torch.tensor([2, 9, 3, 2]), 6)]
-    [[0, 3], [2], [1]]
-    """
-    ordered_P, order_P = length_P.sort(stable=True)
-    lengths, start = ordered_P.tolist(), 0
-    for end, length in enumerate(lengths):
-        if end > start and length * (end + 1 - start) > tokens:
-            yield order_P[start:end]
-            start = end
-    yield order_P[start:]
-
-
-def places(start_U: Tensor, length_U: Tensor, some_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the tokens of some texts stand among all, padded with the last one to the longest text (B, T), and which are real.
-
-    >>> places(torch.tensor([0, 2]), torch.tensor([2, 3]), torch.tensor([1, 0]))[0]
-    tensor([[2, 3, 4],
-            [0, 1, 1]])
-    """
-    length_B1 = length_U[some_B, None]
-    at_T = torch.arange(int(length_B1.max()), device=length_U.device)
-    return start_U[some_B, None] + torch.minimum(at_T, length_B1 - 1), at_T < length_B1

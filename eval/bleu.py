@@ -16,12 +16,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from eval import scripts
 from eval.ngram import matches, numbered, totals
+from eval.notes import Notes, notice
 from eval.score import Score, check_each_has_one, check_streams, corpus_value, one_of_each, ratio, sacrebleu_signature
-from eval.tokenize import TOKENIZERS, tokens
+from eval.tokenize import check_tokenizer, tokenizer_name, tokens
 
 SMOOTH_VALUES = {"none": None, "floor": 0.1, "add-k": 1.0, "exp": None}  # and the value of each, where it has one
 LOG_OF_ZERO = -9999999999.0  # sacrebleu's: e to a quarter of it is 0
+TOKENIZED = 100  # hypotheses that end in " .", from which on sacrebleu says that they are tokenized
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Bleu:
     - "none": it stays 0, and so the score
 
     `effective_order`: orders that no hypothesis is long enough for are left out of the mean; for single sentences.
+    `force`: nothing is said of texts that look tokenized already; sacrebleu's name for it, and its rule.
     Statistics of an example: references, length, reference length, matches of each order, n-grams of each order.
     """
 
@@ -43,13 +47,14 @@ class Bleu:
     effective_order: bool = False
     lowercase: bool = False
     max_order: int = 4
+    force: bool = False
 
     name: ClassVar[str] = "BLEU"
     mean: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.tokenize not in (*TOKENIZERS, "ids"):
-            raise ValueError(f"tokenize={self.tokenize!r}: one of {', '.join((*TOKENIZERS, 'ids'))}")
+        if self.tokenize != "ids":
+            check_tokenizer(self.tokenize)
         if self.smooth not in SMOOTH_VALUES:
             raise ValueError(f"smooth={self.smooth!r}: one of {', '.join(SMOOTH_VALUES)}")
         if self.smooth_value is None:
@@ -59,11 +64,12 @@ class Bleu:
         if self.max_order < 1:
             raise ValueError(f"max_order={self.max_order}: n-grams have one token at least")
 
-    def statistics(self, hypotheses: Sequence, references: Sequence[Sequence]) -> Tensor:
+    def statistics(self, hypotheses: Sequence, references: Sequence[Sequence], *, notes: Notes | None = None) -> Tensor:
         check_streams(hypotheses, references)
         sides = [tokens(texts, self.tokenize, lowercase=self.lowercase) for texts in (hypotheses, *references)]
         hypothesis, *found = numbered(*sides)
         check_each_has_one(references)
+        self._notice([hypotheses, *references], sides, notes)
         length_BR = torch.stack([reference.lengths_B for reference in found], 1)
         return torch.cat(
             [
@@ -75,6 +81,14 @@ class Bleu:
             ],
             1,
         )
+
+    def _notice(self, texts: Sequence[Sequence], sides: Sequence[Sequence], notes: Notes | None) -> None:
+        """Say that texts are not cut into words by this tokenizer, or that they are in tokens already."""
+        if self.tokenize not in ("char", "ids"):
+            scripts.notice_uncut(f"BLEU ({self.tokenize})", scripts.TOKENIZERS, texts, sides, notes)
+        if self.tokenize not in ("none", "ids") and not self.force:
+            count = sum(text.endswith(" .") for text in texts[0])
+            notice("tokenized", describe_tokenized, count, notes)
 
     def scores(self, statistics_XK: Tensor) -> Tensor:
         precision_XO, penalty_X, orders_X = self._parts(statistics_XK)
@@ -128,8 +142,18 @@ class Bleu:
     def signature(self, statistics_BK: Tensor, **resampled: object) -> str:
         smooth = self.smooth if self.smooth_value is None else f"{self.smooth}[{self.smooth_value:.2f}]"
         settings = {"case": "lc" if self.lowercase else "mixed", "eff": "yes" if self.effective_order else "no"}
-        settings |= {"tok": self.tokenize, "smooth": smooth} | ({} if self.max_order == 4 else {"order": self.max_order})
+        settings |= {"tok": tokenizer_name(self.tokenize), "smooth": smooth}
+        settings |= {} if self.max_order == 4 else {"order": self.max_order}
         return sacrebleu_signature(statistics_BK, settings, **resampled)
+
+
+def describe_tokenized(count: int) -> str | None:
+    if count < TOKENIZED:
+        return None
+    return (
+        f"{count:,} hypotheses end in a tokenized period (' .'), as text in tokens does. Detokenize both sides, or say that "
+        "they are in tokens (tokenize='none', --tokenize none) or meant so (force=True, --force)"
+    )
 
 
 def nearest(length_B: Tensor, reference_BR: Tensor) -> Tensor:

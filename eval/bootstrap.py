@@ -3,26 +3,34 @@
 A sample of B examples is how often each of them was drawn, so that the statistics of all samples are one matrix product,
 counts (samples, B) times statistics (B, K). The draws are sacrebleu's for the same seed. sacrebleu adds and scores in float32:
 its sums of whole numbers are exact up to 2^24, its scores carry an error of about 1e-6 of themselves that ours do not.
+
+Where all examples score alike, so do all samples: an interval without width shows no variation, and is not certainty.
+`confidence_interval` gives Wilson's there, of scores that are a share of right examples, and of others none.
 Source: Efron 1979; for text Koehn 2004, aclanthology.org/W04-3250.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from eval.score import Metric
+from eval.notes import notice
+from eval.score import Metric, corpus_value
 
 CELLS = 2**18  # numbers drawn at a time: bounds the memory, and changes no draw
+ROUNDING = 1e-9  # equal scores may differ in the last bits
 
 
 @dataclass(frozen=True)
 class Interval:
     """Of the resampled scores the mean, and the bounds that the middle `confidence` of them lie within; half of their distance.
 
-    The bounds are (low, high) of a `Score`'s interval; sacrebleu prints mean ± half width.
+    The bounds are (low, high) of a `Score`'s interval; sacrebleu prints mean ± half width. Of the kind "wilson" nothing is
+    resampled: `mean` is the score.
     """
 
     mean: float
@@ -32,19 +40,69 @@ class Interval:
     confidence: float
     samples: int
     seed: int
+    kind: str = "bootstrap"
+
+    @property
+    def has_width(self) -> bool:
+        return self.high - self.low > ROUNDING * max(1.0, abs(self.high))
 
 
 def bootstrap(
     metric: Metric, statistics_BK: Tensor, *, samples: int = 1000, seed: int = 12345, confidence: float = 0.95
 ) -> Interval:
-    """Percentile interval of a corpus score.
+    """Percentile interval of a corpus score. Warns if it has no width, as that of one example.
 
-    One example gives an interval without width. Errors: no example or one without a finite score, no sample, `confidence` not
-    between 0 and 1 (ValueError).
+    Errors: no example or one without a finite score, no sample, `confidence` not between 0 and 1 (ValueError).
     """
+    found = _bootstrap(metric, statistics_BK, samples=samples, seed=seed, confidence=confidence)
+    notice("width", lambda found: None if found.has_width else f"{NO_VARIATION}; see confidence_interval", found)
+    return found
+
+
+NO_VARIATION = "the bootstrap's interval has no width: examples that all score alike, or a single one, show no variation"
+
+
+def _bootstrap(metric: Metric, statistics_BK: Tensor, *, samples: int, seed: int, confidence: float) -> Interval:
     column_BK = additive(metric, statistics_BK)
     score_X = value(metric, resampled(column_BK, samples=samples, seed=seed))
     return interval(score_X, confidence=confidence, seed=seed)
+
+
+def confidence_interval(
+    metric: Metric, statistics_BK: Tensor, *, samples: int = 1000, seed: int = 12345, confidence: float = 0.95
+) -> Interval | None:
+    """The bootstrap's interval if it has width, else Wilson's if the score is a share of right examples, else None.
+
+    One example has none, whatever the score. Errors: those of `bootstrap`.
+    """
+    found = _bootstrap(metric, statistics_BK, samples=samples, seed=seed, confidence=confidence)
+    if found.has_width:
+        return found
+    share = metric.proportion(statistics_BK) if hasattr(metric, "proportion") else None
+    if share is None or share.trials < 2:
+        return None
+    low, high = (share.best * end for end in wilson(share.right, share.trials, confidence=confidence))
+    return Interval(corpus_value(metric, statistics_BK), (high - low) / 2, low, high, confidence, 0, seed, "wilson")
+
+
+def wilson(right: int, trials: int, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a share p̂ = right / trials: each share that the z-test does not reject, given p̂.
+
+        (p̂ + z²/2n ± z √(p̂ (1 - p̂) / n + z²/4n²)) / (1 + z²/n)      n = trials
+
+    With all right it is from n / (n + z²) to 1.
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference", JASA 22.
+
+    >>> [round(end, 6) for end in wilson(8, 10)], [round(end, 6) for end in wilson(10, 10)]
+    ([0.490162, 0.943318], [0.722467, 1.0])
+    """
+    if not (0 <= right <= trials and trials >= 1 and 0 < confidence < 1):
+        raise ValueError(f"{right} right of {trials}, confidence={confidence}: of one at least, and between 0 and 1")
+    share, z2 = right / trials, NormalDist().inv_cdf((1 + confidence) / 2) ** 2
+    middle = share + z2 / (2 * trials)
+    half = math.sqrt(z2 * (share * (1 - share) / trials + z2 / (4 * trials**2)))
+    low, high = ((middle + side) / (1 + z2 / trials) for side in (-half, half))
+    return max(0.0, low) if right else 0.0, min(1.0, high) if right < trials else 1.0
 
 
 def additive(metric: Metric, statistics_BK: Tensor) -> Tensor:

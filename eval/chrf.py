@@ -18,12 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eval import scripts
 from eval.ngram import Ragged, matches_each, numbered, totals
+from eval.notes import Notes
 from eval.score import Score, check_each_has_one, check_streams, corpus_value, one_of_each, ratio, sacrebleu_signature
 
 EPSILON = 1e-16  # sacrebleu's, for what cannot be divided
 CHARACTERS = 2**17  # of one batch: its tables of n-grams stay in the cache
 PUNCTUATION = frozenset(string.punctuation)
+CHARACTERS_ALONE = "chrF of characters alone needs no words (word_order=0, --word-order 0)"
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,15 @@ class Chrf:
     def orders(self) -> int:
         return self.char_order + self.word_order
 
-    def statistics(self, hypotheses: Sequence[str], references: Sequence[Sequence[str | None]]) -> Tensor:
+    def statistics(
+        self, hypotheses: Sequence[str], references: Sequence[Sequence[str | None]], *, notes: Notes | None = None
+    ) -> Tensor:
         check_streams(hypotheses, references)
         check_each_has_one(references)
         sides = [[self._text(text) for text in texts] for texts in (hypotheses, *references)]
+        if self.word_order:
+            between_spaces = [[[text] for text in texts] for texts in sides]
+            scripts.notice_uncut(self.name, CHARACTERS_ALONE, sides, between_spaces, notes)
         rows = [torch.zeros(0, 1 + 3 * self.orders, dtype=torch.int64)]
         rows += [self._best(*(side[batch] for side in sides)) for batch in batches(sides)]
         return torch.cat(rows)

@@ -2,13 +2,12 @@
 
     precision = correct / predicted      recall = correct / true      F1 = 2 correct / (predicted + true)
 
-for each class, and over classes by one of three averages: "micro" adds the counts of all classes first, "macro" is the mean of
-the classes, "weighted" the mean weighted by how often each is true. What has 0 below the line is `zero_division`: 0, 1, or NaN,
-which averages leave out. A label of -100 (or None among strings) is left out, whatever was predicted there. N labels, C
-classes. Values and conventions are scikit-learn's.
+for each class, and averaged over classes (`eval.rates`). A label of -100 (or None among strings) is left out, whatever was
+predicted there. A matrix of 0 and 1 may be rows of tokens, each of a class, or have a column for each class that an example has
+or has not (`eval.multilabel`): it is refused until `multilabel` says which. N labels, C classes. Values and conventions are
+scikit-learn's.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,25 +16,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.score import Score, corpus_value, ratio
+from eval.multilabel import is_label_matrix, score_columns
+from eval.rates import AVERAGES, RATES, averaged, check_rates, correlation, rates
+from eval.score import Proportion, Score, corpus_value, ratio
 
 IGNORED = -100
-RATES = ("precision", "recall", "f1")
-AVERAGES = ("micro", "macro", "weighted")
 Classes = Sequence[int] | Sequence[str] | int | None
 
 
-def confusion_matrix(predictions: Sequence | Tensor, labels: Sequence | Tensor, classes: Classes = None) -> Tensor:
+def confusion_matrix(
+    predictions: Sequence | Tensor, labels: Sequence | Tensor, classes: Classes = None, *, multilabel: bool | None = None
+) -> Tensor:
     """How often class i was taken for class j, (C, C) int64; matrices of shards add up when `classes` is given.
 
     `classes`: their order, or their number C for ids 0 … C - 1; None is those that come, sorted.
-    Errors: other shapes on the two sides, ids that are not whole, a class outside `classes` (the row is named).
+    Errors: other shapes on the two sides, ids that are not whole, a class outside `classes` (the row is named), a label matrix.
 
     >>> confusion_matrix(["cat", "dog", "dog"], ["cat", "cat", "dog"])
     tensor([[1, 1],
             [0, 1]])
     """
-    prediction_X, label_X, classes = number_classes(predictions, labels, classes)
+    prediction_X, label_X, classes = number_classes(predictions, labels, classes, multilabel)
     return _count(prediction_X, label_X, len(classes))
 
 
@@ -45,7 +46,9 @@ def _count(prediction_X: Tensor, label_X: Tensor, count: int) -> Tensor:
     return torch.bincount(cell_N, minlength=count * count).view(count, count)
 
 
-def number_classes(predictions: Sequence | Tensor, labels: Sequence | Tensor, classes: Classes) -> tuple[Tensor, Tensor, tuple]:
+def number_classes(
+    predictions: Sequence | Tensor, labels: Sequence | Tensor, classes: Classes, multilabel: bool | None = None
+) -> tuple[Tensor, Tensor, tuple]:
     """Both sides as places in `classes`, of the shape they came in, -100 on both where a label is ignored; and the classes."""
     sides = _values(predictions, "predictions"), _values(labels, "labels")
     kinds = {isinstance(side, list) for side in sides if len(side)}
@@ -57,6 +60,13 @@ def number_classes(predictions: Sequence | Tensor, labels: Sequence | Tensor, cl
     label_X = label_X.to(prediction_X.device)
     if prediction_X.shape != label_X.shape:
         raise ValueError(f"predictions have the shape {tuple(prediction_X.shape)}, labels {tuple(label_X.shape)}")
+    if multilabel:
+        raise ValueError("multilabel=True: a label matrix has a score for each column, by classification() or Multilabel")
+    if multilabel is None and is_label_matrix(prediction_X, label_X, classes):
+        raise ValueError(
+            f"predictions and labels are matrices of 0 and 1, {tuple(label_X.shape)}: say multilabel=True if each column is a "
+            "class that an example has or has not, multilabel=False if each row holds the classes of its tokens"
+        )
     there_X = label_X != IGNORED
     if classes is None:
         classes = torch.cat([prediction_X[there_X], label_X[there_X]]).unique().tolist()
@@ -103,8 +113,14 @@ def _values(values: Sequence | Tensor, name: str) -> Tensor | list:
     if not isinstance(values, (Tensor, np.ndarray)):
         if not len(values) or any(isinstance(value, str) for value in values):
             return list(values)
-        values = np.asarray(values)
+        try:
+            values = np.asarray(values)
+        except ValueError:  # rows of several lengths
+            values = np.asarray(None)
     if (values.is_floating_point() if isinstance(values, Tensor) else values.dtype.kind not in "iub"):
+        if not isinstance(values, Tensor) and values.dtype.kind != "f":
+            several = "several labels an example are a matrix of 0 and 1, tokens of a row are filled up with -100"
+            raise TypeError(f"{name} are classes, strings or whole ids, got rows of names or of several lengths: {several}")
         raise TypeError(f"{name} are classes, strings or whole ids, got {values.dtype}: of scores, take the argmax")
     return torch.as_tensor(values).long()
 
@@ -123,70 +139,20 @@ def _unknown(name: str, value: object, row: tuple, classes: tuple) -> ValueError
     return ValueError(f"{name} {value!r} of row {place} is none of the {len(classes)} classes {shown}")
 
 
-def divide(numerator: Tensor, denominator: Tensor, zero_division: float) -> Tensor:
-    """numerator / denominator in float64, `zero_division` where the denominator is 0."""
-    return ratio(numerator, denominator).where(denominator != 0, zero_division)
-
-
-def rates(counts_X3: Tensor, zero_division: float) -> Tensor:
-    """Precision, recall and F1 of (correct, predicted, true): (..., 3) to (..., 3)."""
-    correct_X, predicted_X, true_X = counts_X3.unbind(-1)
-    pairs = ((correct_X, predicted_X), (correct_X, true_X), (2 * correct_X, predicted_X + true_X))
-    return torch.stack([divide(above, below, zero_division) for above, below in pairs], -1)
-
-
-def averaged(counts_XC3: Tensor, average: str, zero_division: float, *, only_met: bool = False) -> Tensor:
-    """Precision, recall and F1 over classes, (..., C, 3) to (..., 3); `only_met`: of the classes that come on some side.
-
-    Where all weights are 0 the mean is that of the classes; of no class it is `zero_division`.
-    """
-    if average == "micro":
-        return rates(counts_XC3.sum(-2), zero_division)
-    rate_XC3 = rates(counts_XC3, zero_division)
-    said_XC3 = ~rate_XC3.isnan()
-    if only_met:
-        said_XC3 &= (counts_XC3[..., 1:].sum(-1) > 0)[..., None]
-    weight_XC3 = said_XC3.double()
-    if average == "weighted":
-        weighted_XC3 = weight_XC3 * counts_XC3[..., 2:]
-        weight_XC3 = torch.where(weighted_XC3.sum(-2, keepdim=True) > 0, weighted_XC3, weight_XC3)
-    return divide((rate_XC3.where(said_XC3, 0.0) * weight_XC3).sum(-2), weight_XC3.sum(-2), zero_division)
-
-
-def correlation(counts_XC3: Tensor) -> Tensor:
-    """Matthews' correlation of C classes, from -1 to 1, 0 where one side has one class only.
-
-        (n Σ correct - Σ predicted true) / √((n² - Σ predicted²) (n² - Σ true²))      n = Σ true
-
-    Source: Gorodkin 2004, "Comparing two K-category assignments by a K-category correlation coefficient".
-    """
-    correct_XC, predicted_XC, true_XC = counts_XC3.double().unbind(-1)
-    n_X = true_XC.sum(-1)
-    above_X = n_X * correct_XC.sum(-1) - (predicted_XC * true_XC).sum(-1)
-    below_X = (n_X**2 - (predicted_XC**2).sum(-1)) * (n_X**2 - (true_XC**2).sum(-1))
-    return ratio(above_X, below_X.sqrt())
-
-
-def check_rates(average: str, zero_division: float) -> None:
-    """Errors: an average that is none of `AVERAGES`, a `zero_division` other than 0, 1 and NaN."""
-    if average not in AVERAGES:
-        raise ValueError(f"average={average!r}: one of {', '.join(AVERAGES)}")
-    if not (zero_division in (0, 1) or math.isnan(zero_division)):
-        raise ValueError(f"zero_division={zero_division}: 0, 1 or NaN")
-
-
 @dataclass(frozen=True)
 class Classification:
     """One score of predicted classes: `value` is "accuracy", "precision", "recall", "f1" or "mcc" (`average` is for the three).
 
     An example is a label, or a row of labels (tokens). Statistics of an example: labels that count, then for each class
     correct, predicted, true: 1 + 3 C columns, which all five scores are made of, but the confusion matrix is not.
+    `multilabel` False says that a matrix of 0 and 1 is rows of tokens; for a column a class there is `Multilabel`.
     """
 
     classes: tuple | int
     value: str = "accuracy"
     average: str = "macro"
     zero_division: float = 0.0
+    multilabel: bool | None = None
 
     mean: ClassVar[bool] = False
 
@@ -205,7 +171,7 @@ class Classification:
         """(B, 1 + 3 C) of B predictions, or rows of them, and one stream of labels."""
         if len(references) != 1:
             raise ValueError(f"{len(references)} streams of labels: an example has one label")
-        prediction_X, label_X, classes = number_classes(hypotheses, references[0], self.classes)
+        prediction_X, label_X, classes = number_classes(hypotheses, references[0], self.classes, self.multilabel)
         rows, count, label_N = len(label_X), len(classes), label_X.flatten()
         there_N = label_N >= 0
         row_N = torch.arange(rows, device=label_N.device).repeat_interleave(label_N.numel() // max(1, rows))[there_N]
@@ -227,6 +193,12 @@ class Classification:
     def examples(self, statistics_BK: Tensor) -> Tensor:
         """The share of each example's labels that is right, whatever `value` is."""
         return ratio(statistics_BK[..., 1::3].sum(-1), statistics_BK[..., 0])
+
+    def proportion(self, statistics_BK: Tensor) -> Proportion | None:
+        """Of accuracy, where an example is one label: those of a row are not drawn apart."""
+        if self.value != "accuracy" or bool((statistics_BK[:, 0] > 1).any()):
+            return None
+        return Proportion(int(statistics_BK[:, 1::3].sum()), int(statistics_BK[:, 0].sum()), 1.0)
 
     def score(self, statistics_BK: Tensor) -> Score:
         """Parts: accuracy, mcc, the three averages of (precision, recall, f1), and per class the three and the support."""
@@ -251,17 +223,25 @@ class Classification:
 
 
 def classification(
-    predictions: Sequence | Tensor, labels: Sequence | Tensor, *, classes: Classes = None, **settings: object
+    predictions: Sequence | Tensor,
+    labels: Sequence | Tensor,
+    *,
+    classes: Classes = None,
+    multilabel: bool | None = None,
+    **settings: object,
 ) -> Score:
     """Scores of predictions (N,), strings or ids, with the confusion matrix as a part. Settings: `Classification`'s.
 
-    Errors: those of `confusion_matrix`; no label that counts.
+    `multilabel`: of matrices (N, C) of 0 and 1, whether each column is a class; settings are then `Multilabel`'s, and there is
+    no confusion matrix. Errors: those of `confusion_matrix`; no label that counts.
 
     >>> score = classification(["cat", "dog", "dog"], ["cat", "cat", "dog"], value="f1")
     >>> print(score, score.recall)
     macro f1 = 0.6667 labels:3|classes:2|value:f1|average:macro|zero_division:0 [0.5, 1.0]
     """
-    prediction_X, label_X, classes = number_classes(predictions, labels, classes)
+    if multilabel:
+        return score_columns(predictions, labels, classes=classes, **settings)
+    prediction_X, label_X, classes = number_classes(predictions, labels, classes, multilabel)
     return from_confusion(_count(prediction_X, label_X, len(classes)), classes=classes, **settings)
 
 

@@ -6,7 +6,7 @@ and its type are. What of an `I-` with nothing of its type before it (tags that 
 - "lenient": it begins an entity, as `B-` does; conlleval's reading, and seqeval's without a mode
 - "strict": it belongs to none; seqeval's with mode="strict", scheme=IOB2
 
-Averages over types are those of `eval.classification`, of the types that have an entity on either side. N tokens flattened,
+Averages over types are those of `eval.rates`, of the types that have an entity on either side. N tokens flattened,
 U types, M entities.
 """
 
@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.classification import IGNORED, RATES, averaged, check_rates, rates
+from eval.classification import IGNORED
+from eval.rates import RATES, averaged, check_rates, rates
 from eval.score import Score, corpus_value
 
 MODES = ("lenient", "strict")

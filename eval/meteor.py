@@ -10,7 +10,6 @@ stage is stems there, and these are looked up in WordNet, not the words.
 """
 
 import math
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
@@ -18,11 +17,12 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from eval import porter
+from eval import porter, scripts
 from eval.chunks import fewest_chunks
 from eval.ngram import Ragged, numbered
+from eval.notes import Notes, notice
 from eval.score import Score, check_each_has_one, check_streams, corpus_value, ratio
-from eval.tokenize import TOKENIZERS, tokens
+from eval.tokenize import TOKENIZERS, check_tokenizer, tokenizer_name, tokens
 
 NLTK = "3.10.4"  # whose values these are
 ALIGNMENTS = ("nltk", "fewest-chunks")
@@ -71,6 +71,7 @@ class Meteor:
         for setting, known in (("alignment", ALIGNMENTS), ("corpus", MEANS), ("tokenize", TOKENIZERS)):
             if getattr(self, setting) not in known:
                 raise ValueError(f"{setting}={getattr(self, setting)!r}: one of {', '.join(known)}")
+        check_tokenizer(self.tokenize)
         for setting, most in (("alpha", 1), ("gamma", 1), ("beta", math.inf)):
             value = getattr(self, setting)
             if not (0 <= value <= most and math.isfinite(value)):
@@ -82,12 +83,15 @@ class Meteor:
     def mean(self) -> bool:
         return MEANS[self.corpus]
 
-    def statistics(self, hypotheses: Sequence, references: Sequence[Sequence]) -> Tensor:
+    def statistics(self, hypotheses: Sequence, references: Sequence[Sequence], *, notes: Notes | None = None) -> Tensor:
         check_streams(hypotheses, references)
         check_each_has_one(references)
         texts = [self._words(side) for side in (hypotheses, *references)]
         if None in texts[0]:
             raise TypeError(f"hypothesis {texts[0].index(None)} is None")
+        if self.tokenize != "char":
+            whole = [[text if isinstance(text, str) else None for text in side] for side in (hypotheses, *references)]
+            scripts.notice_uncut(f"METEOR ({self.tokenize})", scripts.TOKENIZERS, whole, texts, notes)
         words = list(dict.fromkeys(word for side in texts for text in side if text is not None for word in text))
         stems = [porter.stem(word) for word in words] if self.stem else words
         forms = list(dict.fromkeys(stems))
@@ -97,7 +101,7 @@ class Meteor:
         hypothesis, *others = (_side(side, stem_of) for side in found)
         best_BK, best_B = None, torch.full((len(hypotheses),), -1.0, dtype=torch.float64)
         for reference, there_B in zip(others, there_BR.unbind(1), strict=True):
-            aligned = self._aligned(hypothesis, reference, forms)
+            aligned = self._aligned(hypothesis, reference, forms, notes)
             row_BK = torch.stack([there_BR.sum(1), *aligned, hypothesis.lengths_B, reference.lengths_B], 1)
             score_B = self.scores(row_BK).where(there_B, -1.0)
             best_BK = row_BK if best_BK is None else torch.where((score_B > best_B)[:, None], row_BK, best_BK)
@@ -113,7 +117,7 @@ class Meteor:
         except TypeError as error:
             raise TypeError(f"METEOR takes texts, or sequences of words: {error}") from None
 
-    def _aligned(self, hypothesis: Side, reference: Side, forms: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def _aligned(self, hypothesis: Side, reference: Side, forms: Sequence[str], notes: Notes | None) -> tuple[Tensor, Tensor]:
         """(matches, chunks) of each pair; `forms` spells the ids of stems."""
         partner_T, taken_S = torch.full_like(hypothesis.words_N, -1), torch.zeros_like(reference.words_N, dtype=torch.bool)
         free_T, free_S = torch.arange(len(partner_T)), torch.arange(len(taken_S))
@@ -127,7 +131,7 @@ class Meteor:
             at_T, at_S = _linked(ids_T, hypothesis.pair_N[free_T], ids_S, reference.pair_N[free_S], links)
             partner_T[free_T[at_T]] = free_S[at_S]
         known = _matches_and_chunks(partner_T, hypothesis.pair_N, len(hypothesis.lengths_B))
-        return known if self.alignment == "nltk" else _fewest(hypothesis, reference, *known, links)
+        return known if self.alignment == "nltk" else _fewest(hypothesis, reference, *known, links, notes)
 
     def _links(self, stems_T: Tensor, stems_S: Tensor, forms: Sequence[str]) -> dict[int, set[int]]:
         """Of stems of hypotheses, ascending, their synonyms among those of references."""
@@ -167,7 +171,7 @@ class Meteor:
             said["wordnet"] = getattr(self.wordnet, "version", type(self.wordnet).__name__)
         said |= {"alpha": f"{self.alpha:g}", "beta": f"{self.beta:g}", "gamma": f"{self.gamma:g}"}
         said["align"] = f"nltk-{NLTK}" if self.alignment == "nltk" else self.alignment
-        said |= {"corpus": self.corpus, "case": "lc", "tok": self.tokenize}
+        said |= {"corpus": self.corpus, "case": "lc", "tok": tokenizer_name(self.tokenize)}
         return "|".join(f"{name}:{value}" for name, value in said.items())
 
 
@@ -285,9 +289,14 @@ def _matches_and_chunks(partner_T: Tensor, pair_T: Tensor, pairs: int) -> tuple[
 
 
 def _fewest(
-    hypothesis: Side, reference: Side, matches_B: Tensor, chunks_B: Tensor, links: Mapping[int, Set[int]]
+    hypothesis: Side,
+    reference: Side,
+    matches_B: Tensor,
+    chunks_B: Tensor,
+    links: Mapping[int, Set[int]],
+    notes: Notes | None,
 ) -> tuple[Tensor, Tensor]:
-    """Searches pair by pair where an alignment may be bettered. Warns where what is found is not proven the fewest."""
+    """Searches pair by pair where an alignment may be bettered. Says where what is found is not proven the fewest."""
     lengths = [side.lengths_B.tolist() for side in (hypothesis, reference)]
     words = [side.words_N.split(length) for side, length in zip((hypothesis, reference), lengths, strict=True)]
     stems = [side.stems_N.split(length) for side, length in zip((hypothesis, reference), lengths, strict=True)]
@@ -301,6 +310,6 @@ def _fewest(
         if not proven:
             unproven.append(pair)
     if unproven:
-        said = f"chunks of {len(unproven)} pairs may not be the fewest, the first that of example {unproven[0]}"
-        warnings.warn(said, stacklevel=4)
+        first = f", the first that of example {unproven[0]}" if notes is None else ""  # else of one of many batches
+        notice("unproven", ("chunks of {} pairs may not be the fewest" + first).format, len(unproven), notes)
     return matches_B, chunks_B

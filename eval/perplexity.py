@@ -9,6 +9,14 @@ before it has scored, so that each counts once. With context 5 and stride 3:
     first window    a b c d e                scores b c d e f
     second                d e f g h          scores g h i, which have at least context - stride + 1 = 3 tokens before them
 
+A bos, where there is one, stands at the document's start and is a token as others are. With a bos in every window it takes the
+place of each window's first token, so that windows and their targets stay, and all but the first see one token less:
+
+    document        <s> a b c d e f g h i
+    first window    <s> a b c d              scores a b c d e
+    second                <s> d e f g        scores f g h, which have <s> and context - stride = 2 tokens before them, or more
+    third                       <s> g h      scores i
+
 Perplexity per token compares models of one tokenizer; per byte, character or word it compares models of any.
 Source: Jelinek et al. 1977; for masked language models Salazar et al. 2020, arXiv 1910.14659.
 """
@@ -27,6 +35,8 @@ from eval.score import Score, corpus_value, exact_sum
 from eval.targets import IGNORE, SIZES, Ids, Reader, Row, batches, evaluating, framed, sized
 
 ROWS = 1024  # read ahead and sorted by length, so that few positions of a batch are padding
+BOS_AT = ("document", "every-window")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenScores(ABC):
@@ -163,6 +173,8 @@ class TokenScores(ABC):
 
     def signature(self, statistics_BK: Tensor, **resampled: object) -> str:
         settings = {name.removesuffix("_id"): value for name, value in vars(self).items()}
+        if settings.get("bos_at") == "document":  # where a bos stands unless it is told otherwise
+            del settings["bos_at"]
         said = {"per": "token"} | resampled | settings | {"top_k": ",".join(map(str, self.top_k))}
         return "|".join(f"{name}:{'none' if value is None else value}" for name, value in said.items())
 
@@ -172,13 +184,15 @@ class Perplexity(TokenScores):
     """Of a causal language model. N tokens have N - 1 targets, one more with a bos (the first token), and one more with an eos.
 
     By default `stride` is half the context: no target but a document's first ones sees less than that, at twice the cost of
-    stride = context. A bos stands at the document's start, not at every window's. In training's validation, too, a target sees
-    its own document alone, but blocks of `context` tokens are cut at fixed places of the whole stream (data.stream.sequential),
-    in the midst of documents, where windows begin with each document: at stride = context the values differ a little.
+    stride = context. A bos stands at the document's start, or with `bos_at` "every-window" at every window's, in place of the
+    token there. In training's validation, too, a target sees its own document alone, but blocks of `context` tokens are cut at
+    fixed places of the whole stream (data.stream.sequential), in the midst of documents, where windows begin with a document:
+    at stride = context the values differ a little.
     """
 
     context: int
     stride: int | None = None
+    bos_at: str = "document"
 
     name: ClassVar[str] = "perplexity"
     architecture: ClassVar[str] = "decoder"
@@ -192,6 +206,10 @@ class Perplexity(TokenScores):
             object.__setattr__(self, "stride", self.context // 2)
         if not 1 <= self.stride <= self.context:
             raise ValueError(f"stride={self.stride} must be from 1 to context={self.context}")
+        if self.bos_at not in BOS_AT:
+            raise ValueError(f"bos_at={self.bos_at!r}: one of {', '.join(BOS_AT)}")
+        if self.bos_at == "every-window" and self.bos_id is None:
+            raise ValueError("bos_at='every-window' without a bos_id: which token is it?")
 
     def rows(self, id_M: np.ndarray) -> Iterator[Row]:
         end = 0
@@ -201,7 +219,10 @@ class Perplexity(TokenScores):
             scored, end = end, min(start + self.context, len(id_M) - 1)
             label_T = id_M[start + 1 : end + 1].copy()
             label_T[: scored - start] = IGNORE
-            yield Row(start + 1 - (self.bos_id is not None), id_M[start:end], label_T)
+            input_T = id_M[start:end]
+            if self.bos_at == "every-window":
+                input_T = np.concatenate([[self.bos_id], input_T[1:]])
+            yield Row(start + 1 - (self.bos_id is not None), input_T, label_T)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +257,7 @@ def by_document(statistics_WK: Tensor, rows: Sequence[Row]) -> Tensor:
 
 def perplexity(
     network: Callable, documents: Iterable[Ids], *, context: int, stride: int | None = None, bos_id: int | None = None,
-    eos_id: int | None = None, top_k: Sequence[int] = (1, 5), bins: int = 15, **reading: object,
+    bos_at: str = "document", eos_id: int | None = None, top_k: Sequence[int] = (1, 5), bins: int = 15, **reading: object,
 ) -> Score:  # fmt: skip
     """Perplexity per token of documents: settings as in `Perplexity`; `reading`, errors as in its `statistics`.
 
@@ -245,7 +266,8 @@ def perplexity(
     >>> print(score, score.bits_per_character)
     perplexity = 2.0000 per:token|bos:none|eos:none|top_k:1,5|bins:15|context:2|stride:1 0.5
     """
-    metric = Perplexity(context=context, stride=stride, bos_id=bos_id, eos_id=eos_id, top_k=top_k, bins=bins)
+    settings = {"context": context, "stride": stride, "bos_id": bos_id, "bos_at": bos_at, "eos_id": eos_id}
+    metric = Perplexity(**settings, top_k=top_k, bins=bins)
     return metric.score(metric.statistics(network, documents, **reading))
 
 

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from eval.bootstrap import bootstrap
+from eval.bootstrap import Interval, confidence_interval
+from eval.notes import Notes
 from eval.score import Metric, Score
-from eval.significance import Comparison, approximate_randomisation, examples_needed, paired_bootstrap
+from eval.significance import Comparison, approximate_randomisation, examples_needed, paired_bootstrap, why_no_p
 
 CONFIDENCE = 0.95
 TESTS = {"bootstrap": paired_bootstrap, "randomisation": approximate_randomisation}
@@ -37,6 +38,7 @@ class Row:
 
     system: str
     score: Score
+    interval: Interval | None
     paired: Comparison | None = None
     needed: int | None = None
 
@@ -63,19 +65,24 @@ class Result:
 def _row_as_json(row: Row) -> dict[str, object]:
     score = row.score
     found = {"system": row.system} if row.system else {}
-    found |= {"score": score.name, "value": finite(score.value), "interval": [finite(end) for end in score.interval]}
+    found |= {"score": score.name, "value": finite(score.value)} | ends("interval", row.interval)
+    found["interval_kind"] = row.interval.kind if row.interval else None
     found["parts"] = {name: finite(part) for name, part in score.parts.items()}
     if row.paired:
         near = row.paired.interval
-        found |= {"difference": row.paired.difference, "difference_interval": (near.low, near.high)}
-        found |= {"p_value": p_value(row.paired), "test": tested(row.paired), "examples_needed": row.needed}
+        found |= {"difference": row.paired.difference} | ends("difference_interval", near if near.has_width else None)
+        found |= {"p_value": p_value(row.paired), "no_p_value": why_no_p(row.paired), "test": tested(row.paired)}
+        found["examples_needed"] = row.needed
     return found | {"signature": score.signature}
 
 
+def ends(name: str, interval: Interval | None) -> dict[str, list | None]:
+    return {name: None if interval is None else [finite(interval.low), finite(interval.high)]}
+
+
 def p_value(comparison: Comparison) -> float | None:
-    """None where no sample shows a difference, as for two equal systems: sacrebleu's tests give their smallest p there."""
-    near = comparison.interval
-    return comparison.p_value if comparison.difference or near.low != near.high else None
+    """None where too few examples differ for a p: sacrebleu's tests often give their smallest there."""
+    return None if why_no_p(comparison) else comparison.p_value
 
 
 def finite(value: object) -> object:
@@ -91,25 +98,27 @@ def compared(
     rows = []
     for place, metric in enumerate(metrics):
         for system, parts in statistics.items():
-            score = with_interval(metric, parts[place], samples, seed)
+            score, interval = with_interval(metric, parts[place], samples, seed)
             paired = needed = None
             if system != first:
                 pair = metric, statistics[first][place], parts[place]
-                paired = TESTS[test](*pair, seed=seed, **({"samples": samples} if samples else {}))
+                paired = TESTS[test](*pair, seed=seed, notes=Notes(), **({"samples": samples} if samples else {}))
                 needed = examples_needed(*pair, level=1 - CONFIDENCE, seed=seed)
-            rows.append(Row(system, score, paired, needed))
+            rows.append(Row(system, score, interval, paired, needed))
     return Result(len(statistics[first][0]), rows)
 
 
 def alone(metric: Metric, statistics_BK: Tensor, *, samples: int, seed: int, counted: str) -> Result:
-    return Result(len(statistics_BK), [Row("", with_interval(metric, statistics_BK, samples, seed))], counted)
+    return Result(len(statistics_BK), [Row("", *with_interval(metric, statistics_BK, samples, seed))], counted)
 
 
-def with_interval(metric: Metric, statistics_BK: Tensor, samples: int, seed: int) -> Score:
+def with_interval(metric: Metric, statistics_BK: Tensor, samples: int, seed: int) -> tuple[Score, Interval | None]:
     samples = samples or 1000
-    interval = bootstrap(metric, statistics_BK, samples=samples, seed=seed, confidence=CONFIDENCE)
-    signature = metric.signature(statistics_BK, bs=samples, seed=seed)
-    return replace(metric.score(statistics_BK), interval=(interval.low, interval.high), signature=signature)
+    interval = confidence_interval(metric, statistics_BK, samples=samples, seed=seed, confidence=CONFIDENCE)
+    is_wilson = interval is not None and interval.kind == "wilson"
+    signature = metric.signature(statistics_BK, **({"ci": "wilson"} if is_wilson else {"bs": samples, "seed": seed}))
+    ends = None if interval is None else (interval.low, interval.high)
+    return replace(metric.score(statistics_BK), interval=ends, signature=signature), interval
 
 
 # ---- for people
@@ -123,18 +132,34 @@ def printed(result: Result, differences: Mapping[str, Sequence[Difference] | Non
             lines += [*table([row for row in result.rows if row.score.name == name]), ""]
     else:
         for row in result.rows:
-            lines += [f"{row.score.name} = {amount(row.score)}", *parts_of(row.score), f"  {row.score.signature}", ""]
+            lines += [f"{row.score.name} = {amount(row)}", *parts_of(row.score), f"  {row.score.signature}", ""]
     count = f"{result.examples:,} {result.counted}{'s' * (result.examples != 1)}"
-    lines.append(f"{count}; in brackets the {CONFIDENCE:.0%} interval of a bootstrap")
+    lines += [f"{count}; in brackets the {CONFIDENCE:.0%} interval of a bootstrap", *intervals(result)]
     for system, kept in differences.items():
         if kept is not None:
             lines += ["", *differ(result, system, kept)]
     return "\n".join(lines)
 
 
-def amount(score: Score) -> str:
-    low, high = score.interval
-    return f"{score.value:.{score.digits}f} [{low:.{score.digits}f}, {high:.{score.digits}f}]"
+def intervals(result: Result) -> Iterator[str]:
+    """What brackets hold that are not a bootstrap's."""
+    kinds = {row.interval.kind if row.interval else None for row in result.rows}
+    kinds |= {None for row in result.rows if row.paired and not row.paired.interval.has_width}
+    if "wilson" in kinds:
+        yield "Wilson: Wilson's score interval of a share; where all are right, or all wrong, a bootstrap shows no variation"
+    if None in kinds and result.examples == 1:
+        yield f"[–]: one {result.counted} has no interval"
+    elif None in kinds:
+        yield f"[–]: {result.counted}s that all score, or differ, alike show a bootstrap no variation, which is not certainty"
+
+
+def amount(row: Row) -> str:
+    kind = " Wilson" if row.interval and row.interval.kind == "wilson" else ""
+    return f"{row.score.value:.{row.score.digits}f} {bracketed(row.interval, row.score.digits)}{kind}"
+
+
+def bracketed(interval: Interval | None, digits: int, sign: str = "") -> str:
+    return "[–]" if interval is None else f"[{interval.low:{sign}.{digits}f}, {interval.high:{sign}.{digits}f}]"
 
 
 def parts_of(score: Score) -> Iterator[str]:
@@ -157,18 +182,19 @@ def table(rows: Sequence[Row]) -> list[str]:
     digits = score.digits
     cells = [(score.name, "", "difference", "", "p", "examples needed")]
     for row in rows:
-        found = [row.system, amount(row.score), "", "", "", ""]
+        found = [row.system, amount(row), "", "", "", ""]
         if row.paired:
             near = row.paired.interval
-            difference, low, high = (f"{value:+.{digits}f}" for value in (row.paired.difference, near.low, near.high))
-            found[2:] = difference, f"[{low}, {high}]", figure(p_value(row.paired), 4), figure(row.needed, 0)
+            found[2:4] = f"{row.paired.difference:+.{digits}f}", bracketed(near if near.has_width else None, digits, "+")
+            found[4:] = figure(p_value(row.paired), 4), figure(row.needed, 0)
         cells.append(tuple(found))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = []
     for first, *others in cells:
         aligned = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
         lines.append("   ".join((first.ljust(widths[0]), *aligned)).rstrip())
-    return [*lines, f"  {score.signature}", f"  p: {tested(rows[1].paired)}, against {rows[0].system}"]
+    lines += [f"  {score.signature}", f"  p: {tested(rows[1].paired)}, against {rows[0].system}"]
+    return lines + [f"  p of {row.system}: – {why}" for row in rows[1:] if (why := why_no_p(row.paired))]
 
 
 def tested(comparison: Comparison) -> str:

@@ -11,7 +11,7 @@
   P = f⁻¹(m / f(n)) and R = f⁻¹(m / f(r))
 
 A corpus has the mean of its examples; an example with several references the one that its F is greatest with. Words, values and
-choices are rouge-score's, but for rougeW, which it has not and which is the paper's.
+choices are rouge-score's, but for rougeW, which it has not and which is the paper's, and for other tokenizers.
 Source: Lin 2004, aclanthology.org/W04-1013.
 """
 
@@ -25,15 +25,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eval import scripts
 from eval.bootstrap import CELLS
 from eval.lcs import lcs_lengths, lcs_reference, lcs_union, weighted_lcs
 from eval.ngram import Ragged, matches, matches_each, numbered
+from eval.notes import Notes
 from eval.score import Score, check_each_has_one, check_streams, corpus_value, exact_mean, f_measure, ratio
+from eval.tokenize import TOKENIZERS, check_tokenizer, tokenize_unicode, tokenizer_name
 
 ROUGE_SCORE = "0.1.2"  # the version of rouge-score whose values these are
 GRAMS = {f"rouge{n}": n for n in range(1, 10)}
 KINDS = (*GRAMS, "rougeL", "rougeLsum", "rougeW")
-TOKENIZE = ("rouge-score", "ids")
+TOKENIZE = ("rouge-score", "unicode", *TOKENIZERS, "ids")
 WEIGHT = 1.2  # ROUGE-1.5.5's
 HEAVIEST = 20.0  # a million words to this power are still a float64
 SENTENCE_PAIRS = 1 << 18  # of one step of rougeLsum
@@ -45,8 +48,9 @@ class Rouge:
     """Settings of one kind of ROUGE; its score is the mean F of the examples, from 0 to 1.
 
     - `tokenize`: "rouge-score", words are runs of a-z and 0-9 in lower case, and nothing else is: a text in Chinese or Arabic
-      has no word and scores 0, as in rouge-score; or "ids", for texts that are sequences of tokens or ids already, each of one
-      line
+      has no word and scores 0, as in rouge-score; "unicode", words are runs of letters and digits of any script, for ASCII the
+      same; one of BLEU's tokenizers, whose punctuation counts as words, of text in lower case: "zh", "ja-mecab" or "char" for
+      scripts without spaces; or "ids", for texts that are sequences of tokens or ids already, each of one line
     - `stemmer`: words of more than three characters become their Porter stems
     - `weight`: rougeW's exponent, 1.2 unless told
 
@@ -65,6 +69,8 @@ class Rouge:
             raise ValueError(f"kind={self.kind!r}: one of {', '.join(KINDS)}")
         if self.tokenize not in TOKENIZE:
             raise ValueError(f"tokenize={self.tokenize!r}: one of {', '.join(TOKENIZE)}")
+        if self.tokenize in TOKENIZERS:
+            check_tokenizer(self.tokenize)
         if self.stemmer and self.tokenize == "ids":
             raise ValueError("stemmer=True with tokenize='ids': ids are taken as they are")
         if self.kind == "rougeW" and self.weight is None:
@@ -76,8 +82,8 @@ class Rouge:
     def name(self) -> str:
         return f"ROUGE-{self.kind.removeprefix('rouge')}"
 
-    def statistics(self, hypotheses: Sequence, references: Sequence[Sequence]) -> Tensor:
-        return rouge_statistics([self], hypotheses, references)[0]
+    def statistics(self, hypotheses: Sequence, references: Sequence[Sequence], *, notes: Notes | None = None) -> Tensor:
+        return rouge_statistics([self], hypotheses, references, notes=notes)[0]
 
     def measures(self, statistics_XK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Precision, recall and F of each row. Errors: rows of another metric (ValueError)."""
@@ -106,7 +112,7 @@ class Rouge:
     def signature(self, statistics_BK: Tensor, **resampled: object) -> str:
         counts = statistics_BK[:, 0].long().unique().tolist()
         said = {"nrefs": counts[0] if len(counts) == 1 else "var"} | resampled | {"kind": self.kind}
-        said |= {"stemmer": "yes" if self.stemmer else "no", "tok": self.tokenize, "beta": 1}
+        said |= {"stemmer": "yes" if self.stemmer else "no", "tok": tokenizer_name(self.tokenize), "beta": 1}
         said |= ({} if self.weight is None else {"weight": self.weight}) | {"version": ROUGE_SCORE}
         return "|".join(f"{name}:{value}" for name, value in said.items())
 
@@ -119,17 +125,20 @@ class Side(NamedTuple):
     texts: Ragged
 
 
-def rouge_statistics(metrics: Sequence[Rouge], hypotheses: Sequence, references: Sequence[Sequence]) -> list[Tensor]:
+def rouge_statistics(
+    metrics: Sequence[Rouge], hypotheses: Sequence, references: Sequence[Sequence], *, notes: Notes | None = None
+) -> list[Tensor]:
     """The statistics of several kinds, for which texts are cut into words and numbered once. References are streams.
 
     Errors: no reference of an example, streams of other lengths (ValueError); what is no text, or a text among ids (TypeError).
     """
     check_streams(hypotheses, references)
     check_each_has_one(references)
-    found: dict[Rouge, Tensor] = {}
+    texts, found = [hypotheses, *references], {}
+    cut = {tokenize: _cut(texts, tokenize, notes) for tokenize in dict.fromkeys(metric.tokenize for metric in metrics)}
     for tokenize, stemmer in {(metric.tokenize, metric.stemmer): None for metric in metrics}:
         alike = [metric for metric in metrics if (metric.tokenize, metric.stemmer) == (tokenize, stemmer)]
-        hypothesis, *sides = _sides([hypotheses, *references], tokenize, stemmer)
+        hypothesis, *sides = _sides(texts, [_stems(side) for side in cut[tokenize]] if stemmer else cut[tokenize])
         order = max((GRAMS.get(metric.kind, 0) for metric in alike), default=0)
         grams_BRO = matches_each(hypothesis.texts, [side.texts for side in sides], order) if order else None
         for metric in alike:
@@ -212,8 +221,8 @@ def _line_pairs(hypothesis_B: Tensor, reference_B: Tensor) -> Iterator[tuple[Ten
 COMMON: dict[str, Callable[..., Tensor]] = {"rougeL": _longest, "rougeLsum": _summary, "rougeW": _weighted}
 
 
-def _sides(texts: Sequence[Sequence], tokenize: str, stemmer: bool) -> list[Side]:
-    lines = [[_ids(text) for text in side] if tokenize == "ids" else _words(side, stemmer) for side in texts]
+def _sides(texts: Sequence[Sequence], lines: Sequence[Sequence]) -> list[Side]:
+    """From the texts of each side, and the words of all their lines."""
     sides = []
     for side, row in zip(texts, numbered(*lines), strict=True):
         breaks = [text.count("\n") if isinstance(text, str) else 0 for text in side]
@@ -231,17 +240,34 @@ def _ids(text: Sequence[Hashable] | None) -> Sequence[Hashable] | None:
     return text.tolist() if hasattr(text, "tolist") else text
 
 
-def _words(texts: Sequence[str | None], stemmer: bool) -> list[list[str]]:
-    """The words of each line of all texts, which is what their lines are without the words between them."""
+def _cut(texts: Sequence[Sequence], tokenize: str, notes: Notes | None) -> list[list]:
+    """The words of each line of all texts, side by side of them; says what these words do not hold of the texts."""
+    if tokenize == "ids":
+        return [[_ids(text) for text in side] for side in texts]
+    lines = [_lines(side, tokenize) for side in texts]
+    words = [_words(side, tokenize) for side in lines]
+    if tokenize == "rouge-score":
+        scripts.notice_dropped(texts[0], texts[1:], notes)
+    elif tokenize != "char":
+        scripts.notice_uncut(f"ROUGE ({tokenize})", scripts.TOKENIZERS, lines, words, notes)
+    return words
+
+
+def _lines(texts: Sequence[str | None], tokenize: str) -> list[str]:
     there = [text for text in texts if text is not None]
     if wrong := [text for text in there if not isinstance(text, str)]:
-        raise TypeError(f"tokenize='rouge-score', but {wrong[0]!r:.60} is no text: for that, tokenize is 'ids'")
-    if not there:
-        return []
-    plain = "\n".join(there).lower().encode("ascii", "replace").translate(WORDS).decode("ascii")
-    lines = [line.split() for line in plain.split("\n")]
-    if not stemmer:
-        return lines
+        raise TypeError(f"tokenize={tokenize!r}, but {wrong[0]!r:.60} is no text: for that, tokenize is 'ids'")
+    return "\n".join(there).lower().split("\n") if there else []
+
+
+def _words(lines: Sequence[str], tokenize: str) -> list[list[str]]:
+    if tokenize == "rouge-score":
+        plain = "\n".join(lines).encode("ascii", "replace").translate(WORDS).decode("ascii")
+        return [line.split() for line in plain.split("\n")] if lines else []
+    return tokenize_unicode(lines) if tokenize == "unicode" else TOKENIZERS[tokenize](lines)
+
+
+def _stems(lines: Sequence[Sequence[str]]) -> list[list[str]]:
     from eval.porter import stem
 
     stems = {word: stem(word) if len(word) > 3 else word for word in set(chain.from_iterable(lines))}
@@ -261,7 +287,7 @@ def rouge(
 
     `references` is one text for each hypothesis, or streams: `references[r][i]` is a reference of hypothesis i, or None. Of ids
     they are always streams. `weight` is rougeW's. Words are runs of a-z and 0-9: texts in other scripts, which have none, score
-    0 unless cut into tokens first (`tokenize="ids"`).
+    0 unless `tokenize` is another one; a warning says how many letters are dropped.
 
     >>> print(rouge(["testing one"], ["testing one two"])["rouge2"])
     ROUGE-2 = 0.6667 nrefs:1|kind:rouge2|stemmer:no|tok:rouge-score|beta:1|version:0.1.2

@@ -8,7 +8,7 @@ means of examples are rounded once (`math.fsum`), so any split of a corpus gives
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -42,15 +42,27 @@ class Score:
         return f"{self.name} = {value}{f' [{interval[0]}, {interval[1]}]' if interval else ''} {self.signature}".rstrip()
 
 
+class Proportion(NamedTuple):
+    """A score that counts examples: so many are right, of so many; and what it is where all are."""
+
+    right: int
+    trials: int
+    best: float
+
+
 class Metric(Protocol):
     """`statistics` gives a row for each example, whose column 0 is its number of references; `mean` says how rows become the
-    score of a corpus: the mean of their `scores`, or `scores` of their sum."""
+    score of a corpus: the mean of their `scores`, or `scores` of their sum. A score that counts right examples has a method
+    `proportion(statistics_BK)` too, which gives a `Proportion`, or None for settings by which it is another score."""
 
     name: str
     mean: bool
 
     def statistics(self, hypotheses: Sequence[str], references: Sequence[Sequence[str | None]]) -> Tensor:
-        """Statistics (B, K) of B examples; references in streams, one for each of the R references, each B long."""
+        """Statistics (B, K) of B examples; references in streams, one for each of the R references, each B long.
+
+        Metrics of texts warn of those that do not fit them, or with `notes` add what they count of these (`eval.notes`).
+        """
 
     def scores(self, statistics_XK: Tensor) -> Tensor:
         """The score of each row, float64, over any leading dimensions."""

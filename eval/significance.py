@@ -7,6 +7,8 @@
 
 Differences are absolute, p = (c + 1) / (samples + 1), c how often. A tie does not count, so that a system against itself has
 the smallest p there is: look at the difference too. Draws and p-values are sacrebleu's for the same seed.
+
+Where fewer than six examples differ, no two-sided p-value can be below 0.05 (`smallest_p`), and the functions warn.
 Source: Koehn 2004, aclanthology.org/W04-3250; Riezler & Maxwell 2005, aclanthology.org/W05-0908; for how many examples are
 needed Card et al. 2020, arXiv 2010.06595.
 """
@@ -21,8 +23,10 @@ import torch
 from torch import Tensor
 
 from eval.bootstrap import CELLS, Interval, additive, filled, interval, resampled, value
+from eval.notes import Notes, notice
 from eval.score import Metric, corpus_value
 
+LEVEL = 0.05
 TIE = 1e-9  # equal sums may give scores that differ in the last bits, by their place in a vector
 WORD = 32  # numpy draws so many coins at once, and at the end of a call forgets those left over
 
@@ -31,7 +35,8 @@ WORD = 32  # numpy draws so many coins at once, and at the end of a call forgets
 class Comparison:
     """A system against a baseline. `difference` is system - baseline, `interval` its bootstrap interval under either test.
 
-    `test` is its name in a signature: `metric.signature(statistics, **comparison.resampled)`.
+    `differing` examples have other statistics in both. `test` is its name in a signature: `metric.signature(statistics,
+    **comparison.resampled)`.
     """
 
     test: str
@@ -42,6 +47,7 @@ class Comparison:
     interval: Interval
     samples: int
     seed: int
+    differing: int
 
     @property
     def resampled(self) -> dict[str, int]:
@@ -49,30 +55,82 @@ class Comparison:
 
 
 def paired_bootstrap(
-    metric: Metric, baseline_BK: Tensor, system_BK: Tensor, *, samples: int = 1000, seed: int = 12345
+    metric: Metric,
+    baseline_BK: Tensor,
+    system_BK: Tensor,
+    *,
+    samples: int = 1000,
+    seed: int = 12345,
+    notes: Notes | None = None,
 ) -> Comparison:
     """c counts |difference of a sample| - its mean over the samples > |observed difference|.
 
-    Errors: no example, unequal numbers of them, no sample (ValueError).
+    Warns where too few examples differ. Errors: no example, unequal numbers of them, no sample (ValueError).
     """
     difference_X = resampled_difference(metric, baseline_BK, system_BK, samples=samples, seed=seed)
     beyond_X = difference_X.abs() - difference_X.abs().mean()
-    return _compared("bs", metric, baseline_BK, system_BK, beyond_X, interval(difference_X, seed=seed))
+    found = _compared("bs", metric, baseline_BK, system_BK, beyond_X, interval(difference_X, seed=seed))
+    notice("p", describe_meaningless, found, notes)
+    return found
 
 
 def approximate_randomisation(
-    metric: Metric, baseline_BK: Tensor, system_BK: Tensor, *, samples: int = 10000, seed: int = 12345
+    metric: Metric,
+    baseline_BK: Tensor,
+    system_BK: Tensor,
+    *,
+    samples: int = 10000,
+    seed: int = 12345,
+    notes: Notes | None = None,
 ) -> Comparison:
     """c counts |difference of two systems that share out the outputs by coin| > |observed difference|.
 
-    The interval has the 1,000 samples of `paired_bootstrap`. Errors: as there.
+    The interval has the 1,000 samples of `paired_bootstrap`. Warning, errors: as there.
     """
     difference_X = resampled_difference(metric, baseline_BK, system_BK, samples=1000, seed=seed)
     columns = paired(metric, baseline_BK, system_BK)
     first_XK = swapped(*columns, samples=samples, seed=seed)
     second_XK = (columns[0] + columns[1]).sum(0) - first_XK
     beyond_X = (value(metric, first_XK) - value(metric, second_XK)).abs()
-    return _compared("ar", metric, baseline_BK, system_BK, beyond_X, interval(difference_X, seed=seed))
+    found = _compared("ar", metric, baseline_BK, system_BK, beyond_X, interval(difference_X, seed=seed))
+    notice("p", describe_meaningless, found, notes)
+    return found
+
+
+def smallest_p(differing: int) -> float:
+    """The smallest p-value of a two-sided test on n examples that differ: 2 / 2^n, and 1 of none.
+
+    If the systems are alike, their outputs on any example might as well be exchanged: 2^n outcomes, equally likely. To exchange
+    all outputs changes the sign of the difference alone, so that two outcomes at least are as extreme as the observed one.
+    p <= 0.05 takes six examples. Those that both systems score alike change no outcome. A bootstrap resamples the same examples
+    and has no more evidence.
+    Source: Fisher 1935, "The design of experiments", section 21; for text Noreen 1989, Riezler & Maxwell 2005.
+
+    >>> [smallest_p(n) for n in (0, 1, 4, 5, 6)]
+    [1.0, 1.0, 0.125, 0.0625, 0.03125]
+    """
+    return min(1.0, 2.0 ** (1 - differing))
+
+
+def fewest_examples(level: float = LEVEL) -> int:
+    """How many examples have to differ for a two-sided p of `level`: six for 0.05."""
+    return math.ceil(1 - math.log2(level))
+
+
+def why_no_p(comparison: Comparison) -> str | None:
+    """Why a comparison has no p to speak of; None where it has one."""
+    count = comparison.differing
+    if smallest_p(count) <= LEVEL:
+        return None
+    if not count:
+        return "no example differs, and there is nothing to test"
+    examples = f"{count} example{'s differ' if count > 1 else ' differs'}"
+    return f"{examples}: a two-sided p of so few is at least {smallest_p(count):g}, and {LEVEL:g} takes {fewest_examples()}"
+
+
+def describe_meaningless(comparison: Comparison) -> str | None:
+    why = why_no_p(comparison)
+    return why and f"this p_value means nothing: {why}"
 
 
 TESTS = {"bs": paired_bootstrap, "ar": approximate_randomisation}
@@ -93,6 +151,7 @@ def examples_needed(
         n = B ((z_{1 - level/2} + z_power) SE / difference)²
 
     SE is the bootstrap's standard error of the difference on these B examples; it falls with the square root of their number.
+    n is `fewest_examples` at least.
     None where the difference is 0, or where one example says nothing of how they vary. Errors: `level` or `power` not between
     0 and 1, no example, unequal numbers of them, fewer than two samples (ValueError).
     """
@@ -103,7 +162,7 @@ def examples_needed(
     if abs(difference) <= TIE or len(system_BK) < 2:
         return None
     quantiles = NormalDist().inv_cdf(1 - level / 2) + NormalDist().inv_cdf(power)
-    return max(1, math.ceil(len(system_BK) * (quantiles * float(difference_X.std()) / difference) ** 2))
+    return max(fewest_examples(level), math.ceil(len(system_BK) * (quantiles * float(difference_X.std()) / difference) ** 2))
 
 
 def paired(metric: Metric, baseline_BK: Tensor, system_BK: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,4 +205,7 @@ def _compared(
 ) -> Comparison:
     baseline, system = corpus_value(metric, baseline_BK), corpus_value(metric, system_BK)
     count, samples = int((beyond_X > abs(system - baseline) + TIE).sum()), len(beyond_X)
-    return Comparison(test, baseline, system, system - baseline, (count + 1) / (samples + 1), near, samples, near.seed)
+    before_BK, after_BK = paired(metric, baseline_BK, system_BK)
+    differing = int(((after_BK - before_BK).abs() > TIE).any(1).sum())
+    p_value = (count + 1) / (samples + 1)
+    return Comparison(test, baseline, system, system - baseline, p_value, near, samples, near.seed, differing)

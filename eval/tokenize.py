@@ -1,12 +1,14 @@
-"""Text to tokens for BLEU, by the conventions that sacrebleu names: 13a, intl, char, none; and ids as they are.
+"""Text to tokens, by the conventions that sacrebleu names: 13a, intl, char, none, zh; to words of any script; ids as they are.
 
 Each takes many texts at once and gives a list of tokens for each. `13a` runs its expressions over all of them joined by line
-breaks: every text has a blank at both ends, so that none sees its neighbour.
+breaks: every text has a blank at both ends, so that none sees its neighbour. ja-mecab and ko-mecab are in `eval.mecab`.
 """
 
 import re
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import cache
+
+from eval import mecab
 
 Tokens = list[Sequence[Hashable] | None]
 
@@ -18,6 +20,13 @@ POINT_BEFORE_NO_DIGIT = re.compile(r"([.,])([^0-9])")
 POINTS = {mark: re.compile(rf"\{mark}(?<![.,]\{mark})(?![.,])(?:(?<![0-9]\{mark})|(?![0-9]))") for mark in ".,"}
 POINTS_IN_A_ROW = re.compile(r"[.,]{2,}")
 HYPHEN_AFTER_DIGIT = re.compile(r"-(?<=[0-9]-)")
+# sacrebleu's. Two ranges of rare characters are spelt "\u20000" to "\u2a6d6" and "\u2f800" to "\u2fa1d" there, two characters
+# each: what stands between those are the first two ranges here, of quotes, dashes and arrows.
+CHINESE = (
+    "\u2001-\u2a6d\u2f81-\u2fa1\u2e80-\u2fdf\u2ff0-\u303f\u3100-\u312f\u31a0-\u31bf\u31c0-\u31ef\u3200-\u33ff"
+    "\u3400-\u4db5\u4e00-\u9fbb\uf900-\ufa2d\ufa30-\ufa6a\ufa70-\ufad9\ufe10-\ufe1f\ufe30-\ufe4f\uff00-\uffef"
+)
+CHINESE_OR_MARK = re.compile(f"[{CHINESE}{re.escape(APART)}]")
 
 
 def tokenize_13a(texts: Iterable[str]) -> Tokens:
@@ -46,6 +55,22 @@ def _separated(found: re.Match) -> str:
     return POINT_BEFORE_NO_DIGIT.sub(r" \1 \2", POINT_AFTER_NO_DIGIT.sub(r"\1 \2 ", around))[1:-1]
 
 
+def tokenize_zh(texts: Iterable[str]) -> Tokens:
+    """Each Chinese character, full-width form and typographic mark alone; the rest as by 13a, but for its entities.
+
+    >>> tokenize_zh(["iPhone 15发布会，only 3.5%!"])
+    [['iPhone', '15', '发', '布', '会', '，', 'only', '3.5', '%', '!']]
+    """
+    return [_apart(text.strip()).split() for text in texts]
+
+
+def _apart(text: str) -> str:
+    """Marks apart in a text without 13a's blanks at its ends: a point stays that begins it, or ends it after a digit."""
+    text = CHINESE_OR_MARK.sub(r" \g<0> ", text)
+    text = POINT_BEFORE_NO_DIGIT.sub(r" \1 \2", POINT_AFTER_NO_DIGIT.sub(r"\1 \2 ", text))
+    return HYPHEN_AFTER_DIGIT.sub(" - ", text)
+
+
 def tokenize_intl(texts: Iterable[str]) -> Tokens:
     """mteval-v14's tokens: punctuation of any language apart unless between two digits, symbols apart always.
 
@@ -63,6 +88,22 @@ def _classes() -> tuple:
     import regex  # knows Unicode's categories, and the same ones whatever Python it runs under
 
     return regex.compile(r"(\P{N})(\p{P})"), regex.compile(r"(\p{P})(\P{N})"), regex.compile(r"(\p{S})")
+
+
+def tokenize_unicode(texts: Iterable[str]) -> Tokens:
+    """Runs of letters and digits of any script, with the marks and joiners in them; not one of BLEU's.
+
+    >>> tokenize_unicode(["naïve_idea: 3.5 हिन्दी"])
+    [['naïve', 'idea', '3', '5', 'हिन्दी']]
+    """
+    return [_run().findall(text) for text in texts]
+
+
+@cache
+def _run():
+    import regex
+
+    return regex.compile(r"[\p{L}\p{N}][\p{L}\p{N}\p{M}\u200c\u200d]*")
 
 
 def tokenize_char(texts: Iterable[str]) -> Tokens:
@@ -84,7 +125,21 @@ TOKENIZERS: dict[str, Callable[[Iterable[str]], Tokens]] = {
     "intl": tokenize_intl,
     "char": tokenize_char,
     "none": tokenize_none,
-}
+    "zh": tokenize_zh,
+} | mecab.TOKENIZERS
+
+
+def check_tokenizer(how: str) -> None:
+    """Errors: one that is not there, or whose library is not installed (ValueError)."""
+    if how not in TOKENIZERS:
+        raise ValueError(f"tokenize={how!r}: one of {', '.join((*TOKENIZERS, 'ids'))}")
+    if how in mecab.TOKENIZERS:
+        mecab.tagger(how)
+
+
+def tokenizer_name(how: str) -> str:
+    """A tokenizer as sacrebleu's signature names it."""
+    return mecab.signature(how) if how in mecab.TOKENIZERS else how
 
 
 def tokens(texts: Sequence[str | Sequence[Hashable] | None], how: str, *, lowercase: bool = False) -> Tokens:

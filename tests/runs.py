@@ -75,8 +75,11 @@ NEW_NETWORKS = ("--preset", "--dropout", "--vocab-size")  # options that --init 
 
 def further(options: list) -> list:
     """The options of a run, without those that only a new network has."""
-    pairs = list(zip(options[::2], options[1::2], strict=True))
-    return [part for pair in pairs if pair[0] not in NEW_NETWORKS for part in pair]
+    kept, keeps = [], True
+    for part in options:
+        keeps = part not in NEW_NETWORKS if str(part).startswith("--") else keeps
+        kept += [part] * keeps
+    return kept
 
 
 @contextmanager
@@ -97,7 +100,7 @@ def torch_as_it_was() -> Iterator[None]:
 def command(*options: object, main: Callable[[list[str]], int] = train.__main__.main) -> Said:
     """`python -m train …` in this process, without drawing and measuring the machine: these take as long as the steps."""
     out, err = io.StringIO(), io.StringIO()
-    undrawn = patch("train.report.plot", lambda rows, *_: diagnose(rows))
+    undrawn = patch("train.report.plot", lambda rows, *_, **__: diagnose(rows))
     unmeasured = patch("train.report.matmul_rate", lambda *_: 1e11)
     with torch_as_it_was(), redirect_stdout(out), redirect_stderr(err), undrawn, unmeasured:
         try:

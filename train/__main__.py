@@ -11,6 +11,7 @@ from typing import Annotated, get_type_hints
 import tyro
 
 from data.config import DataError
+from data.shell import quote
 from lora.config import CONFIGS, AdapterError
 from model.config import ConfigError, ModelConfig
 from quant.config import QuantError
@@ -66,7 +67,8 @@ def main(arguments: list[str]) -> int:
             allowed = " ".join(f"--{name.replace('_', '-')}" for names in OVERRIDES.values() for name in names)
             raise TrainError(
                 "--resume goes on with the run's own settings, so that it ends as it would have; only these go with it: "
-                f"{allowed}. To change others, start a new run from its weights: --init {folder} (an adapter's: merged first)"
+                f"{allowed}. To change others, start a new run from its weights: --init {quote(folder)} (an adapter's: "
+                "merged first)"
             )
         config.check()
         if config.run.mesh is not None:
@@ -108,7 +110,7 @@ def fail(error: Exception | str) -> int:
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal without UTF-8 must not end a run that prints an emoji
+        stream.reconfigure(errors="backslashreplace")  # neither an emoji nor a file's name that is no UTF-8 may end a run
     code = main(sys.argv[1:])
     if "RANK" in os.environ:  # gloo's threads may still give tensors back, and an interpreter that ends under them aborts
         for stream in (sys.stdout, sys.stderr):

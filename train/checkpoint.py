@@ -23,11 +23,11 @@ import hashlib
 import json
 import os
 import re
-import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from data.shell import quote
 from train.distributed import Ranks
 
 FORMAT = 2
@@ -188,7 +188,7 @@ def resolve(path: str | Path) -> Path:
     if (folder / IN_PARTS).is_file():
         raise CheckpointError(
             f"{folder} holds its weights in parts, as the ranks that wrote it did. Put them together first: "
-            f"python -m model export {shlex.quote(str(path))} --out FOLDER"
+            f"python -m model export {quote(path)} --out FOLDER"
         )
     return folder
 

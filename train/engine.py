@@ -9,14 +9,14 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lora.peft_io
 import model.hub
 from lora.adalora import RankAllocator
 from lora.inject import adapters
+from model.safetensors_file import WeightFile
 from quant.qat import converted
 from train import qat
 from train.adapters import kept
@@ -27,7 +27,7 @@ from train.named_optimizer import Optimizers
 from train.precision import GradScaler
 from train.qat import Observers
 from train.shard import copy_, local
-from train.sharded_checkpoint import INDEX, Parts, part_like, write_part
+from train.sharded_checkpoint import INDEX, Parts, part_like, read_tensor, write_part
 from train.step import StepResult, train_step
 
 # In a checkpoint that is not in parts, beside the files of `model.hub`; the second only where there are averages, the last
@@ -196,7 +196,7 @@ class Engine:
             if self.allocator is not None:
                 self.allocator.load_state_dict(state["allocator"])
             self.step, self.skipped = int(state["step"]), int(state["skipped"])
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{folder} does not fit this run: {error}") from error
 
 
@@ -207,7 +207,8 @@ def stored_tensors(folder: Path) -> Mapping[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name in FILES.values():
         if (folder / name).is_file():
-            found |= load_file(folder / name)
+            with WeightFile(folder / name) as file:
+                found |= {key: read_tensor(file, key) for key in file.names}
     return found
 
 

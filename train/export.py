@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 import model.hub
+from data.shell import quote
 from data.tokenizer import load_tokenizer
 from model.folders import copy_beside
 from model.init import empty
@@ -22,7 +23,7 @@ def export(path: Path, out: Path) -> Path:
     """
     folder = checkpoint_of(path)
     if (folder / "adapter_config.json").is_file():
-        raise CheckpointError(f"{folder} holds an adapter: python -m lora merge BASE {folder} --out {out}")
+        raise CheckpointError(f"{folder} holds an adapter: python -m lora merge BASE {quote(folder)} --out {quote(out)}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(f"--out {out} is there already, and is not an empty folder")
     out.mkdir(parents=True, exist_ok=True)

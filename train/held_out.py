@@ -14,8 +14,8 @@ from data.tokenizer import load_tokenizer
 from model.config import ModelConfig
 from train.config import NetworkConfig, OptimizerConfig, ReportConfig, RunConfig, TrainConfig, TrainError
 from train.evaluate import evaluate
-from train.loop import settings
 from train.loss.losses import LOSSES, choose_loss
+from train.plain import read_settings
 from train.setup import TASKS
 from train.tasks.task import Scores, Task
 
@@ -50,9 +50,9 @@ def open_text(
         return no_objective(config)
     try:
         tokenizer = load_tokenizer(folder, config.vocab_size)
-        run = folder.parents[1]
+        run = folder.parent.parent
         is_run = folder.parent.name == "checkpoints" and (run / "config.toml").is_file()
-        data = settings(run).data if is_run else DataConfig()
+        data = read_settings(run).data if is_run else DataConfig()
         data = replace(data, corpus=corpus or data.corpus, cache=cache or data.cache)
         shards = prepare(data, tokenizer=tokenizer, mask=objective == "mlm", say=say, progress=sys.stderr.isatty())
         # No window is longer than the text: what would fill it up costs time, and is not scored.

@@ -5,7 +5,6 @@ import math
 import os
 import signal
 import time
-import tomllib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -16,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from data.clm import IGNORE
+from data.shell import quote
 from data.stream import Prefetcher
 from model.folders import EXTRAS, copy_beside
 from quant.qat import converted
@@ -38,7 +38,7 @@ from train.interrupt import StopRequest
 from train.lock import locked
 from train.log import Console, Metrics, cut_back
 from train.phases import Phases
-from train.plain import from_plain, to_plain, with_absolute_paths
+from train.plain import read_settings, to_plain, with_absolute_paths
 from train.report import Session, comparable, conclude, introduction, out_of_memory
 from train.setup import (
     TASKS,
@@ -46,6 +46,7 @@ from train.setup import (
     open_engine,
     open_network,
     own_device,
+    resolve_data,
     resolve_machine,
     resolve_network,
 )
@@ -64,7 +65,7 @@ def start(config: TrainConfig) -> int:
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and config.run.out is None:
         raise TrainError("with --max-restarts the run needs a name that a restart finds again: give --out")
     if restarts and (config.run.out / "config.toml").is_file():
-        if others := differing(settings(config.run.out), config):
+        if others := differing(read_settings(config.run.out), config):
             raise TrainError(f"{config.run.out} already holds another run ({'; '.join(others)}): choose another --out")
         return resume(config.run.out)
     with connected() as ranks:
@@ -77,7 +78,7 @@ def start(config: TrainConfig) -> int:
             with ranks.together():
                 if ranks.main and any((out / name).exists() for name in ("config.toml", "metrics.jsonl", "checkpoints")):
                     raise TrainError(
-                        f"{out} already holds a run: go on, `python -m train --resume {out}`, or choose another --out"
+                        f"{out} already holds a run: go on, `python -m train --resume {quote(out)}`, or choose another --out"
                     )
             if config.run.init is not None:  # a run's best checkpoint may be another one by the time of a resume
                 config = replace(config, run=replace(config.run, init=resolve(config.run.init)))
@@ -89,27 +90,15 @@ def resume(folder: Path, given: dict[str, dict] | None = None) -> int:
 
     given: settings of `train.config.OVERRIDES` to have now instead of the run's.
     """
-    config = override(settings(folder), given or {})
+    config = override(read_settings(folder), given or {})
     config.check()
     if config.method is None and "init" in (given or {}).get("run", {}):
         raise TrainError(f"--resume {folder} needs no --init: the run has its weights in its checkpoints")
     if config.method is not None and not config.run.init.exists():
-        raise TrainError(f"{config.run.init}, the adapter's base, is not there: --resume {folder} --init BASE says where it is")
+        raise TrainError(f"the adapter's base {config.run.init} is not there: say where, --resume {quote(folder)} --init BASE")
     with connected() as ranks, held(folder, ranks):
         config = resolve_machine(replace(config, run=replace(config.run, out=folder)), ranks)
         return Run(config, ranks, resume=True).train()
-
-
-def settings(folder: Path) -> TrainConfig:
-    """What stands in a run's config.toml."""
-    path = folder / "config.toml"
-    if not path.is_file():
-        raise TrainError(f"--resume {folder}: not a run, there is no {path.absolute()}")
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise TrainError(f"{path} is not TOML: {error}") from None
-    return from_plain(TrainConfig, table, str(path))
 
 
 @contextmanager
@@ -139,7 +128,7 @@ class Run:
         network = open_network(config, self.tokenizer, checkpoint, place, say)
         if self.device.type == "cpu":
             keep_freed_memory()
-        config = self.config = resolve_network(config, ranks, network, self.tokenizer)
+        config = self.config = resolve_network(resolve_data(config, self.tokenizer), ranks, network)
         self.task = TASKS[config.run.objective](config, self.shards)
         self.console.unit = self.task.unit
         self.engine, self.config = open_engine(config, ranks, self.device, self.task, network, say)
@@ -194,12 +183,12 @@ class Run:
                 raise
             raise TrainError(
                 f"rank {self.ranks.rank}: at step {self.step + 1} another rank was gone ({str(error).splitlines()[0]}). The "
-                f"checkpoints in {self.out} are untouched: torchrun … -m train --resume {self.out}"
+                f"checkpoints in {self.out} are untouched: torchrun … -m train --resume {quote(self.out)}"
             ) from error
         except (OSError, SafetensorError) as error:
             raise TrainError(
                 f"could not write at step {self.step}: {error}. The checkpoints in {self.out} are untouched; "
-                f"when there is room: python -m train --resume {self.out}"
+                f"when there is room: python -m train --resume {quote(self.out)}"
             ) from error
         finally:
             self.console.end()
@@ -282,8 +271,8 @@ class Run:
         times = f" ({self.in_a_row} steps in a row)" if self.in_a_row > 1 else ""
         raise TrainError(
             f"{what}{times}; {where}. Nothing was saved since the last checkpoint in {self.out}. To leave such batches out: "
-            f"python -m train --resume {self.out} --on-nonfinite skip; or begin anew with a lower --lr and --matrix-lr, or "
-            "--precision fp32"
+            f"python -m train --resume {quote(self.out)} --on-nonfinite skip; or begin anew with a lower --lr and --matrix-lr, "
+            "or --precision fp32"
         )
 
     def _early(self) -> str:
@@ -372,7 +361,7 @@ class Run:
             if state["text"] != self._text():
                 raise TrainError(
                     f"the corpus {' '.join(self.config.data.corpus)} is no longer the text that {self.out} began with; "
-                    f"to train its weights on other text: --init {self.out}"
+                    f"to train its weights on other text: --init {quote(self.out)}"
                 )
             for key in ADVANCES:
                 setattr(self, key, state[key])

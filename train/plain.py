@@ -1,14 +1,22 @@
-"""Settings as tables of plain values, such as TOML holds, and back. Standard library only."""
+"""Settings as tables of plain values, such as TOML holds, and back. Standard library only.
 
+TOML is UTF-8, and a file's name need not be: Python holds its other bytes as lone surrogates. Such text is written as a URI,
+`file:caf%E9.txt`, and so is text that begins as one.
+"""
+
+import tomllib
 import types
 import typing
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote, unquote_to_bytes
 
 from data.config import BUILT_IN
 from lora.config import CONFIGS
 from train.config import TrainConfig, TrainError
+
+URI = "file:"
 
 
 def to_plain(config: TrainConfig) -> dict:
@@ -35,7 +43,21 @@ def _plain(value: Any) -> Any:
         return {k: _plain(v) for k, v in value.items() if v is not None}
     if isinstance(value, tuple):
         return [_plain(v) for v in value]
-    return str(value) if isinstance(value, Path) else value
+    return spelled(str(value)) if isinstance(value, Path | str) else value
+
+
+def spelled(text: str) -> str:
+    """
+    >>> spelled("caf\\udce9 50%"), read_spelled("file:caf%E9%2050%25") == "caf\\udce9 50%", spelled("50%")
+    ('file:caf%E9%2050%25', True, '50%')
+    """
+    raw = text.encode(errors="surrogateescape")
+    is_utf8 = raw.decode(errors="replace") == text
+    return text if is_utf8 and not text.startswith(URI) else URI + quote(raw)
+
+
+def read_spelled(text: str) -> str:
+    return unquote_to_bytes(text.removeprefix(URI)).decode(errors="surrogateescape") if text.startswith(URI) else text
 
 
 def from_plain(kind: type, table: dict, where: str) -> Any:
@@ -69,10 +91,22 @@ def _typed(hint: Any, value: Any, place: str) -> Any:
         return tuple(_typed(h, v, place) for h, v in zip(inner, value, strict=True))
     if origin is dict and isinstance(value, dict):
         return {str(key): _typed(args[1], each, f"{place}.{key}") for key, each in value.items()}
-    if hint is Path and isinstance(value, str):
-        return Path(value)
+    if hint in (Path, str) and isinstance(value, str):
+        return hint(read_spelled(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise TrainError(f"{place} = {value!r}: {getattr(hint, '__name__', hint)} is expected")
+
+
+def read_settings(folder: Path) -> TrainConfig:
+    """What stands in a run's config.toml."""
+    path = folder / "config.toml"
+    if not path.is_file():
+        raise TrainError(f"--resume {folder}: not a run, there is no {path.absolute()}")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise TrainError(f"{path} is not TOML: {error}") from None
+    return from_plain(TrainConfig, table, str(path))

@@ -1,6 +1,8 @@
 """A few steps under torch's profiler: a trace to look at, and the operators that took the time, as a table."""
 
 import gzip
+import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -95,10 +97,11 @@ def operators(profiled: profile, device: torch.device, steps: int, seconds: floa
 
 def write_trace(profiled: profile, path: Path) -> Path:
     """Chrome's format; compressed where it is large. Returns the file's path."""
-    profiled.export_chrome_trace(str(path))
-    if path.stat().st_size <= LARGE:
-        return path
-    packed = path.with_name(path.name + ".gz")
-    packed.write_bytes(gzip.compress(path.read_bytes(), compresslevel=6))
-    path.unlink()
-    return packed
+    with tempfile.TemporaryDirectory() as folder:  # torch knows names in UTF-8 alone, and the run's need not be
+        made = Path(folder, path.name)
+        profiled.export_chrome_trace(str(made))
+        if made.stat().st_size <= LARGE:
+            return Path(shutil.move(made, path))
+        packed = path.with_name(path.name + ".gz")
+        packed.write_bytes(gzip.compress(made.read_bytes(), compresslevel=6))
+        return packed

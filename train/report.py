@@ -1,13 +1,13 @@
 """What a run says before its first step and after its last: what it is, what it reached, what to type next."""
 
 import platform
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from data.clm import IGNORE
+from data.shell import quote
 from model.flops import flops_per_token
 from quant.linear import count, quantized_layers
 from quant.qat import qat_layers
@@ -157,7 +157,7 @@ def conclude(run: "Run", stopped: str, session: Session) -> None:
         say("curves   not drawn: matplotlib is not installed (pip install -c constraints.txt -e '.[plots]')")
     except OSError as error:
         say(f"curves   not drawn: {error}")
-    folder = shlex.quote(str(out))
+    folder = quote(out)
     say("next")
     if stopped.startswith("on"):
         say(f"  python -m train --resume {folder}")
@@ -169,10 +169,10 @@ def conclude(run: "Run", stopped: str, session: Session) -> None:
     objective = "" if run.config.run.objective == "clm" else f" --objective {run.config.run.objective}"
     say(f"  python -m train{objective} --corpus PATH            # your own .txt, .md, .py or .jsonl files")
     if config.method is not None and config.method.mergeable and opened is not None:
-        base = shlex.quote(str(config.run.init))
-        say(f"  python -m lora merge {base} {shlex.quote(str(opened))} --out {folder}-model   # one ordinary model folder")
+        base = quote(config.run.init)
+        say(f"  python -m lora merge {base} {quote(opened)} --out {folder}-model   # one ordinary model folder")
     elif config.method is None and config.run.qat == "none" and not stopped.startswith("on"):
-        corpus = "" if built_in(run.config) else f" --corpus {shlex.join(run.config.data.corpus)}"
+        corpus = "" if built_in(run.config) else f" --corpus {' '.join(map(quote, run.config.data.corpus))}"
         say(f"  python -m train{objective} --init {folder}{corpus} --steps 300   # go on from these weights")
 
 

@@ -9,7 +9,9 @@ import torch
 
 import model.hub
 from data.config import DataConfig, DataError
-from data.corpus import read_corpus
+from data.corpus import find_corpus, read_corpus
+from data.files import ReadReport
+from data.find import shortened
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.network import Network
 from train.checkpoint import resolve
@@ -66,8 +68,15 @@ def documents(opened: Opened, corpus: tuple[str, ...], text_key: str = "text") -
         yield document(opened, text)
     if others:
         try:
-            for found in read_corpus(DataConfig(corpus=others, text_key=text_key)):
+            config, left_out = DataConfig(corpus=others, text_key=text_key), []
+            find_corpus(config, left_out)
+            for line in left_out:
+                print(f"note: {line}", file=sys.stderr)
+            report = ReadReport()
+            for found in read_corpus(config, report):
                 yield document(opened, found.text)
+            if report.no_records:
+                print(f"note: left out, as no list of records: {shortened(report.no_records)}", file=sys.stderr)
         except DataError as error:
             raise DataError(str(error).removeprefix("--corpus ")) from None
 

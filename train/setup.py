@@ -175,6 +175,13 @@ def open_data(config: TrainConfig, checkpoint: Path | None, say: Say) -> Shards:
     return prepare(config.data, tokenizer=tokenizer, mask=mask, say=say, progress=progress)
 
 
+def resolve_data(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
+    """Write back into the settings what separates documents, and the size of a vocabulary that was made of them."""
+    separator = None if tokenizer.affixes.prefix else tokenizer.name_of(tokenizer.bos_id)
+    vocab_size = tokenizer.vocab_size if config.run.init is None else config.data.vocab_size
+    return replace(config, data=replace(config.data, separator=separator, vocab_size=vocab_size))
+
+
 def open_network(
     config: TrainConfig, tokenizer: Tokenizer, checkpoint: Path | None, device: torch.device, say: Say = print
 ) -> nn.Module:
@@ -239,8 +246,8 @@ def also_end_with(network: nn.Module, eos_id: int) -> None:
         network.generation |= {"eos_token_id": [*(said if isinstance(said, list) else [said]), eos_id]}
 
 
-def resolve_network(config: TrainConfig, ranks: Ranks, network: nn.Module, tokenizer: Tokenizer) -> TrainConfig:
-    """Write what the network is, what separates documents, and what speed will be used, back into the settings."""
+def resolve_network(config: TrainConfig, ranks: Ranks, network: nn.Module) -> TrainConfig:
+    """Write what the network is and what speed will be used back into the settings."""
     has, speed = network.config, config.speed
     before = network.body.before  # a prompt's or prefix's positions
     room = has.context if has.position == "relative" else has.context - before
@@ -264,10 +271,8 @@ def resolve_network(config: TrainConfig, ranks: Ranks, network: nn.Module, token
         loss = choose_loss(rows, has.vocab_size, torch.device(config.run.device))
     if loss == "triton" and (torch.device(config.run.device).type != "cuda" or not importlib.util.find_spec("triton")):
         raise TrainError("--loss triton needs a CUDA device and triton; --loss chunked computes the same without")
-    separator = None if tokenizer.affixes.prefix else tokenizer.name_of(tokenizer.bos_id)
     return replace(
         config,
-        data=replace(config.data, separator=separator),
         network=asked,
         speed=replace(speed, precision=precision, compile=compiled, loss=loss),
     )

@@ -14,10 +14,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from model.safetensors_file import WeightFile
 from train.checkpoint import IN_PARTS as INDEX
 from train.checkpoint import CheckpointError
 from train.shard import is_sharded, local
@@ -48,6 +48,13 @@ def write_part(folder: Path, tensors: Mapping[str, Tensor], part: int, parts: in
                 entries[name]["rows"] = [rows(value.size(0), p, parts) for p in range(parts)]
         index = {"parts": parts, "tensors": entries}
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def read_tensor(file: WeightFile, name: str) -> Tensor:
+    """One tensor as it was saved. (The library's own reader opens no file of a name that is not UTF-8.)"""
+    value = torch.empty(file.shape(name), dtype=file.dtype(name))
+    file.read(name, value)
+    return value
 
 
 class Parts(Mapping[str, Tensor]):
@@ -94,10 +101,10 @@ class Parts(Mapping[str, Tensor]):
         path = self.folder / file_name(part, self.parts)
         try:
             if path not in self._open:
-                self._open[path] = safe_open(path, framework="pt")
-            file = self._open[path]
-            return file.get_tensor(name) if where is None else file.get_slice(name)[where]
-        except (OSError, SafetensorError, ValueError, IndexError) as error:
+                self._open[path] = WeightFile(path)
+            value = read_tensor(self._open[path], name)
+            return value if where is None else value[where]
+        except (OSError, ValueError, IndexError) as error:
             raise CheckpointError(f"{path}: {name}: {error}") from error
 
 

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from eval.files import HYPOTHESIS_FIELDS, REFERENCE_FIELDS, EvalError, Source, Sources
+from data.config import DataError
+from eval.commands.texts import HYPOTHESIS_FIELDS, REFERENCE_FIELDS, EvalError, Source, Sources
 
 
 def sources(hypothesis, *references) -> Sources:
@@ -51,6 +52,58 @@ def test_json_lines_in_every_form(tmp_path):
     assert streams == [[["a", "b", "c"], ["A", None, "C"], [None, None, "č"]]]
 
 
+RECORDS = [{"id": "1", "prediction": "a, b\nb", "reference": "r1"}, {"id": "2", "prediction": "c", "reference": "r2"}]
+TABLES = {
+    "a.json": json.dumps(RECORDS),
+    "b.json": "\ufeff" + json.dumps(RECORDS, indent=2),
+    "c.json": "".join(json.dumps(record) + "\n" for record in RECORDS),
+    "d.csv": '\ufeffid;prediction;reference\r\n1;"a, b\nb";r1\r\n2;c;r2\r\n',
+    "e.TSV": 'id\tprediction\treference\n1\t"a, b\nb"\tr1\n2\tc\tr2\n',
+    "f.JSONL": "".join(json.dumps(record) + "\n" for record in RECORDS),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_and_arrays_give_fields_as_json_lines_do(tmp_path, name, capsys):
+    """Not their syntax, line by line: against itself that scored 100."""
+    path = written(tmp_path, name, TABLES[name])
+    assert read(path, path) == (["a, b\nb", "c"], [[["r1", "r2"]]])
+    fields = {"hypotheses": "prediction", "references": "reference"} if name != "f.JSONL" else {}
+    notes = [f"note: {path}: the {which} are the field {field!r} of its records\n" for which, field in fields.items()]
+    assert capsys.readouterr().err == "".join(notes)
+    packed = tmp_path / f"{name}.gz"
+    packed.write_bytes(gzip.compress(TABLES[name].encode()))
+    assert read(packed, path) == read(path, packed)
+
+
+def test_an_array_of_texts(tmp_path):
+    path = written(tmp_path, "a.json", '["one", "two"]')
+    assert read(path, written(tmp_path, "b.json", '[["1", "eins"], "2"]')) == (["one", "two"], [[["1", "2"], ["eins", None]]])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("a.csv", "blue is the sky,the grass\nno,yes\n", ", record 1: none of the fields .*but blue is the sky, the grass"),
+        ("b.csv", "text\nHello, world\n", ", record 1: 2 fields .*the header has 1"),
+        ("c.csv", 'text\n"open\n', ", record 1: unexpected end of data"),
+        ("d.csv", b"text\nfine\nbr\xffken\n", ", line 3: not UTF-8 .byte 0xff at its byte 3"),
+        ("f.json", '{"predictions": ["a", "b"]}', ": one object, with the keys 'predictions', and no list of records"),
+        ("g.json", '[{"text": "a"}, {"text": null}]', ", record 2, field 'text': a text is wanted, got None"),
+        ("h.json", '["a",', ": not JSON .Expecting value at character"),
+        ("i.json", '"a"\n\n"b"\n', ", line 2: not JSON"),
+        ("j.json", "a text\n", ": not JSON"),
+        ("k.parquet", b"PAR1", ": Parquet is not read yet; convert it: python -c "),
+        ("l.arrow.gz", b"x", ": Arrow is not read yet; convert it: gunzip -k .* && python -c "),
+    ],
+)
+def test_tables_and_arrays_that_hold_no_texts(tmp_path, name, content, told):
+    bad = written(tmp_path, name, content)
+    with pytest.raises((EvalError, DataError), match=told) as error:
+        read(bad, written(tmp_path, "good", "a\nb\n"))
+    assert str(error.value).startswith(str(bad))
+
+
 def test_compressed_files_and_standard_input(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'"one"\n"two"\n'))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"1\n2\n")))
@@ -83,6 +136,8 @@ def test_files_that_cannot_be_read(tmp_path):
     assert refused(tmp_path / "none.txt", good) == f"{tmp_path / 'none.txt'}: no such file"
     assert "is a folder" in refused(tmp_path, good)
     assert "is empty" in refused(written(tmp_path, "e", ""), written(tmp_path, "f", ""))
+    assert "is empty" in refused(written(tmp_path, "header.csv", "text\n"), written(tmp_path, "empty.json", "[]"))
+    assert "full of NUL bytes (UTF-16?" in refused(written(tmp_path, "utf16", "a text\n".encode("utf-16-le")), good)
     torn = written(tmp_path, "torn.gz", gzip.compress(b"a\n" * 999)[:-9])
     assert f"{torn}: it cannot be read" in refused(torn, good)
     assert f"{good}.gz: it cannot be read" in refused(written(tmp_path, "good.txt.gz", "a\n"), good)

@@ -16,7 +16,6 @@ import lora.peft_io
 import model.__main__ as model_command
 import model.hub
 from data.tokenizer import load_tokenizer
-from data.tokenizer_training import train_tokenizer
 from lora.adalora import RankAllocator
 from lora.config import CONFIGS, LoraConfig
 from lora.inject import add_adapters, parts
@@ -316,7 +315,7 @@ def test_the_room_that_a_prefix_leaves():
     for family, room in (("gpt2", -4), ("t5", 0)):
         network = add_adapters(randomized(tiny_config(family)), CONFIGS["prefix"](tokens=4))
         config = TrainConfig(run=RunConfig(device="cpu", adapter="prefix"))
-        resolved = resolve_network(config, Ranks(), network, train_tokenizer(["a text with some letters in it"], 266))
+        resolved = resolve_network(config, Ranks(), network)
         assert resolved.network.context == network.config.context + room
 
 

@@ -134,6 +134,19 @@ def test_config_holds_what_was_chosen(options, tmp_path):
     assert config.speed.compile in ("on", "off") and config.speed.precision in ("fp32", "bf16")
 
 
+def test_a_vocabulary_that_nobody_asked_for(options, tmp_path):
+    """What the text can fill stands in config.toml, so that a resume finds the same shards; --init has its own."""
+    at = options.index("--vocab-size")
+    options = options[:at] + options[at + 2 :]
+    said = stopped_at(2, *options, "--steps", 4, "--log-every", 1, "--out", tmp_path / "run")
+    size = tomllib.loads((tmp_path / "run" / "config.toml").read_text())["data"]["vocab_size"]
+    assert 320 < size < 2048 and f"the text can fill {size:,} pieces" in said.out and f"tokens   {size:,} pieces" in said.out
+    said = command("--resume", tmp_path / "run")
+    assert said.code == 0 and "(reused)" in said.out and "can fill" not in said.out
+    assert command(*further(options), "--init", tmp_path / "run", "--steps", 1, "--out", tmp_path / "other").code == 0
+    assert "vocab_size" not in tomllib.loads((tmp_path / "other" / "config.toml").read_text())["data"]
+
+
 def test_where_nothing_can_be_compiled_it_is_said_and_written_down(options, tmp_path, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("No working C++ compiler found\nmore lines")

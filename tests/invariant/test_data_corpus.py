@@ -1,12 +1,16 @@
 """The built-in corpus, and the duplicates that must not reach the validation split."""
 
 import hashlib
+import random
 import subprocess
 import sys
+import time
 
 import numpy as np
+import pytest
+import regex
 
-from data.corpus import cut
+from data.corpus import cut, cut_at_spaces, cut_long_lines
 from data.dedup import deduplicate, find_covered, shared_shingles, shingles
 from data.files import Document
 from tests.texts import prose
@@ -47,6 +51,61 @@ def test_cut_loses_nothing():
     unbroken = "line\n" * 5000
     assert "".join(piece.text for piece in cut(Document("list", unbroken), 1000)) == unbroken
     assert len(cut(Document("list", unbroken), 1000)) > 4
+
+
+WORDS = "word don\u2019t Zu\u0308rich \U0001f469\u200d\U0001f52c \U0001f1e9\U0001f1ea \u0928\u093f\u0930 \ud55c\uae00".split()
+
+
+def one_line(seed: int, words: int, spaces: str = " ") -> str:
+    draw = random.Random(seed)
+    return "".join(draw.choice(WORDS) + draw.choice(spaces.split("|")) for _ in range(words))
+
+
+LINES = {
+    "words": one_line(0, 3000),
+    "wide spaces": one_line(1, 2000, " |\u3000|  \t|\x0b\r\n|\u2028"),
+    "accents behind spaces": "a \u0301bc  \u0301" * 2000,
+    "no space": one_line(2, 3000, ""),
+    "characters of four bytes": "\U0001f600" * 5000,
+    "lines of two characters": "\r\n" * 5000,
+    "accents alone": "\u0301" * 9000,
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_one_line_is_cut_where_a_reader_would(name):
+    text, size = LINES[name], 300
+    pieces = [piece.text for piece in cut_at_spaces(Document("line", text), size)]
+    assert "".join(pieces) == text and len(pieces) > 15
+    assert all(size - 4 < len(piece.encode()) and len(piece) <= 2 * size for piece in pieces[:-1])
+    if name == "accents alone":  # one character for a reader, and longer than any piece
+        return
+    inside = {found.start() for found in regex.finditer(r"\X", text)}
+    borders = np.cumsum([len(piece) for piece in pieces])[:-1].tolist()
+    assert set(borders) <= inside
+    if name in ("words", "wide spaces"):
+        assert all(text[at - 1].isspace() and not text[at].isspace() for at in borders)
+
+
+def test_cutting_one_line_takes_time_like_its_length():
+    """0.04 s here; a cut that copies what is left after each piece moves 24 GB."""
+    text = "word " * 8_000_000
+    start = time.perf_counter()
+    assert len(cut_at_spaces(Document("line", text), 1 << 14)) == 2442
+    assert time.perf_counter() - start < 2
+
+
+def test_what_lines_cut_stays_as_it_was():
+    """But for a piece that is most of the text; and what they did not cut is cut at spaces, if it is long."""
+    chapters, line = "".join(one_line(n, 400) + "\n" for n in range(9)), one_line(9, 2000)
+    most, size = len(chapters.encode()) // 4, len(chapters.encode()) // 80
+    pieces = cut(Document("book", chapters), size)
+    assert len(pieces) == 9 and cut_long_lines(pieces, size, most) == pieces
+    again = cut_long_lines(cut(Document("book", f"{line}\nThe end.\n"), size), size, most)
+    assert len(again) > 40 and again[-1].text == "The end.\n"
+    assert len(cut_long_lines(cut(Document("line", line), size), size, most)) > 40
+    short = Document("line", line[:size])
+    assert cut_long_lines(cut(short, size), size, most) == [short]
 
 
 # --- duplicates -------------------------------------------------------------------------------------------------------

@@ -5,18 +5,19 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import data.shards
-from data.config import DataConfig
+from data.config import DataConfig, DataError
 from data.corpus import read_corpus
 from data.dedup import deduplicate
 from data.files import Document, ReadReport
 from data.shards import prepare, split
-from data.tokenizer_training import train_tokenizer
+from data.tokenizer_training import VocabularyError, train_tokenizer
 from tests.texts import prose
 
 
@@ -183,6 +184,96 @@ def test_one_long_file_is_cut(tmp_path):
     shards = prepare(DataConfig(corpus=(str(tmp_path),), vocab_size=300, cache=tmp_path / "cache"), say=said.append)
     assert shards.report["documents"] == 1 and shards.report["cut_into"] > 40
     assert shards.validation.documents >= 1 and any("cut after blank lines" in line for line in said)
+
+
+SHAPES = {
+    "one line": (["{}"], " and long lines at white space, into"),
+    "two lines of two files": (["{}", "{}"], " and long lines at white space, into"),
+    "one of them short": (["{}\nThe end.\n"], " and long lines at white space, into"),
+    "a JSON line": (['{{"text": "{}"}}'], " and long lines at white space, into"),
+    "old line ends": (["{}"], "cut after blank lines into"),
+    "lines": (["{}"], "cut after blank lines into"),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_few_lines_can_be_split(tmp_path, shape):
+    (tmp_path / "text").mkdir()
+    files, how = SHAPES[shape]
+    end = {"old line ends": "\r\r", "lines": "\n\n"}.get(shape, " ")
+    for n, form in enumerate(files):
+        text = form.format("".join(prose(100 * n + k, 80).strip() + end for k in range(60)))
+        (tmp_path / "text" / f"{n}{'.jsonl' if 'JSON' in shape else '.txt'}").write_bytes(text.encode())
+    said = []
+    shards = prepare(DataConfig(corpus=(str(tmp_path / "text"),), vocab_size=300, cache=tmp_path / "cache"), say=said.append)
+    assert [line for line in said if how in line]
+    assert shards.report["documents"] == len(files) and shards.report["cut_into"] > 40
+    assert 0 < shards.validation.bytes < shards.train.bytes / 4
+    assert shards.train.bytes + shards.validation.bytes > 0.9 * sum(p.stat().st_size for p in (tmp_path / "text").iterdir())
+
+
+# --- a vocabulary that nobody asked for -------------------------------------------------------------------------------
+
+FEW = "the text can fill {:,} pieces, fewer than the default 2,048: the tokenizer has these"
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_an_unset_vocabulary_is_what_the_text_can_fill(config, mask):
+    unset, said = replace(config, vocab_size=None), []
+    shards = prepare(unset, mask=mask, say=said.append)
+    size = shards.tokenizer.vocab_size
+    assert 300 < size < 2048 and FEW.format(size) in said and shards.built and (shards.tokenizer.mask_id == 3) == mask
+    again = prepare(unset, mask=mask, say=said.append)
+    resolved = prepare(replace(config, vocab_size=size), mask=mask)
+    assert not again.built and not resolved.built and shards.folder == again.folder == resolved.folder
+    assert said.count(FEW.format(size)) == 2 and len([line for line in said if "training" in line]) == 1
+    for more in (2048, size + 1):
+        with pytest.raises(DataError, match=f"vocab_size={more} is more than this text can fill.* --vocab-size {size},"):
+            prepare(replace(config, vocab_size=more), mask=mask)
+    shutil.rmtree(shards.folder)
+    assert prepare(unset, mask=mask).tokenizer.sha256 == shards.tokenizer.sha256
+    shutil.rmtree(config.cache)
+    assert prepare(replace(config, vocab_size=size), mask=mask).tokenizer.sha256 == shards.tokenizer.sha256
+
+
+def test_a_text_that_fills_the_default_has_the_shards_that_it_had(stdlib_docs):
+    """Named by the same key, whether 2,048 is asked for or not."""
+    config = DataConfig(cache=stdlib_docs.folder.parent)
+    assert prepare(config).folder == prepare(replace(config, vocab_size=2048)).folder == stdlib_docs.folder
+    assert not list(config.cache.glob("*.json")), "no note is needed"
+
+
+def test_a_damaged_note_is_made_again(config):
+    unset = replace(config, vocab_size=None)
+    shards = prepare(unset)
+    (note,) = config.cache.glob("*.json")
+    for content in ("{", "[]", '{"vocab_size": null}', ""):
+        note.write_text(content)
+        again = prepare(unset)
+        assert again.folder == shards.folder and json.loads(note.read_text()) == {"vocab_size": shards.tokenizer.vocab_size}
+
+
+def test_a_text_that_fills_too_little(tmp_path):
+    (tmp_path / "a.txt").write_text("a"), (tmp_path / "b.txt").write_text("b")
+    with pytest.raises(DataError, match=r"this text can fill 26\d pieces, and a tokenizer has 264 at the least: use more text"):
+        prepare(DataConfig(corpus=(str(tmp_path),), cache=tmp_path / "cache"))
+
+
+def test_a_smaller_vocabulary_may_be_filled_still_less(monkeypatch, config):
+    """It has room for fewer characters: sizes are tried until one is filled."""
+    tried, largest = [], {2048: 900, 900: 400}
+
+    def limited(texts, size, mask):
+        tried.append(size)
+        if size in largest:
+            raise VocabularyError("too many", largest[size])
+        return train_tokenizer(texts, size, mask)
+
+    monkeypatch.setattr(data.shards, "train_tokenizer", limited)
+    assert prepare(replace(config, vocab_size=None)).tokenizer.vocab_size == 400 and tried == [2048, 900, 400]
+
+
+# --- reports ----------------------------------------------------------------------------------------------------------
 
 
 def test_report_counts_what_was_left_out(tmp_path):

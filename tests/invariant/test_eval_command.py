@@ -60,7 +60,9 @@ def test_every_score_and_its_interval(score, place):
     assert found["examples"] == COUNT and [each["score"] for each in found["scores"]] == SCORES[score]
     for each in found["scores"]:
         low, high = each["interval"]
-        assert low <= each["value"] <= high and "bs:1000" in each["signature"] and "seed:12345" in each["signature"]
+        wilson = each["interval_kind"] == "wilson"  # of made-up words no answer is exact
+        assert low <= each["value"] <= high and wilson == (each["score"] == "exact match" and each["value"] == 0)
+        assert wilson or ("bs:1000" in each["signature"] and "seed:12345" in each["signature"])
     said = command(score, place / "good.txt", place / "reference.txt", main=main)
     for each in found["scores"]:
         assert re.search(rf"^{re.escape(each['score'])} = ", said.out, re.MULTILINE) and each["signature"] in said.out
@@ -117,6 +119,54 @@ def test_a_system_beside_itself_is_no_better(place):
     assert second["difference"] == 0 and second["p_value"] is None and second["examples_needed"] is None
     assert "score the same on every example" in command("chrf", *given, main=main).out
     assert "same" not in command("chrf", *given, "--differ", "0", main=main).out
+
+
+def answers_of(folder, right: int, **systems: int):
+    """Files of systems that are right on so many questions, the first ones."""
+    given = []
+    for name, count in systems.items():
+        (folder / name).write_text("yes\n" * count + "no\n" * (right - count))
+        given += ["--system", f"{name}={folder / name}"]
+    (folder / "r").write_text("yes\n" * right)
+    return "f1", *given, folder / "r"
+
+
+def test_too_few_examples_that_differ_have_no_p(tmp_path):
+    for test in ("bootstrap", "randomisation"):
+        for differ in (0, 1, 5, 6):
+            given = *answers_of(tmp_path, 30, a=20, b=20 + differ), "--test", test
+            _, second, *_ = scored(*given)["scores"]
+            assert (second["p_value"] is None) == (differ < 6) == (second["no_p_value"] is not None)
+            assert second["difference"] == pytest.approx(100 * differ / 30)
+            said = command(*given, main=main)
+            lines = [line for line in said.out.splitlines() if line.startswith("  p of b: – ")]
+            assert said.err == "" and len(lines) == 2 * (differ < 6)  # F1 and exact match
+            if differ == 5:
+                assert lines[0] == "  p of b: – 5 examples differ: a two-sided p of so few is at least 0.0625, and 0.05 takes 6"
+                assert re.search(r"^b .* – ", said.out, re.MULTILINE)
+
+
+def test_intervals_of_examples_that_are_all_right_or_one(tmp_path):
+    """Wilson's of 30 of 30, none of an F1 of 100, and of one example none at all."""
+    answers_of(tmp_path, 30, a=30)
+    f1, exact = scored("f1", tmp_path / "a", tmp_path / "r")["scores"]
+    assert (f1["interval"], f1["interval_kind"], exact["interval_kind"]) == (None, None, "wilson")
+    assert exact["interval"] == [pytest.approx(100 * 30 / (30 + 1.959964**2), abs=1e-5), 100]
+    assert "|ci:wilson|" in exact["signature"] and "bs:1000" in f1["signature"]
+    said = command("f1", tmp_path / "a", tmp_path / "r", main=main)
+    assert said.err == "" and "F1 = 100.00 [–]\n" in said.out and "exact match = 100.00 [88.65, 100.00] Wilson\n" in said.out
+    assert "\nWilson: Wilson's score interval of a share; " in said.out
+    assert "\n[–]: examples that all score, or differ, alike show a bootstrap no variation" in said.out
+    table = command(*answers_of(tmp_path, 30, a=30, b=0), main=main).out
+    assert re.search(r"^b +0.00 \[0.00, 11.35\] Wilson +-100.00 +\[–\] ", table, re.MULTILINE)
+    answers_of(tmp_path, 1, a=1)
+    for score in ("bleu", "f1"):
+        assert all(each["interval"] is None for each in scored(score, tmp_path / "a", tmp_path / "r")["scores"])
+        said = command(score, tmp_path / "a", tmp_path / "r", main=main)
+        assert "[–]: one example has no interval" in said.out and "Wilson" not in said.out
+    mixed = command(*answers_of(tmp_path, 30, a=30, b=7), main=main).out
+    assert "Wilson: " in mixed and "[–]: " in mixed
+    assert "[–]" not in command(*answers_of(tmp_path, 30, a=9, b=7), main=main).out
 
 
 def test_equal_scores_of_different_systems_have_a_p(tmp_path):

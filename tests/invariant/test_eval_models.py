@@ -66,9 +66,15 @@ def test_text_files_and_standard_input(finished, opened, tmp_path, monkeypatch):
     assert scored("perplexity", finished, "-", "--top-k", "1", "10")[0]["value"] == score["value"]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff")))
     assert_one_clear_line(command("perplexity", finished, "-", main=main), "standard input is not UTF-8 (byte 0xff at 2)")
-    without, _ = scored("perplexity", finished, tmp_path / "text.txt", "--no-bos", "--eos", "yes", "--context", "16")
+    without, _ = scored("perplexity", finished, tmp_path / "text.txt", "--bos", "no", "--eos", "yes", "--context", "16")
     assert without["parts"]["targets"] == len(ids)
     assert "bos:none" in without["signature"] and "context:16" in without["signature"]
+    every, _ = scored("perplexity", finished, tmp_path / "text.txt", "--bos", "every-window", "--stride", "9")
+    told = {"context": 32, "stride": 9, "bos_id": opened.tokenizer.bos_id}
+    assert every["value"] == perplexity(opened.network, [ids], bos_at="every-window", **told).value
+    assert every["value"] != perplexity(opened.network, [ids], **told).value and "|bos_at:every-window" in every["signature"]
+    yes, auto = (scored("perplexity", finished, tmp_path / "text.txt", *more)[0] for more in (("--bos", "yes"), ()))
+    assert yes == auto and "bos_at" not in yes["signature"]
     few, _ = scored("perplexity", finished, tmp_path / "text.txt", tmp_path / "text.txt", "--tokens", "1")
     assert few["parts"]["documents"] == 1
     said = command("perplexity", finished, tmp_path / "text.txt", main=main)
@@ -99,11 +105,15 @@ def test_pseudo_perplexity_of_an_encoder(masked, tmp_path):
     score, _ = scored("perplexity", masked, tmp_path / "text.txt")
     opened = open_folder(masked)
     tokenizer, ids = opened.tokenizer, opened.tokenizer.encode(TEXT * 3)
-    pieces = [ids[start : start + 23] for start in range(0, len(ids), 23)]  # a bos stands before each
-    expected = pseudo_perplexity(opened.network, pieces, mask_id=tokenizer.mask_id, bos_id=tokenizer.bos_id)
+    pieces = [ids[start : start + 22] for start in range(0, len(ids), 22)]  # between [CLS] and [SEP]
+    ends = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
+    assert [*map(tokenizer.name_of, ends.values())] == ["[CLS]", "[SEP]"]
+    expected = pseudo_perplexity(opened.network, pieces, mask_id=tokenizer.mask_id, **ends)
     assert len(pieces) > 2 and score["value"] == pytest.approx(expected.value, rel=1e-6)
     assert score["parts"]["targets"] == len(ids) and score["parts"]["bytes"] == tokenizer.piece_bytes[ids].sum()
     assert_one_clear_line(command("perplexity", masked, tmp_path / "text.txt", "--stride", "3", main=main), "--stride")
+    said = command("perplexity", masked, tmp_path / "text.txt", "--bos", "every-window", main=main)
+    assert_one_clear_line(said, "--bos every-window is of causal models")
 
 
 def test_what_has_no_perplexity(finished, tmp_path):
@@ -114,6 +124,7 @@ def test_what_has_no_perplexity(finished, tmp_path):
     assert_one_clear_line(said)
     for given, told in {
         f"perplexity {finished} none.txt": "none.txt",
+        f"perplexity {finished} --text-key body": "--text-key would have no effect: it is of files",
         f"perplexity {finished} {tmp_path / 'text.txt'} --context 64": "--context 64: from 2 to the network's 32",
         f"perplexity {finished} {tmp_path / 'text.txt'} --context 8 --stride 9": "stride=9",
         f"perplexity {finished} {tmp_path / 'text.txt'} --tokens 0": "--tokens 0",

@@ -27,10 +27,10 @@ from tests.runs import arguments, assert_same_end, command, last_checkpoint, met
 from train.distributed import Mesh, Ranks, replicated, share
 from train.engine import Engine
 from train.evaluate import evaluate
-from train.loop import settings
 from train.loss.losses import LOSSES
 from train.objective import Objective
 from train.optim import build_optimizer
+from train.plain import read_settings
 from train.precision import autocast
 from train.qat import Observers
 from train.setup import TASKS, open_data, open_network, open_optimizers
@@ -99,7 +99,7 @@ def at(run: Path, step: int) -> Path:
 @pytest.mark.parametrize("way", WAYS)
 def test_it_trains(way, made):
     run, said = made(way)
-    asked = settings(run).run.qat
+    asked = read_settings(run).run.qat
     layers = len(quantized_layers(model.hub.load(last_checkpoint(run))))
     assert f"{layers} matrices rounded to {asked} in every step" in said and layers >= 4
     losses = {split: [row["loss"] for row in metrics(run) if row["split"] == split] for split in ("train", "validation")}
@@ -112,9 +112,9 @@ def test_it_trains(way, made):
 def test_the_checkpoint_is_the_network_in_whole_numbers(way, made):
     """Its codes and scales are those of the weights beside it, of which model.safetensors has the averages."""
     run, _ = made(way)
-    folder, asked = last_checkpoint(run), settings(run).qat
+    folder, asked = last_checkpoint(run), read_settings(run).qat
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    static, bits = asked.inputs == "static", 8 if settings(run).run.qat == "int8" else 4
+    static, bits = asked.inputs == "static", 8 if read_settings(run).run.qat == "int8" else 4
     (group,) = config["config_groups"].values()
     assert config["quant_method"] == "compressed-tensors" and group["input_activations"]["dynamic"] != static
     assert (group["weights"]["num_bits"], group["weights"]["strategy"]) == (bits, asked.granularity)
@@ -123,7 +123,7 @@ def test_the_checkpoint_is_the_network_in_whole_numbers(way, made):
     parts = ["weight_scale", *["input_scale", "input_zero_point"] * static]
     assert {name.rpartition(".")[2] for name in published} - {"bias"} == {"weight", *parts}
     network, has = model.hub.load(folder), weights(folder)
-    if settings(run).optimizer.ema:
+    if read_settings(run).optimizer.ema:
         raw, averages = has, load_file(folder / "averages.safetensors")
         has = raw | {name: averages.get(f"averages.{name}", value) for name, value in raw.items()}
         assert not any(torch.equal(raw[name], has[name]) for name in raw if name.endswith("weight"))
@@ -158,7 +158,7 @@ def test_float_weights_are_there(way, made):
     folder = last_checkpoint(run)
     network, has = empty(model.hub.read_config(folder)), weights(folder)
     names = {name for name, _ in network.named_parameters()}
-    layers, asked = quantized_layers(model.hub.load(folder)), settings(run).qat
+    layers, asked = quantized_layers(model.hub.load(folder)), read_settings(run).qat
     static = asked.inputs == "static"
     own = ["weight_log_scale"] * asked.learned + ["input_log_scale", "input_zero"] * (asked.learned and static)
     own += ["observer.low", "observer.high", "frozen"] * static
@@ -185,7 +185,7 @@ def test_opened_it_scores_what_the_run_said(way, made):
 
 
 def scored(run: Path, network: nn.Module) -> dict[str, float]:
-    config = settings(run)
+    config = read_settings(run)
     task = TASKS[config.run.objective](config, open_data(config, None, lambda line: None))
     with torch_as_it_was():
         torch.use_deterministic_algorithms(True)
@@ -196,9 +196,9 @@ def scored(run: Path, network: nn.Module) -> dict[str, float]:
 def test_learned_scales_do_not_decay(made):
     """Nor are they matrices to Muon."""
     run, _ = made("everything")
-    network = open_network(settings(run), None, last_checkpoint(run), torch.device("cpu"))
+    network = open_network(read_settings(run), None, last_checkpoint(run), torch.device("cpu"))
     scales = {id(value) for name, value in network.named_parameters() if name.endswith("_log_scale")}
-    groups = open_optimizers(settings(run), network).param_groups
+    groups = open_optimizers(read_settings(run), network).param_groups
     decays = [group["weight_decay"] for group in groups for value in group["params"] if id(value) in scales]
     assert decays == [0.0] * 2 * len(qat_layers(network)) and any(group["weight_decay"] for group in groups)
     slots = load_file(last_checkpoint(run) / "optimizer.safetensors")
@@ -250,7 +250,7 @@ def test_ranges_move_until_they_freeze(way, made):
         assert all(bool(frozen) == (step >= FREEZE) for _, _, frozen, *_ in each.values())
     published = [load_file(at(run, step) / "model.safetensors") for step in (2, FREEZE, STEPS)]
     early, middle, late = ({k: (v,) for k, v in each.items() if "input_" in k} for each in published)
-    assert not same(early, middle) and same(middle, late) == (not settings(run).qat.learned)
+    assert not same(early, middle) and same(middle, late) == (not read_settings(run).qat.learned)
 
 
 @pytest.mark.parametrize("observer", ["moving", pytest.param("minmax", marks=pytest.mark.slow)])

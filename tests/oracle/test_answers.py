@@ -11,6 +11,7 @@ from eval.answers import Answers, answers, answers_statistics, normalise
 from eval.score import corpus_value
 from tests.pairs import unicode_pairs
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*letters of hypotheses:UserWarning")  # of arbitrary Unicode
 # (answer, right answers, exact and F1 by version 2.0, by 1.1): what the published scripts give.
 VECTORS = [
     ("Denver Broncos", ["Denver Broncos", "The Denver Broncos!", "Broncos"], (1, 1), (1, 1)),

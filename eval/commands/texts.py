@@ -1,18 +1,22 @@
-"""Texts to score, out of files and a batch at a time: lines of text or of JSON, hypotheses beside their references.
+"""Texts to score, out of files and a batch at a time: lines of text, or records; hypotheses beside their references.
 
-A file whose name ends in .jsonl holds one JSON value a line, any other one text a line; .gz is unpacked; `-` is standard input.
-A JSON line is a text, a list of texts (several references), or an object in which one field holds either. Lines end at "\\n"
-alone, an "\\r" before it is dropped: the other line breaks of Unicode are characters of a text.
+A file whose name ends in .jsonl holds one JSON value a line, a .json an array of them (or lines too), a .csv or .tsv a row
+for each (`data.records`); any other one text a line. .gz is unpacked; `-` is standard input. A JSON value is a text, a list of
+texts (several references), or an object in which one field holds either; a row is an object of texts. Lines of text end at
+"\\n" alone, an "\\r" before it is dropped: the other line breaks of Unicode are characters of a text.
 """
 
 import gzip
 import itertools
-import json
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from json import JSONDecodeError
+from typing import Any
+
+from data.records import FORMATS, Line, RecordError, is_utf16, read_records, refuse_columnar, suffix_of
 
 HYPOTHESIS_FIELDS = ("hypothesis", "prediction", "output", "generated", "text")
 REFERENCE_FIELDS = ("references", "reference", "answers", "answer", "target", "label", "text")
@@ -45,15 +49,22 @@ class Source:
     def name(self) -> str:
         return "standard input" if self.path == "-" else self.path
 
-    def lines(self, stack: ExitStack) -> Iterator[tuple[int, bytes]]:
-        """Numbered from 1, without their ends."""
+    def lines(self, stack: ExitStack) -> Iterator[Line]:
+        """Numbered from 1, with their ends."""
         try:
             if self.path == "-":
                 file = sys.stdin.buffer
             else:
-                file = stack.enter_context((gzip.open if self.path.endswith(".gz") else open)(self.path, "rb"))
+                file = stack.enter_context((gzip.open if self.path.lower().endswith(".gz") else open)(self.path, "rb"))
             for number, line in enumerate(file, 1):
-                yield number, line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").removesuffix(b"\n").removesuffix(b"\r")
+                line = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"")
+                if number == 1 and is_utf16(line):
+                    raise EvalError(f"{self.name}: full of NUL bytes (UTF-16? convert it to UTF-8)")
+                try:
+                    yield number, line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    what = f"byte 0x{line[error.start]:02x} at its byte {error.start + 1}"
+                    raise EvalError(f"{self.name}, line {number}: not UTF-8 ({what})") from None
         except FileNotFoundError:
             raise EvalError(f"{self.name}: no such file") from None
         except IsADirectoryError:
@@ -62,34 +73,41 @@ class Source:
             raise EvalError(f"{self.name}: it cannot be read ({error})") from error
 
     def texts(self, stack: ExitStack) -> Iterator[list[str]]:
-        """The texts of each line, one or several."""
-        is_json = self.path.removesuffix(".gz").endswith(".jsonl")
-        for number, line in self.lines(stack):
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                what = f"byte 0x{line[error.start]:02x} at its byte {error.start + 1}"
-                raise EvalError(f"{self.name}, line {number}: not UTF-8 ({what})") from None
-            yield self.of_json(text, number) if is_json else [text]
-
-    def of_json(self, line: str, number: int) -> list[str]:
-        where = f"{self.name}, line {number}"
+        """The texts of each line or record, one or several."""
+        refuse_columnar(self.path)
+        suffix, lines = suffix_of(self.path), self.lines(stack)
+        if suffix not in FORMATS or suffix == ".jsonl":
+            lines = ((number, line.removesuffix("\n").removesuffix("\r")) for number, line in lines)
+        if suffix not in FORMATS:
+            yield from ([line] for _, line in lines)
+            return
+        is_told = suffix == ".jsonl"
         try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise EvalError(f"{where}: not JSON ({error.msg} at character {error.pos + 1})") from None
-        except RecursionError:
-            raise EvalError(f"{where}: JSON nested too deep") from None
-        except ValueError as error:  # a number of thousands of digits
-            raise EvalError(f"{where}: {error}") from None
+            for record in read_records(lines, suffix, blank=False):
+                where = f"{self.name}, {record.place}"
+                if not is_told and isinstance(record.value, dict):
+                    which, name = "references" if self.several else "hypotheses", self.field_of(record.value, where)
+                    print(f"note: {self.name}: the {which} are the field {name!r} of its records", file=sys.stderr)
+                    is_told = True
+                yield self.texts_of(record.value, where)
+        except RecordError as error:
+            raise EvalError(f"{self.name}{error.place and f', {error.place}'}: {problem(error)}") from None
+
+    def field_of(self, value: dict[str, Any], where: str) -> str:
+        for name in self.fields:
+            if name in value:
+                return name
+        has = ", ".join(f"{name:.60}" for name in value) or "nothing"
+        raise EvalError(
+            f"{where}: none of the fields {', '.join(self.fields)} is there, but {has}: "
+            "--hypothesis-field and --reference-field name others"
+        )
+
+    def texts_of(self, value: Any, where: str) -> list[str]:
+        """The texts of a JSON value or of a table's row."""
         if isinstance(value, dict):
-            found = next((name for name in self.fields if name in value), None)
-            if found is None:
-                raise EvalError(
-                    f"{where}: none of the fields {', '.join(self.fields)} is there, but {', '.join(value) or 'nothing'}: "
-                    "--hypothesis-field and --reference-field name others"
-                )
-            where, value = f"{where}, field {found!r}", value[found]
+            name = self.field_of(value, where)
+            where, value = f"{where}, field {name!r}", value[name]
             if isinstance(value, dict) and "text" in value:  # SQuAD's answers, with the places where they start
                 value = value["text"]
         texts = [value] if isinstance(value, str) else value
@@ -98,6 +116,17 @@ class Source:
         if (not texts and not self.empty) or (len(texts) > 1 and not self.several):
             raise EvalError(f"{where}: {len(texts)} texts, {'one at least' if self.several else 'a hypothesis is one'}")
         return texts
+
+
+def problem(error: RecordError) -> str:
+    cause = error.__cause__
+    if isinstance(cause, JSONDecodeError):
+        return f"not JSON ({cause.msg} at character {cause.pos + 1})"
+    if isinstance(cause, RecursionError):
+        return "JSON nested too deep"
+    if type(cause) is ValueError:  # a number of thousands of digits
+        return str(cause)
+    return str(error)
 
 
 @dataclass

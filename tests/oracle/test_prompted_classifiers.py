@@ -36,8 +36,8 @@ METHODS = {
 # RoFormer's (transformers indexes its cache).
 CASES = [
     *((family, "sequence", method) for family in ("bert", "roberta", "gpt2", "llama") for method in METHODS),
-    *((family, "token", method) for family in ("bert", "gpt2", "llama") for method in METHODS),
-    *((family, "qa", method) for family in ("roberta", "llama") for method in METHODS),
+    *((family, "token", method) for family in ("bert", "gpt2", "llama") for method in ("prompt", "prefix")),
+    *((family, "qa", method) for family in ("roberta", "llama") for method in ("prompt", "prefix")),
     *(("roformer", head, "prompt") for head in ("token", "qa")),
 ]
 

@@ -9,7 +9,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from data.words import counted
 from lora.config import AdapterError
+from train.command_line import run_command
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -24,6 +26,10 @@ class Merge:
     """The adapter's folder (PEFT's or ours), or the run that trained it."""
     out: Path
     """The folder to write; it must be empty, or not there yet."""
+    head: str | None = None
+    """What the merged network reads off: lm, mlm, sequence, token, qa, … Default: the adapter's head."""
+    labels: int | None = None
+    """Of the heads sequence and token: how many classes. Default: as many as the adapter's head has."""
     untie: bool = False
     """Where the head's matrix is the embedding's, and one of the two was adapted: write two matrices."""
     dtype: Literal["fp64", "fp32", "bf16", "fp16"] | None = None
@@ -61,6 +67,8 @@ def merge(options: Merge) -> None:
         resolve(options.base),
         resolve(options.adapter),
         options.out,
+        head=options.head,
+        labels=options.labels,
         untie=options.untie,
         dtype=None if options.dtype is None else dtypes[options.dtype],
         shard_bytes=shard_bytes,
@@ -68,24 +76,31 @@ def merge(options: Merge) -> None:
         progress=lambda items: tqdm(items, unit="tensor", desc="merging", disable=not sys.stderr.isatty(), leave=False),
     )
     written = sum(file.stat().st_size for file in files)
-    what = f"{len(files)} files" if len(files) > 1 else "one file"
+    what = counted(len(files), "file")
     print(f"written: {options.out}: {written / 1e6:.1f} MB of weights in {what}")
-    print(f"try it:  python -m model generate {shlex.quote(str(options.out))} --prompt 'The'")
+    print(f"try it:  {try_it(options.out)}")
+
+
+def try_it(out: Path) -> str:
+    from model.hub import read_config
+
+    folder, head = shlex.quote(str(out)), read_config(out).head
+    if head == "lm":
+        return f"python -m model generate {folder} --prompt 'The'"
+    return f"python -m model fill {folder} 'The [MASK] statement'" if head == "mlm" else f"python -m model info {folder}"
 
 
 def main(arguments: list[str]) -> int:
     options = tyro.extras.subcommand_cli_from_dict({"merge": Merge}, args=arguments, prog="python -m lora")
+    return run_command(lambda: merge(options), failures)
 
+
+def failures() -> tuple[type[Exception], ...]:
     from model.config import ConfigError
     from model.hub import HubError
     from train.checkpoint import CheckpointError
 
-    try:
-        merge(options)
-    except (AdapterError, ConfigError, HubError, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return AdapterError, ConfigError, HubError, CheckpointError, OSError
 
 
 if __name__ == "__main__":

@@ -7,73 +7,139 @@ import torch
 from torch import Tensor
 
 from lora.config import AdapterError
+from lora.peft_read import VOCABULARY, Copy
+from lora.vocabulary import tensor
 from model.config import ModelConfig
-from model.hub import quantized_weights
+from model.folders import HubError
+from model.hub import match_weights, quantized_weights
 from model.init import empty
 from model.rope import interleaved_to_halves
 from model.safetensors_file import WeightFile
 from model.weights import Weight, published_names, published_shape, weight_table
-from quant.config import FourBit, Int8
+from quant.config import FourBit, Int8, QuantError
+from quant.layer import QuantizedLinear
 
 
 class Base:
-    """The base's open files and its network on the meta device."""
+    """The base's open files and its network on the meta device.
 
-    def __init__(self, folder: Path, files: list[WeightFile], config: ModelConfig, asked: FourBit | Int8 | None):
-        self.folder, self.files, self.config = folder, files, config
-        self.table, names = weight_table(config), published_names(config)
+    Every weight must be there, with its shape, and nothing else (HubError), as for `model.hub.load`. new_head: the config's
+    head is not the folder's, which may lack its weights; these are `missing`.
+    """
+
+    def __init__(
+        self, folder: Path, files: list[WeightFile], config: ModelConfig, asked: FourBit | Int8 | None, *, new_head: bool
+    ):
+        self.folder, self.files, self.config, self.new_head = folder, files, config, new_head
+        self.table, self.names = weight_table(config), published_names(config)
         wide = any(file.dtype(name) == torch.float64 for file in files for name in file.names)
         self.dtype = torch.float64 if wide else torch.float32
-        self.network = empty(config, device="meta", dtype=self.dtype)
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in self.network.named_parameters()}
-        self.small = quantized_weights(folder, files, empty(config, device="meta"), asked)  # before adapters are put on
-        self.tensors: list[tuple[WeightFile, str, str | None]] = []  # file, name there, our name
-        self.sources: dict[str, tuple[WeightFile, str]] = {}
-        for file in files:
-            for published in file.names:
-                if self.small and published in self.small.others:
-                    continue
-                spelled = names.canonical(published)
-                original = spelled if spelled in names.rows else names.aliases.get(spelled)
-                ours = names.rows.get(original)
-                self.tensors.append((file, published, ours))
-                if ours is not None:
-                    self.sources.setdefault(ours, (file, published))
-        for one, other in (("head.weight", "body.embedding.weight"), ("body.embedding.weight", "head.weight")):
-            if config.tie_embeddings and one in self.table and one not in self.sources and other in self.sources:
-                self.sources[one] = self.sources[other]
+        own, by_path = empty(config, device="meta"), {file.path: file for file in files}
+        self.small = quantized_weights(folder, files, own, asked)
+        found = match_weights(folder, by_path, own, self.small, asked=new_head)
+        # of another head; a quantized one cannot be copied as it is
+        left_out = [name for name in found.other_heads if new_head or (self.small and name in self.small.stored)]
+        self.missing, self.left_out = found.missing, left_out
+        self.sources = {name: (by_path[path], published) for name, (path, published) in found.sources.items()}
+        self.tied = "head.weight" in self.table and "head.weight" not in dict(own.named_parameters())
+        if self.tied:
+            self.sources["head.weight"] = self.sources["body.embedding.weight"]
+        elif config.tie_embeddings and "head.weight" in self.table:  # a quantized head has codes of its own
+            self.config = config.replace(tie_embeddings=False)
+        self.stand_ins: dict[str, tuple[WeightFile, Copy]] = {}
+        self.build()
+        for path, published, name in found.copies:
+            if not by_path[path].holds(published, self.stored(*self.sources[name])):
+                original = self.sources[name][1]
+                raise HubError(f"{published!r} differs from {original!r}, though config.json says that the two are tied")
 
-    def packed(self, ours: str | None, published: str) -> bool:
+    def build(self) -> None:
+        self.network = empty(self.config, device="meta", dtype=self.dtype)
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in self.network.named_parameters()}
+        self.shapes |= {"head.weight": self.shapes["body.embedding.weight"]} if self.tied else {}
+
+    def resize(self, size: int) -> None:
+        """Take the base as if it had been made with another vocabulary: rows that it does not have are 0 until `stand_in`."""
+        own = self.config.vocab_size
+        self.config = self.config.replace(vocab_size=size)
+        self.build()
+        self.network.resized_from = own
+
+    def stand_in(self, file: WeightFile, copies: dict[str, Copy]) -> None:
+        """Of a resized vocabulary: what the adapter's file holds in the place of the base's weights."""
+        self.stand_ins = {name: (file, copy) for name, copy in copies.items()}
+        if self.tied and "body.embedding.weight" in self.stand_ins:
+            self.stand_ins["head.weight"] = self.stand_ins["body.embedding.weight"]
+
+    def tensors(self) -> list[tuple[WeightFile, str, str | None]]:
+        """(file, name there, our name) of each but the parts of quantized weights; None: it is no weight of this network."""
+        found = []
+        for file in self.files:
+            for published in file.names:
+                if published not in self.left_out and (self.small is None or published not in self.small.others):
+                    spelled = self.names.canonical(published)
+                    original = spelled if spelled in self.names.rows else self.names.aliases.get(spelled)
+                    found.append((file, published, self.names.rows.get(original)))
+        return found
+
+    def is_resized(self, ours: str | None) -> bool:
+        return ours in VOCABULARY and hasattr(self.network, "resized_from")
+
+    def packed(self, ours: str | None) -> bool:
         """Whether the adapter was trained on this weight quantized."""
-        return self.small is not None and ours is not None and self.small.takes(ours, published)
+        return self.small is not None and ours in self.sources and self.small.takes(ours, self.sources[ours][1])
 
     def format(self, file: WeightFile, published: str) -> torch.dtype:
         stored = self.small is not None and published in self.small.stored
         return self.small.format(published) if stored else file.dtype(published)
 
     def shape(self, file: WeightFile, published: str, ours: str | None) -> tuple[int, ...]:
-        if not self.packed(ours, published):
-            return file.shape(published)
-        return published_shape(self.table[ours], self.shapes[ours])
+        return published_shape(self.table[ours], self.shapes[ours]) if ours is not None else file.shape(published)
 
     def read(self, ours: str) -> Tensor:
-        """A weight in our layout, in the format that is computed in."""
+        """A weight in our layout, in the format that is computed in; of a resized vocabulary the base's own rows."""
         if ours not in self.sources:
             raise AdapterError(f"{self.folder} lacks {self.table[ours].published}")
         (file, published), row = self.sources[ours], self.table[ours]
-        if self.packed(ours, published):
-            value = self.small.layer(ours, published, partial(self.stored, file, published, row)).dequantize(self.dtype)
+        if self.packed(ours):
+            value = self.quantized_layer(ours).dequantize(self.dtype)
             return interleaved_to_halves(value, self.config.head_width) if row.layout == "interleaved" else value
         value = torch.empty(file.shape(published), dtype=self.dtype)
         file.read(published, value)
+        return self.in_our_layout(value, row)
+
+    def in_our_layout(self, value: Tensor, row: Weight) -> Tensor:
         if row.layout == "interleaved":
             return interleaved_to_halves(value, self.config.head_width)
         if row.layout == "transposed":
             return value.T
         return value.reshape(-1) if row.layout == "row" else value
 
-    def stored(self, file: WeightFile, published: str, row: Weight) -> Tensor:
+    def current(self, ours: str) -> Tensor:
+        """`read`, of the adapter's vocabulary: what stands in the base's place, else its rows and 0 for new tokens."""
+        if ours in self.stand_ins:
+            file, copy = self.stand_ins[ours]
+            return self.in_our_layout(tensor(file, copy.there).to(self.dtype), self.table[ours])
+        value = self.read(ours)
+        if not self.is_resized(ours):
+            return value
+        rows = self.config.vocab_size
+        return torch.cat((value, value.new_zeros(max(0, rows - len(value)), *value.shape[1:])))[:rows]
+
+    def quantized(self, ours: str) -> QuantizedLinear | None:
+        return self.quantized_layer(ours) if self.packed(ours) else None
+
+    def quantized_layer(self, ours: str) -> QuantizedLinear:
+        file, published = self.sources[ours]
+        try:
+            return self.small.layer(ours, published, partial(self.linear, file, published, self.table[ours]))
+        except QuantError as error:
+            raise HubError(f"{self.folder}: {error}") from None
+
+    def linear(self, file: WeightFile, published: str, row: Weight) -> Tensor:
         """A matrix that is to be quantized: O × I in its own format, rows in the file's order."""
-        value = torch.empty(file.shape(published), dtype=file.dtype(published))
-        file.read(published, value)
+        value = self.stored(file, published)
         return value.T if row.layout == "transposed" else value
+
+    def stored(self, file: WeightFile, published: str) -> Tensor:
+        return tensor(file, published)

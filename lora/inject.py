@@ -22,7 +22,7 @@ from model.heads import LanguageHead
 from model.init import noise
 from model.linear import Linear
 from quant.layer import QuantizedLinear
-from quant.linear import dense, quantized_layers
+from quant.linear import dense, quantized_layers, quantized_part
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -49,7 +49,7 @@ def add_adapters(network: Network, config: object, name: str = "default", *, see
     whole = [path for path in dict.fromkeys(whole) if not within(path, whole)]  # its copy holds all that is in it
     packed = (path.replace(".base", "") for path in quantized_layers(network))
     if fixed := [path for path in packed if path in whole or within(path, whole)]:
-        raise AdapterError(f"train_whole: {fixed[0]} has a weight of four bits, which cannot be trained")
+        raise AdapterError(f"train_whole: {fixed[0]} has a quantized weight, which cannot be trained")
     targets = matching(network, config.targets) if config.method in BESIDE_A_LAYER else []
     targets = [path for path in targets if path not in whole and not within(path, whole)]
     active = in_use(network)
@@ -249,7 +249,7 @@ def merge(network: Network, *, untie: bool = False) -> Network:
         raise AdapterError("a prompt or prefix is no change of weights: it cannot be merged")
     changed = {path: holder for path, holder in holders(network).items() if holder.active}
     for path, holder in changed.items():
-        if isinstance(holder.base, QuantizedLinear):
+        if quantized_part(holder.base) is not None:
             continue  # it has no matrix that another place could have too
         if shared := also_at(network, f"{path}.base.weight"):
             if not untie:
@@ -267,15 +267,21 @@ def merge(network: Network, *, untie: bool = False) -> Network:
                 layer.merged = True
                 continue
             base, dtype, bias = layer.base, layer.base.weight.dtype, getattr(layer.base, "bias", None)
-            packed = isinstance(base, QuantizedLinear)
-            new = dense(base, torch.promote_types(dtype, torch.float32)) if packed else base.weight
+            packed = quantized_part(base)
+            new = dense(base, torch.promote_types(dtype, torch.float32)) if packed is not None else base.weight
             new_bias = bias
             for part in layer.chosen():
                 new, new_bias = part.merged(new, new_bias)
             new = new.to(dtype)
             if not all(bool(value.isfinite().all()) for value in (new, new_bias) if value is not None):
                 raise AdapterError(f"{path}: the merged weight is not finite in {dtype}")
-            if packed:
+            if isinstance(base, LanguageHead) and packed is not None:
+                layer.original = partial(base.pack, packed)
+                base.packed, base.weight = None, nn.Parameter(new, requires_grad=False)
+                network.untied = (None, None, network.config)  # a quantized head is no embedding, whatever its config says
+                network.config = network.config.replace(tie_embeddings=False)
+                continue
+            if packed is not None:
                 layer.original = partial(setattr, layer, "base", base)
                 layer.base = unpacked(base, new, new_bias)
                 continue
@@ -298,7 +304,8 @@ def unmerge(network: Network) -> Network:
             holder.original = None
     if getattr(network, "untied", None) is not None:
         layer, weight, network.config = network.untied
-        layer.weight = weight
+        if layer is not None:
+            layer.weight = weight
         network.untied = None
     return network
 

@@ -90,8 +90,9 @@ class AdaptedHead(Adapted):
     logits = [f, s drop(f) Aᵀ] [W, B]ᵀ."""
 
     def features(self, hidden: Tensor) -> Tensor:
-        features = self.base.features(hidden)
-        return torch.cat((features, *(part.more_features(features) for part in self.chosen())), dim=-1)
+        features = self.base.transform(hidden)
+        more = (part.more_features(features) for part in self.chosen())
+        return torch.cat((self.base.rounded(features), *more), dim=-1)
 
     @property
     def weight(self) -> Tensor:
@@ -109,7 +110,7 @@ class AdaptedHead(Adapted):
 
     def read(self, output: Output, attention_mask: Tensor | None) -> Output:
         if hasattr(self.base, "pair"):
-            output = output._replace(pair_logits=self.base.pair(output.hidden, attention_mask))
+            output = output._replace(pair_logits=self.base.pair.pooled(output, attention_mask))
         return output._replace(logits=self(output.hidden, attention_mask))
 
 

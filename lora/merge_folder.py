@@ -2,41 +2,43 @@
 
 The network stands on the meta device, its adapter is real. Each tensor of the base is read, changed by the parts beside its
 layer in float32 (float64 where the base is), cast back, and written in its place; what nothing changes is copied from file to
-file, 1 MiB at a time. Where the adapter was trained on weights of four bits, it is added to these, unpacked, and the sum is
+file, 1 MiB at a time. Where the adapter was trained on quantized weights, it is added to these, dequantized, and the sum is
 written in the format that they had before. In memory at once are one weight, its change and their sum: three times the
 largest weight in float32.
+
+Nothing is lost on the way: the base's folder is checked as for loading, and at the end `lora.merged.Account` says whether every
+tensor of the adapter has come into a weight that was written, and every weight was.
 """
 
 import ctypes
 import json
 import math
-import os
-import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 from lora.base import CODES, check_base, pieces, read_base
 from lora.base_weights import Base
 from lora.config import AdapterError
-from lora.inject import also_at, holders
-from lora.layer import Adapted, Holder, Part, Whole
-from lora.peft_io import load
-from lora.peft_names import plain
-from model.config import ModelConfig, family
-from model.hub import INDEX, SINGLE, read_config, weight_files
+from lora.merged import Merged
+from lora.peft_load import put, read_json, tensor_file
+from lora.peft_names import entries
+from lora.peft_read import read_keys
+from lora.side_files import copy_side_files
+from lora.task_head import config_with_head, refuse_random_head
+from lora.vocabulary import resized_weights, vocabulary_of
+from model.config import ModelConfig
+from model.config_json import write_config
+from model.folders import INDEX, SINGLE, weight_files, written_whole
+from model.hub import read_config
 from model.safetensors_file import WeightFile, WeightFileError, memory_of
-from model.weights import to_published
+from model.weights import head_spec, published_prefix, to_published
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-LARGEST_COPY = 100_000_000  # bytes of another file of the base that is taken along
-NOT_COPIED = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
-# What is made anew, is of a checkpoint alone, or tells of a quantization.
-WRITTEN = ("config.json", "manifest.json", "state.json", "quantization.png")
 
 
 @dataclass(frozen=True)
@@ -45,84 +47,13 @@ class Item:
 
     name: str  # published
     ours: str | None  # what it is; None where nothing here knows it
-    source: tuple[WeightFile, str]  # where the base has it
+    source: tuple[WeightFile, str] | None  # where the base has it; None: it has not
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-class Merged:
-    """Each weight of the base as the active adapters make it."""
-
-    def __init__(self, base: Base):
-        self.base, network = base, base.network
-        self.holders: dict[str, Holder] = {plain(path): holder for path, holder in holders(network).items() if holder.active}
-        self.paths = {plain(path): path for path in holders(network)}
-        for path, holder in self.holders.items():
-            if not isinstance(holder, Adapted | Whole):
-                raise AdapterError("a prompt or prefix is no change of weights: it cannot be merged")
-            for part in holder.parts.values():
-                if isinstance(part, Part) and type(part).merged is Part.merged:
-                    raise AdapterError(f"{path}: a {type(part).__name__.lower()} is no change of weights: it cannot be merged")
-        own = {plain(path): value for path, value in network.named_parameters() if ".parts." not in path}
-        self.trained = {name: value for name, value in own.items() if not value.is_meta}  # biases of the network itself
-        self.kept: dict[tuple[str, str], Tensor] = {}
-
-    def tied(self) -> str | None:
-        """A changed matrix that stands in two places, if there is one."""
-        places = (path for path in self.holders if also_at(self.base.network, f"{self.paths[path]}.base.weight"))
-        return next(places, None)
-
-    def changes(self, ours: str | None) -> bool:
-        return ours is not None and (ours in self.trained or self.holder(ours) is not None)
-
-    def holder(self, ours: str) -> tuple[str, str] | None:
-        """The path of the holder that a weight is in, and the weight's name there."""
-        for path, holder in self.holders.items():
-            leaf = ours.removeprefix(f"{path}.")
-            if leaf != ours and (isinstance(holder, Whole) or leaf in ("weight", "bias")):
-                return path, leaf
-        return None
-
-    def value(self, ours: str) -> Tensor:
-        """In our layout, in the format that is computed in."""
-        found = self.holder(ours)
-        if found is None:
-            return self.trained[ours].data
-        path, leaf = found
-        holder = self.holders[path]
-        if isinstance(holder, Whole):
-            return holder.current.get_parameter(leaf).data
-        other = "bias" if leaf == "weight" else "weight"
-        if (path, leaf) not in self.kept:
-            self.kept.clear()  # first: what is kept is as large as what is now made
-            weight, bias = self.layer(path, holder)
-            both = {"weight": weight, "bias": bias}
-            if both[other] is not None:  # a layer's weight and bias mostly lie side by side
-                self.kept[path, other] = both[other]
-            return both[leaf]
-        return self.kept.pop((path, leaf))
-
-    def layer(self, path: str, layer: Adapted) -> tuple[Tensor, Tensor | None]:
-        own = layer.base.weight, getattr(layer.base, "bias", None)
-        weight, bias = self.base.read(f"{path}.weight"), None
-        if getattr(layer.base, "bias", None) is not None:
-            name = f"{path}.bias"
-            bias = self.trained[name].data if name in self.trained else self.base.read(name)
-        layer.base.weight = nn.Parameter(weight, requires_grad=False)  # DoRA looks at the layer's own
-        if bias is not None:
-            layer.base.bias = nn.Parameter(bias, requires_grad=False)
-        try:
-            for part in layer.chosen():
-                weight, bias = part.merged(weight, bias)
-        finally:
-            layer.base.weight = own[0]
-            if bias is not None:
-                layer.base.bias = own[1]
-        return weight, bias
 
 
 def give_back_freed_memory() -> bool:
@@ -143,6 +74,8 @@ def merge_folder(
     adapter: Path,
     out: Path,
     *,
+    head: str | None = None,
+    labels: int | None = None,
     untie: bool = False,
     dtype: torch.dtype | None = None,
     shard_bytes: int | None = None,
@@ -151,83 +84,100 @@ def merge_folder(
 ) -> list[Path]:
     """Write the base with the adapter in its weights to `out`, which is empty or not there yet; returns the files of weights.
 
-    untie: where a matrix that stands in two places (a head tied to the embedding) was adapted in one, write two. dtype: of all
-    weights, instead of the base's. shard_bytes: of each file at the most, instead of files as the base has them.
+    head, labels: of the network that is written (`model.heads.HEADS`); default: the adapter's (`lora.task_head`). A vocabulary
+    that was resized for the adapter is the result's. untie: where a matrix that stands in two places (a head tied to the
+    embedding) was adapted in one, write two. dtype: of all weights, instead of the base's. shard_bytes: of each file at the
+    most, instead of files as the base has them.
     Errors: AdapterError (a method that is no change of weights, a sum that is not finite, another base), HubError.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise AdapterError(f"{out} is there already, and is not an empty folder")
-    config = read_config(base)
-    if not any_base:
-        check_base(adapter, base)
-    with ExitStack() as opened:
+    with written_whole(out) as partial, ExitStack() as opened:
         try:
-            files = [opened.enter_context(WeightFile(path)) for path in weight_files(base)]
-            source = Base(base, files, config, (read_base(adapter) or {}).get("quantization"))
-            load(source.network, adapter, base_weight=source.read)
-            merged, scale = Merged(source), 1.0
-            settings = json.loads((base / "config.json").read_text(encoding="utf-8"))
-            settings.pop("quantization_config", None)  # what is written has all its bits
-            untied = config.tie_embeddings and (path := merged.tied()) is not None
-            if untied:
-                if not untie:
-                    other = "the head" if "embedding" in path else "the embedding"
-                    raise AdapterError(
-                        f"{path} was adapted, and its matrix is also that of {other}: merged, it would change both. With "
-                        "--untie two matrices are written; or leave the adapter beside the weights: "
-                        f"python -m model generate {adapter}"
-                    )
-                settings |= untied_settings(config)
-                scale = config.head_scale
-            if dtype is not None:
-                settings["dtype"] = str(dtype).removeprefix("torch.")
-                settings.pop("torch_dtype", None)
-            partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-            partial.mkdir(parents=True)
-            try:
-                plan = planned(source, untied=untied, dtype=dtype, shard_bytes=shard_bytes)
-                steps = iter(progress([item for items in plan.values() for item in items]))
-                for name, items in plan.items():
-                    write_file(partial / name, items, lambda item: (next(steps), content(item, merged, source, scale))[1])
-                if len(plan) > 1:
-                    write_index(partial, plan)
-                text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-                (partial / "config.json").write_text(text, encoding="utf-8")
-                copy_the_rest(base, partial)
-                partial.rename(out)
-            except BaseException:
-                shutil.rmtree(partial)
-                raise
+            source, merged = open_both(opened, base, adapter, *config_to_write(base, adapter, head, labels, any_base=any_base))
+            end = merged.torn()
+            written = source.config if end is None else untied_config(source.config, adapter, end, untie)
+            plan = planned(source, untied=end is not None, dtype=dtype, shard_bytes=shard_bytes)
+            steps = iter(progress([item for items in plan.values() for item in items]))
+            for name, items in plan.items():
+                write_file(partial / name, items, lambda item: (next(steps), content(item, merged))[1])
+                merged.written((item.ours for item in items if item.ours is not None), untied=end is not None)
+            merged.account.close()
         except WeightFileError as error:
             raise AdapterError(str(error)) from None
+        if len(plan) > 1:
+            write_index(partial, plan)
+        (partial / "config.json").write_text(write_config(written, named_dtype(base, dtype)), encoding="utf-8")
+        copy_side_files(base, adapter, partial)
     return [out / name for name in plan]
 
 
-def untied_settings(config: ModelConfig) -> dict:
-    """What config.json says otherwise once the head has a matrix of its own."""
-    rules = family(config.family)
+def config_to_write(
+    base: Path, adapter: Path, head: str | None, labels: int | None, *, any_base: bool
+) -> tuple[ModelConfig, bool]:
+    """The base's config with the adapter's head, and whether the base has another one. Error: another base."""
+    config, said = config_with_head(base, adapter, head, labels)
+    if not any_base:
+        check_base(adapter, base)
+    if said is not None:
+        warnings.warn(said, stacklevel=4)
+    own = read_config(base, any_head=True)
+    return config, (config.head, config.labels) != (own.head, own.labels)
+
+
+def open_both(opened: ExitStack, base: Path, adapter: Path, config: ModelConfig, new_head: bool) -> tuple[Base, Merged]:
+    """The base, and each of its weights as the adapter makes it. Error: one of the two is not whole."""
+    files = [opened.enter_context(WeightFile(path)) for path in weight_files(base)]
+    source = Base(base, files, config, (read_base(adapter) or {}).get("quantization"), new_head=new_head)
+    file = opened.enter_context(WeightFile(tensor_file(adapter)))
+    size = vocabulary_of(source.network, read_keys(source.network, file, read_json(adapter)))
+    if size != config.vocab_size:
+        source.resize(size)
+    read = put(source.network, adapter, file, any_base=True, base=source)
+    if size != config.vocab_size:
+        source.stand_in(file, resized_weights(source.network, read))
+    refuse_random_head(source.missing, source.network, "default", read, base)
+    if source.left_out:
+        left = ", ".join(source.left_out[:5]) + (" …" if len(source.left_out) > 5 else "")
+        warnings.warn(f"{base}: left out of a network with the head {config.head!r}: {left}", stacklevel=4)
+    return source, Merged(source, read, entries(source.network, "default"))
+
+
+def named_dtype(base: Path, dtype: torch.dtype | None) -> str:
+    """As config.json names it: the one that is asked for, else the base's."""
+    settings = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    return str(dtype or settings.get("dtype") or settings.get("torch_dtype") or torch.float32).removeprefix("torch.")
+
+
+def untied_config(config: ModelConfig, adapter: Path, end: str, untie: bool) -> ModelConfig:
+    """The config of the network whose head has a matrix of its own; what the head reads is scaled as before."""
+    if not untie:
+        other = "the head" if "embedding" in end else "the embedding"
+        raise AdapterError(
+            f"{end} was adapted, and its matrix is also that of {other}: merged, it would change both. With --untie two "
+            f"matrices are written; or leave the adapter beside the weights: python -m model generate {adapter}"
+        )
     try:
-        old, new = rules.write_config(config), rules.write_config(config.replace(tie_embeddings=False, scale_head=False))
+        write_config(untied := config.replace(tie_embeddings=False), "float32")
     except ValueError as error:
         raise AdapterError(f"the head cannot be untied: {error}; leave the adapter beside the weights") from None
-    return {key: value for key, value in new.items() if key not in old or old[key] != value}
+    return untied
 
 
 def planned(base: Base, *, untied: bool, dtype: torch.dtype | None, shard_bytes: int | None) -> dict[str, list[Item]]:
     """File -> its tensors."""
 
-    def item(name: str, ours: str | None, file: WeightFile, there: str) -> Item:
-        own = base.format(file, there)
+    def item(name: str, ours: str | None, file: WeightFile, there: str | None) -> Item:
+        embedding = base.sources["body.embedding.weight"]
+        own = base.format(file, there) if there is not None else base.format(*embedding)
         cast = dtype if dtype is not None and own.is_floating_point else own
-        return Item(name, ours, (file, there), cast, base.shape(file, there, ours))
+        return Item(name, ours, None if there is None else (file, there), cast, base.shape(file, there, ours))
 
     plan: dict[str, list[Item]] = {file.path.name: [] for file in base.files}
-    names = {published for _, published, _ in base.tensors}
-    for file, published, ours in base.tensors:
-        plan[file.path.name].append(item(published, ours, file, published))
-        head = base.table.get("head.weight")
-        if untied and (file, published) == base.sources["body.embedding.weight"] and head.published not in names:
-            plan[file.path.name].append(item(head.published, "head.weight", file, published))
+    for name, ours, file, there in (renamed if base.new_head else as_they_are)(base):
+        plan[file.path.name].append(item(name, ours, file, there))
+    names = {item.name for items in plan.values() for item in items}
+    if untied and base.table["head.weight"].published not in names:
+        file, there = base.sources["body.embedding.weight"]
+        plan[file.path.name].append(item(base.table["head.weight"].published, "head.weight", file, there))
     if shard_bytes is not None:
         shards: list[list[Item]] = [[]]
         for each in (each for items in plan.values() for each in items):
@@ -240,19 +190,38 @@ def planned(base: Base, *, untied: bool, dtype: torch.dtype | None, shard_bytes:
     return {name: sorted(items, key=lambda item: -item.dtype.itemsize) for name, items in plan.items()}
 
 
-def content(item: Item, merged: Merged, base: Base, scale: float) -> Iterator[bytes | memoryview]:
+Place = tuple[str, str | None, WeightFile, str | None]  # a tensor's name, our name, its file, its name there
+
+
+def as_they_are(base: Base) -> Iterator[Place]:
+    for file, there, ours in base.tensors():
+        yield there, ours, file, there
+
+
+def renamed(base: Base) -> Iterator[Place]:
+    """Of another head: its own weights, and the body under the names that the class has for it; constants, no copies."""
+    prefix = published_prefix(base.config, head_spec(base.config))
+    for ours in base.shapes:
+        if not (ours == "head.weight" and base.tied):
+            file, there = base.sources.get(ours, (base.files[-1], None))
+            yield base.table[ours].published, ours, file, there
+    for file, there, ours in base.tensors():
+        if ours is None and (spelled := base.names.canonical(there)) in base.names.ignored:
+            yield spelled.replace("{body}", prefix), None, file, there
+
+
+def content(item: Item, merged: Merged) -> Iterator[bytes | memoryview]:
     """The bytes of a tensor as it is written."""
-    file, there = item.source
-    scaled = item.ours == "head.weight" and scale != 1
-    if not merged.changes(item.ours) and not scaled and not base.packed(item.ours, there):
+    base = merged.base
+    if merged.changes(item.ours) or base.packed(item.ours) or base.is_resized(item.ours):
+        value = to_published(base.table[item.ours], merged.value(item.ours), base.config)
+    else:
+        file, there = item.source
         if file.dtype(there) == item.dtype:
             yield from pieces(file, there)
             return
         value = torch.empty(item.shape, dtype=file.dtype(there))
         file.read(there, value)
-    else:
-        value = merged.value(item.ours) if merged.changes(item.ours) else base.read(item.ours)
-        value = to_published(base.table[item.ours], value * scale if scaled else value, base.config)
     cast = value.to(item.dtype).contiguous()
     if cast.is_floating_point() and not bool(cast.isfinite().all()):
         raise AdapterError(f"{item.name}: the merged weight is not finite in {str(item.dtype).removeprefix('torch.')}")
@@ -281,11 +250,3 @@ def write_index(folder: Path, plan: dict[str, list[Item]]) -> None:
     weight_map = {item.name: name for name, items in plan.items() for item in items}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def copy_the_rest(base: Path, out: Path) -> None:
-    """The tokenizer's files, and whatever else of a few bytes stands beside the weights."""
-    for path in sorted(base.iterdir()):
-        fits = path.is_file() and path.stat().st_size <= LARGEST_COPY
-        if fits and not path.name.startswith(".") and not path.name.endswith(NOT_COPIED) and path.name not in WRITTEN:
-            shutil.copyfile(path, out / path.name)

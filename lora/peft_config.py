@@ -24,7 +24,8 @@ from lora.config import (
 )
 from lora.inject import adapters, parts
 from lora.layer import Place
-from lora.peft_names import Entry, endings, linear_modules, plain
+from lora.methods import BEFORE_THE_TEXT
+from lora.peft_names import CLASSIFIER_MODULES, CLASSIFIERS, Entry, endings, linear_modules, plain
 from lora.targets import by_pattern
 from model.weights import weight_table
 
@@ -49,9 +50,9 @@ class Layers(NamedTuple):
 # ---- in
 
 
-def read_lora(given: dict, layers: Layers) -> tuple[LoraConfig, set[str]]:
+def read_lora(given: dict, layers: Layers) -> LoraConfig:
     first = given.get("init_lora_weights", True)
-    if isinstance(first, str) and not first.startswith(("gaussian", "eva", "orthogonal")):
+    if isinstance(first, str) and not first.startswith(("gaussian", "eva", "orthogonal", "mica")):
         raise AdapterError(
             f"init_lora_weights={first!r} has changed the base too, so that this is no difference from it: convert it with "
             "PEFT's save_pretrained(folder, path_initial_model_for_weight_conversion=…)"
@@ -67,20 +68,10 @@ def read_lora(given: dict, layers: Layers) -> tuple[LoraConfig, set[str]]:
         rank_pattern=given.get("rank_pattern") or {},
         alpha_pattern=given.get("alpha_pattern") or {},
         train_whole=layers.whole,
-    ), {
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "use_rslora",
-        "bias",
-        "rank_pattern",
-        "alpha_pattern",
-        "use_dora",
-        "init_lora_weights",
-    }
+    )
 
 
-def read_adalora(given: dict, layers: Layers) -> tuple[AdaloraConfig, set[str]]:
+def read_adalora(given: dict, layers: Layers) -> AdaloraConfig:
     steps = given.get("total_step") or 1
     return AdaloraConfig(
         r=given["target_r"],
@@ -96,71 +87,83 @@ def read_adalora(given: dict, layers: Layers) -> tuple[AdaloraConfig, set[str]]:
         beta1=given.get("beta1", 0.85),
         beta2=given.get("beta2", 0.85),
         orthogonality=given.get("orth_reg_weight", 0.5),
-    ), {
-        *("r", "target_r", "init_r", "lora_alpha", "lora_dropout", "bias", "tinit", "tfinal", "deltaT", "beta1", "beta2"),
-        *("total_step", "orth_reg_weight", "rank_pattern", "init_lora_weights", "alpha_pattern", "use_rslora"),  # unread there
-    }
+    )
 
 
-def read_ia3(given: dict, layers: Layers) -> tuple[Ia3Config, set[str]]:
-    config = Ia3Config(targets=layers.targets, feedforward=layers.inner, train_whole=layers.whole)
-    return config, {"feedforward_modules"}
+def read_ia3(given: dict, layers: Layers) -> Ia3Config:
+    return Ia3Config(targets=layers.targets, feedforward=layers.inner, train_whole=layers.whole)
 
 
-def read_prompt(given: dict, layers: Layers) -> tuple[PromptConfig, set[str]]:
+def read_prompt(given: dict, layers: Layers) -> PromptConfig:
     """Prompt tuning and P-tuning: what the second one's network had made is a prompt like any other."""
-    return PromptConfig(tokens=given["num_virtual_tokens"], train_whole=layers.whole), {
-        *("num_virtual_tokens", "num_attention_heads", "num_layers", "num_transformer_submodules", "token_dim"),
-        *("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path"),
-        *("encoder_dropout", "encoder_hidden_size", "encoder_num_layers", "encoder_reparameterization_type"),
-    }
+    return PromptConfig(tokens=given["num_virtual_tokens"], train_whole=layers.whole)
 
 
-def read_prefix(given: dict, layers: Layers) -> tuple[PrefixConfig, set[str]]:
-    return PrefixConfig(tokens=given["num_virtual_tokens"], train_whole=layers.whole), {
-        *("num_virtual_tokens", "num_attention_heads", "num_layers", "num_transformer_submodules", "token_dim"),
-        *("prefix_projection", "encoder_hidden_size"),
-    }
+def read_prefix(given: dict, layers: Layers) -> PrefixConfig:
+    return PrefixConfig(tokens=given["num_virtual_tokens"], train_whole=layers.whole)
 
 
-def read_adapter(given: dict, layers: Layers) -> tuple[AdapterConfig, set[str]]:
-    own = {"width", "placement", "activation", "dropout"}
-    return AdapterConfig(**{name: given[name] for name in own}, train_whole=layers.whole), own
+def read_adapter(given: dict, layers: Layers) -> AdapterConfig:
+    return AdapterConfig(**{name: given[name] for name in OF_ADAPTER}, train_whole=layers.whole)
 
 
 BIASES = {"none": "none", "all": "all", "lora_only": "adapted"}
-READ: dict[str, Callable[[dict, Layers], tuple[object, set[str]]]] = {
-    "LORA": read_lora,
-    "ADALORA": read_adalora,
-    "IA3": read_ia3,
-    "PROMPT_TUNING": read_prompt,
-    "P_TUNING": read_prompt,
-    "PREFIX_TUNING": read_prefix,
+OF_LORA = {
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "rank_pattern", "alpha_pattern", "use_dora"),
+    *("init_lora_weights", "ensure_weight_tying"),
 }
-READ |= {OURS + kind: read for kind, read in READ.items()} | {OURS + "ADAPTER": read_adapter}
+OF_ADALORA = OF_LORA - {"use_dora"} | {  # of which rank_pattern, alpha_pattern and use_rslora are unread there
+    *("target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "total_step", "orth_reg_weight"),
+}
+OF_VECTORS = {"num_virtual_tokens", "num_attention_heads", "num_layers", "num_transformer_submodules", "token_dim"}
+OF_PROMPT = OF_VECTORS | {
+    *("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs", "tokenizer_name_or_path"),
+    *("encoder_dropout", "encoder_hidden_size", "encoder_num_layers", "encoder_reparameterization_type"),
+}
+OF_ADAPTER = {"width", "placement", "activation", "dropout"}
+# peft_type -> what reads it, and the settings that it understands
+READ: dict[str, tuple[Callable[[dict, Layers], object], set[str]]] = {
+    "LORA": (read_lora, OF_LORA),
+    "ADALORA": (read_adalora, OF_ADALORA),
+    "IA3": (read_ia3, {"feedforward_modules"}),
+    "PROMPT_TUNING": (read_prompt, OF_PROMPT),
+    "P_TUNING": (read_prompt, OF_PROMPT),
+    "PREFIX_TUNING": (read_prefix, OF_VECTORS | {"prefix_projection", "encoder_hidden_size"}),
+}
+READ |= {OURS + kind: read for kind, read in READ.items()} | {OURS + "ADAPTER": (read_adapter, OF_ADAPTER)}
 
 
-def read_config(given: dict, layers: Layers) -> object:
-    """adapter_config.json -> our config of these layers. Errors: a method or a setting that has no counterpart here."""
+def refuse_unknown(given: dict) -> None:
+    """An error that names a method or a setting without a counterpart here."""
     kind = given.get("peft_type")
     if kind not in READ:
         raise AdapterError(f"peft_type={kind!r} is not supported; supported: {', '.join(READ)}")
+    for name, value in given.items():
+        if name not in READ[kind][1] | SILENT and value not in (None, False, [], {}, "", ()):
+            raise AdapterError(f"{name}={value!r} is not supported")
+
+
+def read_config(given: dict, layers: Layers) -> object:
+    """adapter_config.json -> our config of these layers."""
     try:
-        config, read = READ[kind](given, layers)
+        return READ[given["peft_type"]][0](given, layers)
     except (KeyError, TypeError) as error:
         raise AdapterError(f"cannot be read: {error!r}") from None
-    for name, value in given.items():
-        if name not in read | SILENT and value not in (None, False, [], {}, "", ()):
-            raise AdapterError(f"{name}={value!r} is not supported")
-    return config
 
 
 def refuse_what_peft_ignores(network: nn.Module, given: dict, changed: Collection[str]) -> None:
     """Of an encoder-decoder PEFT wraps the embedding under one of its three names, that which no stack looks at: measured, its
-    adapter changes nothing. Ours does, so that PEFT's cannot be put here, nor ours there."""
-    shared = network.config.architecture == "encoder-decoder" and "body.embedding" in changed
-    if shared and not str(given.get("peft_type")).startswith(OURS):
+    adapter changes nothing. Nor does a prefix of its classifiers, and prompts of these are errors there. Ours change something,
+    so that PEFT's cannot be put here, nor ours there."""
+    kind = str(given.get("peft_type"))
+    if network.config.architecture != "encoder-decoder" or kind.startswith(OURS):
+        return
+    if "body.embedding" in changed:
         raise AdapterError("an embedding that both stacks share: PEFT's adapter of it changes nothing, here it would")
+    if given.get("ensure_weight_tying") and "head" in changed and network.config.tie_embeddings:
+        raise AdapterError("ensure_weight_tying=True: of an embedding that both stacks and the head share, it is not supported")
+    if network.config.head in CLASSIFIERS and kind in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"):
+        raise AdapterError(f"{kind} of an encoder-decoder's classifier changes nothing in PEFT, here it would")
 
 
 def meant(given: dict, modules: Collection[str]) -> set[str] | None:
@@ -198,11 +201,15 @@ def write_config(network: nn.Module, name: str, base: str | None, entries: dict[
     whole = {entry.module for entry in entries.values() if entry.whole}
     layers = {module for module, ours in published.items() if ours in adapted} - whole
     kind, values = WRITE[config.method](network, config, entries)
-    if network.config.architecture == "encoder-decoder" and (kind == "PREFIX_TUNING" or "body.embedding" in adapted):
-        kind = (
-            OURS + kind
-        )  # PEFT computes something else with it: see `refuse_what_peft_ignores`; of a prefix it reads another layer's
-    values |= {"modules_to_save": endings(whole - {""}, known) or None}
+    task_type = task(network, any(entry.whole and entry.row.name.startswith("head.") for entry in entries.values()))
+    two_stacks = network.config.architecture == "encoder-decoder"
+    if two_stacks and (kind == "PREFIX_TUNING" or "body.embedding" in adapted):
+        kind = OURS + kind  # PEFT computes another thing: see `refuse_what_peft_ignores`; of a prefix it reads another layer's
+    elif config.method in BEFORE_THE_TEXT and (task_type is None or (two_stacks and task_type in TASKS.values())):
+        kind = OURS + kind  # PEFT has no class for the head, and its general one leaves out what stands before the text
+    inside = [module for module in whole if f"{module}.".startswith(CLASSIFIER_MODULES)]  # all of them: `whole_head`
+    saved = [*endings(whole - {"", *inside}, known), *sorted({module.partition(".")[0] for module in inside})]
+    values["modules_to_save"] = saved or None
     if layers:
         inner = {entry.module for entry in entries.values() if entry.shape[:1] == (1,)} if config.method == "ia3" else set()
         values["target_modules"] = endings(layers - inner, known) + endings(inner, known)
@@ -219,7 +226,7 @@ def write_config(network: nn.Module, name: str, base: str | None, entries: dict[
             values[field] = {re.escape(end): value for value, group in groups.items() for end in endings(group, layers)}
     common = {
         "peft_type": kind,
-        "task_type": task(network, bool(whole)),
+        "task_type": task_type,
         "base_model_name_or_path": base,
         "inference_mode": True,
     }

@@ -4,12 +4,13 @@
     base_model.model.<weight, as the family publishes it>                            of modules that were trained whole
     base_model.model.<module>.base_layer.bias, or <module>.bias                      of biases that were trained too
     prompt_embeddings                                                                of what stands before the text
+    base_model.<weight, as the family publishes it>                                  of modules trained whole beside such
 
 PEFT has no bottleneck adapters: `adapter_down.weight` and its like are ours.
 """
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -24,14 +25,15 @@ from lora.ia3 import ScaledInput, ScaledOutput
 from lora.inject import adapters, biases, holders, trains_biases
 from lora.layer import Adapted, Part, Whole
 from lora.lora import EmbeddingLora, Lora
+from lora.methods import BEFORE_THE_TEXT
 from lora.prefix import Prefix
 from lora.prompt import BeforeTheText
 from lora.targets import adaptable
 from model.config import ModelConfig
 from model.rope import interleaved_to_halves
-from model.weights import Weight, head_spec, published_names, published_prefix, published_shape, to_published, weight_table
+from model.weights import Weight, published_names, published_shape, to_published, weight_table
 
-PREFIX = "base_model.model."
+PREFIX, PREFIX_BEFORE = "base_model.model.", "base_model."  # of the network's own names: a prompt has no tuner around it
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ LEAVES: dict[type[Part], dict[str, Leaf]] = {  # a class without an entry of its
     },
 }
 BEFORE = "prompt_embeddings"
+CLASSIFIERS = ("sequence", "token", "qa")
+CLASSIFIER_MODULES = ("classifier.", "score.", "qa_outputs.")  # what PEFT trains whole, asked or not, where its task says so
 KEYS = sorted({leaf.key for leaves in LEAVES.values() for leaf in leaves.values()}, key=len, reverse=True)
 
 
@@ -100,6 +104,7 @@ def plain(path: str) -> str:
 def entries(network: nn.Module, name: str) -> dict[str, Entry]:
     """PEFT's key -> where it belongs, for all that the adapter `name` has on this network."""
     table, found = weight_table(network.config), {}
+    prefix = prefix_of(adapters(network)[name].method)
     for path, holder in holders(network).items():
         if name not in holder.parts:
             continue
@@ -108,7 +113,7 @@ def entries(network: nn.Module, name: str) -> dict[str, Entry]:
             for leaf, parameter in part.named_parameters():
                 row = table[f"{ours}.{leaf}"]
                 shape = published_shape(row, tuple(parameter.shape))
-                found[PREFIX + row.published] = Entry(parameter, row, shape, whole=True)
+                found[prefix + row.published] = Entry(parameter, row, shape, whole=True)
         elif isinstance(holder, BeforeTheText):
             value = before_the_text(part)
             found[BEFORE] = Entry(value, None, tuple(value.shape))
@@ -126,6 +131,27 @@ def entries(network: nn.Module, name: str) -> dict[str, Entry]:
             key = bias_key(network.config, row.name) if isinstance(holder, Adapted) else PREFIX + row.published
             found[key] = Entry(parameter, row, published_shape(row, tuple(parameter.shape)))
     return found
+
+
+def prefix_of(method: str) -> str:
+    return PREFIX_BEFORE if method in BEFORE_THE_TEXT else PREFIX
+
+
+def whole_head(network: nn.Module, name: str) -> dict[str, Entry]:
+    """The head's weights that PEFT saves with every adapter of a classifier: all under the names that it takes for granted.
+
+    Those that this adapter did not train are the network's own. Nothing, where neither the head was trained nor a prompt stands
+    before the text: such an adapter is written without a task.
+    """
+    config, table = network.config, weight_table(network.config)
+    prefix = prefix_of(adapters(network)[name].method)
+    own = (holder for path, holder in holders(network).items() if path.startswith("head") and name in holder.parts)
+    if config.head not in CLASSIFIERS or not (prefix == PREFIX_BEFORE or any(isinstance(holder, Whole) for holder in own)):
+        return {}
+    own = {plain(path): value for path, value in network.named_parameters() if ".parts." not in path}
+    rows = {path: table[path] for path in own if table[path].published.startswith(CLASSIFIER_MODULES)}
+    shape = {path: published_shape(row, tuple(own[path].shape)) for path, row in rows.items()}
+    return {prefix + row.published: Entry(own[path], row, shape[path], whole=True) for path, row in rows.items()}
 
 
 def bias_key(config: ModelConfig, bias: str) -> str:
@@ -159,75 +185,6 @@ def linear_modules(network: nn.Module) -> dict[str, str]:
     """Published module -> ours, of all layers that PEFT and `lora` can put something beside."""
     table = weight_table(network.config)
     return {module_of(table[f"{path}.weight"]): path for path in adaptable(network) if f"{path}.weight" in table}
-
-
-# ---- from a file's keys to ours
-
-
-@dataclass
-class Read:
-    """What a file's keys say."""
-
-    keys: dict[str, str]  # the key as `entries` spells it -> in the file
-    copies: list[tuple[str, str]]  # our name of a weight of the base, and its key: what PEFT saves along
-    layers: dict[str, str]  # the key of a part -> our layer beside which it stands
-    whole: set[str]  # our modules that were trained whole
-    prefix: str  # of the body's names in this file
-
-
-def read_keys(network: nn.Module, found: Iterable[str], file: str, *, all_biases: bool = False) -> Read:
-    """The names of a file's tensors, understood; one that is nothing here is an error. all_biases: a module of which there is
-    a bias alone was not trained whole."""
-    config = network.config
-    names, table = published_names(config), weight_table(config)
-    read = Read({}, [], {}, set(), published_prefix(config, head_spec(config)))
-
-    def weight(published: str) -> Weight | None:
-        """The row of a published weight, whatever the prefix."""
-        canonical = names.canonical(published)
-        canonical = canonical if canonical in names.rows else names.aliases.get(canonical, canonical)
-        if canonical not in names.rows:
-            return None
-        row = table[names.rows[canonical]]
-        if canonical.startswith("{body}") and published.endswith(canonical.removeprefix("{body}")):
-            read.prefix = published.removesuffix(canonical.removeprefix("{body}"))
-        return row
-
-    def keep(key: str, there: str) -> None:
-        if key in read.keys:
-            raise AdapterError(f"{file}: {there!r} and {read.keys[key]!r} are both {key}")
-        read.keys[key] = there
-
-    left = []
-    for there in found:
-        if there == BEFORE:
-            keep(BEFORE, there)
-            continue
-        inner = there.removeprefix(PREFIX)
-        ending = next((key for key in KEYS if inner.endswith(f".{key}")), None)
-        if ending is not None:
-            row = weight(inner.removesuffix(ending) + "weight")
-            if row is not None:
-                keep(f"{PREFIX}{module_of(row)}.{ending}", there)
-                read.layers[f"{PREFIX}{module_of(row)}.{ending}"] = row.name.rpartition(".")[0]
-                continue
-        stored = re.sub(r"\.(base_layer|original_module|modules_to_save)(?=\.[^.]+$)", "", inner)
-        row = weight(stored)
-        if row is None or not there.startswith(PREFIX):
-            left.append(there)
-        elif "original_module" in inner or "modules_to_save" in inner or (stored != inner and inner.endswith(".weight")):
-            read.copies.append((row.name, there))
-        elif stored != inner:
-            keep(bias_key(config, row.name), there)
-        elif stored == row.published or names.canonical(stored) in names.rows:
-            keep(PREFIX + row.published, there)
-            if not (all_biases and row.name.endswith(".bias")):
-                read.whole.add(row.name.rpartition(".")[0])
-        else:
-            read.copies.append((row.name, there))
-    if left:
-        raise AdapterError(f"{file} holds tensors that this network has no place for: {', '.join(left[:5])}")
-    return read
 
 
 # ---- which modules, as short as it can be said

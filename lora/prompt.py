@@ -6,8 +6,8 @@ They take the first P positions, the text's own count on from there, and no loss
 each is the embedding of a token: a random one's, or those of a text (Lester et al., section 3.2).
 Source: Lester et al. 2021, arXiv 2104.08691. As PEFT does: of an encoder-decoder they stand before the encoder's text alone,
 and the decoder looks at what became of them; they have token type 0; where a family scales its embeddings, they stand beside
-the scaled ones. Otherwise than with PEFT, a head that reads the text's first token ([CLS]) finds that one, not p_1;
-position_ids count on rather than being ignored, and so do left-padded rows; a sliding window does not lose sight of the prompt.
+the scaled ones; a head that reads the first token ([CLS]) finds p_1. Otherwise than with PEFT, position_ids count on rather
+than being ignored, and so do left-padded rows; a sliding window does not lose sight of the prompt.
 """
 
 from collections.abc import Callable

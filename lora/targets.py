@@ -31,6 +31,8 @@ def adaptable(network: nn.Module) -> dict[str, nn.Module]:
     found = {}
     for path, module in network.named_modules():
         name = path.removesuffix(".base").replace(".base.", ".")
+        if path.endswith(".packed"):
+            continue  # a quantized head's matrix: the head is what an adapter stands beside
         if ".parts." not in path and (isinstance(module, Adapted | Whole | nn.Embedding) or hasattr(module, "in_features")):
             found.setdefault(name, module)  # what stands in for a layer comes before it
     return found

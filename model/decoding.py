@@ -58,8 +58,9 @@ class Decoding:
             self.start = self.read = self.end - (self.limit // 2 or 1)
             self.cache = None
         if self.cache is None and self.use_cache:
-            weight, capacity = self.network.head.weight, min(self.limit, self.ids_BT.size(1))
-            self.cache = Cache(self.config, self.ids_BT.size(0), capacity, weight.dtype, weight.device)
+            stack = getattr(self.network.body, "decoder", self.network.body)
+            embedded, capacity = stack.words(self.ids_BT[:1, :1]), min(self.limit, self.ids_BT.size(1))
+            self.cache = Cache(self.config, self.ids_BT.size(0), capacity, embedded.dtype, embedded.device)
         unread_BT = self.ids_BT[:, self.read : self.end]
         mask_BT = self.mask_BT[:, self.start : self.end] if self.padded else None
         if self.memory is None:

@@ -28,20 +28,43 @@ class LanguageHead(Head, nn.Linear):
     """logits B T V = scale · hidden Wᵀ + b: the next word's. T5 with tied embeddings has scale = 1/√D, others 1.
 
     A loss that never builds all logits takes `features(hidden)`, `weight` and `bias` instead.
+
+    The matrix may be quantized: `pack` puts a frozen layer of few bits (`quant.layer.QuantizedLinear`) in its place. `weight`
+    is then the dequantized matrix, made anew where it is asked for, and `features` are rounded as that layer rounds its input.
     """
 
     def __init__(self, config: ModelConfig, spec: HeadSpec):
         nn.Linear.__init__(self, config.width, config.vocab_size, spec.bias)
         self.scale = config.head_scale
+        self.register_module("packed", None)
         if self.bias is not None:
             self.bias.requires_grad_(config.head != "lm")  # BART publishes it as a constant
 
-    def features(self, hidden: Tensor) -> Tensor:
-        """What the matrix V × D is multiplied with; any leading axes."""
+    def pack(self, layer: nn.Module) -> None:
+        del self.weight
+        self.packed = layer
+
+    def __getattr__(self, name: str):
+        if name == "weight" and self._modules.get("packed") is not None:
+            return self.packed.dequantize()
+        return super().__getattr__(name)
+
+    def transform(self, hidden: Tensor) -> Tensor:
+        """What the head does before its matrix; any leading axes."""
         return hidden if self.scale == 1 else hidden * self.scale
 
+    def rounded(self, features: Tensor) -> Tensor:
+        return features if self.packed is None else self.packed.rounded(features)
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """What the matrix V × D is multiplied with; any leading axes."""
+        return self.rounded(self.transform(hidden))
+
     def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        return linear(self.features(hidden), self.weight, self.bias)
+        features = self.transform(hidden)
+        if self.packed is not None:
+            return self.packed.product(features, self.bias)
+        return linear(features, self.weight, self.bias)
 
 
 class MaskedHead(LanguageHead):
@@ -53,7 +76,7 @@ class MaskedHead(LanguageHead):
         self.norm = LayerNorm(config.width, config.norm_eps)
         self.activation = ACTIVATIONS[config.activation]
 
-    def features(self, hidden: Tensor) -> Tensor:
+    def transform(self, hidden: Tensor) -> Tensor:
         return self.norm(self.activation(self.dense(hidden)))
 
 
@@ -82,7 +105,8 @@ class PooledHead(Head):
 
     C = labels for classes, 1 for regression, 2 for next sentence (0: it is the next, 1: it is not). As `pooler` it stops
     after the dense layer, and logits are B D. Dropout stands before the last matrix (RoBERTa's code has it before the
-    dense layer as well).
+    dense layer as well). Where the first token speaks, and a prompt stands before the text, that is the prompt's first vector,
+    as in PEFT.
     """
 
     def __init__(self, config: ModelConfig, spec: HeadSpec):
@@ -92,6 +116,14 @@ class PooledHead(Head):
         self.out = nn.Linear(config.width, classes, spec.bias) if config.head != "pooler" else nn.Identity()
         self.pool = POOLS[spec.pool]
         self.dropout = 0.0 if config.head == "pooler" else config.dropout
+
+    def read(self, output: Output, attention_mask: Tensor | None) -> Output:
+        return output._replace(logits=self.pooled(output, attention_mask))
+
+    def pooled(self, output: Output, attention_mask: Tensor | None) -> Tensor:
+        if self.pool is first and output.prompt is not None:
+            return self(output.prompt)
+        return self(output.hidden, attention_mask)
 
     def forward(self, hidden_BTD: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         pooled_BD = self.pool(hidden_BTD, attention_mask)
@@ -108,7 +140,7 @@ class PretrainingHead(MaskedHead):
         self.pair = PooledHead(config, spec)
 
     def read(self, output: Output, attention_mask: Tensor | None) -> Output:
-        return super().read(output, attention_mask)._replace(pair_logits=self.pair(output.hidden, attention_mask))
+        return super().read(output, attention_mask)._replace(pair_logits=self.pair.pooled(output, attention_mask))
 
 
 class TokenHead(Head):

@@ -27,6 +27,7 @@ from model.network import Network
 from model.rope import interleaved_to_halves
 from model.safetensors_file import Room, WeightFile
 from model.weights import Weight, published_constants, published_names, published_shape, to_published, weight_table
+from model.words import listed
 
 if TYPE_CHECKING:
     from quant.config import FourBit, Int8
@@ -103,7 +104,7 @@ def _published(network: Network) -> Iterator[tuple[str, Tensor]]:
 
 def _has_quantized(network: Network) -> bool:
     """Whether a linear layer's weight is no parameter."""
-    return any(hasattr(module, "in_features") and isinstance(module.weight, nn.Module) for module in network.modules())
+    return any(hasattr(module, "in_features") and "weight" in module._modules for module in network.modules())
 
 
 @torch.no_grad()
@@ -143,21 +144,14 @@ def load(
     asked = (config.head, config.labels) != (own.head, own.labels)
     with torch.device("meta"):
         network = Network(config, attention)
-    parameters, table = dict(network.named_parameters()), weight_table(config)
+    table = weight_table(config)
     try:
         with ExitStack() as opened:
             files = {path: opened.enter_context(WeightFile(path)) for path in weight_files(folder)}
             small, room = quantized_weights(folder, list(files.values()), network, quantization, inputs, watch), Room()
-            found = _match(files, config, parameters, small.others if small else (), asked=asked)
-            missing = sorted(set(parameters) - set(found.sources))
-            if any(not (asked and name.startswith("head.")) for name in missing):
-                names = ", ".join(table[name].published for name in missing[:5])
-                more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
-                raise HubError(f"{folder} lacks {names}{more}")
-            if small and (bare := [name for name in small.stored if name not in small.places]):
-                raise HubError(f"{folder} holds parts of {bare[0]!r}, which is not there")
-            for name, empty in parameters.items():
-                if name in missing:
+            found = match_weights(folder, files, network, small, asked=asked)
+            for name, empty in list(network.named_parameters()):
+                if name in found.missing:
                     wanted = dtype or network.body.embedding.weight.dtype
                     parameter = torch.empty(empty.shape, dtype=wanted, device=device)
                 else:
@@ -181,7 +175,7 @@ def load(
     except ValueError as error:  # a WeightFileError, or a QuantError
         raise HubError(str(error)) from None
     network.quantization = small.settings if small and not small.stored else None
-    initialize(network, seed, names=missing)
+    initialize(network, seed, names=found.missing)
     if found.other_heads and not asked:
         names = ", ".join(found.other_heads[:5]) + (" …" if len(found.other_heads) > 5 else "")
         warnings.warn(f"{folder}: left out of a network with the head {config.head!r}: {names}", stacklevel=2)
@@ -198,6 +192,25 @@ class Found:
     sources: dict[str, tuple[Path, str]] = field(default_factory=dict)  # our name -> file, its name there
     copies: list[tuple[Path, str, str]] = field(default_factory=list)  # file, name there, our name of what it repeats
     other_heads: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)  # our names; of a head that was asked for
+
+
+def match_weights(
+    folder: Path, files: dict[Path, WeightFile], network: Network, small: "QuantizedWeights | None", *, asked: bool
+) -> Found:
+    """Find each weight of a network in its folder's open files; what is missing, left over or misshapen is an error that names
+    it. `small`: what is quantized. `asked`: the head is not the folder's, which may lack its weights."""
+    parameters, table = dict(network.named_parameters()), weight_table(network.config)
+    found = _match(files, network.config, parameters, small.others if small else (), asked=asked)
+    found.missing = sorted(set(parameters) - set(found.sources))
+    if any(not (asked and name.startswith("head.")) for name in found.missing):
+        raise HubError(f"{folder} lacks {listed(table[name].published for name in found.missing)}")
+    if small and (bare := [name for name in small.stored if name not in small.places]):
+        raise HubError(f"{folder} holds parts of {bare[0]!r}, which is not there")
+    for name, (path, published) in found.sources.items():
+        if not (small and published in small.stored):
+            _check(files[path], published, table[name], parameters[name])
+    return found
 
 
 def _match(
@@ -278,19 +291,22 @@ def _read(
     new: Callable[..., Tensor] = torch.empty,
 ) -> Tensor:
     """One weight from its place in the file, in our layout; `turned`: its rows too. new: makes room for it."""
-    shape, there = tuple(empty.shape), published_shape(row, tuple(empty.shape))
-    if file.shape(published) != there:
-        raise HubError(f"{file.path.name}: {published!r} has shape {file.shape(published)}, {row.name} expects {there}")
-    stored = file.dtype(published)
-    if not stored.is_floating_point:
-        kind = str(stored).removeprefix("torch.")
-        raise HubError(f"{file.path.name}: {published!r} is of {kind}, and nothing says what it stands for")
-    dtype = dtype or stored
+    shape, dtype = tuple(empty.shape), dtype or file.dtype(published)
     if row.layout == "wide" and dtype == torch.float16:
         dtype = torch.float32
     out = new(shape, dtype=dtype, device=device)
     file.read(published, out[None] if row.layout == "row" else out, transposed=row.layout == "transposed")
     return interleaved_to_halves(out, config.head_width) if turned and row.layout == "interleaved" else out
+
+
+def _check(file: WeightFile, published: str, row: Weight, empty: Tensor) -> None:
+    """A tensor's shape, and that it holds numbers as they are."""
+    there, stored = published_shape(row, tuple(empty.shape)), file.dtype(published)
+    if file.shape(published) != there:
+        raise HubError(f"{file.path.name}: {published!r} has shape {file.shape(published)}, {row.name} expects {there}")
+    if not stored.is_floating_point:
+        kind = str(stored).removeprefix("torch.")
+        raise HubError(f"{file.path.name}: {published!r} is of {kind}, and nothing says what it stands for")
 
 
 def _assign(network: nn.Module, name: str, value: Tensor, requires_grad: bool) -> None:

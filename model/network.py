@@ -42,8 +42,9 @@ class Network(nn.Module):
         return {path: names[f"{path}.weight"] for path in linear if f"{path}.weight" in names}
 
     def tie_weights(self) -> None:
-        """Make the head and the embedding one parameter, where the config says so (again after loading)."""
-        if self.config.tie_embeddings and self.config.head in ("lm", "mlm", "pretraining"):
+        """Make the head and the embedding one parameter, where the config says so (again after loading). A quantized head has
+        codes of its own."""
+        if self.config.tie_embeddings and self.config.head in ("lm", "mlm", "pretraining") and self.head.packed is None:
             self.head.weight = self.body.embedding.weight
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options) -> Output:

@@ -25,6 +25,7 @@ class Output(NamedTuple):
     memory: Tensor | None = None  # B S D, an encoder-decoder's encoded input
     memory_states: tuple[Tensor, ...] | None = None  # as hidden_states, of the encoder
     pair_logits: Tensor | None = None  # B 2, next sentence, of the head that has both
+    prompt: Tensor | None = None  # B P D, what became of the vectors before the text, where this call has read them
 
 
 class Memory(NamedTuple):
@@ -123,10 +124,11 @@ class Stack(nn.Module):
             )
             if hidden_states:
                 states.append(x_BTD)
+        x_BTD, prompt_BPD = F.dropout(self.norm(x_BTD), self.config.output_dropout, self.training), None
         if before.new and not keep_prompt:
-            x_BTD, states = x_BTD[:, before.new :], [state_BTD[:, before.new :] for state_BTD in states]
-        x_BTD = F.dropout(self.norm(x_BTD), self.config.output_dropout, self.training)
-        return Output(None, x_BTD, (*states[:-1], x_BTD) if hidden_states else None)
+            prompt_BPD, x_BTD = x_BTD[:, : before.new], x_BTD[:, before.new :]
+            states = [state_BTD[:, before.new :] for state_BTD in states]
+        return Output(None, x_BTD, (*states[:-1], x_BTD) if hidden_states else None, prompt=prompt_BPD)
 
     def words(self, input_ids: Tensor) -> Tensor:
         """token · scale."""

@@ -6,12 +6,9 @@ up; then the original one is read, which must fit alone.
 """
 
 import json
-import os
 import shlex
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +16,7 @@ import tyro
 
 from quant.config import FourBit, Int8, QuantError
 from quant.options import KINDS, Int8Static, Options
+from train.command_line import run_command
 
 if TYPE_CHECKING:
     import torch
@@ -48,8 +46,9 @@ def quantize(options: Options, scheme: str) -> None:
     import torch
 
     import model.hub
-    from lora.merge_folder import copy_the_rest, give_back_freed_memory
+    from lora.merge_folder import give_back_freed_memory
     from model.account import columns
+    from model.folders import copy_beside, written_whole
     from quant.report import account, amount, described, normal_error, score_line, score_table, table, together
     from train import held_out
     from train.checkpoint import resolve
@@ -65,12 +64,14 @@ def quantize(options: Options, scheme: str) -> None:
     paths = matrices(config, settings, folder)
     task = text_of(options, config, folder, options.corpus) if options.perplexity else "--no-perplexity"
 
-    with whole_or_not_there(options.out) as making:
+    with written_whole(options.out) as making:
         inputs = observed(options, config, folder, settings, device) if isinstance(options, Int8Static) else None
         network, layers = quantized(folder, settings, device, paths, inputs)
         kept = parts(network)
-        model.hub.save(network, making)
-        copy_the_rest(folder, making)
+        with warnings.catch_warnings(record=True) as notes:  # they are shown at the end, where they are read
+            warnings.simplefilter("always")
+            model.hub.save(network, making)
+        copy_beside(folder, making)
         files, normal = (bytes_of_weights(folder), bytes_of_weights(making)), normal_error(settings)
         how, what = f"{described(settings)}, {together('', layers).bits:.3f} bits a weight", f"{settings.bits}-bit matrices"
         print(f"{how} (error: ‖W − Ŵ‖ / ‖W‖, cosine: of W and Ŵ)")
@@ -88,6 +89,8 @@ def quantize(options: Options, scheme: str) -> None:
             print(f"held-out text: {held_out.described(task)}\n{columns(score_table(before, after, scheme))}\n")
         title = f"{options.folder.absolute().name}: {how} · {amount(files[0])} → {amount(files[1])}"
         print(drawn(layers, kept, making, options.out, what=what, title=title, caption=said, normal=normal))
+    for note in notes:
+        print(f"note: {note.message}")
     print(f"written: {options.out}: {amount(files[1])} of weights, was {amount(files[0])}")
     print(f"try it:  {try_it(config, options.out)}")
 
@@ -129,20 +132,6 @@ def matrices(config: "ModelConfig", settings: FourBit | Int8, folder: Path) -> d
     if not found:
         raise QuantError(f"{folder}: no matrix is left to quantize, with --skip {shlex.join(settings.skip)}")
     return {path: name for path, name in names.items() if path in found}
-
-
-@contextmanager
-def whole_or_not_there(out: Path) -> Iterator[Path]:
-    """A folder beside `out`, which takes its name when all that stands in it is whole; else nothing stays."""
-    out = out.resolve()
-    making = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    making.mkdir(parents=True)
-    try:
-        yield making
-        making.rename(out)
-    except BaseException:
-        shutil.rmtree(making)
-        raise
 
 
 def quantized(
@@ -262,7 +251,11 @@ def try_it(config: "ModelConfig", out: Path) -> str:
 
 def main(arguments: list[str]) -> int:
     options = tyro.extras.subcommand_cli_from_dict(KINDS, args=arguments or ["--help"], prog="python -m quant")
+    scheme = next(name for name, kind in KINDS.items() if type(options) is kind)
+    return run_command(lambda: quantize(options, scheme), failures)
 
+
+def failures() -> tuple[type[Exception], ...]:
     from safetensors import SafetensorError
 
     from data.config import DataError
@@ -271,12 +264,7 @@ def main(arguments: list[str]) -> int:
     from train.checkpoint import CheckpointError
     from train.config import TrainError
 
-    try:
-        quantize(options, next(name for name, kind in KINDS.items() if type(options) is kind))
-    except (QuantError, DataError, ConfigError, HubError, CheckpointError, TrainError, SafetensorError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return QuantError, DataError, ConfigError, HubError, CheckpointError, TrainError, SafetensorError, OSError
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from quant.int8_linear import DynamicInput, Int8Linear, StaticInput
 
 METHOD, FORMAT = "compressed-tensors", "int-quantized"
 PARTS = ("weight_scale", "weight_zero_point", "input_scale", "input_zero_point")
+NOT_READ = ("kv_cache_scheme", "transform_config", "sparsity_config", "moe_sparsity_config")  # of a quantization_config
 
 
 def companions(names: Iterable[str]) -> dict[str, dict[str, str]]:
@@ -128,7 +129,11 @@ def read_config(settings: Mapping) -> Int8:
     """`quantization_config` -> Int8. Errors (QuantError): another thing than INT8 of weights and inputs."""
     if settings.get("format") != FORMAT:
         raise QuantError(f"compressed-tensors' format {settings.get('format')!r} is not read; {FORMAT!r} is")
-    if more := [name for name in ("kv_cache_scheme", "transform_config", "sparsity_config") if settings.get(name)]:
+    given = {name: value for name, value in settings.items() if value}
+    sparsity = given.get("sparsity_config")
+    if isinstance(sparsity, Mapping) and sparsity.get("format") == "dense":
+        del given["sparsity_config"]  # all numbers are there, zeros among them
+    if more := [name for name in NOT_READ if name in given]:
         raise QuantError(f"quantization_config has a {more[0]}, which is not read")
     try:
         (group,) = settings["config_groups"].values()

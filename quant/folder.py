@@ -4,17 +4,19 @@
 anything with the methods of `model.safetensors_file.WeightFile`.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from quant.config import FourBit, Int8, QuantError
+from quant.config import BLOCK_SIZES, FourBit, Int8, QuantError
 from quant.forms import FORMS, Form, form_of
 from quant.int8_linear import StaticInput
 from quant.layer import QuantizedLinear
 from quant.linear import layer_of, quantizable, quantized_layers
+from quant.nf4 import QuantizedTensor
 
 Watch = Callable[[str, Tensor, nn.Module], None]  # published name, the weight before, the weight after
 
@@ -61,6 +63,8 @@ class QuantizedWeights:
         self.asked = {path: layer for path, layer in linear.items() if path in modules}
         if not self.stored and not self.asked:
             raise QuantError(f"no linear layer to quantize, with skip={list(self.settings.skip)}")
+        if published.get("head.weight") in self.stored:  # it has codes of its own, whatever config.json says of tied embeddings
+            network.head.weight = nn.Parameter(torch.empty_like(network.head.weight))
         self.others = {part for parts in self.stored.values() for part in parts.values()} - set(self.stored)
 
     def takes(self, name: str, published: str) -> bool:
@@ -81,6 +85,9 @@ class QuantizedWeights:
         new = self.layer(name, published, read, device)
         new.weight.dtype = dtype or new.weight.dtype
         new.weight.to(device)
+        if name == "head.weight":
+            self.network.head.pack(new)
+            return
         self.network.set_submodule(name.removesuffix(".weight"), new if order is None else new.reordered(order.to(device)))
 
     def layer(
@@ -90,11 +97,10 @@ class QuantizedWeights:
         linear = self.network.get_submodule(name.removesuffix(".weight"))
         if not isinstance(linear, nn.Linear):
             raise QuantError(f"{published} is quantized: of this network it is {name}, which is no linear layer's")
-        if name == "head.weight":
-            raise QuantError(f"{published} is quantized: a head is read with all its bits; leave it out of what is quantized")
         if published in self.stored:
             parts = {part: self.raw(each) for part, each in self.stored[published].items()}
-            layer = self.form.layer(parts, published, linear.bias, self.settings, self.dtype)
+            bias = linear.bias if name != "head.weight" else None  # a language head keeps its own
+            layer = self.form.layer(parts, published, bias, self.settings, self.dtype)
             if layer.weight.shape != linear.weight.shape:
                 raise QuantError(f"{published} is of {tuple(layer.weight.shape)}, {name} expects {tuple(linear.weight.shape)}")
             return layer
@@ -139,7 +145,7 @@ def config_entry(network: nn.Module, table: Mapping[str, Row]) -> dict:
     that are not quantized are named in it, for what opens the folder would take them for quantized else.
 
     Errors (QuantError): a layer that was quantized in memory, though not in the form in which the family publishes it; layers
-    of several kinds.
+    of several kinds. Warns of `uneven_rows`.
     """
     found = quantized_layers(network)
     for path, layer in found.items():
@@ -154,5 +160,33 @@ def config_entry(network: nn.Module, table: Mapping[str, Row]) -> dict:
         raise QuantError(f"layers are quantized in two forms, {' and '.join(sorted(forms))}: a quantization_config names one")
     dtype = next(parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
     linear = (path for path, module in network.named_modules() if isinstance(module, nn.Linear))
-    kept = [table[f"{path}.weight"].published.removesuffix(".weight") for path in linear if f"{path}.weight" in table]
-    return FORMS[forms.pop()].config(list(found.values()), dtype, kept)
+    kept = [
+        table[f"{path}.weight"].published.removesuffix(".weight")
+        for path in linear
+        if f"{path}.weight" in table and path not in found
+    ]
+    entry = FORMS[forms.pop()].config(list(found.values()), dtype, kept)
+    if (uneven := uneven_rows({table[f"{path}.weight"].published: layer for path, layer in found.items()})) is not None:
+        warnings.warn(uneven, stacklevel=4)
+    return entry
+
+
+def uneven_rows(layers: Mapping[str, QuantizedLinear]) -> str | None:
+    """Say which 4-bit matrices have rows that are not whole blocks; None: none. layers: published name of the weight -> layer.
+
+    Ours take a matrix as one long row of blocks, as bitsandbytes packs it and its CUDA kernels read it. Its CPU kernels for
+    AVX-512 count blocks anew in each row (version 0.50: where a row is a multiple of 16 numbers), and multiply by other scales.
+    """
+    four = {name: layer for name, layer in layers.items() if isinstance(layer.weight, QuantizedTensor)}
+    uneven = {name: layer for name, layer in four.items() if layer.in_features % layer.weight.block_size}
+    if not uneven:
+        return None
+    first = next(iter(uneven))
+    size, rows = uneven[first].weight.block_size, uneven[first].in_features
+    fitting = [each for each in BLOCK_SIZES if not any(layer.in_features % each for layer in four.values())]
+    other = f"--block-size {fitting[-1]} (block_size={fitting[-1]}) or " if fitting else ""
+    return (
+        f"rows are not whole blocks of {size} in {len(uneven)} of {len(four)} matrices, such as {first}, rows of "
+        f"{rows}: bitsandbytes on a CPU with AVX-512 reads these wrongly (on GPUs, and here, they are read as they were "
+        f"written). {other}--skip REGEX (skip=...) avoids it"
+    )

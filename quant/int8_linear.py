@@ -98,6 +98,14 @@ class Int8Linear(QuantizedLinear):
             multiply = Int8Product.apply if torch.is_grad_enabled() else rounded_product
             return multiply(x_NI, self.weight, bias, self.input, dtype).view(*x.shape[:-1], self.out_features)
 
+    def rounded(self, x: Tensor) -> Tensor:
+        """Straight through the rounding: the gradient of x is that of what it becomes, and 0 where x was cut off."""
+        x_NI = x.reshape(-1, x.size(-1))
+        q, inside_NI = self.input(x_NI.detach()), self.input.inside(x_NI.detach())
+        codes_NI = q.codes.float() if q.zero is None else q.codes.float() - q.zero
+        through_NI = x_NI if inside_NI is None else x_NI * inside_NI
+        return ((codes_NI * q.scale).to(x.dtype) + (through_NI - through_NI.detach())).view_as(x)
+
 
 def rounded_product(x_NI: Tensor, w: Int8Tensor, b_O: Tensor | None, input: Input, dtype: torch.dtype) -> Tensor:
     return product(input(x_NI), w, None if b_O is None else b_O.float(), dtype)

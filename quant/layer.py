@@ -36,6 +36,10 @@ class QuantizedLinear(nn.Module):
         """W, O × I, in the order of the layer's outputs."""
         return self.weight.dequantize(dtype)
 
+    def rounded(self, x: Tensor) -> Tensor:
+        """x as it is multiplied with `dequantize()`; its gradient is that of `forward`."""
+        return x if self.compute is None else x.to(self.compute).to(x.dtype)
+
     def reordered(self, order: Tensor) -> "QuantizedLinear":
         """The layer that gives y[order]."""
         layer = ReorderedLinear(self.weight, self.bias, order)

@@ -19,8 +19,14 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def quantized_layers(network: nn.Module) -> dict[str, QuantizedLinear]:
-    """path -> layer."""
-    return {path: module for path, module in network.named_modules() if isinstance(module, QuantizedLinear)}
+    """path -> layer; of a language head, the head's path."""
+    found = {path: module for path, module in network.named_modules() if isinstance(module, QuantizedLinear)}
+    return {path.removesuffix(".packed"): layer for path, layer in found.items()}
+
+
+def quantized_part(layer: nn.Module) -> QuantizedLinear | None:
+    """The layer itself, or what a language head multiplies with; None: it has all its bits."""
+    return layer if isinstance(layer, QuantizedLinear) else getattr(layer, "packed", None)
 
 
 def packed_tensors(network: nn.Module) -> list[Tensor]:
@@ -45,8 +51,8 @@ def count(network: nn.Module) -> int:
 
 def dense(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     """The weight of a linear layer as a tensor, quantized or not."""
-    if isinstance(layer, QuantizedLinear):
-        return layer.dequantize(dtype)
+    if (small := quantized_part(layer)) is not None:
+        return small.dequantize(dtype)
     return layer.weight if dtype is None else layer.weight.to(dtype)
 
 

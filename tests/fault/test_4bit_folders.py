@@ -209,7 +209,6 @@ CASES = {  # name: (folder, change, message)
         r"model\.embed_tokens\.weight is quantized: .* body\.embedding\.weight, which is no linear layer's",
     ),
     "norm": ("double", quantized("model.norm.weight"), r"model\.norm\.weight is quantized: .*, which is no linear layer's"),
-    "head": ("double", quantized("lm_head.weight"), r"lm_head\.weight is quantized: a head is read with all its bits"),
 }
 
 

@@ -63,10 +63,10 @@ def whole_layer(tensors):
 
 
 FAULTS = {  # name: (what happens to the folder, what is said)
-    "missing": (lambda f: edit(f, lambda t: t.pop(NAME)), f"lacks 1 tensors: {NAME}"),
+    "missing": (lambda f: edit(f, lambda t: t.pop(NAME)), f"lacks {NAME}"),
     "a whole layer": (
         lambda f: edit(f, whole_layer),
-        f"{TENSORS} lacks the tensors of 1 modules that {CONFIG} names: model.layers.1",
+        f"{TENSORS} lacks the tensors of what {CONFIG} names: model.layers.1",
     ),
     "left over": (lambda f: edit(f, lambda t: t.update({"extra": torch.ones(1)})), "has no place for: extra"),
     "of another method": (

@@ -116,7 +116,7 @@ def test_a_place_that_is_taken_meanwhile(place):
         (place / "out").mkdir()
         (place / "out" / "mine").write_text("keep this")
 
-    with patch("lora.merge_folder.copy_the_rest", side_effect=take):
+    with patch("model.folders.copy_beside", side_effect=take):
         assert_one_clear_line(quantized(place), "not empty")
     assert [path.name for path in (place / "out").iterdir()] == ["mine"]
     assert sorted(path.name for path in place.iterdir()) == ["in", "out"]
@@ -159,9 +159,9 @@ def test_a_full_disk(error, place):
 
 
 def test_an_end_while_it_is_scored(finished, tmp_path):
-    with patch("train.held_out.evaluate", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
-        command("nf4", finished, "--out", tmp_path / "out", main=main)
-    assert not list(tmp_path.iterdir())
+    with patch("train.held_out.evaluate", side_effect=KeyboardInterrupt):
+        said = command("nf4", finished, "--out", tmp_path / "out", main=main)
+    assert (said.code, said.err) == (130, "interrupted\n") and not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_could_not_be_put_in_place_is_refused_at_once(finished, tmp_path, monkeypatch):

@@ -203,12 +203,14 @@ def test_theirs_reads_ours(name, parity, tmp_path):
     assert (ties > 0) == (settings == Int8())
 
 
-def compressed(config, folder: Path, dense_folder: Path, weights: dict, activations: dict, dtype: torch.dtype) -> nn.Module:
+def compressed(
+    config, folder: Path, dense_folder: Path, weights: dict, activations: dict, dtype: torch.dtype, ignore=("lm_head",)
+) -> nn.Module:
     """A folder that compressed-tensors made, by its own scales; and the network that it was made of, which rounds alike."""
     theirs = opened(config, dense_folder, dtype=dtype)
     kinds = {"type": "int", "num_bits": 8}
     group = {"targets": ["Linear"], "weights": kinds | weights, "input_activations": kinds | activations}
-    apply_quantization_config(theirs, QuantizationConfig(config_groups={"group_0": group}, ignore=["lm_head"]))
+    apply_quantization_config(theirs, QuantizationConfig(config_groups={"group_0": group}, ignore=list(ignore)))
     for twin in theirs.modules():
         if hasattr(twin, "quantization_scheme"):
             args, weight = twin.quantization_scheme.weights, twin.weight.detach()
@@ -257,6 +259,19 @@ def test_ours_reads_theirs(name, parity, tmp_path):
     again = model.hub.load(tmp_path / "again")
     assert torch.equal(again(**batch).logits, ours(**batch).logits)
     opened(config, tmp_path / "again")
+
+
+@torch.no_grad()
+def test_a_sparsity_of_the_format_dense_is_none(parity, tmp_path):
+    weights, activations, dtype = MADE["tensor, static"]
+    config, batch = tiny_config("llama", tie_embeddings=False), inputs(tiny_config("llama"))
+    model.hub.save(randomized(config, dtype=torch.float32), tmp_path / "dense")
+    compressed(config, tmp_path / "theirs", tmp_path / "dense", weights, activations, dtype)
+    settings = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    settings["quantization_config"]["sparsity_config"] = {"format": "dense", "sparsity_structure": "0:0", "targets": []}
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(settings))
+    ours, theirs = model.hub.load(tmp_path / "theirs"), opened(config, tmp_path / "theirs")
+    parity("INT8 folders, in, logits: no sparsity", THEIRS, gap(ours(**batch).logits, theirs(**batch).logits), *ROUNDING)
 
 
 def test_the_usual_scheme_is_what_is_read():

@@ -54,8 +54,12 @@ def opened(folder, dtype, kind):
     return CLASSES[kind].from_pretrained(folder, dtype=dtype).eval()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("name", CASES)
+IN_FLOAT32 = ("gpt2", "llama", "roformer-dora", "t5-head")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.float64) for name in CASES), *((name, torch.float32) for name in IN_FLOAT32)]
+)
 def test_the_folder_is_what_peft_merges(name, dtype, tmp_path, parity, capsys):
     family, changes, config, untie = CASES[name]
     network = randomized(tiny_config(family, **changes), dtype=dtype)
@@ -81,11 +85,10 @@ def test_the_folder_is_what_peft_merges(name, dtype, tmp_path, parity, capsys):
     assert {path.name for path in (tmp_path / "out").iterdir()} == names  # files stay as they were
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "bert"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "mistral", "t5", "bart", "vaswani", "bert"])
 @pytest.mark.parametrize("end", ["head", "embedding"])
 def test_a_tied_matrix_is_not_changed_in_silence(family, end, tmp_path, capsys):
-    changes = {"gpt2": {}, "bert": {}, "t5": {}, "llama": {"tie_embeddings": True}}[family]
-    model.hub.save(randomized(tiny_config(family, **changes)), tmp_path / "base")
+    model.hub.save(randomized(tiny_config(family, tie_embeddings=True)), tmp_path / "base")
     targets = {"head": "^head$", "embedding": r"^body\.embedding$"}[end]
     network = add_adapters(model.hub.load(tmp_path / "base"), LoraConfig(r=2, targets=targets)).eval()
     shake(network)
@@ -104,6 +107,31 @@ def test_a_tied_matrix_is_not_changed_in_silence(family, end, tmp_path, capsys):
     assert not merged.config.tie_embeddings
     assert torch.allclose(merged(**batch).logits, network(**batch).logits, rtol=0, atol=1e-11)
     assert not torch.equal(merged.head.weight, merged.body.embedding.weight)
+
+
+@pytest.mark.parametrize("end", ["lm_head", "q"])
+def test_a_t5_whose_head_scales_with_and_without_a_tie(end, tmp_path, parity):
+    """As transformers writes it: its flag of the tie says nothing, another one says the scale. Untied, the head keeps its
+    scale; an untied folder takes an adapter too."""
+    model.hub.save(randomized(tiny_config("t5")), tmp_path / "ours")
+    opened(tmp_path / "ours", torch.float64, "encoder-decoder").save_pretrained(tmp_path / "base")
+    base, batch = tmp_path / "base", inputs(model.hub.read_config(tmp_path / "base"))
+    for step, target in enumerate(("lm_head", end)):
+        theirs = opened(base, torch.float64, "encoder-decoder")
+        config = peft.LoraConfig(r=2, target_modules=[target], task_type="SEQ_2_SEQ_LM", init_lora_weights=False)
+        adapter = peft_folder(theirs, config, tmp_path / f"adapter {step}")
+        out = tmp_path / f"out {step}"
+        if step == 0:
+            with pytest.raises(AdapterError, match="would change both"):
+                merge_folder(base, adapter, out)
+        merge_folder(base, adapter, out, untie=step == 0)
+        expected = peft.PeftModel.from_pretrained(opened(base, torch.float64, "encoder-decoder"), adapter).double().eval()
+        said = opened(out, torch.float64, "encoder-decoder")(**batch).logits
+        error = (said - expected(**batch).logits).abs().max() / said.abs().max()
+        parity(f"merged folders: t5, untied, {target}, step {step}", "PEFT, transformers", error, *SAME)
+        merged = model.hub.read_config(out)
+        assert (merged.tie_embeddings, merged.scale_head) == (False, True)
+        base = out
 
 
 @pytest.fixture

@@ -36,15 +36,17 @@ def widen(theirs: nn.Module) -> None:
             owner, _, leaf = name.rpartition(".")
             setattr(theirs.get_submodule(owner), leaf, norm)
 
+    body = getattr(theirs, "model", getattr(theirs, "transformer", None))  # the second, where questions are answered
+
     def rotary(x, position_ids):
-        half = theirs.model.layers[0].self_attn.head_dim // 2
+        half = body.layers[0].self_attn.head_dim // 2
         base = theirs.config.rope_parameters["rope_theta"]
         frequency = base ** (-torch.arange(half, dtype=torch.float64) / half)
         phase = (position_ids[..., None].double() * frequency).repeat(1, 1, 2)
         return phase.cos(), phase.sin()
 
-    if hasattr(theirs, "model") and hasattr(theirs.model, "rotary_emb"):
-        theirs.model.rotary_emb.forward = rotary
+    if hasattr(body, "rotary_emb"):
+        body.rotary_emb.forward = rotary
 
 
 ROUNDING = (1e-12, "float64 rounding; sums in another order")

@@ -293,7 +293,7 @@ def test_compiled_blocks(tmp_path):
 
 def test_a_weight_of_four_bits_is_not_trained_whole(tmp_path):
     network = model.hub.load(folder_of("llama", tmp_path), quantization=FourBit())
-    with pytest.raises(AdapterError, match=r"mlp\.up has a weight of four bits, which cannot be trained"):
+    with pytest.raises(AdapterError, match=r"mlp\.up has a quantized weight, which cannot be trained"):
         add_adapters(network, LoraConfig(r=3, targets="attention", train_whole=(r"mlp\.up",)))
     add_adapters(network, LoraConfig(r=3, targets="attention", train_whole=("^head",)))
 

@@ -1,4 +1,4 @@
-"""Names of files in commands that are printed to be typed: as bash reads them."""
+"""Commands that are printed to be typed: as bash reads them."""
 
 import os
 import shlex
@@ -16,3 +16,11 @@ def quote(name: str | Path) -> str:
         return shlex.quote(text)
     plain = {byte: chr(byte) for byte in range(0x20, 0x7F)} | {ord(c): f"\\{c}" for c in "'\\"}
     return "$'" + "".join(plain.get(byte) or f"\\x{byte:02x}" for byte in os.fsencode(text)) + "'"
+
+
+def command(*words: str | Path) -> str:
+    """
+    >>> command("train", "--resume", "my run")
+    "python -m train --resume 'my run'"
+    """
+    return f"python -m {' '.join(map(quote, words))}"

@@ -1,17 +1,16 @@
 """`python -m lora merge BASE ADAPTER --out DIR`: an adapter into the weights of its base."""
 
 import re
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
 from data.words import counted
 from lora.config import AdapterError
-from train.command_line import run_command
+from train.command_line import Needs, refuse_idle, run_command
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -31,13 +30,16 @@ class Merge:
     labels: int | None = None
     """Of the heads sequence and token: how many classes. Default: as many as the adapter's head has."""
     untie: bool = False
-    """Where the head's matrix is the embedding's, and one of the two was adapted: write two matrices."""
+    """Where the head's matrix is the embedding's, write two; it is needed where one of the two was adapted."""
     dtype: Literal["fp64", "fp32", "bf16", "fp16"] | None = None
     """Of all weights. Default: each as in the base."""
     shard_size: str | None = None
     """Of each file at the most, such as 5GB. Default: files as the base has them."""
     any_base: bool = False
     """Also on a base whose weights are not those that the adapter was trained on."""
+    NEEDS: ClassVar = (
+        Needs(("labels",), lambda asked: asked.head in (None, "sequence", "token"), "this head has no classes"),
+    )
 
 
 def size(text: str) -> int:
@@ -58,6 +60,7 @@ def merge(options: Merge) -> None:
     from tqdm import tqdm
 
     from lora.merge_folder import give_back_freed_memory, merge_folder
+    from model.commands.try_it import try_it
     from train.checkpoint import resolve
 
     give_back_freed_memory()
@@ -81,18 +84,13 @@ def merge(options: Merge) -> None:
     print(f"try it:  {try_it(options.out)}")
 
 
-def try_it(out: Path) -> str:
-    from model.hub import read_config
-
-    folder, head = shlex.quote(str(out)), read_config(out).head
-    if head == "lm":
-        return f"python -m model generate {folder} --prompt 'The'"
-    return f"python -m model fill {folder} 'The [MASK] statement'" if head == "mlm" else f"python -m model info {folder}"
-
-
 def main(arguments: list[str]) -> int:
-    options = tyro.extras.subcommand_cli_from_dict({"merge": Merge}, args=arguments, prog="python -m lora")
-    return run_command(lambda: merge(options), failures)
+    def act() -> None:
+        options = tyro.extras.subcommand_cli_from_dict({"merge": Merge}, args=arguments or ["--help"], prog="python -m lora")
+        refuse_idle(options, options.NEEDS, arguments, AdapterError)
+        merge(options)
+
+    return run_command(act, failures)
 
 
 def failures() -> tuple[type[Exception], ...]:
@@ -104,5 +102,5 @@ def failures() -> tuple[type[Exception], ...]:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # for a terminal without UTF-8
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal without UTF-8, and for names of files that are none
     sys.exit(main(sys.argv[1:]))

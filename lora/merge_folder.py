@@ -85,21 +85,21 @@ def merge_folder(
     """Write the base with the adapter in its weights to `out`, which is empty or not there yet; returns the files of weights.
 
     head, labels: of the network that is written (`model.heads.HEADS`); default: the adapter's (`lora.task_head`). A vocabulary
-    that was resized for the adapter is the result's. untie: where a matrix that stands in two places (a head tied to the
-    embedding) was adapted in one, write two. dtype: of all weights, instead of the base's. shard_bytes: of each file at the
-    most, instead of files as the base has them.
+    that was resized for the adapter is the result's. untie: where a matrix stands in two places (a head tied to the embedding),
+    write two; needed where one of the two was adapted. dtype: of all weights, instead of the base's. shard_bytes: of each file
+    at the most, instead of files as the base has them.
     Errors: AdapterError (a method that is no change of weights, a sum that is not finite, another base), HubError.
     """
     with written_whole(out) as partial, ExitStack() as opened:
         try:
             source, merged = open_both(opened, base, adapter, *config_to_write(base, adapter, head, labels, any_base=any_base))
-            end = merged.torn()
-            written = source.config if end is None else untied_config(source.config, adapter, end, untie)
-            plan = planned(source, untied=end is not None, dtype=dtype, shard_bytes=shard_bytes)
+            written = source.config if (end := merged.torn()) is None and not untie else untied_config(source, end, untie)
+            untied = written is not source.config
+            plan = planned(source, untied=untied, dtype=dtype, shard_bytes=shard_bytes)
             steps = iter(progress([item for items in plan.values() for item in items]))
             for name, items in plan.items():
                 write_file(partial / name, items, lambda item: (next(steps), content(item, merged))[1])
-                merged.written((item.ours for item in items if item.ours is not None), untied=end is not None)
+                merged.written((item.ours for item in items if item.ours is not None), untied=untied)
             merged.account.close()
         except WeightFileError as error:
             raise AdapterError(str(error)) from None
@@ -147,16 +147,18 @@ def named_dtype(base: Path, dtype: torch.dtype | None) -> str:
     return str(dtype or settings.get("dtype") or settings.get("torch_dtype") or torch.float32).removeprefix("torch.")
 
 
-def untied_config(config: ModelConfig, adapter: Path, end: str, untie: bool) -> ModelConfig:
+def untied_config(base: Base, end: str | None, untie: bool) -> ModelConfig:
     """The config of the network whose head has a matrix of its own; what the head reads is scaled as before."""
+    if not base.tied:
+        raise AdapterError("--untie (untie=…) would have no effect: the head has a matrix of its own already")
     if not untie:
         other = "the head" if "embedding" in end else "the embedding"
         raise AdapterError(
             f"{end} was adapted, and its matrix is also that of {other}: merged, it would change both. With --untie two "
-            f"matrices are written; or leave the adapter beside the weights: python -m model generate {adapter}"
+            "matrices are written; or use the adapter beside its base, unmerged"
         )
     try:
-        write_config(untied := config.replace(tie_embeddings=False), "float32")
+        write_config(untied := base.config.replace(tie_embeddings=False), "float32")
     except ValueError as error:
         raise AdapterError(f"the head cannot be untied: {error}; leave the adapter beside the weights") from None
     return untied

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 import model.hub
@@ -32,7 +31,7 @@ from lora.task_head import config_with_head, lacking, refuse_random_head
 from lora.vocabulary import vocabulary_of
 from model.network import Network
 from model.resize import resize_vocabulary
-from model.safetensors_file import WeightFile, WeightFileError
+from model.safetensors_file import WeightFile, WeightFileError, save_file
 from quant.linear import quantized_layers
 
 Net = TypeVar("Net", bound=nn.Module)

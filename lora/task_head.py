@@ -32,12 +32,13 @@ def config_with_head(
         raise AdapterError(f"unknown head {head!r}; heads: {', '.join(HEADS)}")
     note, given = read_base(folder), read_json(folder)
     if note is not None and head is None:
-        head, labels = note["head"], labels or note["labels"]
-        return own.replace(head=head, labels=labels), None
+        refuse_labels(labels, note["head"], folder)
+        return own.replace(head=note["head"], labels=labels or note["labels"]), None
     task = {task: ours for ours, task in TASKS.items() if ours != "none"}.get(given.get("task_type"))
     wanted = head or task or own.head
     if wanted == "unknown":
         read_config(base)  # says which architecture it is
+    refuse_labels(labels, wanted, folder)
     if labels is None and wanted in CLASSIFIERS:
         labels = rows_of_head(folder, own.replace(head=wanted))
         if labels is None and wanted != own.head:
@@ -47,6 +48,11 @@ def config_with_head(
         return config, None
     asked = f"--head {config.head}" + (f" --labels {config.labels}" if config.head in CLASSIFIERS else "")
     return config, f"{folder} has the task {given['task_type']}, {base} the head {own.head!r}: read as with {asked}"
+
+
+def refuse_labels(labels: int | None, head: str, folder: Path) -> None:
+    if labels is not None and head not in CLASSIFIERS:
+        raise AdapterError(f"--labels {labels} (labels=…): {folder} is of the head {head!r}, which has no classes")
 
 
 def rows_of_head(folder: Path, config: ModelConfig) -> int | None:

@@ -45,5 +45,5 @@ def failures() -> tuple[type[Exception], ...]:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # for a terminal without UTF-8
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal without UTF-8, and for names of files that are none
     sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,7 @@
 """`config.json`, read and written: by its family's table, and with every field that no table knows kept as it is."""
 
 import json
+import shlex
 from pathlib import Path
 
 from model.config import ModelConfig, family
@@ -15,14 +16,24 @@ NAMES_OF_LABELS = ("id2label", "label2id", "problem_type")
 REPLACED = ("torch_dtype", "num_labels", "head", "quantization_config", "transformers_version")
 
 
+def base_of_adapter(folder: Path) -> str:
+    """Where an adapter's settings say that its base is; "BASE" where there is nothing."""
+    try:
+        named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        named = None
+    return named if isinstance(named, str) and Path(named).is_dir() else "BASE"
+
+
 def read_config(folder: str | Path, *, any_head: bool = False) -> ModelConfig:
     """`config.json` -> ModelConfig, by its `model_type`; the head by its `architectures`. `any_head`: one that is not
     known becomes "unknown" rather than an error, for a caller who wants the body."""
     path = Path(folder) / "config.json"
     if (Path(folder) / "adapter_config.json").is_file() and not path.is_file():
+        base, name = base_of_adapter(Path(folder)), shlex.quote(str(folder))
         raise HubError(
-            f"{folder} holds an adapter, not a network: `python -m model generate {folder}` opens it beside its base, and "
-            f"`python -m lora merge BASE {folder} --out DIR` makes one network of both"
+            f"{folder} holds an adapter, not a network: `python -m lora merge {shlex.quote(base)} {name} --out DIR` makes "
+            "one of it and its base"
         )
     if not path.is_file():
         raise HubError(f"{folder} is not a model folder: it holds no config.json")

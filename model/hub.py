@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model.config import ModelConfig
@@ -25,7 +24,7 @@ from model.generation_config import generation_json, read_generation_config
 from model.init import initialize
 from model.network import Network
 from model.rope import interleaved_to_halves
-from model.safetensors_file import Room, WeightFile
+from model.safetensors_file import Room, WeightFile, save_file
 from model.weights import Weight, published_constants, published_names, published_shape, to_published, weight_table
 from model.words import listed
 

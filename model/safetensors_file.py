@@ -17,6 +17,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -58,6 +59,14 @@ class Entry:
     shape: tuple[int, ...]
     begin: int  # bytes after the header
     end: int
+
+
+def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a file by the library, with the permissions of any new file: its own ones are for the owner alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    safetensors.torch.save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
 
 
 class WeightFile:

@@ -7,6 +7,6 @@
         of inputs · `calibrate` a network's · `fake` roundings with gradients · `qat` layers that learn to be rounded
 both    `layer` the 4-bit layer, of which others are kinds · `linear` `quantize_linears`, and a table of schemes · `folder` a
         model folder's layers, read and written · `forms` as what: `bnb_io` `bnb_8bit` bitsandbytes' tensors, `compressed` those
-        of compressed-tensors · `kernels/` the same in Triton · `config` `options` what a command line shows · `report` `plot`
+        of compressed-tensors · `kernels/` the same in Triton · `config` `commands` what a command line shows · `report` `plot`
         sizes and errors · `formats` modules that `.to(dtype)` leaves alone · `pages` new memory, sooner
 """

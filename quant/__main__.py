@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+from quant.commands.options import KINDS, Int8Static, Options
 from quant.config import FourBit, Int8, QuantError
-from quant.options import KINDS, Int8Static, Options
-from train.command_line import run_command
+from train.command_line import refuse_idle, run_command
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +48,7 @@ def quantize(options: Options, scheme: str) -> None:
     import model.hub
     from lora.merge_folder import give_back_freed_memory
     from model.account import columns
+    from model.commands.try_it import try_it
     from model.folders import copy_beside, written_whole
     from quant.report import account, amount, described, normal_error, score_line, score_table, table, together
     from train import held_out
@@ -92,7 +93,7 @@ def quantize(options: Options, scheme: str) -> None:
     for note in notes:
         print(f"note: {note.message}")
     print(f"written: {options.out}: {amount(files[1])} of weights, was {amount(files[0])}")
-    print(f"try it:  {try_it(config, options.out)}")
+    print(f"try it:  {try_it(options.out)}")
 
 
 def check_values(options: Options) -> None:
@@ -238,21 +239,13 @@ def drawn(layers: "list[Layer]", kept: dict[str, tuple[int, int]], making: Path,
     return f"picture: {out / PICTURE}"
 
 
-def try_it(config: "ModelConfig", out: Path) -> str:
-    from train.held_out import objective_of
-
-    folder = shlex.quote(str(out))
-    if objective_of(config) == "mlm":
-        return f"python -m model fill {folder} 'The [MASK] statement'"
-    if config.head == "lm":
-        return f"python -m model generate {folder} --prompt 'The'"
-    return f"python -m model info {folder}"
-
-
 def main(arguments: list[str]) -> int:
-    options = tyro.extras.subcommand_cli_from_dict(KINDS, args=arguments or ["--help"], prog="python -m quant")
-    scheme = next(name for name, kind in KINDS.items() if type(options) is kind)
-    return run_command(lambda: quantize(options, scheme), failures)
+    def act() -> None:
+        options = tyro.extras.subcommand_cli_from_dict(KINDS, args=arguments or ["--help"], prog="python -m quant")
+        refuse_idle(options, options.NEEDS, arguments, QuantError)
+        quantize(options, next(name for name, kind in KINDS.items() if type(options) is kind))
+
+    return run_command(act, failures)
 
 
 def failures() -> tuple[type[Exception], ...]:
@@ -268,5 +261,5 @@ def failures() -> tuple[type[Exception], ...]:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # for a terminal without UTF-8
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal without UTF-8, and for names of files that are none
     sys.exit(main(sys.argv[1:]))

@@ -79,6 +79,7 @@ def plot(
     bytes_.spines[["top", "right", "bottom"]].set_visible(False)
     bytes_.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
 
-    figure.suptitle(title)
+    # A folder's name may hold bytes that are no text, and `$`, which is no formula here.
+    figure.suptitle(title.encode(errors="surrogateescape").decode(errors="replace"), parse_math=False)
     figure.supxlabel(caption, fontsize=10, wrap=True)
     figure.savefig(path, dpi=110, format="png")

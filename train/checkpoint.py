@@ -27,7 +27,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from data.shell import quote
+from data.shell import command
 from data.words import counted
 from train.distributed import Ranks
 
@@ -189,7 +189,7 @@ def resolve(path: str | Path) -> Path:
     if (folder / IN_PARTS).is_file():
         raise CheckpointError(
             f"{folder} holds its weights in parts, as the ranks that wrote it did. Put them together first: "
-            f"python -m model export {quote(path)} --out FOLDER"
+            f"{command('model', 'export', path, '--out', 'FOLDER')}"
         )
     return folder
 

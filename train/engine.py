@@ -9,14 +9,13 @@ from hashlib import sha256
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lora.peft_io
 import model.hub
 from lora.adalora import RankAllocator
 from lora.inject import adapters
-from model.safetensors_file import WeightFile
+from model.safetensors_file import WeightFile, save_file
 from quant.qat import converted
 from train import qat
 from train.adapters import kept

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 
 import model.hub
-from data.shell import quote
+from data.shell import command
 from data.tokenizer import load_tokenizer
+from model.config_json import base_of_adapter
 from model.folders import copy_beside
 from model.init import empty
 from train.checkpoint import IN_PARTS, MANIFEST, CheckpointError, checkpoint_of
@@ -23,7 +24,8 @@ def export(path: Path, out: Path) -> Path:
     """
     folder = checkpoint_of(path)
     if (folder / "adapter_config.json").is_file():
-        raise CheckpointError(f"{folder} holds an adapter: python -m lora merge BASE {quote(folder)} --out {quote(out)}")
+        merge = command("lora", "merge", base_of_adapter(folder), folder, "--out", out)
+        raise CheckpointError(f"{folder} holds an adapter: {merge}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(f"--out {out} is there already, and is not an empty folder")
     out.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from data.clm import IGNORE
-from data.shell import quote
+from data.shell import command, quote
 from data.stream import Prefetcher
 from data.words import counted
 from model.folders import EXTRAS, copy_beside
@@ -79,7 +79,7 @@ def start(config: TrainConfig) -> int:
             with ranks.together():
                 if ranks.main and any((out / name).exists() for name in ("config.toml", "metrics.jsonl", "checkpoints")):
                     raise TrainError(
-                        f"{out} already holds a run: go on, `python -m train --resume {quote(out)}`, or choose another --out"
+                        f"{out} already holds a run: go on, `{command('train', '--resume', out)}`, or choose another --out"
                     )
             if config.run.init is not None:  # a run's best checkpoint may be another one by the time of a resume
                 config = replace(config, run=replace(config.run, init=resolve(config.run.init)))
@@ -189,7 +189,7 @@ class Run:
         except (OSError, SafetensorError) as error:
             raise TrainError(
                 f"could not write at step {self.step}: {error}. The checkpoints in {self.out} are untouched; "
-                f"when there is room: python -m train --resume {quote(self.out)}"
+                f"when there is room: {command('train', '--resume', self.out)}"
             ) from error
         finally:
             self.console.end()
@@ -272,8 +272,8 @@ class Run:
         times = f" ({self.in_a_row} steps in a row)" if self.in_a_row > 1 else ""
         raise TrainError(
             f"{what}{times}; {where}. Nothing was saved since the last checkpoint in {self.out}. To leave such batches out: "
-            f"python -m train --resume {quote(self.out)} --on-nonfinite skip; or begin anew with a lower --lr and --matrix-lr, "
-            "or --precision fp32"
+            f"{command('train', '--resume', self.out, '--on-nonfinite', 'skip')}; or begin anew with a lower --lr and "
+            "--matrix-lr, or --precision fp32"
         )
 
     def _early(self) -> str:

@@ -1,13 +1,16 @@
 """What a run says before its first step and after its last: what it is, what it reached, what to type next."""
 
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from data.clm import IGNORE
-from data.shell import quote
+from data.config import DataConfig
+from data.find import SUFFIXES
+from data.shell import command
 from data.words import counted
 from model.flops import flops_per_token
 from quant.linear import count, quantized_layers
@@ -20,7 +23,6 @@ from train.memory_report import what_would_fit
 from train.precision import PRECISIONS
 from train.rate import ending, matmul_rate, peak_memory
 from train.setup import training_of
-from train.tasks.task import built_in
 
 LIBRARIES = 2**30  # bytes of a GPU that the CUDA context and the libraries' workspaces take, about
 
@@ -158,23 +160,43 @@ def conclude(run: "Run", stopped: str, session: Session) -> None:
         say("curves   not drawn: matplotlib is not installed (pip install -c constraints.txt -e '.[plots]')")
     except OSError as error:
         say(f"curves   not drawn: {error}")
-    folder = quote(out)
     say("next")
+    for line in following(run, stopped):
+        say(f"  {line}")
+
+
+def following(run: "Run", stopped: str) -> Iterator[str]:
+    """Commands to go on with."""
+    out, config = run.out, run.config
+    folder, model = out, out.with_name(f"{out.name}-model")
     if stopped.startswith("on"):
-        say(f"  python -m train --resume {folder}")
+        yield command("train", "--resume", out)
     opened = pointed(out, "best") or pointed(out, "last")
     if opened is not None and (opened / IN_PARTS).is_file():  # what other commands open is one folder, not parts
-        say(f"  python -m model export {folder} --out {folder}-model")
-        folder += "-model"
-    say(f"  {run.task.try_it(folder)}")
-    objective = "" if run.config.run.objective == "clm" else f" --objective {run.config.run.objective}"
-    say(f"  python -m train{objective} --corpus PATH            # your own .txt, .md, .py or .jsonl files")
+        yield command("model", "export", out, "--out", model)
+        folder = model
+    yield run.task.try_it(folder)
+    objective = () if config.run.objective == "clm" else ("--objective", config.run.objective)
+    yield command("train", *objective, "--corpus", "PATH") + f"   # your own files: {' '.join(SUFFIXES)}"
     if config.method is not None and config.method.mergeable and opened is not None:
-        base = quote(config.run.init)
-        say(f"  python -m lora merge {base} {quote(opened)} --out {folder}-model   # one ordinary model folder")
+        yield command("lora", "merge", config.run.init, opened, "--out", model) + "   # one ordinary model folder"
     elif config.method is None and config.run.qat == "none" and not stopped.startswith("on"):
-        corpus = "" if built_in(run.config) else f" --corpus {' '.join(map(quote, run.config.data.corpus))}"
-        say(f"  python -m train{objective} --init {folder}{corpus} --steps 300   # go on from these weights")
+        words = (*objective, "--init", folder, *said_of_text(config.data), "--steps", "300")
+        yield command("train", *words) + "   # go on from these weights"
+
+
+def said_of_text(data: DataConfig) -> list[str]:
+    """The options that read the same text again."""
+    words, usual = [], DataConfig()
+    for name in ("corpus", "text_key", "on_bad_text", "val_fraction", "dedup", "cache"):
+        value, option = getattr(data, name), name.replace("_", "-")
+        if value == getattr(usual, name):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            words += [f"--{option}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
 
 
 def scored(run: "Run") -> float:

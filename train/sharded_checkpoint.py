@@ -14,10 +14,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from model.safetensors_file import WeightFile
+from model.safetensors_file import WeightFile, save_file
 from train.checkpoint import IN_PARTS as INDEX
 from train.checkpoint import CheckpointError
 from train.shard import is_sharded, local

@@ -25,6 +25,7 @@ class Resize:
 def resize(options: Resize) -> None:
     from data.config import DataError
     from data.tokenizer import load_tokenizer
+    from model.commands.try_it import try_it
     from model.folders import copy_beside, written_whole
     from model.hub import load, save
     from model.resize import resize_vocabulary
@@ -39,6 +40,7 @@ def resize(options: Resize) -> None:
         save(resize_vocabulary(network, options.vocab_size), making)
         copy_beside(folder, making)
     print(f"written: {options.out}: {before:,} rows became {options.vocab_size:,}")
+    print(f"try it:  {try_it(options.out)}")
     try:
         count = len(load_tokenizer(folder).bytes_of)
     except DataError:

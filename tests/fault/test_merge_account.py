@@ -63,7 +63,7 @@ def without(call, fits):
 
 QKV, UP = "attention.project.qkv", "body.blocks.0.mlp.up.weight"
 LOST = {  # name: (adapter, owner, attribute, how it is broken, what is said)
-    "a part": ("lora, biases", Adapted, "chosen", lambda call: lambda self: [], "have come into no weight: base_model"),
+    "a part": ("lora, biases", Adapted, "chosen", lambda call: lambda self: [], "into no weight have come: base_model"),
     "a tensor of the base": (
         "lora, biases",
         Base,
@@ -76,7 +76,7 @@ LOST = {  # name: (adapter, owner, attribute, how it is broken, what is said)
         Merged,
         "changes",
         lambda call: lambda self, ours: call(self, ours) and ours not in self.trained,
-        "have come into no weight: .*bias",
+        "into no weight have come: .*bias",
     ),
     "a copy of a module": (
         "lora, whole",
@@ -135,9 +135,9 @@ def lost(name: str):
 
 
 BASES = {  # name: (what happens to the base, what is said)
-    "an adapted weight is missing": (lost(f"{Q}.weight"), f"lacks 1 weights: {Q}.weight"),
-    "another one is missing": (lost("model.norm.weight"), "lacks 1 weights: model.norm.weight"),
-    "the head is missing": (lost("lm_head.weight"), "lacks 1 weights: lm_head.weight"),
+    "an adapted weight is missing": (lost(f"{Q}.weight"), f"lacks {Q}.weight"),
+    "another one is missing": (lost("model.norm.weight"), "lacks model.norm.weight"),
+    "the head is missing": (lost("lm_head.weight"), "lacks lm_head.weight"),
     "GPTQ": (packed, r"holds 'model\.layers\.\d\..*\.qweight', which llama of this config has no place for"),
     "a tensor of another family": (lambda t: t.update(extra=torch.ones(2)), "holds 'extra', which llama of this config has"),
     "misshapen": (lambda t: t.update({f"{Q}.weight": torch.ones(20, 24)}), rf"{Q}.weight' has shape \(20, 24\)"),

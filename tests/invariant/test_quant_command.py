@@ -139,7 +139,7 @@ def test_what_stays_and_the_files(finished, nf4_run):
     count = sum(value.numel() for value in model.hub.load(old).parameters())
     assert shown(said, "files of weights")[1:] == [f"{count:,}", *files]
     assert f"written: {out}: {files[1]} of weights, was {files[0]}\n" in said.out
-    assert f"try it:  python -m model generate {out} --prompt 'The'\n" in said.out
+    assert f"try it:  python -m model generate {out} --prompt The\n" in said.out
     assert {path.name for path in out.iterdir()} == {
         *("config.json", "generation_config.json", "model.safetensors", "quantization.png"),
         *("tokenizer.model", "tokenizer.json", "tokenizer_config.json"),

@@ -109,6 +109,40 @@ def test_a_tied_matrix_is_not_changed_in_silence(family, end, tmp_path, capsys):
     assert not torch.equal(merged.head.weight, merged.body.embedding.weight)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5", "bart"])
+def test_two_matrices_where_one_would_do(family, tmp_path, capsys):
+    """--untie always unties, or says why not; the network computes the same."""
+    model.hub.save(randomized(tiny_config(family, tie_embeddings=True)), tmp_path / "base")
+    network = add_adapters(model.hub.load(tmp_path / "base"), LoraConfig(r=2, targets="all-linear")).eval()
+    shake(network)
+    peft_io.save(network, tmp_path / "adapter")
+    given = ["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), "--out"]
+    assert main([*given, str(tmp_path / "tied")]) == 0 and main([*given, str(tmp_path / "untied"), "--untie"]) == 0
+    tied, untied = model.hub.load(tmp_path / "tied"), model.hub.load(tmp_path / "untied")
+    assert "head.weight" not in dict(tied.named_parameters())
+    assert "lm_head.weight" in load_file(tmp_path / "untied" / "model.safetensors")
+    if family != "t5":  # of a T5 the files decide, as in transformers: two that are equal are one
+        assert tied.config.replace(tie_embeddings=False) == untied.config != tied.config
+    ends = untied.head.weight, untied.body.embedding.weight
+    assert torch.equal(*ends) and (ends[0] is ends[1]) == (family == "t5")
+    batch = inputs(network.config)
+    assert torch.equal(tied(**batch).logits, untied(**batch).logits)
+    theirs = opened(tmp_path / "untied", torch.float64, network.config.architecture)(**batch).logits
+    assert torch.allclose(untied(**batch).logits, theirs, rtol=0, atol=2e-5)
+    if family == "t5":
+        return
+    capsys.readouterr()
+    again = ["merge", str(tmp_path / "untied"), str(tmp_path / "adapter"), "--any-base", "--out", str(tmp_path / "again")]
+    assert main([*again, "--untie"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --untie (untie=…) would have no effect: the head has a matrix of its own already\n"
+    )
+    assert main([*given, str(tmp_path / "again"), "--labels", "3"]) == 2
+    assert "--labels 3 (labels=…): " in capsys.readouterr().err
+    assert main([*given, str(tmp_path / "again"), "--labels", "3", "--head", "lm"]) == 2
+    assert "--labels would have no effect: this head has no classes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("end", ["lm_head", "q"])
 def test_a_t5_whose_head_scales_with_and_without_a_tie(end, tmp_path, parity):
     """As transformers writes it: its flag of the tie says nothing, another one says the scale. Untied, the head keeps its

@@ -1,13 +1,14 @@
 """The next token: every token of the text is a target, given those before it in its document."""
 
 import math
-import shlex
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from data.clm import clm_batch
 from data.shards import Shards
+from data.shell import command
 from model.generate import generate
 from train.config import TrainConfig
 from train.evaluate import baselines, bits_per_byte
@@ -71,8 +72,8 @@ class CausalTask(Task):
         text = f"{tokenizer.decode(opening)}[…]{tokenizer.decode(new[0].tolist())}".strip("\n")
         return "from […] on, the network goes on from a held-out document's opening", text
 
-    def try_it(self, folder: str) -> str:
+    def try_it(self, folder: Path) -> str:
         prompt = "Return the"
         if not built_in(self.config):
             prompt = " ".join(self.tokenizer.decode(self.opening()).split()[:3])
-        return f"python -m model generate {folder} --prompt {shlex.quote(prompt)}"
+        return command("model", "generate", folder, "--prompt", prompt)

@@ -1,7 +1,7 @@
 """The masked token: 15 % of the tokens are targets, given all others of their document on both sides."""
 
 import math
-import shlex
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from data.config import DataError
 from data.mlm import VALIDATION, mlm_batch, unigram_baseline
 from data.shards import Shards
+from data.shell import command
 from model.decoding import evaluating
 from train.config import TrainConfig
 from train.objective import MaskedObjective
@@ -95,9 +96,9 @@ class MaskedTask(Task):
         what = "in brackets, what the network reads into the gaps of a held-out document's opening"
         return what, shown.decode(errors="replace").strip("\n")
 
-    def try_it(self, folder: str) -> str:
+    def try_it(self, folder: Path) -> str:
         text = f"The {MASK} statement"
         if not built_in(self.config):
             first, _, *rest = [*self.tokenizer.decode(self.opening()).split(), "", "", ""][:4]
             text = " ".join([first, MASK, *rest]).strip()
-        return f"python -m model fill {folder} {shlex.quote(text)}"
+        return command("model", "fill", folder, text)

@@ -1,6 +1,7 @@
 """What the loop asks of an objective: batches, scores of held-out text, words about them, and an example."""
 
 from abc import ABC, abstractmethod
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -68,7 +69,7 @@ class Task(ABC):
         """What is shown, and it: always from the same held-out text and the same seed, so that samples compare."""
 
     @abstractmethod
-    def try_it(self, folder: str) -> str:
+    def try_it(self, folder: Path) -> str:
         """A command that shows what the network can do."""
 
     def opening(self, tokens: int = 16) -> list[int]:

@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
 from quant.config import FourBit, Int8
+from train.command_line import Needs
+
+UNSCORED = "--no-perplexity scores no text"
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,10 @@ class Options:
     """Where perplexity is measured: cpu, cuda, …"""
     threads: int = 0
     """CPU threads; 0 leaves torch's choice."""
+    NEEDS: ClassVar = (
+        Needs(("corpus", "eval_tokens"), lambda asked: asked.perplexity, UNSCORED),
+        Needs(("cache",), lambda asked: asked.perplexity, UNSCORED),
+    )
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,10 @@ class WholeNumberOptions(Options):
     """Weights in a group."""
     affine_weights: bool = False
     """A zero point beside each scale of a weight."""
+    NEEDS: ClassVar = (
+        *Options.NEEDS,
+        Needs(("group_size",), lambda asked: asked.granularity == "group", "it is of --granularity group"),
+    )
 
     def settings(self, scheme: str) -> Int8:
         return Int8(
@@ -101,6 +112,15 @@ class Int8Static(WholeNumberOptions):
     observer: Literal["minmax", "moving", "histogram", "percentile", "mse"] = "histogram"
     """An input's range: of all numbers, a moving average of the batches', with the least squared error by a histogram, without
     the outermost 0.01 %, or with the least squared error of 100 that are tried on the last batch (slow)."""
+    NEEDS: ClassVar = (
+        Needs(
+            ("corpus",),
+            lambda asked: asked.perplexity or not asked.calibrate,
+            "--no-perplexity scores no text, and --calibrate names the text to observe",
+        ),
+        Needs(("eval_tokens",), lambda asked: asked.perplexity, UNSCORED),
+        WholeNumberOptions.NEEDS[-1],
+    )
 
 
 @dataclass(frozen=True)

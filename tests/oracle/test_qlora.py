@@ -151,7 +151,7 @@ def randomize_in_place(network: Network) -> Network:
     return network
 
 
-@pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("gpt2", {}), ("gpt2", {"width": 48})], ids=str)
+@pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("gpt2", {}), ("gpt2", {"width": 48, "depth": 1})], ids=str)
 def test_against_peft_over_bitsandbytes(family, changes, parity, tmp_path):
     """Rows of 24 and 40 numbers, which its layers multiply rightly on every processor; and of 48, which AVX-512 gets wrong."""
     folder = folder_of(family, tmp_path / "base", **changes)

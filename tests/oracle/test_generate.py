@@ -85,8 +85,8 @@ def test_greedy_tokens(family, tmp_path, parity):
     different += (penalized != their_new_tokens(theirs, ids, mask, None, repetition_penalty=1.7)).sum()
     assert not torch.equal(penalized, free)
     parity(f"greedy tokens: {family}", LIBRARY, different, 0, "tokens are equal or not: count of different ones")
-    for row, real in enumerate(mask.bool()):  # and padding changes nothing
-        alone = generate(network, ids[row, real][None], max_new_tokens=NEW, temperature=0)
+    for row in range(0, PROMPTS, 4):  # and padding changes nothing
+        alone = generate(network, ids[row, mask[row].bool()][None], max_new_tokens=NEW, temperature=0)
         assert torch.equal(alone[0], free[row])
 
 

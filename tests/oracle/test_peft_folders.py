@@ -62,8 +62,9 @@ def peft_folder(theirs: nn.Module, config, folder, change=lambda adapted: None):
 
 
 def opened_by_peft(config, base, folder, head_class=None) -> nn.Module:
+    theirs = twin(config, base, head_class)
     with Wide():  # it reads prompt vectors into float32
-        return peft.PeftModel.from_pretrained(twin(config, base, head_class), folder, autocast_adapter_dtype=False).eval()
+        return peft.PeftModel.from_pretrained(theirs, folder, autocast_adapter_dtype=False).eval()
 
 
 def gap(one, other) -> float:

@@ -1,4 +1,4 @@
-"""What depends on the processor's instructions, held on AVX2 too where it has more.
+"""Tests of what depends on the processor's instructions, run on AVX2 too where it has more.
 
     INT8 products       torch's own saturate without VNNI: there `quant.int8_product` multiplies in two planes. Kept from VNNI,
                         torchao's saturate too
@@ -29,6 +29,7 @@ DEPENDING = (
     "tests/oracle/test_llm_int8.py",
     "tests/oracle/test_loss.py",
     "tests/oracle/test_parts.py",
+    "tests/oracle/test_sampling.py",
     "tests/invariant/test_int8_network.py",
     "tests/invariant/test_precision.py",
     "tests/invariant/test_model_invariants.py::test_a_compiled_block_is_one_graph",

@@ -1,4 +1,4 @@
-"""How often each token comes, through `generate` and through the command, beside its exact probability by the definitions."""
+"""Tokens drawn through `generate` and through the command are counted, beside their exact probabilities by the definitions."""
 
 import math
 from functools import cache

@@ -23,7 +23,7 @@ def padded(rows: list[torch.Tensor], left: bool) -> tuple[torch.Tensor, torch.Te
 
 
 def apart(network: nn.Module, rows: list[torch.Tensor], continued) -> int:
-    """How many of the rows go on otherwise in a batch than alone."""
+    """Count the rows that go on otherwise in a batch than alone."""
     ids, mask = padded(rows, left=network.config.architecture == "decoder")
     together = continued(ids, mask)
     return sum(not torch.equal(continued(row[None], None)[0], one) for row, one in zip(rows, together, strict=True))

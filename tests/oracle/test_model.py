@@ -101,7 +101,7 @@ SHIPPED = {
 
 @pytest.mark.parametrize("family", SHIPPED)
 def test_as_shipped(family, tmp_path, parity):
-    """What a user of both sees in float64. The families that are not here cast nothing."""
+    """Compare as a user of both would, in float64. The families that are not here cast nothing."""
     network = randomized(tiny_config(family))
     states, gradients = errors_of(network, published(network, tmp_path), padded=True)
     parity(f"{family}: as shipped, logits, states", LIBRARY, states, *SHIPPED[family])

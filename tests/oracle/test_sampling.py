@@ -1,4 +1,4 @@
-"""What a next token is drawn from, against transformers: each filter alone, and all of `generate`, step by step, bit for bit.
+"""Probabilities that tokens are drawn by, against transformers: each filter, and all of `generate`, step by step, bit for bit.
 
 Which of equal tokens at the nucleus' edge stay, transformers leaves to an unstable sort, and so to the processor: its sort is
 made stable here. How many stay is the same either way.

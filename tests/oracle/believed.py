@@ -6,6 +6,7 @@ processor, its Python torch, so ATEN_CPU_CAPABILITY=avx2 changes half of it. Mea
     dequantize_4bit     rows of a multiple of 16 numbers that end inside a block: row r begins with scale r · (length // block),
                         and values are off by as much as the largest of them
                         a tensor without numbers, in blocks of 2,048 or more: RuntimeError, from a reshape
+                        bfloat16 below 1.2e-38: zeros, which the processor's conversion makes of them
     Linear4bit          packs W anew for a product in bfloat16, once x needs no gradient: AssertionError where the number of
                         W's rows is no multiple of 32, RuntimeError where they are no whole blocks; elsewhere it rounds to 2^-8
 """

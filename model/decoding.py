@@ -17,8 +17,9 @@ class Decoding:
     them; an encoder-decoder encodes them once, and its text begins with config.decoder_start_id. Each row is held `copies`
     times, one after the other, as beams need it.
 
-    A cache holds no more than the text can come to. Past the network's context the window slides: its last half is read
-    again, and the text goes on from there. Relative positions (T5) know no such end.
+    A cache holds no more than the text can come to. Past the network's context a row's window slides: its last half is read
+    again, and the text goes on from there. Each row's slides when it would if the row were alone, though all are read again
+    then. Relative positions (T5) know no such end.
     """
 
     def __init__(
@@ -48,21 +49,28 @@ class Decoding:
         self.mask_BT = torch.cat((mask_BS, torch.ones_like(rest)), dim=1).repeat_interleave(copies, 0)
         self.prompt = self.end = input_ids.size(1)  # positions that are given, and that are filled
         self.limit = config.context - network.body.before if config.position != "relative" else self.ids_BT.size(1)
-        self.start = max(0, self.end - self.limit)  # of the window that is read
+        first_B1 = (mask_BS != 0).int().argmax(dim=1, keepdim=True).repeat_interleave(copies, 0)  # behind a row's pads
+        self.first_B1 = first_B1.clamp(min=self.end - self.limit)  # where a row's window begins; beams of an input agree
+        self.start = int(self.first_B1.min())  # of the window that is read
         self.read = self.start  # up to here the cache holds the window
         self.cache: Cache | None = None
 
     def next_logits(self) -> Tensor:
         """logits B V of the token that comes next."""
         if self.end - self.start > self.limit:  # slide: halve what is read, so that this happens once in limit / 2 tokens
-            self.start = self.read = self.end - (self.limit // 2 or 1)
+            full_B1 = self.end - self.first_B1 > self.limit
+            self.first_B1 = self.first_B1.masked_fill(full_B1, self.end - (self.limit // 2 or 1))
+            self.start = self.read = int(self.first_B1.min())
             self.cache = None
         if self.cache is None and self.use_cache:
             stack = getattr(self.network.body, "decoder", self.network.body)
             embedded, capacity = stack.words(self.ids_BT[:1, :1]), min(self.limit, self.ids_BT.size(1))
             self.cache = Cache(self.config, self.ids_BT.size(0), capacity, embedded.dtype, embedded.device)
         unread_BT = self.ids_BT[:, self.read : self.end]
-        mask_BT = self.mask_BT[:, self.start : self.end] if self.padded else None
+        mask_BT = None
+        if self.padded:
+            column_T = torch.arange(self.start, self.end, device=self.first_B1.device)
+            mask_BT = self.mask_BT[:, self.start : self.end] * (column_T >= self.first_B1)
         if self.memory is None:
             hidden_BTD = self.network.body(unread_BT, mask_BT, cache=self.cache).hidden
         else:

@@ -29,11 +29,11 @@ def dynamic(rope: Rope, frequency_K: Tensor, position_BT: Tensor) -> Tensor:
     got at the length of their time, as in transformers. Source: bloc97 and emozilla 2023; Peng et al., arXiv 2309.00071,
     section 3.3.
     """
-    length = position_BT.max() + 1  # still on the device: nothing waits for it
+    length = (position_BT.max() + 1).to(frequency_K.dtype)  # still on the device: nothing waits for it
     growth = rope.factor * (length / rope.trained_context).clamp_min(1) - (rope.factor - 1)
     pairs = frequency_K.numel()
     pair_K = torch.arange(pairs, dtype=frequency_K.dtype, device=frequency_K.device)
-    return frequency_K * growth.to(frequency_K.dtype) ** (-pair_K / max(pairs - 1, 1))
+    return frequency_K * growth ** (-pair_K / max(pairs - 1, 1))
 
 
 def llama3(rope: Rope, frequency_K: Tensor, position_BT: Tensor) -> Tensor:

@@ -33,16 +33,19 @@ def keep_top_k(logits_BV: Tensor, k: int) -> Tensor:
 def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
     """All but the nucleus become -inf: the smallest set of best tokens whose probabilities reach p.
 
-    A token stays while the mass *before* it is below p, so the best token always stays.
-    Source: Holtzman et al. 2019, arXiv 1904.09751.
+    From the least probable up, tokens go while their mass is at most 1 - p; the best one always stays. Of equally probable
+    tokens at the edge those of larger ids stay. (transformers sorts without an order of equals: there it is the processor's
+    choice.) Source: Holtzman et al. 2019, arXiv 1904.09751.
+
+    >>> keep_top_p(torch.tensor([[2.0, 1.0, 1.0, 1.0]]), p=0.6).tolist()
+    [[2.0, -inf, -inf, 1.0]]
     """
     if p >= 1:
         return logits_BV
-    sorted_BV, order_BV = logits_BV.sort(descending=True, stable=True)
-    probability_BV = sorted_BV.softmax(-1)
-    before_BV = probability_BV.cumsum(-1) - probability_BV
-    drop_BV = torch.zeros_like(logits_BV, dtype=torch.bool).scatter(-1, order_BV, before_BV >= p)
-    return logits_BV.masked_fill(drop_BV, -torch.inf)
+    sorted_BV, order_BV = logits_BV.sort(stable=True)
+    drop_BV = sorted_BV.softmax(-1).cumsum(-1) <= 1 - p
+    drop_BV[:, -1] = False
+    return logits_BV.masked_fill(drop_BV.scatter(-1, order_BV, drop_BV), -torch.inf)
 
 
 def keep_min_p(logits_BV: Tensor, p: float) -> Tensor:
@@ -92,10 +95,14 @@ class Sampling:
             raise ConfigError(f"repetition_penalty={self.repetition_penalty} must be above 0 (1: none)")
 
     def choose(self, logits_BV: Tensor, seen_BV: Tensor | None, generator: torch.Generator | None) -> Tensor:
-        """A token a row. seen_BV: which ids the text holds; None where nothing is penalized."""
+        """A token a row. seen_BV: which ids the text holds; None where nothing is penalized.
+
+        Logits of 16 bits are widened first, as in transformers: penalized as they are, unequal ones would become equal.
+        """
+        logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
         if seen_BV is not None:
             logits_BV = penalize(logits_BV, seen_BV, self.repetition_penalty)
         if self.temperature == 0:
             return logits_BV.argmax(-1)
-        filtered_BV = filter_logits(logits_BV.float(), self.temperature, self.top_k, self.top_p, self.min_p)
+        filtered_BV = filter_logits(logits_BV, self.temperature, self.top_k, self.top_p, self.min_p)
         return torch.multinomial(filtered_BV.softmax(-1), 1, generator=generator)[:, 0]

@@ -176,6 +176,8 @@ def test_a_signal_saves_in_parts_which_become_one_folder(options, tmp_path, caps
     stored = Parts(last_checkpoint(run))
     assert all(torch.equal(parameter, stored[f"averages.{name}"]) for name, parameter in network.named_parameters())
     assert any(not torch.equal(parameter, stored[f"weights.{name}"]) for name, parameter in network.named_parameters())
+    for name in ("config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
+        assert (folder / name).read_bytes() == (last_checkpoint(run) / name).read_bytes(), name
     assert model_command.main(["export", str(run), "--out", str(folder)]) == 2  # it is not empty
     assert "not an empty folder" in capsys.readouterr().err
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import model.__main__ as model_command
 import model.hub
 from model.weights import role_of
 from tests.conftest import randomized, tiny_config
@@ -198,20 +197,6 @@ def test_the_end_says_where_time_went(finished, tmp_path, options):
     said = stopped_at(20, *options, "--out", tmp_path / "run")
     for words in ("tokens/s · MFU", "GFLOP/s that this machine reaches", "at its highest", "forward", "backward", "saving"):
         assert words in said.out, words
-
-
-def test_export_is_a_model_folder(finished, tmp_path, capsys):
-    folder = tmp_path / "folder"
-    assert model_command.main(["export", str(finished), "--out", str(folder)]) == 0
-    names = {path.name for path in folder.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.model"} <= names
-    assert not names & {"optimizer.safetensors", "state.json", "manifest.json"}
-    capsys.readouterr()
-    assert model_command.main(["generate", str(folder), "--prompt", "the", "--seed", "1"]) == 0
-    from_folder = capsys.readouterr().out
-    assert model_command.main(["generate", str(finished), "--prompt", "the", "--seed", "1"]) == 0
-    assert capsys.readouterr().out == from_folder
-    assert model_command.main(["export", str(tmp_path / "nothing"), "--out", str(tmp_path / "other")]) == 2
 
 
 @pytest.mark.parametrize(

@@ -101,34 +101,6 @@ def test_a_cache_is_no_larger_than_the_text(monkeypatch):
     assert capacities(monkeypatch, randomized(tiny_config("t5")), 60) == [61]  # relative positions do not end
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "bart"])
-def test_generation_slides_past_the_context(family):
-    """More tokens than the context holds: each window's tokens are those of reading that window afresh."""
-    network = randomized(tiny_config(family))
-    prompt = torch.randint(3, 61, (2, 5))
-    encoded = family == "bart"
-    begin = torch.full((2, 1), network.config.decoder_start_id) if encoded else prompt
-
-    def read(window: torch.Tensor) -> torch.Tensor:
-        return (network(prompt, decoder_input_ids=window) if encoded else network(window)).logits[:, -1].argmax(-1, True)
-
-    for use_cache in (True, False):
-        new = generate(network, prompt, max_new_tokens=70, temperature=0, use_cache=use_cache)
-        window = expected = begin
-        for _ in range(70):
-            if window.size(1) > CONTEXT:
-                window = window[:, -CONTEXT // 2 :]
-            token = read(window)
-            window, expected = torch.cat((window, token), 1), torch.cat((expected, token), 1)
-        assert torch.equal(new, expected[:, begin.size(1) :])
-
-
-def test_a_prompt_longer_than_the_context_counts_by_its_end():
-    network, long = randomized(tiny_config("gpt2")), torch.randint(3, 61, (2, 40))
-    again = generate(network, long, max_new_tokens=1, temperature=0)
-    assert torch.equal(again, generate(network, long[:, -CONTEXT:], max_new_tokens=1, temperature=0))
-
-
 @pytest.mark.parametrize("stops", [1, 3])
 def test_rows_end_at_their_stop(stops):
     network = randomized(tiny_config("llama", pad_id=0))

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from unittest.mock import call, patch
 
+import bitsandbytes
 import pytest
 import torch
 import transformers
@@ -34,6 +35,7 @@ from quant.linear import quantized_layers
 from quant.nf4 import quantize
 from tests.conftest import randomized, tiny_config
 from tests.invariant.test_command_line import HEAVY, HELP
+from tests.oracle.believed import without_packing
 from tests.runs import ROOT, WORDS, Said, command, last_checkpoint, torch_as_it_was, write_corpus
 from train.log import read_metrics
 
@@ -364,13 +366,10 @@ def test_it_opens_here(finished, nf4_run):
 
 
 def test_it_opens_in_transformers(text, tmp_path, parity):
-    bitsandbytes = pytest.importorskip("bitsandbytes")
     out = tmp_path / "out"
     assert quantized("nf4", text.network("plain", "llama"), "--out", out, "--no-perplexity").code == 0
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+    theirs = without_packing(transformers.AutoModelForCausalLM.from_pretrained(out).eval())
     assert sum(isinstance(module, bitsandbytes.nn.Linear4bit) for module in theirs.modules()) == 14
-    for module in theirs.modules():
-        module.support_avx512bf16_for_cpu = False  # else it computes in bfloat16 where the processor can
     words = "the file reads a list of objects"
     ids = torch.tensor([load_tokenizer(out).encode(words)])
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)

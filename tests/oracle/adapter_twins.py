@@ -3,8 +3,8 @@
     mine = twin("llama", LoraConfig(r=3), peft.LoraConfig(r=3, ...), folder)     both, with the same random adapter
     compare("lora", mine, parity)     logits, gradients, parameters after ten updates, how many are trained
 
-A pair of networks is float64, and transformers' casts to float32 are undone (`tests.oracle.test_model.widen`), so that only the
-order of sums differs.
+A pair of networks is float64, and transformers' casts to float32 are undone (`tests.oracle.wide`), so that only the order of
+sums differs.
 """
 
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ from lora.targets import matching, published_modules
 from model.network import Network
 from model.weights import to_published, weight_table
 from tests.conftest import randomized, tiny_config
-from tests.oracle.test_model import inputs, published, widen
+from tests.oracle.test_model import ROUNDING, gap, inputs, published
+from tests.oracle.wide import widen
 
 LIBRARY = f"peft {peft.__version__}"
 FAMILIES = ("gpt2", "llama", "bert", "t5")
-ROUNDING = (1e-12, "float64 rounding; sums in another order")
 STEPS = (1e-11, "float64 rounding, through ten updates of AdamW")
 RATE, EPS = 1e-3, 1e-6  # of AdamW; by the default eps, a gradient of 1e-9 that is off by 1e-16 would move its parameter in full
 
@@ -106,8 +106,7 @@ def twin(
     for the weights.
     """
     network = randomized(tiny_config(family, **changes))
-    base = published(network, folder)
-    widen(base)
+    base = widen(published(network, folder))
     if theirs.target_modules is None:
         theirs.target_modules = target_names(network, config.targets)
     theirs.fan_in_fan_out = family == "gpt2"  # transformers' Conv1D
@@ -137,11 +136,6 @@ def batch(both: Twin) -> tuple[dict, dict, Tensor]:
 
 def loss_of(logits: Tensor, real: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits[real], labels[real])
-
-
-def gap(ours: Tensor, theirs: Tensor) -> Tensor:
-    """The largest difference, relative to the largest number where that is above 1."""
-    return (ours - theirs).detach().abs().max() / (1 + theirs.detach().abs().max())
 
 
 def gradients_gap(both: Twin) -> Tensor:

@@ -1,6 +1,6 @@
 """Folders in bitsandbytes' 4-bit form, transformers' and ours, each opened by the other: the same codes, the same logits.
 
-Rows of every matrix are whole blocks here: where they are not, bitsandbytes' own values depend on the machine (`test_nf4`).
+Rows of every matrix are whole blocks here: where they are not, bitsandbytes' own values depend on the processor (`believed`).
 """
 
 import json
@@ -23,6 +23,7 @@ from quant.config import FourBit
 from quant.layer import QuantizedLinear, ReorderedLinear
 from quant.linear import dense, quantize_linears
 from tests.conftest import randomized, tiny_config
+from tests.oracle.believed import without_packing
 from tests.oracle.test_model import CLASSES, how
 from tests.oracle.test_peft_folders import inputs
 
@@ -74,11 +75,7 @@ class Case:
 
 def opened(config, folder, **options) -> nn.Module:
     kind = CLASSES[config.architecture]
-    theirs = kind.from_pretrained(folder, attn_implementation=how(config), **options).eval()
-    for module in theirs.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False  # else it computes in bfloat16 where the processor can
-    return theirs
+    return without_packing(kind.from_pretrained(folder, attn_implementation=how(config), **options).eval())
 
 
 @pytest.fixture(scope="module")

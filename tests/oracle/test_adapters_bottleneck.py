@@ -11,10 +11,10 @@ from lora.layer import Place
 from lora.methods import BESIDE_A_LAYER
 from model.generate import generate
 from tests.conftest import randomized, tiny_config
-from tests.oracle.test_model import inputs, published, widen
+from tests.oracle.test_model import ROUNDING, gap, inputs, published
+from tests.oracle.wide import widen
 
 LIBRARY = f"transformers {transformers.__version__} with hooks"
-ROUNDING = (1e-12, "float64 rounding; sums in another order")
 # The published modules behind which adapters stand: after attention, after the feed-forward.
 BEHIND = {
     "gpt2": (("attn.c_proj",), ("mlp.c_proj",)),
@@ -33,10 +33,6 @@ CURVES = {
 
 def own(network: nn.Module) -> dict[str, nn.Parameter]:
     return {name: value for name, value in network.named_parameters() if value.requires_grad}
-
-
-def gap(ours: Tensor, theirs: Tensor) -> Tensor:
-    return (ours - theirs).detach().abs().max() / (1 + theirs.detach().abs().max())
 
 
 def randomize(network: nn.Module) -> None:
@@ -59,9 +55,7 @@ def bottleneck(weights: list[Tensor], curve):
 @pytest.mark.parametrize(("family", "curve"), [("gpt2", "gelu"), ("llama", "silu"), ("bert", "relu"), ("t5", "gelu_tanh")])
 def test_logits_and_gradients(family, curve, placement, tmp_path, parity):
     network = randomized(tiny_config(family))
-    theirs = published(network, tmp_path)
-    widen(theirs)
-    theirs.requires_grad_(False)
+    theirs = widen(published(network, tmp_path)).requires_grad_(False)
     add_adapters(network, AdapterConfig(width=3, activation=curve, placement=placement))
     randomize(network)
     attention, feedforward = BEHIND[family]

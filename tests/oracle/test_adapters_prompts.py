@@ -12,10 +12,10 @@ from lora.inject import add_adapters
 from model.generate import generate
 from model.network import Network
 from tests.conftest import randomized, tiny_config
-from tests.oracle.test_model import inputs, published, widen
+from tests.oracle.test_model import ROUNDING, gap, inputs, published
+from tests.oracle.wide import widen
 
 LIBRARY = f"peft {peft.__version__}"
-ROUNDING = (1e-12, "float64 rounding; sums in another order")
 STEPS = (1e-11, "float64 rounding, through ten updates of AdamW")
 TASKS = {"gpt2": "CAUSAL_LM", "llama": "CAUSAL_LM", "bert": "FEATURE_EXTRACTION", "t5": "SEQ_2_SEQ_LM"}
 P = 5
@@ -41,11 +41,6 @@ def trained(network: nn.Module) -> dict[str, nn.Parameter]:
     return {name: value for name, value in network.named_parameters() if value.requires_grad}
 
 
-def gap(ours: Tensor, theirs: Tensor) -> Tensor:
-    """The largest difference, relative to the largest number where that is above 1."""
-    return (ours - theirs).detach().abs().max() / (1 + theirs.detach().abs().max())
-
-
 def their_name(name: str, method: str) -> str:
     """PEFT's name of our parameter `body.….parts.default.LEAF`."""
     leaf = name.partition(".parts.default.")[2]
@@ -68,8 +63,7 @@ def to_theirs(value: Tensor, name: str, network: Network, method: str) -> Tensor
 def twins(family: str, method: str, folder) -> tuple[Network, nn.Module]:
     """Both with the same random adapter."""
     network = randomized(tiny_config(family))
-    theirs = published(network, folder)
-    widen(theirs)
+    theirs = widen(published(network, folder))
     config, kind, settings = METHODS[method]
     add_adapters(network, config)
     if family == "t5" and "prefix" in method:

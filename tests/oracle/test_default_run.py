@@ -1,4 +1,7 @@
-"""The default run, shortened, through the real command; its checkpoint opens in transformers with the same logits."""
+"""The default run, shortened, through the real command; its checkpoint opens in transformers with the same logits.
+
+Its precision, and with it the third digit of its losses, is the processor's (`tests.invariant.test_processor`).
+"""
 
 import json
 import math

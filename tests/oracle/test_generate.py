@@ -1,4 +1,4 @@
-"""Generated tokens against transformers' `generate`: float64 networks, twenty prompts each, padded; and each filter."""
+"""Generated tokens against transformers' `generate`: float64 networks, twenty prompts each, padded."""
 
 import pytest
 import torch
@@ -8,9 +8,9 @@ from torch import nn
 from model.beam import beam_search
 from model.config import ModelConfig
 from model.generate import generate
-from model.sampling import filter_logits, penalize
 from tests.conftest import randomized, tiny_config
-from tests.oracle.test_model import LIBRARY, published, widen
+from tests.oracle.test_model import LIBRARY, published
+from tests.oracle.wide import Wide, widen
 
 FAMILIES = ["gpt2", "llama", "mistral", "qwen2", "qwen3", "t5", "t5-gated", "bart"]
 PROMPTS, LONGEST, NEW = 20, 20, 24
@@ -21,8 +21,7 @@ def pair(family: str, folder) -> tuple[nn.Module, nn.Module]:
     # transformers' cache for T5 has as many layers as the encoder
     changes = {"decoder_depth": 2} if family == "t5" else {}
     network = lively(randomized(tiny_config(family, context=64, **changes)))
-    theirs = published(network, folder)
-    widen(theirs)
+    theirs = widen(published(network, folder))
     start = network.config.decoder_start_id
     theirs.generation_config = transformers.GenerationConfig(pad_token_id=0, decoder_start_token_id=start)
     return network, theirs
@@ -86,8 +85,8 @@ def test_greedy_tokens(family, tmp_path, parity):
     different += (penalized != their_new_tokens(theirs, ids, mask, None, repetition_penalty=1.7)).sum()
     assert not torch.equal(penalized, free)
     parity(f"greedy tokens: {family}", LIBRARY, different, 0, "tokens are equal or not: count of different ones")
-    for row, real in enumerate(mask.bool()):  # and padding changes nothing
-        alone = generate(network, ids[row, real][None], max_new_tokens=NEW, temperature=0)
+    for row in range(0, PROMPTS, 4):  # and padding changes nothing
+        alone = generate(network, ids[row, mask[row].bool()][None], max_new_tokens=NEW, temperature=0)
         assert torch.equal(alone[0], free[row])
 
 
@@ -98,7 +97,7 @@ def test_beam_tokens_and_scores(family, tmp_path, parity):
     ids, mask = prompts(network.config)
     free = generate(network, ids, attention_mask=mask, max_new_tokens=NEW, temperature=0)
     different, error, lengths = 0, 0.0, set()
-    cases = [(beams, penalty, early, stops) for beams in (2, 4) for penalty, early, stops in CASES]
+    cases = [(4, *case) for case in CASES] + [(2, *case) for case in CASES[1::2]]
     for beams, penalty, early, count in cases:
         stops = endings(free, count)
         settings = {"length_penalty": penalty, "early_stopping": early}
@@ -107,7 +106,8 @@ def test_beam_tokens_and_scores(family, tmp_path, parity):
         )
         options = {"num_beams": beams, "num_return_sequences": 2, "return_dict_in_generate": True, "output_scores": True}
         options |= {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": stops or None}
-        expected = theirs.generate(ids, attention_mask=mask, **options, **settings)
+        with Wide():  # it adds up log probabilities in float32
+            expected = theirs.generate(ids, attention_mask=mask, **options, **settings)
         first = 1 if theirs.config.is_encoder_decoder else ids.size(1)
         rows = upto(expected.sequences[:, first:], stops)
         different += sum(a != b for a, b in zip(upto(ours.tokens.flatten(0, 1), stops), rows, strict=True))
@@ -115,7 +115,7 @@ def test_beam_tokens_and_scores(family, tmp_path, parity):
         lengths |= {len(row) for row in rows}
     assert len(lengths) > 3
     parity(f"beam tokens: {family}", LIBRARY, different, 0, "tokens are equal or not: count of different rows")
-    parity(f"beam scores: {family}", LIBRARY, error, 2e-5, "transformers adds up log probabilities in float32")
+    parity(f"beam scores: {family}", LIBRARY, error, 1e-6, "ours are given in float32")
 
 
 CASES = [
@@ -127,60 +127,3 @@ CASES = [
     (1.0, False, 3),
     (1.0, False, 0),
 ]  # length penalty, early stopping, how many ids stop
-
-
-SETTINGS = [
-    {"temperature": 0.7, "top_k": 5},
-    {"temperature": 1.3, "top_p": 0.8},
-    {"temperature": 1.0, "top_k": 9, "top_p": 0.6},
-    {"temperature": 0.7, "min_p": 0.2},
-    {"temperature": 1.7, "top_k": 30, "top_p": 0.9, "min_p": 0.05},
-]
-
-
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: " ".join(f"{k}={v}" for k, v in settings.items()))
-def test_filters(settings, parity):
-    logits = torch.randn(50, 61, dtype=torch.float64) * 2
-    warpers = {
-        "temperature": transformers.TemperatureLogitsWarper,
-        "top_k": transformers.TopKLogitsWarper,
-        "top_p": transformers.TopPLogitsWarper,
-        "min_p": transformers.MinPLogitsWarper,
-    }
-    expected = logits
-    for name, value in settings.items():
-        expected = warpers[name](value)(None, expected)
-    ours = filter_logits(logits, **({"top_k": None, "top_p": None} | settings))
-    assert torch.equal(ours.isinf(), expected.isinf()) and ours.isinf().any()
-    kept = ~expected.isinf()
-    error = (ours - expected)[kept].abs().max()
-    parity(f"sampling filters: {settings}", LIBRARY, error, 0.0, "the same operations")
-
-
-@pytest.mark.parametrize("penalty", [0.8, 1.3])
-def test_repetition_penalty(penalty, parity):
-    logits, ids = torch.randn(50, 61, dtype=torch.float64), torch.randint(0, 61, (50, 12))
-    expected = transformers.RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
-    seen = torch.zeros(50, 61, dtype=torch.bool).scatter(1, ids, True)
-    error = (penalize(logits, seen, penalty) - expected).abs().max()
-    parity(f"repetition penalty: {penalty}", LIBRARY, error, 0.0, "the same operations")
-
-
-@pytest.mark.parametrize("settings", [{"top_k": 8}, {"top_p": 0.7, "min_p": 0.05}, {"temperature": 0.6, "top_k": 20}])
-def test_order_of_processors(settings, tmp_path):
-    """What transformers draws from, step by step: the penalty comes first, then temperature, top-k, top-p, min-p."""
-    network, theirs = pair("gpt2", tmp_path)
-    ids, mask = prompts(network.config)
-    options = {"temperature": 1.0, "top_k": 0, "max_new_tokens": 1, "eos_token_id": None, "do_sample": True} | settings
-    options |= {"repetition_penalty": 1.5, "return_dict_in_generate": True, "output_scores": True}
-    scores = theirs.generate(ids, attention_mask=mask, **options).scores[0]
-    seen = torch.zeros(PROMPTS, 61).scatter_add(1, ids, mask.float()) > 0
-    logits = penalize(network(ids, mask).logits[:, -1].float(), seen, 1.5)
-    ours = filter_logits(logits, **({"temperature": 1.0, "top_k": None, "top_p": None} | settings))
-    assert torch.equal(ours.isinf(), scores.isinf())
-    torch.testing.assert_close(ours[~ours.isinf()], scores[~ours.isinf()])
-
-
-def test_min_p_of_one_keeps_the_best():
-    kept = filter_logits(torch.tensor([[2.0, 1.0, 2.0]]), 1.0, None, None, min_p=1.0)
-    assert kept.isfinite().tolist() == [[True, False, True]]

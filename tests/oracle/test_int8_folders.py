@@ -6,6 +6,7 @@ is given what its twin was given, once the two are seen to be equal but for roun
 
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,12 +14,14 @@ import bitsandbytes
 import compressed_tensors
 import pytest
 import torch
+import torchao
 import transformers
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, apply_quantization_config, is_preset_scheme
 from compressed_tensors.quantization.lifecycle.forward import quantize as their_quantize
 from compressed_tensors.quantization.utils import calculate_qparams, compute_dynamic_scales_and_zp
 from torch import Tensor, nn
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8Tensor, PerRow, quantize_
 
 import model.hub
 from model.rope import halves_to_interleaved
@@ -32,6 +35,7 @@ from quant.layer import QuantizedLinear
 from quant.linear import dense, quantize_linears, quantized_layers
 from quant.llm_int8 import LlmInt8Linear
 from tests.conftest import randomized, tiny_config
+from tests.oracle.believed import Oracle
 from tests.oracle.test_model import CLASSES, how
 from tests.oracle.test_peft_folders import inputs
 
@@ -315,11 +319,12 @@ def test_llm_int8_both_ways(family, parity, tmp_path):
 
 
 def test_a_layer_of_torchao(parity):
-    """Its weights and inputs have our conventions: -128 … 127 by channel and row, 127.5 steps to a side, at least 2^-23."""
-    torchao = pytest.importorskip("torchao")
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    """Its weights and inputs have our conventions: -128 … 127 by channel and row, 127.5 steps to a side, at least 2^-23.
 
-    library = f"torchao {torchao.__version__}"
+    It multiplies bytes without a sign where the processor has VNNI; kept from VNNI, oneDNN's sums of them saturate.
+    """
+    library, scaled = f"torchao {torchao.__version__}", (3 * 2**-24, "the same sums; scaled in another order, in float32")
+    products = Oracle(library)
     for out, ins, rows in ((48, 64, 33), (24, 128, 1), (64, 1040, 150)):
         linear = nn.Linear(ins, out)
         weight, bias = linear.weight.detach().clone(), nn.Parameter(linear.bias.detach().clone())
@@ -332,8 +337,10 @@ def test_a_layer_of_torchao(parity):
         parity("INT8, torchao: codes of weights", library, differing(small.codes, stored.qdata), *EXACT)
         parity("INT8, torchao: scales of weights", library, differing(small.scale, stored.scale), *EXACT)
         assert stored.qdata.min() == -128 and not small.codes[1].any()
-        y, expected = Int8Linear(small, bias)(x), theirs(x)
-        parity("INT8, torchao: y", library, gap(y, expected), 3 * 2**-24, "the same sums; scaled in another order, in float32")
+        rows = Int8Tensor.from_hp(x, PerRow())
+        direct = (rows.qdata.double() @ stored.qdata.double().T) * rows.scale * stored.scale.T + bias.detach()
+        expected = products.believe(partial(theirs, x), direct.float(), scaled[0])
+        parity("INT8, torchao: y", products.name, gap(Int8Linear(small, bias)(x), expected), *scaled)
 
 
 # ---- what the comparison sees

@@ -187,6 +187,21 @@ def test_layers(kind, way, parity):
     assert [name for name, _ in layer.named_parameters()] == ["bias"]  # W is a constant
 
 
+@pytest.mark.parametrize("shape", [(33,), (1, 33), (2, 3, 33), (0, 33), (2, 0, 33)], ids=str)
+@pytest.mark.parametrize("kind", ["plain", "reordered"])
+def test_axes_of_x(kind, shape):
+    """One row alone, three axes, no rows: y and the gradients of x and of the bias."""
+    layer, twin = layer_and_twin(kind)
+    x, dy = torch.randn(shape), torch.randn(*shape[:-1], 40)
+    results = []
+    for call in (layer, twin):
+        given = x.clone().requires_grad_()
+        y = call(given)
+        y.backward(dy)
+        results.append((y.detach(), given.grad, call.bias.grad))
+    assert all(gap(ours, theirs) <= ROUNDING[torch.float32][0] for ours, theirs in zip(*results, strict=True))
+
+
 def test_the_format_of_the_product():
     """`compute` is what x and bias are rounded to, under autocast too; the result has x's format."""
     layer, _ = layer_and_twin("plain")

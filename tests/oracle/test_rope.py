@@ -11,13 +11,14 @@ import model.hub
 from model.config import Rope
 from model.rope import STRETCHES, halves_to_interleaved, interleaved_to_halves, rope_tables, rotate
 from tests.conftest import randomized, tiny_config
-from tests.oracle.test_model import CASTS, LIBRARY, published
+from tests.oracle.test_model import LIBRARY, ROUNDING, gap, published
+from tests.oracle.wide import widen
 
 # K = 48 and a base of 10000: over 64 positions the 24 pairs make between 0.001 and 10 turns, so that every branch is met.
 ROPES = {
     "plain": Rope(),
     "linear": Rope(kind="linear", factor=4.0, trained_context=64),
-    "dynamic": Rope(kind="dynamic", factor=4.0, trained_context=64),
+    "dynamic": Rope(kind="dynamic", factor=3.3, trained_context=64),
     "llama3": Rope(kind="llama3", factor=8.0, trained_context=64, slow=1.0, fast=4.0),
     "yarn": Rope(kind="yarn", factor=4.0, trained_context=64, slow=1.0, fast=8.0),
     "yarn-free": Rope(kind="yarn", factor=4.0, trained_context=64, slow=0.5, fast=3.0, whole_pairs=False, magnitude=1.3),
@@ -95,13 +96,13 @@ def test_llama3_by_hand():
 @pytest.mark.parametrize("name", [name for name in ROPES if name != "plain"])
 def test_whole_network(name, tmp_path, parity):
     """A LLaMA with scaled positions over a text longer than its trained context, through a folder, and back."""
-    context = 64 if name == "llama3" else 256  # its files name the extended length, of 64 here as long as the text is
-    network = randomized(tiny_config("llama", context=context, width=96, heads=2, kv_heads=1, rope=ROPES[name]))
-    theirs = published(network, tmp_path)
+    rope = ROPES[name]
+    context = 64 if name == "llama3" else int(rope.factor * rope.trained_context)  # its files name the extended length
+    network = randomized(tiny_config("llama", context=context, width=96, heads=2, kv_heads=1, rope=rope))
+    theirs = widen(published(network, tmp_path))
     ids = torch.randint(3, 61, (2, 100))
-    ours, other = network(ids).logits, theirs(ids).logits
-    error = (ours - other).abs().max() / other.abs().max()
-    parity(f"llama with stretched rotary positions: {name}", LIBRARY, error, *CASTS)
+    error = gap(network(ids).logits, theirs(ids).logits)
+    parity(f"llama with stretched rotary positions: {name}", LIBRARY, error, *ROUNDING)
     assert model.hub.load(tmp_path).config == network.config
     theirs.save_pretrained(tmp_path / "theirs")
     assert model.hub.load(tmp_path / "theirs").config.rope == network.config.rope

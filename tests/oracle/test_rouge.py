@@ -192,6 +192,22 @@ def test_weighted_is_the_inverse_of_f(parity):
     parity("ROUGE-W", "the paper's equations", error, 1e-12, "float64: powers of sums")
 
 
+@pytest.mark.parametrize("weight", [1.1, 1.2, 20.0])
+def test_weighted_is_never_above_one(weight):
+    """Of a text and itself, f⁻¹(f(k)) / k: the root is an ulp too large for some lengths k. Of a text and one with a word more,
+    precision or recall likewise."""
+    metric, lengths = Rouge("rougeW", tokenize="ids", weight=weight), range(1, 130)
+    texts, longer = [list(range(k)) for k in lengths], [list(range(k + 1)) for k in lengths]
+    rows_BK = metric.statistics(texts, [texts])
+    unclamped = [match ** (1 / weight) / length for match, length in rows_BK[:, 1:3].tolist()]
+    assert 1 < max(unclamped) < 1 + 1e-14
+    for measures in (metric.measures(rows_BK), metric.measures(metric.statistics(texts, [longer]))[:1]):
+        assert all(1 - 1e-14 < value <= 1 for values in measures for value in values.tolist())
+    assert max(metric.measures(metric.statistics(longer, [texts]))[1].tolist()) <= 1
+    score = metric.score(rows_BK)
+    assert max(score.value, *score.parts.values()) <= 1
+
+
 def test_without_line_breaks_a_summary_is_a_sentence():
     hypotheses, references = word_pairs(200)
     longest, summary = rouge_statistics([Rouge("rougeL"), Rouge("rougeLsum")], hypotheses, [references])

@@ -36,7 +36,7 @@ from model.config_json import write_config
 from model.folders import INDEX, SINGLE, weight_files, written_whole
 from model.hub import read_config
 from model.safetensors_file import WeightFile, WeightFileError, memory_of
-from model.weights import head_spec, published_prefix, to_published
+from model.weights import head_spec, published_copies, published_prefix, to_published
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
@@ -180,6 +180,11 @@ def planned(base: Base, *, untied: bool, dtype: torch.dtype | None, shard_bytes:
     if untied and base.table["head.weight"].published not in names:
         file, there = base.sources["body.embedding.weight"]
         plan[file.path.name].append(item(base.table["head.weight"].published, "head.weight", file, there))
+    written = base.config.replace(tie_embeddings=False) if untied else base.config
+    for name, ours in published_copies(written).items():
+        if name not in names:
+            file, there = base.sources[ours]
+            plan[file.path.name].append(item(name, ours, file, there))
     if shard_bytes is not None:
         shards: list[list[Item]] = [[]]
         for each in (each for items in plan.values() for each in items):

@@ -25,7 +25,15 @@ from model.init import initialize
 from model.network import Network
 from model.rope import interleaved_to_halves
 from model.safetensors_file import Room, WeightFile, save_file
-from model.weights import Weight, published_constants, published_names, published_shape, to_published, weight_table
+from model.weights import (
+    Weight,
+    published_constants,
+    published_copies,
+    published_names,
+    published_shape,
+    to_published,
+    weight_table,
+)
 from model.words import listed
 
 if TYPE_CHECKING:
@@ -91,6 +99,8 @@ def _published(network: Network) -> Iterator[tuple[str, Tensor]]:
     table, config = weight_table(network.config), network.config
     for name, parameter in network.named_parameters():
         yield table[name].published, to_published(table[name], parameter.detach(), config)
+    for published, name in published_copies(config).items():  # clones: a file may not hold one memory twice
+        yield published, to_published(table[name], network.get_parameter(name).detach(), config).clone()
     if _has_quantized(network):
         from quant.folder import tensors
         from quant.linear import quantized_layers

@@ -108,6 +108,14 @@ def published_constants(config: ModelConfig) -> dict[str, Tensor]:
     return {name.replace("{body}", body): CONSTANTS[kind](config) for name, kind in table.items()}
 
 
+def published_copies(config: ModelConfig) -> dict[str, str]:
+    """Names under which a weight is written once more, for readers that would not tie it; published name -> ours."""
+    rules, names = family(config.family), published_names(config)
+    copies = () if config.tie_embeddings else getattr(rules, "COPIES_UNTIED", ())
+    body = published_prefix(config, head_spec(config))
+    return {name.replace("{body}", body): names.rows[names.aliases[name]] for name in copies}
+
+
 @dataclass(frozen=True)
 class PublishedNames:
     """What a file's tensors may be called, and what they then are. `{body}` stands for the prefix, whatever it is."""

@@ -18,6 +18,7 @@ Each family's file has the same names:
     RENAMED         endings of published names in old files -> what they are now
     CONSTANTS       published tensors without a parameter that transformers looks for: name -> model.weights.CONSTANTS
     FILE_TIES       true where the weights' files tell whether the head is the embedding, whatever config.json says; else absent
+    COPIES_UNTIED   aliases that are written too where the head is not the embedding, as readers then tie nothing; or absent
     IGNORED         published tensors that hold no weight (constant buffers of old checkpoints)
 
 In published names `{layer}` counts the layers, `{decoder_layer}` those of an encoder-decoder's second stack.

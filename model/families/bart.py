@@ -143,6 +143,8 @@ ALIASES = {
     "{body}decoder.embed_tokens.weight": "{body}shared.weight",
     "lm_head.weight": "{body}shared.weight",
 }
+# Readers that tie no head tie no embedding either (transformers 5): these are then written out.
+COPIES_UNTIED = ("{body}encoder.embed_tokens.weight", "{body}decoder.embed_tokens.weight")
 RENAMED: dict[str, str] = {}
 IGNORED: tuple[str, ...] = ()
 PREFIX = "model."

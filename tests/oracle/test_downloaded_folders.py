@@ -17,6 +17,7 @@ from data.shards import prepare
 from data.tokenizer import load_tokenizer
 from model.beam import beam_search
 from model.config import ConfigError
+from model.config import family as rules_of
 from model.folders import beside, copy_beside
 from model.generate import generate
 from model.generation_config import read_generation_config
@@ -131,6 +132,25 @@ def test_perplexity_of_a_text(around, tmp_path):
     ids = transformers.AutoTokenizer.from_pretrained(tmp_path)(text, return_tensors="pt").input_ids
     loss = network(ids, labels=ids).loss.item()
     assert json.loads(said.out)["scores"][0]["parts"]["loss"] == pytest.approx(loss, abs=2e-6)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", TINY_FAMILIES)
+def test_transformers_finds_every_weight_that_we_write(family, tied, tmp_path):
+    """None is missing, and so drawn at random: BART without a tie has its embedding three times."""
+    for head, spec in rules_of(tiny_config(family).family).HEADS.items():
+        kind, folder = getattr(transformers, spec.architecture or "", None), tmp_path / head
+        if kind is None:
+            continue
+        network = randomized(tiny_config(family, tie_embeddings=tied, head=head), dtype=torch.float32)
+        try:
+            model.hub.save(network, folder)
+        except ValueError as error:
+            assert not tied and "has one table for embedding and head" in str(error)
+            continue
+        _, info = kind.from_pretrained(folder, output_loading_info=True)
+        missing = {name for name in info["missing_keys"] if not name.startswith("pooler.")}  # the head "none" is no pooler
+        assert not missing and not info["unexpected_keys"] and not info["mismatched_keys"], (head, info)
 
 
 GENERATION = {  # what a generation_config.json says

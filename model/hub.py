@@ -66,11 +66,7 @@ def save(network: Network, folder: str | Path, *, shard_bytes: int = 5_000_000_0
         raise HubError("the network has adapters: remove(merge(network)) first (lora.inject), or lora.peft_io.save them alone")
     if any(hasattr(module, "rounded_weight") for module in network.modules()):
         raise HubError("the network's layers learn to be rounded: quant.qat.convert(network) first, or converted(network)")
-    text = config_json(network)  # what it cannot say is an error before anything is written
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(text, encoding="utf-8")
-    if config.head == "lm":
-        (folder / GENERATION).write_text(generation_json(config, network.generation or {}), encoding="utf-8")
+    write_settings(network, folder)
     shards, sizes = [{}], [0]
     for name, tensor in _published(network):
         size = tensor.numel() * tensor.element_size()
@@ -92,6 +88,16 @@ def save(network: Network, folder: str | Path, *, shard_bytes: int = 5_000_000_0
         weight_map |= dict.fromkeys(published_constants(config), files[0])
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_settings(network: Network, folder: Path) -> None:
+    """`config.json`, and of a language model `generation_config.json`. What they cannot say is an error before anything is
+    written."""
+    text = config_json(network)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    if network.config.head == "lm":
+        (folder / GENERATION).write_text(generation_json(network.config, network.generation or {}), encoding="utf-8")
 
 
 def _published(network: Network) -> Iterator[tuple[str, Tensor]]:

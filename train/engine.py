@@ -161,7 +161,7 @@ class Engine:
             if self.mesh.writes:
                 write_part(folder, self.tensors(), self.mesh.part, self.mesh.shard)
             if self.ranks.main:
-                (folder / "config.json").write_text(model.hub.config_json(self.network), encoding="utf-8")
+                model.hub.write_settings(self.network, folder)
         elif self.ranks.main:
             with self.averaged(), converted(self.network):
                 (lora.peft_io if adapters(self.network) else model.hub).save(self.network, folder)

@@ -10,6 +10,7 @@ from data.shell import command
 from data.tokenizer import load_tokenizer
 from model.config_json import base_of_adapter
 from model.folders import copy_beside
+from model.generation_config import read_generation_config
 from model.init import empty
 from train.checkpoint import IN_PARTS, MANIFEST, CheckpointError, checkpoint_of
 from train.engine import FILES
@@ -39,6 +40,7 @@ def export(path: Path, out: Path) -> Path:
     kind = "averages" if any(name.startswith("averages.") for name in stored) else "weights"
     names = [name for name in stored if name.startswith("weights.")]
     network = empty(model.hub.read_config(folder), dtype=stored[names[-1]].dtype)
+    network.generation = read_generation_config(folder, network.config).raw
     for name, parameter in network.named_parameters():
         parameter.copy_(stored[f"{kind}.{name}" if f"{kind}.{name}" in stored.entries else f"weights.{name}"])
     model.hub.save(network, out)

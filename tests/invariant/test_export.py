@@ -16,6 +16,7 @@ from model.weights import to_published, weight_table
 from tests.runs import command, last_checkpoint
 
 TOKENIZER = {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"}
+SETTINGS = {"config.json", "generation_config.json"}
 PARTS = 3
 
 
@@ -27,8 +28,8 @@ def exported(path: Path, out: Path) -> Path:
 
 def assert_holds(out: Path, checkpoint: Path, expected: dict[str, Tensor]) -> None:
     """Each tensor under its published name, each other file byte for byte, and no file more; and the network's logits."""
-    assert {file.name for file in out.iterdir()} == {"config.json", "model.safetensors"} | TOKENIZER
-    for name in {"config.json"} | TOKENIZER:
+    assert {file.name for file in out.iterdir()} == {"model.safetensors"} | SETTINGS | TOKENIZER
+    for name in SETTINGS | TOKENIZER:
         assert (out / name).read_bytes() == (checkpoint / name).read_bytes(), name
     config, written = model.hub.read_config(checkpoint), load_file(out / "model.safetensors")
     table = weight_table(config)
@@ -85,6 +86,8 @@ def shard(checkpoint: Path, out: Path, averages: bool, dtype: torch.dtype) -> di
     for name in {"state.json"} | TOKENIZER:
         shutil.copy(checkpoint / name, out)
     said = (checkpoint / "config.json").read_text()
+    generation = json.loads((checkpoint / "generation_config.json").read_text()) | {"top_k": 7}
+    (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     (out / "config.json").write_text(said.replace('"float32"', f'"{str(dtype).removeprefix("torch.")}"'))
     shapes = {name: parameter.shape for name, parameter in parameters(model.hub.load(checkpoint)).items()}
     tensors = {f"weights.{name}": torch.randn(shape).to(dtype) for name, shape in shapes.items()}

@@ -264,7 +264,7 @@ def test_a_file_cut_after_it_was_opened(path):
     with WeightFile(path, chunk_bytes=100) as file:
         path.write_bytes(path.read_bytes()[:-6])
         for out in (torch.zeros(20, 30), torch.zeros(20, 30).double()):
-            with pytest.raises(WeightFileError, match=r"some\.safetensors: ends at byte .* 6 bytes before the end of 'w'"):
+            with pytest.raises(WeightFileError, match=r"some\.safetensors: ends at byte 2722, before the end of 'w' at 2728"):
                 file.read("w", out)
 
 

@@ -272,7 +272,7 @@ class Run:
         times = f" ({self.in_a_row} steps in a row)" if self.in_a_row > 1 else ""
         raise TrainError(
             f"{what}{times}; {where}. Nothing was saved since the last checkpoint in {self.out}. To leave such batches out: "
-            f"{command('train', '--resume', self.out, '--on-nonfinite', 'skip')}; or begin anew with a lower --lr and "
+            f"`{command('train', '--resume', self.out, '--on-nonfinite', 'skip')}`; or begin anew with a lower --lr and "
             "--matrix-lr, or --precision fp32"
         )
 

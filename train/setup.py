@@ -1,6 +1,7 @@
 """From options to objects: the machine, the data, the network, the optimizers. Every "auto" is decided here, once."""
 
 import importlib.util
+import itertools
 import os
 import sys
 import time
@@ -80,7 +81,7 @@ def resolve_machine(config: TrainConfig, ranks: Ranks) -> TrainConfig:
             f"--batch-size {config.optimizer.batch_size}: {ranks.world} ranks share its sequences, and each needs one at least"
         )
     network = replace(config.network, preset=config.network.preset or DEFAULT_PRESETS[run.objective])
-    out = Path(ranks.agree(str(run.out or Path("runs") / f"{network.preset}-{time.strftime('%Y%m%d-%H%M%S')}")))
+    out = Path(ranks.agree(str(run.out or unused(Path("runs") / f"{network.preset}-{time.strftime('%Y%m%d-%H%M%S')}"))))
     threads = torch.get_num_threads()
     run = replace(run, device=device, threads=threads, out=out, mesh=mesh, on_nonfinite=on_nonfinite)
     report = config.report
@@ -88,6 +89,12 @@ def resolve_machine(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     report = replace(report, eval_every=eval_every, save_every=report.save_every or eval_every)
     speed = replace(speed, deterministic=deterministic)
     return replace(config, run=run, network=network, optimizer=resolve_rates(config), speed=speed, report=report)
+
+
+def unused(path: Path) -> Path:
+    """The path, or where a run of the same second has it, one with a number."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return path if not path.exists() else next(other for other in numbered if not other.exists())
 
 
 def resolve_rates(config: TrainConfig) -> OptimizerConfig:

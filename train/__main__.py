@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import tomllib
-from dataclasses import make_dataclass, replace
+from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Annotated, get_type_hints
 
@@ -15,7 +15,7 @@ from data.shell import quote
 from lora.config import CONFIGS, AdapterError
 from model.config import ConfigError, ModelConfig
 from quant.config import QuantError
-from train.command_line import FAILED, STOPPED, notes, refuse_idle
+from train.command_line import FAILED, STOPPED, given_options, notes, refuse_idle, spelled
 from train.config import OVERRIDES, TrainConfig, TrainError, mesh_sizes, overrides
 from train.needs import NEEDS
 from train.plain import from_plain
@@ -62,13 +62,14 @@ def main(arguments: list[str]) -> int:
         default = read_recipe(recipe) if recipe else TrainConfig()
         config = read_options(arguments, default)
         folder = config.run.resume
-        given, rest = overrides(config, arguments)
-        if folder is not None and replace(rest, run=replace(rest.run, resume=None)) != TrainConfig():
-            allowed = " ".join(f"--{name.replace('_', '-')}" for names in OVERRIDES.values() for name in names)
+        given = overrides(config, said := given_options(arguments))
+        allowed = [name for names in OVERRIDES.values() for name in names]
+        others = {name for name in said if name.removeprefix("no_") not in (*allowed, "resume")}
+        if folder is not None and others:
             raise TrainError(
                 "--resume goes on with the run's own settings, so that it ends as it would have; only these go with it: "
-                f"{allowed}. To change others, start a new run from its weights: --init {quote(folder)} (an adapter's: "
-                "merged first)"
+                f"{' '.join(map(spelled, allowed))}. To change others, start a new run from its weights: "
+                f"--init {quote(folder)} (an adapter's: merged first)"
             )
         config.check()
         if config.run.mesh is not None:

@@ -33,7 +33,7 @@ def refuse_idle(options: object, rules: Iterable[Needs], arguments: Sequence[str
     """
     given = given_options(arguments)
     for rule in rules:
-        idle = [name for name in rule.options if name in given]
+        idle = [f"no_{name}" if f"no_{name}" in given else name for name in rule.options if name in given]
         if idle and not rule.met(options):
             raise error(f"{' and '.join(spelled(name) for name in idle)} would have no effect: {rule.reason}")
 

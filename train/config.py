@@ -4,6 +4,7 @@ A value "auto" is resolved once, when the run starts, and what was chosen stands
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -307,16 +308,9 @@ def optimizer_of(config: TrainConfig) -> str:
 OVERRIDES = {"run": ("device", "threads", "mesh", "on_nonfinite", "init"), "report": ("verbose", "profile", "memory_report")}
 
 
-def overrides(asked: TrainConfig, arguments: list[str]) -> tuple[dict[str, dict], TrainConfig]:
-    """What the arguments ask for of `OVERRIDES`, also where it is the default, and the settings without it."""
-    said = {argument.split("=")[0].replace("_", "-") for argument in arguments}
-    given, default = {}, TrainConfig()
-    for group, names in OVERRIDES.items():
-        has, usual = getattr(asked, group), getattr(default, group)
-        options = {name: name.replace("_", "-") for name in names}
-        given[group] = {n: getattr(has, n) for n, option in options.items() if said & {f"--{option}", f"--no-{option}"}}
-        asked = replace(asked, **{group: replace(has, **{name: getattr(usual, name) for name in given[group]})})
-    return given, asked
+def overrides(asked: TrainConfig, said: Collection[str]) -> dict[str, dict]:
+    """Of `OVERRIDES` what a command line has said, also where it is the default."""
+    return {group: {n: getattr(getattr(asked, group), n) for n in names if n in said} for group, names in OVERRIDES.items()}
 
 
 def override(config: TrainConfig, given: dict[str, dict]) -> TrainConfig:

@@ -1,0 +1,104 @@
+"""An option that would do nothing beside the others is refused by its name, in every command, before anything is read."""
+
+import dataclasses
+
+import pytest
+
+import data.__main__
+import eval.__main__
+import lora.__main__
+import model.__main__
+import quant.__main__
+import train.__main__
+from eval.commands.options import KINDS as SCORES
+from lora.config import CONFIGS
+from quant.commands.options import KINDS as SCHEMES
+from quant.config import QatConfig
+from tests.runs import command
+from train.command_line import spelled
+from train.config import TrainConfig
+from train.needs import NEEDS
+
+MAIN = {"train": train.__main__, "model": model.__main__, "data": data.__main__, "lora": lora.__main__}
+MAIN |= {"quant": quant.__main__, "eval": eval.__main__}
+REFUSED = {  # a command line, whose first option is idle: why
+    "train --preset tiny --init x": "--init brings its own",
+    "train --dropout 0.0 --init x": "--init brings its own",
+    "train --vocab-size 2048 --init x": "--init brings its own tokenizer",
+    "train --text-key text": "the corpus holds no records",
+    "train --text-key body --corpus a.txt b/*.md": "the corpus holds no records",
+    "train --on-bad-text skip --corpus stdlib-code": "the corpus comes with Python",
+    "train --matrix-lr 0.02 --optimizer adamw": "it is Muon's rate, --optimizer muon",
+    "train --momentum 0.9 --optimizer adamw": "Muon and SGD have one",
+    "train --eps 1e-8 --optimizer sgd": "they are AdamW's",
+    "train --betas 0.9 0.99 --optimizer sgd": "they are AdamW's",
+    "train --final-lr 0.1 --schedule constant": "--schedule constant keeps the rate to the end",
+    "train --recompute-every 2": "it is of --recompute blocks or selective",
+    "train --reshard off": "it is of --mesh shard",
+    "train --mesh shard": "one process shares with nobody",
+    "train --lora.r 8 --init x": "add --adapter lora",
+    "train --lora.r 8 --adapter ia3 --init x": "add --adapter lora",
+    "train --qat.granularity channel": "add --qat int8",
+    "train --qat.group-size 32 --qat int8": "it is of --qat.granularity group",
+    "train --qat.observer minmax --qat int8 --qat.inputs dynamic": "they are of inputs with one scale",
+    "model generate x --temperature 0.5 --beams 3": "--beams draws nothing",
+    "model generate x --top-k 5 --beams 2": "--beams draws nothing",
+    "model generate x --stream --beams 2": "--beams settle at the end",
+    "model generate x --top-p 0.5 --temperature 0": "--temperature 0 always takes the best token",
+    "model generate x --no-specials": "it says how --prompt is read, and there is none",
+    "model info --batch-size 2": "without a NETWORK the presets are listed",
+    "model info gpt2 --recompute-every 2": "it is of --recompute blocks or selective",
+    "data prepare --text-key text": "the corpus holds no records",
+    "data prepare --on-bad-text error": "the corpus comes with Python",
+    "lora merge x y --labels 2 --head lm --out z": "this head has no classes",
+    "quant nf4 x --corpus y --no-perplexity --out z": "--no-perplexity scores no text",
+    "quant fp4 x --eval-tokens 50000 --no-perplexity --out z": "--no-perplexity scores no text",
+    "quant llm-int8 x --cache y --no-perplexity --out z": "--no-perplexity scores no text",
+    "quant int8-dynamic x --group-size 128 --out z": "it is of --granularity group",
+    "quant int8-static x --group-size 128 --granularity tensor --out z": "it is of --granularity group",
+    "quant int8-static x --corpus y --calibrate z --no-perplexity --out z": "--calibrate names the text to observe",
+    "quant int8-static x --eval-tokens 9 --no-perplexity --out z": "--no-perplexity scores no text",
+    "eval bleu a b --smooth-value 0.1": "it is of --smooth floor or add-k",
+    "eval bleu a b --force --tokenize none": "--tokenize none says it already",
+    "eval meteor a b --beta 3 --gamma 0": "--gamma 0 leaves no penalty",
+    "eval rouge a b --test bootstrap": "it is of several systems",
+    "eval chrf a b --differ 3": "it is of several systems",
+    "eval f1 a.jsonl b --reference-field answer": "a text is a line of its file",
+    "eval f1 a b.jsonl --hypothesis-field answer": "a text is a line of its file",
+    "eval perplexity x --text-key text": "no records are read",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_it_is_refused(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    package, *words = line.split()
+    said = command(*words, main=MAIN[package].main)
+    option = next(word for word in words if word.startswith("--"))
+    assert said.code == 2 and not said.out and not list(tmp_path.iterdir())
+    assert said.err.startswith(f"error: {option} would have no effect: ") and REFUSED[line] in said.err, said.err
+
+
+def test_every_rule_is_of_options_that_are_there():
+    """And each rule of every command is met by a line above."""
+    kinds = [*model.__main__.COMMANDS, data.__main__.Prepare, lora.__main__.Merge, *SCHEMES.values(), *SCORES.values()]
+    told = " ".join(REFUSED)
+    for kind in kinds:
+        there = {field.name for field in dataclasses.fields(kind)}
+        for rule in getattr(kind, "NEEDS", ()):
+            names = [form for name in rule.options for form in (spelled(name), spelled(f"no_{name}"))]
+            assert set(rule.options) <= there and any(f"{name} " in told for name in names), (kind, rule)
+    groups = (getattr(TrainConfig(), field.name) for field in dataclasses.fields(TrainConfig))
+    there = {field.name for group in groups for field in dataclasses.fields(group)}
+    there |= {f"{name}.{field}" for name, kind in CONFIGS.items() for field in kind.__dataclass_fields__}
+    there |= {f"qat.{field}" for field in QatConfig.__dataclass_fields__}
+    for rule in NEEDS:
+        own = [name for name in CONFIGS if any(option.startswith(f"{name}.") for option in rule.options)]
+        assert set(rule.options) <= there and (own or any(spelled(name) in told for name in rule.options)), rule
+
+
+@pytest.mark.parametrize("line", ["--steps 700", "--no-dedup", "--lr 0.5", "--lora.r 8", "--verbose --corpus x", "--recipe y"])
+def test_a_resume_takes_no_other_options(line, finished):
+    """Not even those with the value that a new run would have."""
+    said = command("--resume", finished, *line.split())
+    assert (said.code == 2 and "goes on with the run's own settings" in said.err) or "--recipe y: there is no" in said.err

@@ -21,7 +21,7 @@ from torch import nn
 import model.__main__ as model_command
 import model.hub
 from tests.ranks import in_two_ranks
-from tests.runs import ROOT, STEPS, arguments, assert_same_end, command, last_checkpoint, steps_of, wait_for_step
+from tests.runs import ROOT, STEPS, arguments, assert_same_end, command, further, last_checkpoint, steps_of, wait_for_step
 from train.checkpoint import step_of
 from train.distributed import Mesh, OtherRankError, Ranks, replicated, share
 from train.engine import Engine
@@ -108,8 +108,8 @@ def test_two_ranks_train_one_adapter(options, uninterrupted, tmp_path):
     changes = {"steps": "40", "eval-every": "20", "adapter": "adalora", "adalora.every": "4", "adalora.warmup": "0.1"}
     changes |= {"init": str(uninterrupted(**CHANGES))}  # without dropout, whose noise each rank draws for itself
     alone, two = tmp_path / "alone", tmp_path / "two"
-    assert command(*options, *arguments(changes), "--out", alone).code == 0
-    with torchrun(*options, *arguments(changes), "--out", two) as running:
+    assert command(*further(options), *arguments(changes), "--out", alone).code == 0
+    with torchrun(*further(options), *arguments(changes), "--out", two) as running:
         _, err = running.communicate(timeout=180)
     assert running.returncode == 0, err
     assert losses(two) == pytest.approx(losses(alone), abs=2e-5)

@@ -13,7 +13,7 @@ from torch import Tensor
 from train.named_optimizer import Optimizers
 from train.shard import cut_along, local
 
-WIDE = 512  # width of a network from which bfloat16 is faster on a CPU
+WIDE = 512  # width of a network from which bfloat16 is worth its coarser numbers on every CPU that has it
 WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")  # of oneDNN's names
 SMALLEST_SCALE = 2.0**-24  # float16's largest number over this is 10^12: larger gradients are no rounding matter
 
@@ -183,8 +183,9 @@ def choose_precision(device: torch.device, width: int) -> str:
     """What `--precision auto` is: a rule, and no stopwatch, so that the same command computes the same numbers.
 
     A GPU that has bfloat16: bf16. A CPU with instructions for bfloat16 products: bf16 where the network's width is at least
-    `WIDE`, under which rounding the inputs takes as long as the shorter product saves (0.8 to 0.95 times float32's speed at
-    width 128, with AVX512_BF16 and with AMX; 1.2 to 1.5 from 512 on). Else fp32.
+    `WIDE`, from where it is about twice as fast (1.9 to 2.0 times with AVX512_BF16; `python -m tests.bench formats`). A narrower
+    network trains in minutes anyhow, what it gains differs between processors (at width 128 from 0.95 to 1.6 times), and in
+    fp32 its figures are comparable between them. Else fp32.
     """
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"

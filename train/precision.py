@@ -183,9 +183,9 @@ def choose_precision(device: torch.device, width: int) -> str:
     """What `--precision auto` is: a rule, and no stopwatch, so that the same command computes the same numbers.
 
     A GPU that has bfloat16: bf16. A CPU with instructions for bfloat16 products: bf16 where the network's width is at least
-    `WIDE`, from where it is about twice as fast (1.9 to 2.0 times with AVX512_BF16; `python -m tests.bench formats`). A narrower
-    network trains in minutes anyhow, what it gains differs between processors (at width 128 from 0.95 to 1.6 times), and in
-    fp32 its figures are comparable between them. Else fp32.
+    `WIDE`, from where it is about twice as fast (1.9 to 2.0 times with AVX512_BF16; `python -m tests.bench formats`). A
+    narrower network trains in minutes anyhow, what it gains differs between processors (at width 128 from 0.95 to 1.6 times),
+    and in fp32 its figures are comparable between them. Else fp32.
     """
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"

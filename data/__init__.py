@@ -4,13 +4,14 @@
     find      files that a path, a folder or a glob names; and what is left out
     files     user's files into documents: .txt .md .py and files of records, plain or .gz
     records   records of .jsonl .json .csv .tsv, with their places; scores read their files by it too
-    shell     names of files in commands that are printed
+    shell     names of files in commands that are printed; `words` numbers of things in messages
     corpus    built-in corpora and user's files -> documents; long ones cut
     dedup     exact and near duplicates
     tokenizer one interface to all tokenizers; the kind by the files of a folder
         tokenizer_sentencepiece    SentencePiece models: ours, lossless on any text, and others
         tokenizer_training         our SentencePiece BPE, trained on all of a text
         tokenizer_json             tokenizer.json and vocab.txt, by the library `tokenizers`
+        tokenizer_export           ours as tokenizer.json
     shards    documents -> train.bin, validation.bin, the tokenizer's files, index.json, built once
     stream    shards -> blocks of tokens; the batch of a step is a pure function of (seed, step)
     clm       blocks -> inputs and labels of causal language modelling

@@ -7,11 +7,14 @@ Where to read first: `config` (what a network is made of), then bottom up, as a 
     heads · network                                                      what is read off them, and the whole
     families/ · weights                                                  one table per published family, and how it is read
     init · safetensors_file · hub                                        first weights; folders in the Hugging Face layout
-    decoding · sampling · stopping · generate · beam · streaming         text out
+    folders · config_json · generation_config · ties                     what stands in such a folder, beside the weights
+    decoding · sampling · constraints · stopping · generate · beam · streaming   text out
     fill                                                                 what a masked-language model reads into gaps
-    parameters · flops · training · activations · memory                 what a network costs, before it is built
+    parameters · flops · training · activations · memory · account       what a network costs, before it is built
+    resize                                                               another size of vocabulary
+    words                                                                names in messages
 
-and `python -m model` is the command line: generate, fill, info.
+and `python -m model` is the command line (`commands/`): generate, fill, info, resize, export.
 
 The legend of shapes. A tensor's name ends in the letters of its axes, in order, and they mean the same in every file:
 

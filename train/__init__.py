@@ -3,7 +3,8 @@
 Where to read first: `step` (one optimizer step: the heart, in 40 lines), then `objective` and `loss/` (what is minimised),
 `engine` (what a step trains, and its state on disk), `loop` (the run around the steps), and their parts:
 
-    config       what a run is told: the options of `python -m train`
+    config       what a run is told: the options of `python -m train`; `needs`: which of them ask for others
+    command_line what all command lines share: messages, notes, options that would do nothing
     distributed  ranks, and how they share a network: DDP, FSDP2
     optim adamw8bit muon sgd   AdamW, also with moments of 8 bits, Muon and SGD, each beside its plain twin; which weight goes
                  to which, by its role
@@ -16,6 +17,8 @@ Where to read first: `step` (one optimizer step: the heart, in 40 lines), then `
     ema          averaged weights beside the raw ones
     tasks/       an objective's batches, its scores beside counting, an example of what was learned: next token, masked token
     evaluate     sums and counts over held-out text; bits per byte, and what counting reaches
+    scoring held_out   a model folder as scores want it; scored on text as training validates
+    adapters qat runs that train an adapter beside frozen weights; weights that learn to be whole numbers
     checkpoint   a run's state on disk: whole or absent, never half
     sharded_checkpoint   tensors of which each rank holds a part: one file a part, read on any number of ranks
     export       a checkpoint, in parts or not, as one model folder

@@ -23,7 +23,7 @@ class Scored:
 
     files: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE …")]
     """HYP REF…: a file of hypotheses, one a line, and one or more of references; with --system, references alone. A name that
-    ends in .jsonl: JSON lines; -: standard input."""
+    ends in .jsonl, .json, .csv or .tsv: its records; -: standard input."""
     system: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=FILE")] = ()
     """Once for each of several systems: one table, and each beside the first."""
     json: bool = False
@@ -180,8 +180,8 @@ class Perplexity:
     model: Annotated[Path, tyro.conf.Positional, DIR]
     """A run (its best checkpoint, else its last) or a model folder with a tokenizer."""
     corpus: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="CORPUS …")]
-    """Files, folders or globs of .txt .md .py .jsonl (each also .gz), a built-in corpus, or - for standard input. Without one:
-    the held-out text of the run."""
+    """Files, folders or globs of .txt .md .py .jsonl .json .csv .tsv (each also .gz), a built-in corpus, or - for standard
+    input. Without one: the held-out text of the run."""
     context: int | None = None
     """Tokens of a window. Default: the network's."""
     stride: int | None = None
@@ -200,7 +200,7 @@ class Perplexity:
     bins: int = 15
     """Of the calibration error."""
     text_key: str = "text"
-    """Of .jsonl files."""
+    """The field of .jsonl, .json, .csv and .tsv files that holds the text."""
     json: bool = False
     """Print JSON."""
     samples: int = 1000

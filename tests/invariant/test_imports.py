@@ -1,6 +1,7 @@
 """The house's arrows: which folder may import which, and what an import may cost."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +98,13 @@ def test_package_files_hold_only_a_map(file):
     assert len(body) == 1 and isinstance(body[0], ast.Expr), "names are imported from the file that defines them"
 
 
+@pytest.mark.parametrize("folder", ["model", "data", "train", "eval", "lora", "quant", "tests"])
+def test_a_map_names_every_file_of_its_folder(folder):
+    names = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__", "__main__"}
+    told = set(re.findall(r"\w+", (ROOT / folder / "__init__.py").read_text(encoding="utf-8")))
+    assert names <= told
+
+
 @pytest.mark.parametrize("file", sources())
 def test_nothing_that_can_run_foreign_code(file):
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
@@ -105,7 +113,7 @@ def test_nothing_that_can_run_foreign_code(file):
     assert not calls & {"eval", "exec", "torch.load", "torch.save", "os.system"}
 
 
-START = [f"{folder}.__main__" for folder in ("train", "model", "data", "lora", "quant")]
+START = [f"{folder}.__main__" for folder in ("train", "model", "data", "eval", "lora", "quant")]
 START += [f"{folder}.config" for folder in ("data", "model", "lora", "quant")]
 
 

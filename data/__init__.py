@@ -13,10 +13,13 @@
         tokenizer_json             tokenizer.json and vocab.txt, by the library `tokenizers`
         tokenizer_export           ours as tokenizer.json
     shards    documents -> train.bin, validation.bin, the tokenizer's files, index.json, built once
-    stream    shards -> blocks of tokens; the batch of a step is a pure function of (seed, step)
+    sources/  more than files of text: records with columns, several sources by weight
+    example   what a transform makes of a record
+    packing/  examples, or blocks of tokens, -> rows of a batch; the batch of a step is a pure function of (seed, step)
+    prefetch  batches made ahead, in a thread
     clm       blocks -> inputs and labels of causal language modelling
     mlm       blocks -> inputs with gaps and labels of masked language modelling
 
 `python -m data prepare` builds the shards and prints what they hold.
-In reading order: find, files, records, corpus, dedup, tokenizer, shards, stream, clm, mlm.
+In reading order: find, files, records, corpus, dedup, tokenizer, shards, packing/blocks, clm, mlm.
 """

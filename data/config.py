@@ -34,8 +34,11 @@ class DataConfig:
     vocab_size: int | None = None
     """Pieces of the tokenizer, 3 control and 256 byte pieces included. Default: 2,048, or what the text can fill."""
 
+    validation: tuple[str, ...] = ()
+    """Files, folders or globs to validate on, instead of a share of the corpus."""
+
     val_fraction: float = 0.05
-    """Share of the documents held out for validation, chosen by a hash of each document's text."""
+    """Share of the documents or records held out for validation, chosen by a hash of each one's text."""
 
     dedup: bool = True
     """Drop near duplicates before the split. (Exact duplicates always go.)"""

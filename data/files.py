@@ -2,15 +2,16 @@
 
 import gzip
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal, TypeVar
 
 from data.config import DataError
 from data.find import kind
 from data.records import FORMATS, Line, NoRecordsError, Record, RecordError, is_utf16, read_records, shown
 
+T = TypeVar("T")
 BadText = Literal["error", "replace", "skip"]
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
@@ -43,15 +44,48 @@ def read_files(
     `is_named`: the user asked for these very files. Else a .json that is no list of records, as a folder may have for other
     ends, is left out and noted.
     """
+
+    def documents(path: Path, stream: BinaryIO) -> Iterator[Document]:
+        if kind(path) in FORMATS:
+            yield from read_record_file(path, stream, text_key, on_bad_text, report)
+        elif (text := decode(stream.read(), str(path), 0, on_bad_text, report)) is not None:
+            yield Document(str(path), text)
+
+    return read_each(paths, documents, report, is_named)
+
+
+def read_rows(
+    paths: Iterable[Path], on_bad_text: BadText, report: ReadReport, *, is_named: bool = True
+) -> Iterator[tuple[str, dict]]:
+    """The records of `paths` with all their keys, each with its name for messages; strings in them have a UTF-8."""
+
+    def records(path: Path, stream: BinaryIO) -> Iterator[tuple[str, dict]]:
+        suffix = kind(path)
+        for record in read_records(decoded_lines(path, stream, suffix == ".jsonl", on_bad_text, report), suffix):
+            name = named(path, record.place)
+            if not isinstance(record.value, dict):
+                raise DataError(f"{name}: a record has named keys, and this is {type(record.value).__name__}")
+            row = {}
+            for key, value in record.value.items():
+                if isinstance(value, str):
+                    value = without_surrogates(value, name, key, on_bad_text, report)
+                    if value is None:
+                        break
+                row[key] = value
+            else:
+                yield name, row
+
+    return read_each(paths, records, report, is_named)
+
+
+def read_each(
+    paths: Iterable[Path], read: Callable[[Path, BinaryIO], Iterator[T]], report: ReadReport, is_named: bool
+) -> Iterator[T]:
+    """What `read` makes of each file, opened, unpacked; and every way in which that fails as a message."""
     for path in paths:
         try:
             with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
-                if kind(path) not in FORMATS:
-                    text = decode(stream.read(), str(path), 0, on_bad_text, report)
-                    if text is not None:
-                        yield Document(str(path), text)
-                else:
-                    yield from read_record_file(path, stream, text_key, on_bad_text, report)
+                yield from read(path, stream)
         except NoRecordsError as error:
             if is_named:
                 raise DataError(f"{path}: {error}") from error

@@ -186,8 +186,8 @@ class Perplexity(TokenScores):
     By default `stride` is half the context: no target but a document's first ones sees less than that, at twice the cost of
     stride = context. A bos stands at the document's start, or with `bos_at` "every-window" at every window's, in place of the
     token there. In training's validation, too, a target sees its own document alone, but blocks of `context` tokens are cut at
-    fixed places of the whole stream (data.stream.sequential), in the midst of documents, where windows begin with a document:
-    at stride = context the values differ a little.
+    fixed places of the whole stream (data.packing.blocks.sequential), in the midst of documents, where windows begin with a
+    document: at stride = context the values differ a little.
     """
 
     context: int

@@ -29,9 +29,10 @@ class EncoderDecoder(nn.Module):
         """As `Stack.before`, of the text that is written."""
         return self.decoder.before
 
-    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, hidden_states: bool = False) -> Output:
-        """hidden B S D; a prompt of the encoder stays in it (B P+S D): the decoder looks at that too."""
-        return self.encoder(input_ids, attention_mask, hidden_states=hidden_states, keep_prompt=True)
+    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Tensor | bool | None) -> Output:
+        """hidden B S D; a prompt of the encoder stays in it (B P+S D): the decoder looks at that too. options: those of
+        `Stack.forward`."""
+        return self.encoder(input_ids, attention_mask, keep_prompt=True, **options)
 
     def forward(
         self,
@@ -40,32 +41,49 @@ class EncoderDecoder(nn.Module):
         *,
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        decoder_position_ids: Tensor | None = None,
+        decoder_document_ids: Tensor | None = None,
         memory: Tensor | None = None,
         cache: Cache | None = None,
         hidden_states: bool = False,
-        **other: Tensor | None,
     ) -> Output:
         """input_ids B S (attention_mask: 1 real, 0 pad), decoder_input_ids B T; without these the output is the input,
-        shifted right, as when a whole text is to be classified. memory B S D: what `encode` returned for input_ids."""
-        if given := sorted(name for name, value in other.items() if value is not None):
-            raise ConfigError(f"an encoder-decoder has no {', '.join(given)}: each row holds one text")
-        encoded = self.encode(input_ids, attention_mask, hidden_states=hidden_states) if memory is None else None
-        memory = memory if encoded is None else encoded.hidden
+        shifted right, as when a whole text is to be classified. memory B S D: what `encode` returned for input_ids.
+
+        document_ids B S, decoder_document_ids B T: packed rows, in which the output of a document sees its own input; with
+        position_ids and decoder_position_ids, that count in each document."""
+        encoded = None
+        if memory is None:
+            told = {"position_ids": position_ids, "document_ids": document_ids, "hidden_states": hidden_states}
+            encoded = self.encode(input_ids, attention_mask, **told)
+            memory = encoded.hidden
         if decoder_input_ids is None:
+            if document_ids is not None:
+                raise ConfigError("packed rows of an encoder-decoder need decoder_input_ids: what is shifted is one text a row")
             decoder_input_ids = self.shift_right(input_ids)
         decoded = self.decoder(
             decoder_input_ids,
             decoder_attention_mask,
+            position_ids=decoder_position_ids,
+            document_ids=decoder_document_ids,
             cache=cache,
-            memory=Memory(memory, self.memory_mask(attention_mask)),
+            memory=Memory(memory, self.memory_mask(attention_mask), self.memory_documents(document_ids), self.prompt_length),
             hidden_states=hidden_states,
         )
         return decoded._replace(memory=memory, memory_states=encoded.hidden_states if encoded is not None else None)
 
     def memory_mask(self, attention_mask_BS: Tensor | None) -> Tensor | None:
         """The mask of the input, for what the encoder makes of it."""
-        prompt = self.encoder.prompt.length if self.encoder.prompt is not None else 0
-        return attention_mask_BS if attention_mask_BS is None or not prompt else F.pad(attention_mask_BS, (prompt, 0), value=1)
+        return None if attention_mask_BS is None else F.pad(attention_mask_BS, (self.prompt_length, 0), value=1)
+
+    def memory_documents(self, document_ids_BS: Tensor | None) -> Tensor | None:
+        return None if document_ids_BS is None else F.pad(document_ids_BS, (self.prompt_length, 0), value=-1)
+
+    @property
+    def prompt_length(self) -> int:
+        return self.encoder.prompt.length if self.encoder.prompt is not None else 0
 
     def shift_right(self, ids_BT: Tensor) -> Tensor:
         """decoder_start_id, then all ids but the last: position t is to predict ids[t]."""

@@ -26,6 +26,7 @@ class Mask:
         causal         s <= t
         window         t - s < window
         document_ids   B S: same document. Packed documents do not see each other.
+        query_ids      B T: with document_ids, those of the queries, where the keys are another sequence (cross-attention)
         attention_mask B S: 1 for a real key, 0 for a pad. A query that may look nowhere (a pad) yields 0.
         prefix         the first so many keys stand before every document and in every window: neither hides them
 
@@ -37,6 +38,7 @@ class Mask:
     causal: bool = True
     window: int | None = None
     document_ids: Tensor | None = None
+    query_ids: Tensor | None = None
     attention_mask: Tensor | None = None
     prefix: int = 0
 
@@ -51,7 +53,8 @@ class Mask:
             allowed = allowed & ((query_T1 - key_1S < self.window) | (key_1S < self.prefix))
         if self.document_ids is not None:
             ids_BS = self.document_ids
-            same = ids_BS[:, None, -queries:, None] == ids_BS[:, None, None, :]
+            ids_BT = ids_BS[:, -queries:] if self.query_ids is None else self.query_ids
+            same = ids_BT[:, None, :, None] == ids_BS[:, None, None, :]
             allowed = allowed & (same | (key_1S < self.prefix))
         if self.attention_mask is not None:
             allowed = allowed & self.attention_mask.bool()[:, None, None, :]

@@ -29,10 +29,13 @@ class Output(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What a decoder looks at: the encoder's last hidden state, and which of it is real (1) or pad (0)."""
+    """What a decoder looks at: the encoder's last hidden state, which of it is real (1) or pad (0), and which packed document
+    it is of; its first `prompt` positions all see."""
 
     hidden_BSD: Tensor
     attention_mask_BS: Tensor | None = None
+    document_ids_BS: Tensor | None = None
+    prompt: int = 0
 
 
 class Stack(nn.Module):
@@ -109,7 +112,15 @@ class Stack(nn.Module):
         }
         memory_plan = None
         if memory is not None:
-            cross = Mask(causal=False, attention_mask=memory.attention_mask_BS)
+            if (memory.document_ids_BS is None) != (document_ids is None):
+                raise ConfigError("packed rows of an encoder-decoder need both document_ids and decoder_document_ids")
+            cross = Mask(
+                causal=False,
+                attention_mask=memory.attention_mask_BS,
+                document_ids=memory.document_ids_BS,
+                query_ids=document_ids,
+                prefix=memory.prompt,
+            )
             memory_plan = cross.plan(queries, memory.hidden_BSD.size(1), x_BTD.device)
         states = [x_BTD]
         for index, (spec, block) in enumerate(zip(self.layers, self.blocks, strict=True)):

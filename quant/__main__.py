@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from model.network import Network
     from quant.int8_linear import StaticInput
     from quant.report import Layer
-    from train.tasks.task import Task
+    from train.task import Task
 
 PICTURE = "quantization.png"
 PARTS = {  # what stays as it is, by the role of a parameter

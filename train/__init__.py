@@ -1,7 +1,7 @@
 """The loop: batches + network -> checkpoint.
 
 Where to read first: `step` (one optimizer step: the heart, in 40 lines), then `objective` and `loss/` (what is minimised),
-`engine` (what a step trains, and its state on disk), `loop` (the run around the steps), and their parts:
+`engine` (what a step trains, and its state on disk), `loop` (the run around the steps; `start` begins it), and their parts:
 
     config       what a run is told: the options of `python -m train`; `needs`: which of them ask for others
     command_line what all command lines share: messages, notes, options that would do nothing
@@ -15,7 +15,9 @@ Where to read first: `step` (one optimizer step: the heart, in 40 lines), then `
     clip         the global gradient norm
     precision    which number format stands where; the scaling of the loss in float16; what `auto` is
     ema          averaged weights beside the raw ones
-    tasks/       an objective's batches, its scores beside counting, an example of what was learned: next token, masked token
+    tasks/       one file an objective: its batches, its scores beside counting, an example of what was learned
+    task registry   what a run asks of one; which there are, ours and a user's own files
+    token_task   what objectives on blocks of plain text share
     evaluate     sums and counts over held-out text; bits per byte, and what counting reaches
     scoring held_out   a model folder as scores want it; scored on text as training validates
     adapters qat runs that train an adapter beside frozen weights; weights that learn to be whole numbers

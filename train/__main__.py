@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import tomllib
-from dataclasses import make_dataclass
+from dataclasses import make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, get_type_hints
 
@@ -16,13 +16,14 @@ from lora.config import CONFIGS, AdapterError
 from model.config import ConfigError, ModelConfig
 from quant.config import QuantError
 from train.command_line import FAILED, STOPPED, given_options, notes, refuse_idle, spelled
-from train.config import OVERRIDES, TrainConfig, TrainError, mesh_sizes, overrides
+from train.config import OVERRIDES, RunConfig, TrainConfig, TrainError, mesh_sizes, overrides
 from train.needs import NEEDS
-from train.plain import from_plain
+from train.plain import from_plain, objective_in
+from train.registry import config_type, name_of, summaries
 
 RECIPES = Path(__file__).parent / "recipes"
 
-def read_recipe(name: str) -> TrainConfig:
+def read_recipe(name: str, objective: str | None = None) -> TrainConfig:
     """Settings from a TOML file, or from `train/recipes/NAME.toml`; what it leaves out keeps its default."""
     path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
     if not path.is_file():
@@ -32,7 +33,7 @@ def read_recipe(name: str) -> TrainConfig:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TrainError(f"{path} is not TOML: {error}") from None
-    return from_plain(TrainConfig, table, str(path))
+    return from_plain(config_type(objective or objective_in(table)), table, str(path))
 
 
 def value_of(option: str, arguments: list[str]) -> str | None:
@@ -47,19 +48,21 @@ def value_of(option: str, arguments: list[str]) -> str | None:
 
 def read_options(arguments: list[str], default: TrainConfig) -> TrainConfig:
     """Options have their field's name alone (`--steps`); those of an adapter or of --qat also its name (`--lora.r`)."""
-    hints = get_type_hints(TrainConfig)
-    named = (*CONFIGS, "qat")
+    hints = {name: kind for name, kind in get_type_hints(type(default)).items() if name != "recorded"}
+    named = (*CONFIGS, "qat", name_of(default.run.objective))
     bare = {name: kind if name in named else Annotated[kind, tyro.conf.OmitArgPrefixes] for name, kind in hints.items()}
     options = make_dataclass("Options", [(name, kind, getattr(default, name)) for name, kind in bare.items()], frozen=True)
-    options.__doc__ = TrainConfig.__doc__
+    objectives = "\n".join(f"{name}: {text}" for name, text in summaries().items())
+    options.__doc__ = f"{TrainConfig.__doc__}\n\nObjectives (their own options: --objective NAME --help):\n{objectives}"
     read = tyro.cli(options, args=arguments, prog="python -m train")
-    return TrainConfig(**{name: getattr(read, name) for name in hints})
+    return type(default)(**{name: getattr(read, name) for name in hints})
 
 
 def main(arguments: list[str]) -> int:
     try:
-        recipe = value_of("--recipe", arguments)
-        default = read_recipe(recipe) if recipe else TrainConfig()
+        recipe, objective = value_of("--recipe", arguments), value_of("--objective", arguments)
+        default = read_recipe(recipe, objective) if recipe else config_type(objective or RunConfig.objective)()
+        default = replace(default, run=replace(default.run, objective=objective or default.run.objective))
         config = read_options(arguments, default)
         folder = config.run.resume
         given = overrides(config, said := given_options(arguments))
@@ -85,7 +88,7 @@ def main(arguments: list[str]) -> int:
         from model.hub import HubError
         from train.checkpoint import CheckpointError
         from train.distributed import OtherRankError
-        from train.loop import resume, start
+        from train.start import resume, start
     except KeyboardInterrupt:
         return STOPPED
     try:

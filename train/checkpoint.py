@@ -33,6 +33,7 @@ from train.distributed import Ranks
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+STATE, STATE_FORMAT = "state.json", 2
 IN_PARTS = "tensors.json"  # the index of train.sharded_checkpoint
 _NAME = re.compile(r"step-(\d+)")
 
@@ -234,3 +235,11 @@ def sync(path: Path) -> None:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_state(folder: Path) -> dict:
+    """state.json as it is written today, from what older runs wrote: format 1 had no number and no source."""
+    state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    if state.get("format", 1) > STATE_FORMAT:
+        raise ValueError(f"{STATE} has format {state['format']}, and this reads up to {STATE_FORMAT}")
+    return {"source": {}} | state

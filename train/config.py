@@ -23,9 +23,7 @@ from lora.config import (
 )
 from quant.config import QatConfig
 
-# By objective, where nothing else is asked for: measured, see LOG.md.
-DEFAULT_PRESETS = {"clm": "tiny", "mlm": "tiny-encoder"}
-DEFAULT_LR = {"clm": 8e-3, "mlm": 3e-3}
+# Where nothing else is asked for, whatever the objective (what each has of its own, its task says): measured, see LOG.md.
 DEFAULT_MATRIX_LR = 4e-2
 DEFAULT_DECAY = 0.2
 # What pretraining's rates are divided by where weights are trained further (--init): measured on the default network. Of larger
@@ -56,8 +54,8 @@ class TrainError(ValueError):
 class RunConfig:
     """The run: what is trained, where to, for how long."""
 
-    objective: Literal["clm", "mlm"] = "clm"
-    """What is learned: clm, the next token; mlm, masked tokens from both sides."""
+    objective: str = "clm"
+    """What is learned: a file of train/tasks (listed above), or PATH.py, a task's file of your own, which is run."""
     out: Path | None = None
     """The run's folder. Default: runs/PRESET-DATE-TIME."""
     resume: Path | None = None
@@ -88,11 +86,19 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class RecordedConfig:
+    """What a run notes for its resume; no option sets it."""
+
+    objective_sha256: str | None = None
+    """Of the user's own file of --objective PATH.py."""
+
+
+@dataclass(frozen=True)
 class NetworkConfig:
     """The network: a preset, and changes to it."""
 
     preset: str | None = None
-    """A published shape (`python -m model info` lists them) or one of our own. Default: tiny, or tiny-encoder for mlm."""
+    """A published shape (`python -m model info` lists them) or one of our own. Default: the objective's."""
     context: int | None = None
     """Tokens in a training sequence, and the longest that the network reads. Default: the preset's; with --init the network's,
     at most 2,048."""
@@ -120,7 +126,7 @@ class OptimizerConfig:
     """adamw8bit: AdamW with its moments in 8 bits. muon: hidden matrices by Muon, the rest by AdamW. Default: muon, or adamw
     with an adapter."""
     lr: float | None = None
-    """The learning rate at its height (of AdamW, where Muon has its own). Default: 8e-3, 3e-3 for mlm, for networks as small as
+    """The learning rate at its height (of AdamW, where Muon has its own). Default: the objective's, for networks as small as
     the default ones; with --init an eighth, and less the wider the network is; with an adapter by its method."""
     matrix_lr: float | None = None
     """Muon's learning rate at its height. Default: 4e-2; with --init an eighth."""
@@ -217,6 +223,7 @@ class TrainConfig:
     ptuning: PtuningConfig = field(default_factory=PtuningConfig)
     prefix: PrefixConfig = field(default_factory=PrefixConfig)
     qat: QatConfig = field(default_factory=QatConfig)
+    recorded: RecordedConfig = field(default_factory=RecordedConfig)
 
     @property
     def method(self) -> Any:
@@ -304,8 +311,11 @@ def optimizer_of(config: TrainConfig) -> str:
 
 
 # What a resume may be given: none of it changes what is learned, but by rounding, and by leaving out a batch that cannot be
-# learned from. (--init: where an adapter's base has moved to; its tensors must be the same.)
-OVERRIDES = {"run": ("device", "threads", "mesh", "on_nonfinite", "init"), "report": ("verbose", "profile", "memory_report")}
+# learned from. (--init, --objective: where an adapter's base, a task's file has moved to; they must be the same.)
+OVERRIDES = {
+    "run": ("device", "threads", "mesh", "on_nonfinite", "init", "objective"),
+    "report": ("verbose", "profile", "memory_report"),
+}
 
 
 def overrides(asked: TrainConfig, said: Collection[str]) -> dict[str, dict]:
@@ -320,7 +330,11 @@ def override(config: TrainConfig, given: dict[str, dict]) -> TrainConfig:
 def differing(stored: TrainConfig, asked: TrainConfig) -> list[str]:
     """What was asked for and is not what a run has, as "steps = 20, not 40"; what was left open is decided by the run."""
     found = []
+    if stored.run.objective != asked.run.objective:
+        return [f"objective = {stored.run.objective}, not {asked.run.objective}"]
     for group in fields(asked):
+        if group.name == "recorded":
+            continue
         has, wanted = getattr(stored, group.name), getattr(asked, group.name)
         for name in vars(wanted):
             value = getattr(wanted, name)

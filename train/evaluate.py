@@ -39,16 +39,16 @@ def evaluate(
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     ranks: Ranks | None = None,
 ) -> dict[str, tuple[float, int]]:
-    """Each term's (sum, count) over all batches and ranks, dropout off: sums and counts, so that the size of a batch does
-    not matter. Only one batch's logits exist at a time."""
+    """(sum, count) of each term and metric over all batches and ranks, dropout off: sums and counts, so that the size of a
+    batch does not matter. Only one batch's logits exist at a time."""
     was_training = objective.training
     objective.eval()
     sums, counts = defaultdict(float), defaultdict(int)
     try:
         for batch in batches:
             with autocast():
-                terms = objective(batch)
-            for name, term in terms.items():
+                terms, metrics = objective(batch)
+            for name, term in {**terms, **metrics}.items():
                 sums[name] += term.sum.double()
                 counts[name] += term.count
     finally:

@@ -9,7 +9,6 @@ from torch import nn
 from tqdm import tqdm
 
 from data.config import DataConfig, DataError
-from data.shards import prepare
 from data.tokenizer import load_tokenizer
 from data.words import counted
 from model.config import ModelConfig
@@ -17,17 +16,20 @@ from train.config import NetworkConfig, OptimizerConfig, ReportConfig, RunConfig
 from train.evaluate import evaluate
 from train.loss.losses import LOSSES, choose_loss
 from train.plain import read_settings
-from train.setup import TASKS
-from train.tasks.task import Scores, Task
+from train.registry import load, names
+from train.task import Scores, Task
 
 WINDOW = 2048  # tokens of a text that is scored, at the most
 TOKENS_AT_ONCE = 2048  # in a batch of short windows
-OBJECTIVES = {("decoder", "lm"): "clm", ("encoder", "mlm"): "mlm", ("encoder", "pretraining"): "mlm"}
-
 
 def objective_of(config: ModelConfig) -> str | None:
     """What a network's perplexity is that of; None: it has none."""
-    return OBJECTIVES.get((config.architecture, config.head))
+    return next((name for name in names() if measures(load(name), config)), None)
+
+
+def measures(task: type[Task], config: ModelConfig) -> bool:
+    """Whether the task's validation is this network's perplexity."""
+    return config.architecture in task.architectures and config.head in task.perplexity_of
 
 
 def no_objective(config: ModelConfig) -> str:
@@ -55,7 +57,9 @@ def open_text(
         is_run = folder.parent.name == "checkpoints" and (run / "config.toml").is_file()
         data = read_settings(run).data if is_run else DataConfig()
         data = replace(data, corpus=corpus or data.corpus, cache=cache or data.cache)
-        shards = prepare(data, tokenizer=tokenizer, mask=objective == "mlm", say=say, progress=sys.stderr.isatty())
+        kind = load(objective)
+        read = TrainConfig(run=RunConfig(objective=objective), data=data)
+        shards = kind.open_data(read, tokenizer, say, progress=sys.stderr.isatty())
         # No window is longer than the text: what would fill it up costs time, and is not scored.
         text = min(shards.validation.tokens, eval_tokens, shards.train.tokens)
         context = max(1, min(config.context, WINDOW, text - 1))
@@ -66,7 +70,7 @@ def open_text(
             optimizer=OptimizerConfig(batch_size=max(1, TOKENS_AT_ONCE // context)),
             report=ReportConfig(eval_tokens=eval_tokens),
         )
-        return TASKS[objective](told, shards)
+        return kind(told, shards)
     except (DataError, TrainError) as error:
         if corpus:
             raise
@@ -77,7 +81,8 @@ def score(network: nn.Module, task: Task, what: str) -> Scores:
     """Sums and counts over all of the held-out text."""
     asked, device = task.config, next(network.parameters()).device
     rows = asked.optimizer.batch_size * asked.network.context
-    objective = task.objective(network, LOSSES[choose_loss(rows, network.config.vocab_size, device)])
+    loss = LOSSES[choose_loss(rows, network.config.vocab_size, device)]
+    objective = task.objective(network, loss, loss)
     shown = tqdm(task.validation, unit="batch", desc=f"scoring {what}", disable=not sys.stderr.isatty(), leave=False)
     batches = ({name: value.to(device) for name, value in batch.items()} for batch in shown)
     return task.scores(evaluate(objective, batches))

@@ -2,53 +2,49 @@
 
 import json
 import math
-import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import tomli_w
 import torch
 from safetensors import SafetensorError
 
-from data.clm import IGNORE
+from data.prefetch import Prefetcher
 from data.shell import command, quote
-from data.stream import Prefetcher
 from data.words import counted
 from model.folders import EXTRAS, copy_beside
 from quant.qat import converted
 from train.allocator import keep_freed_memory
 from train.checkpoint import (
+    STATE_FORMAT,
     CheckpointError,
     latest_whole,
     point,
     prune,
+    read_state,
     repoint,
-    resolve,
     step_of,
     write_checkpoint,
     write_whole,
 )
-from train.config import TrainConfig, TrainError, differing, mesh_sizes, override
-from train.distributed import Ranks, connected, gathered, lost, share, unwrapped
+from train.config import TrainConfig, TrainError, mesh_sizes
+from train.distributed import Ranks, gathered, lost, share, unwrapped
 from train.evaluate import evaluate
 from train.interrupt import StopRequest
-from train.lock import locked
 from train.log import Console, Metrics, cut_back
 from train.phases import Phases
-from train.plain import read_settings, to_plain, with_absolute_paths
+from train.plain import to_plain, with_absolute_paths
+from train.registry import load
 from train.report import Session, comparable, conclude, introduction, out_of_memory
 from train.setup import (
-    TASKS,
     open_data,
     open_engine,
     open_network,
     own_device,
     resolve_data,
-    resolve_machine,
     resolve_network,
 )
 from train.step import StepResult
@@ -56,60 +52,6 @@ from train.watch import Watch
 
 ADVANCES = ("tokens", "best", "bad_evaluations")  # beside what the engine holds
 MOST_SKIPPED = 30  # in a row: what never succeeds is not a bad batch
-
-
-def start(config: TrainConfig) -> int:
-    """A new run; returns the number of the signal that stopped it, else 0. Where torchrun starts its processes anew, the run
-    that they had begun goes on."""
-    config.check()
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and config.run.out is None:
-        raise TrainError("with --max-restarts the run needs a name that a restart finds again: give --out")
-    if restarts and (config.run.out / "config.toml").is_file():
-        if others := differing(read_settings(config.run.out), config):
-            raise TrainError(f"{config.run.out} already holds another run ({'; '.join(others)}): choose another --out")
-        return resume(config.run.out)
-    with connected() as ranks:
-        defaulted = tuple(name for name in ("lr", "matrix_lr") if getattr(config.optimizer, name) is None)
-        config = resolve_machine(config, ranks)
-        out = config.run.out
-        if out.exists() and not out.is_dir():
-            raise TrainError(f"--out {out} is a file")
-        with held(out, ranks):
-            with ranks.together():
-                if ranks.main and any((out / name).exists() for name in ("config.toml", "metrics.jsonl", "checkpoints")):
-                    raise TrainError(
-                        f"{out} already holds a run: go on, `{command('train', '--resume', out)}`, or choose another --out"
-                    )
-            if config.run.init is not None:  # a run's best checkpoint may be another one by the time of a resume
-                config = replace(config, run=replace(config.run, init=resolve(config.run.init)))
-            return Run(config, ranks, resume=False, defaulted=defaulted).train()
-
-
-def resume(folder: Path, given: dict[str, dict] | None = None) -> int:
-    """Go on with the run in `folder` from its latest whole checkpoint, or from step 0 if it has none.
-
-    given: settings of `train.config.OVERRIDES` to have now instead of the run's.
-    """
-    config = override(read_settings(folder), given or {})
-    config.check()
-    if config.method is None and "init" in (given or {}).get("run", {}):
-        raise TrainError(f"--resume {folder} needs no --init: the run has its weights in its checkpoints")
-    if config.method is not None and not config.run.init.exists():
-        raise TrainError(f"the adapter's base {config.run.init} is not there: say where, --resume {quote(folder)} --init BASE")
-    with connected() as ranks, held(folder, ranks):
-        config = resolve_machine(replace(config, run=replace(config.run, out=folder)), ranks)
-        return Run(config, ranks, resume=True).train()
-
-
-@contextmanager
-def held(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """The lock on a run's folder: rank 0 has it, for all."""
-    with ExitStack() as stack:
-        with ranks.together():
-            if ranks.main:
-                stack.enter_context(locked(folder))
-        yield
 
 
 class Run:
@@ -122,18 +64,20 @@ class Run:
         say = self.console.say
         checkpoint = self._latest() if resume else None
         self.device = own_device(config, ranks)
-        self.shards = ranks.local_first(lambda: open_data(config, checkpoint, say))
-        self.tokenizer = self.shards.tokenizer
+        data = ranks.local_first(lambda: open_data(config, checkpoint, say))
+        self.tokenizer = data.tokenizer
         in_parts = mesh_sizes(config.run.mesh, ranks.world)["shard"] > 1
         place = torch.device("cpu") if in_parts else self.device  # whole only there: a GPU gets its part alone
-        network = open_network(config, self.tokenizer, checkpoint, place, say)
+        network = open_network(config, data, checkpoint, place, say)
         if self.device.type == "cpu":
             keep_freed_memory()
         config = self.config = resolve_network(resolve_data(config, self.tokenizer), ranks, network)
-        self.task = TASKS[config.run.objective](config, self.shards)
+        self.task = load(config.run.objective)(config, data)
+        self.source = self.task.source
         self.console.unit = self.task.unit
         self.engine, self.config = open_engine(config, ranks, self.device, self.task, network, say)
         self.tokens, self.bad_evaluations, self.in_a_row, self.signal = 0, 0, 0, 0
+        self.scored: float | None = None  # the share of positions with a label, in the first micro-batch that was seen
         self.phases = Phases(self.device)
         self.beside = config.run.init if checkpoint is None else checkpoint  # where files lie that travel with the weights
         self.best: dict | None = None
@@ -168,8 +112,6 @@ class Run:
     def train(self) -> int:
         """Steps until the last one, an early stop, or a signal, of which it returns the number (else 0)."""
         began, first_step, first_tokens = time.monotonic(), self.step, self.tokens
-        if not self.step:
-            self.engine.begin(self._to_device(self.task.step(0)[0]))
         if self.config.method is not None and not self.step:
             self.console.say(f"before the first step: {self.task.line(self._scores())}")
         self.console.begin(self.step, self.config.run.steps)
@@ -201,7 +143,7 @@ class Run:
     def _steps(self) -> str:
         """Returns why it stopped before the last step, or ""."""
         config, report, console, phase = self.config, self.config.report, self.console, self.phases
-        self.engine.objective.train()
+        objective = unwrapped(self.engine.objective)
         tokens, seconds, stopped = 0, 0.0, self._early()
         watched = Watch(self)
         with StopRequest() as request, self._source() as source:
@@ -209,7 +151,13 @@ class Run:
                 clock_start, rate = time.monotonic(), self.engine.rate
                 with phase("data"):
                     micro_batches = next(source)
-                    count = sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches)
+                    counts = [next(iter(objective.counts(batch).values())) for batch in micro_batches]
+                    count = int(sum(counts))
+                    if self.scored is None:
+                        self.scored = int(counts[0]) / micro_batches[0]["input_ids"].numel()
+                        if not self.step:
+                            self.engine.begin(self._to_device(micro_batches[0]))
+                        self.engine.objective.train()
                     mine = [self._to_device(share(batch, self.ranks)) for batch in micro_batches]
                 result = watched.step(mine, phase)
                 self.tokens, tokens = self.tokens + count, tokens + count
@@ -230,6 +178,7 @@ class Run:
                         lr=config.optimizer.lr * rate,
                         **({"matrix_lr": config.optimizer.matrix_lr * rate} if config.optimizer.optimizer == "muon" else {}),
                         grad_norm=float(result.grad_norm),
+                        **result.metrics,
                         tokens_per_s=round(tokens / seconds, 1),
                         **scale,
                     )
@@ -261,13 +210,13 @@ class Run:
         self.in_a_row += 1
         if self.engine.scaler.enabled and math.isfinite(loss) and self.in_a_row <= MOST_SKIPPED:
             return
-        documents = self.task.documents(step)
-        named = ", ".join(map(str, documents[:12])) + (f" and {len(documents) - 12} more" if len(documents) > 12 else "")
+        origin = self.source.origin(step)
+        named = ", ".join(origin[:12]) + (f" and {len(origin) - 12} more" if len(origin) > 12 else "")
         what = f"step {self.step}: the loss is {loss}, the gradients' norm {float(result.grad_norm)}"
-        where = f"its batch held parts of the training documents {named}"
+        where = f"its batch held {named}"
         if self.config.run.on_nonfinite == "skip" and self.in_a_row <= MOST_SKIPPED:
             self.console.say(f"skipped {what}; {where}")
-            self.metrics.write(step=self.step, split="skipped", loss=str(loss), documents=documents)
+            self.metrics.write(step=self.step, split="skipped", loss=str(loss), origin=origin)
             return
         times = f" ({self.in_a_row} steps in a row)" if self.in_a_row > 1 else ""
         raise TrainError(
@@ -284,9 +233,12 @@ class Run:
     def _source(self):
         """Micro-batches from the current step on; made ahead, in pinned memory, where a GPU would otherwise wait."""
         steps = self.config.run.steps
+        if self.source.is_on_policy:
+            network = self.engine.network
+            return nullcontext(self.source.batches(step, network) for step in range(self.step, steps))
         if self.device.type == "cuda":
-            return Prefetcher(self.task.step, self.step, steps, pin_memory=True)
-        return nullcontext(self.task.step(step) for step in range(self.step, steps))
+            return Prefetcher(self.source.batches, self.step, steps, pin_memory=True)
+        return nullcontext(map(self.source.batches, range(self.step, steps)))
 
     def _to_device(self, batch: dict) -> dict:
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
@@ -296,6 +248,8 @@ class Run:
         batches = (self._to_device(share(batch, self.ranks)) for batch in self.task.validation)
         with self.engine.averaged():
             totals = evaluate(unwrapped(self.engine.objective), batches, autocast=self.engine.autocast, ranks=self.ranks)
+            with self._as_used():
+                totals |= self.task.more_totals(self.engine.network, self.device, self.ranks)
         return self.task.scores(totals)
 
     def _validate(self) -> bool:
@@ -307,7 +261,8 @@ class Run:
                 f"{self.out}. Try a lower --lr and --matrix-lr, or --precision fp32"
             )
         self.metrics.write(step=self.step, split="validation", tokens=self.tokens, **scores)
-        improved = self.best is None or scores["loss"] < self.best["loss"]
+        key, sign = self.task.best, -1 if self.task.higher_is_better else 1
+        improved = self.best is None or sign * scores[key] < sign * self.best[key]
         if improved:
             self.best = {"step": self.step, **scores}
         self.bad_evaluations = 0 if improved else self.bad_evaluations + 1
@@ -315,11 +270,17 @@ class Run:
         self.console.say(f"validation at step {self.step}: {line}")
         return improved
 
-    def _sample(self) -> None:
+    @contextmanager
+    def _as_used(self) -> Iterator[None]:
+        """The network as one generates with it."""
         compiled = self.config.speed.compile == "on"
         # Lengths vary: compiling for each would take longer. (Where nothing is compiled, its machinery stays unloaded.)
         eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-        with eager, self.engine.averaged(), gathered(self.engine.objective), converted(self.engine.network):
+        with eager, gathered(self.engine.objective), converted(self.engine.network):
+            yield
+
+    def _sample(self) -> None:
+        with self.engine.averaged(), self._as_used():
             what, text = self.task.sample(self.engine.network, self.device)
         self.console.say(f"sample: {what}")
         self.console.say("\n".join(f"    | {line}" for line in text.split("\n")))
@@ -333,7 +294,8 @@ class Run:
                 self.tokenizer.save(folder)
                 if self.beside is not None:
                     copy_beside(self.beside, folder, only=EXTRAS if self.config.method is not None else None)
-                state = {key: getattr(self, key) for key in ADVANCES} | {"text": self._text(), "engine": self.engine.state()}
+                state = {key: getattr(self, key) for key in ADVANCES} | {"format": STATE_FORMAT, "text": self.task.identity()}
+                state |= {"engine": self.engine.state(), "source": self.source.state_dict()}
                 (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
         if not self.engine.finite():  # a finite loss may have ruined the weights in the update after it
@@ -350,16 +312,11 @@ class Run:
             point(self.out, "last", folder)
             prune(self.out, self.config.report.keep)
 
-    def _text(self) -> dict:
-        """What a resume must find again, or batches would be others."""
-        splits = {"train_tokens": self.shards.train.tokens, "validation_tokens": self.shards.validation.tokens}
-        return {"tokenizer_sha256": self.tokenizer.sha256, **splits}
-
     def _load(self, folder: Path) -> None:
         """All that advances, from a checkpoint that was verified."""
         try:
-            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            if state["text"] != self._text():
+            state = read_state(folder)
+            if state["text"] != self.task.identity():
                 raise TrainError(
                     f"the corpus {' '.join(self.config.data.corpus)} is no longer the text that {self.out} began with; "
                     f"to train its weights on other text: --init {quote(self.out)}"
@@ -367,6 +324,7 @@ class Run:
             for key in ADVANCES:
                 setattr(self, key, state[key])
             engine = state["engine"]
+            self.source.load_state_dict(state["source"])
         except TrainError:
             raise
         except (OSError, ValueError, KeyError) as error:

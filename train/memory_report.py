@@ -11,7 +11,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from model.account import amount, columns
 from model.config import ModelConfig
 from model.memory import training_memory
+from model.parameters import TARGETS
 from model.training import Training
+from train.config import TrainConfig
+from train.distributed import Ranks
 
 Phase = Callable[[str], AbstractContextManager]
 SPARE = 0.05  # how far the account may be below the allocator (tests/oracle/test_memory.py)
@@ -180,3 +183,24 @@ def options(old: Training, new: Training, ranks: int = 1) -> str:
     if "batch_size" in changed:
         changed["batch_size"] *= ranks
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changed.items())
+
+
+def training_of(config: TrainConfig, ranks: Ranks, scored: float, *, packed: bool) -> Training:
+    """What a step's memory on one rank depends on, for `model.memory`; of adapters it knows LoRA. packed: over four bits."""
+    asked, speed = config.optimizer, config.speed
+    return Training(
+        batch_size=-(-asked.batch_size // ranks.world),
+        context=config.network.context,
+        precision=speed.precision,
+        recompute=speed.recompute,
+        recompute_every=speed.recompute_every,
+        loss=speed.loss,
+        scored=scored,
+        accumulate=asked.accumulate,
+        optimizer=asked.optimizer,
+        ema=asked.ema > 0,
+        method="full" if config.method is None else "qlora" if packed else "lora",
+        rank=getattr(config.method, "r", 8),
+        targets=config.method.targets if getattr(config.method, "targets", "") in TARGETS else "all-linear",
+        device=torch.device(config.run.device).type,
+    )

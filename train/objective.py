@@ -1,12 +1,16 @@
-"""What is minimised: a network and a loss as one module, so that wrappers (compile, DDP, sharding) wrap both."""
+"""What is minimised: networks and a loss as one module, so that wrappers (compile, DDP, sharding) wrap all of it."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from data.clm import IGNORE
 from train.loss.cross_entropy import linear_cross_entropy
+
+BOOKKEEPING = ("group",)  # keys of a batch that are for those who cut it, and for objectives that compare rows
 
 
 class Term(NamedTuple):
@@ -17,31 +21,74 @@ class Term(NamedTuple):
     weight: float = 1.0
 
 
-class Objective(nn.Module):
-    """forward(batch) -> {"loss": Term}. The loss sees the head's matrix rather than logits, so that one that never
-    builds all N × V of them can take its place."""
+class Metric(NamedTuple):
+    """What is logged beside the terms and never minimised: sum / count over micro-batches and ranks."""
 
-    def __init__(self, network: nn.Module, loss: Callable = linear_cross_entropy, held_out: Callable | None = None):
+    sum: Tensor
+    count: Tensor
+
+
+NONE: Mapping[str, Metric] = MappingProxyType({})
+
+
+class Result(NamedTuple):
+    """The first term is the one whose count says how much a step has learned from."""
+
+    terms: dict[str, Term]
+    metrics: Mapping[str, Metric] = NONE
+
+
+class Objective(nn.Module):
+    """forward(batch) -> Result: here the cross-entropy of a language head, `loss`.
+
+    The loss sees the head's matrix rather than logits, so that one that never builds all N × V of them can take its place.
+    Every key of the batch goes to the network's body, or is in `uses`: one that is neither raises.
+
+    `networks`: the one that is trained, or several by name: "policy" is trained, and the others are frozen and in eval mode,
+    whatever happens to the rest.
+    """
+
+    uses: tuple[str, ...] = ("labels",)  # keys that forward reads itself
+
+    def __init__(
+        self,
+        networks: nn.Module | Mapping[str, nn.Module],
+        loss: Callable = linear_cross_entropy,
+        held_out: Callable | None = None,
+    ):
         """`held_out`: the loss in eval mode, where it is another: without smoothing, such as is compared."""
         super().__init__()
-        self.network = network
+        others = {} if isinstance(networks, nn.Module) else dict(networks)
+        self.network = networks if isinstance(networks, nn.Module) else others.pop("policy")
+        self.frozen = nn.ModuleDict({name: network.requires_grad_(False).eval() for name, network in others.items()})
         self.losses = {True: loss, False: held_out or loss}
+        self.inputs = frozenset(inspect.signature(self.network.body.forward).parameters)
+
+    def train(self, mode: bool = True) -> "Objective":
+        super().train(mode)
+        self.frozen.eval()  # a reference with dropout would be another one at each step
+        return self
 
     def loss(self, hidden: Tensor, weight_VD: Tensor, labels: Tensor, bias_V: Tensor | None) -> tuple[Tensor, Tensor]:
         return self.losses[self.training](hidden, weight_VD, labels, bias_V)
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Term]:
-        output = self.network.body(
-            batch["input_ids"],
-            batch.get("attention_mask"),
-            position_ids=batch.get("position_ids"),
-            document_ids=batch.get("document_ids"),
-        )
-        return self.terms(output.hidden, batch["labels"])
+    def inputs_of(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What of a batch the network reads. Errors: a key that nobody would (ValueError)."""
+        rest = {key: value for key, value in batch.items() if key not in (*self.uses, *BOOKKEEPING)}
+        if unknown := sorted(rest.keys() - self.inputs):
+            raise ValueError(
+                f"the batch has {', '.join(unknown)}, which neither {type(self).__name__} ({', '.join(self.uses)}) nor the "
+                f"network ({', '.join(sorted(self.inputs))}) reads"
+            )
+        return rest
 
-    def terms(self, hidden_BTD: Tensor, labels_BT: Tensor) -> dict[str, Term]:
+    def forward(self, batch: dict[str, Tensor]) -> Result:
+        output = self.network.body(**self.inputs_of(batch))
+        return self.result(output.hidden, batch["labels"])
+
+    def result(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Result:
         head = self.network.head
-        return {"loss": Term(*self.loss(head.features(hidden_BTD), head.weight, labels_BT, head.bias))}
+        return Result({"loss": Term(*self.loss(head.features(hidden_BTD), head.weight, labels_BT, head.bias))})
 
     @staticmethod
     def counts(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -52,15 +99,15 @@ class Objective(nn.Module):
 class MaskedObjective(Objective):
     """The same where few labels are scored: the head, with a layer of its own, sees only their hidden states.
 
-    In eval mode there is a second term, "accuracy", of weight 0: how many of the labels are the best guess.
+    In eval mode there is a metric, "accuracy": how many of the labels are the best guess.
     """
 
-    def terms(self, hidden_BTD: Tensor, labels_BT: Tensor) -> dict[str, Term]:
+    def result(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Result:
         head, scored = self.network.head, (labels_BT != IGNORE).flatten().nonzero()[:, 0]
         hidden_ND, labels_N = hidden_BTD.flatten(0, 1)[scored], labels_BT.flatten()[scored]
         features_ND = head.features(hidden_ND)
-        terms = {"loss": Term(*self.loss(features_ND, head.weight, labels_N, head.bias))}
-        if not self.training:
-            guess_N = nn.functional.linear(features_ND, head.weight, head.bias).argmax(-1)
-            terms["accuracy"] = Term((guess_N == labels_N).sum(), terms["loss"].count, weight=0.0)
-        return terms
+        term = Term(*self.loss(features_ND, head.weight, labels_N, head.bias))
+        if self.training:
+            return Result({"loss": term})
+        guess_N = nn.functional.linear(features_ND, head.weight, head.bias).argmax(-1)
+        return Result({"loss": term}, {"accuracy": Metric((guess_N == labels_N).sum(), term.count)})

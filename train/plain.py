@@ -14,7 +14,8 @@ from urllib.parse import quote, unquote_to_bytes
 
 from data.config import BUILT_IN
 from lora.config import CONFIGS
-from train.config import TrainConfig, TrainError
+from train.config import RunConfig, TrainConfig, TrainError
+from train.registry import config_type, file_hash, is_file, name_of
 
 URI = "file:"
 
@@ -23,7 +24,7 @@ def to_plain(config: TrainConfig) -> dict:
     """Tables of plain values for TOML, which has no null: a field that is None is left out, and so are adapters not asked
     for."""
     unused = CONFIGS.keys() - {config.run.adapter}
-    return {k: _plain(v) for k, v in asdict(config).items() if v is not None and k not in unused}
+    return {k: _plain(v) for k, v in asdict(config).items() if v is not None and k not in unused and _plain(v) != {}}
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -34,8 +35,10 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
     corpus = tuple(entry if entry in BUILT_IN else str(absolute(entry)) for entry in config.data.corpus)
     init = None if config.run.init is None else absolute(config.run.init)
-    data = replace(config.data, corpus=corpus, cache=absolute(config.data.cache))
-    return replace(config, data=data, run=replace(config.run, init=init))
+    validation = tuple(str(absolute(entry)) for entry in config.data.validation)
+    data = replace(config.data, corpus=corpus, validation=validation, cache=absolute(config.data.cache))
+    objective = str(absolute(config.run.objective)) if is_file(config.run.objective) else config.run.objective
+    return replace(config, data=data, run=replace(config.run, init=init, objective=objective))
 
 
 def _plain(value: Any) -> Any:
@@ -100,8 +103,15 @@ def _typed(hint: Any, value: Any, place: str) -> Any:
     raise TrainError(f"{place} = {value!r}: {getattr(hint, '__name__', hint)} is expected")
 
 
-def read_settings(folder: Path) -> TrainConfig:
-    """What stands in a run's config.toml."""
+def objective_in(table: dict) -> str:
+    """What a table of settings trains."""
+    run = table.get("run")
+    return str(run.get("objective", RunConfig.objective)) if isinstance(run, dict) else RunConfig.objective
+
+
+def read_settings(folder: Path, *, to_train: bool = False, objective: str | None = None) -> TrainConfig:
+    """What stands in a run's config.toml. A user's own task file is run where `to_train`; else its settings are left out.
+    `objective`: where that file is now."""
     path = folder / "config.toml"
     if not path.is_file():
         raise TrainError(f"--resume {folder}: not a run, there is no {path.absolute()}")
@@ -109,4 +119,22 @@ def read_settings(folder: Path) -> TrainConfig:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TrainError(f"{path} is not TOML: {error}") from None
-    return from_plain(TrainConfig, table, str(path))
+    stored = objective_in(table)
+    if is_file(stored) and not to_train:
+        return from_plain(TrainConfig, {k: v for k, v in table.items() if k != name_of(stored)}, str(path))
+    if objective is not None or is_file(stored):
+        table["run"] = table["run"] | {"objective": same_file(objective or stored, table, path)}
+    return from_plain(config_type(objective_in(table)), table, str(path))
+
+
+def same_file(objective: str, table: dict, path: Path) -> str:
+    """The task's file, if it is the one that a run began with."""
+    stored, began = objective_in(table), table.get("recorded", {}).get("objective_sha256")
+    if not is_file(stored) or not is_file(objective):
+        raise TrainError(f"--objective {objective}: the run in {path.parent} trains {stored}")
+    if file_hash(objective) != began:
+        raise TrainError(
+            f"--objective {objective} is not the file that {path.parent} began with (SHA-256 {began}): "
+            "a resume would learn something else. Name that file, or begin a new run with --init"
+        )
+    return objective

@@ -2,12 +2,11 @@
 
 import platform
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import fields
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from data.clm import IGNORE
 from data.config import DataConfig
 from data.find import SUFFIXES
 from data.shell import command
@@ -16,13 +15,13 @@ from model.flops import flops_per_token
 from quant.linear import count, quantized_layers
 from quant.qat import qat_layers
 from train.checkpoint import IN_PARTS, pointed
-from train.config import FURTHER, WIDTH, TrainConfig
+from train.config import FURTHER, WIDTH, RunConfig, TrainConfig
 from train.curves import plot
 from train.log import clock, read_metrics
-from train.memory_report import what_would_fit
+from train.memory_report import training_of, what_would_fit
 from train.precision import PRECISIONS
 from train.rate import ending, matmul_rate, peak_memory
-from train.setup import training_of
+from train.registry import name_of, settings_of
 
 LIBRARIES = 2**30  # bytes of a GPU that the CUDA context and the libraries' workspaces take, about
 
@@ -32,8 +31,8 @@ if TYPE_CHECKING:
 
 
 def introduction(run: "Run") -> str:
-    """Five lines before the first step: text, tokens, network, machine, run."""
-    config, shards, has = run.config, run.shards, run.engine.network.config
+    """What is trained on, the network, the machine, the run: lines before the first step."""
+    config, has = run.config, run.engine.network.config
     per_step = config.optimizer.batch_size * config.optimizer.accumulate * config.network.context
     parameters = count(run.engine.network)
     trained = sum(parameter.numel() for parameter in run.engine.network.parameters() if parameter.requires_grad)
@@ -45,20 +44,13 @@ def introduction(run: "Run") -> str:
     adapter += f", {counted(rounded, 'matrix', 'matrices')} rounded to {config.run.qat} in every step" if rounded else ""
     before = run.engine.network.body.before
     before = f" after {before} of the {config.run.adapter}" if before else ""
-    epochs = config.run.steps * per_step / shards.train.tokens
-    bytes_per_token = shards.train.bytes / shards.train.targets
-    speed, home = config.speed, str(Path.home())
-    cache = str(shards.folder).replace(home, "~", 1) if home != "/" else str(shards.folder)
+    epochs, speed = run.task.epochs(config.run.steps), config.speed
     gpu = run.device.type == "cuda"
     machine = torch.cuda.get_device_name(run.device) if gpu else counted(config.run.threads, "thread")
     machine += f", {run.ranks.world} ranks ({config.run.mesh})" * (run.ranks.world > 1)
     how = ("compiled" if speed.compile == "on" else "eager") + (", deterministic" * (speed.deterministic == "on"))
     return (
-        f"text     {' '.join(config.data.corpus)}: {counted(shards.train.documents, 'document')}, {shards.train.bytes:,} "
-        f"bytes to train on; {counted(shards.validation.documents, 'document')}, {shards.validation.bytes:,} held out\n"
-        f"tokens   {run.tokenizer.vocab_size:,} pieces, {bytes_per_token:.2f} bytes a token; "
-        f"{shards.train.tokens:,} to train on; shards in {cache} "
-        f"({'built' if shards.built else 'reused'})\n{separation(run)}"
+        f"{run.task.introduction()}{separation(run)}"
         f"network  {has.family}, {counted(has.depth, 'layer')} of width {has.width}, {counted(has.heads, 'head')}, "
         f"context {config.network.context}{before}: {parameters:,} parameters{adapter}\n"
         f"machine  {run.device}, {machine}, {speed.precision}, {how}\n{rates(run)}"
@@ -176,7 +168,7 @@ def following(run: "Run", stopped: str) -> Iterator[str]:
         yield command("model", "export", out, "--out", model)
         folder = model
     yield run.task.try_it(folder)
-    objective = () if config.run.objective == "clm" else ("--objective", config.run.objective)
+    objective = said_of_task(config)
     yield command("train", *objective, "--corpus", "PATH") + f"   # your own files: {' '.join(SUFFIXES)}"
     if config.method is not None and config.method.mergeable and opened is not None:
         yield command("lora", "merge", config.run.init, opened, "--out", model) + "   # one ordinary model folder"
@@ -185,10 +177,27 @@ def following(run: "Run", stopped: str) -> Iterator[str]:
         yield command("train", *words) + "   # go on from these weights"
 
 
+def said_of_task(config: TrainConfig) -> tuple[str, ...]:
+    """The options that train the same objective again."""
+    if config.run.objective == RunConfig.objective:
+        return ()
+    words, name = ["--objective", config.run.objective], name_of(config.run.objective)
+    settings = settings_of(config)
+    for each in fields(settings) if settings is not None else ():
+        value, option = getattr(settings, each.name), each.name.replace("_", "-")
+        if value == getattr(type(settings)(), each.name):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}.{'' if value else 'no-'}{option}")
+        else:
+            words += [f"--{name}.{option}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return tuple(words)
+
+
 def said_of_text(data: DataConfig) -> list[str]:
     """The options that read the same text again."""
     words, usual = [], DataConfig()
-    for name in ("corpus", "text_key", "on_bad_text", "val_fraction", "dedup", "cache"):
+    for name in ("corpus", "validation", "text_key", "on_bad_text", "val_fraction", "dedup", "cache"):
         value, option = getattr(data, name), name.replace("_", "-")
         if value == getattr(usual, name):
             continue
@@ -200,8 +209,8 @@ def said_of_text(data: DataConfig) -> list[str]:
 
 
 def scored(run: "Run") -> float:
-    """The share of positions with a label, in the first micro-batch of the run."""
-    return float((run.task.step(0)[0]["labels"] != IGNORE).float().mean())
+    """The share of positions with a label, in the first micro-batch that was seen."""
+    return run.scored or 1.0
 
 
 def memory_of(device: torch.device) -> int:

@@ -5,7 +5,6 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,14 +13,13 @@ import torch
 from torch import nn
 
 import model.hub
-from data.shards import Shards, prepare
 from data.tokenizer import Tokenizer, load_tokenizer
 from lora.adalora import RankAllocator
 from lora.base import check_base
+from model.block import Block
 from model.config import ModelConfig, family, presets
 from model.init import build, empty
-from model.parameters import TARGETS
-from model.training import USUAL_CONTEXT, Training
+from model.training import USUAL_CONTEXT
 from quant.config import FourBit
 from quant.linear import as_autocast_asks, quantized_layers
 from train import qat
@@ -30,9 +28,7 @@ from train.checkpoint import IN_PARTS, resolve
 from train.config import (
     ADAPTER_LR,
     DEFAULT_DECAY,
-    DEFAULT_LR,
     DEFAULT_MATRIX_LR,
-    DEFAULT_PRESETS,
     FURTHER,
     WIDTH,
     OptimizerConfig,
@@ -49,13 +45,9 @@ from train.named_optimizer import Optimizers
 from train.optim import build_optimizer
 from train.precision import PRECISIONS, GradScaler, autocast, choose_precision
 from train.recompute import recompute
+from train.registry import file_hash, load
 from train.schedule import SCHEDULES
-from train.tasks.causal import CausalTask
-from train.tasks.masked import MaskedTask
-from train.tasks.task import Task
-
-Say = Callable[[str], None]
-TASKS = {"clm": CausalTask, "mlm": MaskedTask}
+from train.task import Say, Task
 
 
 def resolve_machine(config: TrainConfig, ranks: Ranks) -> TrainConfig:
@@ -80,15 +72,17 @@ def resolve_machine(config: TrainConfig, ranks: Ranks) -> TrainConfig:
         raise TrainError(
             f"--batch-size {config.optimizer.batch_size}: {ranks.world} ranks share its sequences, and each needs one at least"
         )
-    network = replace(config.network, preset=config.network.preset or DEFAULT_PRESETS[run.objective])
+    network = replace(config.network, preset=config.network.preset or load(run.objective).defaults.preset)
     out = Path(ranks.agree(str(run.out or unused(Path("runs") / f"{network.preset}-{time.strftime('%Y%m%d-%H%M%S')}"))))
     threads = torch.get_num_threads()
     run = replace(run, device=device, threads=threads, out=out, mesh=mesh, on_nonfinite=on_nonfinite)
+    recorded = replace(config.recorded, objective_sha256=file_hash(run.objective))
     report = config.report
     eval_every = report.eval_every or max(1, min(100, run.steps // 6))
     report = replace(report, eval_every=eval_every, save_every=report.save_every or eval_every)
     speed = replace(speed, deterministic=deterministic)
-    return replace(config, run=run, network=network, optimizer=resolve_rates(config), speed=speed, report=report)
+    chosen = {"optimizer": resolve_rates(config), "speed": speed, "report": report, "recorded": recorded}
+    return replace(config, run=run, network=network, **chosen)
 
 
 def unused(path: Path) -> Path:
@@ -101,7 +95,8 @@ def resolve_rates(config: TrainConfig) -> OptimizerConfig:
     """The optimizer, its rates and its decay, where they are not asked for: by the objective, by the adapter's method, or lower
     and by the width where the weights of --init are trained further."""
     asked, run, adapted = config.optimizer, config.run, config.method is not None
-    lr, matrix_lr = ADAPTER_LR[run.adapter] if adapted else DEFAULT_LR[run.objective], DEFAULT_MATRIX_LR
+    usual = load(run.objective).defaults
+    lr, matrix_lr = (usual.adapter_lr or ADAPTER_LR)[run.adapter] if adapted else usual.lr, DEFAULT_MATRIX_LR
     if run.init is not None and not adapted:
         width = model.hub.read_config(resolve(run.init)).width if asked.lr is None else WIDTH
         lr, matrix_lr = float(f"{lr / FURTHER * min(1.0, WIDTH / width):.2g}"), matrix_lr / FURTHER
@@ -141,12 +136,13 @@ def checked_device(name: str) -> torch.device:
 
 def network_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
     """The preset, changed by the options and by the tokenizer's vocabulary."""
-    asked, task = config.network, TASKS[config.run.objective]
+    asked, task = config.network, load(config.run.objective)
     base = ModelConfig.preset(asked.preset)
-    if base.architecture != task.architecture:
-        fitting = [name for name, values in presets().items() if values.get("architecture", "decoder") == task.architecture]
+    if base.architecture not in task.architectures:
+        fits = task.architectures
+        fitting = [name for name, values in presets().items() if values.get("architecture", "decoder") in fits]
         raise TrainError(
-            f"--objective {config.run.objective} trains networks of the architecture {task.architecture!r}; "
+            f"--objective {config.run.objective} trains networks of the architecture {trainable(task)}; "
             f"--preset {asked.preset} is one of {base.architecture!r}. Those that fit: {', '.join(fitting)}"
         )
     changes = {name: getattr(asked, name) for name in ("context", "width", "depth", "heads", "mlp_width")}
@@ -165,21 +161,29 @@ def network_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
     return base.replace(**changes, **ids, vocab_size=tokenizer.vocab_size, head=task.head)
 
 
-def open_data(config: TrainConfig, checkpoint: Path | None, say: Say) -> Shards:
-    """Prepared shards; with --init, in the tokens of the folder that the weights come from."""
-    tokenizer, mask = None, config.run.objective == "mlm"
+def trainable(task: type[Task]) -> str:
+    """
+    >>> trainable(load("clm"))
+    "'decoder'"
+    """
+    return " or ".join(map(repr, task.architectures))
+
+
+def open_data(config: TrainConfig, checkpoint: Path | None, say: Say) -> object:
+    """The task's data; with --init, in the tokens of the folder that the weights come from."""
+    tokenizer, task = None, load(config.run.objective)
     if config.run.init is not None:  # a resume has them in its own checkpoint, and needs that folder no more
         init = resolve(config.run.init) if checkpoint is None or config.method else None  # an adapter's resume needs it too
         folder = checkpoint or init
-        found, wanted = model.hub.read_config(init or folder), TASKS[config.run.objective].architecture
-        if found.architecture != wanted:
+        found = model.hub.read_config(init or folder)
+        if found.architecture not in task.architectures:
             raise TrainError(
-                f"--objective {config.run.objective} trains networks of the architecture {wanted!r}; "
+                f"--objective {config.run.objective} trains networks of the architecture {trainable(task)}; "
                 f"--init {config.run.init} is one of {found.architecture!r}"
             )
         tokenizer = load_tokenizer(folder, found.vocab_size)
     progress = config.report.verbose and sys.stderr.isatty()
-    return prepare(config.data, tokenizer=tokenizer, mask=mask, say=say, progress=progress)
+    return task.open_data(config, tokenizer, say, progress=progress)
 
 
 def resolve_data(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
@@ -190,13 +194,13 @@ def resolve_data(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
 
 
 def open_network(
-    config: TrainConfig, tokenizer: Tokenizer, checkpoint: Path | None, device: torch.device, say: Say = print
+    config: TrainConfig, data: object, checkpoint: Path | None, device: torch.device, say: Say = print
 ) -> nn.Module:
     """From a checkpoint, else from --init, else new; in float32, unless all is to be in 16 bits.
 
     Of a checkpoint in parts the weights are not read here: each rank reads its own, when they have been spread.
     """
-    task = TASKS[config.run.objective]
+    task = load(config.run.objective)
     run, asked = config.run, config.network
     asked_for = PRECISIONS.get(config.speed.precision)  # None: "auto", which chooses among those with float32 weights
     dtype = asked_for.parameters if asked_for else torch.float32
@@ -211,14 +215,17 @@ def open_network(
             parameter.data.zero_()
         return qat.put_on(config, network)
     if run.init is None:
-        network = build(network_config(config, tokenizer), seed=run.seed, **common)
+        network = build(task.network(config, network_config(config, data.tokenizer), data), seed=run.seed, **common)
         return network if run.qat == "none" else qat.put_on(config, network)
     folder = resolve(run.init)
     found = model.hub.read_config(folder)
+    wanted = task.network(config, found.replace(head=task.head), data)
+    labels = None if wanted.labels == found.labels else wanted.labels
     if found.head != task.head:
         say(f"{run.init} has the head {found.head!r}: {task.head!r} takes its place")
     how = None if run.quantize == "none" else FourBit(scheme=run.quantize)
-    network = model.hub.load(folder, head=task.head, seed=run.seed, quantization=how, **common)
+    network = model.hub.load(folder, head=task.head, labels=labels, seed=run.seed, quantization=how, **common)
+    network.config = task.network(config, network.config, data)
     packed = as_autocast_asks(network)
     if packed and config.method is None:
         kind = next(iter(quantized_layers(network).values())).weight.scheme
@@ -233,10 +240,10 @@ def open_network(
     if config.method is not None:
         if checkpoint is not None:
             check_base(checkpoint, folder)
-        put_on(config, network, tokenizer, new_head=found.head != task.head)
+        put_on(config, network, data.tokenizer, new_head=found.head != task.head)
         say(table(network))
     else:
-        also_end_with(network, tokenizer.eos_id)
+        also_end_with(network, data.tokenizer.eos_id)
     return network if run.qat == "none" else qat.put_on(config, network)
 
 
@@ -294,7 +301,7 @@ def compile_blocks(network: nn.Module, say: Say) -> bool:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         say(f"not compiled, because torch.compile does not work here: {lines[0] if lines else type(error).__name__}")
         return False
-    for block in network.body.blocks:
+    for block in (module for module in network.modules() if isinstance(module, Block)):
         block.compile(dynamic=False)
     return True
 
@@ -309,7 +316,7 @@ def open_engine(
     learned = partial(loss, smoothing=asked.label_smoothing, z_loss=asked.z_loss)
     if config.method is not None:
         narrow(network, policy.autocast)
-    objective = task.objective(network, learned, held_out=loss)
+    objective = task.objective(task.networks(network), learned, held_out=loss)
     recompute(network, speed.recompute, speed.recompute_every)
     if speed.compile == "on" and ranks.any(not compile_blocks(network, say)):
         config = replace(config, speed=replace(speed, compile="off"))
@@ -356,24 +363,3 @@ def open_optimizers(config: TrainConfig, network: nn.Module) -> Optimizers:
         )
     except ValueError as error:  # the optimizers know which values they can have
         raise TrainError(f"--optimizer {asked.optimizer}: {error}") from None
-
-
-def training_of(config: TrainConfig, ranks: Ranks, scored: float, *, packed: bool) -> Training:
-    """What a step's memory on one rank depends on, for `model.memory`; of adapters it knows LoRA. packed: over four bits."""
-    asked, speed = config.optimizer, config.speed
-    return Training(
-        batch_size=-(-asked.batch_size // ranks.world),
-        context=config.network.context,
-        precision=speed.precision,
-        recompute=speed.recompute,
-        recompute_every=speed.recompute_every,
-        loss=speed.loss,
-        scored=scored,
-        accumulate=asked.accumulate,
-        optimizer=asked.optimizer,
-        ema=asked.ema > 0,
-        method="full" if config.method is None else "qlora" if packed else "lora",
-        rank=getattr(config.method, "r", 8),
-        targets=config.method.targets if getattr(config.method, "targets", "") in TARGETS else "all-linear",
-        device=torch.device(config.run.device).type,
-    )

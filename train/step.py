@@ -1,23 +1,25 @@
 """One optimizer step over micro-batches and ranks: count, forward, backward, unscale, clip, update."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from train.clip import clip_grad_norm_
 from train.distributed import Ranks, kept_local, unwrapped
 from train.named_optimizer import Optimizers
-from train.objective import Objective
+from train.objective import Metric, Objective
 from train.precision import GradScaler
 
 
 class StepResult(NamedTuple):
     loss: Tensor  # Σ over terms of weight · sum / count, in nats
-    count: Tensor  # scored labels of all ranks
+    count: Tensor  # what the first term counts: scored labels of all ranks
     grad_norm: Tensor  # before clipping, the same on all ranks
     updated: bool  # False: loss or gradients were inf or NaN, and nothing has moved
+    metrics: dict[str, float]  # what the objective logs beside its loss, of all micro-batches and ranks
 
 
 def train_step(
@@ -44,11 +46,13 @@ def train_step(
     ranks, scaler = ranks or Ranks(), scaler or GradScaler(enabled=False)
     counts = [unwrapped(objective).counts(batch) for batch in micro_batches]
     total = {name: ranks.sum(sum(count[name] for count in counts)) for name in counts[0]}
-    loss = 0.0
+    loss, metrics = 0.0, {}
     for number, batch in enumerate(micro_batches, 1):
         with nullcontext() if number == len(micro_batches) else kept_local(objective):
             with phase("forward"), autocast():
-                terms = objective(batch)
+                terms, logged = objective(batch)
+            if terms.keys() != total.keys():
+                raise ValueError(f"the objective has the terms {[*terms]}, and counts {[*total]}: each term is counted")
             share = sum(term.weight * term.sum / total[name].clamp_min(1) for name, term in terms.items())
             objective_share = share * ranks.world
             if penalty is not None:  # of every rank and micro-batch its part of one
@@ -56,6 +60,7 @@ def train_step(
             with phase("backward"):
                 scaler.scale(objective_share).backward()
         loss = loss + share.detach()
+        add_metrics(metrics, logged)
     loss = ranks.sum(loss)
     with phase("optimizer"):
         scaler.unscale_(objective.parameters())
@@ -67,4 +72,18 @@ def train_step(
                 updated()
         scaler.update()
         optimizers.zero_grad(set_to_none=True)
-    return StepResult(loss, sum(total.values()), grad_norm, sound)
+    return StepResult(loss, next(iter(total.values())), grad_norm, sound, mean_metrics(metrics, ranks))
+
+
+def add_metrics(totals: dict[str, Metric], logged: Mapping[str, Metric]) -> None:
+    for name, (value, count) in logged.items():
+        before = totals.get(name, Metric(0.0, 0))
+        totals[name] = Metric(before.sum + value.detach().double(), before.count + count)
+
+
+def mean_metrics(totals: dict[str, Metric], ranks: Ranks) -> dict[str, float]:
+    """Over all ranks, in one exchange."""
+    if not totals:
+        return {}
+    pairs = ranks.sum(torch.stack([torch.as_tensor(part).double() for pair in totals.values() for part in pair]))
+    return {name: float(value / count) for name, (value, count) in zip(totals, pairs.view(-1, 2), strict=True)}

@@ -8,9 +8,8 @@ from torch import Tensor
 from data.clm import IGNORE
 from quant.linear import packed_tensors
 from train.adapters import accounted
-from train.memory_report import measure_step, report
+from train.memory_report import measure_step, report, training_of
 from train.profiler import Profiler
-from train.setup import training_of
 from train.step import StepResult
 
 if TYPE_CHECKING:

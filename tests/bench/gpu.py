@@ -104,6 +104,7 @@ def engine_of(
     )
     ranks, network = Ranks(), build(config, seed=0, device=device)
     settings = resolve_network(settings, ranks, network)
-    engine, _ = open_engine(settings, ranks, device, SimpleNamespace(objective=Objective), network, print)
+    task = SimpleNamespace(objective=Objective, networks=lambda network: network)
+    engine, _ = open_engine(settings, ranks, device, task, network, print)
     engine.objective.train()
     return engine

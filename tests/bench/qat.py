@@ -26,7 +26,7 @@ from quant.linear import quantize_linears
 from tests.bench.timing import table
 from train.checkpoint import resolve
 from train.held_out import objective_of, open_text, score
-from train.tasks.task import Task
+from train.task import Task
 
 SEEDS, BAR = (0, 1, 2), 0.50
 RATES = {"clm": ("--lr", "1e-3", "--matrix-lr", "5e-3"), "mlm": ("--lr", "1e-3", "--matrix-lr", "1e-2")}

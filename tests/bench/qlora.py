@@ -15,7 +15,7 @@ from torch import nn
 
 import model.hub
 import train.__main__
-from data.stream import BlockStream
+from data.packing.blocks import BlockStream
 from lora.config import LoraConfig
 from lora.inject import add_adapters
 from quant.config import FourBit

@@ -19,8 +19,8 @@ import model.hub
 import train.__main__
 from data.clm import clm_batch
 from data.config import DataConfig
+from data.packing.blocks import BlockStream, sequential
 from data.shards import prepare
-from data.stream import BlockStream, sequential
 from data.tokenizer import Tokenizer, load_tokenizer
 from lora.config import DoraConfig, Ia3Config, LoraConfig, PrefixConfig
 from lora.inject import add_adapters

@@ -12,9 +12,10 @@ import torch
 from tests.runs import STEPS, command, last_checkpoint, metrics, steps_of
 from train.config import TrainConfig
 from train.log import read_metrics
-from train.objective import Objective, Term
+from train.objective import Objective, Result, Term
 from train.plain import from_plain
-from train.setup import TASKS, open_data
+from train.registry import load
+from train.setup import open_data
 
 BAD = 55  # the step, counted from 1, whose batch is bad
 
@@ -22,23 +23,23 @@ BAD = 55  # the step, counted from 1, whose batch is bad
 @contextmanager
 def bad_batch(kind: str):
     """The batch of step BAD gives a loss, or only gradients, of inf or NaN; also when it comes again after a resume."""
-    terms, seen = Objective.terms, []
+    honest, seen = Objective.result, []
     value = torch.nan if "nan" in kind else torch.inf
 
     def spoilt(self, hidden, labels):
-        result = terms(self, hidden, labels)
+        result = honest(self, hidden, labels)
         if not self.training:
             return result
         seen.append(labels.clone())
         if len(seen) < BAD or not torch.equal(labels, seen[BAD - 1]):
             return result
-        total = result["loss"].sum
+        total = result.terms["loss"].sum
         if "gradient" in kind:
             total.register_hook(lambda gradient: gradient * value)
             return result
-        return {"loss": Term(total * value, result["loss"].count)}
+        return Result({"loss": Term(total * value, result.terms["loss"].count)})
 
-    with patch.object(Objective, "terms", spoilt):
+    with patch.object(Objective, "result", spoilt):
         yield
 
 
@@ -50,7 +51,7 @@ def test_stop_is_what_happens_unasked(kind, options, tmp_path):
     with bad_batch(kind):
         said = command(*options, "--optimizer", "muon", "--out", run)
         assert said.code == 2 and said.err.count("\n") == 1
-        assert f"step {BAD}: " in said.err and "training documents" in said.err
+        assert f"step {BAD}: " in said.err and "its batch held document " in said.err
         assert f"--resume {run} --on-nonfinite skip" in said.err
         assert steps_of(run)[0] == 40 and read_metrics(run / "metrics.jsonl")[-1]["step"] == BAD - 1
 
@@ -67,8 +68,8 @@ def test_skip_names_the_documents_and_moves_nothing_else(options, tmp_path):
         said = command(*options, "--optimizer", "muon", "--on-nonfinite", "skip", "--out", run)
     assert said.code == 0, said.err
     line = next(row for row in read_metrics(run / "metrics.jsonl") if row["split"] == "skipped")
-    assert line["step"] == BAD and line["loss"] == "nan" and line["documents"] == task_of(run).documents(BAD - 1)
-    assert ", ".join(map(str, line["documents"][:3])) in said.out
+    assert line["step"] == BAD and line["loss"] == "nan" and line["origin"] == task_of(run).source.origin(BAD - 1)
+    assert ", ".join(line["origin"][:3]) in said.out
     state = json.loads((last_checkpoint(run) / "state.json").read_text())
     assert state["engine"]["skipped"] == 1 and state["engine"]["step"] == STEPS
     rows = {row["step"]: row for row in metrics(run) if row["split"] == "train"}
@@ -81,7 +82,7 @@ def test_skip_names_the_documents_and_moves_nothing_else(options, tmp_path):
 
 def task_of(run):
     config = from_plain(TrainConfig, tomllib.loads((run / "config.toml").read_text()), "config.toml")
-    return TASKS["clm"](config, open_data(config, None, print))
+    return load("clm")(config, open_data(config, None, print))
 
 
 def test_the_documents_are_those_of_the_batch(options, finished):
@@ -96,15 +97,15 @@ def test_the_documents_are_those_of_the_batch(options, finished):
     places = [task.stream.places(step) for step in range(STEPS)]
     beyond = next(step for step in range(STEPS) if named(places[step]) != named(places[step][:, :-1]))  # by a last target
     for step in (0, 3, 77, beyond):
-        assert task.documents(step) == sorted(named(places[step][:, :-1]))
+        assert task.source.documents(step) == sorted(named(places[step][:, :-1]))
 
 
 def test_what_never_succeeds_stops_also_with_skip(options, tmp_path):
-    def spoilt(self, hidden, labels, terms=Objective.terms):
-        total, count, _ = terms(self, hidden, labels)["loss"]
-        return {"loss": Term(total * torch.nan if self.training else total, count)}
+    def spoilt(self, hidden, labels, honest=Objective.result):
+        total, count, _ = honest(self, hidden, labels).terms["loss"]
+        return Result({"loss": Term(total * torch.nan if self.training else total, count)})
 
-    with patch.object(Objective, "terms", spoilt):
+    with patch.object(Objective, "result", spoilt):
         said = command(*options, "--on-nonfinite", "skip", "--out", tmp_path / "run")
     assert said.code == 2 and "31 steps in a row" in said.err
 
@@ -113,12 +114,12 @@ def test_skips_that_are_not_in_a_row_go_on(options, tmp_path):
     """35 of 70 steps: more than would stop the run if one followed the other."""
     calls = []
 
-    def spoilt(self, hidden, labels, terms=Objective.terms):
-        total, count, _ = terms(self, hidden, labels)["loss"]
+    def spoilt(self, hidden, labels, honest=Objective.result):
+        total, count, _ = honest(self, hidden, labels).terms["loss"]
         calls.append(self.training)
-        return {"loss": Term(total * torch.nan if self.training and calls.count(True) % 2 else total, count)}
+        return Result({"loss": Term(total * torch.nan if self.training and calls.count(True) % 2 else total, count)})
 
-    with patch.object(Objective, "terms", spoilt):
+    with patch.object(Objective, "result", spoilt):
         said = command(*options, "--steps", 70, "--on-nonfinite", "skip", "--out", tmp_path / "run")
     assert said.code == 0 and said.out.count("skipped step") == 35, said.err
 

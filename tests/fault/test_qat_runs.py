@@ -19,7 +19,7 @@ from tests.fault.test_command import assert_one_clear_line, contents
 from tests.runs import arguments, at_step, command, further, last_checkpoint, stopped_at
 from train.distributed import Ranks
 from train.engine import Engine
-from train.objective import Objective, Term
+from train.objective import Objective, Result, Term
 from train.optim import build_optimizer
 from train.qat import Observers
 
@@ -222,12 +222,12 @@ def same(one: dict, other: dict) -> bool:
 
 def spoilt(engine: Engine):
     """A step with other text, in which the loss is NaN, though what the layers saw was finite."""
-    terms = Objective.terms
+    honest = Objective.result
 
     def nan(self, hidden, labels):
-        return {"loss": Term(terms(self, hidden, labels)["loss"].sum * math.nan, (labels != -100).sum())}
+        return Result({"loss": Term(honest(self, hidden, labels).terms["loss"].sum * math.nan, (labels != -100).sum())})
 
-    with patch.object(Objective, "terms", nan):
+    with patch.object(Objective, "result", nan):
         return engine.train([{name: ids + 30 for name, ids in BATCH.items()}])
 
 
@@ -262,15 +262,15 @@ def test_nothing_is_observed_after_an_early_freeze():
 
 def test_a_run_that_skips_a_batch(options, tmp_path):
     """A loss that is not a number: the ranges of the checkpoint after it are those of before."""
-    run, terms, seen = tmp_path / "run", Objective.terms, []
+    run, honest, seen = tmp_path / "run", Objective.result, []
 
     def nan(self, hidden, labels):
-        result = terms(self, hidden, labels)
+        found = honest(self, hidden, labels).terms["loss"]
         seen.extend([1] * self.training)
         spoil = self.training and len(seen) == 2
-        return {"loss": Term(result["loss"].sum * (math.nan if spoil else 1), result["loss"].count)}
+        return Result({"loss": Term(found.sum * (math.nan if spoil else 1), found.count)})
 
-    with patch.object(Objective, "terms", nan):
+    with patch.object(Objective, "result", nan):
         line = f"{STATIC} --on-nonfinite skip --save-every 1 --steps 3 --optimizer adamw --qat.freeze 1"
         said = command(*ask(options, line), "--out", run)
     assert said.code == 0 and "skipped step 2" in said.out, said.err

@@ -39,7 +39,7 @@ from train.plain import from_plain
 from train.schedule import cosine
 from train.setup import open_data, open_network
 from train.step import train_step
-from train.tasks.causal import CausalTask
+from train.tasks.clm import CausalTask
 
 HEAVY = ("torch", "numpy", "sentencepiece", "safetensors", "matplotlib", "triton")
 HELP = """
@@ -114,7 +114,7 @@ def test_metrics_hold_what_was_promised(finished):
     assert all(row["matrix_lr"] == pytest.approx(5 * row["lr"]) for row in train)  # 4e-2 and 8e-3, by one schedule
     times = [row["time"] for row in rows]
     assert times == sorted(times) and abs(times[-1] - (finished / "metrics.jsonl").stat().st_mtime) < 5
-    baselines = {"unigram_bits_per_byte", "bigram_bits_per_byte"}
+    baselines = {"baseline_loss", "unigram_bits_per_byte", "bigram_bits_per_byte"}
     for row in held_out:
         assert set(row) == {"step", "split", "loss", "tokens", "perplexity", "bits_per_byte", "time"} | baselines
         assert row["perplexity"] == pytest.approx(2.718281828459045 ** row["loss"])
@@ -253,7 +253,7 @@ def test_validation_does_not_depend_on_the_batch(finished):
     losses, counts = [], []
     with torch_as_it_was():
         shards = open_data(config, checkpoint, print)
-        objective = Objective(open_network(config, shards.tokenizer, checkpoint, torch.device("cpu")).double())
+        objective = Objective(open_network(config, shards, checkpoint, torch.device("cpu")).double())
         for size in (1, 3, 8):
             table = tomllib.loads((finished / "config.toml").read_text())
             table["optimizer"]["batch_size"] = size
@@ -266,7 +266,7 @@ def test_validation_does_not_depend_on_the_batch(finished):
     assert losses[0] == pytest.approx(read_metrics(finished / "metrics.jsonl")[-1]["loss"], abs=1e-6)
     objective.eval()  # the mutant: a mean of means, though the last batch is short
     with torch.no_grad(), torch_as_it_was():
-        means = [objective(batch)["loss"] for batch in batches]
+        means = [objective(batch).terms["loss"] for batch in batches]
     wrong = float(torch.stack([term.sum / term.count for term in means]).mean())
     assert abs(wrong - losses[0]) > 1e-4
 

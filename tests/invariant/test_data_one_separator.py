@@ -11,8 +11,8 @@ from data.clm import IGNORE, clm_batch
 from data.config import DataConfig, DataError
 from data.corpus import read_corpus
 from data.dedup import deduplicate
+from data.packing.blocks import BlockStream, sequential
 from data.shards import prepare, split
-from data.stream import BlockStream, sequential
 from data.tokenizer import load_tokenizer
 from data.tokenizer_json import byte_alphabet
 from tests.texts import prose

@@ -10,7 +10,8 @@ import torch
 
 from data.clm import clm_batch
 from data.config import DataError
-from data.stream import BlockStream, Prefetcher, sequential
+from data.packing.blocks import BlockStream, sequential
+from data.prefetch import Prefetcher
 
 BOS, EOS = 1, 2
 

@@ -6,6 +6,8 @@ import torch
 import model.hub
 import model.mask
 from data.clm import clm_batch
+from data.example import Example
+from data.packing.collate import pack_batch
 from model.cache import Cache
 from model.config import ConfigError
 from model.fill import fill
@@ -122,10 +124,23 @@ def test_without_an_output_the_input_is_read_again():
         randomized(tiny_config("bart", decoder_start_id=None))(source)
 
 
-def test_packed_rows_are_refused_by_an_encoder_decoder():
-    ids = torch.randint(3, 61, (1, 9))
-    with pytest.raises(ConfigError, match="has no document_ids, position_ids"):
-        randomized(tiny_config("t5"))(ids, document_ids=ids, position_ids=ids)
+@pytest.mark.parametrize("family", ["t5", "bart", "vaswani"])
+def test_packed_rows_of_an_encoder_decoder(family):
+    """Two pairs in a row, and what fills it up: each output is what it is alone. The mutant: one document."""
+    network, lengths = randomized(tiny_config(family)), ((5, 4), (7, 9))
+    sources, targets = ([torch.randint(3, 61, (n,)) for n in each] for each in zip(*lengths, strict=True))
+    packs = [[[Example(t.numpy(), t.numpy(), s.numpy())] for s, t in zip(sources, targets, strict=True)]]
+    batch = pack_batch(packs, pad_id=0, room=(16, 14))
+    del batch["labels"]
+    alone = [network.body(s[None], decoder_input_ids=t[None]).hidden[0] for s, t in zip(sources, targets, strict=True)]
+    packed = network.body(**batch).hidden[0]
+    assert (packed[:13] - torch.cat(alone)).abs().max() < 1e-12
+    batch["document_ids"][:, :12] = batch["decoder_document_ids"][:, :13] = 0
+    assert (network.body(**batch).hidden[0][:13] - torch.cat(alone)).abs().max() > 1e-3
+    with pytest.raises(ConfigError, match="both document_ids and decoder_document_ids"):
+        network.body(**{key: value for key, value in batch.items() if key != "decoder_document_ids"})
+    with pytest.raises(ConfigError, match="need decoder_input_ids"):
+        network.body(batch["input_ids"], document_ids=batch["document_ids"])
 
 
 @pytest.mark.parametrize("family", ["t5", "t5-gated"])

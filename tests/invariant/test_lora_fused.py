@@ -148,7 +148,7 @@ def loss_and_gradients(network: nn.Module) -> dict[str, torch.Tensor]:
     network.zero_grad()
     ids = torch.randint(3, 61, (2, 20), generator=torch.Generator().manual_seed(3))
     torch.manual_seed(5)
-    term = Objective(network).train(network.training)({"input_ids": ids, "labels": ids})["loss"]
+    term = Objective(network).train(network.training)({"input_ids": ids, "labels": ids}).terms["loss"]
     term.sum.backward()
     return {"loss": term.sum.detach()} | {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
 

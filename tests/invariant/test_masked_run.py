@@ -41,7 +41,7 @@ def run(masked_options, tmp_path_factory):
 def test_what_it_says(run):
     folder, shown = run
     held_out = [row for row in read_metrics(folder / "metrics.jsonl") if row["split"] == "validation"]
-    keys = {"perplexity", "masked_accuracy", "unigram_perplexity", "unigram_accuracy"}
+    keys = {"baseline_loss", "perplexity", "masked_accuracy", "unigram_perplexity", "unigram_accuracy"}
     assert all(set(row) == {"step", "split", "loss", "tokens", "time"} | keys for row in held_out)
     assert all(row["perplexity"] == pytest.approx(math.exp(row["loss"])) for row in held_out)
     assert held_out[-1]["loss"] < held_out[0]["loss"]

@@ -33,7 +33,8 @@ from train.optim import build_optimizer
 from train.plain import read_settings
 from train.precision import autocast
 from train.qat import Observers
-from train.setup import TASKS, open_data, open_network, open_optimizers
+from train.registry import load
+from train.setup import open_data, open_network, open_optimizers
 
 STEPS, FREEZE = 6, 3  # half of the steps, which is the default
 SMALL = {"depth": 1, "context": 16, "steps": STEPS, "warmup": 0}
@@ -186,7 +187,7 @@ def test_opened_it_scores_what_the_run_said(way, made):
 
 def scored(run: Path, network: nn.Module) -> dict[str, float]:
     config = read_settings(run)
-    task = TASKS[config.run.objective](config, open_data(config, None, lambda line: None))
+    task = load(config.run.objective)(config, open_data(config, None, lambda line: None))
     with torch_as_it_was():
         torch.use_deterministic_algorithms(True)
         objective = task.objective(network, LOSSES[config.speed.loss])

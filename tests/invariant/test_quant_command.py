@@ -24,8 +24,8 @@ import quant.__main__
 import train.held_out
 from data.config import DataConfig
 from data.mlm import VALIDATION, mlm_batch
+from data.packing.blocks import sequential
 from data.shards import prepare, split_fraction
-from data.stream import sequential
 from data.tokenizer import load_tokenizer
 from model.account import columns
 from quant import nf4, report

@@ -28,7 +28,7 @@ def gradients(network, mode="none", every=1, cast=nullcontext, prepare=lambda bl
     ids = torch.randint(3, 61, (2, 20), generator=torch.Generator().manual_seed(3))
     torch.manual_seed(5)
     with cast():
-        term = Objective(network)({"input_ids": ids, "labels": ids})["loss"]
+        term = Objective(network)({"input_ids": ids, "labels": ids}).terms["loss"]
     term.sum.backward()
     return {name: parameter.grad for name, parameter in network.named_parameters()}
 
@@ -123,7 +123,7 @@ def test_compiled_blocks_drop_the_same_numbers_again(mode):
 
     def loss():
         torch.manual_seed(5)
-        return objective({"input_ids": ids, "labels": ids})["loss"].sum
+        return objective({"input_ids": ids, "labels": ids}).terms["loss"].sum
 
     loss().backward()
     directions = [torch.randn_like(parameter) for parameter in network.parameters()]

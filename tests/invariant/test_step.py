@@ -9,7 +9,7 @@ from model.init import build
 from model.weights import role_of
 from tests.conftest import randomized, tiny_config
 from train.evaluate import evaluate
-from train.objective import Objective, Term
+from train.objective import Objective, Result, Term
 from train.optim import build_optimizer
 from train.precision import GradScaler
 from train.step import train_step
@@ -49,7 +49,7 @@ def gradients_of(network, micro_batches, mean_of_means: bool = False):
     if mean_of_means:  # the mutant: each micro-batch divides by its own count
         counts = [Objective.counts(batch)["loss"] for batch in micro_batches]
         for batch, count in zip(micro_batches, counts, strict=True):
-            (objective(batch)["loss"].sum / count / len(micro_batches)).backward()
+            (objective(batch).terms["loss"].sum / count / len(micro_batches)).backward()
         recorder.step()
         return None, recorder.gradients
     result = train_step(objective, micro_batches, recorder)
@@ -138,9 +138,9 @@ def test_forwards_run_under_autocast():
 
 def test_terms_weigh_as_they_say():
     class Weighed(Objective):
-        def terms(self, hidden, labels):
-            total, count, _ = super().terms(hidden, labels)["loss"]
-            return {"loss": Term(total, count, weight=0.25)}
+        def result(self, hidden, labels):
+            total, count, _ = super().result(hidden, labels).terms["loss"]
+            return Result({"loss": Term(total, count, weight=0.25)})
 
     network, batch = randomized(tiny_config("llama")), uneven_batch()
     expected = train_step(Objective(network), [batch], Recorder(Objective(network)))
@@ -164,11 +164,11 @@ def test_what_is_no_number_moves_nothing(where):
     """Either alone is enough: a loss may overflow where its gradient does not."""
 
     class Spoilt(Objective):
-        def terms(self, hidden, labels):
-            total, count, _ = super().terms(hidden, labels)["loss"]
+        def result(self, hidden, labels):
+            total, count, _ = super().result(hidden, labels).terms["loss"]
             if where == "gradient":
                 total.register_hook(lambda gradient: gradient * torch.inf)
-            return {"loss": Term(total + torch.inf if where == "loss" else total, count)}
+            return Result({"loss": Term(total + torch.inf if where == "loss" else total, count)})
 
     network = randomized(tiny_config("llama"))
     recorder = Recorder(Objective(network))

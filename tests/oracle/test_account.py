@@ -89,7 +89,7 @@ def test_every_head_of_every_family_has_a_part_for_each_parameter():
 
 def run_counted(network: nn.Module, batch: dict) -> tuple[int, int]:
     with FlopCounterMode(display=False) as forward:
-        total = Scored(network)(batch)["loss"].sum
+        total = Scored(network)(batch).terms["loss"].sum
     with FlopCounterMode(display=False) as backward:
         total.backward()
     return forward.get_total_flops(), backward.get_total_flops()

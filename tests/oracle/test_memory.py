@@ -25,7 +25,7 @@ from train.ema import EMA
 from train.loss.chunked import chunked_linear_cross_entropy
 from train.loss.cross_entropy import linear_cross_entropy
 from train.memory_report import Measured, measure_step
-from train.objective import Objective, Term
+from train.objective import Objective, Result, Term
 from train.optim import build_optimizer
 from train.precision import autocast
 from train.recompute import recompute
@@ -43,7 +43,7 @@ class Scored(Objective):
     def forward(self, batch):
         hidden = self.network.body(batch["input_ids"]).hidden
         head = self.network.head
-        return {"loss": Term(*self.loss(head.features(hidden), head.weight, batch["labels"], None))}
+        return Result({"loss": Term(*self.loss(head.features(hidden), head.weight, batch["labels"], None))})
 
 
 def batch_of(size: int, context: int) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.clm import clm_batch
-from data.stream import sequential
+from data.packing.blocks import sequential
 from eval import perplexity as module
 from eval import targets
 from eval.bootstrap import bootstrap

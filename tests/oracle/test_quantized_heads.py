@@ -88,7 +88,7 @@ each = pytest.mark.parametrize("case", CASES, ids=list(CASES), indirect=True)
 def mean_of(network: nn.Module, batch: dict, labels: Tensor, loss: str) -> Tensor:
     kind = MaskedObjective if network.config.head == "mlm" else Objective
     hidden = network.body(**batch).hidden
-    term = kind(network, LOSSES[loss]).eval().terms(hidden, labels)["loss"]
+    term = kind(network, LOSSES[loss]).eval().result(hidden, labels).terms["loss"]
     return term.sum / term.count
 
 

@@ -1,4 +1,6 @@
-"""What each objective makes of text, and how one sees whether it learns: one file an objective.
+"""Objectives of `--objective`: one file each, of the name that is asked for, whose `TASK` is a `train.task.Task`.
 
-`task` is what they have in common · `causal` the next token · `masked` the masked token.
+`clm` the next token · `mlm` the masked token
+
+A file here, or a file of your own (`--objective PATH.py`), is all that an objective needs: nowhere else is a list of them.
 """

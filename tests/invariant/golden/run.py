@@ -73,6 +73,8 @@ def covering() -> tuple[Way, ...]:
     return tuple(chosen)
 
 
+TASK = SimpleNamespace(objective=Objective, networks=lambda network: network)
+
 def pairs(way: Way) -> set[tuple]:
     return set(itertools.combinations(vars(way).items(), 2))
 
@@ -126,7 +128,7 @@ def engine_of(way: Way, ranks: Ranks, dtype: torch.dtype, checkpoint: Path | Non
         network = model.hub.load(checkpoint)
     elif checkpoint is not None:  # all must come from the parts
         network.load_state_dict({name: torch.full_like(value, torch.nan) for name, value in network.state_dict().items()})
-    engine, _ = open_engine(config, ranks, torch.device("cpu"), SimpleNamespace(objective=Objective), network, print)
+    engine, _ = open_engine(config, ranks, torch.device("cpu"), TASK, network, print)
     if checkpoint is not None:
         engine.load(checkpoint, json.loads((checkpoint / "state.json").read_text()))
     return engine

@@ -2,28 +2,33 @@
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-
-from data.clm import clm_batch
-from data.shards import Shards
 from data.shell import command
-from model.generate import generate
-from train.config import TrainConfig
-from train.evaluate import baselines, bits_per_byte
-from train.objective import Objective
-from train.tasks.task import Batch, Scores, Task, Totals, built_in
+from train.task import Batch, Defaults, Scores, Totals
+from train.token_task import TokenTask, built_in
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from data.shards import Shards
+    from train.config import TrainConfig
+    from train.objective import Objective
 
 SAMPLE_TOKENS = 80
 
 
-class CausalTask(Task):
+class CausalTask(TokenTask):
     """Scored in bits per byte, beside unigrams and bigrams counted on the same text."""
 
-    architecture, head, objective = "decoder", "lm", Objective
+    defaults = Defaults("tiny", 8e-3)
+    architectures, head = ("decoder",), "lm"
+    perplexity_of = ("lm",)
 
-    def __init__(self, config: TrainConfig, shards: Shards):
+    def __init__(self, config: "TrainConfig", shards: "Shards"):
+        from train.evaluate import baselines
+
         super().__init__(config, shards)
         tokenizer = self.tokenizer
         # Every scored target stands for known bytes of text, so that part of the split has an exact size too.
@@ -31,16 +36,26 @@ class CausalTask(Task):
         bos_id = None if tokenizer.bos_id == tokenizer.eos_id else tokenizer.bos_id
         self.baselines = baselines(shards.train.ids, self.held_out, tokenizer.vocab_size, bos_id, self.validation_bytes)
 
-    def batch(self, block_BT1: Tensor, step: int, first_row: int) -> Batch:
+    def batch(self, block_BT1: "Tensor", step: int, first_row: int) -> Batch:
+        from data.clm import clm_batch
+
         return clm_batch(block_BT1, self.tokenizer.bos_id, self.tokenizer.eos_id)
 
-    def validation_batch(self, block_BT1: Tensor, first_row: int) -> Batch:
-        return clm_batch(block_BT1, self.tokenizer.bos_id, self.tokenizer.eos_id)
+    def validation_batch(self, block_BT1: "Tensor", first_row: int) -> Batch:
+        return self.batch(block_BT1, 0, first_row)
+
+    def objective(self, networks, loss, held_out=None) -> "Objective":
+        from train.objective import Objective
+
+        return Objective(networks, loss, held_out)
 
     def scores(self, totals: Totals) -> Scores:
+        from train.evaluate import bits_per_byte
+
         nats, count = totals["loss"]
         return {
             "loss": nats / count,
+            "baseline_loss": self.baselines.unigram * self.validation_bytes * math.log(2) / count,
             "perplexity": math.exp(min(nats / count, 700)),
             "bits_per_byte": bits_per_byte(nats, self.validation_bytes),
             "unigram_bits_per_byte": self.baselines.unigram,
@@ -58,7 +73,11 @@ class CausalTask(Task):
         gap = 100 * (1 - bits / bigram)
         return f"{bits:.3f} bits per byte, {abs(gap):.1f} % {'below' if gap >= 0 else 'above'} counting bigrams ({bigram:.3f})"
 
-    def sample(self, network: nn.Module, device: torch.device) -> tuple[str, str]:
+    def sample(self, network: "nn.Module", device: "torch.device") -> tuple[str, str]:
+        import torch
+
+        from model.generate import generate
+
         opening, tokenizer = self.opening(), self.tokenizer
         new = generate(
             network,
@@ -77,3 +96,6 @@ class CausalTask(Task):
         if not built_in(self.config):
             prompt = " ".join(self.tokenizer.decode(self.opening()).split()[:3])
         return command("model", "generate", folder, "--prompt", prompt)
+
+
+TASK = CausalTask

@@ -2,24 +2,26 @@
 
 import math
 from pathlib import Path
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from data.config import DataError
-from data.mlm import VALIDATION, mlm_batch, unigram_baseline
-from data.shards import Shards
 from data.shell import command
-from model.decoding import evaluating
-from train.config import TrainConfig
-from train.objective import MaskedObjective
-from train.tasks.task import Batch, Scores, Task, Totals, built_in
+from train.task import Batch, Defaults, Scores, Totals
+from train.token_task import TokenTask, built_in
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from data.shards import Shards
+    from train.config import TrainConfig
+    from train.objective import Objective
 
 MASK = "[MASK]"
 SAMPLE_TOKENS, SAMPLE_EVERY = 40, 6
 
 
-class MaskedTask(Task):
+class MaskedTask(TokenTask):
     """Scored on fixed masks: the share of masked tokens that are guessed, and the pseudo-perplexity, exp of the mean nats a
     masked token; beside a guess that knows only how frequent each token is.
 
@@ -27,22 +29,31 @@ class MaskedTask(Task):
     a fifth). Salazar et al. 2020, arXiv 1910.14659, mask one token at a time; here 15 % are missing at once.
     """
 
-    architecture, head, objective, unit = "encoder", "mlm", MaskedObjective, "masked tokens"
+    defaults = Defaults("tiny-encoder", 3e-3)
+    architectures, head, unit = ("encoder",), "mlm", "masked tokens"
+    perplexity_of = ("mlm", "pretraining")
+    needs_mask = True
 
-    def __init__(self, config: TrainConfig, shards: Shards):
+    def __init__(self, config: "TrainConfig", shards: "Shards"):
+        from data.mlm import unigram_baseline
+
         if shards.tokenizer.mask_id is None:
             raise DataError("masked-language modelling needs a tokenizer with a mask token")
         super().__init__(config, shards)
         labels = [batch["labels"] for batch in self.validation]
         self.baseline = unigram_baseline(shards.train.ids, labels, self.tokenizer.special_ids, self.tokenizer.vocab_size)
 
-    def batch(self, block_BT1: Tensor, step: int, first_row: int) -> Batch:
+    def batch(self, block_BT1: "Tensor", step: int, first_row: int) -> Batch:
         return self._masked(block_BT1, step, first_row)
 
-    def validation_batch(self, block_BT1: Tensor, first_row: int) -> Batch:
+    def validation_batch(self, block_BT1: "Tensor", first_row: int) -> Batch:
+        from data.mlm import VALIDATION
+
         return self._masked(block_BT1, VALIDATION, first_row, masked=1.0, replaced=0.0)
 
-    def _masked(self, block_BT1: Tensor, step: int, first_row: int, **shares: float) -> Batch:
+    def _masked(self, block_BT1: "Tensor", step: int, first_row: int, **shares: float) -> Batch:
+        from data.mlm import mlm_batch
+
         tokenizer = self.tokenizer
         return mlm_batch(
             block_BT1[:, :-1],
@@ -56,10 +67,16 @@ class MaskedTask(Task):
             **shares,
         )
 
+    def objective(self, networks, loss, held_out=None) -> "Objective":
+        from train.objective import MaskedObjective
+
+        return MaskedObjective(networks, loss, held_out)
+
     def scores(self, totals: Totals) -> Scores:
         (nats, count), (correct, _) = totals["loss"], totals["accuracy"]
         return {
             "loss": nats / count,
+            "baseline_loss": math.log(self.baseline.perplexity),
             "perplexity": math.exp(min(nats / count, 700)),
             "masked_accuracy": correct / count,
             "unigram_perplexity": self.baseline.perplexity,
@@ -80,8 +97,12 @@ class MaskedTask(Task):
             f"(unigrams: {scores['unigram_perplexity']:.1f})"
         )
 
-    def sample(self, network: nn.Module, device: torch.device) -> tuple[str, str]:
+    def sample(self, network: "nn.Module", device: "torch.device") -> tuple[str, str]:
         """Every sixth token of a held-out opening is masked; what is guessed stands in brackets, beside what was there."""
+        import torch
+
+        from model.decoding import evaluating
+
         tokenizer, ids = self.tokenizer, self.opening(SAMPLE_TOKENS)[: self.config.network.context]
         places = [i for i in range(SAMPLE_EVERY // 2, len(ids), SAMPLE_EVERY) if ids[i] not in tokenizer.special_ids]
         masked = torch.tensor([ids], device=device)
@@ -102,3 +123,6 @@ class MaskedTask(Task):
             first, _, *rest = [*self.tokenizer.decode(self.opening()).split(), "", "", ""][:4]
             text = " ".join([first, MASK, *rest]).strip()
         return command("model", "fill", folder, text)
+
+
+TASK = MaskedTask

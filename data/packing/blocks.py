@@ -1,15 +1,13 @@
 """Tokens into blocks: the global batch of a step as a pure function of (seed, step)."""
 
-import queue
-import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data.config import DataError
+from data.sources.mixture import Mixture
 from data.words import counted
 
 FILLER = -1  # no token: bos takes its place in a network's input, and nothing scores it
@@ -31,11 +29,14 @@ class BlockStream:
     (3, torch.Size([3, 4]))
     """
 
-    def __init__(self, ids: np.ndarray, context: int, batch_size: int, seed: int):
+    is_on_policy = False
+
+    def __init__(self, ids: np.ndarray, context: int, batch_size: int, seed: int, stream: Sequence[int] = ()):
+        """`stream`: more numbers that the order is drawn from."""
         if context < 1 or batch_size < 1 or seed < 0:
             raise DataError(f"context={context} and batch_size={batch_size} must be at least 1, seed={seed} at least 0")
         check_length(ids, context, "training")
-        self.ids, self.context, self.batch_size, self.seed = ids, context, batch_size, seed
+        self.ids, self.context, self.batch_size, self.seed, self.stream = ids, context, batch_size, seed, tuple(stream)
         self.blocks = len(ids) // context
         self._last: tuple[int, int, np.ndarray] | None = None
 
@@ -43,13 +44,16 @@ class BlockStream:
         """(offset, order) of one epoch; the last one asked for is kept."""
         last = self._last  # read once: another thread may replace it
         if last is None or last[0] != epoch:
-            random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+            random = np.random.Generator(np.random.PCG64([self.seed, epoch, *self.stream]))
             last = self._last = (epoch, int(random.integers(self.context)), random.permutation(self.blocks))
         return last[1], last[2]
 
     def places(self, step: int) -> np.ndarray:
         """Where in `ids` each token of a step's batch stands, of (batch_size, context + 1)."""
-        index_B = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        return self.rows(np.arange(step * self.batch_size, (step + 1) * self.batch_size))
+
+    def rows(self, index_B: np.ndarray) -> np.ndarray:
+        """The same of any rows of the run, in ascending order."""
         start_B = np.empty_like(index_B)
         for epoch in range(index_B[0] // self.blocks, index_B[-1] // self.blocks + 1):
             offset, order = self.epoch(epoch)
@@ -59,6 +63,43 @@ class BlockStream:
 
     def batch(self, step: int) -> Tensor:
         """int64 of (batch_size, context + 1). It may take the end of one epoch and the beginning of the next."""
+        return torch.from_numpy(self.ids[self.places(step)].astype(np.int64))
+
+
+class MixedBlocks:
+    """Rows of several rings, by weight: each is a range of `ids`, with an order of its own.
+
+    >>> stream = MixedBlocks(np.arange(40), [(0, 10), (10, 40)], (0.25, 0.75), context=3, batch_size=4, seed=0)
+    >>> int((stream.batch(0)[:, 0] < 10).sum())
+    1
+    """
+
+    is_on_policy = False
+
+    def __init__(
+        self,
+        ids: np.ndarray,
+        ranges: Sequence[tuple[int, int]],
+        weights: Sequence[float],
+        context: int,
+        batch_size: int,
+        seed: int,
+    ):
+        self.ids, self.context, self.batch_size = ids, context, batch_size
+        self.starts = [start for start, _ in ranges]
+        self.rings = [BlockStream(ids[start:end], context, 1, seed, (k,)) for k, (start, end) in enumerate(ranges, start=1)]
+        self.mixture = Mixture(weights, seed)
+
+    def places(self, step: int) -> np.ndarray:
+        """As BlockStream's."""
+        source_B, index_B = self.mixture.rows(step * self.batch_size, self.batch_size)
+        places_BT = np.empty((self.batch_size, self.context + 1), dtype=np.int64)
+        for source, (ring, start) in enumerate(zip(self.rings, self.starts, strict=True)):
+            if (mine := source_B == source).any():
+                places_BT[mine] = start + ring.rows(index_B[mine])
+        return places_BT
+
+    def batch(self, step: int) -> Tensor:
         return torch.from_numpy(self.ids[self.places(step)].astype(np.int64))
 
 
@@ -86,81 +127,3 @@ def check_length(ids: np.ndarray, context: int, split: str) -> None:
             f"the {split} split has {counted(len(ids), 'token')}, fewer than one block of context={context} and its last "
             f"target: use a context of at most {max(len(ids) - 1, 1)}, or more text"
         )
-
-
-class Prefetcher:
-    """make(start), make(start + 1), … made ahead in a thread, `depth` of them waiting; tensors pinned if asked.
-
-    Iterate over it, inside a `with`: leaving that ends the thread. What `make` raises is raised by the iteration.
-
-    >>> with Prefetcher(lambda step: step * step, start=2, stop=5) as squares:
-    ...     list(squares)
-    [4, 9, 16]
-    """
-
-    def __init__(
-        self,
-        make: Callable[[int], Any],
-        start: int = 0,
-        stop: int | None = None,
-        *,
-        depth: int = 2,
-        pin_memory: bool = False,
-    ):
-        self.make, self.step, self.stop, self.pin_memory = make, start, stop, pin_memory
-        self.queue: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
-        self.closing = threading.Event()
-        self.ended: tuple[str, Any] | None = None
-        self.thread = threading.Thread(target=self._work, args=(start,), name="prefetch", daemon=True)
-        self.thread.start()
-
-    def _work(self, step: int) -> None:
-        try:
-            while self.stop is None or step < self.stop:
-                value = self.make(step)
-                if not self._put(("value", pin(value) if self.pin_memory else value)):
-                    return
-                step += 1
-            self._put(("end", None))
-        except BaseException as error:
-            self._put(("error", error))
-
-    def _put(self, item: tuple[str, Any]) -> bool:
-        while not self.closing.is_set():
-            try:
-                self.queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                pass
-        return False
-
-    def __iter__(self) -> "Prefetcher":
-        return self
-
-    def __next__(self) -> Any:
-        if self.closing.is_set():
-            raise RuntimeError("this Prefetcher is closed")
-        what, value = self.ended or self.queue.get()
-        if what == "value":
-            return value
-        self.ended = (what, value)  # asked again, it says the same
-        if what == "error":
-            raise value
-        raise StopIteration
-
-    def close(self) -> None:
-        self.closing.set()
-        self.thread.join()
-
-    def __enter__(self) -> "Prefetcher":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def pin(value: Any) -> Any:
-    """Tensors, alone or in a dict, into page-locked memory, from which copies to a GPU need not wait."""
-    if isinstance(value, dict):
-        return {name: pin(item) for name, item in value.items()}
-    return value.pin_memory() if isinstance(value, Tensor) else value

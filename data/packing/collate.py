@@ -1,0 +1,107 @@
+"""The examples of some rows as one batch of tensors: any keys, padded or packed."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.clm import IGNORE
+from data.config import DataError
+from data.example import Example, Unit
+
+MULTIPLE = 8  # of the lengths of padded rows
+FILLER = -2  # the document of what fills a row up; -1 are vectors before the text (model.before)
+GROUP = "group"  # the key of a batch that says which rows stay together
+
+
+def pad_batch(units: Sequence[Unit], pad_id: int, *, most: tuple[int, ...] | None = None) -> dict[str, Tensor]:
+    """An example a row, padded at its end to the longest (rounded up to a multiple of 8, at most `most`).
+
+        input_ids B T, attention_mask B T      of ids; with a source: of it, and ids are decoder_input_ids
+        labels B T, B or B C                   -100 in padding
+        group B                                where a unit has several rows: alike in rows that stay together
+        and the keys of `extra`: B T, 0 in padding, or B …
+
+    The decoder of an encoder-decoder needs no mask: its pads stand behind all that is scored, and it is causal.
+    """
+    examples = [example for unit in units for example in unit]
+    lengths = np.array([example.lengths for example in examples]).max(0)
+    room = [-(-int(length) // MULTIPLE) * MULTIPLE for length in lengths]
+    room = room if most is None else [max(int(n), min(r, m)) for n, r, m in zip(lengths, room, most, strict=True)]
+    batch = {"input_ids": rows([e.ids for e in examples], room[0], pad_id)}
+    batch["attention_mask"] = rows([np.ones(len(e.ids), np.int64) for e in examples], room[0], 0)
+    if examples[0].source_ids is not None:
+        batch = {
+            "input_ids": rows([e.source_ids for e in examples], room[1], pad_id),
+            "attention_mask": rows([np.ones(len(e.source_ids), np.int64) for e in examples], room[1], 0),
+            "decoder_input_ids": batch["input_ids"],
+        }
+    batch["labels"] = stacked([e.labels for e in examples], examples, room[0], IGNORE)
+    for key in keys_of(examples):
+        batch[key] = stacked([np.asarray(e.extra[key]) for e in examples], examples, room[0], 0)
+    if len(examples) > len(units):
+        batch[GROUP] = torch.tensor([number for number, unit in enumerate(units) for _ in unit])
+    return batch
+
+
+def pack_batch(packs: Sequence[Sequence[Unit]], pad_id: int, room: tuple[int, ...]) -> dict[str, Tensor]:
+    """The units of a pack side by side in one row, of room[0] tokens (and room[1] of the source).
+
+        input_ids, labels, document_ids, position_ids B T     with a source: input_ids, document_ids, position_ids B S of it,
+        decoder_input_ids, decoder_document_ids, decoder_position_ids, labels B T of the target
+        and the keys of `extra`, B T
+
+    Documents are counted in each row, alike for source and target, and positions in each document; what fills a row up is
+    document -2.
+    """
+    rows_of = [[example for unit in pack for example in unit] for pack in packs]
+    for example in (e for examples in rows_of for e in examples):
+        if example.labels.shape != example.ids.shape:
+            raise DataError(f"labels of shape {example.labels.shape} are of a whole text: such examples are padded, not packed")
+    batch = places([[e.ids for e in examples] for examples in rows_of], room[0], pad_id)
+    if rows_of[0][0].source_ids is not None:
+        source = places([[e.source_ids for e in examples] for examples in rows_of], room[1], pad_id)
+        batch = source | {f"decoder_{key}": value for key, value in batch.items()}
+    batch["labels"] = joined([[e.labels for e in examples] for examples in rows_of], room[0], IGNORE)
+    for key in keys_of([e for examples in rows_of for e in examples]):
+        batch[key] = joined([[np.asarray(e.extra[key]) for e in examples] for examples in rows_of], room[0], 0)
+    return batch
+
+
+def keys_of(examples: Sequence[Example]) -> list[str]:
+    keys = examples[0].extra.keys()
+    for example in examples:
+        if example.extra.keys() != keys:
+            raise DataError(f"examples of one task have the same keys: {sorted(keys)}, and {sorted(example.extra)}")
+    return list(keys)
+
+
+def rows(arrays: Sequence[np.ndarray], room: int, filler: int) -> Tensor:
+    """B T, each array from the left."""
+    dtype = np.result_type(*arrays) if any(np.issubdtype(a.dtype, np.floating) for a in arrays) else np.int64
+    table_BT = np.full((len(arrays), room), filler, dtype=dtype)
+    for row, array in zip(table_BT, arrays, strict=True):
+        row[: len(array)] = array
+    return torch.from_numpy(table_BT)
+
+
+def stacked(arrays: Sequence[np.ndarray], examples: Sequence[Example], room: int, filler: int) -> Tensor:
+    """B T where each is as long as its ids, else B …"""
+    if all(array.shape == example.ids.shape for array, example in zip(arrays, examples, strict=True)):
+        return rows(arrays, room, filler)
+    return torch.from_numpy(np.stack(arrays))
+
+
+def joined(arrays: Sequence[Sequence[np.ndarray]], room: int, filler: int) -> Tensor:
+    return rows([np.concatenate(several) for several in arrays], room, filler)
+
+
+def places(ids: Sequence[Sequence[np.ndarray]], room: int, pad_id: int) -> dict[str, Tensor]:
+    counted = [[np.full(len(array), number) for number, array in enumerate(several)] for several in ids]
+    positions = [[np.arange(len(array)) for array in several] for several in ids]
+    return {
+        "input_ids": joined(ids, room, pad_id),
+        "document_ids": joined(counted, room, FILLER),
+        "position_ids": joined(positions, room, 0),
+    }

@@ -1,0 +1,220 @@
+"""Records into micro-batches: each step's batch a pure function of (seed, step), whatever a transform draws."""
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from data.clm import IGNORE
+from data.config import DataError
+from data.example import Example, Unit, units_of
+from data.packing.collate import pack_batch, pad_batch
+from data.packing.first_fit import fill, first_fit
+from data.packing.pad import length_groups
+
+STREAM = 0x72656364  # "recd": the second half of a key, so that no other use of a seed draws these numbers
+KEPT_TOKENS = 1 << 24  # of examples that are kept in memory rather than made again
+Transform = Callable[..., list[Example]]  # (record, random), or (records, index, random) where neighbours are seen
+Batch = dict[str, Tensor]
+
+
+class Epoch(NamedTuple):
+    """What is decided once for an epoch."""
+
+    unit_N2: np.ndarray  # each unit: its record, and which unit of that record
+    length_NA: np.ndarray
+    rows: list[np.ndarray]  # the units of each row, in the order in which steps take rows
+
+
+class ExampleSource:
+    """records -> transform -> units -> rows -> micro-batches of `batch_size` rows, `accumulate` of them a step.
+
+    A transform gets a record and a generator that is a function of (seed, epoch, record); with sees="neighbours" all records
+    and an index. Row i of the run is row i - start(e) of epoch e; an epoch has each unit once. An epoch's lengths are taken
+    and its rows decided when its first row is asked for, and kept until another epoch's is. `packing`: "pad", a unit a row
+    (one row for each of its examples), beside others of its length; "first_fit", units side by side in rows of `room`.
+
+    is_random: the transform draws, so an epoch's lengths differ from another's. How many rows the epochs before had is then
+    state, which saves a resume from counting them again.
+    """
+
+    is_on_policy = False
+
+    def __init__(
+        self,
+        records: Sequence[Any],
+        transform: Transform,
+        *,
+        batch_size: int,
+        accumulate: int = 1,
+        seed: int = 0,
+        pad_id: int = 0,
+        packing: Literal["pad", "first_fit"] = "pad",
+        room: tuple[int, ...],
+        sees: Literal["record", "neighbours"] = "record",
+        is_random: bool = False,
+        names: Callable[[int], str] = lambda index: f"record {index}",
+    ):
+        self.records, self.transform, self.sees, self.is_random = records, transform, sees, is_random
+        self.batch_size, self.accumulate, self.seed, self.pad_id = batch_size, accumulate, seed, pad_id
+        self.packing, self.room, self.names = packing, room, names
+        self._rows: list[int] = []  # of each epoch that is known
+        self._last: tuple[int, Epoch] | None = None
+        self._kept: list[list[Unit]] | None = None
+        if not len(records):
+            raise DataError("there is no record to learn from")
+
+    # ---- examples
+
+    def units(self, index: int, epoch: int) -> list[Unit]:
+        """The units of one record in one epoch."""
+        if self._kept is not None:
+            return self._kept[index]
+        key = np.array([self.seed, STREAM], dtype=np.uint64)
+        counter = np.array([0, index, epoch if self.is_random else 0, 0], dtype=np.uint64)
+        random = np.random.Generator(np.random.Philox(counter=counter, key=key))
+        if self.sees == "neighbours":
+            return units_of(self.transform(self.records, index, random))
+        return units_of(self.transform(self.records[index], random))
+
+    def epoch(self, epoch: int) -> Epoch:
+        last = self._last  # read once: another thread may replace it
+        if last is None or last[0] != epoch:
+            last = self._last = (epoch, self._plan(epoch))
+        return last[1]
+
+    def _plan(self, epoch: int) -> Epoch:
+        units, lengths, made, tokens = [], [], [], 0
+        for index in range(len(self.records)):
+            of_record = self.units(index, epoch)
+            for number, unit in enumerate(of_record):
+                lengths.append(self._length(unit, index))
+                units.append((index, number))
+                tokens += sum(lengths[-1])
+            if not self.is_random and tokens <= KEPT_TOKENS:
+                made.append(of_record)
+        if not units:
+            raise DataError(f"none of the {len(self.records):,} records made an example")
+        if len(made) == len(self.records):
+            self._kept = made
+        length_NA = np.array(lengths)
+        random = np.random.Generator(np.random.PCG64([self.seed, epoch, STREAM]))
+        if self.packing == "first_fit":
+            rows = [np.array(row) for row in first_fit(length_NA, self.room, random)]
+            rows = [rows[i] for i in random.permutation(len(rows))]
+        else:
+            self._note_rows(epoch, len(units))
+            shift = min(-self.start(epoch) % self.batch_size, len(units))
+            rows = list(length_groups(length_NA[:, 0], self.batch_size, shift, random)[:, None])
+        self._note_rows(epoch, len(rows))
+        return Epoch(np.array(units), length_NA, rows)
+
+    def _length(self, unit: Unit, index: int) -> tuple[int, ...]:
+        """What a unit takes of a row: of its examples the sum where they share one, else the longest."""
+        add = sum if self.packing == "first_fit" else max
+        length = tuple(add(each) for each in zip(*(example.lengths for example in unit), strict=True))
+        if any(n > most for n, most in zip(length, self.room, strict=True)):
+            raise DataError(f"{self.names(index)} has {length} tokens, and a row has room for {self.room}")
+        return length
+
+    # ---- rows
+
+    def _note_rows(self, epoch: int, rows: int) -> None:
+        if epoch == len(self._rows):
+            self._rows.append(rows)
+
+    def start(self, epoch: int) -> int:
+        """The first row of an epoch, counted over the run."""
+        if not self.is_random:
+            return epoch * self.rows_of(0) if epoch else 0
+        return sum(self.rows_of(e) for e in range(epoch))
+
+    def rows_of(self, epoch: int) -> int:
+        epoch = epoch if self.is_random else 0
+        while len(self._rows) <= epoch:
+            self.epoch(len(self._rows))
+        return self._rows[epoch]
+
+    def place(self, row: int) -> tuple[int, int]:
+        """(epoch, row of it) of a row of the run."""
+        if not self.is_random:
+            return divmod(row, self.rows_of(0))
+        starts = [0]
+        while starts[-1] <= row:
+            starts.append(starts[-1] + self.rows_of(len(starts) - 1))
+        epoch = bisect_right(starts, row) - 1
+        return epoch, row - starts[epoch]
+
+    def packs(self, first: int, count: int) -> list[list[tuple[int, int, int]]]:
+        """Of some rows of the run the units: (epoch, record, which unit of it)."""
+        found = []
+        for row in range(first, first + count):
+            epoch, place = self.place(row)
+            plan = self.epoch(epoch)
+            found.append([(epoch, *map(int, plan.unit_N2[unit])) for unit in plan.rows[place]])
+        return found
+
+    # ---- what a step asks
+
+    def batches(self, step: int, policy: object = None) -> list[Batch]:
+        """The micro-batches of an optimizer step, counted from 0."""
+        first = step * self.batch_size * self.accumulate
+        return [self.batch(first + part * self.batch_size) for part in range(self.accumulate)]
+
+    def batch(self, first: int) -> Batch:
+        packs = [
+            [self.units(index, epoch)[number] for epoch, index, number in pack] for pack in self.packs(first, self.batch_size)
+        ]
+        return self.collate(packs)
+
+    def collate(self, packs: list[list[Unit]]) -> Batch:
+        if self.packing == "first_fit":
+            return pack_batch(packs, self.pad_id, self.room)
+        return pad_batch([unit for pack in packs for unit in pack], self.pad_id, most=self.room)
+
+    def origin(self, step: int) -> list[str]:
+        """The records of a step's batch, by name."""
+        size = self.batch_size * self.accumulate
+        indices = {index for pack in self.packs(step * size, size) for _, index, _ in pack}
+        return [self.names(index) for index in sorted(indices)]
+
+    def state_dict(self) -> dict:
+        return {"rows": list(self._rows)} if self.is_random else {}
+
+    def load_state_dict(self, state: dict) -> None:
+        self._rows = list(state.get("rows", ()))
+
+    # ---- sizes
+
+    def describe(self) -> str:
+        """How full rows are."""
+        plan = self.epoch(0)
+        if self.packing == "first_fit":
+            full = fill(plan.length_NA, [row.tolist() for row in plan.rows], self.room)
+            return f"{len(plan.rows):,} rows of {self.room[0]:,} hold {len(plan.unit_N2):,} examples, {full:.1%} full"
+        length_N = plan.length_NA[:, 0]
+        return f"{len(plan.unit_N2):,} examples of {length_N.min():,} to {length_N.max():,} tokens, padded by groups of length"
+
+    def all_once(self) -> list[Batch]:
+        """Every unit once, in an order of their lengths; batches of one size: what fills the last one up is not scored."""
+        plan, batches = self.epoch(0), []
+        if self.packing == "first_fit":
+            order = sorted(range(len(plan.rows)), key=lambda row: plan.rows[row].min())
+            packs = [[self._unit(plan, unit) for unit in sorted(plan.rows[row].tolist())] for row in order]
+        else:
+            packs = [[self._unit(plan, int(unit))] for unit in np.lexsort((plan.length_NA[:, 0],))]
+        for first in range(0, len(packs), self.batch_size):
+            some = packs[first : first + self.batch_size]
+            filler = [[unscored(example) for example in unit] for unit in some[0]]
+            batches.append(self.collate(some + [filler] * (self.batch_size - len(some))))
+        return batches
+
+    def _unit(self, plan: Epoch, unit: int) -> Unit:
+        index, number = map(int, plan.unit_N2[unit])
+        return self.units(index, 0)[number]
+
+
+def unscored(example: Example) -> Example:
+    return example._replace(labels=np.full_like(example.labels, IGNORE))

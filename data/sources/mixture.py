@@ -1,0 +1,55 @@
+"""Several sources by weight: which source each row of a run comes from, as a pure function of (seed, row)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from data.config import DataError
+
+STREAM = 0x6D6978  # "mix": no other use of a seed draws these numbers
+PERIOD = 1024  # rows in which every source has its share, to the nearest row
+
+
+class Mixture:
+    """Every PERIOD rows hold w_k · PERIOD of source k (largest remainders), in an order drawn from (seed, period).
+
+    So any row costs the same, and shares are exact, not drawn: after n rows source k is less than PERIOD rows off w_k · n.
+
+    >>> source, index = Mixture((0.75, 0.25), seed=0).rows(0, 1024)
+    >>> (source == 0).sum(), sorted(index[source == 1])[-1]
+    (np.int64(768), np.int64(255))
+    """
+
+    def __init__(self, weights: Sequence[float], seed: int):
+        share_K = np.asarray(weights, dtype=np.float64)
+        if not (len(share_K) and np.isfinite(share_K).all() and (share_K > 0).all()):
+            raise DataError(f"weights of sources must be above 0 and finite: {', '.join(f'{w:g}' for w in weights)}")
+        share_K = share_K / share_K.sum()
+        exact_K = share_K * PERIOD
+        count_K = np.floor(exact_K).astype(np.int64)
+        order = np.argsort(count_K - exact_K, kind="stable")  # those that rounding down took most from
+        count_K[order[: PERIOD - count_K.sum()]] += 1
+        if not count_K.all():
+            shown = ", ".join(f"{weight:g}" for weight in weights)
+            raise DataError(f"a source with a share below 1/{PERIOD} would never be read: {shown}")
+        self.count_K, self.seed = count_K, seed
+        self._last: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def period(self, period: int) -> tuple[np.ndarray, np.ndarray]:
+        """(source, index in it) of each of a period's rows; the last one asked for is kept."""
+        last = self._last  # read once: another thread may replace it
+        if last is None or last[0] != period:
+            random = np.random.Generator(np.random.PCG64([self.seed, period, STREAM]))
+            source = random.permutation(np.repeat(np.arange(len(self.count_K)), self.count_K))
+            index = np.empty(PERIOD, dtype=np.int64)
+            for k, count in enumerate(self.count_K):
+                index[source == k] = period * count + np.arange(count)
+            last = self._last = (period, source, index)
+        return last[1], last[2]
+
+    def rows(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(source, index in it) of some rows of the run."""
+        parts = [self.period(p) for p in range(first // PERIOD, (first + count - 1) // PERIOD + 1)]
+        skip = first % PERIOD
+        source, index = (np.concatenate(each)[skip : skip + count] for each in zip(*parts, strict=True))
+        return source, index

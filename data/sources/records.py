@@ -1,0 +1,140 @@
+"""Records of files, as rows of named columns; and which of them are held out."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import sentencepiece
+
+from data.config import BUILT_IN, VOCAB_SIZE, DataConfig, DataError
+from data.corpus import find_corpus
+from data.files import Document, ReadReport, read_rows
+from data.find import expand_home, kind, shortened
+from data.records import FORMATS, shown
+from data.shards import fewer, split_fraction, train
+from data.tokenizer import Tokenizer
+from data.tokenizer_sentencepiece import SentencePieceTokenizer
+from data.tokenizer_training import trainer_options
+from data.words import counted
+
+Row = dict[str, object]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some records: their values, and their names for messages."""
+
+    values: list[Row]
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+@dataclass(frozen=True)
+class RecordData:
+    """What a task on records is made of. `sha256`: of all records in order and of the split."""
+
+    tokenizer: Tokenizer
+    train: Rows
+    validation: Rows
+    sha256: str
+
+
+def open_records(
+    config: DataConfig,
+    *,
+    columns: Sequence[tuple[str, str]],
+    text_of: Callable[[Row], str],
+    say: Say = lambda line: None,
+) -> tuple[Rows, Rows]:
+    """(train, validation). `columns`: the ones that every record must have, each with the option that names it. `text_of`: the
+    text by which a record is held out or not, so that what stands twice is on one side.
+
+    Where `config.validation` names files, these are held out and all of the corpus is learned from.
+    """
+    rows = read_all(config, columns, say)
+    if config.validation:
+        held_out = read_all(replace(config, corpus=config.validation), columns, say)
+        return rows, held_out
+    if len(rows) < 2:
+        raise DataError(f"{' '.join(config.corpus)}: {counted(len(rows), 'record')}, and training and validation need one each")
+    fractions = [split_fraction(text_of(row)) for row in rows.values]
+    if len(set(fractions)) < 2:
+        raise DataError(f"all {len(rows):,} records have the same text: none can be held out. Give --validation FILE")
+    # Where chance leaves one side empty, the nearest goes there.
+    threshold = min(max(config.val_fraction, sorted(set(fractions))[1]), max(fractions))
+    is_held_out = [fraction < threshold for fraction in fractions]
+    return chosen(rows, [not out for out in is_held_out]), chosen(rows, is_held_out)
+
+
+def chosen(rows: Rows, flags: list[bool]) -> Rows:
+    both = [pair for pair, flag in zip(zip(rows.values, rows.names, strict=True), flags, strict=True) if flag]
+    return Rows([row for row, _ in both], [name for _, name in both])
+
+
+def read_all(config: DataConfig, columns: Sequence[tuple[str, str]], say: Say) -> Rows:
+    """All records of the corpus, in a fixed order. Errors name the record, the columns it has and the option (DataError)."""
+    left_out: list[str] = []
+    rows, report, texts = Rows([], []), ReadReport(), []
+    for entry, (built_in, paths) in zip(config.corpus, find_corpus(config, left_out), strict=True):
+        if built_in or entry in BUILT_IN:
+            raise DataError(f"{entry} has documents, and no records with columns: name files, --corpus FILE.jsonl")
+        texts += [str(path) for path in paths if kind(path) not in FORMATS]
+        tables = [path for path in paths if kind(path) in FORMATS]
+        is_named = not expand_home(entry).is_dir()
+        for name, row in read_rows(tables, config.on_bad_text, report, is_named=is_named):
+            for column, option in columns:
+                if column not in row:
+                    raise DataError(f"{name}: no column {column!r}; its columns: {shown(row)}. Name it by {option}")
+            rows.values.append(row)
+            rows.names.append(name)
+    for line in left_out:
+        say(line)
+    if texts:
+        say(f"left out, as they hold no records: {shortened(texts)}")
+    for names, what in ((report.skipped, "left out"), (report.replaced, "mended with U+FFFD")):
+        if names:
+            say(f"{counted(len(names), 'record')} of bad text {what}: {shortened(names)}")
+    if report.no_records:
+        say(f"left out, as no list of records: {shortened(report.no_records)}")
+    if not rows.values:
+        raise DataError(f"{' '.join(config.corpus)}: no record in it")
+    return rows
+
+
+def hash_of(*parts: Rows) -> str:
+    """Of all values, in order."""
+    digest = hashlib.sha256()
+    for rows in parts:
+        for row in rows.values:
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def trained_tokenizer(config: DataConfig, texts: Iterable[str], say: Say, *, mask: bool = False) -> Tokenizer:
+    """A SentencePiece tokenizer of the texts, from the cache if they had one before."""
+    texts, size = list(texts), config.vocab_size or VOCAB_SIZE
+    made_by = json.dumps([sentencepiece.__version__, trainer_options(size, mask)])
+    key = hashlib.sha256("\0".join([made_by, str(config.vocab_size), *texts]).encode()).hexdigest()[:16]
+    file = config.cache.expanduser() / f"{key}.model"
+    try:
+        return SentencePieceTokenizer(file.read_bytes())
+    except (OSError, DataError):
+        pass
+    say(f"training a tokenizer of {size:,} pieces on {counted(len(texts), 'text')}")
+    tokenizer = train([Document("", text) for text in texts], size, mask, config.vocab_size is None)
+    if tokenizer.vocab_size < size:
+        say(fewer(tokenizer.vocab_size))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        making = Path(f"{file}.{key}.partial")
+        making.write_bytes(next(iter(tokenizer.files.values())))
+        making.replace(file)
+    except OSError as error:
+        raise DataError(f"{config.cache}: {error.strerror}. Name another cache folder by --cache") from error
+    return tokenizer

@@ -1,0 +1,117 @@
+"""Objectives on records with columns: each record makes examples, and these are padded or packed into rows."""
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from train.registry import settings_of
+from train.task import Say, Task
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from data.example import Example
+    from data.sources.records import RecordData, Row
+    from data.tokenizer import Tokenizer
+    from train.config import TrainConfig
+
+
+class RecordTask(Task):
+    """A task of which an example is made of a record: `transform` does it, and draws from nothing but what it is given.
+
+    `sees`: "neighbours" gives transform all records and an index. `is_random`: it draws.
+    """
+
+    sees: ClassVar[str] = "record"
+    is_random: ClassVar[bool] = False
+    needs_mask: ClassVar[bool] = False
+
+    @classmethod
+    @abstractmethod
+    def columns(cls, settings: Any) -> list[tuple[str, str]]:
+        """(column, the option that names it) of each that a record must have."""
+
+    @classmethod
+    @abstractmethod
+    def texts(cls, settings: Any, row: "Row") -> list[str]:
+        """The texts of a record: by them it is held out or not, and on them a tokenizer is trained."""
+
+    @classmethod
+    def open_data(
+        cls, config: "TrainConfig", tokenizer: "Tokenizer | None", say: Say, *, progress: bool = False
+    ) -> "RecordData":
+        from data.config import DataError
+        from data.sources.records import RecordData, hash_of, open_records, trained_tokenizer
+
+        settings = settings_of(config)
+        if cls.needs_mask and tokenizer is not None and tokenizer.mask_id is None:
+            raise DataError(f"--objective {config.run.objective} needs a tokenizer with a mask token")
+
+        def text_of(row: "Row") -> str:
+            return "\0".join(cls.texts(settings, row))
+
+        train, validation = open_records(config.data, columns=cls.columns(settings), text_of=text_of, say=say)
+        if tokenizer is None:
+            texts = (text for row in train.values for text in cls.texts(settings, row))
+            tokenizer = trained_tokenizer(config.data, texts, say, mask=cls.needs_mask)
+        else:
+            tokenizer = tokenizer.with_separator(config.data.separator)
+        return RecordData(tokenizer, train, validation, hash_of(train, validation))
+
+    def __init__(self, config: "TrainConfig", data: "RecordData"):
+        from data.packing.examples import ExampleSource
+
+        self.config, self.data, self.tokenizer, self.settings = config, data, data.tokenizer, settings_of(config)
+        asked = config.optimizer
+        common = {
+            "batch_size": asked.batch_size,
+            "seed": config.run.seed,
+            "pad_id": self.pad_id,
+            "room": self.room,
+            "sees": self.sees,
+        }
+        self.source = ExampleSource(
+            data.train.values,
+            self.transform,
+            accumulate=asked.accumulate,
+            packing=self.packing,
+            is_random=self.is_random,
+            names=data.train.names.__getitem__,
+            **common,
+        )
+        held_out = ExampleSource(data.validation.values, self.transform, names=data.validation.names.__getitem__, **common)
+        self.validation = held_out.all_once()
+
+    @property
+    def pad_id(self) -> int:
+        """No mask lets it be seen, and no label scores it."""
+        known = (self.tokenizer.pad_id, self.tokenizer.eos_id, self.tokenizer.unknown_id, 0)
+        return next(id for id in known if id is not None)
+
+    @property
+    def packing(self) -> str:
+        """"pad" or "first_fit"."""
+        return "pad"
+
+    @property
+    def room(self) -> tuple[int, ...]:
+        """The longest row, along each axis of an example's lengths."""
+        return (self.config.network.context,)
+
+    @abstractmethod
+    def transform(self, row: "Row", random: "np.random.Generator") -> "list[Example]":
+        """The examples of one record."""
+
+    def identity(self) -> dict:
+        return {"tokenizer_sha256": self.tokenizer.sha256, "records_sha256": self.data.sha256}
+
+    def epochs(self, steps: int) -> float:
+        asked = self.config.optimizer
+        return steps * asked.batch_size * asked.accumulate / self.source.rows_of(0)
+
+    def introduction(self) -> str:
+        data, where = self.config.data, " ".join(self.config.data.corpus)
+        held_out = f"in {' '.join(data.validation)}" if data.validation else "held out"
+        return (
+            f"records  {where}: {len(self.data.train):,} to train on, {len(self.data.validation):,} {held_out}\n"
+            f"tokens   {self.tokenizer.vocab_size:,} pieces; {self.source.describe()}\n"
+        )

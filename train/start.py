@@ -1,0 +1,72 @@
+"""A run begins, or goes on: its settings made whole, its folder locked, its ranks connected."""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from data.shell import command, quote
+from train.checkpoint import resolve
+from train.config import TrainConfig, TrainError, differing, override
+from train.distributed import Ranks, connected
+from train.lock import locked
+from train.loop import Run
+from train.plain import read_settings
+from train.setup import resolve_machine
+
+
+def start(config: TrainConfig) -> int:
+    """A new run; returns the number of the signal that stopped it, else 0. Where torchrun starts its processes anew, the run
+    that they had begun goes on."""
+    config.check()
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and config.run.out is None:
+        raise TrainError("with --max-restarts the run needs a name that a restart finds again: give --out")
+    if restarts and (config.run.out / "config.toml").is_file():
+        if others := differing(read_settings(config.run.out, to_train=True), config):
+            raise TrainError(f"{config.run.out} already holds another run ({'; '.join(others)}): choose another --out")
+        return resume(config.run.out)
+    with connected() as ranks:
+        defaulted = tuple(name for name in ("lr", "matrix_lr") if getattr(config.optimizer, name) is None)
+        config = resolve_machine(config, ranks)
+        out = config.run.out
+        if out.exists() and not out.is_dir():
+            raise TrainError(f"--out {out} is a file")
+        with held(out, ranks):
+            with ranks.together():
+                if ranks.main and any((out / name).exists() for name in ("config.toml", "metrics.jsonl", "checkpoints")):
+                    raise TrainError(
+                        f"{out} already holds a run: go on, `{command('train', '--resume', out)}`, or choose another --out"
+                    )
+            if config.run.init is not None:  # a run's best checkpoint may be another one by the time of a resume
+                config = replace(config, run=replace(config.run, init=resolve(config.run.init)))
+            return Run(config, ranks, resume=False, defaulted=defaulted).train()
+
+
+def resume(folder: Path, given: dict[str, dict] | None = None) -> int:
+    """Go on with the run in `folder` from its latest whole checkpoint, or from step 0 if it has none.
+
+    given: settings of `train.config.OVERRIDES` to have now instead of the run's.
+    """
+    given = given or {}
+    objective = given.get("run", {}).get("objective")
+    config = override(read_settings(folder, to_train=True, objective=objective), given)
+    config.check()
+    if config.method is None and "init" in (given or {}).get("run", {}):
+        raise TrainError(f"--resume {folder} needs no --init: the run has its weights in its checkpoints")
+    if config.method is not None and not config.run.init.exists():
+        raise TrainError(f"the adapter's base {config.run.init} is not there: say where, --resume {quote(folder)} --init BASE")
+    with connected() as ranks, held(folder, ranks):
+        config = resolve_machine(replace(config, run=replace(config.run, out=folder)), ranks)
+        return Run(config, ranks, resume=True).train()
+
+
+@contextmanager
+def held(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """The lock on a run's folder: rank 0 has it, for all."""
+    with ExitStack() as stack:
+        with ranks.together():
+            if ranks.main:
+                stack.enter_context(locked(folder))
+        yield

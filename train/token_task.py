@@ -1,0 +1,122 @@
+"""Objectives on plain text: blocks of a stream of tokens, in which documents stand one after another."""
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from train.task import Batch, Say, Task
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from data.shards import Shards
+    from data.tokenizer import Tokenizer
+    from train.config import TrainConfig
+
+
+class BlockBatches:
+    """The micro-batches of a task's blocks, and the documents that they hold parts of."""
+
+    is_on_policy = False
+
+    def __init__(self, task: "TokenTask"):
+        self.task = task
+
+    def batches(self, step: int, policy: object = None) -> list[Batch]:
+        asked = self.task.config.optimizer
+        parts = self.task.stream.batch(step).chunk(asked.accumulate)
+        return [self.task.batch(block_BT1, step, i * asked.batch_size) for i, block_BT1 in enumerate(parts)]
+
+    def documents(self, step: int) -> list[int]:
+        """The training documents, counted from 0 in the order of the shards."""
+        import numpy as np
+
+        starts = np.flatnonzero(self.task.shards.train.ids == self.task.tokenizer.bos_id)
+        return np.unique(np.searchsorted(starts, self.task.stream.places(step)[:, :-1], side="right") - 1).tolist()
+
+    def origin(self, step: int) -> list[str]:
+        return [f"document {number}" for number in self.documents(step)]
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
+
+
+class TokenTask(Task):
+    """A task of which an example is a block of the stream: `batch` makes inputs and labels of some."""
+
+    needs_mask = False  # whether the tokenizer must have a mask token
+
+    @classmethod
+    def open_data(cls, config: "TrainConfig", tokenizer: "Tokenizer | None", say: Say, *, progress: bool = False) -> "Shards":
+        from data.shards import prepare
+
+        return prepare(config.data, tokenizer=tokenizer, mask=cls.needs_mask, say=say, progress=progress)
+
+    def __init__(self, config: "TrainConfig", shards: "Shards"):
+        from data.packing.blocks import BlockStream, check_length, sequential
+
+        self.config, self.shards, self.tokenizer = config, shards, shards.tokenizer
+        asked, context = config.optimizer, config.network.context
+        self.stream = BlockStream(shards.train.ids, context, asked.batch_size * asked.accumulate, config.run.seed)
+        self.source = BlockBatches(self)
+        self.held_out = validation_ids(config, shards)
+        check_length(self.held_out, 1, "validation")
+        blocks = sequential(self.held_out, context, asked.batch_size)
+        self.validation = [self.validation_batch(block, i * asked.batch_size) for i, block in enumerate(blocks)]
+
+    @abstractmethod
+    def batch(self, block_BT1: "Tensor", step: int, first_row: int) -> Batch:
+        """Inputs and labels of some rows of a step's global batch, the first of which is row `first_row`."""
+
+    @abstractmethod
+    def validation_batch(self, block_BT1: "Tensor", first_row: int) -> Batch:
+        """The same of held-out text; of one block always the same."""
+
+    def identity(self) -> dict:
+        splits = {"train_tokens": self.shards.train.tokens, "validation_tokens": self.shards.validation.tokens}
+        return {"tokenizer_sha256": self.tokenizer.sha256, **splits}
+
+    def epochs(self, steps: int) -> float:
+        asked = self.config.optimizer
+        return steps * asked.batch_size * asked.accumulate * self.config.network.context / self.shards.train.tokens
+
+    def introduction(self) -> str:
+        shards, home = self.shards, str(Path.home())
+        from data.words import counted
+
+        cache = str(shards.folder).replace(home, "~", 1) if home != "/" else str(shards.folder)
+        return (
+            f"text     {' '.join(self.config.data.corpus)}: {counted(shards.train.documents, 'document')}, "
+            f"{shards.train.bytes:,} bytes to train on; {counted(shards.validation.documents, 'document')}, "
+            f"{shards.validation.bytes:,} held out\n"
+            f"tokens   {self.tokenizer.vocab_size:,} pieces, {shards.train.bytes / shards.train.targets:.2f} bytes a token; "
+            f"{shards.train.tokens:,} to train on; shards in {cache} ({'built' if shards.built else 'reused'})\n"
+        )
+
+    def opening(self, tokens: int = 16) -> list[int]:
+        """The first ids of the last document that validation scores, to the end of a word."""
+        import numpy as np
+
+        ids = self.held_out
+        starts = np.flatnonzero(ids == self.tokenizer.bos_id)
+        if self.tokenizer.bos_id == self.tokenizer.eos_id and len(starts) > 1:
+            starts = starts[:-1]  # the last one only ends a document
+        start = int(starts[-1])
+        opening = ids[start : start + 4 * tokens].astype("int64").tolist()
+        if self.tokenizer.eos_id in opening[1:]:
+            opening = opening[: opening.index(self.tokenizer.eos_id, 1)]
+        begins_word = (i for i, id in enumerate(opening) if i > tokens and self.tokenizer.bytes_of[id][:1].isspace())
+        return opening[: next(begins_word, tokens + 1)]
+
+
+def validation_ids(config: "TrainConfig", shards: "Shards") -> "np.ndarray":
+    return shards.validation.ids[: config.report.eval_tokens]
+
+
+def built_in(config: "TrainConfig") -> bool:
+    """Whether the corpus is the one that comes with Python, on which a known prompt makes sense."""
+    return config.data.corpus == type(config.data)().corpus

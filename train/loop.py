@@ -281,9 +281,11 @@ class Run:
 
     def _sample(self) -> None:
         with self.engine.averaged(), self._as_used():
-            what, text = self.task.sample(self.engine.network, self.device)
-        self.console.say(f"sample: {what}")
-        self.console.say("\n".join(f"    | {line}" for line in text.split("\n")))
+            shown = self.task.sample(self.engine.network, self.device)
+        if shown is not None:
+            what, text = shown
+            self.console.say(f"sample: {what}")
+            self.console.say("\n".join(f"    | {line}" for line in text.split("\n")))
 
     def _save(self, improved: bool) -> None:
         """A checkpoint at this step boundary; a failure leaves the earlier ones."""

@@ -69,7 +69,7 @@ class RecordTask(Task):
             "room": self.room,
             "sees": self.sees,
         }
-        self.source = ExampleSource(
+        self.source = self.examples = ExampleSource(
             data.train.values,
             self.transform,
             accumulate=asked.accumulate,
@@ -106,12 +106,12 @@ class RecordTask(Task):
 
     def epochs(self, steps: int) -> float:
         asked = self.config.optimizer
-        return steps * asked.batch_size * asked.accumulate / self.source.rows_of(0)
+        return steps * asked.batch_size * asked.accumulate / self.examples.rows_of(0)
 
     def introduction(self) -> str:
         data, where = self.config.data, " ".join(self.config.data.corpus)
         held_out = f"in {' '.join(data.validation)}" if data.validation else "held out"
         return (
             f"records  {where}: {len(self.data.train):,} to train on, {len(self.data.validation):,} {held_out}\n"
-            f"tokens   {self.tokenizer.vocab_size:,} pieces; {self.source.describe()}\n"
+            f"tokens   {self.tokenizer.vocab_size:,} pieces; {self.examples.describe()}\n"
         )

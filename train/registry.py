@@ -8,6 +8,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import sys
 from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,7 @@ def _load_file(path: str, digest: str) -> "type[Task]":
     name = name_of(path)
     if name in names() or name in {each.name for each in fields(TrainConfig)} or not name.isidentifier():
         raise TrainError(f"--objective {path}: the name {name!r} is taken, or is no name of letters, digits and _")
+    print(f"note: --objective {path}: the code in it is run", file=sys.stderr)
     spec = importlib.util.spec_from_file_location(f"objective_{name}", path)
     module = importlib.util.module_from_spec(spec)
     try:

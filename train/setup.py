@@ -316,7 +316,8 @@ def open_engine(
     learned = partial(loss, smoothing=asked.label_smoothing, z_loss=asked.z_loss)
     if config.method is not None:
         narrow(network, policy.autocast)
-    objective = task.objective(task.networks(network), learned, held_out=loss)
+    initial = partial(open_network, config, getattr(task, "data", None), None, device, say=lambda line: None)
+    objective = task.objective(task.networks(network, initial), learned, held_out=loss)
     recompute(network, speed.recompute, speed.recompute_every)
     if speed.compile == "on" and ranks.any(not compile_blocks(network, say)):
         config = replace(config, speed=replace(speed, compile="off"))

@@ -3,11 +3,14 @@
 This file and those of the tasks import torch inside functions alone: a command line shows their settings.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from data.shell import command
 
 if TYPE_CHECKING:
     import torch
@@ -67,6 +70,7 @@ class Task(ABC):
     higher_is_better: ClassVar[bool] = False
 
     config: "TrainConfig"
+    data: Any
     tokenizer: "Tokenizer"
     source: BatchSource
     validation: list[Batch]  # what is scored, always the same; each split over the ranks
@@ -100,8 +104,9 @@ class Task(ABC):
 
     # ---- learning
 
-    def networks(self, network: "nn.Module") -> "nn.Module | Mapping[str, nn.Module]":
-        """What the objective takes: the network, or {"policy": it, and frozen ones by name}."""
+    def networks(self, network: "nn.Module", initial: "Callable[[], nn.Module]") -> "nn.Module | Mapping[str, nn.Module]":
+        """What the objective takes: the network, or {"policy": it, and frozen ones by name}. `initial()` is another one, with
+        the weights that the run began with: also at a resume, where `network` has learned since."""
         return network
 
     @abstractmethod
@@ -116,22 +121,27 @@ class Task(ABC):
         """Scores that a forward does not give (of generated text), as sums and counts over all ranks."""
         return {}
 
-    @abstractmethod
     def scores(self, totals: Totals) -> Scores:
-        """What a validation says: `loss` first; `baseline_loss`, of the best guess that ignores the input."""
+        """What a validation says: `loss` first; `baseline_loss`, of the best guess that ignores the input; and the mean of each
+        other term and metric."""
+        means = {name: value / count for name, (value, count) in totals.items()}
+        return {"loss": means.pop("loss"), "baseline_loss": self.baseline_loss, **means}
 
-    @abstractmethod
+    baseline_loss: float = math.nan  # for `scores`
+
     def line(self, scores: Scores) -> str:
         """The scores for a person."""
+        rest = "".join(f" · {name} {value:.4f}" for name, value in scores.items() if name not in ("loss", "baseline_loss"))
+        return f"loss {scores['loss']:.4f}{rest} (without the input: {scores['baseline_loss']:.4f})"
 
-    @abstractmethod
     def verdict(self, scores: Scores) -> str:
         """The best scores beside the baseline, for the end."""
+        return f"beside {scores['baseline_loss']:.4f} without the input"
 
-    @abstractmethod
-    def sample(self, network: "nn.Module", device: "torch.device") -> tuple[str, str]:
+    def sample(self, network: "nn.Module", device: "torch.device") -> tuple[str, str] | None:
         """What is shown, and it: always from the same held-out text and the same seed, so that samples compare."""
+        return None
 
-    @abstractmethod
     def try_it(self, folder: Path) -> str:
         """A command that shows what the network can do."""
+        return command("model", "info", folder)

@@ -59,7 +59,7 @@ class TokenTask(Task):
     def __init__(self, config: "TrainConfig", shards: "Shards"):
         from data.packing.blocks import BlockStream, check_length, sequential
 
-        self.config, self.shards, self.tokenizer = config, shards, shards.tokenizer
+        self.config, self.data, self.shards, self.tokenizer = config, shards, shards, shards.tokenizer
         asked, context = config.optimizer, config.network.context
         self.stream = BlockStream(shards.train.ids, context, asked.batch_size * asked.accumulate, config.run.seed)
         self.source = BlockBatches(self)

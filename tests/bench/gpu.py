@@ -104,7 +104,7 @@ def engine_of(
     )
     ranks, network = Ranks(), build(config, seed=0, device=device)
     settings = resolve_network(settings, ranks, network)
-    task = SimpleNamespace(objective=Objective, networks=lambda network: network)
+    task = SimpleNamespace(objective=Objective, networks=lambda network, initial: network)
     engine, _ = open_engine(settings, ranks, device, task, network, print)
     engine.objective.train()
     return engine

@@ -99,7 +99,7 @@ def engine_with(optimizer: dict, speed: dict, **run):
     asked = SpeedConfig(**{"precision": "fp32", "compile": "off", "loss": "plain"} | speed)
     settings = OptimizerConfig(optimizer="muon", lr=1e-3, matrix_lr=4e-2, weight_decay=0.1, **optimizer)
     config = TrainConfig(run=RunConfig(steps=100, mesh="replicate", **run), optimizer=settings, speed=asked)
-    task = SimpleNamespace(objective=Objective, networks=lambda network: network)
+    task = SimpleNamespace(objective=Objective, networks=lambda network, initial: network)
     return open_engine(config, Ranks(), torch.device("cpu"), task, build(tiny_config("gpt2"), seed=0), print)[0]
 
 

@@ -73,7 +73,7 @@ def covering() -> tuple[Way, ...]:
     return tuple(chosen)
 
 
-TASK = SimpleNamespace(objective=Objective, networks=lambda network: network)
+TASK = SimpleNamespace(objective=Objective, networks=lambda network, initial: network)
 
 def pairs(way: Way) -> set[tuple]:
     return set(itertools.combinations(vars(way).items(), 2))

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from model.config import LayerSpec, ModelConfig
 from model.flops import POOLED_HEADS
-from model.parameters import Parameter, adapted, parameters
+from model.parameters import Parameter, adapted, in_training
 from model.training import KERNELS, WIDE, Training
 
 INDEX = 8  # bytes of an id
@@ -84,13 +84,14 @@ class Recorder:
         self.kernels, self.size, self.wide = KERNELS[training.device], training.itemsize, training.stored
         self.texts, self.rows = training.batch_size, training.batch_size * training.context
         self.widens = self.wide != WIDE and not self.kernels.fused_rms_norm  # such a norm keeps float32 of what comes in
-        self.weights = parameters(config)
+        self.weights = in_training(config, training.frozen)
         self.full = training.method == "full"
         self.adapted = set() if self.full else {p.name for p in adapted(config, training.targets)}
         self.stream = self.rows * config.width * self.wide
         self.tied = config.tie_embeddings and config.head in ("lm", "mlm", "pretraining")
         self.ops: list[Op] = []
-        self.differentiated = self.full  # what comes in needs a gradient; below the first adapter nothing does
+        # What comes in needs a gradient; below the first adapter, or the first weight that is not frozen, nothing does.
+        self.differentiated = self.full and not training.frozen
 
     def record(self) -> list[Segment]:
         config = self.config
@@ -109,14 +110,22 @@ class Recorder:
         return Segment(name, self.ops, **fields)
 
     def add(self, name: str, **sizes: int) -> None:
+        if self.training.frozen and not self.differentiated:
+            sizes |= dict.fromkeys(("kept", "moving"), 0)
         self.ops.append(Op(name, **sizes))
+
+    def trains(self, start: str) -> bool:
+        """Whether a weight below that name is trained with the whole network; from here on a gradient is needed."""
+        found = self.full and any(p.trained for p in self.weights.values() if p.name.startswith(start))
+        self.differentiated = self.differentiated or found
+        return found
 
     def stack(self, name: str, layers: tuple[LayerSpec, ...], *, causal: bool, cross: bool = False) -> list[Segment]:
         shared = self.stream if self.config.norm_first or not self.training.mixed else 0
         shared = 0 if self.widens and self.config.norm == "rmsnorm" else shared
         biased = self.config.position == "relative" and self.full
         stream = self.stream * (1 + cross) + self.table(self.wide) * biased  # of memory and bias all layers add up
-        self.differentiated = self.full
+        self.differentiated = self.full and not self.training.frozen
         segments = [self.segment(f"{name}.embed", self.embed, name, causal)]
         for index, layer in enumerate(layers):
             block = f"{name}.blocks.{index}"
@@ -136,12 +145,13 @@ class Recorder:
             tables = ("embedding.", "position.", "token_type.")
             own = [p for p in self.weights.values() if p.name.startswith(tuple(f"{name}.{table}" for table in tables))]
             own += [p for p in self.weights.values() if p.name == "body.embedding.weight" and name == "body.encoder"]
-            grads = sum(p.size for p in own) * self.wide
+            grads = sum(p.size for p in own if p.trained) * self.wide
+            self.differentiated = self.differentiated or any(p.trained for p in own)
             table = config.vocab_size * config.width * self.wide if name == "body.decoder" else 0  # the encoder's too
             waits = {"moving": self.stream + table} if self.tied else {"moving": self.stream, "pending": table}
             self.add("embedding", kept=ids, grads=grads, **waits)
         if config.position == "relative" and self.full:
-            self.add("relative", kept=length**2 * INDEX, grads=self.weights[f"{name}.relative.weight"].size * self.wide)
+            self.add("relative", kept=length**2 * INDEX, grads=self.size_of(f"{name}.relative.weight") * self.wide)
         fused = not causal and self.kernels.fused_attention and not self.training.mixed
         if config.position == "relative" and (fused or self.training.recompute != "none"):  # blocks that run again hold it
             self.add("bias", kept=self.table(self.wide))
@@ -150,6 +160,10 @@ class Recorder:
         if config.embedding_norm:
             self.norm(f"{name}.embedding_norm", self.rows, config.width)
         self.dropout(self.rows * config.width, config.dropout, self.wide)
+
+    def size_of(self, name: str) -> int:
+        """Numbers that get a gradient."""
+        return self.weights[name].size if self.weights[name].trained else 0
 
     def table(self, size: int) -> int:
         """H · T · S numbers of a bias, the same for all texts."""
@@ -224,13 +238,13 @@ class Recorder:
     def norm(self, name: str, rows: int, width: int, size: int | None = None) -> None:
         """Its input and the inverse deviation; the mean too, where there is one. `size`: of what comes in."""
         config, numbers, wide = self.config, rows * width, self.wide
-        if not self.differentiated:
+        if not (self.trains(f"{name}.") or self.differentiated):
             return
         rms = config.norm == "rmsnorm" and f"{name}.bias" not in self.weights
         kept = numbers * (WIDE if rms and self.widens else wide) + rows * WIDE * (1 if rms else 2)
-        if rms and self.full and (size not in (None, wide) or not self.kernels.fused_rms_norm):
+        weights = sum(p.size for p in self.weights.values() if p.name.startswith(f"{name}.") and p.trained)
+        if rms and self.full and weights and (size not in (None, wide) or not self.kernels.fused_rms_norm):
             kept += numbers * WIDE
-        weights = sum(p.size for p in self.weights.values() if p.name.startswith(f"{name}."))
         self.add(name, kept=kept, grads=weights * wide if self.full else 0, moving=2 * numbers * wide)
 
     def dropout(self, numbers: int, rate: float, size: int) -> None:
@@ -245,7 +259,7 @@ class Recorder:
         for name in names:
             weight = self.weights[f"{name}.weight"]
             (out, into), bias = weight.shape, self.weights.get(f"{name}.bias")
-            reads = self.full or weight.name in self.adapted
+            reads = self.trains(weight.name) or weight.name in self.adapted
             kept = 0 if kept_already or not reads else self.rows * into * size
             kept_already = kept_already or (bool(kept) and not self.training.mixed)
             sizes = self.weight_bytes(weight, bias, self.rows)
@@ -272,7 +286,7 @@ class Recorder:
         (out, into), size = weight.shape, self.size
         moving = rows * (out + into) * size
         if self.full:
-            numbers = weight.size + (bias.size if bias is not None and bias.trained else 0)
+            numbers = sum(p.size for p in (weight, bias) if p is not None and p.trained)
             copies = weight.size * size if self.training.mixed else 0
             return {"copies": copies, "grads": numbers * self.wide, "moving": moving + copies}
         unpacked = weight.size * size if self.training.method == "qlora" and weight.in_block else 0
@@ -285,13 +299,14 @@ class Recorder:
         for weight in self.weights.values():
             if weight.part == "head" and weight.role == "matrix":
                 bias = self.weights.get(weight.name.removesuffix("weight") + "bias")
-                kept = rows * weight.shape[1] * size * self.full + rows * weight.shape[0] * size
+                kept = rows * weight.shape[1] * size * self.trains(weight.name) + rows * weight.shape[0] * size
                 self.add(weight.name, kept=kept, **self.weight_bytes(weight, bias, rows))
         if config.head in ("mlm", "pretraining"):
             self.norm("head.norm", rows, config.width)
         if config.head in ("lm", "mlm", "pretraining"):
             shape = (config.vocab_size, config.width)
-            weight = self.weights.get("head.weight", Parameter("head.weight", shape, "head", "head", True))
+            tied = Parameter("head.weight", shape, "head", "head", self.weights["body.embedding.weight"].trained)
+            weight = self.weights.get("head.weight", tied)
             own = self.weights.get("head.bias")
             self.classes(weight, own if own is not None and own.trained else None, rows)
         else:
@@ -302,14 +317,15 @@ class Recorder:
     def classes(self, weight: Parameter, bias: Parameter | None, rows: int) -> None:
         (classes, width), size = weight.shape, self.size
         sizes = self.weight_bytes(weight, bias, rows)
-        if self.tied and self.full and classes == self.config.vocab_size:
+        self.differentiated = self.differentiated or (self.full and weight.trained)
+        if self.tied and self.full and weight.trained and classes == self.config.vocab_size:
             table = weight.size * self.wide
             sizes |= {"grads": sizes["grads"] - table, "pending": table}
         if self.training.loss != "plain" and self.config.head in ("lm", "mlm", "pretraining"):
             self.chunked(weight, rows, sizes)
             return
         logits = rows * classes * WIDE
-        self.add("head", kept=rows * width * size * self.full, **sizes)
+        self.add("head", kept=rows * width * size * (self.full and weight.trained), **sizes)
         self.add("logits", kept=logits + rows * INDEX, workspace=logits, moving=2 * logits)
 
     def chunked(self, weight: Parameter, rows: int, sizes: dict[str, int]) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from model.activations import Segment, activation_bytes, tape
 from model.config import ModelConfig
-from model.parameters import adapted, adapter_parameters, parameters
+from model.parameters import adapted, adapter_parameters, in_training
 from model.training import HALF, OPTIMIZERS, WIDE, Training
 
 # As in train.adamw8bit: tensors of fewer numbers have float32 moments; the others codes of a byte, and a float32 scale a block.
@@ -67,7 +67,7 @@ def training_memory(config: ModelConfig, training: Training) -> Memory:
 
 def standing(config: ModelConfig, training: Training) -> tuple[float, float, float]:
     """Bytes of weights, of all gradients, and of the optimizer's state with the averages."""
-    everything, stored = parameters(config).values(), training.stored
+    everything, stored = in_training(config, training.frozen).values(), training.stored
     average = WIDE if training.ema else 0
     if training.method == "full":
         trained = [p for p in everything if p.trained]
@@ -133,7 +133,7 @@ def update_workspace(config: ModelConfig, training: Training) -> float:
 def trained_sizes(config: ModelConfig, training: Training) -> list[int]:
     """Numbers in each trained tensor."""
     if training.method == "full":
-        return [p.size for p in parameters(config).values() if p.trained]
+        return [p.size for p in in_training(config, training.frozen).values() if p.trained]
     return [training.rank * side for p in adapted(config, training.targets) for side in p.shape]
 
 
@@ -141,7 +141,8 @@ def muon_workspace(config: ModelConfig, training: Training) -> float:
     """The averaged update of every matrix, then for those of one shape a float32 stack of these, and in the iteration's
     format (bfloat16 on a GPU) the iterate and the next one, with two squares."""
     if training.method == "full":
-        shapes = [p.shape for p in parameters(config).values() if p.role == "matrix" and p.trained and len(p.shape) == 2]
+        trained = (p for p in in_training(config, training.frozen).values() if p.trained)
+        shapes = [p.shape for p in trained if p.role == "matrix" and len(p.shape) == 2]
     else:
         sides = (p.shape for p in adapted(config, training.targets))
         shapes = [shape for out, into in sides for shape in ((training.rank, into), (out, training.rank))]

@@ -3,7 +3,7 @@
 Counted on the meta device, from the network itself: nothing is allocated, and no formula can drift from the modules.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 
@@ -63,6 +63,14 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
         name: Parameter(name, tuple(value.shape), part_of(name), role_of(config, name), value.requires_grad)
         for name, value in network.named_parameters()
     }
+
+
+def in_training(config: ModelConfig, frozen: frozenset[str] = frozenset()) -> dict[str, Parameter]:
+    """The same, where some more are constants."""
+    found = parameters(config)
+    if unknown := sorted(frozen - found.keys()):
+        raise ConfigError(f"no parameter is called {unknown[0]!r}")
+    return {name: replace(p, trained=p.trained and name not in frozen) if frozen else p for name, p in found.items()}
 
 
 def part_of(name: str) -> str:

@@ -45,6 +45,7 @@ class Training:
     ema: bool = False  # averages of the trained weights beside them, in float32
     rank: int = 8  # of adapters
     targets: str = "all-linear"  # of adapters: model.parameters.TARGETS
+    frozen: frozenset[str] = frozenset()  # our names of parameters that get no gradient and no moments
     device: str = "cuda"
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ Where to read first: `step` (one optimizer step: the heart, in 40 lines), then `
 
     config       what a run is told: the options of `python -m train`; `needs`: which of them ask for others
     command_line what all command lines share: messages, notes, options that would do nothing
+    overrides    what a resume may be told
     distributed  ranks, and how they share a network: DDP, FSDP2
     optim adamw8bit muon sgd   AdamW, also with moments of 8 bits, Muon and SGD, each beside its plain twin; which weight goes
                  to which, by its role
@@ -17,9 +18,10 @@ Where to read first: `step` (one optimizer step: the heart, in 40 lines), then `
     ema          averaged weights beside the raw ones
     tasks/       one file an objective: its batches, its scores beside counting, an example of what was learned
     task registry   what a run asks of one; which there are, ours and a user's own files
-    token_task   what objectives on blocks of plain text share
+    token_task record_task   what objectives on blocks of plain text share; on records with columns
     evaluate     sums and counts over held-out text; bits per byte, and what counting reaches
     scoring held_out   a model folder as scores want it; scored on text as training validates
+    freeze       weights that stay as they are, by their names
     adapters qat runs that train an adapter beside frozen weights; weights that learn to be whole numbers
     checkpoint   a run's state on disk: whole or absent, never half
     sharded_checkpoint   tensors of which each rank holds a part: one file a part, read on any number of ranks

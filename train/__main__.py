@@ -16,8 +16,9 @@ from lora.config import CONFIGS, AdapterError
 from model.config import ConfigError, ModelConfig
 from quant.config import QuantError
 from train.command_line import FAILED, STOPPED, given_options, notes, refuse_idle, spelled
-from train.config import OVERRIDES, RunConfig, TrainConfig, TrainError, mesh_sizes, overrides
+from train.config import RunConfig, TrainConfig, TrainError, mesh_sizes
 from train.needs import NEEDS
+from train.overrides import OVERRIDES, overrides
 from train.plain import from_plain, objective_in
 from train.registry import config_type, name_of, summaries
 

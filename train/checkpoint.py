@@ -27,9 +27,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import tomli_w
+
 from data.shell import command
 from data.words import counted
+from train.config import TrainConfig
 from train.distributed import Ranks
+from train.plain import to_plain, with_absolute_paths
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -221,6 +225,12 @@ def write_whole(path: Path, text: str) -> None:
         making.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def write_settings(folder: Path, config: TrainConfig, begun: str) -> None:
+    """config.toml, below a comment that says where the run began."""
+    settings = tomli_w.dumps(to_plain(with_absolute_paths(config)))
+    write_whole(folder / "config.toml", f"# {begun}\n\n{settings}")
 
 
 def sync(path: Path) -> None:

@@ -4,8 +4,7 @@ A value "auto" is resolved once, when the run starts, and what was chosen stands
 """
 
 import math
-from collections.abc import Collection
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,7 +71,15 @@ class RunConfig:
     """Quantization-aware training: compute every step with weights rounded so and inputs in INT8 (--qat.granularity and so on);
     checkpoints hold the quantized network."""
     steps: int = 700
-    """Optimizer steps."""
+    """Optimizer steps. With --resume more than the run had: it goes on (see --extend)."""
+    epochs: float | None = None
+    """In place of --steps: how often the data are seen."""
+    extend: Literal["hold", "replan"] | None = None
+    """With --resume and more --steps, where the schedule has come to its end: hold the rate that it ended with, or replan it,
+    as if the run had had so many steps from the beginning. A constant rate and inverse_sqrt go on by themselves."""
+    freeze: str | None = None
+    """Leave weights as they are in whose name (ours or the published one) this regular expression is found: no gradient, no
+    moments, no decay."""
     seed: int = 0
     """Decides first weights, batches, dropout and samples."""
     device: str = "auto"
@@ -91,6 +98,10 @@ class RecordedConfig:
 
     objective_sha256: str | None = None
     """Of the user's own file of --objective PATH.py."""
+    epochs: float | None = None
+    """That --epochs asked for; --steps has what they are in steps."""
+    scheduled_steps: int | None = None
+    """That the schedule spans, where a resume has added steps behind it."""
 
 
 @dataclass(frozen=True)
@@ -276,6 +287,10 @@ class TrainConfig:
             value = getattr(self.network, name)
             if value is not None and value < 1:
                 raise TrainError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if run.epochs is not None and not 0 < run.epochs < math.inf:
+            raise TrainError(f"--epochs {run.epochs}: must be above 0, and finite")
+        if run.freeze is not None and run.adapter != "none":
+            raise TrainError(f"--freeze {run.freeze}: --adapter {run.adapter} freezes all weights of --init already")
         self.check_adapter()
         self.check_qat()
 
@@ -308,40 +323,6 @@ class TrainConfig:
 def optimizer_of(config: TrainConfig) -> str:
     """The one that is asked for, else the default."""
     return config.optimizer.optimizer or ("muon" if config.method is None else "adamw")
-
-
-# What a resume may be given: none of it changes what is learned, but by rounding, and by leaving out a batch that cannot be
-# learned from. (--init, --objective: where an adapter's base, a task's file has moved to; they must be the same.)
-OVERRIDES = {
-    "run": ("device", "threads", "mesh", "on_nonfinite", "init", "objective"),
-    "report": ("verbose", "profile", "memory_report"),
-}
-
-
-def overrides(asked: TrainConfig, said: Collection[str]) -> dict[str, dict]:
-    """Of `OVERRIDES` what a command line has said, also where it is the default."""
-    return {group: {n: getattr(getattr(asked, group), n) for n in names if n in said} for group, names in OVERRIDES.items()}
-
-
-def override(config: TrainConfig, given: dict[str, dict]) -> TrainConfig:
-    return replace(config, **{group: replace(getattr(config, group), **values) for group, values in given.items()})
-
-
-def differing(stored: TrainConfig, asked: TrainConfig) -> list[str]:
-    """What was asked for and is not what a run has, as "steps = 20, not 40"; what was left open is decided by the run."""
-    found = []
-    if stored.run.objective != asked.run.objective:
-        return [f"objective = {stored.run.objective}, not {asked.run.objective}"]
-    for group in fields(asked):
-        if group.name == "recorded":
-            continue
-        has, wanted = getattr(stored, group.name), getattr(asked, group.name)
-        for name in vars(wanted):
-            value = getattr(wanted, name)
-            open_to_choice = value is None or value == "auto" or name in ("threads", "init", "out", "recipe", "loss")
-            if not open_to_choice and getattr(has, name) != value:
-                found.append(f"{name} = {getattr(has, name)}, not {value}")
-    return found
 
 
 def mesh_sizes(text: str, world: int) -> dict[str, int]:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-import tomli_w
 import torch
 from safetensors import SafetensorError
 
@@ -28,7 +27,7 @@ from train.checkpoint import (
     repoint,
     step_of,
     write_checkpoint,
-    write_whole,
+    write_settings,
 )
 from train.config import TrainConfig, TrainError, mesh_sizes
 from train.distributed import Ranks, gathered, lost, share, unwrapped
@@ -36,7 +35,6 @@ from train.evaluate import evaluate
 from train.interrupt import StopRequest
 from train.log import Console, Metrics, cut_back
 from train.phases import Phases
-from train.plain import to_plain, with_absolute_paths
 from train.registry import load
 from train.report import Session, comparable, conclude, introduction, out_of_memory
 from train.setup import (
@@ -46,6 +44,7 @@ from train.setup import (
     own_device,
     resolve_data,
     resolve_network,
+    resolve_steps,
 )
 from train.step import StepResult
 from train.watch import Watch
@@ -74,9 +73,11 @@ class Run:
         config = self.config = resolve_network(resolve_data(config, self.tokenizer), ranks, network)
         self.task = load(config.run.objective)(config, data)
         self.source = self.task.source
+        config = self.config = self.task.config = resolve_steps(config, self.task)
         self.console.unit = self.task.unit
         self.engine, self.config = open_engine(config, ranks, self.device, self.task, network, say)
         self.tokens, self.bad_evaluations, self.in_a_row, self.signal = 0, 0, 0, 0
+        self.positions = 0  # of the rows that this session has seen
         self.scored: float | None = None  # the share of positions with a label, in the first micro-batch that was seen
         self.phases = Phases(self.device)
         self.beside = config.run.init if checkpoint is None else checkpoint  # where files lie that travel with the weights
@@ -87,8 +88,7 @@ class Run:
         if ranks.main:
             self.out.mkdir(parents=True, exist_ok=True)
             if not resume:
-                settings = tomli_w.dumps(to_plain(with_absolute_paths(self.config)))
-                write_whole(self.out / "config.toml", f"# begun on {comparable(self)}\n\n{settings}")
+                write_settings(self.out, self.config, f"begun on {comparable(self)}")
             if checkpoint is not None:
                 repoint(self.out, checkpoint, self.best)
             cut_back(self.out / "metrics.jsonl", self.step)
@@ -137,7 +137,8 @@ class Run:
             self.console.end()
             self.metrics.close()
         if self.ranks.main:
-            conclude(self, stopped, Session(time.monotonic() - began, self.step - first_step, self.tokens - first_tokens))
+            done = Session(time.monotonic() - began, self.step - first_step, self.tokens - first_tokens, self.positions)
+            conclude(self, stopped, done)
         return self.signal
 
     def _steps(self) -> str:
@@ -153,6 +154,7 @@ class Run:
                     micro_batches = next(source)
                     counts = [next(iter(objective.counts(batch).values())) for batch in micro_batches]
                     count = int(sum(counts))
+                    self.positions += sum(batch["input_ids"].numel() for batch in micro_batches)
                     if self.scored is None:
                         self.scored = int(counts[0]) / micro_batches[0]["input_ids"].numel()
                         if not self.step:

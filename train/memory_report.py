@@ -185,7 +185,7 @@ def options(old: Training, new: Training, ranks: int = 1) -> str:
     return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changed.items())
 
 
-def training_of(config: TrainConfig, ranks: Ranks, scored: float, *, packed: bool) -> Training:
+def training_of(config: TrainConfig, ranks: Ranks, scored: float, *, packed: bool, frozen: frozenset[str]) -> Training:
     """What a step's memory on one rank depends on, for `model.memory`; of adapters it knows LoRA. packed: over four bits."""
     asked, speed = config.optimizer, config.speed
     return Training(
@@ -202,5 +202,6 @@ def training_of(config: TrainConfig, ranks: Ranks, scored: float, *, packed: boo
         method="full" if config.method is None else "qlora" if packed else "lora",
         rank=getattr(config.method, "r", 8),
         targets=config.method.targets if getattr(config.method, "targets", "") in TARGETS else "all-linear",
+        frozen=frozen,
         device=torch.device(config.run.device).type,
     )

@@ -26,6 +26,9 @@ INIT = "--init brings its own"
 NEEDS = (
     Needs(("preset", "dropout"), _new, INIT),
     Needs(("vocab_size",), _new, f"{INIT} tokenizer"),
+    Needs(("steps",), lambda config: config.run.epochs is None, "--epochs says how long"),
+    Needs(("extend",), lambda config: False, "it says how a finished run goes on: --resume RUN --steps MORE"),
+    Needs(("val_fraction",), lambda config: not config.data.validation, "--validation names what is held out"),
     Needs(("text_key",), lambda config: may_hold_records(config.data.corpus), "the corpus holds no records"),
     Needs(("on_bad_text",), _files, "the corpus comes with Python, and is no file of yours"),
     Needs(("matrix_lr",), _uses("muon"), "it is Muon's rate, --optimizer muon"),

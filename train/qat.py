@@ -80,4 +80,4 @@ class Observers:
 def observers(config: TrainConfig, network: nn.Module, ranks: Ranks) -> Observers | None:
     if config.run.qat == "none":
         return None
-    return Observers(network, round(config.qat.freeze * config.run.steps), ranks)
+    return Observers(network, round(config.qat.freeze * (config.recorded.scheduled_steps or config.run.steps)), ranks)

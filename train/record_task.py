@@ -104,6 +104,11 @@ class RecordTask(Task):
     def identity(self) -> dict:
         return {"tokenizer_sha256": self.tokenizer.sha256, "records_sha256": self.data.sha256}
 
+    def step_size(self) -> str:
+        from data.words import counted
+
+        return counted(self.config.optimizer.batch_size * self.config.optimizer.accumulate, "row")
+
     def epochs(self, steps: int) -> float:
         asked = self.config.optimizer
         return steps * asked.batch_size * asked.accumulate / self.examples.rows_of(0)

@@ -17,6 +17,7 @@ from quant.qat import qat_layers
 from train.checkpoint import IN_PARTS, pointed
 from train.config import FURTHER, WIDTH, RunConfig, TrainConfig
 from train.curves import plot
+from train.freeze import frozen_of
 from train.log import clock, read_metrics
 from train.memory_report import training_of, what_would_fit
 from train.precision import PRECISIONS
@@ -33,10 +34,12 @@ if TYPE_CHECKING:
 def introduction(run: "Run") -> str:
     """What is trained on, the network, the machine, the run: lines before the first step."""
     config, has = run.config, run.engine.network.config
-    per_step = config.optimizer.batch_size * config.optimizer.accumulate * config.network.context
     parameters = count(run.engine.network)
     trained = sum(parameter.numel() for parameter in run.engine.network.parameters() if parameter.requires_grad)
     adapter = f", {trained:,} of them trained ({config.run.adapter})" if config.method is not None else ""
+    if config.run.freeze is not None:
+        frozen = counted(len(frozen_of(run)), "tensor")
+        adapter = f", {trained:,} of them trained: {frozen} frozen (--freeze {config.run.freeze})"
     small = [layer.weight for layer in quantized_layers(run.engine.network).values()]
     bits = 8 * sum(weight.nbytes for weight in small) / max(1, sum(weight.numel() for weight in small))
     adapter += f", {counted(len(small), 'matrix', 'matrices')} in {small[0].scheme} of {bits:.3f} bits" if small else ""
@@ -54,7 +57,7 @@ def introduction(run: "Run") -> str:
         f"network  {has.family}, {counted(has.depth, 'layer')} of width {has.width}, {counted(has.heads, 'head')}, "
         f"context {config.network.context}{before}: {parameters:,} parameters{adapter}\n"
         f"machine  {run.device}, {machine}, {speed.precision}, {how}\n{rates(run)}"
-        f"run      {run.out}: steps {run.step} to {config.run.steps} of {counted(per_step, 'token')}, "
+        f"run      {run.out}: steps {run.step} to {config.run.steps} of {run.task.step_size()}, "
         f"{epochs:.1f} epochs in all"
     )
 
@@ -110,6 +113,7 @@ class Session(NamedTuple):
     seconds: float
     steps: int
     tokens: int  # scored labels
+    positions: int  # of the rows, padding included
 
 
 def speed(run: "Run", session: Session) -> str:
@@ -118,7 +122,6 @@ def speed(run: "Run", session: Session) -> str:
     config, unit = run.config, run.task.unit
     phases = run.phases.seconds()
     training = sum(phases.get(name, 0.0) for name in ("data", "forward", "backward", "optimizer"))
-    positions = session.steps * config.optimizer.batch_size * config.optimizer.accumulate * config.network.context
     # A CPU without 16-bit instructions multiplies faster in float32: the machine's rate is the better of both.
     formats = {PRECISIONS[config.speed.precision].autocast or torch.float32}
     formats |= {torch.float32} if run.device.type == "cpu" else set()
@@ -129,7 +132,7 @@ def speed(run: "Run", session: Session) -> str:
     ) + ending(
         phases,
         session.seconds,
-        tokens_per_s=positions / max(training, 1e-9),
+        tokens_per_s=session.positions / max(training, 1e-9),
         flops=flops_per_token(run.engine.network.config, config.network.context, scored=scored(run), **adapted),
         rate=max(matmul_rate(run.device, dtype) for dtype in formats) * run.ranks.world,
         memory=peak_memory(run.device),
@@ -223,6 +226,7 @@ def out_of_memory(run: "Run", error: Exception) -> str:
     what = f"out of memory at step {run.step + 1} ({str(error).splitlines()[0]}). The checkpoints in {run.out} are untouched. "
     if run.engine.mesh.shard > 1:
         return what + "Less is needed with a smaller --batch-size (and more --accumulate), --recompute blocks, --loss chunked."
-    training = training_of(run.config, run.ranks, scored(run), packed=bool(quantized_layers(run.engine.network)))
+    packed = bool(quantized_layers(run.engine.network))
+    training = training_of(run.config, run.ranks, scored(run), packed=packed, frozen=frozen_of(run))
     advice = what_would_fit(run.engine.network.config, training, memory_of(run.device) - LIBRARIES, ranks=run.ranks.world)
     return what + advice

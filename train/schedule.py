@@ -147,3 +147,4 @@ SCHEDULES = {
     "inverse_sqrt": inverse_sqrt,
     "slanted_triangular": slanted_triangular,
 }
+ENDLESS = ("constant", "inverse_sqrt")  # what `total` has no effect on

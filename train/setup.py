@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import math
 import os
 import sys
 import time
@@ -40,6 +41,7 @@ from train.config import (
 from train.distributed import Ranks, lay_out, spread, unwrapped
 from train.ema import EMA
 from train.engine import Engine
+from train.freeze import freeze
 from train.loss.losses import LOSSES, choose_loss
 from train.named_optimizer import Optimizers
 from train.optim import build_optimizer
@@ -77,12 +79,20 @@ def resolve_machine(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     threads = torch.get_num_threads()
     run = replace(run, device=device, threads=threads, out=out, mesh=mesh, on_nonfinite=on_nonfinite)
     recorded = replace(config.recorded, objective_sha256=file_hash(run.objective))
-    report = config.report
+    speed = replace(speed, deterministic=deterministic)
+    chosen = {"optimizer": resolve_rates(config), "speed": speed, "recorded": recorded}
+    return replace(config, run=run, network=network, **chosen)
+
+
+def resolve_steps(config: TrainConfig, task: Task) -> TrainConfig:
+    """--epochs in steps; how often a run of so many is validated and saved."""
+    run, report, recorded = config.run, config.report, config.recorded
+    if run.epochs is not None:
+        recorded = replace(recorded, epochs=run.epochs)
+        run = replace(run, steps=max(1, math.ceil(run.epochs / task.epochs(1) - 1e-9)), epochs=None)
     eval_every = report.eval_every or max(1, min(100, run.steps // 6))
     report = replace(report, eval_every=eval_every, save_every=report.save_every or eval_every)
-    speed = replace(speed, deterministic=deterministic)
-    chosen = {"optimizer": resolve_rates(config), "speed": speed, "report": report, "recorded": recorded}
-    return replace(config, run=run, network=network, **chosen)
+    return replace(config, run=run, report=report, recorded=recorded)
 
 
 def unused(path: Path) -> Path:
@@ -316,6 +326,8 @@ def open_engine(
     learned = partial(loss, smoothing=asked.label_smoothing, z_loss=asked.z_loss)
     if config.method is not None:
         narrow(network, policy.autocast)
+    if config.run.freeze is not None:
+        freeze(network, config.run.freeze)
     initial = partial(open_network, config, getattr(task, "data", None), None, device, say=lambda line: None)
     objective = task.objective(task.networks(network, initial), learned, held_out=loss)
     recompute(network, speed.recompute, speed.recompute_every)
@@ -324,12 +336,9 @@ def open_engine(
     mesh = lay_out(config.run.mesh, ranks, device)
     objective = spread(objective, mesh, device, compute=policy.autocast, reshard=speed.reshard == "on")
     network = unwrapped(objective).network
-    factor = partial(
-        SCHEDULES[asked.schedule],
-        warmup=round(asked.warmup * config.run.steps),
-        total=config.run.steps,
-        final=asked.final_lr,
-    )
+    planned = config.recorded.scheduled_steps or config.run.steps
+    warmup = round(asked.warmup * planned)
+    factor = partial(SCHEDULES[asked.schedule], warmup=warmup, total=planned, final=asked.final_lr)
     engine = Engine(
         objective,
         open_optimizers(config, network),

@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from data.shell import command, quote
-from train.checkpoint import resolve
-from train.config import TrainConfig, TrainError, differing, override
+from train.checkpoint import resolve, write_settings
+from train.config import TrainConfig, TrainError
 from train.distributed import Ranks, connected
 from train.lock import locked
 from train.loop import Run
+from train.overrides import differing, override
 from train.plain import read_settings
+from train.schedule import ENDLESS, SCHEDULES
 from train.setup import resolve_machine
 
 
@@ -47,11 +49,13 @@ def start(config: TrainConfig) -> int:
 def resume(folder: Path, given: dict[str, dict] | None = None) -> int:
     """Go on with the run in `folder` from its latest whole checkpoint, or from step 0 if it has none.
 
-    given: settings of `train.config.OVERRIDES` to have now instead of the run's.
+    given: settings of `train.overrides.OVERRIDES` to have now instead of the run's.
     """
     given = given or {}
-    objective = given.get("run", {}).get("objective")
-    config = override(read_settings(folder, to_train=True, objective=objective), given)
+    asked = given.get("run", {})
+    stored = read_settings(folder, to_train=True, objective=asked.get("objective"))
+    longer = extended(stored, asked.pop("steps", None), asked.pop("extend", None))
+    config = override(longer, given)
     config.check()
     if config.method is None and "init" in (given or {}).get("run", {}):
         raise TrainError(f"--resume {folder} needs no --init: the run has its weights in its checkpoints")
@@ -59,7 +63,38 @@ def resume(folder: Path, given: dict[str, dict] | None = None) -> int:
         raise TrainError(f"the adapter's base {config.run.init} is not there: say where, --resume {quote(folder)} --init BASE")
     with connected() as ranks, held(folder, ranks):
         config = resolve_machine(replace(config, run=replace(config.run, out=folder)), ranks)
-        return Run(config, ranks, resume=True).train()
+        run = Run(config, ranks, resume=True)
+        if longer != stored and ranks.main:
+            begun = (folder / "config.toml").read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+            write_settings(folder, longer, begun)
+        return run.train()
+
+
+def extended(config: TrainConfig, steps: int | None, how: str | None) -> TrainConfig:
+    """The settings of a run that goes on to more steps than it had; `how`: --extend."""
+    run, recorded, schedule = config.run, config.recorded, config.optimizer.schedule
+    if steps is None:
+        if how is not None:
+            raise TrainError(f"--extend {how} says how a longer run goes on: add --steps, more than {run.steps}")
+        return config
+    if steps <= run.steps:
+        raise TrainError(f"--resume {run.out} --steps {steps}: the run has {run.steps}; more of them make it longer")
+    if run.adapter == "adalora":
+        raise TrainError("--adapter adalora plans its ranks over all steps: such a run is not made longer")
+    planned = recorded.scheduled_steps or run.steps
+    if goes_on := schedule in ENDLESS:
+        if how is not None:
+            raise TrainError(f"--extend {how} would have no effect: --schedule {schedule} has no end")
+    elif how is None:
+        raise TrainError(
+            f"--schedule {schedule} comes to its end at step {planned}: say how the rate goes on. --extend replan: as if the "
+            "run had had so many steps from the beginning; --extend hold: at the rate that it ends with"
+        )
+    warmup, last = round(config.optimizer.warmup * planned), config.optimizer.final_lr
+    if how == "hold" and not SCHEDULES[schedule](planned, warmup=warmup, total=planned, final=last):
+        raise TrainError(f"--extend hold: --schedule {schedule} ends with the rate 0, which learns nothing; replan does")
+    scheduled = planned if goes_on or how == "hold" else None
+    return replace(config, run=replace(run, steps=steps), recorded=replace(recorded, scheduled_steps=scheduled))
 
 
 @contextmanager

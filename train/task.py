@@ -99,6 +99,10 @@ class Task(ABC):
         """Lines on the data, before the first step."""
 
     @abstractmethod
+    def step_size(self) -> str:
+        """What a step sees, in words."""
+
+    @abstractmethod
     def epochs(self, steps: int) -> float:
         """How often so many steps see the data."""
 

@@ -80,6 +80,12 @@ class TokenTask(Task):
         splits = {"train_tokens": self.shards.train.tokens, "validation_tokens": self.shards.validation.tokens}
         return {"tokenizer_sha256": self.tokenizer.sha256, **splits}
 
+    def step_size(self) -> str:
+        from data.words import counted
+
+        asked = self.config.optimizer
+        return counted(asked.batch_size * asked.accumulate * self.config.network.context, "token")
+
     def epochs(self, steps: int) -> float:
         asked = self.config.optimizer
         return steps * asked.batch_size * asked.accumulate * self.config.network.context / self.shards.train.tokens

@@ -8,6 +8,7 @@ from torch import Tensor
 from data.clm import IGNORE
 from quant.linear import packed_tensors
 from train.adapters import accounted
+from train.freeze import frozen_of
 from train.memory_report import measure_step, report, training_of
 from train.profiler import Profiler
 from train.step import StepResult
@@ -38,7 +39,8 @@ class Watch:
             measured = measure_step(observed, self.run.device, weights, state)
             scored = sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches)
             scored /= sum(batch["labels"].numel() for batch in micro_batches)
-            training = training_of(self.run.config, self.run.ranks, scored, packed=bool(packed_tensors(engine.network)))
+            packed, frozen = bool(packed_tensors(engine.network)), frozen_of(self.run)
+            training = training_of(self.run.config, self.run.ranks, scored, packed=packed, frozen=frozen)
             if engine.mesh.shard > 1 or not accounted(self.run.config):  # the account knows one device with all weights
                 training = None
             self.run.console.say(report(engine.network.config, training, measured))

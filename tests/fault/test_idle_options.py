@@ -25,6 +25,9 @@ REFUSED = {  # a command line, whose first option is idle: why
     "train --preset tiny --init x": "--init brings its own",
     "train --dropout 0.0 --init x": "--init brings its own",
     "train --vocab-size 2048 --init x": "--init brings its own tokenizer",
+    "train --steps 700 --epochs 2": "--epochs says how long",
+    "train --extend hold": "it says how a finished run goes on",
+    "train --val-fraction 0.1 --validation x": "--validation names what is held out",
     "train --text-key text": "the corpus holds no records",
     "train --text-key body --corpus a.txt b/*.md": "the corpus holds no records",
     "train --on-bad-text skip --corpus stdlib-code": "the corpus comes with Python",
@@ -97,7 +100,7 @@ def test_every_rule_is_of_options_that_are_there():
         assert set(rule.options) <= there and (own or any(spelled(name) in told for name in rule.options)), rule
 
 
-@pytest.mark.parametrize("line", ["--steps 700", "--no-dedup", "--lr 0.5", "--lora.r 8", "--verbose --corpus x", "--recipe y"])
+@pytest.mark.parametrize("line", ["--save-every 700", "--no-dedup", "--lr 0.5", "--lora.r 8", "--verbose --corpus x", "--recipe y"])
 def test_a_resume_takes_no_other_options(line, finished):
     """Not even those with the value that a new run would have."""
     said = command("--resume", finished, *line.split())

@@ -181,7 +181,7 @@ def test_what_a_resume_may_be_given(options, tmp_path):
     assert "3 steps profiled" in said.out and "aten::" in (run / "profile" / "operators.txt").read_text()
     assert json.loads((run / "profile" / "trace.json").read_text())["traceEvents"]
     assert (run / "config.toml").read_text() == before  # for this session alone
-    said = command("--resume", run, "--steps", 200)
+    said = command("--resume", run, "--lr", 1e-3)
     assert said.code == 2 and "--device --threads --mesh --on-nonfinite" in said.err
 
 

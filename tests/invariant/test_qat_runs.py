@@ -179,7 +179,7 @@ def test_opened_it_scores_what_the_run_said(way, made):
     for step, opened in ((FREEZE, model.hub.load(at(run, FREEZE))), (STEPS, network)):
         (row,) = [row for row in metrics(run) if row["split"] == "validation" and row["step"] == step]
         scores = scored(run, opened)
-        assert scores == {name: row[name] for name in scores} and len(scores) == 5
+        assert scores == {name: row[name] for name in scores} and len(scores) == 6
     weight = network.body.blocks[0].mlp.down.weight
     weight.codes.copy_(weight.codes.roll(1, 0))
     assert scored(run, network)["loss"] != row["loss"]

@@ -1,5 +1,6 @@
 """The memory of training: what autograd keeps and what the allocator holds, against the account of both."""
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -17,7 +18,7 @@ from model.activations import activation_bytes
 from model.config import ModelConfig
 from model.init import build
 from model.memory import standing, training_memory
-from model.parameters import adapted, adapter_parameters
+from model.parameters import adapted, adapter_parameters, parameters
 from model.training import Training
 from model.weights import role_of
 from tests.conftest import tiny_config
@@ -258,7 +259,10 @@ def test_peak_of_an_update_in_8_bits(precision, parity, monkeypatch):
 def check_peak(config: ModelConfig, training: Training, label: str, parity, tolerance=ALLOCATED[0], why=ALLOCATED[1]):
     """The account against the allocator, part by part; returns (the account, bytes measured at the highest moment)."""
     dtype = torch.bfloat16 if training.precision == "bf16-pure" else torch.float32
-    measured = measured_step(build(config, seed=0, dtype=dtype), training)
+    network = build(config, seed=0, dtype=dtype)
+    for parameter_name in training.frozen:
+        network.get_parameter(parameter_name).requires_grad_(False)
+    measured = measured_step(network, training)
     ours = training_memory(config, training)
     assert ours.weights == measured.weights and ours.gradients <= measured.weights
     # Each parameter's step count is a number too; and no gradient reaches the bias of BERT's head, which the loss leaves out.
@@ -269,6 +273,26 @@ def check_peak(config: ModelConfig, training: Training, label: str, parity, tole
         error = abs(getattr(ours, part) / getattr(measured, part) - 1)
         parity(f"{what}: {label}", f"{TORCH} allocator", error, tolerance, why)
     return ours, measured.peak
+
+
+FROZEN = {
+    "the embedding": r"body\.embedding",
+    "the lower blocks": r"embedding|position|blocks\.[0-3]\.",
+    "all but the last block": r"embedding|position|blocks\.[0-4]\.",
+    "matrices": r"blocks.*(project|out|up|down|gate)",
+    "norms": "norm",
+}
+
+
+@pytest.mark.parametrize("pattern", FROZEN)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_peak_with_frozen_weights(name, pattern, parity):
+    config, batch_size, length = shaped(name, "deep")
+    frozen = frozenset(name for name in parameters(config) if re.search(FROZEN[pattern], name))
+    training = Training(batch_size, length, device="cpu", frozen=frozen)
+    _, highest = check_peak(config, training, f"{name} deep, {pattern} frozen", parity)
+    if pattern in ("the lower blocks", "all but the last block", "matrices"):  # it would be seen if they were thought trained
+        assert training_memory(config, replace(training, frozen=frozenset())).peak / highest > 1.2
 
 
 @pytest.mark.parametrize("recompute", ["none", "blocks", "selective"])

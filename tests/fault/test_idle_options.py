@@ -100,7 +100,10 @@ def test_every_rule_is_of_options_that_are_there():
         assert set(rule.options) <= there and (own or any(spelled(name) in told for name in rule.options)), rule
 
 
-@pytest.mark.parametrize("line", ["--save-every 700", "--no-dedup", "--lr 0.5", "--lora.r 8", "--verbose --corpus x", "--recipe y"])
+OTHERS = ["--save-every 700", "--no-dedup", "--lr 0.5", "--lora.r 8", "--verbose --corpus x", "--recipe y"]
+
+
+@pytest.mark.parametrize("line", OTHERS)
 def test_a_resume_takes_no_other_options(line, finished):
     """Not even those with the value that a new run would have."""
     said = command("--resume", finished, *line.split())

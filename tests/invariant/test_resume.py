@@ -23,7 +23,7 @@ from tests.runs import (
     wait_for_step,
     write_corpus,
 )
-from train.checkpoint import checkpoints, step_of, verify
+from train.checkpoint import MANIFEST, checkpoints, seal, step_of, verify
 from train.log import read_metrics
 
 BATCH, CONTEXT = 4, 32
@@ -54,6 +54,31 @@ def test_killed_and_resumed_ends_in_the_same_bytes(changes, options, uninterrupt
         assert "compiled, deterministic" in said.out and "not compiled" not in said.out
     assert_same_end(run, whole)
     assert {path.name for path in checkpoints(run)} == {path.name for path in checkpoints(whole)}
+
+
+def test_a_run_of_an_older_version_goes_on(halfway, finished):
+    """Its state.json had no format, and its config.toml not all of today's settings. One of a newer version is refused."""
+    folder = last_checkpoint(halfway)
+    today = json.loads((folder / "state.json").read_text())
+    older = {key: value for key, value in today.items() if key not in ("format", "source")}
+    rewrite_state(folder, older)
+    config = halfway / "config.toml"
+    config.write_text("".join(line for line in config.read_text().splitlines(True) if not line.startswith("validation = ")))
+    assert "validation" not in config.read_text() and "[recorded]" not in config.read_text()
+    said = command("--resume", halfway)
+    assert said.code == 0, said.err
+    assert_same_end(halfway, finished)
+    rewrite_state(last_checkpoint(halfway), today | {"format": 99})
+    said = command("--resume", halfway)
+    assert said.code == 2 and "format 99" in said.err, said.err
+
+
+def rewrite_state(folder, state):
+    (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+    (folder / MANIFEST).unlink()
+    copy = folder.with_name("copy")
+    folder.rename(copy)
+    seal(copy, folder)
 
 
 def test_killed_before_the_first_save_starts_again(options, finished, tmp_path):

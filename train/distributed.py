@@ -243,6 +243,7 @@ def kept_local(module: nn.Module) -> Iterator[None]:
 def gathered(module: nn.Module) -> Iterator[None]:
     """What no block owns, whole, so that the network can be called outside its objective: all ranks together."""
     if is_sharded(module):
+        module._get_fsdp_state()._lazy_init()  # a block that is called before its objective would take itself for the root
         module.unshard()
     yield
     if is_sharded(module):

@@ -236,11 +236,14 @@ class Run:
         """Micro-batches from the current step on; made ahead, in pinned memory, where a GPU would otherwise wait."""
         steps = self.config.run.steps
         if self.source.is_on_policy:
-            network = self.engine.network
-            return nullcontext(self.source.batches(step, network) for step in range(self.step, steps))
+            return nullcontext(map(self._rollout, range(self.step, steps)))
         if self.device.type == "cuda":
             return Prefetcher(self.source.batches, self.step, steps, pin_memory=True)
         return nullcontext(map(self.source.batches, range(self.step, steps)))
+
+    def _rollout(self, step: int) -> list[dict]:
+        with self._as_used():
+            return self.source.batches(step, self.engine.network)
 
     def _to_device(self, batch: dict) -> dict:
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}

@@ -243,11 +243,23 @@ def kept_local(module: nn.Module) -> Iterator[None]:
 def gathered(module: nn.Module) -> Iterator[None]:
     """What no block owns, whole, so that the network can be called outside its objective: all ranks together."""
     if is_sharded(module):
-        module._get_fsdp_state()._lazy_init()  # a block that is called before its objective would take itself for the root
+        prepare_blocks(module)
         module.unshard()
     yield
     if is_sharded(module):
         module.reshard()
+
+
+def prepare_blocks(module: nn.Module) -> None:
+    """Once, what FSDP does at the first forward of the whole: it decides which module is the root, and makes the memory that
+    blocks gather their weights in. A network that writes before it has learned would do that under inference_mode."""
+    state = module._get_fsdp_state()
+    if state._is_root is None:
+        state._lazy_init()
+        for part in module.modules():
+            if is_sharded(part):
+                part.unshard()
+                part.reshard()
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -245,20 +245,22 @@ def furthest(differences: "list[Difference]", most: int) -> "list[Difference]":
 def score_model(options: asked.Perplexity) -> None:
     from eval.perplexity import Perplexity, PseudoPerplexity
     from eval.report import alone
-    from train.scoring import documents, held_out, language_model, open_folder
+    from train.scoring import Met, documents, held_out, language_model, open_folder
 
     opened = open_folder(options.model, device=options.device, threads=options.threads)
     masked, held, has = language_model(opened) == "mlm", not options.corpus, opened.network.config.context
+    met = Met()
     if held:
         what, found = held_out(opened)
     else:
-        what, found = " ".join(options.corpus), documents(opened, options.corpus, options.text_key)
+        what, found = " ".join(options.corpus), documents(opened, options.corpus, options.text_key, options.on_bad_text, met=met)
     context = options.context or has
     if not 2 <= context <= has:
         raise EvalError(f"--context {options.context}: from 2 to the network's {has:,}")
     tokenizer = opened.tokenizer
     bos_id, eos_id = ends(options, tokenizer, held_out=held)
     settings = {"bos_id": bos_id, "eos_id": eos_id, "top_k": options.top_k, "bins": options.bins}
+    settings["dtype"] = str(next(opened.network.parameters()).dtype).removeprefix("torch.")
     if masked:
         if options.stride is not None:
             raise EvalError("--stride is of causal models: of a masked one each token sees all of its document")
@@ -271,6 +273,8 @@ def score_model(options: asked.Perplexity) -> None:
         bos_at = "every-window" if options.bos == "every-window" else "document"
         metric = Perplexity(context=context, stride=options.stride, bos_at=bos_at, **settings)
     statistics_BK = metric.statistics(opened.network, **columns(found, options.tokens), **reading(options))
+    for line in met.notes(tokenizer):
+        print(f"note: {line}", file=sys.stderr)
     counted = "document" if len(statistics_BK) == statistics_BK[:, 6].sum() else "window"
     result = alone(metric, statistics_BK, samples=options.samples, seed=options.seed, counted=counted)
     if not options.json:
@@ -299,10 +303,12 @@ def reading(options: asked.Perplexity) -> dict[str, object]:
 
 
 def pieces(whole: "Document", longest: int, piece_bytes: "ndarray") -> "Iterator[Document]":
-    """Of a document that may be too long to be read at once. Tokens tell their bytes; characters and words are not known."""
-    for start in range(0, len(whole.ids), longest):
-        ids = whole.ids[start : start + longest]
-        yield whole._replace(ids=ids, bytes=int(piece_bytes[ids].sum()), characters=0, words=0)
+    """Of a document that may be too long to be read at once. Its bytes are shared out; characters and words are not known."""
+    from data.sizes import shared_out
+
+    parts = [whole.ids[start : start + longest] for start in range(0, len(whole.ids), longest)]
+    for ids, size in zip(parts, shared_out(whole.bytes, [int(piece_bytes[ids].sum()) for ids in parts]), strict=True):
+        yield whole._replace(ids=ids, bytes=size, characters=0, words=0)
 
 
 def columns(found: "Iterator[Document]", tokens: int | None) -> "dict[str, Iterator]":

@@ -222,7 +222,8 @@ def text_of(
     from train.held_out import open_text
 
     tokens = options.eval_tokens if scored else Options.eval_tokens
-    return open_text(folder, config, corpus=corpus, cache=options.cache, eval_tokens=tokens)
+    reading = {"text_key": options.text_key, "on_bad_text": options.on_bad_text}
+    return open_text(folder, config, corpus=corpus, cache=options.cache, eval_tokens=tokens, **reading)
 
 
 # ---- said at the end

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
+from data.config import BUILT_IN
 from data.find import may_hold_records
 from data.records import FORMATS, suffix_of
 from train.command_line import Needs
@@ -201,6 +202,8 @@ class Perplexity:
     """Of the calibration error."""
     text_key: str = "text"
     """The field of .jsonl, .json, .csv and .tsv files that holds the text."""
+    on_bad_text: Literal["error", "replace", "skip"] = "error"
+    """Text that is not valid UTF-8: stop, put U+FFFD in its place, or leave that document out."""
     json: bool = False
     """Print JSON."""
     samples: int = 1000
@@ -213,6 +216,7 @@ class Perplexity:
     """CPU threads; 0 leaves torch's choice."""
     NEEDS: ClassVar = (
         Needs(("text_key",), lambda asked: may_hold_records(asked.corpus), "no records are read"),
+        Needs(("on_bad_text",), lambda asked: not all(entry in BUILT_IN for entry in asked.corpus), "no file of yours is read"),
     )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
-from model.commands.opening import encode, note_control_tokens, open_network
+from model.commands.opening import encode, note_control_tokens, note_unknown, open_network
 from model.config import ConfigError
 from train.command_line import Needs
 
@@ -92,6 +92,7 @@ def generate(options: Generate) -> None:
         network.config = network.config.replace(decoder_start_id=said.decoder_start_id)
     note_control_tokens(tokenizer, options.prompt, specials=options.specials, option="--prompt")
     prompt = encode(tokenizer, options.prompt, specials=options.specials)
+    note_unknown(tokenizer, options.prompt, prompt, option="--prompt")
     written = network.config.architecture == "encoder-decoder"  # an answer, not what the prompt goes on with
     opening = "" if written else tokenizer.decode(prompt)
     ids = tokenizer.framed(prompt) if prompt or written else beginning(tokenizer)

@@ -41,6 +41,15 @@ def encode(tokenizer: "Tokenizer", text: str, *, specials: bool = True, option: 
         raise ConfigError(f"{option} is not valid UTF-8") from None
 
 
+def note_unknown(tokenizer: "Tokenizer", text: str, ids: list[int], *, option: str) -> None:
+    """Say that some of a text cannot be spelled, so that a network does not see which text it is."""
+    from data.notes import unknown_notes, unspelled_words
+
+    words = ", ".join(map(repr, unspelled_words(text, tokenizer)))
+    for line in unknown_notes(ids.count(tokenizer.unknown_id), len(ids), tokenizer, f"the tokens of {option}"):
+        print(f"note: {line}{f' ({words})' if words else ''}", file=sys.stderr)
+
+
 def note_control_tokens(tokenizer: "Tokenizer", text: str, *, specials: bool, option: str) -> None:
     """Say what became of control tokens in a text, and of what looks like one and is none of this tokenizer's."""
     known = [name for name in tokenizer.controls if name in text]

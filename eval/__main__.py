@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import tyro
 
+from data.words import counted
 from eval.commands import options as asked
 from eval.commands.texts import BATCH, HYPOTHESIS_FIELDS, REFERENCE_FIELDS, EvalError, Source, Sources
 from train.command_line import refuse_idle, run_command
@@ -169,6 +171,10 @@ def score_texts(options: asked.Scored) -> None:
             scored = {
                 name: scorer.statistics(texts, batch.references, notes=notes[name]) for name, texts in batch.hypotheses.items()
             }
+            for name, texts in batch.hypotheses.items():
+                if not isinstance(options, asked.F1):  # there an empty answer is one
+                    empty = Counter(empty=sum(not text.strip() for text in texts), texts=len(texts))
+                    notes[name].add("empty", describe_empty, empty)
             for name, parts in scored.items():
                 for kept, part in zip(statistics[name], parts, strict=True):
                     kept.append(part)
@@ -182,6 +188,12 @@ def score_texts(options: asked.Scored) -> None:
     whole = {name: [joined(parts) for parts in kept] for name, kept in statistics.items()}
     result = compared(scorer.metrics, whole, samples=options.samples, seed=options.seed, test=options.test)
     show(options.json, result, differences if options.differ else dict.fromkeys(differences))
+
+
+def describe_empty(found: Counter) -> str | None:
+    if not found["empty"]:
+        return None
+    return f"{found['empty']:,} of {counted(found['texts'], 'hypothesis', 'hypotheses')} are empty"
 
 
 @contextmanager
@@ -275,8 +287,8 @@ def score_model(options: asked.Perplexity) -> None:
     statistics_BK = metric.statistics(opened.network, **columns(found, options.tokens), **reading(options))
     for line in met.notes(tokenizer):
         print(f"note: {line}", file=sys.stderr)
-    counted = "document" if len(statistics_BK) == statistics_BK[:, 6].sum() else "window"
-    result = alone(metric, statistics_BK, samples=options.samples, seed=options.seed, counted=counted)
+    unit = "document" if len(statistics_BK) == statistics_BK[:, 6].sum() else "window"
+    result = alone(metric, statistics_BK, samples=options.samples, seed=options.seed, counted=unit)
     if not options.json:
         print(f"{options.model} on {what}")
     show(options.json, result, {})

@@ -40,9 +40,9 @@ class Scored:
     per_example: Annotated[Path | None, FILE] = None
     """Write the scores of each example there, a JSON object a line."""
     hypothesis_field: str | None = None
-    """Of JSON lines. Default: the first that is there of hypothesis, prediction, output, generated, text."""
+    """Of records. Default: the first that is there of hypothesis, prediction, output, generated, text."""
     reference_field: str | None = None
-    """Of JSON lines. Default: references, reference, answers, answer, target, label, text."""
+    """Of records. Default: the one that is there of references, reference, answers, answer, target, label, text."""
     NEEDS: ClassVar = (
         Needs(("test", "differ"), lambda asked: len(asked.system) > 1, "it is of several systems, --system NAME=FILE for each"),
         Needs(("hypothesis_field",), lambda asked: holds_records(hypotheses(asked)), LINES),

@@ -45,8 +45,8 @@ def note_unknown(tokenizer: "Tokenizer", text: str, ids: list[int], *, option: s
     """Say that some of a text cannot be spelled, so that a network does not see which text it is."""
     from data.notes import unknown_notes, unspelled_words
 
-    words = ", ".join(map(repr, unspelled_words(text, tokenizer)))
     for line in unknown_notes(ids.count(tokenizer.unknown_id), len(ids), tokenizer, f"the tokens of {option}"):
+        words = ", ".join(map(repr, unspelled_words(text, tokenizer)))
         print(f"note: {line}{f' ({words})' if words else ''}", file=sys.stderr)
 
 

@@ -21,7 +21,7 @@ import tyro
 from data.words import counted
 from eval.commands import options as asked
 from eval.commands.texts import BATCH, HYPOTHESIS_FIELDS, REFERENCE_FIELDS, EvalError, Source, Sources
-from train.command_line import refuse_idle, run_command
+from train.command_line import refuse_idle, refuse_unreadable, run_command
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -341,6 +341,7 @@ def until(found: "Iterator[Document]", tokens: int | None) -> "Iterator[Document
 
 def main(arguments: list[str]) -> int:
     def act() -> None:
+        refuse_unreadable(arguments, EvalError)
         options = tyro.extras.subcommand_cli_from_dict(asked.KINDS, args=arguments or ["--help"], prog="python -m eval")
         check_values(options)
         refuse_idle(options, options.NEEDS, arguments, EvalError)

@@ -24,12 +24,12 @@ def open_network(folder: Path, device: "torch.device", base: Path | None) -> "Ne
     if (folder / "adapter_config.json").is_file():
         from lora.peft_io import open_network
 
-        return open_network(folder, device=device, base=None if base is None else resolve(base))
+        return open_network(folder, device=device, base=None if base is None else resolve(base), finite=True)
     if base is not None:
         raise ConfigError(f"--base {base}: {folder} is a network, not an adapter")
     from model.hub import load
 
-    return load(folder, device=device)
+    return load(folder, device=device, finite=True)
 
 
 def encode(tokenizer: "Tokenizer", text: str, *, specials: bool = True, option: str = "--prompt") -> list[int]:

@@ -175,7 +175,7 @@ def test_corpus_of_one_short_document(tmp_path):
 def test_vocabulary_that_the_corpus_cannot_fill(tmp_path):
     for n in range(30):
         write(tmp_path / f"{n}.txt", f"Document {n} of few words.")
-    with pytest.raises(DataError, match=r"vocab_size=2048 is more than this text can fill.*--vocab-size \d+"):
+    with pytest.raises(DataError, match=r"--vocab-size 2048 is more than this text can fill.*--vocab-size \d+"):
         prepare(DataConfig(corpus=(str(tmp_path),), vocab_size=2048, cache=tmp_path / "cache"))
     assert list((tmp_path / "cache").iterdir()) == []
 

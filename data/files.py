@@ -46,7 +46,7 @@ def read_files(
     ends, is left out and noted.
     """
     for path in paths:
-        read, before = 0, len(report.skipped)
+        met, before = False, len(report.skipped)
         try:
             with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
                 if kind(path) not in FORMATS:
@@ -54,9 +54,10 @@ def read_files(
                     if text is not None:
                         yield Document(str(path), text)
                 else:
-                    for read, document in enumerate(read_record_file(path, stream, text_key, on_bad_text, report), start=1):
+                    for document in read_record_file(path, stream, text_key, on_bad_text, report):
+                        met = True
                         yield document
-                    if not read and len(report.skipped) == before:
+                    if not met and len(report.skipped) == before:
                         report.without_records.append(str(path))
         except NoRecordsError as error:
             if is_named:

@@ -1,4 +1,4 @@
-"""Notes on text that was left out, changed, or not spelled on its way to tokens: a line for each kind, none where all went well."""
+"""Notes on text that was left out, mended or not spelled on its way to tokens: a line for each kind that there is."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any

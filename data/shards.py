@@ -117,7 +117,9 @@ def prepare(
         if folder.exists():
             try:
                 shards = open_shards(folder, built, tokenizer)
-                for line in [*([] if built else reading_notes(shards.report)), *spelling_notes(shards.report, shards.tokenizer)]:
+                for line in [] if built else reading_notes(shards.report):
+                    say(line)
+                for line in spelling_notes(shards.report, shards.tokenizer):
                     say(line)
                 return shards
             except DamagedError as error:

@@ -265,7 +265,8 @@ def score_model(options: asked.Perplexity) -> None:
     if held:
         what, found = held_out(opened)
     else:
-        what, found = " ".join(options.corpus), documents(opened, options.corpus, options.text_key, options.on_bad_text, met=met)
+        what = " ".join(options.corpus)
+        found = documents(opened, options.corpus, options.text_key, options.on_bad_text, met=met)
     context = options.context or has
     if not 2 <= context <= has:
         raise EvalError(f"--context {options.context}: from 2 to the network's {has:,}")

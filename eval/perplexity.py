@@ -176,8 +176,9 @@ class TokenScores(ABC):
         settings = {name.removesuffix("_id"): value for name, value in vars(self).items()}
         if settings.get("bos_at") == "document":  # where a bos stands unless it is told otherwise
             del settings["bos_at"]
-        dtype = {"dtype": settings.pop("dtype")}
-        said = {"per": "token"} | resampled | settings | {"top_k": ",".join(map(str, self.top_k))} | (dtype if self.dtype else {})
+        del settings["dtype"]
+        said = {"per": "token"} | resampled | settings | {"top_k": ",".join(map(str, self.top_k))}
+        said |= {"dtype": self.dtype} if self.dtype else {}
         return "|".join(f"{name}:{'none' if value is None else value}" for name, value in said.items())
 
 

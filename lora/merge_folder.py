@@ -33,7 +33,7 @@ from lora.task_head import config_with_head, refuse_random_head
 from lora.vocabulary import resized_weights, vocabulary_of
 from model.config import ModelConfig
 from model.config_json import write_config
-from model.finite import non_finite, not_computable
+from model.finite import non_finite, refuse_tensor
 from model.folders import INDEX, SINGLE, weight_files, written_whole
 from model.hub import read_config
 from model.safetensors_file import WeightFile, WeightFileError, memory_of
@@ -239,11 +239,10 @@ def content(item: Item, merged: Merged) -> Iterator[bytes | memoryview]:
 
 
 def copied(file: WeightFile, name: str) -> Iterator[bytes]:
-    """A tensor's bytes as they are in the file. Error: inf or NaN among its numbers (AdapterError)."""
+    """A tensor's bytes as they are in the file. Error: inf or NaN among its numbers (HubError)."""
     for piece in pieces(file, name):
         if non_finite(torch.frombuffer(bytearray(piece), dtype=file.dtype(name))):
-            file.read(name, value := torch.empty(file.shape(name), dtype=file.dtype(name)))
-            raise AdapterError(not_computable(file.path, name, non_finite(value)))
+            refuse_tensor(file, name)
         yield piece
 
 

@@ -37,10 +37,15 @@ def refuse_non_finite(folder: Path) -> None:
     for path in weight_files(folder):
         with WeightFile(path) as file:
             for name in file.names:
-                value = torch.empty(file.shape(name), dtype=file.dtype(name))
-                file.read(name, value)
-                if found := non_finite(value):
-                    raise HubError(not_computable(path, name, found))
+                refuse_tensor(file, name)
+
+
+def refuse_tensor(file: WeightFile, name: str) -> None:
+    """Raise HubError where a tensor holds inf or NaN as it is in its file, before any cast."""
+    value = torch.empty(file.shape(name), dtype=file.dtype(name))
+    file.read(name, value)
+    if found := non_finite(value):
+        raise HubError(not_computable(file.path, name, found))
 
 
 def not_computable(path: Path, name: str, found: str) -> str:

@@ -130,9 +130,8 @@ def understood(said: dict, config: ModelConfig, raw: dict) -> GenerationConfig:
 
 
 def unread(said: dict) -> Iterator[str]:
-    """What is asked for, would change a text, and is not obeyed; of what nobody knows here too."""
+    """What is asked for, would change a text, and is not obeyed."""
     yield from (key for key, idle in OTHERS.items() if key in said and said[key] not in idle)
-    yield from (key for key in said if key not in READ | OTHERS.keys() | HARMLESS)
     if said.get("early_stopping") == "never":
         yield "early_stopping 'never'"
     if said.get("do_sample") and number(said, "num_beams", 1) > 1:

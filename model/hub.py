@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.config_json import read_config, write_config
-from model.finite import non_finite, not_computable
+from model.finite import non_finite, refuse_tensor
 from model.folders import INDEX, SINGLE, HubError, remove_other_weights, weight_files
 from model.generation_config import FILE as GENERATION
 from model.generation_config import generation_json, read_generation_config
@@ -182,8 +182,8 @@ def load(
                         small.put(name, published, stored, order=order, dtype=dtype, device=device)
                         continue
                     parameter = read(dtype, device)
-                    if finite and non_finite(parameter) and (broken := non_finite(read(None, "cpu"))):  # not by a cast to 16 bits
-                        raise HubError(not_computable(path, published, broken))
+                    if finite and non_finite(parameter):
+                        refuse_tensor(files[path], published)
                 _assign(network, name, parameter, empty.requires_grad)
             network.tie_weights()
             named = dict(network.named_parameters())

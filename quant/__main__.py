@@ -83,11 +83,13 @@ def quantize(options: Options, scheme: str) -> None:
             said = f"perplexity not measured: {task}"
             print(said)
         else:
+            dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
             after = held_out.score(network, task, scheme)
             del network  # first: beside it the original might not fit
             before = held_out.score(model.hub.load(folder, device=device, finite=True), task, "before")
             said = score_line(before, after)
-            print(f"held-out text: {held_out.described(task)}\n{columns(score_table(before, after, scheme))}\n")
+            exact = "" if dtype == "float32" else f", computed in {dtype}"
+            print(f"held-out text: {held_out.described(task)}{exact}\n{columns(score_table(before, after, scheme))}\n")
         title = f"{options.folder.absolute().name}: {how} · {amount(files[0])} → {amount(files[1])}"
         print(drawn(layers, kept, making, options.out, what=what, title=title, caption=said, normal=normal))
     for note in notes:

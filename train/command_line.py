@@ -39,7 +39,8 @@ def refuse_idle(options: object, rules: Iterable[Needs], arguments: Sequence[str
 
 
 # Options that take the name of a file or a folder. (An empty one would be read as the folder that a command runs in.)
-PATHS = {"out", "resume", "init", "recipe", "cache", "corpus", "calibrate", "base", "per_example", "baseline", "model", "wordnet"}
+PATHS = {"out", "resume", "init", "recipe", "cache", "corpus", "calibrate", "base"}
+PATHS |= {"per_example", "baseline", "model", "wordnet"}
 
 
 def refuse_unreadable(arguments: Sequence[str], error: type[Exception] = ValueError) -> None:

@@ -46,7 +46,8 @@ def open_text(
     **reading: str | None,
 ) -> Task | str:
     """A text in the tokens of the folder, by default that which the run was trained on, or the built-in one; or why there is
-    none. `reading`: text_key and on_bad_text, where they are not the run's. Errors (DataError, TrainError) only where a corpus was asked for."""
+    none. `reading`: text_key and on_bad_text, where they are not the run's. Errors (DataError, TrainError) only where a corpus
+    was asked for."""
     objective = objective_of(config)
     if objective is None:
         return no_objective(config)

@@ -176,7 +176,7 @@ def open_data(config: TrainConfig, checkpoint: Path | None, say: Say) -> Shards:
             raise TrainError(
                 f"--objective {config.run.objective} trains networks of the architecture {wanted!r}; "
                 f"--init {config.run.init} is one of {found.architecture!r}"
-                + "".join(f": add --objective {name}" for name, task in TASKS.items() if task.architecture == found.architecture)
+                + "".join(f": add --objective {name}" for name, one in TASKS.items() if one.architecture == found.architecture)
             )
         tokenizer = load_tokenizer(folder, found.vocab_size)
     progress = config.report.verbose and sys.stderr.isatty()

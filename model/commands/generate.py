@@ -104,7 +104,8 @@ def generate(options: Generate) -> None:
     if longest is not None and len(ids) > longest:
         if written:
             raise ConfigError(f"--prompt has {len(ids):,} tokens, and this network reads {longest:,} at once: shorten it")
-        print(f"note: the last {longest:,} of {len(ids):,} tokens of --prompt are read: the context has no more", file=sys.stderr)
+        read = f"the last {longest:,} of {len(ids):,} tokens of --prompt are read"
+        print(f"note: {read}: the context has no more", file=sys.stderr)
     stop_strings, stop_ids = stops(options.stop, tokenizer)
     settings = chosen(options, said, prompt=len(ids) if not written else 1)
     common = {

@@ -138,7 +138,8 @@ def test_out_that_cannot_be_a_folder(options, tmp_path):
     assert_one_clear_line(command(*options, "--out", tmp_path / "file" / "run"), "Not a directory")
     assert (tmp_path / "file").read_text() == "mine"
     (tmp_path / "metrics.jsonl").write_text("of something else")
-    assert_one_clear_line(command(*options, "--out", tmp_path), f"--out {tmp_path} is there already, and is not an empty folder")
+    said = command(*options, "--out", tmp_path)
+    assert_one_clear_line(said, f"--out {tmp_path} is there already, and is not an empty folder")
     assert (tmp_path / "metrics.jsonl").read_text() == "of something else"
 
 

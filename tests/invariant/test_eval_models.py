@@ -110,7 +110,8 @@ def test_pseudo_perplexity_of_an_encoder(masked, tmp_path):
     assert [*map(tokenizer.name_of, ends.values())] == ["[CLS]", "[SEP]"]
     expected = pseudo_perplexity(opened.network, pieces, mask_id=tokenizer.mask_id, **ends)
     assert len(pieces) > 2 and score["value"] == pytest.approx(expected.value, rel=1e-6)
-    assert score["parts"]["targets"] == len(ids) and score["parts"]["bytes"] == len(TEXT * 3), "of the text, not of what is left of it"
+    assert score["parts"]["targets"] == len(ids)
+    assert score["parts"]["bytes"] == len(TEXT * 3), "of the text, not of what is left of it"
     assert_one_clear_line(command("perplexity", masked, tmp_path / "text.txt", "--stride", "3", main=main), "--stride")
     said = command("perplexity", masked, tmp_path / "text.txt", "--bos", "every-window", main=main)
     assert_one_clear_line(said, "--bos every-window is of causal models")

@@ -48,7 +48,7 @@ class Options:
     text_key: str | None = None
     """The key, or the column of a table, that holds a record's text. Default: the run's, else text."""
     on_bad_text: Literal["error", "replace", "skip"] | None = None
-    """Text that is not valid UTF-8: stop, put U+FFFD in its place, or leave the document out. Default: the run's, else error."""
+    """Text that is not valid UTF-8: stop, put U+FFFD there, or leave the document out. Default: the run's, else error."""
     eval_tokens: int = 50_000
     """Score at most so many tokens."""
     cache: Path | None = None

@@ -36,7 +36,7 @@ from train.config import TrainConfig, TrainError, differing, mesh_sizes, overrid
 from train.distributed import Ranks, connected, gathered, lost, share, unwrapped
 from train.evaluate import evaluate
 from train.interrupt import StopRequest
-from train.lock import locked
+from train.lock import locked, refuse_taken
 from train.log import Console, Metrics, cut_back
 from train.phases import Phases
 from train.plain import read_settings, to_plain, with_absolute_paths
@@ -77,10 +77,8 @@ def start(config: TrainConfig) -> int:
             raise TrainError(f"--out {out} is a file")
         with held(out, ranks):
             with ranks.together():
-                if ranks.main and any((out / name).exists() for name in ("config.toml", "metrics.jsonl", "checkpoints")):
-                    raise TrainError(
-                        f"{out} already holds a run: go on, `{command('train', '--resume', out)}`, or choose another --out"
-                    )
+                if ranks.main:
+                    refuse_taken(out)
             if config.run.init is not None:  # a run's best checkpoint may be another one by the time of a resume
                 config = replace(config, run=replace(config.run, init=resolve(config.run.init)))
             return Run(config, ranks, resume=False, defaulted=defaulted).train()

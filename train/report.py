@@ -147,6 +147,12 @@ def speed(run: "Run", session: Session) -> str:
 def conclude(run: "Run", stopped: str, session: Session) -> None:
     """What was reached, how fast, the curves, and what to type next."""
     say, out, has, config = print, run.out, run.engine.network.config, run.config
+    if not session.steps:
+        why = f"stopped {stopped}" if stopped else f"reached the last of its {config.run.steps:,} steps"
+        say(f"\nnothing is left to do: this run has {why}, and is as it was\nnext")
+        for line in following(run, stopped):
+            say(f"  {line}")
+        return
     say(f"\nstopped {stopped}, saved at step {run.step}" if stopped else f"\ndone at step {run.step}")
     say(speed(run, session))
     if run.best:
@@ -185,7 +191,7 @@ def following(run: "Run", stopped: str) -> Iterator[str]:
         yield command("train", *words) + "   # go on from these weights"
 
 
-def said_of_text(data: DataConfig) -> list[str]:
+def said_of_text(data: DataConfig) -> list[str | Path]:
     """The options that read the same text again."""
     words, usual = [], DataConfig()
     for name in ("corpus", "text_key", "on_bad_text", "val_fraction", "dedup", "cache"):
@@ -195,7 +201,8 @@ def said_of_text(data: DataConfig) -> list[str]:
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
         else:
-            words += [f"--{option}", *map(str, value if isinstance(value, tuple) else (value,))]
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{option}", *(Path(each) if str(each).startswith("-") else str(each) for each in values)]
     return words
 
 

@@ -176,6 +176,7 @@ def open_data(config: TrainConfig, checkpoint: Path | None, say: Say) -> Shards:
             raise TrainError(
                 f"--objective {config.run.objective} trains networks of the architecture {wanted!r}; "
                 f"--init {config.run.init} is one of {found.architecture!r}"
+                + "".join(f": add --objective {name}" for name, one in TASKS.items() if one.architecture == found.architecture)
             )
         tokenizer = load_tokenizer(folder, found.vocab_size)
     progress = config.report.verbose and sys.stderr.isatty()
@@ -218,7 +219,7 @@ def open_network(
     if found.head != task.head:
         say(f"{run.init} has the head {found.head!r}: {task.head!r} takes its place")
     how = None if run.quantize == "none" else FourBit(scheme=run.quantize)
-    network = model.hub.load(folder, head=task.head, seed=run.seed, quantization=how, **common)
+    network = model.hub.load(folder, head=task.head, seed=run.seed, quantization=how, finite=True, **common)
     packed = as_autocast_asks(network)
     if packed and config.method is None:
         kind = next(iter(quantized_layers(network).values())).weight.scheme

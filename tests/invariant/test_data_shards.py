@@ -232,7 +232,7 @@ def test_an_unset_vocabulary_is_what_the_text_can_fill(config, mask):
     assert not again.built and not resolved.built and shards.folder == again.folder == resolved.folder
     assert said.count(FEW.format(size)) == 2 and len([line for line in said if "training" in line]) == 1
     for more in (2048, size + 1):
-        with pytest.raises(DataError, match=f"vocab_size={more} is more than this text can fill.* --vocab-size {size},"):
+        with pytest.raises(DataError, match=f"--vocab-size {more} is more than this text can fill.* --vocab-size {size},"):
             prepare(replace(config, vocab_size=more), mask=mask)
     shutil.rmtree(shards.folder)
     assert prepare(unset, mask=mask).tokenizer.sha256 == shards.tokenizer.sha256

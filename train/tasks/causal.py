@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from data.clm import clm_batch
 from data.shards import Shards
 from data.shell import command
+from data.sizes import text_bytes
 from model.generate import generate
 from train.config import TrainConfig
 from train.evaluate import baselines, bits_per_byte
@@ -26,8 +27,7 @@ class CausalTask(Task):
     def __init__(self, config: TrainConfig, shards: Shards):
         super().__init__(config, shards)
         tokenizer = self.tokenizer
-        # Every scored target stands for known bytes of text, so that part of the split has an exact size too.
-        self.validation_bytes = int(tokenizer.piece_bytes[self.held_out[1:]].sum())
+        self.validation_bytes = text_bytes(shards.validation, tokenizer, len(self.held_out))
         bos_id = None if tokenizer.bos_id == tokenizer.eos_id else tokenizer.bos_id
         self.baselines = baselines(shards.train.ids, self.held_out, tokenizer.vocab_size, bos_id, self.validation_bytes)
 

@@ -5,6 +5,7 @@
     files     user's files into documents: .txt .md .py and files of records, plain or .gz
     records   records of .jsonl .json .csv .tsv, with their places; scores read their files by it too
     shell     names of files in commands that are printed; `words` numbers of things in messages
+    notes     lines on text that was left out, mended or not spelled
     corpus    built-in corpora and user's files -> documents; long ones cut
     dedup     exact and near duplicates
     tokenizer one interface to all tokenizers; the kind by the files of a folder
@@ -17,6 +18,7 @@
     example   what a transform makes of a record
     packing/  examples, or blocks of tokens, -> rows of a batch; the batch of a step is a pure function of (seed, step)
     prefetch  batches made ahead, in a thread
+    sizes     bytes of text, where only its tokens are at hand
     clm       blocks -> inputs and labels of causal language modelling
     mlm       blocks -> inputs with gaps and labels of masked language modelling
 

@@ -9,7 +9,7 @@ import tyro
 from data.config import BUILT_IN, DataConfig, DataError
 from data.find import may_hold_records
 from data.words import counted
-from train.command_line import Needs, refuse_idle, run_command
+from train.command_line import Needs, refuse_idle, refuse_unreadable, run_command
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ def prepare(config: DataConfig) -> None:
 
 def main(arguments: list[str]) -> int:
     def act() -> None:
+        refuse_unreadable(arguments, DataError)
         config = tyro.extras.subcommand_cli_from_dict(
             {"prepare": Prepare}, args=arguments or ["--help"], prog="python -m data", description="Text in, batches out."
         )

@@ -6,7 +6,7 @@ from typing import Literal
 
 BUILT_IN = ("stdlib-docs", "stdlib-code")
 VOCAB_SIZE = 2048  # of the tokenizer, where nothing else is asked for and the text can fill it
-LEAST_VOCAB = 264  # 3 control ids, 256 bytes, a few characters
+LEAST_VOCAB = 264  # 3 control ids, 256 bytes, 5 characters
 
 
 class DataError(ValueError):
@@ -23,7 +23,7 @@ class DataConfig:
 
     corpus: tuple[str, ...] = ("stdlib-docs",)
     """What to read: stdlib-docs, stdlib-code, or files, folders and globs of .txt .md .py, and of records: .jsonl .json .csv
-    .tsv; each also .gz."""
+    .tsv; each also .gz. Hidden files of a folder are left out."""
 
     text_key: str = "text"
     """The key, or the column of a table, that holds a record's text."""
@@ -54,9 +54,12 @@ class DataConfig:
             raise DataError(f"corpus={self.corpus!r} is a string: give a tuple of names, ({self.corpus!r},)")
         if not self.corpus:
             raise DataError(f"corpus is empty: name files, folders, globs or one of {', '.join(BUILT_IN)}")
+        if "" in self.corpus:
+            raise DataError("--corpus '': an empty name; the folder that a command runs in is .")
         if self.vocab_size is not None and not LEAST_VOCAB <= self.vocab_size <= 1 << 24:
-            raise DataError(f"vocab_size={self.vocab_size} is outside [{LEAST_VOCAB}, {1 << 24}]: 3 control ids, 256 bytes")
+            least = f"{LEAST_VOCAB} (3 control ids, 256 bytes, {LEAST_VOCAB - 259} characters)"
+            raise DataError(f"--vocab-size {self.vocab_size}: from {least} to {1 << 24}")
         if not 0 < self.val_fraction < 1:
-            raise DataError(f"val_fraction={self.val_fraction} is outside (0, 1)")
+            raise DataError(f"--val-fraction {self.val_fraction}: a fraction above 0 and below 1")
         if self.on_bad_text not in ("error", "replace", "skip"):
-            raise DataError(f"on_bad_text={self.on_bad_text!r} is none of error, replace, skip")
+            raise DataError(f"--on-bad-text {self.on_bad_text!r}: one of error, replace, skip")

@@ -15,6 +15,7 @@ import regex
 from data.config import BUILT_IN, DataConfig, DataError
 from data.files import Document, ReadReport, read_files
 from data.find import expand_home, find_files, refuse, shortened
+from data.words import counted
 
 # Tests and their data are no documentation; site-packages differ from machine to machine.
 PRUNED = frozenset({"test", "tests", "idle_test", "lib2to3", "__phello__", "site-packages", "dist-packages"})
@@ -71,7 +72,7 @@ def read_corpus(config: DataConfig, report: ReadReport | None = None) -> Iterato
             yield document
     if not report.documents:
         raise DataError(
-            f"the corpus {' '.join(config.corpus)} is empty: no text in it ({report.empty} empty documents"
+            f"the corpus {' '.join(config.corpus)} is empty: no text in it ({counted(report.empty, 'empty document')}"
             + (f", {len(report.skipped)} left out by --on-bad-text skip" if report.skipped else "")
             + (f", no list of records: {shortened(report.no_records)})" if report.no_records else ")")
         )

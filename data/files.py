@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeVar
 
-from data.config import DataError
+from data.config import DataConfig, DataError
 from data.find import kind
 from data.records import FORMATS, Line, NoRecordsError, Record, RecordError, is_utf16, read_records, shown
 
 T = TypeVar("T")
 BadText = Literal["error", "replace", "skip"]
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
+JSON_KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class ReadReport:
     bytes: int = 0
     skipped: list[str] = field(default_factory=list)  # documents left out: not valid UTF-8, on_bad_text="skip"
     replaced: list[str] = field(default_factory=list)  # documents that hold U+FFFD now, on_bad_text="replace"
-    empty: int = 0
+    empty: int = 0  # documents without text, left out
+    without_records: list[str] = field(default_factory=list)  # files of records that hold none
     no_records: list[str] = field(default_factory=list)  # JSON files left out: met in a folder, and no list of records
 
 
@@ -83,9 +85,14 @@ def read_each(
 ) -> Iterator[T]:
     """What `read` makes of each file, opened, unpacked; and every way in which that fails as a message."""
     for path in paths:
+        met, before = False, len(report.skipped)
         try:
             with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
-                yield from read(path, stream)
+                for one in read(path, stream):
+                    met = True
+                    yield one
+                if kind(path) in FORMATS and not met and len(report.skipped) == before:
+                    report.without_records.append(str(path))
         except NoRecordsError as error:
             if is_named:
                 raise DataError(f"{path}: {error}") from error
@@ -143,17 +150,28 @@ def decoded_lines(
 
 
 def text_of(record: Record, name: str, text_key: str, what: str) -> str:
+    """The string under `text_key`; a record may be a plain string too."""
+    if isinstance(record.value, str):
+        if text_key != DataConfig.text_key:
+            raise DataError(f"{name}: a plain string, which has no key {text_key!r}: leave --text-key out to read it")
+        return record.value
     if not isinstance(record.value, dict):
         which = "a JSON line" if record.place.startswith("line ") else "a record"
-        raise DataError(f"{name}: {which} must be an object, this is {type(record.value).__name__}")
+        raise DataError(f"{name}: {which} must be an object or a string, this is {JSON_KINDS[type(record.value)]}")
     if text_key not in record.value:
         has = f"no {what} {text_key!r}; its {what}s: {shown(record.value)}"
         raise DataError(f"{name}: {has}. Name the one with the text by --text-key, or the files to read by a glob")
     text = record.value[text_key]
     if not isinstance(text, str):
-        has = "null" if text is None else type(text).__name__
-        raise DataError(f"{name}: the value of {text_key!r} is {has}, not a string")
+        chat = ". Chat records, which hold a list of messages, cannot be trained on yet" * is_chat(text)
+        others = [key for key, value in record.value.items() if isinstance(value, str)]
+        hint = f"; strings are in {shown(others)}: name one by --text-key" if others else ""
+        raise DataError(f"{name}: the value of {text_key!r} is {JSON_KINDS[type(text)]}, not a string{hint}{chat}")
     return text
+
+
+def is_chat(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) and "content" in each for each in value)
 
 
 def without_surrogates(text: str, name: str, text_key: str, on_bad_text: BadText, report: ReadReport) -> str | None:
@@ -193,6 +211,7 @@ def without_mark(text: str, offset: int) -> str:
 def mend(problem: str, name: str, on_bad_text: BadText, report: ReadReport) -> str | None:
     """Act on one document of bad text: raise, note it as replaced, or note it as skipped (None)."""
     if on_bad_text == "error":
-        raise DataError(f"{problem}. --on-bad-text replace or skip goes on without it")
+        way_on = "--on-bad-text replace puts U+FFFD in its place, --on-bad-text skip leaves the document out"
+        raise DataError(f"{problem}. {way_on}")
     (report.replaced if on_bad_text == "replace" else report.skipped).append(name)
     return name if on_bad_text == "replace" else None

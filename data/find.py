@@ -1,8 +1,8 @@
 """Files that an entry of --corpus names: a file, a folder with what its links lead to, or a glob; and what is left out.
 
 Each real folder and each real file comes once, however many links lead to it, so that loops of links end. Links come last: a
-file that a folder holds itself keeps its path there. Hidden names are passed over. Other suffixes are too, and are counted:
-text must not go missing in silence.
+file that a folder holds itself keeps its path there. Hidden names and other suffixes are passed over, and are counted: text
+must not go missing in silence.
 """
 
 import errno
@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from data.config import BUILT_IN, DataError
 from data.records import FORMATS, refuse_columnar, suffix_of
+from data.words import counted
 
 TEXTS = (".txt", ".md", ".py")
 SUFFIXES = (*TEXTS, *FORMATS)
@@ -90,19 +91,24 @@ class LeftOut:
     suffixes: Counter[str] = field(default_factory=Counter)
     broken: list[str] = field(default_factory=list)  # links that lead nowhere
     special: list[str] = field(default_factory=list)  # pipes, sockets, devices
+    hidden: Counter[str] = field(default_factory=Counter)  # "file", "folder": whose name begins with a dot
 
     def line(self, where: str) -> str:
         """
         >>> LeftOut(Counter({".pdf": 3, "": 1, ".html": 12}), ["a.txt"]).line("corpus/")
         'left out of corpus/: 12 files of .html, 3 of .pdf, 1 without a suffix; links that lead nowhere: a.txt'
+        >>> LeftOut(hidden=Counter(file=2, folder=1)).line("corpus/")
+        'left out of corpus/: 2 hidden files and 1 hidden folder'
         """
-        counted = self.suffixes.most_common()
-        files = [f"{count:,} {f'of {suffix}' if suffix else 'without a suffix'}" for suffix, count in counted[:MOST]]
-        if rest := counted[MOST:]:
+        suffixes = self.suffixes.most_common()
+        files = [f"{count:,} {f'of {suffix}' if suffix else 'without a suffix'}" for suffix, count in suffixes[:MOST]]
+        if rest := suffixes[MOST:]:
             files.append(f"{sum(count for _, count in rest):,} of {len(rest)} other suffixes")
         if files:
-            files[0] = files[0].replace(" ", " files " if counted[0][1] > 1 else " file ", 1)
+            files[0] = files[0].replace(" ", " files " if suffixes[0][1] > 1 else " file ", 1)
         parts = [", ".join(files)] if files else []
+        hidden = [counted(self.hidden[kind], f"hidden {kind}") for kind in ("file", "folder") if self.hidden[kind]]
+        parts += [" and ".join(hidden)] if hidden else []
         for what, names in (("links that lead nowhere", self.broken), ("neither files nor folders", self.special)):
             if names:
                 parts.append(f"{what}: {shortened(names, MOST)}")
@@ -150,6 +156,9 @@ class Search:
                     folders.clear()
                     continue
                 self.folders.add(real)
+                if not pattern:  # a glob names hidden files by a dot of its own, as in a shell
+                    self.left_out.hidden["file"] += len(names) - len(visible(names))
+                    self.left_out.hidden["folder"] += len(folders) - len(visible(folders))
                 folders[:] = visible(folders)
                 pending += [Path(root, name) for name in folders if os.path.islink(os.path.join(root, name))]
                 for path in [Path(root, name) for name in visible(names)]:

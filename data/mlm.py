@@ -105,6 +105,11 @@ def unigram_baseline(train_ids: np.ndarray, labels: Iterable[Tensor], special_id
     target_V = np.zeros(vocab_size, dtype=np.int64)
     for label in labels:
         target_V += np.bincount(label[label != IGNORE].numpy(), minlength=vocab_size)
+    if not target_V.sum() and not count_V.sum():
+        raise DataError(
+            "no token is masked: all tokens of the text are special, as the unknown one is. This tokenizer cannot spell the "
+            "text: start from a network that knows its script, or from nothing"
+        )
     if not target_V.sum():
         raise DataError("no token is masked: there is nothing to score. Use more text, or a higher rate")
     log_p_V = np.log((count_V + 1) / (count_V.sum() + len(ordinary)))

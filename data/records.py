@@ -171,6 +171,9 @@ def table(lines: Iterable[Line], separator: str | None = None) -> Iterator[Recor
             header = row
             if twice := [name for name, count in Counter(header).items() if name and count > 1]:
                 raise RecordError(place, f"{shown(twice)}: more than one column has this name")
+            alike = Counter(name.strip() for name in header)
+            if twice := [name for name in header if name.strip() and alike[name.strip()] > 1]:
+                raise RecordError(place, f"{shown(twice)}: names of columns that differ by white space only")
         elif len(row) != len(header):
             has = f"{len(row)} fields (line {above + rows.line_num}, separated by {separator!r})"
             raise RecordError(place, f"{has}, and the header has {len(header)}: {shown(header)}")

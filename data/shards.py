@@ -28,12 +28,12 @@ from data.config import LEAST_VOCAB, VOCAB_SIZE, DataConfig, DataError
 from data.corpus import cut, cut_long_lines, find_corpus, read_corpus
 from data.dedup import deduplicate
 from data.files import Document, ReadReport
-from data.find import shortened
+from data.notes import reading_notes, spelling_notes
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.tokenizer_training import VocabularyError, train_tokenizer, trainer_options
 from data.words import counted
 
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("train", "validation")
 LARGEST_PIECE = 1 << 14  # bytes, when a corpus of few documents is cut
 
@@ -116,7 +116,12 @@ def prepare(
         folder = folder_of(size)
         if folder.exists():
             try:
-                return open_shards(folder, built, tokenizer)
+                shards = open_shards(folder, built, tokenizer)
+                for line in [] if built else reading_notes(shards.report):
+                    say(line)
+                for line in spelling_notes(shards.report, shards.tokenizer):
+                    say(line)
+                return shards
             except DamagedError as error:
                 say(f"cached shards {folder} are damaged ({error}): building them again")
         say(f"preparing {' '.join(config.corpus)}")
@@ -172,12 +177,14 @@ def split_fraction(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
-def split(documents: list[Document], val_fraction: float) -> dict[str, list[Document]]:
-    """Training and validation documents. Where chance leaves one split empty, the nearest document goes there."""
+def split(documents: list[Document], val_fraction: float, *, dropped: int = 0) -> dict[str, list[Document]]:
+    """Training and validation documents. Where chance leaves one split empty, the nearest document goes there. `dropped`:
+    how many duplicates there were, for a message."""
     if len(documents) < 2:
+        after = f" after {counted(dropped, 'duplicate was', 'duplicates were')} dropped" * (dropped > 0)
         raise DataError(
-            f"the corpus has {len(documents)} document after duplicates were dropped, and training and validation need "
-            "one each. Add files, or use a .jsonl with one document a line"
+            f"the corpus has {counted(len(documents), 'document')}{after}, and training and validation need one each. Add "
+            "files, or use a .jsonl with one document a line"
         )
     fractions = [split_fraction(document.text) for document in documents]
     threshold = min(max(val_fraction, np.nextafter(min(fractions), 1)), max(fractions))
@@ -204,11 +211,8 @@ def build(
     folder.mkdir()
     read = ReadReport()
     documents = list(tqdm(read_corpus(config, read), "reading", unit=" documents", disable=not progress, leave=False))
-    for names, what in ((read.skipped, "left out"), (read.replaced, "mended with U+FFFD")):
-        if names:
-            say(f"{counted(len(names), 'document')} of bad text {what}: {shortened(names)}")
-    if read.no_records:
-        say(f"left out, as no list of records: {shortened(read.no_records)}")
+    for line in reading_notes(vars(read)):
+        say(line)
     was_cut = len(documents) * config.val_fraction < 1
     if was_cut:  # a book in one file: validation would get all of it or nothing
         size = int(min(LARGEST_PIECE, max(256, read.bytes * config.val_fraction / 4)))
@@ -219,13 +223,16 @@ def build(
             pieces = [cut_long_lines(parts, size, most=read.bytes // 4) for parts in pieces]
             where += ", and long lines at white space," if sum(map(len, pieces)) > made else ""
         documents = [piece for parts in pieces for piece in parts]
-        share = f"{config.val_fraction:.0%}"
-        say(f"{counted(few, 'document')} cannot have {share} held out: cut {where} into {len(documents):,}")
+        wanted = f"{counted(few, 'document')} cannot have {100 * config.val_fraction:.3g}% held out"
+        if len(documents) > few:
+            say(f"{wanted}: cut {where} into {len(documents):,}")
+        elif few > 1:
+            say(f"{wanted}, and they are too short to be cut: one or more of them are held out whole")
     kept, dropped = deduplicate(documents, near=config.dedup)
     if len(kept) < len(documents):
         gone = (counted(len(names), f"{kind} duplicate") for kind, names in (("exact", dropped.exact), ("near", dropped.near)))
         say(f"{counted(len(documents), 'document')}: dropped {' and '.join(gone)}")
-    parts = split(kept, config.val_fraction)
+    parts = split(kept, config.val_fraction, dropped=len(documents) - len(kept))
     if tokenizer is None:
         say(f"training a tokenizer of {vocab_size:,} pieces on {counted(len(parts['train']), 'document')}")
         tokenizer = train(parts["train"], vocab_size, mask, config.vocab_size is None)
@@ -235,22 +242,21 @@ def build(
     for name, content in tokenizer.files.items():
         (folder / name).write_bytes(content)
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+    spelled = {"unspelled": 0, "unknown": 0, "tokens": 0}
+    splits = {
+        name: write_split(folder / f"{name}.bin", parts[name], tokenizer, dtype, spelled, progress) for name in SPLITS
+    }
     index = {
         "format": FORMAT,
         "key": folder_of(vocab_size).name,
         "dtype": dtype,
         "tokenizer_sha256": tokenizer.sha256,
         "separator": tokenizer.separator,
-        "splits": {
-            name: write_split(folder / f"{name}.bin", parts[name], tokenizer, dtype, progress) for name in SPLITS
-        },
-        "report": {
+        "splits": splits,
+        "report": vars(read)
+        | spelled
+        | {
             "corpus": list(config.corpus),
-            "documents": read.documents,
-            "bytes": read.bytes,
-            "empty": read.empty,
-            "skipped": read.skipped,
-            "replaced": read.replaced,
             "cut_into": len(documents) if was_cut else None,
             "exact_duplicates": dropped.exact,
             "near_duplicates": dropped.near,
@@ -281,15 +287,19 @@ def train(documents: list[Document], vocab_size: int, mask: bool, smaller: bool)
 
 
 def write_split(
-    path: Path, documents: list[Document], tokenizer: Tokenizer, dtype: str, progress: bool
+    path: Path, documents: list[Document], tokenizer: Tokenizer, dtype: str, spelled: dict[str, int], progress: bool
 ) -> dict[str, int]:
+    """Write the ids and count them. `spelled` is added to (`data.notes.spelling_notes`)."""
     one_separator = tokenizer.bos_id == tokenizer.eos_id
     tokens = count = size = 0
     with path.open("wb") as stream:
         for document in tqdm(documents, f"encoding {path.stem}", unit=" documents", disable=not progress, leave=False):
             ids = tokenizer.encode(document.text)
             if not ids:  # nothing is left of it by a normalisation that drops control characters
+                spelled["unspelled"] += 1
                 continue
+            spelled["unknown"] += ids.count(tokenizer.unknown_id)
+            spelled["tokens"] += len(ids)
             ids = tokenizer.document(ids)
             stream.write(np.array(ids, dtype=dtype).tobytes())
             tokens += len(ids)

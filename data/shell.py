@@ -1,17 +1,23 @@
 """Commands that are printed to be typed: as bash reads them."""
 
 import os
+import re
 import shlex
 from pathlib import Path
+
+OPTION = re.compile(r"--[a-z0-9][a-z0-9.-]*")
 
 
 def quote(name: str | Path) -> str:
     """Quote a name so that bash reads it back; in ASCII, where it holds what a terminal cannot show.
 
-    >>> print(quote("my notes"), quote("caf\\udce9 'x'"))
-    'my notes' $'caf\\xe9 \\'x\\''
+    A path that begins with a dash would be read as an option.
+
+    >>> print(quote("my notes"), quote("caf\\udce9 'x'"), quote(Path("-notes")))
+    'my notes' $'caf\\xe9 \\'x\\'' ./-notes
     """
     text = os.fspath(name)
+    text = f"./{text}" if isinstance(name, Path) and text.startswith("-") else text
     if text.isprintable():
         return shlex.quote(text)
     plain = {byte: chr(byte) for byte in range(0x20, 0x7F)} | {ord(c): f"\\{c}" for c in "'\\"}
@@ -19,8 +25,15 @@ def quote(name: str | Path) -> str:
 
 
 def command(*words: str | Path) -> str:
+    """Words as they are typed. A text that begins with a dash is tied to its option.
+
+    >>> command("train", "--resume", "my run"), command("model", "generate", "--prompt", "---")
+    ("python -m train --resume 'my run'", 'python -m model generate --prompt=---')
     """
-    >>> command("train", "--resume", "my run")
-    "python -m train --resume 'my run'"
-    """
-    return f"python -m {' '.join(map(quote, words))}"
+    typed: list[str] = []
+    for word in words:
+        if isinstance(word, str) and word.startswith("-") and not OPTION.fullmatch(word) and typed[-1].startswith("--"):
+            typed[-1] += f"={quote(word)}"
+        else:
+            typed.append(quote(word))
+    return f"python -m {' '.join(typed)}"

@@ -147,8 +147,8 @@ class Tokenizer(ABC):
 
         Of a lossless tokenizer piece_bytes[encode(t)].sum() == len(t.encode()), and bits per byte compare with those of
         any other. Otherwise the sum counts the bytes of the text as the tokenizer normalised it: a space put in front
-        is one byte, an unknown token none, capitals and accents that it drops are not counted. Bits per byte are then
-        bits per byte of that text, which compares networks with this tokenizer, and others only roughly.
+        is one byte, an unknown token none, capitals and accents that it drops are not counted. `data.sizes` has the bytes of
+        the text itself.
         """
         return np.array([len(piece) for piece in self.bytes_of], dtype=np.int64)
 

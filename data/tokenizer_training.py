@@ -92,9 +92,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, mask: bool = False) -
     except RuntimeError as error:
         largest = re.search(r"value <= (\d+)", str(error))
         if largest is None:
-            raise DataError(f"no tokenizer of vocab_size={vocab_size} can be trained on this text ({error})") from error
+            raise DataError(f"no tokenizer of {vocab_size} pieces can be trained on this text ({error})") from error
         raise VocabularyError(
-            f"vocab_size={vocab_size} is more than this text can fill: it gives {largest[1]} pieces at most. "
+            f"--vocab-size {vocab_size} is more than this text can fill: it gives {largest[1]} pieces at most. "
             f"Use --vocab-size {largest[1]}, or more text",
             int(largest[1]),
         ) from error

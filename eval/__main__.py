@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -17,9 +18,10 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import tyro
 
+from data.words import counted
 from eval.commands import options as asked
 from eval.commands.texts import BATCH, HYPOTHESIS_FIELDS, REFERENCE_FIELDS, EvalError, Source, Sources
-from train.command_line import refuse_idle, run_command
+from train.command_line import refuse_idle, refuse_unreadable, run_command
 
 if TYPE_CHECKING:
     from numpy import ndarray
@@ -169,6 +171,10 @@ def score_texts(options: asked.Scored) -> None:
             scored = {
                 name: scorer.statistics(texts, batch.references, notes=notes[name]) for name, texts in batch.hypotheses.items()
             }
+            for name, texts in batch.hypotheses.items():
+                if not isinstance(options, asked.F1):  # there an empty answer is one
+                    empty = Counter(empty=sum(not text.strip() for text in texts), texts=len(texts))
+                    notes[name].add("empty", describe_empty, empty)
             for name, parts in scored.items():
                 for kept, part in zip(statistics[name], parts, strict=True):
                     kept.append(part)
@@ -182,6 +188,12 @@ def score_texts(options: asked.Scored) -> None:
     whole = {name: [joined(parts) for parts in kept] for name, kept in statistics.items()}
     result = compared(scorer.metrics, whole, samples=options.samples, seed=options.seed, test=options.test)
     show(options.json, result, differences if options.differ else dict.fromkeys(differences))
+
+
+def describe_empty(found: Counter) -> str | None:
+    if not found["empty"]:
+        return None
+    return f"{found['empty']:,} of {counted(found['texts'], 'hypothesis', 'hypotheses')} are empty"
 
 
 @contextmanager
@@ -245,20 +257,23 @@ def furthest(differences: "list[Difference]", most: int) -> "list[Difference]":
 def score_model(options: asked.Perplexity) -> None:
     from eval.perplexity import Perplexity, PseudoPerplexity
     from eval.report import alone
-    from train.scoring import documents, held_out, language_model, open_folder
+    from train.scoring import Met, documents, held_out, language_model, open_folder
 
     opened = open_folder(options.model, device=options.device, threads=options.threads)
     masked, held, has = language_model(opened) == "mlm", not options.corpus, opened.network.config.context
+    met = Met()
     if held:
         what, found = held_out(opened)
     else:
-        what, found = " ".join(options.corpus), documents(opened, options.corpus, options.text_key)
+        what = " ".join(options.corpus)
+        found = documents(opened, options.corpus, options.text_key, options.on_bad_text, met=met)
     context = options.context or has
     if not 2 <= context <= has:
         raise EvalError(f"--context {options.context}: from 2 to the network's {has:,}")
     tokenizer = opened.tokenizer
     bos_id, eos_id = ends(options, tokenizer, held_out=held)
     settings = {"bos_id": bos_id, "eos_id": eos_id, "top_k": options.top_k, "bins": options.bins}
+    settings["dtype"] = str(next(opened.network.parameters()).dtype).removeprefix("torch.")
     if masked:
         if options.stride is not None:
             raise EvalError("--stride is of causal models: of a masked one each token sees all of its document")
@@ -271,8 +286,10 @@ def score_model(options: asked.Perplexity) -> None:
         bos_at = "every-window" if options.bos == "every-window" else "document"
         metric = Perplexity(context=context, stride=options.stride, bos_at=bos_at, **settings)
     statistics_BK = metric.statistics(opened.network, **columns(found, options.tokens), **reading(options))
-    counted = "document" if len(statistics_BK) == statistics_BK[:, 6].sum() else "window"
-    result = alone(metric, statistics_BK, samples=options.samples, seed=options.seed, counted=counted)
+    for line in met.notes(tokenizer):
+        print(f"note: {line}", file=sys.stderr)
+    unit = "document" if len(statistics_BK) == statistics_BK[:, 6].sum() else "window"
+    result = alone(metric, statistics_BK, samples=options.samples, seed=options.seed, counted=unit)
     if not options.json:
         print(f"{options.model} on {what}")
     show(options.json, result, {})
@@ -299,10 +316,12 @@ def reading(options: asked.Perplexity) -> dict[str, object]:
 
 
 def pieces(whole: "Document", longest: int, piece_bytes: "ndarray") -> "Iterator[Document]":
-    """Of a document that may be too long to be read at once. Tokens tell their bytes; characters and words are not known."""
-    for start in range(0, len(whole.ids), longest):
-        ids = whole.ids[start : start + longest]
-        yield whole._replace(ids=ids, bytes=int(piece_bytes[ids].sum()), characters=0, words=0)
+    """Of a document that may be too long to be read at once. Its bytes are shared out; characters and words are not known."""
+    from data.sizes import shared_out
+
+    parts = [whole.ids[start : start + longest] for start in range(0, len(whole.ids), longest)]
+    for ids, size in zip(parts, shared_out(whole.bytes, [int(piece_bytes[ids].sum()) for ids in parts]), strict=True):
+        yield whole._replace(ids=ids, bytes=size, characters=0, words=0)
 
 
 def columns(found: "Iterator[Document]", tokens: int | None) -> "dict[str, Iterator]":
@@ -323,6 +342,7 @@ def until(found: "Iterator[Document]", tokens: int | None) -> "Iterator[Document
 
 def main(arguments: list[str]) -> int:
     def act() -> None:
+        refuse_unreadable(arguments, EvalError)
         options = tyro.extras.subcommand_cli_from_dict(asked.KINDS, args=arguments or ["--help"], prog="python -m eval")
         check_values(options)
         refuse_idle(options, options.NEEDS, arguments, EvalError)

@@ -133,6 +133,8 @@ class BertScore:
         said["idf"] = {True: "references", False: "no"}[self.idf] if isinstance(self.idf, bool) else "given"
         said |= {"baseline": "no" if self.baseline is None else Path(self.baseline).name, "special": "weight-0"}
         said |= {"max": self.max_length or "no", "version": f"bert-score-{BERT_SCORE}"}
+        dtype = next((weight.dtype for weight in getattr(self.network, "parameters", list)()), torch.float32)
+        said |= {} if dtype == torch.float32 else {"dtype": str(dtype).removeprefix("torch.")}
         return "|".join(f"{name}:{value}" for name, value in said.items())
 
     def _chunks(self, hypotheses: Sequence[str], references: Sequence[Sequence[str | None]]) -> Iterator["Pairs"]:

@@ -31,7 +31,7 @@ TOKENIZED = 100  # hypotheses that end in " .", from which on sacrebleu says tha
 class Bleu:
     """Settings of BLEU; `smooth` says what a precision of 0 becomes.
 
-    - "exp": 1 / (2^k total), for the k-th order without a match
+    - "exp": 1 / (2^k total), for the k-th order without a match: orders with one are not counted by k
     - "floor": `smooth_value` (0.1) / total
     - "add-k": `smooth_value` (1) is added to matches and totals of orders above 1, whatever they are
     - "none": it stays 0, and so the score
@@ -101,7 +101,14 @@ class Bleu:
         return replace(self, effective_order=True).scores(statistics_BK)
 
     def _parts(self, statistics_XK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Precisions in per cent, brevity penalty, orders that count."""
+        """Precisions in per cent, brevity penalty, orders that count; all of one text or corpus X.
+
+        there_X     whether it has n-grams of this order, and of all below it
+        none_X      whether it has, and none of them matches: such an order is smoothed
+        smoothed_X  1 / 2^k, where k orders up to this one were smoothed (for "exp"); those that match leave it as it is
+        orders_X    how many orders the mean is over
+        any_X1      whether a single n-gram matches: else all precisions are 0, and nothing is smoothed
+        """
         _, length_X, reference_X, *rest = statistics_XK.double().unbind(-1)
         matched, total = rest[: self.max_order], rest[self.max_order :]
         penalty_X = torch.where(length_X < reference_X, 1 - ratio(reference_X, length_X), 0).exp()
@@ -122,8 +129,8 @@ class Bleu:
             if self.effective_order:
                 orders_X = orders_X.where(~there_X, order)
             precisions.append(100 * ratio(match_X, total_X).where(there_X, 0.0))
-        any_X = torch.stack(matched, -1).gt(0).any(-1, keepdim=True)  # without a match nothing is smoothed
-        return torch.stack(precisions, -1).where(any_X, 0.0), penalty_X, orders_X
+        any_X1 = torch.stack(matched, -1).gt(0).any(-1, keepdim=True)  # without a match nothing is smoothed
+        return torch.stack(precisions, -1).where(any_X1, 0.0), penalty_X, orders_X
 
     def score(self, statistics_BK: Tensor) -> Score:
         sums_K = statistics_BK.sum(0)

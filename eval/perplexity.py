@@ -51,6 +51,7 @@ class TokenScores(ABC):
     eos_id: int | None = None
     top_k: Sequence[int] = (1, 5)
     bins: int = 15
+    dtype: str = ""  # of the network, for the signature: log-probabilities are computed in float32 at the least
 
     name: ClassVar[str]
     mean: ClassVar[bool] = False
@@ -175,7 +176,9 @@ class TokenScores(ABC):
         settings = {name.removesuffix("_id"): value for name, value in vars(self).items()}
         if settings.get("bos_at") == "document":  # where a bos stands unless it is told otherwise
             del settings["bos_at"]
+        del settings["dtype"]
         said = {"per": "token"} | resampled | settings | {"top_k": ",".join(map(str, self.top_k))}
+        said |= {"dtype": self.dtype} if self.dtype else {}
         return "|".join(f"{name}:{'none' if value is None else value}" for name, value in said.items())
 
 

@@ -10,7 +10,7 @@ import tyro
 
 from data.words import counted
 from lora.config import AdapterError
-from train.command_line import Needs, refuse_idle, run_command
+from train.command_line import Needs, refuse_idle, refuse_unreadable, run_command
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -86,6 +86,7 @@ def merge(options: Merge) -> None:
 
 def main(arguments: list[str]) -> int:
     def act() -> None:
+        refuse_unreadable(arguments, AdapterError)
         options = tyro.extras.subcommand_cli_from_dict({"merge": Merge}, args=arguments or ["--help"], prog="python -m lora")
         refuse_idle(options, options.NEEDS, arguments, AdapterError)
         merge(options)

@@ -10,6 +10,7 @@ from lora.config import AdapterError
 from lora.peft_read import VOCABULARY, Copy
 from lora.vocabulary import tensor
 from model.config import ModelConfig
+from model.finite import non_finite, not_computable
 from model.folders import HubError
 from model.hub import match_weights, quantized_weights
 from model.init import empty
@@ -106,6 +107,8 @@ class Base:
             return interleaved_to_halves(value, self.config.head_width) if row.layout == "interleaved" else value
         value = torch.empty(file.shape(published), dtype=self.dtype)
         file.read(published, value)
+        if broken := non_finite(value):
+            raise HubError(not_computable(file.path, published, broken))
         return self.in_our_layout(value, row)
 
     def in_our_layout(self, value: Tensor, row: Weight) -> Tensor:

@@ -33,6 +33,7 @@ from lora.task_head import config_with_head, refuse_random_head
 from lora.vocabulary import resized_weights, vocabulary_of
 from model.config import ModelConfig
 from model.config_json import write_config
+from model.finite import non_finite, refuse_tensor
 from model.folders import INDEX, SINGLE, weight_files, written_whole
 from model.hub import read_config
 from model.safetensors_file import WeightFile, WeightFileError, memory_of
@@ -225,15 +226,24 @@ def content(item: Item, merged: Merged) -> Iterator[bytes | memoryview]:
     else:
         file, there = item.source
         if file.dtype(there) == item.dtype:
-            yield from pieces(file, there)
+            yield from copied(file, there)
             return
         value = torch.empty(item.shape, dtype=file.dtype(there))
         file.read(there, value)
     cast = value.to(item.dtype).contiguous()
     if cast.is_floating_point() and not bool(cast.isfinite().all()):
-        raise AdapterError(f"{item.name}: the merged weight is not finite in {str(item.dtype).removeprefix('torch.')}")
+        dtype = str(item.dtype).removeprefix("torch.")
+        raise AdapterError(f"{item.name}: the merged weight is not finite in {dtype}: {non_finite(cast)}")
     del value
     yield memory_of(cast)
+
+
+def copied(file: WeightFile, name: str) -> Iterator[bytes]:
+    """A tensor's bytes as they are in the file. Error: inf or NaN among its numbers (HubError)."""
+    for piece in pieces(file, name):
+        if non_finite(torch.frombuffer(bytearray(piece), dtype=file.dtype(name))):
+            refuse_tensor(file, name)
+        yield piece
 
 
 def write_file(path: Path, items: list[Item], content: Callable[[Item], Iterable[bytes | memoryview]]) -> None:

@@ -22,6 +22,7 @@ from lora.peft_names import BEFORE, Entry, bias_key, entries, exactly, linear_mo
 from lora.peft_read import VOCABULARY, Copy, Read, read_keys, ties
 from lora.targets import adaptable
 from lora.vocabulary import first_rows, refuse_unknown_rows, resized_weights, same_change, tensor, vocabulary_of
+from model.finite import non_finite, not_computable
 from model.safetensors_file import WeightFile
 from model.weights import head_spec, published_prefix, to_published, weight_table
 from model.words import listed
@@ -240,6 +241,8 @@ def value_of(network: nn.Module, given: dict, read: Read, key: str, entry: Entry
     there = read.keys[key]
     value = torch.empty(read.file.shape(there), dtype=entry.parameter.dtype)
     read.file.read(there, value)
+    if broken := non_finite(value):
+        raise AdapterError(not_computable(read.file.path, there, broken))
     value = as_peft_computes(value, there, given, network)
     if tuple(value.shape) != entry.shape:
         shape = read.file.shape(there)

@@ -6,7 +6,7 @@ Where to read first: `config` (what a network is made of), then bottom up, as a 
     before · stack · decoder · encoder · encoder_decoder                 the bodies
     heads · network                                                      what is read off them, and the whole
     families/ · weights                                                  one table per published family, and how it is read
-    init · safetensors_file · hub                                        first weights; folders in the Hugging Face layout
+    init · safetensors_file · finite · hub                               first weights; folders in the Hugging Face layout
     folders · config_json · generation_config · ties                     what stands in such a folder, beside the weights
     decoding · sampling · constraints · stopping · generate · beam · streaming   text out
     fill                                                                 what a masked-language model reads into gaps

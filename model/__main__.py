@@ -12,7 +12,7 @@ from model.commands.info import Info, info
 from model.commands.opening import encode  # noqa: F401, for callers of this file
 from model.commands.resize import Resize, resize
 from model.config import ConfigError
-from train.command_line import refuse_idle, run_command
+from train.command_line import refuse_idle, refuse_unreadable, run_command
 
 COMMANDS: dict[type, Callable[[object], None]] = {
     Generate: generate,
@@ -27,6 +27,7 @@ def main(arguments: list[str]) -> int:
     named = {kind.__name__.lower(): kind for kind in COMMANDS}
 
     def act() -> None:
+        refuse_unreadable(arguments, ConfigError)
         options = tyro.extras.subcommand_cli_from_dict(named, args=arguments or ["--help"], prog="python -m model")
         refuse_idle(options, getattr(options, "NEEDS", ()), arguments, ConfigError)
         COMMANDS[type(options)](options)

@@ -19,6 +19,7 @@ def attention_reference(
 ) -> Tensor:
     """softmax(q kᵀ · scale + bias) v over the allowed keys; a query with no key yields 0. scale: 1/√K if not given.
 
+    `plan.causal` stands in for a table of allowed keys: there is none beside it, and as many queries as keys (T = S).
     With fewer key heads than query heads (G < H), key head g serves query heads g·H/G … (g+1)·H/G - 1: V0 V0 V1 V1.
     Source: Vaswani et al. 2017, arXiv 1706.03762, equation 1; Ainslie et al. 2023, arXiv 2305.13245.
     """
@@ -26,9 +27,7 @@ def attention_reference(
     score_BHTS = q_BHTK @ k_BHSK.mT * (1 / math.sqrt(q_BHTK.size(-1)) if scale is None else scale)
     if plan.bias_1HTS is not None:
         score_BHTS = score_BHTS + plan.bias_1HTS
-    allowed = plan.allowed_B1TS
-    if plan.causal:
-        allowed = torch.ones(score_BHTS.shape[-2:], dtype=torch.bool, device=score_BHTS.device).tril()
+    allowed = causal_TS(score_BHTS, plan) if plan.causal else plan.allowed_B1TS
     if allowed is not None:
         score_BHTS = score_BHTS.masked_fill(~allowed, -math.inf)
     weight_BHTS = score_BHTS.softmax(-1)
@@ -59,11 +58,17 @@ def attention_sdpa(
     )
 
 
+def causal_TS(score_BHTS: Tensor, plan: Plan) -> Tensor:
+    """The table that a causal plan stands in for: query t sees the keys up to t."""
+    queries, keys = score_BHTS.shape[-2:]
+    assert plan.allowed_B1TS is None and queries == keys, "a causal plan has no table beside it, and T = S"
+    return torch.ones(queries, keys, dtype=torch.bool, device=score_BHTS.device).tril()
+
+
 def added(plan: Plan, dtype: torch.dtype) -> Tensor:
     """Bias and mask as one table of what is added to the scores: -inf where nothing is allowed."""
-    bias_1HTS, allowed = plan.bias_1HTS.to(dtype), plan.allowed_B1TS
-    if plan.causal:
-        allowed = torch.ones(bias_1HTS.shape[-2:], dtype=torch.bool, device=bias_1HTS.device).tril()
+    bias_1HTS = plan.bias_1HTS.to(dtype)
+    allowed = causal_TS(bias_1HTS, plan) if plan.causal else plan.allowed_B1TS
     return bias_1HTS if allowed is None else bias_1HTS.masked_fill(~allowed, -math.inf)
 
 

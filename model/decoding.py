@@ -78,7 +78,10 @@ class Decoding:
             hidden_BTD = self.network.body(None, self.memory_mask, **options).hidden
         if self.use_cache:
             self.read = self.end
-        return self.network.head(hidden_BTD[:, -1])
+        logits_BV = self.network.head(hidden_BTD[:, -1])
+        if not bool(logits_BV.amax(-1).isfinite().all()):  # the highest: -inf is a token of no probability
+            raise ConfigError(f"the network's logits are not finite (in {str(logits_BV.dtype).removeprefix('torch.')})")
+        return logits_BV
 
     def append(self, token_B: Tensor) -> None:
         self.ids_BT[:, self.end] = token_B

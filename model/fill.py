@@ -26,6 +26,9 @@ def fill(network: nn.Module, input_ids: Tensor, mask_id: int, *, top: int = 5) -
     if not len(place_N):
         raise ConfigError("the text has no gap: write [MASK] (or the tokenizer's own mask token) where one is")
     with evaluating(network):
-        best = network(input_ids).logits[0, place_N].float().softmax(-1).topk(top)
+        logits_NV = network(input_ids).logits[0, place_N].float()
+        if not bool(logits_NV.isfinite().all()):
+            raise ConfigError("the network's logits are not finite: there is no best guess")
+        best = logits_NV.softmax(-1).topk(top)
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return [[Guess(*guess) for guess in zip(ids, values, strict=True)] for ids, values in pairs]

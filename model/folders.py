@@ -80,6 +80,15 @@ def remove_other_weights(folder: Path, files: list[str]) -> None:
             path.unlink(missing_ok=True)
 
 
+def make_folder(path: Path) -> Path:
+    """A new folder for what a command writes. Error: none can be made there (HubError)."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HubError(f"{path} cannot be made ({error.strerror}): choose another --out") from None
+    return path
+
+
 @contextmanager
 def written_whole(out: Path) -> Iterator[Path]:
     """A folder beside `out`, which takes its name when all that stands in it is whole; else nothing stays. `out` must be empty,
@@ -88,7 +97,7 @@ def written_whole(out: Path) -> Iterator[Path]:
         raise HubError(f"--out {out} is there already, and is not an empty folder")
     out = out.resolve()
     making = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    making.mkdir(parents=True)
+    make_folder(making)
     try:
         yield making
         making.rename(out)

@@ -5,7 +5,7 @@ text, is in `unread`, for a command to tell.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,6 +55,18 @@ OTHERS = {
     "stop_strings": ([],),
     "max_time": (),
     "token_healing": (False,),
+    "num_return_sequences": (1,),
+}
+# What changes no text: how fast it is made, in how much memory, and what is returned beside it.
+HARMLESS = {
+    *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "low_memory", "prefill_chunk_size"),
+    *("compile_config", "disable_compile", "continuous_batching_config"),
+    *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
+    # of a second network, or of a lookup, that proposes tokens which the network accepts or not
+    *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
+    *("assistant_early_exit", "assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight"),
+    *("prompt_lookup_num_tokens", "max_matching_ngram_size", "speculation_type", "use_mtp"),
+    *("transformers_version", "_from_model_config"),
 }
 
 
@@ -112,9 +124,18 @@ def understood(said: dict, config: ModelConfig, raw: dict) -> GenerationConfig:
         decoder_start_id=(*ids(said, "decoder_start_token_id"), config.decoder_start_id)[0],
         constraints=constraints,
         defaults=defaults,
-        unread=tuple(key for key, idle in OTHERS.items() if key in said and said[key] not in idle),
+        unread=tuple(unread(said)),
         raw=raw,
     )
+
+
+def unread(said: dict) -> Iterator[str]:
+    """What is asked for, would change a text, and is not obeyed."""
+    yield from (key for key, idle in OTHERS.items() if key in said and said[key] not in idle)
+    if said.get("early_stopping") == "never":
+        yield "early_stopping 'never'"
+    if said.get("do_sample") and number(said, "num_beams", 1) > 1:
+        yield "do_sample beside num_beams"
 
 
 def ids(said: dict, key: str) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.config_json import read_config, write_config
+from model.finite import non_finite, refuse_tensor
 from model.folders import INDEX, SINGLE, HubError, remove_other_weights, weight_files
 from model.generation_config import FILE as GENERATION
 from model.generation_config import generation_json, read_generation_config
@@ -135,6 +136,7 @@ def load(
     quantization: "FourBit | Int8 | None" = None,
     inputs: "Mapping[str, StaticInput] | None" = None,
     watch: "Watch | None" = None,
+    finite: bool = False,
 ) -> Network:
     """Read a folder into a new network, in the folder's dtype unless one is given, and in eval mode: dropout is off
     until `network.train()`.
@@ -151,6 +153,8 @@ def load(
     its `quantization_config` says, and they are read as they are; `dtype` is then that of the other weights. inputs: for
     int8-static, what `quant.calibrate` observed. watch: called with the published name, the weight and what became of it, at
     each that is rounded.
+
+    finite: inf or NaN among the numbers is an error that names the tensor and the index. What is rounded is checked always.
     """
     folder = Path(folder)
     own = read_config(folder, any_head=head is not None)
@@ -178,6 +182,8 @@ def load(
                         small.put(name, published, stored, order=order, dtype=dtype, device=device)
                         continue
                     parameter = read(dtype, device)
+                    if finite and non_finite(parameter):
+                        refuse_tensor(files[path], published)
                 _assign(network, name, parameter, empty.requires_grad)
             network.tie_weights()
             named = dict(network.named_parameters())

@@ -16,7 +16,7 @@ import tyro
 
 from quant.commands.options import KINDS, Int8Static, Options
 from quant.config import FourBit, Int8, QuantError
-from train.command_line import refuse_idle, run_command
+from train.command_line import refuse_idle, refuse_unreadable, run_command
 
 if TYPE_CHECKING:
     import torch
@@ -83,11 +83,13 @@ def quantize(options: Options, scheme: str) -> None:
             said = f"perplexity not measured: {task}"
             print(said)
         else:
+            dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
             after = held_out.score(network, task, scheme)
             del network  # first: beside it the original might not fit
-            before = held_out.score(model.hub.load(folder, device=device), task, "before")
+            before = held_out.score(model.hub.load(folder, device=device, finite=True), task, "before")
             said = score_line(before, after)
-            print(f"held-out text: {held_out.described(task)}\n{columns(score_table(before, after, scheme))}\n")
+            exact = "" if dtype == "float32" else f", computed in {dtype}"
+            print(f"held-out text: {held_out.described(task)}{exact}\n{columns(score_table(before, after, scheme))}\n")
         title = f"{options.folder.absolute().name}: {how} · {amount(files[0])} → {amount(files[1])}"
         print(drawn(layers, kept, making, options.out, what=what, title=title, caption=said, normal=normal))
     for note in notes:
@@ -182,7 +184,7 @@ def observed(
     steps = range(-(-tokens // (asked.optimizer.batch_size * asked.network.context)))
     shown = tqdm(steps, unit="batch", desc="observing", disable=not sys.stderr.isatty(), leave=False)
     batches = ({name: value.to(device) for name, value in batch.items()} for step in shown for batch in text.step(step))
-    network = load(folder, device=device)
+    network = load(folder, device=device, finite=True)
     objective = text.objective(network)
     inputs = observe(
         network,
@@ -222,7 +224,8 @@ def text_of(
     from train.held_out import open_text
 
     tokens = options.eval_tokens if scored else Options.eval_tokens
-    return open_text(folder, config, corpus=corpus, cache=options.cache, eval_tokens=tokens)
+    reading = {"text_key": options.text_key, "on_bad_text": options.on_bad_text}
+    return open_text(folder, config, corpus=corpus, cache=options.cache, eval_tokens=tokens, **reading)
 
 
 # ---- said at the end
@@ -241,6 +244,7 @@ def drawn(layers: "list[Layer]", kept: dict[str, tuple[int, int]], making: Path,
 
 def main(arguments: list[str]) -> int:
     def act() -> None:
+        refuse_unreadable(arguments, QuantError)
         options = tyro.extras.subcommand_cli_from_dict(KINDS, args=arguments or ["--help"], prog="python -m quant")
         refuse_idle(options, options.NEEDS, arguments, QuantError)
         quantize(options, next(name for name, kind in KINDS.items() if type(options) is kind))

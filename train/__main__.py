@@ -11,11 +11,11 @@ from typing import Annotated, get_type_hints
 import tyro
 
 from data.config import DataError
-from data.shell import quote
+from data.shell import command, quote
 from lora.config import CONFIGS, AdapterError
 from model.config import ConfigError, ModelConfig
 from quant.config import QuantError
-from train.command_line import FAILED, STOPPED, given_options, notes, refuse_idle, spelled
+from train.command_line import FAILED, STOPPED, given_options, notes, refuse_idle, refuse_unreadable, spelled
 from train.config import RunConfig, TrainConfig, TrainError, mesh_sizes
 from train.needs import NEEDS
 from train.overrides import OVERRIDES, overrides
@@ -61,6 +61,7 @@ def read_options(arguments: list[str], default: TrainConfig) -> TrainConfig:
 
 def main(arguments: list[str]) -> int:
     try:
+        refuse_unreadable(arguments, TrainError)
         recipe, objective = value_of("--recipe", arguments), value_of("--objective", arguments)
         default = read_recipe(recipe, objective) if recipe else config_type(objective or RunConfig.objective)()
         default = replace(default, run=replace(default.run, objective=objective or default.run.objective))
@@ -97,7 +98,7 @@ def main(arguments: list[str]) -> int:
             stopped = start(config) if folder is None else resume(folder, given)
     except BrokenPipeError:
         sys.stdout = None  # or Python complains once more at its end
-        return fail("the output was closed, so the run stopped; --resume goes on from its last checkpoint")
+        return fail(f"the output was closed, so the run stopped; {way_on(folder or config.run.out)}")
     except (TrainError, DataError, ConfigError, AdapterError, QuantError, HubError, CheckpointError, OSError) as error:
         return fail(error)
     except OtherRankError:
@@ -106,6 +107,18 @@ def main(arguments: list[str]) -> int:
         print("stopped at once, without saving; the checkpoints before are whole", file=sys.stderr)
         return STOPPED
     return STOPPED if stopped == signal.SIGINT else 0  # a scheduler's SIGTERM has got what it asked for
+
+
+def way_on(out: Path | None) -> str:
+    """How to go on with a run that ended before anybody could be told more."""
+    from train.checkpoint import checkpoints
+
+    if out is None:
+        return "--resume RUN goes on from its last checkpoint, or from step 0 where it has none"
+    if not (out / "config.toml").is_file():
+        return f"it had not begun, and {out} holds nothing to go on with"
+    whence = "its last checkpoint" if checkpoints(out) else "step 0, for it has no checkpoint yet"
+    return f"{command('train', '--resume', out)} goes on from {whence}"
 
 
 def fail(error: Exception | str) -> int:

@@ -38,6 +38,32 @@ def refuse_idle(options: object, rules: Iterable[Needs], arguments: Sequence[str
             raise error(f"{' and '.join(spelled(name) for name in idle)} would have no effect: {rule.reason}")
 
 
+# Options that take the name of a file or a folder. (An empty one would be read as the folder that a command runs in.)
+PATHS = {"out", "resume", "init", "recipe", "cache", "corpus", "calibrate", "base"}
+PATHS |= {"per_example", "baseline", "model", "wordnet"}
+
+
+def refuse_unreadable(arguments: Sequence[str], error: type[Exception] = ValueError) -> None:
+    """Raise for a name of a file or folder that is empty, or that begins with a dash and so is read as an option.
+
+    >>> refuse_unreadable(["--corpus", "a.txt", ""])
+    Traceback (most recent call last):
+        ...
+    ValueError: --corpus '': an empty name; the folder that a command runs in is .
+    """
+    option = ""
+    for place, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        option = name if argument.startswith("--") else option
+        is_path = option.removeprefix("--").replace("-", "_") in PATHS
+        if is_path and (argument == "" or (equals and not value and argument.startswith("--"))):
+            raise error(f"{option} '': an empty name; the folder that a command runs in is .")
+        if argument == "" and place == 1 and not option:  # behind the name of a command
+            raise error("'': an empty name; the folder that a command runs in is .")
+        if argument[:1] == "-" and argument[:2] not in ("-", "--") and os.path.exists(argument):
+            raise error(f"{argument}: a name that begins with a dash is read as an option: write ./{argument}")
+
+
 def given_options(arguments: Sequence[str]) -> set[str]:
     """The fields that a command line names: `--top-k 3`, `--top_k=3` and `--no-stream` are top_k and stream."""
     named = {argument.split("=")[0].removeprefix("--").replace("-", "_") for argument in arguments if argument.startswith("--")}

@@ -9,7 +9,8 @@ import model.hub
 from data.shell import command
 from data.tokenizer import load_tokenizer
 from model.config_json import base_of_adapter
-from model.folders import copy_beside
+from model.finite import non_finite, not_computable, refuse_non_finite
+from model.folders import copy_beside, make_folder
 from model.generation_config import read_generation_config
 from model.init import empty
 from train.checkpoint import IN_PARTS, MANIFEST, CheckpointError, checkpoint_of
@@ -29,8 +30,9 @@ def export(path: Path, out: Path) -> Path:
         raise CheckpointError(f"{folder} holds an adapter: {merge}")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(f"--out {out} is there already, and is not an empty folder")
-    out.mkdir(parents=True, exist_ok=True)
     if not (folder / IN_PARTS).is_file():
+        refuse_non_finite(folder)
+        make_folder(out)
         for file in folder.iterdir():
             if file.is_file() and file.name not in {*FILES.values(), MANIFEST, "state.json"}:
                 shutil.copyfile(file, out / file.name)
@@ -42,7 +44,11 @@ def export(path: Path, out: Path) -> Path:
     network = empty(model.hub.read_config(folder), dtype=stored[names[-1]].dtype)
     network.generation = read_generation_config(folder, network.config).raw
     for name, parameter in network.named_parameters():
-        parameter.copy_(stored[f"{kind}.{name}" if f"{kind}.{name}" in stored.entries else f"weights.{name}"])
+        there = f"{kind}.{name}" if f"{kind}.{name}" in stored.entries else f"weights.{name}"
+        parameter.copy_(stored[there])
+        if broken := non_finite(parameter):
+            raise CheckpointError(not_computable(folder, there, broken))
+    make_folder(out)
     model.hub.save(network, out)
     load_tokenizer(folder, network.config.vocab_size).save(out)
     copy_beside(folder, out)

@@ -45,9 +45,11 @@ def open_text(
     cache: Path | None = None,
     eval_tokens: int,
     say: Callable[[str], None] = print,
+    **reading: str | None,
 ) -> Task | str:
     """A text in the tokens of the folder, by default that which the run was trained on, or the built-in one; or why there is
-    none. Errors (DataError, TrainError) only where a corpus was asked for."""
+    none. `reading`: text_key and on_bad_text, where they are not the run's. Errors (DataError, TrainError) only where a corpus
+    was asked for."""
     objective = objective_of(config)
     if objective is None:
         return no_objective(config)
@@ -56,7 +58,8 @@ def open_text(
         run = folder.parent.parent
         is_run = folder.parent.name == "checkpoints" and (run / "config.toml").is_file()
         data = read_settings(run).data if is_run else DataConfig()
-        data = replace(data, corpus=corpus or data.corpus, cache=cache or data.cache)
+        given = {"corpus": corpus, "cache": cache, **reading}
+        data = replace(data, **{name: value for name, value in given.items() if value})
         kind = load(objective)
         read = TrainConfig(run=RunConfig(objective=objective), data=data)
         shards = kind.open_data(read, tokenizer, say, progress=sys.stderr.isatty())

@@ -6,12 +6,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from data.shell import command
 from train.config import TrainError
+from train.plain import read_settings
 
 try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None
+
+
+LEFT = {".config.toml"}  # by a run that was killed while it wrote its first file
+
+
+def refuse_taken(out: Path) -> None:
+    """Refuse a folder that a new run cannot have: another run's, or one with any files."""
+    if all(path.name in LEFT for path in out.iterdir()):
+        return
+    try:
+        read_settings(out)
+    except TrainError:
+        raise TrainError(f"--out {out} is there already, and is not an empty folder") from None
+    raise TrainError(f"{out} already holds a run: go on, `{command('train', '--resume', out)}`, or choose another --out")
 
 
 @contextmanager
@@ -22,7 +38,10 @@ def locked(folder: Path) -> Iterator[None]:
     network ones), nothing is held.
     """
     made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainError(f"{folder} cannot be made ({error.strerror}): choose another --out") from None
     descriptor = os.open(folder, os.O_RDONLY) if fcntl else None
     try:
         if fcntl:

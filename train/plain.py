@@ -94,6 +94,8 @@ def _typed(hint: Any, value: Any, place: str) -> Any:
         return tuple(_typed(h, v, place) for h, v in zip(inner, value, strict=True))
     if origin is dict and isinstance(value, dict):
         return {str(key): _typed(args[1], each, f"{place}.{key}") for key, each in value.items()}
+    if hint is Path and value == "":
+        raise TrainError(f"{place} = '': an empty name; the folder that a command runs in is .")
     if hint in (Path, str) and isinstance(value, str):
         return hint(read_spelled(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):

@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Iterator
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -142,6 +143,12 @@ def speed(run: "Run", session: Session) -> str:
 def conclude(run: "Run", stopped: str, session: Session) -> None:
     """What was reached, how fast, the curves, and what to type next."""
     say, out, has, config = print, run.out, run.engine.network.config, run.config
+    if not session.steps:
+        why = f"stopped {stopped}" if stopped else f"reached the last of its {config.run.steps:,} steps"
+        say(f"\nnothing is left to do: this run has {why}, and is as it was\nnext")
+        for line in following(run, stopped):
+            say(f"  {line}")
+        return
     say(f"\nstopped {stopped}, saved at step {run.step}" if stopped else f"\ndone at step {run.step}")
     say(speed(run, session))
     if run.best:
@@ -197,7 +204,7 @@ def said_of_task(config: TrainConfig) -> tuple[str, ...]:
     return tuple(words)
 
 
-def said_of_text(data: DataConfig) -> list[str]:
+def said_of_text(data: DataConfig) -> list[str | Path]:
     """The options that read the same text again."""
     words, usual = [], DataConfig()
     for name in ("corpus", "validation", "text_key", "on_bad_text", "val_fraction", "dedup", "cache"):
@@ -207,7 +214,8 @@ def said_of_text(data: DataConfig) -> list[str]:
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
         else:
-            words += [f"--{option}", *map(str, value if isinstance(value, tuple) else (value,))]
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{option}", *(Path(each) if str(each).startswith("-") else str(each) for each in values)]
     return words
 
 

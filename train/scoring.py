@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,8 +11,9 @@ import torch
 import model.hub
 from data.config import DataConfig, DataError
 from data.corpus import find_corpus, read_corpus
-from data.files import ReadReport
-from data.find import shortened
+from data.files import BadText, ReadReport, decode
+from data.notes import reading_notes, spelling_notes, unknown_notes
+from data.sizes import shared_out
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.network import Network
 from train.checkpoint import resolve
@@ -44,7 +46,7 @@ def open_folder(path: Path, *, device: str = "cpu", threads: int = 0) -> Opened:
     where, folder = checked_device(device), resolve(path)
     config = model.hub.read_config(folder)
     tokenizer = load_tokenizer(folder, config.vocab_size)
-    return Opened(folder, model.hub.load(folder).to(where).eval(), tokenizer)
+    return Opened(folder, model.hub.load(folder, finite=True).to(where).eval(), tokenizer)
 
 
 def language_model(opened: Opened) -> str:
@@ -56,33 +58,44 @@ def language_model(opened: Opened) -> str:
     return objective
 
 
-def documents(opened: Opened, corpus: tuple[str, ...], text_key: str = "text") -> Iterator[Document]:
-    """Each text of the corpus, in ids; "-" is standard input, one document."""
+def documents(
+    opened: Opened, corpus: tuple[str, ...], text_key: str = "text", on_bad_text: BadText = "error", *, met: "Met | None" = None
+) -> Iterator[Document]:
+    """Each text of the corpus, in ids; "-" is standard input, one document. `met`: filled on the way."""
+    met = met or Met()
     others = tuple(entry for entry in corpus if entry != "-")
     if len(others) < len(corpus):
-        try:
-            text = sys.stdin.buffer.read().decode("utf-8")
-        except UnicodeDecodeError as error:
-            byte = error.object[error.start]
-            raise DataError(f"standard input is not UTF-8 (byte 0x{byte:02x} at {error.start:,})") from None
-        yield document(opened, text)
+        text = decode(sys.stdin.buffer.read(), "standard input", 0, on_bad_text, met.read)
+        if text is not None:
+            yield document(opened, text, met)
     if others:
         try:
-            config, left_out = DataConfig(corpus=others, text_key=text_key), []
-            find_corpus(config, left_out)
-            for line in left_out:
-                print(f"note: {line}", file=sys.stderr)
-            report = ReadReport()
-            for found in read_corpus(config, report):
-                yield document(opened, found.text)
-            if report.no_records:
-                print(f"note: left out, as no list of records: {shortened(report.no_records)}", file=sys.stderr)
+            config = DataConfig(corpus=others, text_key=text_key, on_bad_text=on_bad_text)
+            find_corpus(config, met.left_out)
+            for found in read_corpus(config, met.read):
+                yield document(opened, found.text, met)
         except DataError as error:
             raise DataError(str(error).removeprefix("--corpus ")) from None
 
 
-def document(opened: Opened, text: str) -> Document:
-    return Document(opened.tokenizer.encode(text), len(text.encode()), len(text), len(text.split()))
+def document(opened: Opened, text: str, met: "Met") -> Document:
+    ids = opened.tokenizer.encode(text)
+    met.unknown += ids.count(opened.tokenizer.unknown_id)
+    met.tokens += len(ids)
+    return Document(ids, len(text.encode()), len(text), len(text.split()))
+
+
+@dataclass
+class Met:
+    """What reading texts met that a score does not show."""
+
+    left_out: list[str] = field(default_factory=list)  # lines of `data.find`
+    read: ReadReport = field(default_factory=ReadReport)
+    unknown: int = 0
+    tokens: int = 0
+
+    def notes(self, tokenizer: Tokenizer) -> list[str]:
+        return [*self.left_out, *reading_notes(vars(self.read)), *unknown_notes(self.unknown, self.tokens, tokenizer)]
 
 
 def held_out(opened: Opened) -> tuple[str, Iterator[Document]]:
@@ -90,14 +103,20 @@ def held_out(opened: Opened) -> tuple[str, Iterator[Document]]:
     task = open_text(opened.folder, opened.network.config, eval_tokens=sys.maxsize, say=lambda line: None)
     if isinstance(task, str):
         raise DataError(f"no text is named, and there is no held-out one: {task}")
-    split, tokenizer = task.shards.validation, task.shards.tokenizer
+    split, tokenizer, report = task.shards.validation, task.shards.tokenizer, task.shards.report
+    for line in [*reading_notes(report), *spelling_notes(report, tokenizer)]:
+        print(f"note: {line}", file=sys.stderr)
 
     def read() -> Iterator[Document]:
         ids = torch.from_numpy(split.ids[:].astype("int64"))
+        found = []
         starts = (ids == tokenizer.bos_id).nonzero()[:, 0].tolist()
         for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
             kept = [token for token in ids[start + 1 : end].tolist() if token != tokenizer.eos_id]
             if kept:  # one id both begins and ends: nothing follows the last one
-                yield Document(kept, int(tokenizer.piece_bytes[kept].sum()), 0, 0)
+                found.append(kept)
+        sizes = [int(tokenizer.piece_bytes[kept].sum()) for kept in found]
+        for kept, size in zip(found, shared_out(split.bytes, sizes), strict=True):
+            yield Document(kept, size, 0, 0)
 
     return f"held-out text of {' '.join(task.config.data.corpus)}", read()

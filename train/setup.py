@@ -47,7 +47,7 @@ from train.named_optimizer import Optimizers
 from train.optim import build_optimizer
 from train.precision import PRECISIONS, GradScaler, autocast, choose_precision
 from train.recompute import recompute
-from train.registry import file_hash, load
+from train.registry import file_hash, load, names
 from train.schedule import SCHEDULES
 from train.task import Say, Task
 
@@ -190,6 +190,7 @@ def open_data(config: TrainConfig, checkpoint: Path | None, say: Say) -> object:
             raise TrainError(
                 f"--objective {config.run.objective} trains networks of the architecture {trainable(task)}; "
                 f"--init {config.run.init} is one of {found.architecture!r}"
+                + ": add --objective " + " or ".join(name for name in names() if found.architecture in load(name).architectures)
             )
         tokenizer = load_tokenizer(folder, found.vocab_size)
     progress = config.report.verbose and sys.stderr.isatty()
@@ -234,7 +235,7 @@ def open_network(
     if found.head != task.head:
         say(f"{run.init} has the head {found.head!r}: {task.head!r} takes its place")
     how = None if run.quantize == "none" else FourBit(scheme=run.quantize)
-    network = model.hub.load(folder, head=task.head, labels=labels, seed=run.seed, quantization=how, **common)
+    network = model.hub.load(folder, head=task.head, labels=labels, seed=run.seed, quantization=how, finite=True, **common)
     network.config = task.network(config, network.config, data)
     packed = as_autocast_asks(network)
     if packed and config.method is None:

@@ -6,11 +6,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from data.shell import command, quote
+from data.shell import quote
 from train.checkpoint import resolve, write_settings
 from train.config import TrainConfig, TrainError
 from train.distributed import Ranks, connected
-from train.lock import locked
+from train.lock import locked, refuse_taken
 from train.loop import Run
 from train.overrides import differing, override
 from train.plain import read_settings
@@ -37,10 +37,8 @@ def start(config: TrainConfig) -> int:
             raise TrainError(f"--out {out} is a file")
         with held(out, ranks):
             with ranks.together():
-                if ranks.main and any((out / name).exists() for name in ("config.toml", "metrics.jsonl", "checkpoints")):
-                    raise TrainError(
-                        f"{out} already holds a run: go on, `{command('train', '--resume', out)}`, or choose another --out"
-                    )
+                if ranks.main:
+                    refuse_taken(out)
             if config.run.init is not None:  # a run's best checkpoint may be another one by the time of a resume
                 config = replace(config, run=replace(config.run, init=resolve(config.run.init)))
             return Run(config, ranks, resume=False, defaulted=defaulted).train()

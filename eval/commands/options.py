@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
+from data.config import BUILT_IN
 from data.find import may_hold_records
 from data.records import FORMATS, suffix_of
 from train.command_line import Needs
@@ -39,9 +40,9 @@ class Scored:
     per_example: Annotated[Path | None, FILE] = None
     """Write the scores of each example there, a JSON object a line."""
     hypothesis_field: str | None = None
-    """Of JSON lines. Default: the first that is there of hypothesis, prediction, output, generated, text."""
+    """Of records. Default: the first that is there of hypothesis, prediction, output, generated, text."""
     reference_field: str | None = None
-    """Of JSON lines. Default: references, reference, answers, answer, target, label, text."""
+    """Of records. Default: the one that is there of references, reference, answers, answer, target, label, text."""
     NEEDS: ClassVar = (
         Needs(("test", "differ"), lambda asked: len(asked.system) > 1, "it is of several systems, --system NAME=FILE for each"),
         Needs(("hypothesis_field",), lambda asked: holds_records(hypotheses(asked)), LINES),
@@ -201,6 +202,8 @@ class Perplexity:
     """Of the calibration error."""
     text_key: str = "text"
     """The field of .jsonl, .json, .csv and .tsv files that holds the text."""
+    on_bad_text: Literal["error", "replace", "skip"] = "error"
+    """Text that is not valid UTF-8: stop, put U+FFFD in its place, or leave that document out."""
     json: bool = False
     """Print JSON."""
     samples: int = 1000
@@ -213,6 +216,7 @@ class Perplexity:
     """CPU threads; 0 leaves torch's choice."""
     NEEDS: ClassVar = (
         Needs(("text_key",), lambda asked: may_hold_records(asked.corpus), "no records are read"),
+        Needs(("on_bad_text",), lambda asked: not all(entry in BUILT_IN for entry in asked.corpus), "no file of yours is read"),
     )
 
 

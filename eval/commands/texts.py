@@ -81,22 +81,37 @@ class Source:
         if suffix not in FORMATS:
             yield from ([line] for _, line in lines)
             return
-        is_told = suffix == ".jsonl"
+        guessed = None
         try:
             for record in read_records(lines, suffix, blank=False):
                 where = f"{self.name}, {record.place}"
-                if not is_told and isinstance(record.value, dict):
-                    which, name = "references" if self.several else "hypotheses", self.field_of(record.value, where)
-                    print(f"note: {self.name}: the {which} are the field {name!r} of its records", file=sys.stderr)
-                    is_told = True
+                if isinstance(record.value, dict) and len(self.fields) > 1:
+                    name = self.field_of(record.value, where)
+                    if guessed not in (None, name):
+                        has = f"the {self.which} are the field {name!r} here, and {guessed!r} before"
+                        raise EvalError(f"{where}: {has}: name one by {self.option}")
+                    guessed = name
                 yield self.texts_of(record.value, where)
+            if guessed is not None:  # at the end: an error stands alone
+                print(f"note: {self.name}: the {self.which} are the field {guessed!r} of its records", file=sys.stderr)
         except RecordError as error:
             raise EvalError(f"{self.name}{error.place and f', {error.place}'}: {problem(error)}") from None
 
+    @property
+    def which(self) -> str:
+        return "references" if self.several else "hypotheses"
+
+    @property
+    def option(self) -> str:
+        return "--reference-field" if self.several else "--hypothesis-field"
+
     def field_of(self, value: dict[str, Any], where: str) -> str:
-        for name in self.fields:
-            if name in value:
-                return name
+        """The field with the text, by the order of `fields`. Of references several are refused: one may be the question."""
+        found = [name for name in self.fields if name in value]
+        if len(found) > 1 and self.several:
+            raise EvalError(f"{where}: the fields {', '.join(found)} may each be the {self.which}: name one by {self.option}")
+        if found:
+            return found[0]
         has = ", ".join(f"{name:.60}" for name in value) or "nothing"
         raise EvalError(
             f"{where}: none of the fields {', '.join(self.fields)} is there, but {has}: "

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from model.commands.opening import encode, note_control_tokens, open_network
+from model.commands.opening import encode, note_control_tokens, note_unknown, open_network
 from model.config import ConfigError
 
 GAP = "[MASK]"
@@ -49,6 +49,7 @@ def fill(options: Fill) -> None:
     own = tokenizer.name_of(tokenizer.mask_id)
     note_control_tokens(tokenizer, " ".join(texts).replace(own, ""), specials=True, option="the text")
     first, *rest = (encode(tokenizer, part, option="the text") for part in texts)
+    note_unknown(tokenizer, " ".join(texts), [id for part in (first, *rest) for id in part], option="the text")
     ids = first
     for part in rest:
         ids = [*ids, tokenizer.mask_id, *part]

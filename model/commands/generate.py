@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
-from model.commands.opening import encode, note_control_tokens, open_network
+from model.commands.opening import encode, note_control_tokens, note_unknown, open_network
 from model.config import ConfigError
 from train.command_line import Needs
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
     from model.generation_config import GenerationConfig
+    from model.network import Network
 
 # Where neither an option nor the folder says: 200 tokens, drawn from the 50 best, a little sharpened.
 DEFAULTS = {
@@ -92,12 +93,19 @@ def generate(options: Generate) -> None:
         network.config = network.config.replace(decoder_start_id=said.decoder_start_id)
     note_control_tokens(tokenizer, options.prompt, specials=options.specials, option="--prompt")
     prompt = encode(tokenizer, options.prompt, specials=options.specials)
+    note_unknown(tokenizer, options.prompt, prompt, option="--prompt")
     written = network.config.architecture == "encoder-decoder"  # an answer, not what the prompt goes on with
     opening = "" if written else tokenizer.decode(prompt)
     ids = tokenizer.framed(prompt) if prompt or written else beginning(tokenizer)
     if tokenizer.affixes.suffix and not written:
         end = ", ".join(tokenizer.name_of(id) for id in tokenizer.affixes.suffix)
         print(f"note: this folder's tokenizer puts {end} behind each text, and so behind --prompt", file=sys.stderr)
+    longest = window(network)
+    if longest is not None and len(ids) > longest:
+        if written:
+            raise ConfigError(f"--prompt has {len(ids):,} tokens, and this network reads {longest:,} at once: shorten it")
+        read = f"the last {longest:,} of {len(ids):,} tokens of --prompt are read"
+        print(f"note: {read}: the context has no more", file=sys.stderr)
     stop_strings, stop_ids = stops(options.stop, tokenizer)
     settings = chosen(options, said, prompt=len(ids) if not written else 1)
     common = {
@@ -120,14 +128,26 @@ def generate(options: Generate) -> None:
         found = beam_search(
             network, input_ids, beams=beams, length_penalty=length_penalty, early_stopping=early is True, **common
         )
+        made = found.tokens.size(-1)
         print(opening + tokenizer.decode(found.tokens[0, 0].tolist()))
-        return
-    generator = torch.Generator(device).manual_seed(options.seed)
-    write(network, input_ids, tokenizer, opening, stop_strings, options.stream, generator=generator, **settings, **common)
+    else:
+        how = {"generator": torch.Generator(device).manual_seed(options.seed), **settings, **common}
+        made = write(network, input_ids, tokenizer, opening, stop_strings, options.stream, **how)
+    begun = 1 if written else min(len(ids), longest or len(ids))  # the last token that is made is not read any more
+    if longest is not None and begun + made - 1 > longest:
+        what = f"the text grew past the {longest:,} tokens of the context"
+        print(f"note: {what}: each time its last half was read again, and what stood before was not", file=sys.stderr)
 
 
-def write(network, input_ids, tokenizer: "Tokenizer", opening: str, stop: tuple[str, ...], stream: bool, **settings) -> None:
-    """Print the text, while it is made or at the end."""
+def window(network: "Network") -> int | None:
+    """How many tokens are read at once; None where positions are relative, and there is no end."""
+    if network.config.position == "relative":
+        return None
+    return network.config.context - network.body.before
+
+
+def write(network, input_ids, tokenizer: "Tokenizer", opening: str, stop: tuple[str, ...], stream: bool, **settings) -> int:
+    """Print the text, while it is made or at the end; returns of how many tokens it is."""
     from model.generate import generate
     from model.streaming import TextStream, before_stop
 
@@ -149,6 +169,7 @@ def write(network, input_ids, tokenizer: "Tokenizer", opening: str, stop: tuple[
     else:
         text = tokenizer.decode(new[0].tolist())
         print(opening + text[: before_stop(text, stop)])
+    return new.size(1)
 
 
 def beginning(tokenizer: "Tokenizer") -> list[int]:

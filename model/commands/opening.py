@@ -24,12 +24,12 @@ def open_network(folder: Path, device: "torch.device", base: Path | None) -> "Ne
     if (folder / "adapter_config.json").is_file():
         from lora.peft_io import open_network
 
-        return open_network(folder, device=device, base=None if base is None else resolve(base))
+        return open_network(folder, device=device, base=None if base is None else resolve(base), finite=True)
     if base is not None:
         raise ConfigError(f"--base {base}: {folder} is a network, not an adapter")
     from model.hub import load
 
-    return load(folder, device=device)
+    return load(folder, device=device, finite=True)
 
 
 def encode(tokenizer: "Tokenizer", text: str, *, specials: bool = True, option: str = "--prompt") -> list[int]:
@@ -39,6 +39,15 @@ def encode(tokenizer: "Tokenizer", text: str, *, specials: bool = True, option: 
         return tokenizer.encode(text, specials=specials)
     except UnicodeEncodeError:
         raise ConfigError(f"{option} is not valid UTF-8") from None
+
+
+def note_unknown(tokenizer: "Tokenizer", text: str, ids: list[int], *, option: str) -> None:
+    """Say that some of a text cannot be spelled, so that a network does not see which text it is."""
+    from data.notes import unknown_notes, unspelled_words
+
+    for line in unknown_notes(ids.count(tokenizer.unknown_id), len(ids), tokenizer, f"the tokens of {option}"):
+        words = ", ".join(map(repr, unspelled_words(text, tokenizer)))
+        print(f"note: {line}{f' ({words})' if words else ''}", file=sys.stderr)
 
 
 def note_control_tokens(tokenizer: "Tokenizer", text: str, *, specials: bool, option: str) -> None:

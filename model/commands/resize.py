@@ -32,7 +32,7 @@ def resize(options: Resize) -> None:
     from train.checkpoint import resolve
 
     folder = resolve(options.folder)
-    network = load(folder)
+    network = load(folder, finite=True)
     before = network.config.vocab_size
     if options.vocab_size == before:
         raise ConfigError(f"--vocab-size {before}: the network has as many rows already")

@@ -1,6 +1,12 @@
 """The command that shows what a model folder can do, to be printed where one was written."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from data.tokenizer import Tokenizer
+
+PROMPTS = ("The", "the", "A", "a", "1")
 
 
 def try_it(folder: Path) -> str:
@@ -10,13 +16,32 @@ def try_it(folder: Path) -> str:
     from model.hub import read_config
     from train.held_out import objective_of
 
-    config = read_config(folder)
+    config, folder = read_config(folder), Path(folder)
     try:
         tokenizer = load_tokenizer(folder, config.vocab_size)
     except DataError:  # it has none: nothing can be said to it in words
         return command("model", "info", folder)
     if objective_of(config) == "mlm" and tokenizer.mask_id is not None:
-        return command("model", "fill", folder, "The [MASK] statement")
+        texts = [*(f"{word} [MASK] statement" for word in PROMPTS), *(f"{word} [MASK]" for word in PROMPTS), "[MASK]"]
+        for text in texts:
+            if can_read(tokenizer, text.replace("[MASK]", ""), [tokenizer.mask_id]):
+                return command("model", "fill", folder, text)
     if config.head == "lm":
-        return command("model", "generate", folder, "--prompt", "The")
+        for prompt in PROMPTS:
+            if can_read(tokenizer, prompt):
+                return command("model", "generate", folder, "--prompt", prompt)
+        if tokenizer.bos_id is not None and can_read(tokenizer, "", [tokenizer.bos_id]):
+            return command("model", "generate", folder)
     return command("model", "info", folder)
+
+
+def can_read(tokenizer: "Tokenizer", text: str, others: list[int] = ()) -> bool:
+    """Whether the network has a row for each token of a text, and none of them is the unknown one."""
+    from data.config import DataError
+
+    try:
+        ids = tokenizer.framed(tokenizer.encode(text))
+        tokenizer.checked([*ids, *others])
+    except DataError:
+        return False
+    return tokenizer.unknown_id not in ids

@@ -6,10 +6,26 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
+from data.config import BUILT_IN
+from data.find import may_hold_records
 from quant.config import FourBit, Int8
 from train.command_line import Needs
 
 UNSCORED = "--no-perplexity scores no text"
+
+
+def named_text(asked: "Options") -> tuple[str, ...]:
+    return (*asked.corpus, *getattr(asked, "calibrate", ()))
+
+
+OF_TEXT = (
+    Needs(("text_key",), lambda asked: may_hold_records(named_text(asked)), "no records are named, by --corpus"),
+    Needs(
+        ("on_bad_text",),
+        lambda asked: any(entry not in BUILT_IN for entry in named_text(asked)),
+        "no files of yours are named, by --corpus",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +45,10 @@ class Options:
     corpus: tuple[str, ...] = ()
     """Its validation split is scored: files, folders, globs or a built-in name, as for training. Default: the text that the run
     was trained on; of another folder, Python's documentation."""
+    text_key: str | None = None
+    """The key, or the column of a table, that holds a record's text. Default: the run's, else text."""
+    on_bad_text: Literal["error", "replace", "skip"] | None = None
+    """Text that is not valid UTF-8: stop, put U+FFFD there, or leave the document out. Default: the run's, else error."""
     eval_tokens: int = 50_000
     """Score at most so many tokens."""
     cache: Path | None = None
@@ -40,6 +60,7 @@ class Options:
     NEEDS: ClassVar = (
         Needs(("corpus", "eval_tokens"), lambda asked: asked.perplexity, UNSCORED),
         Needs(("cache",), lambda asked: asked.perplexity, UNSCORED),
+        *OF_TEXT,
     )
 
 
@@ -119,6 +140,7 @@ class Int8Static(WholeNumberOptions):
             "--no-perplexity scores no text, and --calibrate names the text to observe",
         ),
         Needs(("eval_tokens",), lambda asked: asked.perplexity, UNSCORED),
+        *OF_TEXT,
         WholeNumberOptions.NEEDS[-1],
     )
 

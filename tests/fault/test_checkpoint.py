@@ -300,3 +300,18 @@ def test_an_error_while_saving_leaves_nothing_half_made(call, tmp_path, monkeypa
         patched.setattr(os, "fsync", full)
         write_whole(run / "last.json", "{}")
     assert pointed(run, "last").name == "step-2" and nothing_half_made(run)
+
+
+def test_files_in_subfolders_are_of_the_checkpoint(tmp_path):
+    """Chat templates of a folder have one of their own."""
+
+    def write(folder):
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tool.jinja").write_text("a template")
+
+    folder = write_checkpoint(tmp_path, 1, write)
+    verify(folder)
+    for damage in (flip, remove):
+        damage(folder / "additional_chat_templates" / "tool.jinja")
+        with pytest.raises(CheckpointError, match=r"additional_chat_templates/tool\.jinja"):
+            verify(folder)

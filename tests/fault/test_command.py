@@ -39,7 +39,7 @@ BAD_VALUES = {
     "--preset gpt3": ("unknown preset 'gpt3'; nearest: gpt2", "tiny"),
     "--preset zzz": ("unknown preset 'zzz'; all: bart-base, ",),
     "--context 100000": ("training split", "fewer than one block of context=100000", "use a context of at most"),
-    "--vocab-size 5000": ("vocab_size=5000 is more than this text can fill", "--vocab-size"),
+    "--vocab-size 5000": ("--vocab-size 5000 is more than this text can fill", "--vocab-size"),
     "--recipe nothing": ("--recipe nothing: there is no", "recipes: gpt2-124m"),
 }
 
@@ -55,8 +55,8 @@ REFUSED_BY_TYRO = {
     "--stepps 5": "--stepps",
     "--steps many": "--steps",
     "--optimizer lion": "muon",
-    "--vocab-size 10": "vocab_size=10 is outside",
-    "--val-fraction 1": "val_fraction=1.0 is outside (0, 1)",
+    "--vocab-size 10": "--vocab-size 10: from",
+    "--val-fraction 1": "--val-fraction 1.0: a fraction above 0",
     "--corpus": "corpus is empty",
 }
 
@@ -110,7 +110,7 @@ def test_on_bad_text_goes_on(options, tmp_path):
         ("run = 3", ("run = 3: a table is expected",)),
         ("[run", ("is not TOML",)),
         ("[run]\nsteps = 0", ("--steps 0",)),
-        ("[data]\nvocab_size = 3", ("vocab_size=3",)),
+        ("[data]\nvocab_size = 3", ("--vocab-size 3",)),
     ],
 )
 def test_bad_recipe(content, expected, options, tmp_path):
@@ -138,7 +138,8 @@ def test_out_that_cannot_be_a_folder(options, tmp_path):
     assert_one_clear_line(command(*options, "--out", tmp_path / "file" / "run"), "Not a directory")
     assert (tmp_path / "file").read_text() == "mine"
     (tmp_path / "metrics.jsonl").write_text("of something else")
-    assert_one_clear_line(command(*options, "--out", tmp_path), "already holds a run")
+    said = command(*options, "--out", tmp_path)
+    assert_one_clear_line(said, f"--out {tmp_path} is there already, and is not an empty folder")
     assert (tmp_path / "metrics.jsonl").read_text() == "of something else"
 
 

@@ -114,10 +114,11 @@ def test_a_reader_that_leaves_and_an_interrupt(place):
     each = place / "each"
     reading = [*pair[:4], "-", pair[4], "--per-example", str(each)]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    waiting = subprocess.Popen(reading, cwd=ROOT, **pipes)
+    # A shell's background job, which these tests may be, ignores SIGINT, and so would its children.
+    waiting = subprocess.Popen(reading, cwd=ROOT, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **pipes)
     until(lambda: [path for path in place.iterdir() if "each.partial" in path.name])
     waiting.send_signal(signal.SIGINT)
-    assert waiting.wait() == 130 and waiting.stderr.read() == b"interrupted\n"
+    assert waiting.wait(timeout=60) == 130 and waiting.stderr.read() == b"interrupted\n"
     assert not [path for path in place.iterdir() if "each" in path.name]
 
 

@@ -10,6 +10,7 @@ import lora.__main__
 import model.__main__
 import quant.__main__
 import train.__main__
+import train.loop
 from eval.commands.options import KINDS as SCORES
 from lora.config import CONFIGS
 from quant.commands.options import KINDS as SCHEMES
@@ -75,6 +76,7 @@ REFUSED = {  # a command line, whose first option is idle: why
 @pytest.mark.parametrize("line", REFUSED)
 def test_it_is_refused(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.loop, "start", lambda config: pytest.fail("the run began"))
     package, *words = line.split()
     said = command(*words, main=MAIN[package].main)
     option = next(word for word in words if word.startswith("--"))

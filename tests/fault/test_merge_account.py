@@ -5,6 +5,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import lora.merge_folder
 import model.hub
@@ -13,9 +14,11 @@ from lora.base_weights import Base
 from lora.config import AdaloraConfig, AdapterError, DoraConfig, Ia3Config, LoraConfig
 from lora.inject import add_adapters
 from lora.layer import Adapted
+from lora.lora import EmbeddingLora, FusedLora
 from lora.merge_folder import merge_folder
 from lora.merged import Account, Merged
 from lora.peft_io import open_network, save
+from lora.vocabulary import same_change
 from model.folders import HubError
 from tests.conftest import randomized, tiny_config
 from tests.oracle.test_model import CLASSES
@@ -197,3 +200,13 @@ def test_some_weights_of_a_module_that_was_trained_whole(tmp_path):
     network, batch = open_network(tmp_path / "adapter", base=tmp_path / "base"), inputs(tiny_config("bert"))
     assert torch.allclose(model.hub.load(tmp_path / "out")(**batch).logits, network(**batch).logits, rtol=0, atol=1e-12)
     assert not torch.allclose(model.hub.load(tmp_path / "base")(**batch).logits, network(**batch).logits, atol=1e-2)
+
+
+@pytest.mark.parametrize(("alpha", "alike"), [(4.0, True), (8.0, False)])
+def test_ends_with_the_same_factors_and_another_scale_are_two(alpha, alike):
+    embedding = EmbeddingLora(nn.Embedding(7, 4), LoraConfig(), 2, 4.0)
+    head = FusedLora(nn.Linear(4, 7), LoraConfig(), 2, alpha)
+    for ours, theirs in ((embedding.A, head.B), (embedding.B, head.A)):
+        ours.data.normal_(generator=torch.Generator().manual_seed(0))
+        theirs.data.copy_(ours.T)
+    assert same_change(embedding, head) == alike

@@ -107,7 +107,7 @@ def test_weights_to_begin_with(options, stopped, halfway, tmp_path):
         network.body.blocks[1].mlp.up.weight[3, 5] = math.nan
     model.hub.save(network, bad)
     said = command(*ask(further(options), "--qat int8"), *plain, "--init", bad, "--out", out)
-    assert_one_clear_line(said, "--qat int8: body.blocks.1.mlp.up.weight: the value at [3, 5] is nan")
+    assert_one_clear_line(said, "in 'transformer.h.1.mlp.c_fc.weight' the value at [5, 3] is nan")
     model.hub.save(quantize_linears(model.hub.load(packed), "int8-dynamic"), packed)
     for folder, named in ((packed, packed), (stopped, last_checkpoint(stopped))):
         said = command(*ask(further(options), "--qat int8"), *plain, "--init", folder, "--out", out)

@@ -1,6 +1,7 @@
 """Shards and batches of a tokenizer whose one token both begins and ends documents, as GPT-2's <|endoftext|> does."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -126,3 +127,14 @@ def test_mask_makes_a_tokenizer_that_has_one(config):
     assert masked.tokenizer.vocab_size == 300 and not (masked.train.ids == 3).any()
     given = prepare(config, tokenizer=masked.tokenizer, mask=True)
     assert given.tokenizer is masked.tokenizer and given.train.targets == masked.train.targets
+
+
+def test_another_separator_builds_anew(config, tmp_path):
+    """The same text and tokenizer: ids that were parted by another token are not taken from the cache."""
+    byte_tokenizer(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    spec["added_tokens"].append(spec["added_tokens"][0] | {"id": END + 1, "content": "<|end|>"})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    for separator, first in ((None, END), ("<|end|>", END + 1), (None, END)):
+        made = prepare(replace(config, separator=separator), tokenizer=load_tokenizer(tmp_path))
+        assert made.train.ids[0] == made.train.ids[-1] == made.tokenizer.bos_id == first

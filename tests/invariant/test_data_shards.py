@@ -24,7 +24,8 @@ from tests.texts import prose
 @pytest.fixture
 def config(tmp_path):
     """A small corpus of 60 documents in a .jsonl."""
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": prose(n)}) + "\n" for n in range(60)))
+    records = ({"text": prose(n), "body": prose(n + 100)} for n in range(60))
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return DataConfig(
         corpus=(str(tmp_path / "text.jsonl"),), vocab_size=300, val_fraction=0.2, cache=tmp_path / "cache"
     )
@@ -82,7 +83,10 @@ def test_second_call_reuses_and_reads_nothing(stdlib_docs, config, monkeypatch):
     assert stdlib_docs.built and not again.built and again.folder == stdlib_docs.folder
 
 
-@pytest.mark.parametrize("change", [{"vocab_size": 310}, {"val_fraction": 0.3}, {"dedup": False}])
+CHANGES = [{"vocab_size": 310}, {"val_fraction": 0.3}, {"dedup": False}, {"text_key": "body"}, {"on_bad_text": "replace"}]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_another_setting_builds_anew(config, change):
     first = prepare(config)
     second = prepare(DataConfig(**{**vars(config), **change}))
@@ -228,7 +232,7 @@ def test_an_unset_vocabulary_is_what_the_text_can_fill(config, mask):
     assert not again.built and not resolved.built and shards.folder == again.folder == resolved.folder
     assert said.count(FEW.format(size)) == 2 and len([line for line in said if "training" in line]) == 1
     for more in (2048, size + 1):
-        with pytest.raises(DataError, match=f"vocab_size={more} is more than this text can fill.* --vocab-size {size},"):
+        with pytest.raises(DataError, match=f"--vocab-size {more} is more than this text can fill.* --vocab-size {size},"):
             prepare(replace(config, vocab_size=more), mask=mask)
     shutil.rmtree(shards.folder)
     assert prepare(unset, mask=mask).tokenizer.sha256 == shards.tokenizer.sha256

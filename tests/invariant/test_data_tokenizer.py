@@ -130,9 +130,9 @@ def test_more_characters_than_pieces():
 
 
 def test_vocabulary_that_the_text_cannot_fill():
-    with pytest.raises(DataError, match=r"vocab_size=5000 .* (\d+) pieces at most.*--vocab-size") as caught:
+    with pytest.raises(DataError, match=r"--vocab-size 5000 .* (\d+) pieces at most.*--vocab-size") as caught:
         train_tokenizer(["to be or not to be"], 5000)
-    largest = int(re.search(r"--vocab-size (\d+)", str(caught.value))[1])
+    largest = int(re.search(r"Use --vocab-size (\d+)", str(caught.value))[1])
     assert train_tokenizer(["to be or not to be"], largest).vocab_size == largest
 
 

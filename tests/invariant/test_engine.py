@@ -1,6 +1,7 @@
 """The engine through the real command: each way of training ends where it would have, stopped or not, and says what it did."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -233,3 +234,13 @@ def test_restarts_need_a_name(options, monkeypatch):
 def test_triton_needs_a_card(options, tmp_path):
     said = command(*options, "--loss", "triton", "--out", tmp_path / "run")
     assert said.code == 2 and "--loss triton needs a CUDA device" in said.err and not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_in_parts_has_both_files_of_settings(tmp_path):
+    """generation_config.json too, which an export hands on."""
+    network = randomized(tiny_config("llama"), dtype=torch.float32)
+    network.generation = {"eos_token_id": [2, 5], "top_k": 7}
+    engine = SimpleNamespace(network=network, mesh=SimpleNamespace(shard=2, writes=False), ranks=Ranks())
+    Engine.save(engine, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "generation_config.json"}
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == network.generation

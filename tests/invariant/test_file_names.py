@@ -142,7 +142,8 @@ def test_the_other_commands_on_their_own_streams(place, tmp_path):
 
 @pytest.mark.parametrize("name", ODD)
 def test_settings_are_read_back_as_they_were(name):
-    config = TrainConfig(RunConfig(out=Path(f"{name}/run"), recipe=name), data=DataConfig(corpus=(name, "b"), text_key=name))
+    data = DataConfig(corpus=(name or "a", "b"), text_key=name)
+    config = TrainConfig(RunConfig(out=Path(f"{name}/run"), recipe=name), data=data)
     table = to_plain(config)
     assert from_plain(TrainConfig, tomllib.loads(tomli_w.dumps(table).encode().decode()), "config.toml") == config
     needs_none = BAD not in name and not name.startswith("file:")

@@ -16,7 +16,7 @@ import model.hub
 import quant.__main__
 from tests.conftest import randomized, tiny_config
 from tests.folders import byte_level, change_json, llama, write_tokenizer
-from tests.runs import arguments, command, last_checkpoint, write_corpus
+from tests.runs import arguments, command, last_checkpoint, stopped_at, write_corpus
 
 BESIDE = {
     "chat_template.jinja": "{{ messages[0].content }}",
@@ -136,3 +136,18 @@ def test_names_of_labels(family, tmp_path):
     other = model.hub.load(tmp_path / "base", head="sequence", labels=5)
     model.hub.save(other, tmp_path / "other")
     assert len(json.loads((tmp_path / "other" / "config.json").read_text())["id2label"]) == 5, "the names were of other classes"
+
+
+def test_after_a_resume_too(place, tmp_path):
+    """From the checkpoint that it goes on from: the folder of --init may be gone by then."""
+    shutil.copytree(place / "base", tmp_path / "base")
+    few = FEW | {"corpus": place / "corpus", "cache": place / "cache", "save-every": 1, "init": tmp_path / "base", "steps": 4}
+    said = stopped_at(2, *arguments(few), "--out", tmp_path / "run")
+    assert said.code == 130, said.err
+    shutil.rmtree(tmp_path / "base")
+    said = command("--resume", tmp_path / "run")
+    assert said.code == 0, said.err
+    folder = last_checkpoint(tmp_path / "run")
+    assert folder.name == "step-4"
+    for file, text in BESIDE.items():
+        assert (folder / file).read_text() == text, file

@@ -8,16 +8,19 @@ import re
 import struct
 import sys
 import termios
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import train.log
 from model.config import ModelConfig
-from train.config import OptimizerConfig, TrainConfig
+from train.config import OptimizerConfig, RunConfig, SpeedConfig, TrainConfig
 from train.curves import diagnose, panels, plot
 from train.log import Console, Metrics, clock, cut_back, read_metrics
-from train.report import training_curve
+from train.report import comparable, training_curve
 
 
 def validation(step, loss, bits=1.0, bigram=2.0):
@@ -196,8 +199,20 @@ def read_to_the_end(terminal):
 def test_a_bar_on_a_terminal(monkeypatch):
     main, side = os.openpty()
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("4H", 24, 100, 0, 0))
-    with open(side, "w", encoding="utf-8") as terminal, monkeypatch.context() as patched:
-        through_console(terminal, patched)
-    text = read_to_the_end(main)
+    with ThreadPoolExecutor(1) as pool:  # read at once: a terminal that nobody reads holds 4 KiB, and then the bar waits
+        reading = pool.submit(read_to_the_end, main)
+        with open(side, "w", encoding="utf-8") as terminal, monkeypatch.context() as patched:
+            through_console(terminal, patched)
+        text = reading.result()
     assert "100%|" in text and "100/100" in text and "loss 2.500" in text and "1,000 tokens/s" in text
     assert "validation at step 50" in text and "step     51/100" not in text
+
+
+def test_what_two_runs_must_have_in_common(monkeypatch):
+    """Library, processor, its instructions, threads, ranks and precision: another one of each gives other last bits."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "A processor"})
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    config = TrainConfig(RunConfig(threads=3), speed=SpeedConfig(precision="bf16"))
+    for world, ranks in ((1, ""), (4, ", 4 ranks")):
+        run = SimpleNamespace(device=torch.device("cpu"), config=config, ranks=SimpleNamespace(world=world))
+        assert comparable(run) == f"torch {torch.__version__}, A processor with AVX2, 3 threads{ranks}, bf16"

@@ -1,5 +1,6 @@
 """Tokens drawn through `generate` and through the command are counted, beside their exact probabilities by the definitions."""
 
+import json
 import math
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,9 @@ import model.generate
 import model.hub
 from data.config import DataConfig
 from data.shards import prepare
+from data.tokenizer import load_tokenizer
 from model.generate import generate
+from tests.folders import byte_level, llama, write_tokenizer
 from tests.oracle.test_sampling import saying, words
 from tests.runs import command, write_corpus
 
@@ -119,3 +122,21 @@ def test_so_does_the_command(settings, folder):
     (new,) = made
     assert new.shape == (1, 600)
     assert_drawn(new, [bos], logits, settings)
+
+
+def test_lengths_and_ends_that_the_folder_leaves_open(tmp_path):
+    """max_length counts the prompt too; where no file of the network names an end, it is the tokenizer's."""
+    llama(tmp_path, vocab_size=333, eos_token_id=None)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"max_length": 20}))
+    write_tokenizer(tmp_path, byte_level(["<s>", "</s>"]), ["<s>", "</s>"], eos_token="</s>")
+    asked = []
+
+    def none_new(*_, **settings):
+        asked.append(settings)
+        return torch.zeros(1, 0, dtype=torch.long)
+
+    with patch("model.generate.generate", none_new):
+        said = command("generate", tmp_path, "--prompt", "the lazy dog", main=model.__main__.main)
+    assert said.code == 0, said.err
+    prompt = load_tokenizer(tmp_path).encode("the lazy dog")
+    assert asked[0]["max_new_tokens"] == 20 - len(prompt) < 20 and asked[0]["stop_ids"] == [331]

@@ -6,16 +6,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import model.hub
 from data.config import DataConfig
 from data.shards import prepare
 from model.init import build
 from tests.conftest import randomized, tiny_config
-from tests.runs import write_corpus
+from tests.runs import torch_as_it_was, write_corpus
 from train.config import OptimizerConfig, RunConfig, SpeedConfig, TrainConfig, TrainError
 from train.distributed import Mesh, Ranks, spread
 from train.objective import Objective
 from train.registry import load
-from train.setup import network_config, open_engine
+from train.setup import also_end_with, network_config, open_engine, open_network, resolve_machine, resolve_rates
 from train.tasks.clm import CausalTask
 from train.token_task import validation_ids
 
@@ -143,3 +144,45 @@ def test_blocks_are_sharded_as_asked(dtype, reduced, monkeypatch):
     assert all(asked["mesh"] == "the ranks that share" and asked["reshard_after_forward"] is False for _, asked in calls)
     assert [asked["mp_policy"].param_dtype for _, asked in calls] == [None, torch.bfloat16] * 2 + [None]
     assert {asked["mp_policy"].reduce_dtype for _, asked in calls} == {reduced}
+
+
+def test_a_run_that_is_not_named_has_a_name_of_its_own(made, tmp_path, monkeypatch):
+    """Also where another one began in the same second."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("train.setup.time.strftime", lambda form: "20260102-030405")
+    for name in ("tiny-20260102-030405", "tiny-20260102-030405-2", "tiny-20260102-030405-3"):
+        with torch_as_it_was():
+            out = resolve_machine(made[0], Ranks()).run.out
+        assert out.as_posix() == f"runs/{name}"
+        out.mkdir(parents=True)
+
+
+@pytest.mark.parametrize(("width", "lr"), [(64, 1e-3), (128, 1e-3), (256, 5e-4), (4096, 3.1e-5)])
+def test_rates_of_further_training(width, lr, tmp_path):
+    """An eighth of pretraining's; the rate falls with the width, Muon's does not; what is asked for is taken as it is."""
+    model.hub.save(randomized(tiny_config("llama", width=width, depth=1, heads=4), dtype=torch.float32), tmp_path)
+    config = TrainConfig(run=RunConfig(init=tmp_path))
+    found, new = resolve_rates(config), resolve_rates(TrainConfig())
+    assert (found.lr, found.matrix_lr) == (lr, 5e-3) and (new.lr, new.matrix_lr) == (8e-3, 4e-2)
+    asked = resolve_rates(replace(config, optimizer=OptimizerConfig(lr=0.5, matrix_lr=0.25)))
+    assert (asked.lr, asked.matrix_lr) == (0.5, 0.25)
+
+
+def test_what_ends_documents_ends_texts():
+    """Also where the folder's generation_config.json names other ends alone: it is what generating reads."""
+    for said, ends in ((7, [7, 9]), ([7, 5], [7, 5, 9]), ([7, 9], [7, 9])):
+        network = randomized(tiny_config("llama", eos_id=7, stop_ids=(9,) if said == [7, 9] else ()))
+        network.generation = {"eos_token_id": said, "top_k": 4}
+        also_end_with(network, 9)
+        assert network.generation == {"eos_token_id": ends, "top_k": 4}
+        assert (network.config.eos_id, network.config.stop_ids) == (7, (9,))
+    network = randomized(tiny_config("llama", eos_id=None))
+    also_end_with(network, 9)
+    assert network.config.eos_id == 9 and not network.config.stop_ids
+
+
+def test_a_folder_that_is_trained_further_ends_texts_so_too(tmp_path):
+    model.hub.save(randomized(tiny_config("llama", eos_id=7), dtype=torch.float32), tmp_path)
+    config = TrainConfig(run=RunConfig(init=tmp_path), speed=SpeedConfig(precision="fp32"))
+    network = open_network(config, SimpleNamespace(eos_id=9), None, torch.device("cpu"))
+    assert network.config.stop_ids == (9,) and network.generation["eos_token_id"] == [7, 9]

@@ -414,3 +414,16 @@ def test_every_file_beside_the_weights_travels(tmp_path):
     assert set(copied) == set(kept) - {"README.md"} and (tmp_path / "out" / "README.md").read_text() == "mine"
     assert (tmp_path / "out" / "1_Pooling" / "config.json").read_text() == "x"
     shutil.rmtree(tmp_path / "base")
+
+
+AROUND = {"BertTokenizer": ((330,), (331,)), "T5TokenizerFast": ((), (331,)), "PreTrainedTokenizerFast": ((), ())}
+
+
+@pytest.mark.parametrize("kind", AROUND)
+def test_what_a_class_puts_around_a_text(kind, tmp_path):
+    """Where tokenizer.json has no post-processor; so those classes of transformers have it."""
+    settings = {"tokenizer_class": kind, "bos_token": "<s>", "eos_token": "</s>"}
+    write_tokenizer(tmp_path, byte_level(SPECIALS), SPECIALS, **settings)
+    tokenizer = load_tokenizer(tmp_path)
+    (before, after), ids = AROUND[kind], tokenizer.encode("the fox")
+    assert tokenizer.affixes == (before, after) and tokenizer.framed(ids) == [*before, *ids, *after]

@@ -82,7 +82,8 @@ class Rollout(RecordTask):
                 nll_BT = F.cross_entropy(logits_BTV.mT, batch["labels"], reduction="none")
                 count = (batch["labels"] != -100).sum()
                 term = Term((nll_BT * batch["advantage"][:, None]).sum(), count)
-                return Result({"loss": term}, {"even": Metric(((batch["labels"] % 2 == 0) & (batch["labels"] != -100)).sum(), count)})
+                even = (batch["labels"] != -100) & (batch["labels"] % 2 == 0)
+                return Result({"loss": term}, {"even": Metric(even.sum(), count)})
 
         return PolicyObjective(networks)
 

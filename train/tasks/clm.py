@@ -27,12 +27,12 @@ class CausalTask(TokenTask):
     perplexity_of = ("lm",)
 
     def __init__(self, config: "TrainConfig", shards: "Shards"):
+        from data.sizes import text_bytes
         from train.evaluate import baselines
 
         super().__init__(config, shards)
         tokenizer = self.tokenizer
-        # Every scored target stands for known bytes of text, so that part of the split has an exact size too.
-        self.validation_bytes = int(tokenizer.piece_bytes[self.held_out[1:]].sum())
+        self.validation_bytes = text_bytes(shards.validation, tokenizer, len(self.held_out))
         bos_id = None if tokenizer.bos_id == tokenizer.eos_id else tokenizer.bos_id
         self.baselines = baselines(shards.train.ids, self.held_out, tokenizer.vocab_size, bos_id, self.validation_bytes)
 

@@ -1,0 +1,52 @@
+"""Weights that are inf or NaN: one such number makes all that a network computes with it meaningless.
+
+`non_finite` adds up a tensor first, for a sum is finite only if each number is: that is one pass over memory, and no second
+tensor. Only where the sum is not (numbers may be large) each number is looked at.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.folders import HubError, weight_files
+from model.safetensors_file import WeightFile
+
+
+def non_finite(value: Tensor) -> str | None:
+    """Describe the first non-finite value and its index; None where all are finite.
+
+    >>> non_finite(torch.tensor([[1.0, 2.0], [float("inf"), 3.0]])), non_finite(torch.full((2,), 3e38))
+    ('the value at [1, 0] is inf', None)
+    """
+    if not value.is_floating_point() or value.device.type == "meta":
+        return None
+    value = value.detach()
+    value = value.float() if value.element_size() == 1 else value  # 8-bit floats know no arithmetic
+    if bool(value.sum(dtype=torch.promote_types(value.dtype, torch.float32)).isfinite()):
+        return None
+    is_bad = ~value.isfinite()
+    if not bool(is_bad.any()):
+        return None
+    index = [int(place) for place in torch.unravel_index(is_bad.flatten().int().argmax(), value.shape)]
+    return f"the value at {index} is {float(value[tuple(index)])}"
+
+
+def refuse_non_finite(folder: Path) -> None:
+    """Raise HubError for the first tensor of a model folder that holds inf or NaN; one tensor is in memory at a time."""
+    for path in weight_files(folder):
+        with WeightFile(path) as file:
+            for name in file.names:
+                refuse_tensor(file, name)
+
+
+def refuse_tensor(file: WeightFile, name: str) -> None:
+    """Raise HubError where a tensor holds inf or NaN as it is in its file, before any cast."""
+    value = torch.empty(file.shape(name), dtype=file.dtype(name))
+    file.read(name, value)
+    if found := non_finite(value):
+        raise HubError(not_computable(file.path, name, found))
+
+
+def not_computable(path: Path, name: str, found: str) -> str:
+    return f"{path}: in {name!r} {found}: a network computes nothing with it. Take a checkpoint from before it broke"

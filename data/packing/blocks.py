@@ -70,8 +70,8 @@ class MixedBlocks:
     """Rows of several rings, by weight: each is a range of `ids`, with an order of its own.
 
     >>> stream = MixedBlocks(np.arange(40), [(0, 10), (10, 40)], (0.25, 0.75), context=3, batch_size=4, seed=0)
-    >>> int((stream.batch(0)[:, 0] < 10).sum())
-    1
+    >>> sum(int((stream.batch(step)[:, 0] < 10).sum()) for step in range(256))
+    256
     """
 
     is_on_policy = False

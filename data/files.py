@@ -18,10 +18,11 @@ UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 @dataclass(frozen=True)
 class Document:
-    """One text and where it came from."""
+    """One text and where it came from; of a mixture, also the name of its source."""
 
     name: str
     text: str
+    source: str = ""
 
 
 @dataclass

@@ -55,8 +55,8 @@ class DataConfig:
 
     corpus: tuple[str, ...] = ("stdlib-docs",)
     """What to read: stdlib-docs, stdlib-code, or files, folders and globs of .txt .md .py, and of records: .jsonl .json .csv
-    .tsv; each also .gz. NAME=PATH:WEIGHT NAME=PATH:WEIGHT … mixes sources: rows of batches by weight. A NAME may come again,
-    with another PATH and the same weight."""
+    .tsv .parquet; each also .gz. NAME=PATH:WEIGHT NAME=PATH:WEIGHT … mixes sources: rows of batches by weight. A NAME may come
+    again, with another PATH and the same weight."""
 
     text_key: str = "text"
     """The key, or the column of a table, that holds a record's text."""

@@ -40,7 +40,9 @@ def read_parquet(stream: BinaryIO, column: str | None = None) -> Iterator[Record
     except (pyarrow.ArrowException, OSError) as error:
         if getattr(error, "errno", None) is not None:  # the disk's; what pyarrow cannot decode has none
             raise
-        raise RecordError(f"record {number + 1}" if number else "", f"not a Parquet file that can be read ({' '.join(str(error).split())})") from error
+        why = " ".join(str(error).split())
+        place = f"record {number + 1}" if number else ""
+        raise RecordError(place, f"not a Parquet file that can be read ({why})") from error
 
 
 def values_of(column: "pyarrow.Array", before: int) -> list:

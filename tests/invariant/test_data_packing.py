@@ -188,6 +188,34 @@ def test_threads_that_ask_at_once_do_not_count_an_epoch_twice(kind):
         assert list(pool.map(ask, range(8))) == [rows] * 8
 
 
+def test_threads_that_ask_for_one_epoch_wait_for_its_plan():
+    made, planned, plan = source("random, pad"), [], ExampleSource._plan
+
+    def slow(self, epoch):
+        planned.append(epoch)
+        time.sleep(0.05)
+        return plan(self, epoch)
+
+    with patch.object(ExampleSource, "_plan", slow), ThreadPoolExecutor(4) as pool:
+        assert len({id(each) for each in pool.map(made.epoch, [0] * 4)}) == 1 and planned == [0]
+
+
+def test_epochs_may_differ_in_rows_along_two_axes():
+    """First fit needs more rows for some orders of what is equally long; every unit comes once in each epoch all the same."""
+    draw = np.random.default_rng(10)
+    records = [tuple(draw.integers(1, 9, 2).tolist()) for _ in range(60)]
+
+    def both(record, random):
+        return [Example(np.ones(record[0], int), np.ones(record[0], int), np.ones(record[1], int))]
+
+    made = ExampleSource(records, both, batch_size=4, room=(10, 10), packing="first_fit")
+    rows = [made.rows_of(epoch) for epoch in range(8)]
+    assert len(set(rows)) > 1
+    for epoch in range(8):
+        packs = [made.pack(row) for row in range(sum(rows[:epoch]), sum(rows[: epoch + 1]))]
+        assert sorted(index for pack in packs for _, index, _ in pack) == list(range(60))
+
+
 @pytest.mark.parametrize("kind", ["random, pad", "random, first fit", "two axes, first fit"])
 def test_a_resume_counts_no_epoch_again(kind):
     before = source(kind)
@@ -439,6 +467,20 @@ def test_records_are_mixed_by_weight(kind):
         resumed.load_state_dict(made.state_dict())
         same(resumed.batches(step), walked[step])
     assert made.state_dict().keys() == ({"sources"} if "random" in kind else set())
+
+
+def test_keys_of_a_whole_text_are_so_in_all_sources():
+    """Three classes, and a source in which every text has three tokens."""
+    parts = [
+        ExampleSource(lengths, lambda n, random: [example(n, np.array([1, 0, 1]))], batch_size=4, room=(16,))
+        for lengths in ([3, 3, 3], [5, 9])
+    ]
+    made = MixedExamples(parts, (1, 1), seed=0)
+    for part in parts:
+        part.epoch(0)
+    assert made.whole == {"labels"}
+    assert parts[0].collate([made.sources[0].units_of_row(row) for row in range(4)], whole=made.whole)["labels"].shape == (4, 3)
+    assert {tuple(batch["labels"].shape) for step in range(64) for batch in made.batches(step)} == {(4, 3)}
 
 
 def test_an_origin_of_a_mixture():

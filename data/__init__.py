@@ -1,9 +1,10 @@
 """Text in, batches out.
 
-    config    the settings, and the one error of bad input     imports the standard library only
+    config    the settings with the entries of --corpus, and the one error of bad input     imports the standard library only
     find      files that a path, a folder or a glob names; and what is left out
     files     user's files into documents: .txt .md .py and files of records, plain or .gz
     records   records of .jsonl .json .csv .tsv, with their places; scores read their files by it too
+    parquet   those of .parquet
     shell     names of files in commands that are printed; `words` numbers of things in messages
     notes     lines on text that was left out, mended or not spelled
     corpus    built-in corpora and user's files -> documents; long ones cut
@@ -13,6 +14,7 @@
         tokenizer_training         our SentencePiece BPE, trained on all of a text
         tokenizer_json             tokenizer.json and vocab.txt, by the library `tokenizers`
         tokenizer_export           ours as tokenizer.json
+    split     training and validation by a hash of the text; few documents cut, so that some can be held out
     shards    documents -> train.bin, validation.bin, the tokenizer's files, index.json, built once
     sources/  more than files of text: records with columns, several sources by weight
     example   what a transform makes of a record

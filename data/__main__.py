@@ -17,12 +17,13 @@ class Prepare(DataConfig):
     """Read, deduplicate, split and tokenize a corpus into shards that training maps into memory."""
 
     NEEDS: ClassVar = (
-        Needs(("text_key",), lambda config: may_hold_records(config.corpus), "the corpus holds no records"),
+        Needs(("text_key",), lambda config: may_hold_records(config.read), "the corpus holds no records"),
         Needs(
             ("on_bad_text",),
-            lambda config: any(entry not in BUILT_IN for entry in config.corpus),
+            lambda config: any(path not in BUILT_IN for path in config.read),
             "the corpus comes with Python, and is no file of yours",
         ),
+        Needs(("val_fraction",), lambda config: not config.validation, "--validation says what is held out"),
     )
 
 
@@ -39,6 +40,13 @@ def prepare(config: DataConfig) -> None:
     print(f"read         {counted(report['documents'], 'document')}, {report['bytes']:,} bytes")
     dropped = [counted(len(report[f"{kind}_duplicates"]), f"{kind} duplicate") for kind in ("exact", "near")]
     print(f"dropped      {' and '.join(dropped)}")
+    if config.validation:
+        exact, near = (len(report[f"held_out_{kind}"]) for kind in ("exact", "near"))
+        print(f"held out     {' '.join(config.validation)}: {exact:,} equal and {near:,} near documents dropped from training")
+    for name, weight in config.weights.items():
+        tokens = [end - start for part in (made.train, made.validation) for start, end in [part.ranges.get(name, (0, 0))]]
+        share = weight / sum(config.weights.values())
+        print(f"source       {name}: weight {weight:g} ({share:.1%}), {tokens[0]:,} tokens to train on, {tokens[1]:,} held out")
     print(f"tokenizer    {made.tokenizer.vocab_size:,} ids")
     print(f"{'built' if made.built else 'reused':13}{made.folder}")
 

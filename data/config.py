@@ -1,8 +1,11 @@
 """Settings of the data part, and its error. Standard library only: --help imports this and no torch."""
 
-from dataclasses import dataclass, field
+import math
+import os
+import re
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 BUILT_IN = ("stdlib-docs", "stdlib-code")
 VOCAB_SIZE = 2048  # of the tokenizer, where nothing else is asked for and the text can fill it
@@ -11,6 +14,35 @@ LEAST_VOCAB = 264  # 3 control ids, 256 bytes, 5 characters
 
 class DataError(ValueError):
     """Bad input. The message names the thing and what to do; command lines print it without a traceback."""
+
+
+class Entry(NamedTuple):
+    """One path of --corpus; where sources are mixed, with the name and the weight of its source."""
+
+    path: str
+    name: str = ""
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.path}:{self.weight!r}" if self.name else self.path
+
+
+NAMED = re.compile(r"([A-Za-z][\w-]*)=(.+):([^:]+)", re.ASCII | re.DOTALL)
+
+
+def read_entry(text: str) -> Entry:
+    """NAME=PATH:WEIGHT, or a path; a file that has such a name is a path.
+
+    >>> read_entry("web=crawl/*.txt:0.7"), read_entry("crawl/*.txt").name
+    (Entry(path='crawl/*.txt', name='web', weight=0.7), '')
+    """
+    named = NAMED.fullmatch(text)
+    if named is None or os.path.lexists(os.path.expanduser(text)):
+        return Entry(text)
+    try:
+        return Entry(named[2], named[1], float(named[3]))
+    except ValueError:
+        return Entry(text)
 
 
 def default_cache() -> Path:
@@ -23,7 +55,8 @@ class DataConfig:
 
     corpus: tuple[str, ...] = ("stdlib-docs",)
     """What to read: stdlib-docs, stdlib-code, or files, folders and globs of .txt .md .py, and of records: .jsonl .json .csv
-    .tsv; each also .gz. Hidden files of a folder are left out."""
+    .tsv .parquet; each also .gz. NAME=PATH:WEIGHT NAME=PATH:WEIGHT … mixes sources: rows of batches by weight. A NAME may come
+    again, with another PATH and the same weight. Hidden files of a folder are left out."""
 
     text_key: str = "text"
     """The key, or the column of a table, that holds a record's text."""
@@ -35,7 +68,7 @@ class DataConfig:
     """Pieces of the tokenizer, 3 control and 256 byte pieces included. Default: 2,048, or what the text can fill."""
 
     validation: tuple[str, ...] = ()
-    """Files, folders or globs to validate on, instead of a share of the corpus."""
+    """Files, folders or globs to validate on, instead of a share of the corpus. What training has of their text is dropped."""
 
     val_fraction: float = 0.05
     """Share of the documents or records held out for validation, chosen by a hash of each one's text."""
@@ -63,3 +96,47 @@ class DataConfig:
             raise DataError(f"--val-fraction {self.val_fraction}: a fraction above 0 and below 1")
         if self.on_bad_text not in ("error", "replace", "skip"):
             raise DataError(f"--on-bad-text {self.on_bad_text!r}: one of error, replace, skip")
+        self.check_sources()
+
+    def check_sources(self) -> None:
+        entries = self.entries
+        named = [entry for entry in entries if entry.name]
+        if not named:
+            return
+        if len(named) < len(entries):
+            path = next(entry.path for entry in entries if not entry.name)
+            raise DataError(f"--corpus {path}: it is not NAME=PATH:WEIGHT, and {named[0]} is: either all have a name, or none")
+        for entry in named:
+            if not 0 < entry.weight < math.inf:
+                raise DataError(f"--corpus {entry}: a weight is above 0, and finite")
+            if entry.weight != self.weights[entry.name]:
+                raise DataError(f"--corpus {entry}: {entry.name} has the weight {self.weights[entry.name]!r} too; give one")
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """What `corpus` says, those of one source together."""
+        entries = [read_entry(text) for text in self.corpus]
+        names = list(dict.fromkeys(entry.name for entry in entries))
+        return tuple(sorted(entries, key=lambda entry: names.index(entry.name)))
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(entry.path for entry in self.entries)
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """All that is read, to train on and to validate on."""
+        return (*self.paths, *self.validation)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each source, by name; {} where none has one."""
+        weights: dict[str, float] = {}
+        for entry in self.entries:
+            if entry.name:
+                weights.setdefault(entry.name, entry.weight)
+        return weights
+
+    def of_validation(self) -> "DataConfig":
+        """The same with the files of `validation` for its corpus."""
+        return replace(self, corpus=self.validation, validation=())

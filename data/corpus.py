@@ -8,6 +8,7 @@ import re
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import regex
@@ -23,14 +24,16 @@ TOPICS = "pydoc_data/topics.py"
 DEFINITION = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def find_corpus(config: DataConfig, left_out: list[str] | None = None) -> list[tuple[str, list[Path]]]:
-    """What `config.corpus` names, without reading it: (built-in's name or "", its files), in the order given.
+def find_corpus(
+    config: DataConfig, left_out: list[str] | None = None, option: str = "--corpus"
+) -> list[tuple[str, list[Path]]]:
+    """What `config.paths` name, without reading it: (built-in's name or "", its files), in their order.
 
     A file that two entries name is read once. `left_out` gets a line for each entry that holds what is not read.
     Raises DataError for what does not exist.
     """
     sources, taken = [], set()
-    for entry in config.corpus:
+    for entry in config.paths:
         if entry in BUILT_IN:
             found = stdlib_files()
             sources.append((entry, found if entry not in taken else []))
@@ -40,9 +43,10 @@ def find_corpus(config: DataConfig, left_out: list[str] | None = None) -> list[t
         if found is None:
             near = difflib.get_close_matches(entry, BUILT_IN, n=1)
             raise DataError(
-                f"--corpus {entry}: no such file or folder ({expand_home(entry).absolute()}), "
+                f"{option} {entry}: no such file or folder ({expand_home(entry).absolute()}), "
                 f"no file matches it as a glob, and the built-in corpora are {', '.join(BUILT_IN)}"
                 + (f". Did you mean {near[0]}?" if near else "")
+                + (". A source of a mixture is NAME=PATH:WEIGHT, a number last" if "=" in entry and not config.weights else "")
             )
         if found.left_out and left_out is not None:
             left_out.append(found.left_out)
@@ -57,7 +61,7 @@ def read_corpus(config: DataConfig, report: ReadReport | None = None) -> Iterato
     `report` is filled on the way. Raises DataError when nothing is left.
     """
     report = ReadReport() if report is None else report
-    for entry, (name, paths) in zip(config.corpus, find_corpus(config), strict=True):
+    for (entry, source, _), (name, paths) in zip(config.entries, find_corpus(config), strict=True):
         if name:
             documents = BUILT_IN_READERS[name](paths)
         else:
@@ -69,7 +73,7 @@ def read_corpus(config: DataConfig, report: ReadReport | None = None) -> Iterato
                 continue
             report.documents += 1
             report.bytes += len(document.text.encode())
-            yield document
+            yield replace(document, source=source) if source else document
     if not report.documents:
         raise DataError(
             f"the corpus {' '.join(config.corpus)} is empty: no text in it ({counted(report.empty, 'empty document')}"
@@ -193,7 +197,7 @@ def cut(document: Document, size: int) -> list[Document]:
     pieces.append("".join(held))
     if len(pieces) == 1:
         return [document]
-    return [Document(f"{document.name}#{number}", text) for number, text in enumerate(pieces)]
+    return [replace(document, name=f"{document.name}#{number}", text=text) for number, text in enumerate(pieces)]
 
 
 def cut_long_lines(pieces: list[Document], size: int, most: int) -> list[Document]:
@@ -229,4 +233,4 @@ def cut_at_spaces(document: Document, size: int) -> list[Document]:
             end = next(end for end in ends if end >= least or end == len(text))
         pieces.append(text[start:end])
         start = end
-    return [Document(f"{document.name}#{number}", piece) for number, piece in enumerate(pieces)]
+    return [replace(document, name=f"{document.name}#{number}", text=piece) for number, piece in enumerate(pieces)]

@@ -45,6 +45,30 @@ def deduplicate(documents: list[Document], near: bool = True) -> tuple[list[Docu
     return [document for i, document in enumerate(unique) if i not in covered], report
 
 
+def drop_held_out(
+    documents: list[Document], held_out: list[Document], near: bool = True
+) -> tuple[list[Document], list[str], list[tuple[str, float]]]:
+    """The documents without those that validation has: (kept, names of the equal ones, near ones with the share it has).
+
+    A near one is a document of which COVERED or more of the shingles stand in `held_out`, all of it together.
+    """
+    equal = {fingerprint(document.text) for document in held_out}
+    words: dict[str, int] = {}
+    theirs = np.unique(np.concatenate([shingles(document.text, SHINGLE, words) for document in held_out])) if near else None
+    kept, exact, covered = [], [], []
+    for document in documents:
+        if fingerprint(document.text) in equal:
+            exact.append(document.name)
+            continue
+        mine = np.unique(shingles(document.text, SHINGLE, words)) if near else np.empty(0)
+        share = float(np.isin(mine, theirs).mean()) if len(mine) else 0.0
+        if share >= COVERED:
+            covered.append((document.name, share))
+        else:
+            kept.append(document)
+    return kept, exact, covered
+
+
 def fingerprint(text: str) -> bytes:
     """Equal for texts that differ in case and white space alone."""
     return hashlib.blake2b(" ".join(text.casefold().split()).encode(), digest_size=16).digest()

@@ -1,4 +1,4 @@
-"""User's files into documents: a text file is one, so is each record of a .jsonl, .json, .csv or .tsv; each also as .gz."""
+"""User's files into documents: a text file is one, so is each record of a file of records (`data.records`); also as .gz."""
 
 import gzip
 import zlib
@@ -9,6 +9,7 @@ from typing import BinaryIO, Literal, TypeVar
 
 from data.config import DataConfig, DataError
 from data.find import kind
+from data.parquet import read_parquet
 from data.records import FORMATS, Line, NoRecordsError, Record, RecordError, is_utf16, read_records, shown
 
 T = TypeVar("T")
@@ -19,10 +20,11 @@ JSON_KINDS = {type(None): "null", bool: "true or false", int: "a number", float:
 
 @dataclass(frozen=True)
 class Document:
-    """One text and where it came from."""
+    """One text and where it came from; of a mixture, also the name of its source."""
 
     name: str
     text: str
+    source: str = ""
 
 
 @dataclass
@@ -62,8 +64,7 @@ def read_rows(
     """The records of `paths` with all their keys, each with its name for messages; strings in them have a UTF-8."""
 
     def records(path: Path, stream: BinaryIO) -> Iterator[tuple[str, dict]]:
-        suffix = kind(path)
-        for record in read_records(decoded_lines(path, stream, suffix == ".jsonl", on_bad_text, report), suffix):
+        for record in read_stream(path, stream, on_bad_text, report):
             name = named(path, record.place)
             if not isinstance(record.value, dict):
                 raise DataError(f"{name}: a record has named keys, and this is {type(record.value).__name__}")
@@ -107,17 +108,26 @@ def read_each(
 
 
 def read_record_file(
-    path: Path, stream: Iterable[bytes], text_key: str, on_bad_text: BadText, report: ReadReport
+    path: Path, stream: BinaryIO, text_key: str, on_bad_text: BadText, report: ReadReport
 ) -> Iterator[Document]:
     """Each record is one document: the string under `text_key`."""
-    suffix = kind(path)
-    what = "column" if suffix in (".csv", ".tsv") else "key"
-    for record in read_records(decoded_lines(path, stream, suffix == ".jsonl", on_bad_text, report), suffix):
+    what = "key" if kind(path) in (".jsonl", ".json") else "column"
+    for record in read_stream(path, stream, on_bad_text, report, text_key):
         name = named(path, record.place)
         text = text_of(record, name, text_key, what)
         text = without_surrogates(text, name, text_key, on_bad_text, report)
         if text is not None:
             yield Document(name, text)
+
+
+def read_stream(
+    path: Path, stream: BinaryIO, on_bad_text: BadText, report: ReadReport, column: str | None = None
+) -> Iterator[Record]:
+    """The records of an open file. `column`: the one that is wanted, where a format can leave out others."""
+    suffix = kind(path)
+    if suffix == ".parquet":
+        return read_parquet(stream, column)
+    return read_records(decoded_lines(path, stream, suffix == ".jsonl", on_bad_text, report), suffix)
 
 
 def named(path: Path, place: str) -> str:

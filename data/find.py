@@ -32,7 +32,7 @@ class Found(NamedTuple):
 
 
 def kind(path: Path) -> str | None:
-    """The suffix that says how a file is read, without .gz; None when it is not read. Raises DataError for Parquet.
+    """The suffix that says how a file is read, without .gz; None when it is not read. Raises DataError for Arrow.
 
     >>> kind(Path("a/b.JSONL.gz")), kind(Path("photo.png"))
     ('.jsonl', None)

@@ -22,15 +22,15 @@ from typing import Any, NamedTuple
 from data.config import DataError
 from data.shell import quote
 
-FORMATS = (".jsonl", ".json", ".csv", ".tsv")
+LINES = (".jsonl", ".json", ".csv", ".tsv")  # what is read here
+FORMATS = (*LINES, ".parquet")  # that one in `data.parquet`
 SEPARATORS = ",;\t"  # of .csv: the one that cuts the header into most columns
 LONGEST_FIELD = 2**31 - 1  # characters; csv's own limit is 128 Ki
 PROBED = 1 << 16  # bytes by which UTF-16 without a mark is told
 KEYS = 20  # are named in a message
 
-# What has records too, and is not read; pandas and pyarrow make JSON lines of it. (.arrow: the stream that `datasets` keeps.)
+# What has records too, and is not read; pyarrow makes JSON lines of it. (.arrow: the stream that `datasets` keeps.)
 NOT_READ = {
-    ".parquet": ("Parquet", "import pandas, sys; pandas.read_parquet(sys.argv[1])"),
     ".arrow": ("Arrow", "import pyarrow, sys; pyarrow.ipc.open_stream(pyarrow.memory_map(sys.argv[1])).read_pandas()"),
 }
 AS_LINES = ".to_json(sys.argv[2], orient='records', lines=True, force_ascii=False)"
@@ -72,7 +72,7 @@ def suffix_of(path: str | Path) -> str:
 
 
 def refuse_columnar(path: str | Path) -> None:
-    """Raise DataError for Parquet and Arrow, with the command that converts the file."""
+    """Raise DataError for Arrow, with the command that converts the file."""
     suffix = suffix_of(path)
     if suffix not in NOT_READ:
         return
@@ -84,7 +84,7 @@ def refuse_columnar(path: str | Path) -> None:
 
 
 def read_records(lines: Iterable[Line], suffix: str, *, blank: bool = True) -> Iterator[Record]:
-    """The records of a file with a suffix of FORMATS. `blank`: JSON lines may be blank, and are passed over.
+    """The records of a file with a suffix of LINES. `blank`: JSON lines may be blank, and are passed over.
 
     Raises RecordError.
     """

@@ -14,8 +14,8 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,22 +25,23 @@ import sentencepiece
 from tqdm import tqdm
 
 from data.config import LEAST_VOCAB, VOCAB_SIZE, DataConfig, DataError
-from data.corpus import cut, cut_long_lines, find_corpus, read_corpus
-from data.dedup import deduplicate
+from data.corpus import find_corpus, read_corpus
+from data.dedup import deduplicate, drop_held_out
 from data.files import Document, ReadReport
 from data.notes import reading_notes, spelling_notes
+from data.split import check_sources, cut_few, split
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.tokenizer_training import VocabularyError, train_tokenizer, trainer_options
 from data.words import counted
 
 FORMAT = 2
 SPLITS = ("train", "validation")
-LARGEST_PIECE = 1 << 14  # bytes, when a corpus of few documents is cut
 
 
 @dataclass(frozen=True)
 class Split:
-    """One file of ids. `bytes` counts the UTF-8 bytes of its text. `one_separator`: bos and eos are one id."""
+    """One file of ids. `bytes` counts the UTF-8 bytes of its text. `one_separator`: bos and eos are one id. `ranges`: where
+    each source of a mixture begins and ends, with what ends its last document."""
 
     path: Path
     dtype: str
@@ -48,10 +49,16 @@ class Split:
     documents: int
     bytes: int
     one_separator: bool = False
+    ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @cached_property
     def ids(self) -> np.memmap:
         return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.tokens,))
+
+    @property
+    def shortest(self) -> int:
+        """Tokens of the smallest source."""
+        return min((end - start for start, end in self.ranges.values()), default=self.tokens)
 
     @property
     def targets(self) -> int:
@@ -99,7 +106,7 @@ def prepare(
     elif config.separator is not None:
         raise DataError(f"--separator {config.separator}: the tokenizer that is trained here begins each document with <s>")
     left_out: list[str] = []
-    files = identity(find_corpus(config, left_out))
+    files = identity(config, left_out)
     for line in left_out:
         say(line)
     cache, built = config.cache.expanduser(), False
@@ -124,7 +131,7 @@ def prepare(
                 return shards
             except DamagedError as error:
                 say(f"cached shards {folder} are damaged ({error}): building them again")
-        say(f"preparing {' '.join(config.corpus)}")
+        say(f"preparing {' '.join([*config.corpus, *config.validation])}")
         try:
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=cache) as making:
@@ -151,9 +158,15 @@ def read_note(note: Path) -> int | None:
         return None
 
 
-def identity(found: list[tuple[str, list[Path]]]) -> list[tuple[str, str, int, int]]:
-    """Name of the built-in, path, size and time of each file: they tell whether it is still the same."""
-    files = []
+def identity(config: DataConfig, left_out: list[str]) -> list[tuple[str, str, int, int]]:
+    """Name of the built-in, path, size and time of each file: they tell whether it is still the same. And of which source
+    files are, and which are held out, where these are named."""
+    files, found = [], find_corpus(config, left_out)
+    sources = [("source", e.name, len(paths), 0) for e, (_, paths) in zip(config.entries, found, strict=True) if e.name]
+    if config.validation:
+        held_out = find_corpus(config.of_validation(), left_out, "--validation")
+        sources.append(("validation", "", sum(len(paths) for _, paths in held_out), 0))
+        found = found + held_out
     for name, paths in found:
         for path in paths:
             try:
@@ -161,7 +174,7 @@ def identity(found: list[tuple[str, list[Path]]]) -> list[tuple[str, str, int, i
             except OSError as error:
                 raise DataError(f"{path}: cannot be read ({error.strerror})") from error
             files.append((name, str(path.absolute()), known.st_size, known.st_mtime_ns))
-    return files
+    return files + sources
 
 
 def cache_key(config: DataConfig, files: list, tokenizer: Tokenizer | None, vocab_size: int, mask: bool) -> str:
@@ -170,28 +183,6 @@ def cache_key(config: DataConfig, files: list, tokenizer: Tokenizer | None, voca
     settings = [config.text_key, config.on_bad_text, config.val_fraction, config.dedup, made_by]
     settings += [tokenizer.separator] if tokenizer and tokenizer.separator else []
     return hashlib.sha256(json.dumps([FORMAT, sys.version, settings, files]).encode()).hexdigest()[:16]
-
-
-def split_fraction(text: str) -> float:
-    """A document's place in [0, 1), by its text alone: below `val_fraction` it is validation, wherever it stood."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-
-
-def split(documents: list[Document], val_fraction: float, *, dropped: int = 0) -> dict[str, list[Document]]:
-    """Training and validation documents. Where chance leaves one split empty, the nearest document goes there. `dropped`:
-    how many duplicates there were, for a message."""
-    if len(documents) < 2:
-        after = f" after {counted(dropped, 'duplicate was', 'duplicates were')} dropped" * (dropped > 0)
-        raise DataError(
-            f"the corpus has {counted(len(documents), 'document')}{after}, and training and validation need one each. Add "
-            "files, or use a .jsonl with one document a line"
-        )
-    fractions = [split_fraction(document.text) for document in documents]
-    threshold = min(max(val_fraction, np.nextafter(min(fractions), 1)), max(fractions))
-    return {
-        "train": [document for document, f in zip(documents, fractions, strict=True) if f >= threshold],
-        "validation": [document for document, f in zip(documents, fractions, strict=True) if f < threshold],
-    }
 
 
 def build(
@@ -211,28 +202,19 @@ def build(
     folder.mkdir()
     read = ReadReport()
     documents = list(tqdm(read_corpus(config, read), "reading", unit=" documents", disable=not progress, leave=False))
-    for line in reading_notes(vars(read)):
-        say(line)
-    was_cut = len(documents) * config.val_fraction < 1
-    if was_cut:  # a book in one file: validation would get all of it or nothing
-        size = int(min(LARGEST_PIECE, max(256, read.bytes * config.val_fraction / 4)))
-        few, where = len(documents), "after blank lines"
-        pieces = [cut(document, size) for document in documents]
-        made = sum(map(len, pieces))
-        if made * config.val_fraction < 1:  # text8 is one line of 100 MB
-            pieces = [cut_long_lines(parts, size, most=read.bytes // 4) for parts in pieces]
-            where += ", and long lines at white space," if sum(map(len, pieces)) > made else ""
-        documents = [piece for parts in pieces for piece in parts]
-        wanted = f"{counted(few, 'document')} cannot have {100 * config.val_fraction:.3g}% held out"
-        if len(documents) > few:
-            say(f"{wanted}: cut {where} into {len(documents):,}")
-        elif few > 1:
-            say(f"{wanted}, and they are too short to be cut: one or more of them are held out whole")
+    tell_of_reading(read, say)
+    whole = len(documents)
+    if not config.validation:
+        documents = cut_few(documents, config.val_fraction, say)
     kept, dropped = deduplicate(documents, near=config.dedup)
     if len(kept) < len(documents):
         gone = (counted(len(names), f"{kind} duplicate") for kind, names in (("exact", dropped.exact), ("near", dropped.near)))
         say(f"{counted(len(documents), 'document')}: dropped {' and '.join(gone)}")
-    parts = split(kept, config.val_fraction, dropped=len(documents) - len(kept))
+    if config.validation:
+        parts, leaked = held_out_apart(config, kept, say)
+    else:
+        parts, leaked = split(kept, config.val_fraction, dropped=len(documents) - len(kept)), {}
+    check_sources(config, documents, parts["train"])
     if tokenizer is None:
         say(f"training a tokenizer of {vocab_size:,} pieces on {counted(len(parts['train']), 'document')}")
         tokenizer = train(parts["train"], vocab_size, mask, config.vocab_size is None)
@@ -257,9 +239,10 @@ def build(
         | spelled
         | {
             "corpus": list(config.corpus),
-            "cut_into": len(documents) if was_cut else None,
+            "cut_into": len(documents) if len(documents) > whole else None,
             "exact_duplicates": dropped.exact,
             "near_duplicates": dropped.near,
+            **leaked,
         },
     }
     (folder / "index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
@@ -267,6 +250,27 @@ def build(
         sync(path)
     sync(folder)
     return vocab_size
+
+
+def tell_of_reading(read: ReadReport, say: Callable[[str], None]) -> None:
+    for line in reading_notes(vars(read)):
+        say(line)
+
+
+def held_out_apart(
+    config: DataConfig, documents: list[Document], say: Callable[[str], None]
+) -> tuple[dict[str, list[Document]], dict[str, list]]:
+    """Both splits where `config.validation` names the one: training loses what stands there too, which the report counts."""
+    read = ReadReport()
+    held_out = list(read_corpus(config.of_validation(), read))
+    tell_of_reading(read, say)
+    kept, exact, near = drop_held_out(documents, held_out, config.dedup)
+    if exact or near:
+        what = f"{len(exact):,} that validation has too, and {len(near):,} that it has most of"
+        say(f"{counted(len(documents), 'document')} to train on: dropped {what}")
+    if not kept:
+        raise DataError(f"nothing is left to train on: all of the corpus stands in --validation {' '.join(config.validation)}")
+    return {"train": kept, "validation": held_out}, {"held_out_exact": exact, "held_out_near": near}
 
 
 def train(documents: list[Document], vocab_size: int, mask: bool, smaller: bool) -> Tokenizer:
@@ -288,10 +292,11 @@ def train(documents: list[Document], vocab_size: int, mask: bool, smaller: bool)
 
 def write_split(
     path: Path, documents: list[Document], tokenizer: Tokenizer, dtype: str, spelled: dict[str, int], progress: bool
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """Write the ids and count them. `spelled` is added to (`data.notes.spelling_notes`)."""
     one_separator = tokenizer.bos_id == tokenizer.eos_id
     tokens = count = size = 0
+    ranges: dict[str, list[int]] = {}
     with path.open("wb") as stream:
         for document in tqdm(documents, f"encoding {path.stem}", unit=" documents", disable=not progress, leave=False):
             ids = tokenizer.encode(document.text)
@@ -305,10 +310,12 @@ def write_split(
             tokens += len(ids)
             count += 1
             size += len(document.text.encode())
+            if document.source:  # where one id both begins and ends, the next beginning ends this one
+                ranges.setdefault(document.source, [tokens - len(ids), 0])[1] = tokens + one_separator
         if one_separator:
             stream.write(np.array([tokenizer.eos_id], dtype=dtype).tobytes())
             tokens += 1
-    return {"tokens": tokens, "documents": count, "bytes": size}
+    return {"tokens": tokens, "documents": count, "bytes": size} | ({"ranges": ranges} if ranges else {})
 
 
 def sync(path: Path) -> None:

@@ -46,6 +46,8 @@ def attention_sdpa(
     stripes of queries, each with the keys up to its last: K 64, T 256: 48, 51, 49; T 512: 96, 140, 77; T 1,024: 129, 312,
     131; T 2,048: 223, 632, 273; K 32, T 256: 55, 120, 62. In a compiled step at T 256 the three are within noise.
     """
+    if plan.bias_1HTS is not None and not len(q_BHTK):  # a rank without rows: torch gives such a bias no gradient, and ranks
+        return attention_reference(q_BHTK, k_BGSK, v_BGSK, plan, dropout, scale)  # that exchange gradients wait for it
     return F.scaled_dot_product_attention(
         q_BHTK,
         k_BGSK,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
+from data.packing.collate import GROUP
 from model.block import Block
 from model.norm import LayerNorm, RMSNorm
 from train.config import mesh_sizes
@@ -267,5 +268,21 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def share(batch: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """This rank's rows of a batch; where they do not divide, the first ranks have one more."""
-    return {name: value.tensor_split(ranks.world)[ranks.rank] for name, value in batch.items()} if ranks.world > 1 else batch
+    """This rank's rows of a batch; where they do not divide, the first ranks have one more.
+
+    With the key `group`, alike in neighbouring rows that stay together, whole groups are shared: a rank may get no row.
+
+    >>> [len(share({"group": torch.tensor([0, 0, 1, 1, 2, 2])}, Ranks(rank, 4))["group"]) for rank in range(4)]
+    [2, 2, 2, 0]
+    """
+    if ranks.world == 1:
+        return batch
+    rows = len(next(iter(batch.values())))
+    starts = torch.arange(rows)
+    if GROUP in batch:
+        group_B = batch[GROUP].cpu()
+        starts = starts[torch.cat([torch.ones(min(rows, 1), dtype=torch.bool), group_B[1:] != group_B[:-1]])]
+    bounds = [*starts.tolist(), rows]
+    each, more = divmod(len(starts), ranks.world)
+    begin, end = (bounds[each * rank + min(rank, more)] for rank in (ranks.rank, ranks.rank + 1))
+    return {name: value[begin:end] for name, value in batch.items()}

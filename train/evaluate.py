@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -38,17 +38,20 @@ def evaluate(
     *,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     ranks: Ranks | None = None,
+    sources: Sequence[str] = (),
 ) -> dict[str, tuple[float, int]]:
     """(sum, count) of each term and metric over all batches and ranks, dropout off: sums and counts, so that the size of a
-    batch does not matter. Only one batch's logits exist at a time."""
+    batch does not matter. Only one batch's logits exist at a time. `sources`: of a mixture the one of each batch; there is
+    then a `loss_NAME` of each beside the loss."""
     was_training = objective.training
     objective.eval()
     sums, counts = defaultdict(float), defaultdict(int)
     try:
-        for batch in batches:
+        for number, batch in enumerate(batches):
             with autocast():
                 terms, metrics = objective(batch)
-            for name, term in {**terms, **metrics}.items():
+            of_source = {f"{name}_{sources[number]}": term for name, term in terms.items()} if sources else {}
+            for name, term in {**terms, **metrics, **of_source}.items():
                 sums[name] += term.sum.double()
                 counts[name] += term.count
     finally:

@@ -59,12 +59,14 @@ def open_text(
         is_run = folder.parent.name == "checkpoints" and (run / "config.toml").is_file()
         data = read_settings(run).data if is_run else DataConfig()
         given = {"corpus": corpus, "cache": cache, **reading}
+        if corpus:  # a corpus that is asked for has a held-out share of its own
+            data = replace(data, validation=())
         data = replace(data, **{name: value for name, value in given.items() if value})
         kind = load(objective)
         read = TrainConfig(run=RunConfig(objective=objective), data=data)
         shards = kind.open_data(read, tokenizer, say, progress=sys.stderr.isatty())
         # No window is longer than the text: what would fill it up costs time, and is not scored.
-        text = min(shards.validation.tokens, eval_tokens, shards.train.tokens)
+        text = min(shards.validation.tokens, eval_tokens, shards.train.shortest)
         context = max(1, min(config.context, WINDOW, text - 1))
         told = TrainConfig(
             run=RunConfig(objective=objective),

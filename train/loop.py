@@ -252,7 +252,8 @@ class Run:
         """Of the validation batches."""
         batches = (self._to_device(share(batch, self.ranks)) for batch in self.task.validation)
         with self.engine.averaged():
-            totals = evaluate(unwrapped(self.engine.objective), batches, autocast=self.engine.autocast, ranks=self.ranks)
+            how = {"autocast": self.engine.autocast, "ranks": self.ranks, "sources": self.task.validation_sources}
+            totals = evaluate(unwrapped(self.engine.objective), batches, **how)
             with self._as_used():
                 totals |= self.task.more_totals(self.engine.network, self.device, self.ranks)
         return self.task.scores(totals)

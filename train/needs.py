@@ -15,7 +15,7 @@ def _uses(*names: str):
 
 
 def _files(config: TrainConfig) -> bool:
-    return any(entry not in BUILT_IN for entry in config.data.corpus)
+    return any(path not in BUILT_IN for path in config.data.read)
 
 
 def _new(config: TrainConfig) -> bool:
@@ -29,8 +29,9 @@ NEEDS = (
     Needs(("steps",), lambda config: config.run.epochs is None, "--epochs says how long"),
     Needs(("extend",), lambda config: False, "it says how a finished run goes on: --resume RUN --steps MORE"),
     Needs(("val_fraction",), lambda config: not config.data.validation, "--validation names what is held out"),
-    Needs(("text_key",), lambda config: may_hold_records(config.data.corpus), "the corpus holds no records"),
+    Needs(("text_key",), lambda config: may_hold_records(config.data.read), "the corpus holds no records"),
     Needs(("on_bad_text",), _files, "the corpus comes with Python, and is no file of yours"),
+    Needs(("val_fraction",), lambda config: not config.data.validation, "--validation says what is held out"),
     Needs(("matrix_lr",), _uses("muon"), "it is Muon's rate, --optimizer muon"),
     Needs(("momentum",), _uses("muon", "sgd"), "Muon and SGD have one: --optimizer muon or sgd"),
     Needs(("betas", "eps"), _uses("adamw", "adamw8bit", "muon"), "they are AdamW's, which --optimizer sgd does without"),

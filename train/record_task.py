@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from train.config import TrainError
 from train.registry import settings_of
 from train.task import Say, Task
 
@@ -21,6 +22,7 @@ class RecordTask(Task):
     `sees`: "neighbours" gives transform all records and an index. `is_random`: it draws.
     """
 
+    mixes: ClassVar[bool] = True
     sees: ClassVar[str] = "record"
     is_random: ClassVar[bool] = False
     needs_mask: ClassVar[bool] = False
@@ -59,6 +61,7 @@ class RecordTask(Task):
 
     def __init__(self, config: "TrainConfig", data: "RecordData"):
         from data.packing.examples import ExampleSource
+        from data.packing.mixed import MixedExamples
 
         self.config, self.data, self.tokenizer, self.settings = config, data, data.tokenizer, settings_of(config)
         asked = config.optimizer
@@ -69,16 +72,23 @@ class RecordTask(Task):
             "room": self.room,
             "sees": self.sees,
         }
-        self.source = self.examples = ExampleSource(
-            data.train.values,
-            self.transform,
-            accumulate=asked.accumulate,
-            packing=self.packing,
-            is_random=self.is_random,
-            names=data.train.names.__getitem__,
-            **common,
-        )
-        held_out = ExampleSource(data.validation.values, self.transform, names=data.validation.names.__getitem__, **common)
+        learned = common | {"accumulate": asked.accumulate, "packing": self.packing, "is_random": self.is_random}
+        weights = config.data.weights
+        parts = {name: data.train.of(name) for name in weights or ("",)}
+        for name, rows in parts.items():
+            if not len(rows):
+                raise TrainError(f"the source {name} has no record to train on: none in it, or all of them are held out")
+        streams = [(number,) if weights else () for number in range(1, len(parts) + 1)]  # each source draws for itself
+        self.sources = {
+            name: ExampleSource(rows.values, self.transform, names=rows.names.__getitem__, stream=stream, **learned)
+            for (name, rows), stream in zip(parts.items(), streams, strict=True)
+        }
+        several = list(self.sources.values())
+        self.source = MixedExamples(several, list(weights.values()), config.run.seed) if weights else several[0]
+        for source in several:
+            source.epoch(0)  # tells which keys are of a whole text
+        names = data.validation.names.__getitem__
+        held_out = ExampleSource(data.validation.values, self.transform, names=names, whole=self.source.whole, **common)
         self.validation = held_out.all_once()
 
     @property
@@ -111,12 +121,22 @@ class RecordTask(Task):
 
     def epochs(self, steps: int) -> float:
         asked = self.config.optimizer
-        return steps * asked.batch_size * asked.accumulate / self.examples.rows_of(0)
+        return steps * asked.batch_size * asked.accumulate / sum(source.rows_of(0) for source in self.sources.values())
 
     def introduction(self) -> str:
         data, where = self.config.data, " ".join(self.config.data.corpus)
         held_out = f"in {' '.join(data.validation)}" if data.validation else "held out"
         return (
             f"records  {where}: {len(self.data.train):,} to train on, {len(self.data.validation):,} {held_out}\n"
-            f"tokens   {self.tokenizer.vocab_size:,} pieces; {self.examples.describe()}\n"
+            f"tokens   {self.tokenizer.vocab_size:,} pieces; "
+            f"{'; '.join(f'{name} {source.describe()}'.strip() for name, source in self.sources.items())}\n{self.shares()}"
         )
+
+    def shares(self) -> str:
+        """A line on the sources of a mixture, as `train.token_task` has it."""
+        weights, asked, shown = self.config.data.weights, self.config.optimizer, []
+        rows = self.config.run.steps * asked.batch_size * asked.accumulate
+        for name, weight in weights.items():
+            share = weight / sum(weights.values())
+            shown.append(f"{name} {share:.1%}, {rows * share / self.sources[name].rows_of(0):.1f} epochs")
+        return f"mixture  {'; '.join(shown)}\n" if shown else ""

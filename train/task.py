@@ -5,7 +5,7 @@ This file and those of the tasks import torch inside functions alone: a command 
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -68,6 +68,8 @@ class Task(ABC):
     perplexity_of: ClassVar[tuple[str, ...]] = ()  # the heads of networks whose perplexity on plain text its validation is
     best: ClassVar[str] = "loss"  # the score that decides which checkpoint is the best
     higher_is_better: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False  # sources by weight, --corpus NAME=PATH:WEIGHT
+    validation_sources: Sequence[str] = ()  # of each batch of `validation` which source it is of, where there are several
 
     config: "TrainConfig"
     data: Any

@@ -4,7 +4,7 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.task import Batch, Say, Task
+from train.task import Batch, Say, Scores, Task, Totals
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,6 +48,7 @@ class BlockBatches:
 class TokenTask(Task):
     """A task of which an example is a block of the stream: `batch` makes inputs and labels of some."""
 
+    mixes = True
     needs_mask = False  # whether the tokenizer must have a mask token
 
     @classmethod
@@ -57,16 +58,25 @@ class TokenTask(Task):
         return prepare(config.data, tokenizer=tokenizer, mask=cls.needs_mask, say=say, progress=progress)
 
     def __init__(self, config: "TrainConfig", shards: "Shards"):
-        from data.packing.blocks import BlockStream, check_length, sequential
+        from data.packing.blocks import BlockStream, MixedBlocks, check_length, sequential
 
         self.config, self.data, self.shards, self.tokenizer = config, shards, shards, shards.tokenizer
         asked, context = config.optimizer, config.network.context
-        self.stream = BlockStream(shards.train.ids, context, asked.batch_size * asked.accumulate, config.run.seed)
+        ids, ranges, rows = shards.train.ids, shards.train.ranges, asked.batch_size * asked.accumulate
+        for name, (start, end) in ranges.items():
+            check_length(ids[start:end], context, f"what is trained on of the source {name}")
+        if ranges:
+            weights = [config.data.weights[name] for name in ranges]
+            self.stream = MixedBlocks(ids, list(ranges.values()), weights, context, rows, config.run.seed)
+        else:
+            self.stream = BlockStream(ids, context, rows, config.run.seed)
         self.source = BlockBatches(self)
         self.held_out = validation_ids(config, shards)
-        check_length(self.held_out, 1, "validation")
-        blocks = sequential(self.held_out, context, asked.batch_size)
-        self.validation = [self.validation_batch(block, i * asked.batch_size) for i, block in enumerate(blocks)]
+        check_length(self.held_out, 1, "the validation split")
+        parts = validation_parts(config, shards)
+        blocks = [(name, block) for name, part in parts.items() for block in sequential(part, context, asked.batch_size)]
+        self.validation = [self.validation_batch(block, i * asked.batch_size) for i, (_, block) in enumerate(blocks)]
+        self.validation_sources = [name for name, _ in blocks] if shards.validation.ranges else []
 
     @abstractmethod
     def batch(self, block_BT1: "Tensor", step: int, first_row: int) -> Batch:
@@ -101,7 +111,29 @@ class TokenTask(Task):
             f"{shards.validation.bytes:,} held out\n"
             f"tokens   {self.tokenizer.vocab_size:,} pieces, {shards.train.bytes / shards.train.targets:.2f} bytes a token; "
             f"{shards.train.tokens:,} to train on; shards in {cache} ({'built' if shards.built else 'reused'})\n"
+            f"{self.shares()}"
         )
+
+    def shares(self) -> str:
+        """A line on the sources of a mixture: the share of each, and how often all the steps go through it."""
+        weights, config = self.config.data.weights, self.config
+        rows = config.run.steps * config.optimizer.batch_size * config.optimizer.accumulate
+        shown = []
+        for name, (start, end) in self.shards.train.ranges.items():
+            share = weights[name] / sum(weights.values())
+            shown.append(f"{name} {share:.1%}, {rows * share * config.network.context / (end - start):.1f} epochs")
+        return f"mixture  {'; '.join(shown)}\n" if shown else ""
+
+    def losses_of_sources(self, totals: Totals) -> Scores:
+        """`loss_NAME` of each source of a mixture that has held-out text."""
+        found = {name: totals.get(f"loss_{name}", (0.0, 0)) for name in dict.fromkeys(self.validation_sources)}
+        return {f"loss_{name}": nats / count for name, (nats, count) in found.items() if count}
+
+    def of_sources(self, scores: Scores) -> str:
+        """The same for a person, after the loss."""
+        names = [name for name in dict.fromkeys(self.validation_sources) if f"loss_{name}" in scores]
+        shown = ", ".join("{} {:.4f}".format(name, scores[f"loss_{name}"]) for name in names)
+        return f" ({shown})" if names else ""
 
     def opening(self, tokens: int = 16) -> list[int]:
         """The first ids of the last document that validation scores, to the end of a word."""
@@ -120,7 +152,24 @@ class TokenTask(Task):
 
 
 def validation_ids(config: "TrainConfig", shards: "Shards") -> "np.ndarray":
-    return shards.validation.ids[: config.report.eval_tokens]
+    """What is scored: all held-out ids, or --eval-tokens of them; of a mixture so many of each source as is its share."""
+    import numpy as np
+
+    split, most = shards.validation, config.report.eval_tokens
+    if not split.ranges or split.tokens <= most:
+        return split.ids[:most]
+    return np.concatenate(list(validation_parts(config, shards).values()))
+
+
+def validation_parts(config: "TrainConfig", shards: "Shards") -> "dict[str, np.ndarray]":
+    """The same by source, "" where they are not mixed; sources without a target are left out."""
+    split = shards.validation
+    if not split.ranges:
+        return {"": validation_ids(config, shards)}
+    share = min(1.0, config.report.eval_tokens / split.tokens)
+    most = {name: max(2, int((end - start) * share)) for name, (start, end) in split.ranges.items()}
+    parts = {name: split.ids[start:end][: most[name]] for name, (start, end) in split.ranges.items()}
+    return {name: part for name, part in parts.items() if len(part) > 1}
 
 
 def built_in(config: "TrainConfig") -> bool:

@@ -6,4 +6,5 @@
     plan        which units stand in which row of which step
     collate     the examples of some rows as a batch of tensors
     examples    records -> examples -> rows -> micro-batches, by one of the two packings of examples
+    mixed       the same of several sources, by weight
 """

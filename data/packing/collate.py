@@ -1,6 +1,6 @@
 """The examples of some rows as one batch of tensors: any keys, padded or packed."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +15,9 @@ FILLER = -2  # the document of what fills a row up; -1 are vectors before the te
 GROUP = "group"  # the key of a batch that says which rows stay together
 
 
-def pad_batch(units: Sequence[Unit], pad_id: int, *, most: tuple[int, ...] | None = None) -> dict[str, Tensor]:
+def pad_batch(
+    units: Sequence[Unit], pad_id: int, *, most: tuple[int, ...] | None = None, whole: Collection[str] = ()
+) -> dict[str, Tensor]:
     """An example a row, padded at its end to the longest (rounded up to a multiple of 8, at most `most`).
 
         input_ids B T, attention_mask B T      of ids; with a source: of it, and ids are decoder_input_ids
@@ -23,9 +25,11 @@ def pad_batch(units: Sequence[Unit], pad_id: int, *, most: tuple[int, ...] | Non
         group B                                where a unit has several rows: alike in rows that stay together
         and the keys of `extra`: B T, 0 in padding, or B …
 
-    The decoder of an encoder-decoder needs no mask: its pads stand behind all that is scored, and it is causal.
+    `whole`: keys that are of a whole text though their shape may be that of a position's: 5 classes, of 5 tokens. The decoder
+    of an encoder-decoder needs no mask: its pads stand behind all that is scored, and it is causal.
     """
     examples = [example for unit in units for example in unit]
+    keys, whole = keys_of(examples), {*whole, *of_whole_text(examples)}
     lengths = np.array([example.lengths for example in examples]).max(0)
     room = [-(-int(length) // MULTIPLE) * MULTIPLE for length in lengths]
     room = room if most is None else [max(int(n), min(r, m)) for n, r, m in zip(lengths, room, most, strict=True)]
@@ -37,9 +41,9 @@ def pad_batch(units: Sequence[Unit], pad_id: int, *, most: tuple[int, ...] | Non
             "attention_mask": rows([np.ones(len(e.source_ids), np.int64) for e in examples], room[1], 0),
             "decoder_input_ids": batch["input_ids"],
         }
-    batch["labels"] = stacked([e.labels for e in examples], examples, room[0], IGNORE)
-    for key in keys_of(examples):
-        batch[key] = stacked([np.asarray(e.extra[key]) for e in examples], examples, room[0], 0)
+    batch["labels"] = stacked([e.labels for e in examples], "labels" not in whole, room[0], IGNORE)
+    for key in keys:
+        batch[key] = stacked([np.asarray(e.extra[key]) for e in examples], key not in whole, room[0], 0)
     if len(examples) > len(units):
         batch[GROUP] = torch.tensor([number for number, unit in enumerate(units) for _ in unit])
     return batch
@@ -56,25 +60,38 @@ def pack_batch(packs: Sequence[Sequence[Unit]], pad_id: int, room: tuple[int, ..
     document -2.
     """
     rows_of = [[example for unit in pack for example in unit] for pack in packs]
+    keys = keys_of([e for examples in rows_of for e in examples])
     for example in (e for examples in rows_of for e in examples):
-        if example.labels.shape != example.ids.shape:
-            raise DataError(f"labels of shape {example.labels.shape} are of a whole text: such examples are padded, not packed")
+        for key in of_whole_text([example]):
+            shape = np.shape(example.labels if key == "labels" else example.extra[key])
+            raise DataError(f"{key} of shape {shape} are of a whole text: such examples are padded, not packed")
     batch = places([[e.ids for e in examples] for examples in rows_of], room[0], pad_id)
     if rows_of[0][0].source_ids is not None:
         source = places([[e.source_ids for e in examples] for examples in rows_of], room[1], pad_id)
         batch = source | {f"decoder_{key}": value for key, value in batch.items()}
     batch["labels"] = joined([[e.labels for e in examples] for examples in rows_of], room[0], IGNORE)
-    for key in keys_of([e for examples in rows_of for e in examples]):
+    for key in keys:
         batch[key] = joined([[np.asarray(e.extra[key]) for e in examples] for examples in rows_of], room[0], 0)
     return batch
 
 
 def keys_of(examples: Sequence[Example]) -> list[str]:
-    keys = examples[0].extra.keys()
+    """The keys of `extra`, alike in all examples. Errors: none, or different ones (DataError)."""
+    if not examples:
+        raise DataError("a batch has one example at least")
+    keys, has_source = examples[0].extra.keys(), examples[0].source_ids is not None
     for example in examples:
         if example.extra.keys() != keys:
             raise DataError(f"examples of one task have the same keys: {sorted(keys)}, and {sorted(example.extra)}")
+        if (example.source_ids is not None) != has_source:
+            raise DataError("either all examples of one task have source_ids, or none")
     return list(keys)
+
+
+def of_whole_text(examples: Sequence[Example]) -> set[str]:
+    """The keys that cannot be of positions, as they are not as long as an example's ids."""
+    found = {key for e in examples for key, value in e.extra.items() if np.shape(value) != e.ids.shape}
+    return found | {"labels" for e in examples if e.labels.shape != e.ids.shape}
 
 
 def rows(arrays: Sequence[np.ndarray], room: int, filler: int) -> Tensor:
@@ -86,10 +103,12 @@ def rows(arrays: Sequence[np.ndarray], room: int, filler: int) -> Tensor:
     return torch.from_numpy(table_BT)
 
 
-def stacked(arrays: Sequence[np.ndarray], examples: Sequence[Example], room: int, filler: int) -> Tensor:
-    """B T where each is as long as its ids, else B …"""
-    if all(array.shape == example.ids.shape for array, example in zip(arrays, examples, strict=True)):
+def stacked(arrays: Sequence[np.ndarray], is_of_positions: bool, room: int, filler: int) -> Tensor:
+    """B T of positions, else B …"""
+    if is_of_positions:
         return rows(arrays, room, filler)
+    if len(shapes := sorted({array.shape for array in arrays})) > 1:
+        raise DataError(f"a key of whole texts has one shape in all examples, and here {' and '.join(map(str, shapes))}")
     return torch.from_numpy(np.stack(arrays))
 
 

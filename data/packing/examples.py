@@ -1,7 +1,8 @@
 """Records into micro-batches: each step's batch a pure function of (seed, step), whatever a transform draws."""
 
+import threading
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 from data.clm import IGNORE
 from data.config import DataError
 from data.example import Example, Unit, units_of
-from data.packing.collate import pack_batch, pad_batch
+from data.packing.collate import of_whole_text, pack_batch, pad_batch
 from data.packing.first_fit import fill, first_fit
 from data.packing.pad import length_groups
 
@@ -36,8 +37,9 @@ class ExampleSource:
     and its rows decided when its first row is asked for, and kept until another epoch's is. `packing`: "pad", a unit a row
     (one row for each of its examples), beside others of its length; "first_fit", units side by side in rows of `room`.
 
-    is_random: the transform draws, so an epoch's lengths differ from another's. How many rows the epochs before had is then
-    state, which saves a resume from counting them again.
+    is_random: the transform draws, so an epoch's lengths differ from another's. Where epochs differ in how many rows they have,
+    those numbers are state, which saves a resume from counting again. `stream`: more numbers that the order is drawn from; a
+    transform draws from the first of them. `whole`: keys that are of a whole text, whatever their shape.
     """
 
     is_on_policy = False
@@ -56,12 +58,18 @@ class ExampleSource:
         sees: Literal["record", "neighbours"] = "record",
         is_random: bool = False,
         names: Callable[[int], str] = lambda index: f"record {index}",
+        stream: Sequence[int] = (),
+        whole: Collection[str] = (),
     ):
         self.records, self.transform, self.sees, self.is_random = records, transform, sees, is_random
         self.batch_size, self.accumulate, self.seed, self.pad_id = batch_size, accumulate, seed, pad_id
         self.packing, self.room, self.names = packing, room, names
-        self._rows: list[int] = []  # of each epoch that is known
+        self.stream, self.whole = tuple(stream), frozenset(whole)
+        self._starts = [0]  # the first row of each epoch that is known, and of the next one
         self._last: tuple[int, Epoch] | None = None
+        # Along two axes first fit's number of rows depends on the order of ties.
+        self.is_uneven = is_random or (packing == "first_fit" and len(room) > 1)
+        self._planning = threading.RLock()  # batches are made ahead in a thread, while messages ask for the origin of one
         self._kept: list[list[Unit]] | None = None
         if not len(records):
             raise DataError("there is no record to learn from")
@@ -73,7 +81,7 @@ class ExampleSource:
         if self._kept is not None:
             return self._kept[index]
         key = np.array([self.seed, STREAM], dtype=np.uint64)
-        counter = np.array([0, index, epoch if self.is_random else 0, 0], dtype=np.uint64)
+        counter = np.array([0, index, epoch if self.is_random else 0, *(self.stream or (0,))[:1]], dtype=np.uint64)
         random = np.random.Generator(np.random.Philox(counter=counter, key=key))
         if self.sees == "neighbours":
             return units_of(self.transform(self.records, index, random))
@@ -82,14 +90,18 @@ class ExampleSource:
     def epoch(self, epoch: int) -> Epoch:
         last = self._last  # read once: another thread may replace it
         if last is None or last[0] != epoch:
-            last = self._last = (epoch, self._plan(epoch))
+            with self._planning:
+                last = self._last
+                if last is None or last[0] != epoch:
+                    last = self._last = (epoch, self._plan(epoch))
         return last[1]
 
     def _plan(self, epoch: int) -> Epoch:
-        units, lengths, made, tokens = [], [], [], 0
+        units, lengths, made, tokens, whole = [], [], [], 0, self.whole
         for index in range(len(self.records)):
             of_record = self.units(index, epoch)
             for number, unit in enumerate(of_record):
+                whole |= of_whole_text(unit)
                 lengths.append(self._length(unit, index))
                 units.append((index, number))
                 tokens += sum(lengths[-1])
@@ -99,8 +111,8 @@ class ExampleSource:
             raise DataError(f"none of the {len(self.records):,} records made an example")
         if len(made) == len(self.records):
             self._kept = made
-        length_NA = np.array(lengths)
-        random = np.random.Generator(np.random.PCG64([self.seed, epoch, STREAM]))
+        length_NA, self.whole = np.array(lengths), whole
+        random = np.random.Generator(np.random.PCG64([self.seed, epoch, STREAM, *self.stream]))
         if self.packing == "first_fit":
             rows = [np.array(row) for row in first_fit(length_NA, self.room, random)]
             rows = [rows[i] for i in random.permutation(len(rows))]
@@ -115,6 +127,10 @@ class ExampleSource:
         """What a unit takes of a row: of its examples the sum where they share one, else the longest."""
         add = sum if self.packing == "first_fit" else max
         length = tuple(add(each) for each in zip(*(example.lengths for example in unit), strict=True))
+        if any(not n for example in unit for n in example.lengths):
+            raise DataError(f"{self.names(index)} made an example without tokens: {length}")
+        if len(length) != len(self.room):
+            raise DataError(f"{self.names(index)} has the lengths {length}, and a row has room for {self.room}")
         if any(n > most for n, most in zip(length, self.room, strict=True)):
             raise DataError(f"{self.names(index)} has {length} tokens, and a row has room for {self.room}")
         return length
@@ -122,39 +138,40 @@ class ExampleSource:
     # ---- rows
 
     def _note_rows(self, epoch: int, rows: int) -> None:
-        if epoch == len(self._rows):
-            self._rows.append(rows)
+        if epoch == len(self._starts) - 1:
+            self._starts.append(self._starts[-1] + rows)
 
     def start(self, epoch: int) -> int:
         """The first row of an epoch, counted over the run."""
-        if not self.is_random:
+        if not self.is_uneven:
             return epoch * self.rows_of(0) if epoch else 0
-        return sum(self.rows_of(e) for e in range(epoch))
+        while len(self._starts) <= epoch:
+            self.epoch(len(self._starts) - 1)
+        return self._starts[epoch]
 
     def rows_of(self, epoch: int) -> int:
-        epoch = epoch if self.is_random else 0
-        while len(self._rows) <= epoch:
-            self.epoch(len(self._rows))
-        return self._rows[epoch]
+        epoch = epoch if self.is_uneven else 0
+        while len(self._starts) <= epoch + 1:
+            self.epoch(len(self._starts) - 1)
+        return self._starts[epoch + 1] - self._starts[epoch]
 
     def place(self, row: int) -> tuple[int, int]:
         """(epoch, row of it) of a row of the run."""
-        if not self.is_random:
+        if not self.is_uneven:
             return divmod(row, self.rows_of(0))
-        starts = [0]
-        while starts[-1] <= row:
-            starts.append(starts[-1] + self.rows_of(len(starts) - 1))
-        epoch = bisect_right(starts, row) - 1
-        return epoch, row - starts[epoch]
+        while self._starts[-1] <= row:
+            self.rows_of(len(self._starts) - 1)
+        epoch = bisect_right(self._starts, row) - 1
+        return epoch, row - self._starts[epoch]
 
-    def packs(self, first: int, count: int) -> list[list[tuple[int, int, int]]]:
-        """Of some rows of the run the units: (epoch, record, which unit of it)."""
-        found = []
-        for row in range(first, first + count):
-            epoch, place = self.place(row)
-            plan = self.epoch(epoch)
-            found.append([(epoch, *map(int, plan.unit_N2[unit])) for unit in plan.rows[place]])
-        return found
+    def pack(self, row: int) -> list[tuple[int, int, int]]:
+        """Of a row of the run the units: (epoch, record, which unit of it)."""
+        epoch, place = self.place(row)
+        plan = self.epoch(epoch)
+        return [(epoch, *map(int, plan.unit_N2[unit])) for unit in plan.rows[place]]
+
+    def units_of_row(self, row: int) -> list[Unit]:
+        return [self.units(index, epoch)[number] for epoch, index, number in self.pack(row)]
 
     # ---- what a step asks
 
@@ -164,27 +181,24 @@ class ExampleSource:
         return [self.batch(first + part * self.batch_size) for part in range(self.accumulate)]
 
     def batch(self, first: int) -> Batch:
-        packs = [
-            [self.units(index, epoch)[number] for epoch, index, number in pack] for pack in self.packs(first, self.batch_size)
-        ]
-        return self.collate(packs)
+        return self.collate([self.units_of_row(row) for row in range(first, first + self.batch_size)])
 
-    def collate(self, packs: list[list[Unit]]) -> Batch:
+    def collate(self, packs: list[list[Unit]], whole: Collection[str] = ()) -> Batch:
         if self.packing == "first_fit":
             return pack_batch(packs, self.pad_id, self.room)
-        return pad_batch([unit for pack in packs for unit in pack], self.pad_id, most=self.room)
+        return pad_batch([unit for pack in packs for unit in pack], self.pad_id, most=self.room, whole={*self.whole, *whole})
 
     def origin(self, step: int) -> list[str]:
         """The records of a step's batch, by name."""
         size = self.batch_size * self.accumulate
-        indices = {index for pack in self.packs(step * size, size) for _, index, _ in pack}
+        indices = {index for row in range(step * size, (step + 1) * size) for _, index, _ in self.pack(row)}
         return [self.names(index) for index in sorted(indices)]
 
     def state_dict(self) -> dict:
-        return {"rows": list(self._rows)} if self.is_random else {}
+        return {"rows": np.diff(self._starts).tolist()} if self.is_uneven else {}
 
     def load_state_dict(self, state: dict) -> None:
-        self._rows = list(state.get("rows", ()))
+        self._starts = [0, *np.cumsum(state.get("rows", []), dtype=int).tolist()]
 
     # ---- sizes
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-BATCHES = 32  # that are sorted by length together
+BATCHES = 64  # that are sorted by length together: more leave less padding, and make the same batches again and again
 
 
 def length_groups(length_N: np.ndarray, size: int, shift: int, random: np.random.Generator) -> np.ndarray:

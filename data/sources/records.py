@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
@@ -13,7 +13,8 @@ from data.corpus import find_corpus
 from data.files import Document, ReadReport, read_rows
 from data.find import expand_home, kind, shortened
 from data.records import FORMATS, shown
-from data.shards import fewer, split_fraction, train
+from data.shards import fewer, train
+from data.split import split_fraction
 from data.tokenizer import Tokenizer
 from data.tokenizer_sentencepiece import SentencePieceTokenizer
 from data.tokenizer_training import trainer_options
@@ -29,9 +30,14 @@ class Rows:
 
     values: list[Row]
     names: list[str]
+    sources: list[str]  # of a mixture which one each is of; else ""
 
     def __len__(self) -> int:
         return len(self.values)
+
+    def of(self, source: str) -> "Rows":
+        """Those of one source."""
+        return chosen(self, [each == source for each in self.sources])
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ def open_records(
     """
     rows = read_all(config, columns, say)
     if config.validation:
-        held_out = read_all(replace(config, corpus=config.validation), columns, say)
+        held_out = read_all(config.of_validation(), columns, say, "--validation")
         return rows, held_out
     if len(rows) < 2:
         raise DataError(f"{' '.join(config.corpus)}: {counted(len(rows), 'record')}, and training and validation need one each")
@@ -72,17 +78,17 @@ def open_records(
 
 
 def chosen(rows: Rows, flags: list[bool]) -> Rows:
-    both = [pair for pair, flag in zip(zip(rows.values, rows.names, strict=True), flags, strict=True) if flag]
-    return Rows([row for row, _ in both], [name for _, name in both])
+    places = [place for place, flag in enumerate(flags) if flag]
+    return Rows(*([each[place] for place in places] for each in (rows.values, rows.names, rows.sources)))
 
 
-def read_all(config: DataConfig, columns: Sequence[tuple[str, str]], say: Say) -> Rows:
+def read_all(config: DataConfig, columns: Sequence[tuple[str, str]], say: Say, option: str = "--corpus") -> Rows:
     """All records of the corpus, in a fixed order. Errors name the record, the columns it has and the option (DataError)."""
     left_out: list[str] = []
-    rows, report, texts = Rows([], []), ReadReport(), []
-    for entry, (built_in, paths) in zip(config.corpus, find_corpus(config, left_out), strict=True):
+    rows, report, texts = Rows([], [], []), ReadReport(), []
+    for (entry, source, _), (built_in, paths) in zip(config.entries, find_corpus(config, left_out, option), strict=True):
         if built_in or entry in BUILT_IN:
-            raise DataError(f"{entry} has documents, and no records with columns: name files, --corpus FILE.jsonl")
+            raise DataError(f"{entry} has documents, and no records with columns: name files, {option} FILE.jsonl")
         texts += [str(path) for path in paths if kind(path) not in FORMATS]
         tables = [path for path in paths if kind(path) in FORMATS]
         is_named = not expand_home(entry).is_dir()
@@ -92,6 +98,7 @@ def read_all(config: DataConfig, columns: Sequence[tuple[str, str]], say: Say) -
                     raise DataError(f"{name}: no column {column!r}; its columns: {shown(row)}. Name it by {option}")
             rows.values.append(row)
             rows.names.append(name)
+            rows.sources.append(source)
     for line in left_out:
         say(line)
     if texts:

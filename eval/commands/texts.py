@@ -1,9 +1,9 @@
 """Texts to score, out of files and a batch at a time: lines of text, or records; hypotheses beside their references.
 
-A file whose name ends in .jsonl holds one JSON value a line, a .json an array of them (or lines too), a .csv or .tsv a row
-for each (`data.records`); any other one text a line. .gz is unpacked; `-` is standard input. A JSON value is a text, a list of
-texts (several references), or an object in which one field holds either; a row is an object of texts. Lines of text end at
-"\\n" alone, an "\\r" before it is dropped: the other line breaks of Unicode are characters of a text.
+A file whose name ends in .jsonl holds one JSON value a line, a .json an array of them (or lines too), a .csv, .tsv or .parquet
+a row for each (`data.records`); any other one text a line. .gz is unpacked; `-` is standard input. A JSON value is a text, a
+list of texts (several references), or an object in which one field holds either; a row is an object of texts. Lines of text
+end at "\\n" alone, an "\\r" before it is dropped: the other line breaks of Unicode are characters of a text.
 """
 
 import gzip
@@ -11,12 +11,13 @@ import itertools
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from json import JSONDecodeError
-from typing import Any
+from typing import Any, BinaryIO
 
-from data.records import FORMATS, Line, RecordError, is_utf16, read_records, refuse_columnar, suffix_of
+from data.parquet import read_parquet
+from data.records import FORMATS, LINES, Line, Record, RecordError, is_utf16, read_records, refuse_columnar, suffix_of
 
 HYPOTHESIS_FIELDS = ("hypothesis", "prediction", "output", "generated", "text")
 REFERENCE_FIELDS = ("references", "reference", "answers", "answer", "target", "label", "text")
@@ -51,11 +52,8 @@ class Source:
 
     def lines(self, stack: ExitStack) -> Iterator[Line]:
         """Numbered from 1, with their ends."""
-        try:
-            if self.path == "-":
-                file = sys.stdin.buffer
-            else:
-                file = stack.enter_context((gzip.open if self.path.lower().endswith(".gz") else open)(self.path, "rb"))
+        with self.reading():
+            file = sys.stdin.buffer if self.path == "-" else stack.enter_context(self.opened())
             for number, line in enumerate(file, 1):
                 line = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"")
                 if number == 1 and is_utf16(line):
@@ -65,6 +63,20 @@ class Source:
                 except UnicodeDecodeError as error:
                     what = f"byte 0x{line[error.start]:02x} at its byte {error.start + 1}"
                     raise EvalError(f"{self.name}, line {number}: not UTF-8 ({what})") from None
+
+    def rows(self, stack: ExitStack) -> Iterator[Record]:
+        """Those of Parquet."""
+        with self.reading():
+            yield from read_parquet(stack.enter_context(self.opened()))
+
+    def opened(self) -> BinaryIO:
+        return (gzip.open if self.path.lower().endswith(".gz") else open)(self.path, "rb")
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Every way in which a file cannot be read, as a message."""
+        try:
+            yield
         except FileNotFoundError:
             raise EvalError(f"{self.name}: no such file") from None
         except IsADirectoryError:
@@ -76,14 +88,14 @@ class Source:
         """The texts of each line or record, one or several."""
         refuse_columnar(self.path)
         suffix, lines = suffix_of(self.path), self.lines(stack)
-        if suffix not in FORMATS or suffix == ".jsonl":
+        if suffix not in LINES or suffix == ".jsonl":
             lines = ((number, line.removesuffix("\n").removesuffix("\r")) for number, line in lines)
         if suffix not in FORMATS:
             yield from ([line] for _, line in lines)
             return
         guessed = None
         try:
-            for record in read_records(lines, suffix, blank=False):
+            for record in read_records(lines, suffix, blank=False) if suffix in LINES else self.rows(stack):
                 where = f"{self.name}, {record.place}"
                 if isinstance(record.value, dict) and len(self.fields) > 1:
                     name = self.field_of(record.value, where)

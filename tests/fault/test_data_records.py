@@ -132,26 +132,29 @@ def test_utf16_without_a_mark_is_mended_or_left_out(tmp_path):
     assert [document.text for document in documents] == ["a text with \0 in it"] and report.skipped == [str(path)]
 
 
-# --- Parquet ----------------------------------------------------------------------------------------------------------
+# --- Arrow ------------------------------------------------------------------------------------------------------------
 
-PANDAS = """
-class read_parquet:
+PYARROW = """
+class ipc:
+    def open_stream(content):
+        return type("Stream", (), {"read_pandas": lambda self: content})()
+class memory_map:
     def __init__(self, path): self.content = open(path, "rb").read()
     def to_json(self, path, orient, lines, force_ascii): open(path, "wb").write(self.content)
 """
 
 
-@pytest.mark.parametrize("name", ["x.parquet", "it's $HOME \"x\".parquet.gz", "caf\udce9.PARQUET"])
+@pytest.mark.parametrize("name", ["x.arrow", "it's $HOME \"x\".arrow.gz", "caf\udce9.ARROW"])
 @pytest.mark.parametrize("entry", ["{}", "*.*", "**", "."])
-def test_parquet_is_refused_with_a_command_that_works(tmp_path, monkeypatch, name, entry):
-    """Pasted into bash, with a library in pandas' place that hands the bytes on."""
+def test_arrow_is_refused_with_a_command_that_works(tmp_path, monkeypatch, name, entry):
+    """Pasted into bash, with a library in pyarrow's place that hands the bytes on."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lib").mkdir()
-    write(tmp_path / "lib" / "pandas.py", PANDAS)
+    write(tmp_path / "lib" / "pyarrow.py", PYARROW)
     write(tmp_path / "text.txt", "a text")
     content = b'{"text": "converted"}\n'
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
-    with pytest.raises(DataError, match=r"Parquet is not read yet; convert it: ") as error:
+    with pytest.raises(DataError, match=r"Arrow is not read yet; convert it: ") as error:
         read(entry.format(name))
     refused, _, command = str(error.value).partition("convert it: ")
     assert name in refused

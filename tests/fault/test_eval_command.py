@@ -69,7 +69,7 @@ BAD = {
     "bertscore a.txt a.txt --model none": ("none",),
     "bertscore a.txt a.txt --model .": ("config.json",),
     "perplexity none a.txt": ("none",),
-    "bleu x.parquet a.txt": ("x.parquet: Parquet is not read yet; convert it: python -c ",),
+    "bleu x.parquet a.txt": ("x.parquet: not a Parquet file that can be read",),
     "bleu a.txt one.json": ("one.json: one object, with the keys 'texts', and no list of records",),
 }
 

@@ -93,7 +93,7 @@ def test_an_array_of_texts(tmp_path):
         ("h.json", '["a",', ": not JSON .Expecting value at character"),
         ("i.json", '"a"\n\n"b"\n', ", line 2: not JSON"),
         ("j.json", "a text\n", ": not JSON"),
-        ("k.parquet", b"PAR1", ": Parquet is not read yet; convert it: python -c "),
+        ("k.parquet", b"PAR1", ": not a Parquet file that can be read"),
         ("l.arrow.gz", b"x", ": Arrow is not read yet; convert it: gunzip -k .* && python -c "),
     ],
 )

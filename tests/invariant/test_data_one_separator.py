@@ -12,7 +12,7 @@ from data.clm import IGNORE, clm_batch
 from data.config import DataConfig, DataError
 from data.corpus import read_corpus
 from data.dedup import deduplicate
-from data.packing.blocks import BlockStream, sequential
+from data.packing.blocks import BlockStream, MixedBlocks, sequential
 from data.shards import prepare, split
 from data.tokenizer import load_tokenizer
 from data.tokenizer_json import byte_alphabet
@@ -62,6 +62,24 @@ def test_shards_have_one_separator(config, shards):
         assert [tokenizer.decode(d) for d in np.split(ids, np.flatnonzero(ids == END))[1:-1]] == [d.text for d in parts[name]]
     again = prepare(config, tokenizer=tokenizer)
     assert not again.built and again.train.targets == shards.train.targets
+
+
+def test_what_ends_a_source_is_its_own(config, tmp_path):
+    """The token that begins the next one; each target of the whole split is one of just one source."""
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps({"text": prose(n, 30)}) + "\n" for n in range(100, 140)))
+    corpus = (f"a={config.corpus[0]}:1", f"b={tmp_path / 'more.jsonl'}:1")
+    shards = prepare(replace(config, corpus=corpus), tokenizer=byte_tokenizer(tmp_path))
+    for part in (shards.train, shards.validation):
+        (a, middle), (begins, end) = part.ranges["a"], part.ranges["b"]
+        assert (a, begins, end) == (0, middle - 1, part.tokens) and part.ids[begins] == END
+        blocks = [block for name in "ab" for block in sequential(part.ids[slice(*part.ranges[name])], 16, 4)]
+        scored = sum(int((clm_batch(block, END, END)["labels"] != IGNORE).sum()) for block in blocks)
+        assert scored == part.targets
+    stream = MixedBlocks(shards.train.ids, list(shards.train.ranges.values()), (1, 1), 16, 4, seed=0)
+    for step in range(40):
+        block = stream.batch(step)
+        joint = (block[:, 1:] == END) & (block[:, :-1] == END)
+        assert ((clm_batch(block, END, END)["labels"] == IGNORE) == joint).all()
 
 
 def test_padding_survives_the_cache(config, shards, tmp_path):

@@ -39,7 +39,7 @@ def test_replicas_exchange_once_a_step(group):
 
     sent.clear()  # the mutant: without kept_local
     for batch in split(uneven_batch(), 4):
-        replica(batch)["loss"].sum.backward()
+        replica(batch).terms["loss"].sum.backward()
     assert len(sent) == 4 * len(set(sent))
 
 

@@ -184,5 +184,5 @@ def test_what_ends_documents_ends_texts():
 def test_a_folder_that_is_trained_further_ends_texts_so_too(tmp_path):
     model.hub.save(randomized(tiny_config("llama", eos_id=7), dtype=torch.float32), tmp_path)
     config = TrainConfig(run=RunConfig(init=tmp_path), speed=SpeedConfig(precision="fp32"))
-    network = open_network(config, SimpleNamespace(eos_id=9), None, torch.device("cpu"))
+    network = open_network(config, SimpleNamespace(tokenizer=SimpleNamespace(eos_id=9)), None, torch.device("cpu"))
     assert network.config.stop_ids == (9,) and network.generation["eos_token_id"] == [7, 9]

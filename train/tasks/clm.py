@@ -60,11 +60,13 @@ class CausalTask(TokenTask):
             "bits_per_byte": bits_per_byte(nats, self.validation_bytes),
             "unigram_bits_per_byte": self.baselines.unigram,
             "bigram_bits_per_byte": self.baselines.bigram,
+            **self.losses_of_sources(totals),
         }
 
     def line(self, scores: Scores) -> str:
         return (
-            f"loss {scores['loss']:.4f} · perplexity {scores['perplexity']:.1f} · {scores['bits_per_byte']:.3f} bits per byte "
+            f"loss {scores['loss']:.4f}{self.of_sources(scores)} · perplexity {scores['perplexity']:.1f} · "
+            f"{scores['bits_per_byte']:.3f} bits per byte "
             f"(counting: bigrams {scores['bigram_bits_per_byte']:.3f}, unigrams {scores['unigram_bits_per_byte']:.3f})"
         )
 

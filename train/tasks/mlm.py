@@ -81,12 +81,13 @@ class MaskedTask(TokenTask):
             "masked_accuracy": correct / count,
             "unigram_perplexity": self.baseline.perplexity,
             "unigram_accuracy": self.baseline.accuracy,
+            **self.losses_of_sources(totals),
         }
 
     def line(self, scores: Scores) -> str:
         return (
-            f"loss {scores['loss']:.4f} · pseudo-perplexity {scores['perplexity']:.1f} · masked accuracy "
-            f"{100 * scores['masked_accuracy']:.1f} % (counting: unigrams {scores['unigram_perplexity']:.1f}, "
+            f"loss {scores['loss']:.4f}{self.of_sources(scores)} · pseudo-perplexity {scores['perplexity']:.1f} · masked "
+            f"accuracy {100 * scores['masked_accuracy']:.1f} % (counting: unigrams {scores['unigram_perplexity']:.1f}, "
             f"{100 * scores['unigram_accuracy']:.1f} %)"
         )
 

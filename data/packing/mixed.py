@@ -1,0 +1,52 @@
+"""Records of several sources, by weight, into micro-batches: which source a row comes from is a function of (seed, row)."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from data.packing.examples import Batch, ExampleSource
+from data.sources.mixture import Mixture
+
+
+class MixedExamples:
+    """As one ExampleSource, with rows of `sources` in the shares of `weights`: each source goes through its own epochs.
+
+    All have one packing and one size of batches. A batch is padded to the longest of its rows, whatever their source.
+    """
+
+    is_on_policy = False
+
+    def __init__(self, sources: Sequence[ExampleSource], weights: Sequence[float], seed: int):
+        self.sources, self.mixture = list(sources), Mixture(weights, seed)
+        self.batch_size, self.accumulate = sources[0].batch_size, sources[0].accumulate
+
+    @property
+    def whole(self) -> frozenset[str]:
+        return frozenset().union(*(source.whole for source in self.sources))
+
+    def rows(self, first: int, count: int) -> list[tuple[int, int]]:
+        """Of some rows of the run: which source, and the row in it."""
+        source_B, index_B = self.mixture.rows(first, count)
+        return list(zip(source_B.tolist(), index_B.tolist(), strict=True))
+
+    def batches(self, step: int, policy: nn.Module | None = None) -> list[Batch]:
+        first = step * self.batch_size * self.accumulate
+        return [self.batch(first + part * self.batch_size) for part in range(self.accumulate)]
+
+    def batch(self, first: int) -> Batch:
+        packs = [self.sources[k].units_of_row(row) for k, row in self.rows(first, self.batch_size)]
+        return self.sources[0].collate(packs, whole=self.whole)
+
+    def origin(self, step: int) -> list[str]:
+        """The records of a step's batch, by name."""
+        size = self.batch_size * self.accumulate
+        named = {(k, i) for k, row in self.rows(step * size, size) for _, i, _ in self.sources[k].pack(row)}
+        return [self.sources[k].names(index) for k, index in sorted(named)]
+
+    def state_dict(self) -> dict:
+        states = [source.state_dict() for source in self.sources]
+        return {"sources": states} if any(states) else {}
+
+    def load_state_dict(self, state: dict) -> None:
+        for source, each in zip(self.sources, state.get("sources", [{}] * len(self.sources)), strict=True):
+            source.load_state_dict(each)

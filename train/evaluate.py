@@ -38,9 +38,10 @@ def evaluate(
     *,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     ranks: Ranks | None = None,
-) -> dict[str, tuple[float, int]]:
+) -> dict[str, tuple[float | Tensor, int]]:
     """(sum, count) of each term and metric over all batches and ranks, dropout off: sums and counts, so that the size of a
-    batch does not matter. Only one batch's logits exist at a time."""
+    batch does not matter. A sum with axes, such as a confusion matrix, is a float64 tensor on the CPU. Only one batch's logits
+    exist at a time."""
     was_training = objective.training
     objective.eval()
     sums, counts = defaultdict(float), defaultdict(int)
@@ -54,7 +55,11 @@ def evaluate(
     finally:
         objective.train(was_training)
     ranks = ranks or Ranks()
-    return {name: (float(ranks.sum(sums[name])), int(ranks.sum(counts[name]))) for name in sums}
+    return {name: (number(ranks.sum(sums[name])), int(ranks.sum(torch.as_tensor(counts[name])))) for name in sums}
+
+
+def number(value: Tensor) -> float | Tensor:
+    return float(value) if value.dim() == 0 else value.cpu()
 
 
 def bits_per_byte(nats: float, text_bytes: int) -> float:

@@ -17,6 +17,8 @@ def try_it(folder: Path) -> str:
         return command("model", "info", folder)
     if objective_of(config) == "mlm" and tokenizer.mask_id is not None:
         return command("model", "fill", folder, "The [MASK] statement")
+    if config.head == "sequence":
+        return command("model", "predict", folder, "FILE")
     if config.head == "lm":
         return command("model", "generate", folder, "--prompt", "The")
     return command("model", "info", folder)

@@ -133,6 +133,8 @@ class ClassifyTask(RecordTask):
         self.separator, self.labels = separator_of(settings), data.labels
         self.framer = framer_of(settings, data.tokenizer, config.network.context)
         self.overlong: set[int] = set()  # id() of the records that were cut or left out
+        both = (data.train, data.validation)
+        self.places = {id(row): place for rows in both for row, place in zip(rows.values, rows.names, strict=True)}
         self.train_counts = label_counts(data.labels, names_of(data.train, settings.label, self.separator))
         self.best, self.higher_is_better = settings.best, settings.best != "loss"
         super().__init__(config, data)
@@ -149,16 +151,27 @@ class ClassifyTask(RecordTask):
         return (self.framer.room,)
 
     def framed(self, row: "Row") -> "Framed":
-        return self.framer(*self.texts(self.settings, row))
+        from data.config import DataError
+
+        try:
+            return self.framer(*self.texts(self.settings, row))
+        except DataError as error:
+            raise DataError(f"{self.places[id(row)]}: {error}") from None
 
     def transform(self, row: "Row", random: "np.random.Generator") -> "list[Example]":
         import numpy as np
 
+        from data.config import DataError
         from data.example import Example
         from data.labels import label_names
 
         framed = self.framed(row)
         if framed.cut:
+            if self.settings.overlong == "error":
+                raise DataError(
+                    f"{self.places[id(row)]} has {len(framed.ids) + framed.cut:,} tokens, and there is room for "
+                    f"{self.framer.room:,} (--classify.max-length, --context). --classify.overlong cut or drop goes on without"
+                )
             self.overlong.add(id(row))
             if self.settings.overlong == "drop":
                 return []

@@ -101,8 +101,8 @@ POOLS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {"first": first, "
 
 
 class PooledHead(Head):
-    """One token speaks for the text: logits B C = tanh(h Wdᵀ + bd) Wᵀ + b, or h Wᵀ where the family has no dense layer. RoFormer
-    has its own activation in place of tanh.
+    """One token speaks for the text: logits B C = tanh(h Wdᵀ + bd) Wᵀ + b, or h Wᵀ where the family has no dense layer. In
+    place of tanh RoFormer has its own activation.
 
     C = labels for classes, 1 for regression, 2 for next sentence (0: it is the next, 1: it is not). As `pooler` it stops
     after the dense layer, and logits are B D. Dropout stands before the last matrix (RoBERTa's code has it before the

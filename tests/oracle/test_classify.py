@@ -48,7 +48,7 @@ def test_ids_are_those_of_transformers(around, tmp_path):
 @pytest.mark.parametrize("kind", ["BertTokenizer", "RobertaTokenizer"])
 def test_ids_of_published_kinds(kind, side, tmp_path):
     if kind == "BertTokenizer":
-        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "list", "of", "x", "y", "##s", "<", ">", "/", "s", "quick"]
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "list", "of", "x", "y", "##s", "<", ">", "/", "s"]
         (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": kind, "truncation_side": side}))
     else:
@@ -173,13 +173,14 @@ def word_piece(folder: Path) -> None:
     write_tokenizer(folder, made, specials, **{f"{role}_token": name for role, name in roles.items()})
 
 
+NAMED = {"pad_token": "<pad>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
 START = {  # what a run begins with: family, options, its tokenizer
     "bert pairs": ("bert", ["--classify.pair", "second"], word_piece),
     "bert several": ("bert", ["--classify.label", "tags", "--classify.multi"], word_piece),
     "gpt2": ("gpt2", [], lambda folder: write_tokenizer(folder, byte_level(["<|endoftext|>"]), ["<|endoftext|>"])),
     "llama": ("llama", [], lambda folder: write_tokenizer(folder, byte_level(SPECIALS, "<s>"), SPECIALS)),
     "t5": ("t5", ["--classify.pair", "second"], lambda folder: write_tokenizer(
-        folder, byte_level(["<pad>", "</s>"], PAIRED["t5"]), ["<pad>", "</s>"], pad_token="<pad>", eos_token="</s>"
+        folder, byte_level(["<pad>", "</s>"], PAIRED["t5"]), ["<pad>", "</s>"], **NAMED
     )),
 }
 

@@ -153,7 +153,7 @@ def write_labelled(path: Path, records: int = 160, seed: int = 0) -> Path:
     with path.open("w", encoding="utf-8") as file:
         for number in range(records):
             label = draw.choices(list(marks), [5, 3, 2])[0]
-            words = [f"{number}", *draw.choices(WORDS[:12], k=draw.randint(2, 14)), draw.choice(marks[label])]
+            words = [draw.choice(marks[label]), f"{number}", *draw.choices(WORDS[:12], k=draw.randint(2, 14))]
             tags = [label, "long"] if len(words) > 9 else [label] * (label != "10")
             second = " ".join(draw.choices(WORDS[:12], k=draw.randint(1, 9)))
             file.write(json.dumps({"text": " ".join(words), "second": second, "label": label, "tags": tags}) + "\n")

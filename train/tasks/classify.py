@@ -113,7 +113,7 @@ class ClassifyTask(RecordTask):
             "label2id": {name: id for id, name in enumerate(data.labels)},
             "problem_type": MULTI_LABEL if settings.multi else "single_label_classification",
         }
-        if base.architecture == "decoder":
+        if base.architecture != "encoder":
             changes["pad_id"] = pad_id(data.tokenizer, framer.ends_with, known=[base.pad_id])
         if base.architecture == "encoder-decoder" and head_spec(base).architecture and framer.ends_with != base.eos_id:
             raise ConfigError(

@@ -16,6 +16,8 @@
     sources/  more than files of text: records with columns, several sources by weight
     example   what a transform makes of a record
     packing/  examples, or blocks of tokens, -> rows of a batch; the batch of a step is a pure function of (seed, step)
+    framing   one text or two with the control tokens around them, cut so that these stay
+    labels    labels of records: their names, sorted into ids
     prefetch  batches made ahead, in a thread
     clm       blocks -> inputs and labels of causal language modelling
     mlm       blocks -> inputs with gaps and labels of masked language modelling

@@ -109,6 +109,9 @@ class RecordTask(Task):
         asked = self.config.optimizer
         return steps * asked.batch_size * asked.accumulate / self.source.rows_of(0)
 
+    def row_tokens(self) -> float:
+        return self.source.row_tokens()
+
     def introduction(self) -> str:
         data, where = self.config.data, " ".join(self.config.data.corpus)
         held_out = f"in {' '.join(data.validation)}" if data.validation else "held out"

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def introduction(run: "Run") -> str:
     """What is trained on, the network, the machine, the run: lines before the first step."""
     config, has = run.config, run.engine.network.config
-    per_step = config.optimizer.batch_size * config.optimizer.accumulate * config.network.context
+    per_step = round(config.optimizer.batch_size * config.optimizer.accumulate * run.task.row_tokens())
     parameters = count(run.engine.network)
     trained = sum(parameter.numel() for parameter in run.engine.network.parameters() if parameter.requires_grad)
     adapter = f", {trained:,} of them trained ({config.run.adapter})" if config.method is not None else ""
@@ -118,7 +118,8 @@ def speed(run: "Run", session: Session) -> str:
     config, unit = run.config, run.task.unit
     phases = run.phases.seconds()
     training = sum(phases.get(name, 0.0) for name in ("data", "forward", "backward", "optimizer"))
-    positions = session.steps * config.optimizer.batch_size * config.optimizer.accumulate * config.network.context
+    length = run.task.row_tokens()
+    positions = session.steps * config.optimizer.batch_size * config.optimizer.accumulate * length
     # A CPU without 16-bit instructions multiplies faster in float32: the machine's rate is the better of both.
     formats = {PRECISIONS[config.speed.precision].autocast or torch.float32}
     formats |= {torch.float32} if run.device.type == "cpu" else set()
@@ -130,7 +131,7 @@ def speed(run: "Run", session: Session) -> str:
         phases,
         session.seconds,
         tokens_per_s=positions / max(training, 1e-9),
-        flops=flops_per_token(run.engine.network.config, config.network.context, scored=scored(run), **adapted),
+        flops=flops_per_token(run.engine.network.config, round(length), scored=scored(run), **adapted),
         rate=max(matmul_rate(run.device, dtype) for dtype in formats) * run.ranks.world,
         memory=peak_memory(run.device),
     )

@@ -98,6 +98,10 @@ class Task(ABC):
     def epochs(self, steps: int) -> float:
         """How often so many steps see the data."""
 
+    def row_tokens(self) -> float:
+        """How many positions a row of a batch has, padding included, on average."""
+        return self.config.network.context
+
     # ---- learning
 
     def networks(self, network: "nn.Module") -> "nn.Module | Mapping[str, nn.Module]":

@@ -10,7 +10,7 @@ from torch import Tensor
 from data.clm import IGNORE
 from data.config import DataError
 from data.example import Example, Unit, units_of
-from data.packing.collate import pack_batch, pad_batch
+from data.packing.collate import MULTIPLE, pack_batch, pad_batch
 from data.packing.first_fit import fill, first_fit
 from data.packing.pad import length_groups
 
@@ -197,6 +197,16 @@ class ExampleSource:
             return f"{len(plan.rows):,} rows of {self.room[0]:,} hold {len(plan.unit_N2):,} examples, {full:.1%} full"
         length_N = plan.length_NA[:, 0]
         return f"{len(plan.unit_N2):,} examples of {length_N.min():,} to {length_N.max():,} tokens, padded by groups of length"
+
+    def row_tokens(self) -> float:
+        """How many positions a row of a batch has, padding included, on average; of source and target together."""
+        if self.packing == "first_fit":
+            return float(sum(self.room))
+        plan = self.epoch(0)
+        length_NA = plan.length_NA[np.concatenate(plan.rows)]
+        first = np.arange(0, len(length_NA), self.batch_size)
+        longest_XA = -(-np.maximum.reduceat(length_NA, first) // MULTIPLE) * MULTIPLE
+        return float(np.minimum(longest_XA, self.room).sum(1).mean())
 
     def all_once(self) -> list[Batch]:
         """Every unit once, in an order of their lengths; batches of one size: what fills the last one up is not scored."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import lora.peft_io
 import model.__main__
@@ -26,7 +27,7 @@ from train.config import NetworkConfig, OptimizerConfig, RunConfig, TrainConfig
 from train.distributed import Ranks, share
 from train.evaluate import evaluate
 from train.label_objective import LabelObjective
-from train.label_scores import baseline
+from train.label_scores import baseline, class_scores
 from train.log import read_metrics
 from train.registry import config_type
 from train.step import train_step
@@ -275,6 +276,39 @@ def test_a_pair_has_token_types_where_the_network_tells_them_apart(place):
     assert other(batch).terms["loss"].sum == other(changed).terms["loss"].sum  # one type: they are not told apart
     with pytest.raises(ValueError, match="spans"):
         objective(batch | {"spans": batch["labels"]})
+
+
+def test_weights_of_several_labels_are_not_of_held_out_texts(place):
+    task = task_of(place, balance=True, multi=True, label="tags")
+    objective, (batch,) = task.objective(network_of(task), None), task.source.batches(0)
+    assert task.weights() == pytest.approx([(len(task.data.train) - n) / n for n in task.train_counts])
+    plain = LabelObjective(objective.network)
+    assert objective.train()(batch).terms["loss"].sum != plain.train()(batch).terms["loss"].sum
+    assert objective.eval()(batch).terms["loss"].sum == plain.eval()(batch).terms["loss"].sum
+
+
+def test_classes_that_never_come_are_no_part_of_the_mean():
+    """As scikit-learn averages F1: over classes that are true or predicted somewhere. F1 of the two: 0.8 and 2/3."""
+    found = class_scores(torch.tensor([[2, 0, 0], [1, 1, 0], [0, 0, 0]]), 0.25)
+    assert found["f1"] == pytest.approx((0.8 + 2 / 3) / 2) and found["accuracy"] == 0.75
+    assert found["confusion"] == [[2, 0, 0], [1, 1, 0], [0, 0, 0]]
+    assert "confusion" not in class_scores(torch.eye(13).long(), 0.0)
+
+
+def test_an_adapter_trains_a_classifiers_head(run, place, tmp_path):
+    """Also where --init has one of as many classes, as PEFT does; and one of another number is new."""
+    line = ["--objective", "classify", "--init", run[0], "--corpus", place / "corpus.jsonl", "--adapter", "lora", "--steps", 4]
+    line += ["--batch-size", 8, "--val-fraction", 0.2, "--threads", 1, "--device", "cpu", "--sample-every", 0]
+    for name, options in (("same", []), ("other", MULTI)):
+        said = command(*line, *options, "--out", tmp_path / name)
+        assert said.code == 0, said.err
+        folder = last_checkpoint(tmp_path / name)
+        written, own = load_file(folder / "adapter_model.safetensors"), load_file(last_checkpoint(run[0]) / "model.safetensors")
+        for leaf in ("dense.weight", "out_proj.weight", "out_proj.bias"):
+            value = written[f"base_model.model.classifier.{leaf}"]
+            assert name == "other" or not torch.equal(value, own[f"classifier.{leaf}"])
+        assert len(value) == (3 if name == "same" else 4)
+        assert predict(tmp_path / name, place / "corpus.jsonl").code == 0
 
 
 @pytest.mark.parametrize("overlong", ["cut", "drop"])

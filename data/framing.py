@@ -95,7 +95,7 @@ def lengths_of_two(first: int, second: int, room: int) -> tuple[int, int]:
     As the library tokenizers does by "longest_first", which truncation=True means.
 
     >>> lengths_of_two(9, 2, 8), lengths_of_two(9, 7, 9), lengths_of_two(2, 3, 8)
-    ((6, 2), (4, 5), (2, 3))
+    ((6, 2), (5, 4), (2, 3))
     """
     if first + second <= room:
         return first, second

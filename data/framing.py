@@ -13,6 +13,7 @@ from data.tokenizer import JSON, SIDE_FILES, VOCAB, Tokenizer
 
 FIRST, SECOND = "A", "B"
 Piece = tuple[int | str, int]  # a control token's id, FIRST or SECOND; and its token type
+TYPED = ("BertTokenizer", "ElectraTokenizer")  # classes that return token types
 DOUBLED = ("RobertaTokenizer", "BartTokenizer")  # </s></s> between two texts
 
 
@@ -89,6 +90,18 @@ def _json(tokenizer: Tokenizer, name: str) -> dict:
     return found if isinstance(found, dict) else {}
 
 
+def gives_types(named: dict) -> bool:
+    """Say if transformers' tokenizer(first, second) returns token types: by tokenizer_config.json, else by its class. (Of the
+    families here with token types, RoFormer's class returns none.) A folder that names no class is taken for BERT's.
+
+    >>> gives_types({"tokenizer_class": "BertTokenizerFast"}), gives_types({"tokenizer_class": "PreTrainedTokenizerFast"})
+    (True, False)
+    """
+    if isinstance(names := named.get("model_input_names"), list):
+        return "token_type_ids" in names
+    return str(named.get("tokenizer_class") or "BertTokenizer").removesuffix("Fast") in TYPED
+
+
 def lengths_of_two(first: int, second: int, room: int) -> tuple[int, int]:
     """What is left of two texts where `room` ids are: the longer one is cut first, then both alike.
 
@@ -117,7 +130,10 @@ class Framer:
         self.tokenizer, self.room = tokenizer, room
         self.frame = frame_of_two(tokenizer) if is_pair else frame_of_one(tokenizer)
         self.around = sum(piece not in (FIRST, SECOND) for piece, _ in self.frame)
-        self.is_left = _json(tokenizer, SIDE_FILES[0]).get("truncation_side") == "left"
+        named = _json(tokenizer, SIDE_FILES[0])
+        self.is_left = named.get("truncation_side") == "left"
+        if not gives_types(named) or not {JSON, VOCAB} & tokenizer.files.keys():
+            self.frame = tuple((piece, 0) for piece, _ in self.frame)
         if room <= self.around:
             raise DataError(f"{room} tokens have no room for a text: {self.around} stand around it")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 import lora.peft_io
@@ -23,6 +24,7 @@ from tests.conftest import randomized, tiny_config
 from tests.invariant.test_step import Recorder, largest
 from tests.oracle.test_classify import word_piece, write_labelled
 from tests.runs import arguments, assert_same_end, command, last_checkpoint, metrics, stopped_at
+from train.checkpoint import resolve
 from train.config import NetworkConfig, OptimizerConfig, RunConfig, TrainConfig
 from train.distributed import Ranks, share
 from train.evaluate import evaluate
@@ -171,6 +173,43 @@ def test_the_folders_ids_are_kept(run, options, place, tmp_path):
     assert found["problem_type"] == "multi_label_classification"
 
 
+def opened_elsewhere(folder: Path, rows: list[dict], *, pair: bool) -> float:
+    """The largest difference between the probabilities of our rows and those of transformers' classes, in batches."""
+    network = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    worst = 0.0
+    for row in rows:
+        texts = ([row["text"]], [row["second"]]) if pair else ([row["text"]],)
+        inputs = tokenizer(*texts, truncation=True, max_length=32, return_tensors="pt")
+        with torch.no_grad():
+            logits_C = network(**inputs).logits[0]
+        several = network.config.problem_type == "multi_label_classification"
+        chances_C = logits_C.sigmoid() if several else logits_C.softmax(-1)
+        assert [*row["probabilities"]] == [network.config.id2label[id] for id in range(len(chances_C))]
+        worst = max(worst, *(abs(a - b) for a, b in zip(chances_C.tolist(), row["probabilities"].values(), strict=True)))
+    return worst
+
+
+NEW = ["one", "several", "tiny", "t5-small", "bert-base"]
+NEW += [pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "bart-base", "roberta-base", "flan-t5-small")]
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_transformers_opens_a_run_from_nothing(name, run, several, options, place, tmp_path, parity):
+    """With the tokenizer that was trained for it: ids, token types, the end that BART and T5 look for."""
+    folder = {"one": run[0], "several": several[0]}.get(name, tmp_path / "run")
+    if name not in ("one", "several"):
+        pair = ["--classify.pair", "second"] if name == "bert-base" else []
+        said = command(*options, "--preset", name, *pair, "--steps", 4, "--sample-every", 0, "--out", folder)
+        assert said.code == 0, said.err
+    said = predict(folder, place / "corpus.jsonl")
+    assert said.code == 0, said.err
+    rows = [json.loads(line) for line in said.out.splitlines()][:20]
+    error = opened_elsewhere(resolve(folder), rows, pair=name in ("several", "bert-base"))
+    library = f"transformers {transformers.__version__}"
+    parity(f"classification run from nothing: {name}", library, error, 1e-5, "float32 rounding")
+
+
 # ---- steps
 
 
@@ -199,7 +238,6 @@ def test_four_times_two_is_eight(several, place):
     asked = {"label": "tags", "multi": True, "pair": "second"} if several else {"balance": True}
     whole, parted = (task_of(place, batch_size=8 // n, accumulate=n, **asked) for n in (1, 4))
     network = network_of(whole)
-    assert network.config.token_types == (2 if several else 1)
     results, gradients = [], []
     for task in (whole, parted):
         objective = task.objective(network, None).train()
@@ -262,12 +300,13 @@ def test_weights_make_a_text_weigh_one_on_average(place):
 
 
 def test_a_pair_has_token_types_where_the_network_tells_them_apart(place):
+    """The tokenizer that is trained for a run gives none, as transformers opens it; BERT's gives them."""
     task = task_of(place, pair="second", context=64)
     (batch,) = task.source.batches(0)
     assert set(batch) == {"input_ids", "attention_mask", "labels", "token_type_ids"}
-    assert batch["token_type_ids"].unique().tolist() == [0, 1] and (batch["token_type_ids"] <= batch["attention_mask"]).all()
-    one, two = network_of(task), network_of(task, token_types=2)
-    assert two.config.token_types == one.config.token_types == 2
+    assert not batch["token_type_ids"].any()
+    batch["token_type_ids"] = (torch.arange(batch["input_ids"].size(1)) > 9).long() * batch["attention_mask"]
+    two = network_of(task, token_types=2)
     changed = batch | {"token_type_ids": torch.zeros_like(batch["token_type_ids"])}
     objective = LabelObjective(two).eval()
     assert objective(batch).terms["loss"].sum != objective(changed).terms["loss"].sum
@@ -407,7 +446,7 @@ BESIDE = {
     "encoder-decoder": ["--preset", "t5-small"],
     "muon": ["--optimizer", "muon", "--loss", "chunked"],
 }
-IN_SLOW = ("recompute", "smoothing", "muon", "bf16")
+IN_SLOW = ("recompute", "smoothing", "muon", "bf16", "decoder", "encoder-decoder")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in IN_SLOW else name for name in BESIDE])

@@ -185,7 +185,7 @@ START = {  # what a run begins with: family, options, its tokenizer
 }
 
 
-@pytest.mark.parametrize("name", START)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name == "llama" else name for name in START])
 def test_predictions_of_a_run_are_the_pipelines(name, tmp_path, parity):
     """Begun from a folder without a head, trained, predicted; and opened by transformers' pipeline with the names of labels."""
     family, options, write = START[name]

@@ -99,7 +99,7 @@ class ClassifyTask(RecordTask):
 
     @classmethod
     def network(cls, config: "TrainConfig", base: "ModelConfig", data: "LabelledData") -> "ModelConfig":
-        """As many classes as labels, with their names; a pad that ends no text; two token types for a new encoder of pairs."""
+        """As many classes as labels, with their names; a pad that ends no text."""
         from data.framing import pad_id
         from model.config import ConfigError
         from model.predict import MULTI_LABEL
@@ -120,8 +120,6 @@ class ClassifyTask(RecordTask):
                 f"{head_spec(base).architecture} reads a text off its last eos, id {base.eos_id}, and this tokenizer "
                 f"{'puts nothing behind a text' if framer.ends_with is None else f'ends texts with id {framer.ends_with}'}"
             )
-        if settings.pair is not None and base.architecture == "encoder" and base.token_types == 1 and not base.extra:
-            changes["token_types"] = 2
         return base.replace(**changes, extra={**base.extra, **named})
 
     def __init__(self, config: "TrainConfig", data: "LabelledData"):

@@ -19,6 +19,8 @@
     sources/  more than files of text: records with columns, several sources by weight
     example   what a transform makes of a record
     packing/  examples, or blocks of tokens, -> rows of a batch; the batch of a step is a pure function of (seed, step)
+    framing   one text or two with the control tokens around them, cut so that these stay
+    labels    labels of records: their names, sorted into ids
     prefetch  batches made ahead, in a thread
     sizes     bytes of text, where only its tokens are at hand
     clm       blocks -> inputs and labels of causal language modelling

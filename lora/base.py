@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lora.config import AdapterError
 from model.config import ModelConfig
+from model.config_json import CLASSIFIERS, NAMES_OF_LABELS
 from model.hub import read_config, weight_files
 from model.safetensors_file import DTYPES, WeightFile
 from model.weights import published_names
@@ -85,16 +86,18 @@ def pieces(file: WeightFile, name: str) -> Iterator[bytes]:
 
 
 def write_base(folder: Path, base: Path, config: ModelConfig, quantization: FourBit | Int8 | None = None) -> None:
-    """config: of the network that the adapter was trained on, whose head may be another one than its folder's; quantization:
-    how its weights were rounded when they were read, where they were."""
+    """config: of the network that the adapter was trained on, whose head may be another one than its folder's, and whose labels
+    may have other names; quantization: how its weights were rounded when they were read, where they were."""
     note = {"path": str(base.resolve()), "sha256": digest(base), "head": config.head, "labels": config.labels}
     note |= {} if quantization is None else {"quantization": asdict(quantization)}
+    if config.head in CLASSIFIERS:
+        note |= {"names": {name: config.extra[name] for name in NAMES_OF_LABELS if name in config.extra}}
     (folder / BASE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 
 
 def read_base(folder: Path) -> dict | None:
-    """`path`, `sha256`, `head` and `labels` of the base, and its `quantization` (None: none); or None where the folder does not
-    say (PEFT's do not)."""
+    """`path`, `sha256`, `head` and `labels` of the base, the `names` of labels (entries of config.json) and its `quantization`
+    (None: none); or None where the folder does not say (PEFT's do not)."""
     path = folder / BASE
     if not path.is_file():
         return None
@@ -103,7 +106,8 @@ def read_base(folder: Path) -> dict | None:
         wanted = {"path": str, "sha256": str, "head": str, "labels": int}
         how = note.get("quantization")
         how = None if how is None else settings_of(**(how | {"skip": tuple(how.get("skip", ()))}))
-        return {name: kind(note[name]) for name, kind in wanted.items()} | {"quantization": how}
+        names = {name: value for name, value in dict(note.get("names", {})).items() if name in NAMES_OF_LABELS}
+        return {name: kind(note[name]) for name, kind in wanted.items()} | {"quantization": how, "names": names}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"{path} cannot be read: {error!r}") from None
 

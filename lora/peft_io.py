@@ -106,6 +106,7 @@ def open_network(
         missing = lacking(found, config)
     options = {"quantization": note.get("quantization"), "head": config.head, "labels": config.labels} | options
     network = model.hub.load(found, dtype=dtype, device=device, **options)
+    network.config = network.config.replace(extra=config.extra)  # with the names of the adapter's labels
     try:
         with WeightFile(tensor_file(folder)) as file:
             size, own = vocabulary_of(network, read_keys(network, file, read_json(folder))), network.config.vocab_size

@@ -33,7 +33,8 @@ def config_with_head(
     note, given = read_base(folder), read_json(folder)
     if note is not None and head is None:
         refuse_labels(labels, note["head"], folder)
-        return own.replace(head=note["head"], labels=labels or note["labels"]), None
+        names = note["names"] if labels in (None, note["labels"]) else {}
+        return own.replace(head=note["head"], labels=labels or note["labels"], extra={**own.extra, **names}), None
     task = {task: ours for ours, task in TASKS.items() if ours != "none"}.get(given.get("task_type"))
     wanted = head or task or own.head
     if wanted == "unknown":

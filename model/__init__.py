@@ -10,11 +10,12 @@ Where to read first: `config` (what a network is made of), then bottom up, as a 
     folders · config_json · generation_config · ties                     what stands in such a folder, beside the weights
     decoding · sampling · constraints · stopping · generate · beam · streaming   text out
     fill                                                                 what a masked-language model reads into gaps
+    predict                                                              probabilities of classes for many texts
     parameters · flops · training · activations · memory · account       what a network costs, before it is built
     resize                                                               another size of vocabulary
     words                                                                names in messages
 
-and `python -m model` is the command line (`commands/`): generate, fill, info, resize, export.
+and `python -m model` is the command line (`commands/`): generate, fill, predict, info, resize, export.
 
 The legend of shapes. A tensor's name ends in the letters of its axes, in order, and they mean the same in every file:
 

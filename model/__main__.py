@@ -1,4 +1,5 @@
-"""`python -m model generate|fill|info|export|resize`: what a network says, reads into gaps, and costs; and its folder."""
+"""`python -m model generate|fill|predict|info|export|resize`: what a network says, reads into gaps, makes of texts, and costs;
+and its folder."""
 
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from model.commands.fill import Fill, fill
 from model.commands.generate import Generate, generate
 from model.commands.info import Info, info
 from model.commands.opening import encode  # noqa: F401, for callers of this file
+from model.commands.predict import Predict, predict
 from model.commands.resize import Resize, resize
 from model.config import ConfigError
 from train.command_line import refuse_idle, refuse_unreadable, run_command
@@ -17,6 +19,7 @@ from train.command_line import refuse_idle, refuse_unreadable, run_command
 COMMANDS: dict[type, Callable[[object], None]] = {
     Generate: generate,
     Fill: fill,
+    Predict: predict,
     Info: info,
     Export: export,
     Resize: resize,

@@ -47,6 +47,7 @@ class HeadSpec:
     weights: tuple[tuple, ...] = ()  # rows as in a family's WEIGHTS
     pool: str = "first"  # model.heads.POOLS: which position speaks for the sequence
     dense: bool = False  # a further layer, tanh(x W + b), before the last
+    own_activation: bool = False  # of that layer: the network's in place of tanh
     bias: bool = True  # of the last layer
     prefix: str | None = None  # of the body's names, where this class differs from the family's PREFIX
 

@@ -101,7 +101,8 @@ POOLS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {"first": first, "
 
 
 class PooledHead(Head):
-    """One token speaks for the text: logits B C = tanh(h Wdᵀ + bd) Wᵀ + b, or h Wᵀ where the family has no dense layer.
+    """One token speaks for the text: logits B C = tanh(h Wdᵀ + bd) Wᵀ + b, or h Wᵀ where the family has no dense layer. In
+    place of tanh RoFormer has its own activation.
 
     C = labels for classes, 1 for regression, 2 for next sentence (0: it is the next, 1: it is not). As `pooler` it stops
     after the dense layer, and logits are B D. Dropout stands before the last matrix (RoBERTa's code has it before the
@@ -114,6 +115,7 @@ class PooledHead(Head):
         self.dense = nn.Linear(config.width, config.width) if spec.dense else None
         classes = 2 if config.head in ("nsp", "pretraining") else config.labels
         self.out = nn.Linear(config.width, classes, spec.bias) if config.head != "pooler" else nn.Identity()
+        self.activation = ACTIVATIONS[config.activation] if spec.own_activation else torch.tanh
         self.pool = POOLS[spec.pool]
         self.dropout = 0.0 if config.head == "pooler" else config.dropout
 
@@ -128,7 +130,7 @@ class PooledHead(Head):
     def forward(self, hidden_BTD: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         pooled_BD = self.pool(hidden_BTD, attention_mask)
         if self.dense is not None:
-            pooled_BD = self.dense(pooled_BD).tanh()
+            pooled_BD = self.activation(self.dense(pooled_BD))
         return self.out(F.dropout(pooled_BD, self.dropout, self.training))
 
 

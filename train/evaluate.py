@@ -39,25 +39,29 @@ def evaluate(
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     ranks: Ranks | None = None,
     sources: Sequence[str] = (),
-) -> dict[str, tuple[float, int]]:
+) -> dict[str, tuple[float | Tensor, int]]:
     """(sum, count) of each term and metric over all batches and ranks, dropout off: sums and counts, so that the size of a
-    batch does not matter. Only one batch's logits exist at a time. `sources`: of a mixture the one of each batch; there is
-    then a `loss_NAME` of each beside the loss."""
+    batch does not matter. A sum with axes, such as a confusion matrix, is a float64 tensor on the CPU. Only one batch's logits
+    exist at a time. `sources`: of a mixture the one of each batch; there is then a `loss_NAME` of each beside the loss."""
     was_training = objective.training
     objective.eval()
     sums, counts = defaultdict(float), defaultdict(int)
     try:
-        for number, batch in enumerate(batches):
+        for index, batch in enumerate(batches):
             with autocast():
                 terms, metrics = objective(batch)
-            of_source = {f"{name}_{sources[number]}": term for name, term in terms.items()} if sources else {}
+            of_source = {f"{name}_{sources[index]}": term for name, term in terms.items()} if sources else {}
             for name, term in {**terms, **metrics, **of_source}.items():
                 sums[name] += term.sum.double()
                 counts[name] += term.count
     finally:
         objective.train(was_training)
     ranks = ranks or Ranks()
-    return {name: (float(ranks.sum(sums[name])), int(ranks.sum(counts[name]))) for name in sums}
+    return {name: (number(ranks.sum(sums[name])), int(ranks.sum(torch.as_tensor(counts[name])))) for name in sums}
+
+
+def number(value: Tensor) -> float | Tensor:
+    return float(value) if value.dim() == 0 else value.cpu()
 
 
 def bits_per_byte(nats: float, text_bytes: int) -> float:

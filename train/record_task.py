@@ -26,6 +26,7 @@ class RecordTask(Task):
     sees: ClassVar[str] = "record"
     is_random: ClassVar[bool] = False
     needs_mask: ClassVar[bool] = False
+    wants_mask: ClassVar[bool] = False  # a tokenizer that is trained has a mask token, and so stands on both sides of a text
 
     @classmethod
     @abstractmethod
@@ -54,7 +55,7 @@ class RecordTask(Task):
         train, validation = open_records(config.data, columns=cls.columns(settings), text_of=text_of, say=say)
         if tokenizer is None:
             texts = (text for row in train.values for text in cls.texts(settings, row))
-            tokenizer = trained_tokenizer(config.data, texts, say, mask=cls.needs_mask)
+            tokenizer = trained_tokenizer(config.data, texts, say, mask=cls.needs_mask or cls.wants_mask)
         else:
             tokenizer = tokenizer.with_separator(config.data.separator)
         return RecordData(tokenizer, train, validation, hash_of(train, validation))

@@ -123,6 +123,8 @@ def speed(run: "Run", session: Session) -> str:
     config, unit = run.config, run.task.unit
     phases = run.phases.seconds()
     training = sum(phases.get(name, 0.0) for name in ("data", "forward", "backward", "optimizer"))
+    rows = session.steps * config.optimizer.batch_size * config.optimizer.accumulate
+    length = session.positions / rows if rows else config.network.context
     # A CPU without 16-bit instructions multiplies faster in float32: the machine's rate is the better of both.
     formats = {PRECISIONS[config.speed.precision].autocast or torch.float32}
     formats |= {torch.float32} if run.device.type == "cpu" else set()
@@ -134,7 +136,7 @@ def speed(run: "Run", session: Session) -> str:
         phases,
         session.seconds,
         tokens_per_s=session.positions / max(training, 1e-9),
-        flops=flops_per_token(run.engine.network.config, config.network.context, scored=scored(run), **adapted),
+        flops=flops_per_token(run.engine.network.config, round(length), scored=scored(run), **adapted),
         rate=max(matmul_rate(run.device, dtype) for dtype in formats) * run.ranks.world,
         memory=peak_memory(run.device),
     )

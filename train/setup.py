@@ -19,6 +19,7 @@ from lora.adalora import RankAllocator
 from lora.base import check_base
 from model.block import Block
 from model.config import ModelConfig, family, presets
+from model.config_json import CLASSIFIERS
 from model.init import build, empty
 from model.training import USUAL_CONTEXT
 from quant.config import FourBit
@@ -253,7 +254,7 @@ def open_network(
     if config.method is not None:
         if checkpoint is not None:
             check_base(checkpoint, folder)
-        put_on(config, network, data.tokenizer, new_head=found.head != task.head)
+        put_on(config, network, data.tokenizer, new_head=found.head != task.head or task.head in CLASSIFIERS)
         say(table(network))
     else:
         also_end_with(network, data.tokenizer.eos_id)

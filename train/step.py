@@ -82,8 +82,10 @@ def add_metrics(totals: dict[str, Metric], logged: Mapping[str, Metric]) -> None
 
 
 def mean_metrics(totals: dict[str, Metric], ranks: Ranks) -> dict[str, float]:
-    """Over all ranks, in one exchange."""
+    """Over all ranks, in one exchange. A metric that nothing counted towards has no mean, and is left out."""
     if not totals:
         return {}
-    pairs = ranks.sum(torch.stack([torch.as_tensor(part).double() for pair in totals.values() for part in pair]))
-    return {name: float(value / count) for name, (value, count) in zip(totals, pairs.view(-1, 2), strict=True)}
+    device = next((part.device for pair in totals.values() for part in pair if isinstance(part, Tensor)), None)
+    numbers = [torch.as_tensor(part, device=device).double() for pair in totals.values() for part in pair]
+    pairs = ranks.sum(torch.stack(numbers)).view(-1, 2).tolist()
+    return {name: value / count for name, (value, count) in zip(totals, pairs, strict=True) if count}

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from train.objective import Objective
 
 Batch = dict[str, "Tensor"]
-Totals = dict[str, tuple[float, int]]  # of a validation: term or metric -> (sum, count)
-Scores = dict[str, float]  # what a validation line of metrics.jsonl says
+Totals = dict[str, tuple[Any, int]]  # of a validation: term or metric -> (sum, count); a sum is a float, or a tensor with axes
+Scores = dict[str, Any]  # what a validation line of metrics.jsonl says: numbers; tables of them, for a person's ends
 Say = Callable[[str], None]
 
 

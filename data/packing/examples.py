@@ -118,8 +118,9 @@ class ExampleSource:
             rows = [rows[i] for i in random.permutation(len(rows))]
         else:
             self._note_rows(epoch, len(units))
-            shift = min(-self.start(epoch) % self.batch_size, len(units))
-            rows = list(length_groups(length_NA[:, 0], self.batch_size, shift, random)[:, None])
+            size = self.batch_size * self.accumulate  # of a whole step: however it is cut, it holds the same units
+            shift = min(-self.start(epoch) % size, len(units))
+            rows = list(length_groups(length_NA[:, 0], size, shift, random)[:, None])
         self._note_rows(epoch, len(rows))
         return Epoch(np.array(units), length_NA, rows)
 

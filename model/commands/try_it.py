@@ -26,6 +26,8 @@ def try_it(folder: Path) -> str:
         for text in texts:
             if can_read(tokenizer, text.replace("[MASK]", ""), [tokenizer.mask_id]):
                 return command("model", "fill", folder, text)
+    if config.head == "sequence":
+        return command("model", "predict", folder, "FILE")
     if config.head == "lm":
         for prompt in PROMPTS:
             if can_read(tokenizer, prompt):

@@ -47,6 +47,12 @@ def weights(config) -> tuple[tuple, ...]:
 _WORDS = bert.HEADS["mlm"].weights
 HEADS = {
     "mlm": HeadSpec("RoFormerForMaskedLM", _WORDS),
+    "sequence": HeadSpec(
+        "RoFormerForSequenceClassification",
+        both("head.dense", "classifier.dense", "matrix") + both("head.out", "classifier.out_proj", "head"),
+        dense=True,
+        own_activation=True,
+    ),
     "token": HeadSpec("RoFormerForTokenClassification", both("head.out", "classifier", "head")),
     "qa": HeadSpec("RoFormerForQuestionAnswering", both("head.out", "qa_outputs", "head")),
     "none": HeadSpec("RoFormerModel"),

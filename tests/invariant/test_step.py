@@ -9,7 +9,7 @@ from model.init import build
 from model.weights import role_of
 from tests.conftest import randomized, tiny_config
 from train.evaluate import evaluate
-from train.objective import Objective, Result, Term
+from train.objective import Metric, Objective, Result, Term
 from train.optim import build_optimizer
 from train.precision import GradScaler
 from train.step import train_step
@@ -189,6 +189,48 @@ def test_a_penalty_counts_once_a_step():
         seen.append(largest(recorder.gradients, [g + 2 * p for g, p in zip(without, network.parameters(), strict=True)]))
         assert result.loss.item() == pytest.approx(plain.loss.item(), abs=1e-12)
     assert max(seen) < 1e-11
+
+
+class Classes(Objective):
+    """Two terms and two metrics of a class a row: what a step counts is the first term's, once."""
+
+    def result(self, hidden, labels):
+        term = super().result(hidden, labels).terms["loss"]
+        metrics = {"seen": Metric(term.count * 2.0, term.count), "unseen": Metric(torch.zeros(()), 0)}
+        return Result({"loss": term, "again": Term(term.sum, term.count, weight=0.5)}, metrics)
+
+    @staticmethod
+    def counts(batch):
+        return dict.fromkeys(("loss", "again"), Objective.counts(batch)["loss"])
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_a_step_counts_its_first_term_alone(parts):
+    """81 labels that two terms score are 81, not 162."""
+    network, batch = randomized(tiny_config("llama")), uneven_batch()
+    assert (batch["labels"] != -100).sum() == 81
+    result = train_step(Classes(network), split(batch, parts), Recorder(Objective(network)))
+    plain = train_step(Objective(network), [batch], Recorder(Objective(network)))
+    assert result.count == 81 and result.loss.item() == pytest.approx(1.5 * plain.loss.item(), rel=1e-12)
+
+
+def test_a_metric_that_nothing_counts_towards_is_left_out():
+    """A mean of nothing is no number: neither an error, nor a NaN in metrics.jsonl."""
+    network, batch = randomized(tiny_config("llama")), uneven_batch()
+    result = train_step(Classes(network), split(batch, 2), Recorder(Objective(network)))
+    assert result.metrics == {"seen": 2.0}
+    assert evaluate(Classes(network), [batch])["unseen"] == (0.0, 0)
+
+
+def test_sums_with_axes_add_up():
+    class Tables(Objective):
+        def result(self, hidden, labels):
+            term = super().result(hidden, labels).terms["loss"]
+            return Result({"loss": term}, {"table": Metric(torch.ones(2, 3, dtype=torch.long) * term.count, term.count)})
+
+    batch = uneven_batch()
+    table, count = evaluate(Tables(randomized(tiny_config("llama"))), split(batch, 4))["table"]
+    assert count == 81 and torch.equal(table, torch.full((2, 3), 81.0, dtype=torch.float64))
 
 
 def test_updated_is_called_after_an_update_and_only_then():

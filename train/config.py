@@ -91,6 +91,8 @@ class RecordedConfig:
 
     objective_sha256: str | None = None
     """Of the user's own file of --objective PATH.py."""
+    decoder_start_id: int | None = None
+    """What the texts of an encoder-decoder's decoder begin with: the network's own."""
 
 
 @dataclass(frozen=True)

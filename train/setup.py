@@ -151,6 +151,8 @@ def network_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
         changes["mlp_width"] = max(16, round(base.mlp_width / base.width * asked.width / 16) * 16)
     if asked.heads is not None:
         changes["kv_heads"] = asked.heads
+    if asked.depth is not None and base.decoder_depth is not None:
+        changes["decoder_depth"] = asked.depth
     changes |= dict.fromkeys(family(base.family).DROPOUTS, asked.dropout)
     pad_id = tokenizer.pad_id
     if base.architecture == "encoder":
@@ -288,6 +290,7 @@ def resolve_network(config: TrainConfig, ranks: Ranks, network: nn.Module) -> Tr
     return replace(
         config,
         network=asked,
+        recorded=replace(config.recorded, decoder_start_id=has.decoder_start_id),
         speed=replace(speed, precision=precision, compile=compiled, loss=loss),
     )
 

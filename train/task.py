@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from data.find import SUFFIXES
+from data.words import counted
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
@@ -62,6 +65,7 @@ class Task(ABC):
     architectures: ClassVar[tuple[str, ...]]  # of the networks that it trains
     head: ClassVar[str]
     unit: ClassVar[str] = "tokens"  # what is scored
+    suffixes: ClassVar[tuple[str, ...]] = SUFFIXES  # of the files that it reads
     perplexity_of: ClassVar[tuple[str, ...]] = ()  # the heads of networks whose perplexity on plain text its validation is
     best: ClassVar[str] = "loss"  # the score that decides which checkpoint is the best
     higher_is_better: ClassVar[bool] = False
@@ -97,6 +101,11 @@ class Task(ABC):
     @abstractmethod
     def epochs(self, steps: int) -> float:
         """How often so many steps see the data."""
+
+    def per_step(self) -> str:
+        """How much a step reads."""
+        asked = self.config.optimizer
+        return counted(asked.batch_size * asked.accumulate * self.config.network.context, "token")
 
     # ---- learning
 

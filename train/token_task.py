@@ -95,6 +95,7 @@ class TokenTask(Task):
             f"{shards.validation.bytes:,} held out\n"
             f"tokens   {self.tokenizer.vocab_size:,} pieces, {shards.train.bytes / shards.train.targets:.2f} bytes a token; "
             f"{shards.train.tokens:,} to train on; shards in {cache} ({'built' if shards.built else 'reused'})\n"
+            f"{separation(self.tokenizer)}"
         )
 
     def opening(self, tokens: int = 16) -> list[int]:
@@ -111,6 +112,14 @@ class TokenTask(Task):
             opening = opening[: opening.index(self.tokenizer.eos_id, 1)]
         begins_word = (i for i, id in enumerate(opening) if i > tokens and self.tokenizer.bytes_of[id][:1].isspace())
         return opening[: next(begins_word, tokens + 1)]
+
+
+def separation(tokenizer: "Tokenizer") -> str:
+    """Which id stands between documents, and why, where the tokenizer puts none before a text."""
+    if tokenizer.affixes.prefix:
+        return ""
+    why = "as --separator asks" if tokenizer.separator else "its eos: it puts no token before a text"
+    return f"         documents are separated by {tokenizer.name_of(tokenizer.bos_id)} (id {tokenizer.bos_id}), {why}\n"
 
 
 def validation_ids(config: "TrainConfig", shards: "Shards") -> "np.ndarray":

@@ -1,4 +1,4 @@
-"""`python -m model generate`: a text goes on, or is answered; the folder's generation_config.json says how, where no option does."""
+"""`python -m model generate`: a text goes on, or is answered, as generation_config.json says where no option does."""
 
 import sys
 from dataclasses import dataclass
@@ -144,7 +144,7 @@ def check_text(options: Generate, config: "ModelConfig") -> None:
     """Refuse what the network does not read: --prompt of an encoder-decoder, --source of a decoder."""
     if config.architecture != "encoder-decoder":
         if options.source:
-            raise ConfigError(f"--source is of an encoder-decoder; this {config.architecture} goes on from a text: --prompt TEXT")
+            raise ConfigError(f"--source is of an encoder-decoder; this {config.architecture} goes on: --prompt TEXT")
     elif options.prompt or not options.source:
         what = "--prompt is of a decoder, which goes on" if options.prompt else "there is no text to answer"
         raise ConfigError(f"{what}; this is an encoder-decoder, which reads a text and writes another: --source TEXT")

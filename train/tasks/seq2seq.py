@@ -93,7 +93,8 @@ class Seq2SeqTask(RecordTask):
 
     @classmethod
     def texts(cls, settings: Settings, row: "Row") -> list[str]:
-        return [settings.prefix + row[settings.source], row[settings.target]]
+        """Without the prefix: with another, the same records are held out."""
+        return [row[settings.source], row[settings.target]]
 
     @classmethod
     def check(cls, settings: Settings, row: "Row") -> str | None:
@@ -154,7 +155,8 @@ class Seq2SeqTask(RecordTask):
         pairs, names, tokens, settings = [], [], 0, self.settings
         limits = dict(zip(("target", "source"), self.most, strict=True))
         for name, row in zip(rows.names, rows.values, strict=True):
-            texts, ids, is_long = dict(zip(("source", "target"), self.texts(settings, row), strict=True)), {}, False
+            texts = {"source": settings.prefix + row[settings.source], "target": row[settings.target]}
+            ids, is_long = {}, False
             for side, text in texts.items():
                 told = {"most": limits[side], "ends": side == "target", "specials": settings.specials}
                 ids[side], length = framed_text(self.tokenizer, text, **told)

@@ -8,6 +8,8 @@ from lora.config import CONFIGS
 from quant.config import QatConfig
 from train.command_line import Needs
 from train.config import TrainConfig, optimizer_of
+from train.record_task import RecordTask
+from train.registry import load
 
 
 def _uses(*names: str):
@@ -22,11 +24,17 @@ def _new(config: TrainConfig) -> bool:
     return config.run.init is None
 
 
+def _texts(config: TrainConfig) -> bool:
+    return not issubclass(load(config.run.objective), RecordTask)
+
+
 INIT = "--init brings its own"
 NEEDS = (
     Needs(("preset", "dropout"), _new, INIT),
     Needs(("vocab_size",), _new, f"{INIT} tokenizer"),
     Needs(("text_key",), lambda config: may_hold_records(config.data.corpus), "the corpus holds no records"),
+    Needs(("text_key", "dedup", "separator"), _texts, "this objective reads records, each by itself and by columns of its own"),
+    Needs(("seq2seq.bleu",), lambda config: config.seq2seq.generated, "it scores texts that --seq2seq.generated 0 has none of"),
     Needs(("on_bad_text",), _files, "the corpus comes with Python, and is no file of yours"),
     Needs(("matrix_lr",), _uses("muon"), "it is Muon's rate, --optimizer muon"),
     Needs(("momentum",), _uses("muon", "sgd"), "Muon and SGD have one: --optimizer muon or sgd"),

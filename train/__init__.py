@@ -18,6 +18,7 @@ Where to read first: `step` (one optimizer step: the heart, in 40 lines), then `
     tasks/       one file an objective: its batches, its scores beside counting, an example of what was learned
     task registry   what a run asks of one; which there are, ours and a user's own files
     token_task   what objectives on blocks of plain text share
+    record_task  what objectives on records with columns share
     evaluate     sums and counts over held-out text; bits per byte, and what counting reaches
     scoring held_out   a model folder as scores want it; scored on text as training validates
     adapters qat runs that train an adapter beside frozen weights; weights that learn to be whole numbers

@@ -107,7 +107,7 @@ class NetworkConfig:
     width: int | None = None
     """D, the width of the hidden state."""
     depth: int | None = None
-    """Number of layers."""
+    """Number of layers; of an encoder-decoder of each of its stacks."""
     heads: int | None = None
     """Number of attention heads (key/value heads follow)."""
     mlp_width: int | None = None

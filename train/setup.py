@@ -155,9 +155,9 @@ def network_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
         changes["decoder_depth"] = asked.depth
     changes |= dict.fromkeys(family(base.family).DROPOUTS, asked.dropout)
     pad_id = tokenizer.pad_id
-    if base.architecture == "encoder":
+    if base.architecture != "decoder":
         pad_id = tokenizer.unknown_id if pad_id is None else pad_id  # such a family's config.json has one always
-        if base.position_offset:  # RoBERTa's first position has the row after the pad's
+        if base.architecture == "encoder" and base.position_offset:  # RoBERTa's first position has the row after the pad's
             changes["position_offset"] = pad_id + 1
     ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "stop_ids": (), "pad_id": pad_id}
     return base.replace(**changes, **ids, vocab_size=tokenizer.vocab_size, head=task.head)

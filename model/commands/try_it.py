@@ -18,5 +18,6 @@ def try_it(folder: Path) -> str:
     if objective_of(config) == "mlm" and tokenizer.mask_id is not None:
         return command("model", "fill", folder, "The [MASK] statement")
     if config.head == "lm":
-        return command("model", "generate", folder, "--prompt", "The")
+        option = "--source" if config.architecture == "encoder-decoder" else "--prompt"
+        return command("model", "generate", folder, option, "The")
     return command("model", "info", folder)

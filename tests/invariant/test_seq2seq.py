@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from data.clm import IGNORE
+from lora.config import PrefixConfig
+from lora.inject import add_adapters
 from tests.seq2seq import gradients, opened, write_folder, write_pairs
 from train.loss.cross_entropy import linear_cross_entropy
 from train.setup import compile_blocks
@@ -84,6 +86,21 @@ def test_packed_rows_learn_what_padded_rows_do(folder, pairs, mutant, monkeypatc
     assert found_count == count
     assert (error < 1e-12 and found_total == pytest.approx(total, rel=1e-12)) != mutant
     assert not mutant or error > 1e-3
+
+
+def test_a_prefix_stands_before_packed_rows_too(folder, pairs):
+    """Keys and values before both stacks, which every pair of a row sees."""
+    task, network = opened(folder, pairs)
+    packed, _ = opened(folder, pairs, packing="first_fit")
+    add_adapters(network, PrefixConfig(tokens=3))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    (total, _, expected), (other, _, found) = epoch_loss(task, network), epoch_loss(packed, network)
+    largest = max(value.abs().max() for value in expected.values())
+    assert other == pytest.approx(total, rel=1e-12) and len(expected) >= 1
+    assert max((found[name] - value).abs().max() for name, value in expected.items()) / largest < 1e-12
 
 
 def test_every_key_is_read(folder, pairs):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shlex
 
 import peft
 import pytest
@@ -68,6 +70,30 @@ def test_what_it_says(run):
         assert part in shown, part
     config = json.loads((last_checkpoint(folder) / "config.json").read_text())
     assert config["decoder_start_token_id"] == 1 and config["eos_token_id"] == 2  # <s> and </s>
+    assert config["pad_token_id"] == 0  # <unk>: without one transformers shifts no labels
+    assert config["num_layers"] == config["num_decoder_layers"] == SETTINGS["depth"]
+
+
+def test_the_command_that_shows_it(run, tmp_path):
+    """As printed: after training, and where another command has written a folder."""
+    (line,) = re.findall(r"^  python -m (model generate .*)$", run[1], re.MULTILINE)
+    exported = command("export", run[0], "--out", tmp_path / "model", main=model.__main__.main)
+    (other,) = re.findall(r"^try it:  python -m (.*)$", exported.out, re.MULTILINE)
+    for each in (line, other):
+        said = command(*shlex.split(each)[1:], main=model.__main__.main)
+        assert "--source" in each and said.code == 0 and said.out, said.err
+
+
+def test_positions_that_were_read(place, tmp_path, monkeypatch):
+    """By which the end tells operations a second: of padded rows, the mean of both texts."""
+    sessions = []
+    monkeypatch.setattr("train.loop.conclude", lambda run, stopped, session: sessions.append((run, session)))
+    assert command(*options(place, steps=5, accumulate=2), "--out", tmp_path / "run").code == 0
+    ((run, session),) = sessions
+    batches = [batch for step in range(5) for batch in run.source.batches(step)]
+    assert session.rows == 5 * 2 * 6 and session.steps == 5
+    assert session.positions == sum((b["input_ids"].numel() + b["labels"].numel()) / 2 for b in batches)
+    assert session.tokens == sum(int((batch["labels"] >= 0).sum()) for batch in batches)
 
 
 @pytest.mark.parametrize("packing", ["pad", "first_fit"])

@@ -195,7 +195,12 @@ def test_every_adapter_reads_packed_rows_as_padded(family, adapter, tmp_path):
     write_pairs(tmp_path / "pairs.jsonl", 40)
     write_folder(tmp_path / family, family)
     line = options(tmp_path, FOLDER, init=tmp_path / family, adapter=adapter, steps=2)
+    alone = family == "t5" and adapter in ("prompt", "ptuning", "prefix")
     for packing in ("pad", "first_fit"):
+        if alone and packing == "first_fit":
+            said = command(*line, "--seq2seq.packing", packing, "--out", tmp_path / packing)
+            assert said.code == 2 and "relative positions would count the other pairs" in said.err
+            return
         said = command(*line, "--seq2seq.packing", packing, "--out", tmp_path / packing)
         assert said.code == 0, said.err
     before = [line for line in said.out.splitlines() if line.startswith("before the first step: ")]

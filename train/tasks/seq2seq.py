@@ -114,6 +114,12 @@ class Seq2SeqTask(RecordTask):
             base = base.replace(bos_id=start, decoder_start_id=start)
         if base.decoder_start_id is None:
             raise ConfigError(f"--init {config.run.init}: no decoder_start_token_id in its config.json to begin a target with")
+        before = config.run.adapter if config.run.adapter in ("prompt", "ptuning", "prefix") else None
+        if before and settings.packing == "first_fit" and base.position == "relative":
+            raise ConfigError(
+                f"--seq2seq.packing first_fit with --adapter {before}: relative positions would count the other pairs of a row "
+                "between a text and what stands before it; --seq2seq.packing pad does not"
+            )
         for option, asked in (("max-source", settings.max_source), ("max-target", settings.max_target)):
             if asked is not None and asked > base.context and base.position != "relative":
                 raise ConfigError(f"--seq2seq.{option} {asked}: this network reads {base.context} tokens at the most")

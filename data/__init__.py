@@ -25,7 +25,8 @@
     sizes     bytes of text, where only its tokens are at hand
     clm       blocks -> inputs and labels of causal language modelling
     mlm       blocks -> inputs with gaps and labels of masked language modelling
+    seq2seq   a source and a target -> what encoder and decoder read, and labels
 
 `python -m data prepare` builds the shards and prints what they hold.
-In reading order: find, files, records, corpus, dedup, tokenizer, shards, packing/blocks, clm, mlm.
+In reading order: find, files, records, corpus, dedup, tokenizer, shards, packing/blocks, clm, mlm, seq2seq.
 """

@@ -66,7 +66,7 @@ def exported(tokenizer: "SentencePieceTokenizer") -> dict[str, bytes]:
     }
     roles = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unk": tokenizer.unknown_id, "mask": tokenizer.mask_id}
     named = {f"{role}_token": processor.id_to_piece(i) for role, i in roles.items() if i is not None}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | named
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | named | tokenizer.flags
     return {
         JSON: json.dumps(spec, ensure_ascii=False).encode(),
         SIDE_FILES[0]: json.dumps(settings, indent=2).encode(),

@@ -63,7 +63,7 @@ class SentencePieceTokenizer(Tokenizer):
             sha256=hashlib.sha256(model_bytes + (json.dumps(flags).encode() if flags else b"")).hexdigest(),
             vocab_size=vocab_size,
         )
-        self.model_bytes = model_bytes
+        self.model_bytes, self.flags = model_bytes, flags
         # A capturing group keeps the control tokens between the parts of the text.
         self.control_text = re.compile("(" + "|".join(map(re.escape, sorted(controls, key=len, reverse=True))) + ")")
         self.space_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]

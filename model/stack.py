@@ -118,7 +118,7 @@ class Stack(nn.Module):
                 causal=False,
                 attention_mask=memory.attention_mask_BS,
                 document_ids=memory.document_ids_BS,
-                query_ids=document_ids,
+                query_ids=None if document_ids is None else document_ids[:, -queries:],
                 prefix=memory.prompt,
             )
             memory_plan = cross.plan(queries, memory.hidden_BSD.size(1), x_BTD.device)

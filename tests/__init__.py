@@ -6,5 +6,5 @@
     bench/       speed, as ratios: `python -m tests.bench`; figures and conditions in bench/RESULTS.md
     gpu/         what only a card can show; skips itself without one
 
-    conftest folders pairs ranks runs texts wordnet   what several tests share: the parity table, tiny folders, runs, texts
+    conftest folders pairs ranks runs seq2seq texts wordnet   what tests share: the parity table, tiny folders, runs, texts
 """

@@ -18,7 +18,8 @@ Where to read first: `step` (one optimizer step: the heart, in 40 lines), then `
     ema          averaged weights beside the raw ones
     tasks/       one file an objective: its batches, its scores beside counting, an example of what was learned
     task registry   what a run asks of one; which there are, ours and a user's own files
-    token_task record_task   what objectives on blocks of plain text share; what those on records with columns do
+    token_task   what objectives on blocks of plain text share
+    record_task  what objectives on records with columns share
     label_objective label_scores   the loss of classified texts; their scores, and those of a guess that ignores the text
     evaluate     sums and counts over held-out text; bits per byte, and what counting reaches
     scoring held_out   a model folder as scores want it; scored on text as training validates

@@ -20,7 +20,7 @@ from train.config import RunConfig, TrainConfig, TrainError, mesh_sizes
 from train.needs import NEEDS
 from train.overrides import OVERRIDES, overrides
 from train.plain import from_plain, objective_in
-from train.registry import config_type, name_of, summaries
+from train.registry import config_type, load, name_of, summaries
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> int:
         if config.run.mesh is not None:
             mesh_sizes(config.run.mesh, int(os.environ.get("WORLD_SIZE", 1)))
         if folder is None:
-            refuse_idle(config, NEEDS, arguments, TrainError)
+            refuse_idle(config, (*NEEDS, *load(config.run.objective).needs), arguments, TrainError)
         if folder is None and config.run.init is None and config.network.preset is not None:
             ModelConfig.preset(config.network.preset)  # a wrong name is told before torch is imported
     except (TrainError, ConfigError, DataError, AdapterError, QuantError, OSError) as error:

@@ -102,6 +102,8 @@ class RecordedConfig:
     """That --epochs asked for; --steps has what they are in steps."""
     scheduled_steps: int | None = None
     """That the schedule spans, where a resume has added steps behind it."""
+    decoder_start_id: int | None = None
+    """What the texts of an encoder-decoder's decoder begin with: the network's own."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class NetworkConfig:
     width: int | None = None
     """D, the width of the hidden state."""
     depth: int | None = None
-    """Number of layers."""
+    """Number of layers; of an encoder-decoder of each of its stacks."""
     heads: int | None = None
     """Number of attention heads (key/value heads follow)."""
     mlp_width: int | None = None

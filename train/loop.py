@@ -34,6 +34,7 @@ from train.distributed import Ranks, gathered, lost, share, unwrapped
 from train.evaluate import evaluate
 from train.interrupt import StopRequest
 from train.log import Console, Metrics, cut_back
+from train.objective import ids_of
 from train.phases import Phases
 from train.registry import load
 from train.report import Session, comparable, conclude, introduction, out_of_memory
@@ -77,7 +78,7 @@ class Run:
         self.console.unit = self.task.unit
         self.engine, self.config = open_engine(config, ranks, self.device, self.task, network, say)
         self.tokens, self.bad_evaluations, self.in_a_row, self.signal = 0, 0, 0, 0
-        self.positions = 0  # of the rows that this session has seen
+        self.positions, self.rows = 0.0, 0  # that were read since the start or the resume
         self.scored: float | None = None  # the share of positions with a label, in the first micro-batch that was seen
         self.phases = Phases(self.device)
         self.beside = config.run.init if checkpoint is None else checkpoint  # where files lie that travel with the weights
@@ -136,9 +137,10 @@ class Run:
         finally:
             self.console.end()
             self.metrics.close()
+        steps, tokens = self.step - first_step, self.tokens - first_tokens
+        session = Session(time.monotonic() - began, steps, tokens, round(self.positions), self.rows)
         if self.ranks.main:
-            done = Session(time.monotonic() - began, self.step - first_step, self.tokens - first_tokens, self.positions)
-            conclude(self, stopped, done)
+            conclude(self, stopped, session)
         return self.signal
 
     def _steps(self) -> str:
@@ -154,15 +156,18 @@ class Run:
                     micro_batches = next(source)
                     counts = [next(iter(objective.counts(batch).values())) for batch in micro_batches]
                     count = int(sum(counts))
-                    self.positions += sum(batch["input_ids"].numel() for batch in micro_batches)
                     if self.scored is None:
-                        self.scored = int(counts[0]) / micro_batches[0]["input_ids"].numel()
+                        self.scored = int(counts[0]) / ids_of(micro_batches[0])[0].numel()
                         if not self.step:
                             self.engine.begin(self._to_device(micro_batches[0]))
                         self.engine.objective.train()
                     mine = [self._to_device(share(batch, self.ranks)) for batch in micro_batches]
                 result = watched.step(mine, phase)
                 self.tokens, tokens = self.tokens + count, tokens + count
+                for batch in micro_batches:  # of an encoder-decoder the mean of both its texts
+                    read = ids_of(batch)
+                    self.positions += sum(ids.numel() for ids in read) / len(read)
+                    self.rows += len(read[0])
                 if result.updated:
                     self.in_a_row = 0
                 else:

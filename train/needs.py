@@ -8,6 +8,8 @@ from lora.config import CONFIGS
 from quant.config import QatConfig
 from train.command_line import Needs
 from train.config import TrainConfig, optimizer_of
+from train.record_task import RecordTask
+from train.registry import load
 
 
 def _uses(*names: str):
@@ -22,6 +24,10 @@ def _new(config: TrainConfig) -> bool:
     return config.run.init is None
 
 
+def _texts(config: TrainConfig) -> bool:
+    return not issubclass(load(config.run.objective), RecordTask)
+
+
 INIT = "--init brings its own"
 NEEDS = (
     Needs(("preset", "dropout"), _new, INIT),
@@ -30,8 +36,8 @@ NEEDS = (
     Needs(("extend",), lambda config: False, "it says how a finished run goes on: --resume RUN --steps MORE"),
     Needs(("val_fraction",), lambda config: not config.data.validation, "--validation names what is held out"),
     Needs(("text_key",), lambda config: may_hold_records(config.data.read), "the corpus holds no records"),
+    Needs(("text_key", "dedup", "separator"), _texts, "this objective reads records, each by itself and by columns of its own"),
     Needs(("on_bad_text",), _files, "the corpus comes with Python, and is no file of yours"),
-    Needs(("val_fraction",), lambda config: not config.data.validation, "--validation says what is held out"),
     Needs(("matrix_lr",), _uses("muon"), "it is Muon's rate, --optimizer muon"),
     Needs(("momentum",), _uses("muon", "sgd"), "Muon and SGD have one: --optimizer muon or sgd"),
     Needs(("betas", "eps"), _uses("adamw", "adamw8bit", "muon"), "they are AdamW's, which --optimizer sgd does without"),

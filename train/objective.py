@@ -5,11 +5,13 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from data.clm import IGNORE
 from train.loss.cross_entropy import linear_cross_entropy
 
+ROWS = 1024  # whose guesses are made at a time
 BOOKKEEPING = ("group",)  # keys of a batch that are for those who cut it, and for objectives that compare rows
 
 
@@ -26,6 +28,11 @@ class Metric(NamedTuple):
 
     sum: Tensor
     count: Tensor
+
+
+def ids_of(batch: Mapping[str, Tensor]) -> list[Tensor]:
+    """What the network reads of a batch: input_ids B T; of an encoder-decoder decoder_input_ids B T, and input_ids B S."""
+    return [batch[name] for name in ("decoder_input_ids", "input_ids") if name in batch]
 
 
 NONE: Mapping[str, Metric] = MappingProxyType({})
@@ -109,5 +116,7 @@ class MaskedObjective(Objective):
         term = Term(*self.loss(features_ND, head.weight, labels_N, head.bias))
         if self.training:
             return Result({"loss": term})
-        guess_N = nn.functional.linear(features_ND, head.weight, head.bias).argmax(-1)
-        return Result({"loss": term}, {"accuracy": Metric((guess_N == labels_N).sum(), term.count)})
+        weight_VD, bias_V = head.weight, head.bias  # of a quantized head dequantized once
+        chunks = zip(features_ND.split(ROWS), labels_N.split(ROWS), strict=True)  # not all N × V logits, whatever the loss
+        right = sum((nn.functional.linear(x_RD, weight_VD, bias_V).argmax(-1) == y_R).sum() for x_RD, y_R in chunks)
+        return Result({"loss": term}, {"accuracy": Metric(torch.as_tensor(right), term.count)})

@@ -1,8 +1,12 @@
 """Objectives on records with columns: each record makes examples, and these are padded or packed into rows."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from data.records import FORMATS
+from data.words import counted
 from train.config import TrainError
 from train.registry import settings_of
 from train.task import Say, Task
@@ -23,9 +27,11 @@ class RecordTask(Task):
     """
 
     mixes: ClassVar[bool] = True
+    suffixes = FORMATS
     sees: ClassVar[str] = "record"
     is_random: ClassVar[bool] = False
     needs_mask: ClassVar[bool] = False
+    around: ClassVar[Mapping[str, bool]] = MappingProxyType({})  # a text, by a tokenizer that is trained: `trained_tokenizer`
     wants_mask: ClassVar[bool] = False  # a tokenizer that is trained has a mask token, and so stands on both sides of a text
 
     @classmethod
@@ -39,6 +45,11 @@ class RecordTask(Task):
         """The texts of a record: by them it is held out or not, and on them a tokenizer is trained."""
 
     @classmethod
+    def check(cls, settings: Any, row: "Row") -> str | None:
+        """What is wrong with a record, if anything; its name is put before it."""
+        return None
+
+    @classmethod
     def open_data(
         cls, config: "TrainConfig", tokenizer: "Tokenizer | None", say: Say, *, progress: bool = False
     ) -> "RecordData":
@@ -49,13 +60,15 @@ class RecordTask(Task):
         if cls.needs_mask and tokenizer is not None and tokenizer.mask_id is None:
             raise DataError(f"--objective {config.run.objective} needs a tokenizer with a mask token")
 
-        def text_of(row: "Row") -> str:
-            return "\0".join(cls.texts(settings, row))
-
-        train, validation = open_records(config.data, columns=cls.columns(settings), text_of=text_of, say=say)
+        asked = {
+            "columns": cls.columns(settings),
+            "text_of": lambda row: "\0".join(cls.texts(settings, row)),
+            "check": lambda row: cls.check(settings, row),
+        }
+        train, validation = open_records(config.data, say=say, **asked)
         if tokenizer is None:
             texts = (text for row in train.values for text in cls.texts(settings, row))
-            tokenizer = trained_tokenizer(config.data, texts, say, mask=cls.needs_mask or cls.wants_mask)
+            tokenizer = trained_tokenizer(config.data, texts, say, mask=cls.needs_mask or cls.wants_mask, around=cls.around)
         else:
             tokenizer = tokenizer.with_separator(config.data.separator)
         return RecordData(tokenizer, train, validation, hash_of(train, validation))
@@ -115,14 +128,14 @@ class RecordTask(Task):
     def identity(self) -> dict:
         return {"tokenizer_sha256": self.tokenizer.sha256, "records_sha256": self.data.sha256}
 
-    def step_size(self) -> str:
-        from data.words import counted
-
-        return counted(self.config.optimizer.batch_size * self.config.optimizer.accumulate, "row")
-
     def epochs(self, steps: int) -> float:
         asked = self.config.optimizer
         return steps * asked.batch_size * asked.accumulate / sum(source.rows_of(0) for source in self.sources.values())
+
+    def per_step(self) -> str:
+        asked = self.config.optimizer
+        rows = asked.batch_size * asked.accumulate
+        return counted(rows, "packed row" if self.packing == "first_fit" else "record")
 
     def introduction(self) -> str:
         data, where = self.config.data, " ".join(self.config.data.corpus)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from data.config import DataConfig
-from data.find import SUFFIXES
 from data.shell import command
 from data.words import counted
 from model.flops import flops_per_token
@@ -54,22 +53,13 @@ def introduction(run: "Run") -> str:
     machine += f", {run.ranks.world} ranks ({config.run.mesh})" * (run.ranks.world > 1)
     how = ("compiled" if speed.compile == "on" else "eager") + (", deterministic" * (speed.deterministic == "on"))
     return (
-        f"{run.task.introduction()}{separation(run)}"
+        f"{run.task.introduction()}"
         f"network  {has.family}, {counted(has.depth, 'layer')} of width {has.width}, {counted(has.heads, 'head')}, "
         f"context {config.network.context}{before}: {parameters:,} parameters{adapter}\n"
         f"machine  {run.device}, {machine}, {speed.precision}, {how}\n{rates(run)}"
-        f"run      {run.out}: steps {run.step} to {config.run.steps} of {run.task.step_size()}, "
+        f"run      {run.out}: steps {run.step} to {config.run.steps} of {run.task.per_step()}, "
         f"{epochs:.1f} epochs in all"
     )
-
-
-def separation(run: "Run") -> str:
-    """Which id stands between documents, and why, where the tokenizer puts none before a text."""
-    tokenizer = run.tokenizer
-    if tokenizer.affixes.prefix:
-        return ""
-    why = "as --separator asks" if tokenizer.separator else "its eos: it puts no token before a text"
-    return f"         documents are separated by {tokenizer.name_of(tokenizer.bos_id)} (id {tokenizer.bos_id}), {why}\n"
 
 
 def rates(run: "Run") -> str:
@@ -114,17 +104,16 @@ class Session(NamedTuple):
     seconds: float
     steps: int
     tokens: int  # scored labels
-    positions: int  # of the rows, padding included
+    positions: int  # that were read, with padding
+    rows: int
 
 
 def speed(run: "Run", session: Session) -> str:
     """Rates, memory, time by phase. Positions per second in the steps alone are what the machine's own rate is compared with;
     of several ranks' machines each is taken to be like this one."""
     config, unit = run.config, run.task.unit
-    phases = run.phases.seconds()
+    phases, length = run.phases.seconds(), max(1, round(session.positions / max(1, session.rows)))
     training = sum(phases.get(name, 0.0) for name in ("data", "forward", "backward", "optimizer"))
-    rows = session.steps * config.optimizer.batch_size * config.optimizer.accumulate
-    length = session.positions / rows if rows else config.network.context
     # A CPU without 16-bit instructions multiplies faster in float32: the machine's rate is the better of both.
     formats = {PRECISIONS[config.speed.precision].autocast or torch.float32}
     formats |= {torch.float32} if run.device.type == "cpu" else set()
@@ -136,7 +125,7 @@ def speed(run: "Run", session: Session) -> str:
         phases,
         session.seconds,
         tokens_per_s=session.positions / max(training, 1e-9),
-        flops=flops_per_token(run.engine.network.config, round(length), scored=scored(run), **adapted),
+        flops=flops_per_token(run.engine.network.config, length, scored=scored(run), **adapted),
         rate=max(matmul_rate(run.device, dtype) for dtype in formats) * run.ranks.world,
         memory=peak_memory(run.device),
     )
@@ -181,7 +170,7 @@ def following(run: "Run", stopped: str) -> Iterator[str]:
         folder = model
     yield run.task.try_it(folder)
     objective = said_of_task(config)
-    yield command("train", *objective, "--corpus", "PATH") + f"   # your own files: {' '.join(SUFFIXES)}"
+    yield command("train", *objective, "--corpus", "PATH") + f"   # your own files: {' '.join(run.task.suffixes)}"
     if config.method is not None and config.method.mergeable and opened is not None:
         yield command("lora", "merge", config.run.init, opened, "--out", model) + "   # one ordinary model folder"
     elif config.method is None and config.run.qat == "none" and not stopped.startswith("on"):

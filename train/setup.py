@@ -162,11 +162,13 @@ def network_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
         changes["mlp_width"] = max(16, round(base.mlp_width / base.width * asked.width / 16) * 16)
     if asked.heads is not None:
         changes["kv_heads"] = asked.heads
+    if asked.depth is not None and base.decoder_depth is not None:
+        changes["decoder_depth"] = asked.depth
     changes |= dict.fromkeys(family(base.family).DROPOUTS, asked.dropout)
     pad_id = tokenizer.pad_id
-    if base.architecture == "encoder":
+    if base.architecture != "decoder":
         pad_id = tokenizer.unknown_id if pad_id is None else pad_id  # such a family's config.json has one always
-        if base.position_offset:  # RoBERTa's first position has the row after the pad's
+        if base.architecture == "encoder" and base.position_offset:  # RoBERTa's first position has the row after the pad's
             changes["position_offset"] = pad_id + 1
     ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "stop_ids": (), "pad_id": pad_id}
     return base.replace(**changes, **ids, vocab_size=tokenizer.vocab_size, head=task.head)
@@ -277,7 +279,7 @@ def also_end_with(network: nn.Module, eos_id: int) -> None:
 def resolve_network(config: TrainConfig, ranks: Ranks, network: nn.Module) -> TrainConfig:
     """Write what the network is and what speed will be used back into the settings."""
     has, speed = network.config, config.speed
-    before = network.body.before  # a prompt's or prefix's positions
+    before = max(network.body.before, getattr(network.body, "prompt_length", 0))  # a prompt's or prefix's, in either stack
     room = has.context if has.position == "relative" else has.context - before
     # A network that reads 131,072 tokens is not meant to be trained on so many at a time unless that is asked for.
     context = config.network.context or (room if config.run.init is None else min(room, USUAL_CONTEXT))
@@ -302,6 +304,7 @@ def resolve_network(config: TrainConfig, ranks: Ranks, network: nn.Module) -> Tr
     return replace(
         config,
         network=asked,
+        recorded=replace(config.recorded, decoder_start_id=has.decoder_start_id),
         speed=replace(speed, precision=precision, compile=compiled, loss=loss),
     )
 

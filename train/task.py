@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from data.find import SUFFIXES
 from data.shell import command
+from data.words import counted
+from train.command_line import Needs
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +68,8 @@ class Task(ABC):
     architectures: ClassVar[tuple[str, ...]]  # of the networks that it trains
     head: ClassVar[str]
     unit: ClassVar[str] = "tokens"  # what is scored
+    suffixes: ClassVar[tuple[str, ...]] = SUFFIXES  # of the files that it reads
+    needs: ClassVar[tuple[Needs, ...]] = ()  # which of its options ask for others
     perplexity_of: ClassVar[tuple[str, ...]] = ()  # the heads of networks whose perplexity on plain text its validation is
     best: ClassVar[str] = "loss"  # the score that decides which checkpoint is the best
     higher_is_better: ClassVar[bool] = False
@@ -101,12 +106,13 @@ class Task(ABC):
         """Lines on the data, before the first step."""
 
     @abstractmethod
-    def step_size(self) -> str:
-        """What a step sees, in words."""
-
-    @abstractmethod
     def epochs(self, steps: int) -> float:
         """How often so many steps see the data."""
+
+    def per_step(self) -> str:
+        """How much a step reads."""
+        asked = self.config.optimizer
+        return counted(asked.batch_size * asked.accumulate * self.config.network.context, "token")
 
     # ---- learning
 

@@ -90,12 +90,6 @@ class TokenTask(Task):
         splits = {"train_tokens": self.shards.train.tokens, "validation_tokens": self.shards.validation.tokens}
         return {"tokenizer_sha256": self.tokenizer.sha256, **splits}
 
-    def step_size(self) -> str:
-        from data.words import counted
-
-        asked = self.config.optimizer
-        return counted(asked.batch_size * asked.accumulate * self.config.network.context, "token")
-
     def epochs(self, steps: int) -> float:
         asked = self.config.optimizer
         return steps * asked.batch_size * asked.accumulate * self.config.network.context / self.shards.train.tokens
@@ -111,7 +105,7 @@ class TokenTask(Task):
             f"{shards.validation.bytes:,} held out\n"
             f"tokens   {self.tokenizer.vocab_size:,} pieces, {shards.train.bytes / shards.train.targets:.2f} bytes a token; "
             f"{shards.train.tokens:,} to train on; shards in {cache} ({'built' if shards.built else 'reused'})\n"
-            f"{self.shares()}"
+            f"{self.shares()}{separation(self.tokenizer)}"
         )
 
     def shares(self) -> str:
@@ -149,6 +143,14 @@ class TokenTask(Task):
             opening = opening[: opening.index(self.tokenizer.eos_id, 1)]
         begins_word = (i for i, id in enumerate(opening) if i > tokens and self.tokenizer.bytes_of[id][:1].isspace())
         return opening[: next(begins_word, tokens + 1)]
+
+
+def separation(tokenizer: "Tokenizer") -> str:
+    """Which id stands between documents, and why, where the tokenizer puts none before a text."""
+    if tokenizer.affixes.prefix:
+        return ""
+    why = "as --separator asks" if tokenizer.separator else "its eos: it puts no token before a text"
+    return f"         documents are separated by {tokenizer.name_of(tokenizer.bos_id)} (id {tokenizer.bos_id}), {why}\n"
 
 
 def validation_ids(config: "TrainConfig", shards: "Shards") -> "np.ndarray":

@@ -1,6 +1,7 @@
 """A closer look at a few steps, where it was asked for: --profile, --memory-report."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from quant.linear import packed_tensors
 from train.adapters import accounted
 from train.freeze import frozen_of
 from train.memory_report import measure_step, report, training_of
+from train.objective import ids_of
 from train.profiler import Profiler
 from train.step import StepResult
 
@@ -41,6 +43,8 @@ class Watch:
             scored /= sum(batch["labels"].numel() for batch in micro_batches)
             packed, frozen = bool(packed_tensors(engine.network)), frozen_of(self.run)
             training = training_of(self.run.config, self.run.ranks, scored, packed=packed, frozen=frozen)
+            longest = max(ids.size(1) for batch in micro_batches for ids in ids_of(batch))
+            training = replace(training, context=longest)  # rows of records are as long as these
             if engine.mesh.shard > 1 or not accounted(self.run.config):  # the account knows one device with all weights
                 training = None
             self.run.console.say(report(engine.network.config, training, measured))

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import sentencepiece
 
@@ -15,13 +16,14 @@ from data.find import expand_home, kind, shortened
 from data.records import FORMATS, shown
 from data.shards import fewer, train
 from data.split import split_fraction
-from data.tokenizer import Tokenizer
+from data.tokenizer import SIDE_FILES, Tokenizer
 from data.tokenizer_sentencepiece import SentencePieceTokenizer
 from data.tokenizer_training import trainer_options
 from data.words import counted
 
 Row = dict[str, object]
 Say = Callable[[str], None]
+NO_FLAGS: Mapping[str, bool] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -55,16 +57,17 @@ def open_records(
     *,
     columns: Sequence[tuple[str, str]],
     text_of: Callable[[Row], str],
+    check: Callable[[Row], str | None] = lambda row: None,
     say: Say = lambda line: None,
 ) -> tuple[Rows, Rows]:
     """(train, validation). `columns`: the ones that every record must have, each with the option that names it. `text_of`: the
-    text by which a record is held out or not, so that what stands twice is on one side.
+    text by which a record is held out or not, so that what stands twice is on one side. `check`: what is wrong with a record.
 
     Where `config.validation` names files, these are held out and all of the corpus is learned from.
     """
-    rows = read_all(config, columns, say)
+    rows = read_all(config, columns, say, check)
     if config.validation:
-        held_out = read_all(config.of_validation(), columns, say, "--validation")
+        held_out = read_all(config.of_validation(), columns, say, check, "--validation")
         return rows, held_out
     if len(rows) < 2:
         raise DataError(f"{' '.join(config.corpus)}: {counted(len(rows), 'record')}, and training and validation need one each")
@@ -82,7 +85,13 @@ def chosen(rows: Rows, flags: list[bool]) -> Rows:
     return Rows(*([each[place] for place in places] for each in (rows.values, rows.names, rows.sources)))
 
 
-def read_all(config: DataConfig, columns: Sequence[tuple[str, str]], say: Say, option: str = "--corpus") -> Rows:
+def read_all(
+    config: DataConfig,
+    columns: Sequence[tuple[str, str]],
+    say: Say,
+    check: Callable[[Row], str | None] = lambda row: None,
+    option: str = "--corpus",
+) -> Rows:
     """All records of the corpus, in a fixed order. Errors name the record, the columns it has and the option (DataError)."""
     left_out: list[str] = []
     rows, report, texts = Rows([], [], []), ReadReport(), []
@@ -93,9 +102,11 @@ def read_all(config: DataConfig, columns: Sequence[tuple[str, str]], say: Say, o
         tables = [path for path in paths if kind(path) in FORMATS]
         is_named = not expand_home(entry).is_dir()
         for name, row in read_rows(tables, config.on_bad_text, report, is_named=is_named):
-            for column, option in columns:
+            for column, names_it in columns:
                 if column not in row:
-                    raise DataError(f"{name}: no column {column!r}; its columns: {shown(row)}. Name it by {option}")
+                    raise DataError(f"{name}: no column {column!r}; its columns: {shown(row)}. Name it by {names_it}")
+            if (problem := check(row)) is not None:
+                raise DataError(f"{name}: {problem}")
             rows.values.append(row)
             rows.names.append(name)
             rows.sources.append(source)
@@ -106,6 +117,8 @@ def read_all(config: DataConfig, columns: Sequence[tuple[str, str]], say: Say, o
     for names, what in ((report.skipped, "left out"), (report.replaced, "mended with U+FFFD")):
         if names:
             say(f"{counted(len(names), 'record')} of bad text {what}: {shortened(names)}")
+    if report.without_records:
+        say(f"no record in {shortened(report.without_records)}")
     if report.no_records:
         say(f"left out, as no list of records: {shortened(report.no_records)}")
     if not rows.values:
@@ -123,14 +136,18 @@ def hash_of(*parts: Rows) -> str:
     return digest.hexdigest()
 
 
-def trained_tokenizer(config: DataConfig, texts: Iterable[str], say: Say, *, mask: bool = False) -> Tokenizer:
-    """A SentencePiece tokenizer of the texts, from the cache if they had one before."""
+def trained_tokenizer(
+    config: DataConfig, texts: Iterable[str], say: Say, *, mask: bool = False, around: Mapping[str, bool] = NO_FLAGS
+) -> Tokenizer:
+    """A SentencePiece tokenizer of the texts, from the cache if they had one before. around: what it puts around a text, in the
+    words of tokenizer_config.json (add_bos_token, add_eos_token); by default <s> before it."""
     texts, size = list(texts), config.vocab_size or VOCAB_SIZE
     made_by = json.dumps([sentencepiece.__version__, trainer_options(size, mask)])
     key = hashlib.sha256("\0".join([made_by, str(config.vocab_size), *texts]).encode()).hexdigest()[:16]
     file = config.cache.expanduser() / f"{key}.model"
+    beside = {SIDE_FILES[0]: json.dumps(dict(around)).encode()} if around else None
     try:
-        return SentencePieceTokenizer(file.read_bytes())
+        return SentencePieceTokenizer(file.read_bytes(), beside=beside)
     except (OSError, DataError):
         pass
     say(f"training a tokenizer of {size:,} pieces on {counted(len(texts), 'text')}")
@@ -140,8 +157,8 @@ def trained_tokenizer(config: DataConfig, texts: Iterable[str], say: Say, *, mas
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         making = Path(f"{file}.{key}.partial")
-        making.write_bytes(next(iter(tokenizer.files.values())))
+        making.write_bytes(tokenizer.model_bytes)
         making.replace(file)
     except OSError as error:
         raise DataError(f"{config.cache}: {error.strerror}. Name another cache folder by --cache") from error
-    return tokenizer
+    return SentencePieceTokenizer(tokenizer.model_bytes, beside=beside) if around else tokenizer

@@ -1,4 +1,4 @@
-"""`python -m model generate`: a text goes on, as the folder's own generation_config.json says where no option does."""
+"""`python -m model generate`: a text goes on, or is answered, as generation_config.json says where no option does."""
 
 import sys
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from train.command_line import Needs
 
 if TYPE_CHECKING:
     from data.tokenizer import Tokenizer
+    from model.config import ModelConfig
     from model.generation_config import GenerationConfig
     from model.network import Network
 
@@ -25,6 +26,7 @@ DEFAULTS = {
     "beams": 1,
     "length_penalty": 1.0,
 }
+SURE = {"temperature": 0.0, "top_k": 0}  # the same of an answer to --source: the best token each time, as transformers
 DRAWN = ("top_k", "top_p", "min_p")
 
 
@@ -36,13 +38,16 @@ class Generate:
     run: Annotated[Path, tyro.conf.Positional]
     """A run (its best checkpoint, else its last) or a model folder with a tokenizer."""
     prompt: str = ""
-    """The text to continue; empty: begin a document. An encoder-decoder reads it, and writes another."""
+    """The text to continue; empty: begin a document."""
+    source: tuple[str, ...] = ()
+    """Of an encoder-decoder: the texts that it reads, each answered by one of its own."""
     specials: bool = True
-    """Read a control token that is written out in --prompt (<|eot_id|>, </s> …) as that token, as transformers does."""
+    """Read a control token that is written out in --prompt or --source (<|eot_id|>, </s> …) as that token, as transformers
+    does."""
     max_new_tokens: int | None = None
     """How many tokens at the most. Default: the folder's, else 200."""
     temperature: float | None = None
-    """Below 1 sharper, above 1 flatter; 0: always the best token. Default: the folder's, else 0.8."""
+    """Below 1 sharper, above 1 flatter; 0: always the best token. Default: the folder's, else 0.8, with --source 0."""
     top_k: int | None = None
     """Choose among this many best tokens; 0: among all. Default: the folder's, else 50."""
     top_p: float | None = None
@@ -72,7 +77,11 @@ class Generate:
         Needs(("temperature", *DRAWN), lambda options: options.beams in (None, 1), "--beams draws nothing"),
         Needs(("stream",), lambda options: options.beams in (None, 1) or not options.stream, "--beams settle at the end"),
         Needs(DRAWN, lambda options: options.temperature != 0, "--temperature 0 always takes the best token"),
-        Needs(("specials",), lambda options: bool(options.prompt), "it says how --prompt is read, and there is none"),
+        Needs(
+            ("specials",),
+            lambda options: bool(options.prompt or options.source),
+            "it says how --prompt or --source is read, and there is none",
+        ),
     )
 
 
@@ -91,23 +100,23 @@ def generate(options: Generate) -> None:
     said = read_generation_config(network.source or folder, network.config)
     if said.decoder_start_id != network.config.decoder_start_id:
         network.config = network.config.replace(decoder_start_id=said.decoder_start_id)
-    note_control_tokens(tokenizer, options.prompt, specials=options.specials, option="--prompt")
-    prompt = encode(tokenizer, options.prompt, specials=options.specials)
-    note_unknown(tokenizer, options.prompt, prompt, option="--prompt")
     written = network.config.architecture == "encoder-decoder"  # an answer, not what the prompt goes on with
-    opening = "" if written else tokenizer.decode(prompt)
-    ids = tokenizer.framed(prompt) if prompt or written else beginning(tokenizer)
+    check_text(options, network.config)
+    longest = window(network)
+    texts = []  # (what is printed before, ids)
+    for text in options.source if written else (options.prompt,):
+        option = "--source" if written else "--prompt"
+        note_control_tokens(tokenizer, text, specials=options.specials, option=option)
+        ids = encode(tokenizer, text, specials=options.specials, option=option)
+        note_unknown(tokenizer, text, ids, option=option)
+        framed = tokenizer.framed(ids) if ids or written else beginning(tokenizer)
+        texts.append(("" if written else tokenizer.decode(ids), framed))
+        note_length(longest, len(framed), option, written)
     if tokenizer.affixes.suffix and not written:
         end = ", ".join(tokenizer.name_of(id) for id in tokenizer.affixes.suffix)
         print(f"note: this folder's tokenizer puts {end} behind each text, and so behind --prompt", file=sys.stderr)
-    longest = window(network)
-    if longest is not None and len(ids) > longest:
-        if written:
-            raise ConfigError(f"--prompt has {len(ids):,} tokens, and this network reads {longest:,} at once: shorten it")
-        read = f"the last {longest:,} of {len(ids):,} tokens of --prompt are read"
-        print(f"note: {read}: the context has no more", file=sys.stderr)
     stop_strings, stop_ids = stops(options.stop, tokenizer)
-    settings = chosen(options, said, prompt=len(ids) if not written else 1)
+    settings = chosen(options, said, prompt=1 if written else len(texts[0][1]), written=written)
     common = {
         "max_new_tokens": int(settings.pop("max_new_tokens")),
         "stop_ids": [*stop_ids, *(said.stop_ids or [i for i in (tokenizer.eos_id,) if i is not None])],
@@ -115,7 +124,6 @@ def generate(options: Generate) -> None:
         "constraints": said.constraints,
         "repetition_penalty": settings.pop("repetition_penalty"),
     }
-    input_ids = torch.tensor([ids], device=device)
     beams, early = int(settings.pop("beams")), settings.pop("early_stopping", False)
     length_penalty = settings.pop("length_penalty")
     if beams == 1 and options.length_penalty is not None:
@@ -125,18 +133,44 @@ def generate(options: Generate) -> None:
             raise ConfigError("--stop does not go with --beams, which end at ids: name control tokens")
         from model.beam import beam_search
 
-        found = beam_search(
-            network, input_ids, beams=beams, length_penalty=length_penalty, early_stopping=early is True, **common
-        )
-        made = found.tokens.size(-1)
-        print(opening + tokenizer.decode(found.tokens[0, 0].tolist()))
-    else:
-        how = {"generator": torch.Generator(device).manual_seed(options.seed), **settings, **common}
-        made = write(network, input_ids, tokenizer, opening, stop_strings, options.stream, **how)
-    begun = 1 if written else min(len(ids), longest or len(ids))  # the last token that is made is not read any more
-    if longest is not None and begun + made - 1 > longest:
+        searched = common | {"beams": beams, "length_penalty": length_penalty, "early_stopping": early is True}
+        for opening, ids in texts:
+            found = beam_search(network, torch.tensor([ids], device=device), **searched)
+            print(opening + tokenizer.decode(found.tokens[0, 0].tolist()))
+            note_window(longest, 1 if written else len(ids), found.tokens.size(-1))
+        return
+    for opening, ids in texts:
+        generator = torch.Generator(device).manual_seed(options.seed)
+        told = settings | common | {"generator": generator}
+        ids_1T = torch.tensor([ids], device=device)
+        made = write(network, ids_1T, tokenizer, opening, stop_strings, options.stream, **told)
+        note_window(longest, 1 if written else len(ids), made)
+
+
+def note_length(longest: int | None, length: int, option: str, written: bool) -> None:
+    """Say how much of a long text is read. An encoder reads all or nothing."""
+    if longest is not None and length > longest:
+        if written:
+            raise ConfigError(f"{option} has {length:,} tokens, and this network reads {longest:,} at once: shorten it")
+        read = f"the last {longest:,} of {length:,} tokens of {option} are read"
+        print(f"note: {read}: the context has no more", file=sys.stderr)
+
+
+def note_window(longest: int | None, begun: int, made: int) -> None:
+    """Say that a text grew past the context. `begun`: tokens that it began with; the last one that is made is not read."""
+    if longest is not None and min(begun, longest) + made - 1 > longest:
         what = f"the text grew past the {longest:,} tokens of the context"
         print(f"note: {what}: each time its last half was read again, and what stood before was not", file=sys.stderr)
+
+
+def check_text(options: Generate, config: "ModelConfig") -> None:
+    """Refuse what the network does not read: --prompt of an encoder-decoder, --source of a decoder."""
+    if config.architecture != "encoder-decoder":
+        if options.source:
+            raise ConfigError(f"--source is of an encoder-decoder; this {config.architecture} goes on: --prompt TEXT")
+    elif options.prompt or not options.source:
+        what = "--prompt is of a decoder, which goes on" if options.prompt else "there is no text to answer"
+        raise ConfigError(f"{what}; this is an encoder-decoder, which reads a text and writes another: --source TEXT")
 
 
 def window(network: "Network") -> int | None:
@@ -191,10 +225,13 @@ def stops(given: tuple[str, ...], tokenizer: "Tokenizer") -> tuple[tuple[str, ..
     return tuple(text for text in given if text not in tokenizer.controls), ids
 
 
-def chosen(options: Generate, said: "GenerationConfig", *, prompt: int) -> dict[str, float]:
-    """How tokens are chosen: by the options, the folder, or `DEFAULTS`. prompt: tokens that max_length counts too."""
+def chosen(options: Generate, said: "GenerationConfig", *, prompt: int, written: bool = False) -> dict[str, float]:
+    """How tokens are chosen: by the options, the folder, or `DEFAULTS`. prompt: tokens that max_length counts too; written: an
+    answer, for which the best tokens are taken, where no option asks to draw."""
     asked = {name: getattr(options, name) for name in (*DEFAULTS, "top_p", "min_p") if getattr(options, name) is not None}
-    own = dict(said.defaults)
+    own, usual = dict(said.defaults), DEFAULTS
+    if written and said.raw.get("do_sample") is not True and not asked.keys() & set(DRAWN):
+        usual, own = DEFAULTS | SURE, {name: value for name, value in own.items() if name not in ("temperature", *DRAWN)}
     if (length := own.pop("max_length", None)) is not None and "max_new_tokens" not in own:
         own["max_new_tokens"] = max(1, int(length) - prompt)
     if asked.get("temperature") == 0 or asked.get("beams", 1) > 1:  # nothing is drawn: the rest is idle
@@ -207,6 +244,6 @@ def chosen(options: Generate, said: "GenerationConfig", *, prompt: int) -> dict[
         print(f"note: the folder's own settings: {words}; options override them", file=sys.stderr)
     if said.unread:
         print(f"note: the folder's generation_config.json also asks for {', '.join(said.unread)}: not obeyed", file=sys.stderr)
-    settings = DEFAULTS | own | asked
+    settings = usual | own | asked
     settings["top_k"] = settings["top_k"] or None
     return settings

@@ -29,10 +29,11 @@ def try_it(folder: Path) -> str:
     if config.head == "sequence":
         return command("model", "predict", folder, "FILE")
     if config.head == "lm":
+        option = "--source" if config.architecture == "encoder-decoder" else "--prompt"
         for prompt in PROMPTS:
             if can_read(tokenizer, prompt):
-                return command("model", "generate", folder, "--prompt", prompt)
-        if tokenizer.bos_id is not None and can_read(tokenizer, "", [tokenizer.bos_id]):
+                return command("model", "generate", folder, option, prompt)
+        if option == "--prompt" and tokenizer.bos_id is not None and can_read(tokenizer, "", [tokenizer.bos_id]):
             return command("model", "generate", folder)
     return command("model", "info", folder)
 

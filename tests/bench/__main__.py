@@ -14,6 +14,7 @@
     qlora     what four bits cost the end result: QLoRA beside LoRA, three seeds (--steps, --base)
     int8      INT8 on a CPU: generation beside bfloat16 and float32; one linear layer beside other libraries'
     qat       INT4 weights trained for, beside rounded afterwards: CLM and MLM, three seeds (--steps, --base)
+    reversal  the first Transformer learns to reverse strings through the command: exact match and seconds, three seeds
     metrics   scores of texts beside the libraries that define them; the command's memory and start
     gpu       GPT-2 124M on a card, compiled, beside its own products and transformers
 """
@@ -37,6 +38,7 @@ from tests.bench.qat import bench_qat
 from tests.bench.qlora import bench_qlora
 from tests.bench.quant import bench_llama, bench_quant
 from tests.bench.ranks import bench_ranks
+from tests.bench.reversal import bench_reversal
 from tests.bench.train import bench_train
 
 BENCHES = {
@@ -54,6 +56,7 @@ BENCHES = {
     "qlora": bench_qlora,
     "int8": bench_int8,
     "qat": bench_qat,
+    "reversal": bench_reversal,
     "metrics": bench_metrics,
     "gpu": bench_gpu,
 }

@@ -19,6 +19,7 @@ from tests.runs import command
 from train.command_line import spelled
 from train.config import TrainConfig
 from train.needs import NEEDS
+from train.registry import load, names
 
 MAIN = {"train": train.__main__, "model": model.__main__, "data": data.__main__, "lora": lora.__main__}
 MAIN |= {"quant": quant.__main__, "eval": eval.__main__}
@@ -28,12 +29,15 @@ REFUSED = {  # a command line, whose first option is idle: why
     "train --vocab-size 2048 --init x": "--init brings its own tokenizer",
     "train --steps 700 --epochs 2": "--epochs says how long",
     "train --extend hold": "it says how a finished run goes on",
-    "train --val-fraction 0.1 --validation x": "--validation names what is held out",
     "train --text-key text": "the corpus holds no records",
+    "train --text-key text --objective seq2seq --corpus a.jsonl": "this objective reads records",
+    "train --separator x --objective seq2seq --corpus a.jsonl": "this objective reads records",
+    "train --no-dedup --objective seq2seq --corpus a.jsonl": "this objective reads records",
+    "train --seq2seq.bleu --objective seq2seq --seq2seq.generated 0": "it scores texts that --seq2seq.generated 0 has none of",
     "train --text-key body --corpus a.txt b/*.md": "the corpus holds no records",
     "train --on-bad-text skip --corpus stdlib-code": "the corpus comes with Python",
     "train --text-key text --corpus a=a.txt:1 b=b/*.md:2": "the corpus holds no records",
-    "train --val-fraction 0.05 --validation x": "--validation says what is held out",
+    "train --val-fraction 0.05 --validation x": "--validation names what is held out",
     "train --matrix-lr 0.02 --optimizer adamw": "it is Muon's rate, --optimizer muon",
     "train --momentum 0.9 --optimizer adamw": "Muon and SGD have one",
     "train --eps 1e-8 --optimizer sgd": "they are AdamW's",
@@ -51,7 +55,7 @@ REFUSED = {  # a command line, whose first option is idle: why
     "model generate x --top-k 5 --beams 2": "--beams draws nothing",
     "model generate x --stream --beams 2": "--beams settle at the end",
     "model generate x --top-p 0.5 --temperature 0": "--temperature 0 always takes the best token",
-    "model generate x --no-specials": "it says how --prompt is read, and there is none",
+    "model generate x --no-specials": "it says how --prompt or --source is read, and there is none",
     "model predict x y --label z": "it names what --score compares with",
     "model info --batch-size 2": "without a NETWORK the presets are listed",
     "model info gpt2 --recompute-every 2": "it is of --recompute blocks or selective",
@@ -95,11 +99,13 @@ def test_every_rule_is_of_options_that_are_there():
     for kind in kinds:
         there = {field.name for field in dataclasses.fields(kind)}
         for rule in getattr(kind, "NEEDS", ()):
-            names = [form for name in rule.options for form in (spelled(name), spelled(f"no_{name}"))]
-            assert set(rule.options) <= there and any(f"{name} " in told for name in names), (kind, rule)
+            forms = [form for name in rule.options for form in (spelled(name), spelled(f"no_{name}"))]
+            assert set(rule.options) <= there and any(f"{name} " in told for name in forms), (kind, rule)
     groups = (getattr(TrainConfig(), field.name) for field in dataclasses.fields(TrainConfig))
     there = {field.name for group in groups for field in dataclasses.fields(group)}
     there |= {f"{name}.{field}" for name, kind in CONFIGS.items() for field in kind.__dataclass_fields__}
+    settings = {name: load(name).Settings for name in names()}
+    there |= {f"{name}.{field}" for name, kind in settings.items() if kind for field in kind.__dataclass_fields__}
     there |= {f"qat.{field}" for field in QatConfig.__dataclass_fields__}
     for rule in NEEDS:
         own = [name for name in CONFIGS if any(option.startswith(f"{name}.") for option in rule.options)]

@@ -10,6 +10,7 @@ from data.find import shortened
 from data.shell import command
 from data.words import counted
 from model.config import ConfigError
+from train.command_line import Needs
 from train.config import TrainConfig, TrainError
 from train.record_task import RecordTask
 from train.registry import settings_of
@@ -81,6 +82,9 @@ class Seq2SeqTask(RecordTask):
     """
 
     Settings: ClassVar[type] = Settings
+    needs = (
+        Needs(("seq2seq.bleu",), lambda config: config.seq2seq.generated, "--seq2seq.generated 0 writes no texts to score"),
+    )
     defaults = Defaults("tiny-seq2seq", 8e-3)
     architectures, head, unit = ("encoder-decoder",), "lm", "target tokens"
     around: ClassVar = {"add_bos_token": False, "add_eos_token": True}  # as T5's

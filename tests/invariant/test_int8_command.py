@@ -288,7 +288,7 @@ def test_what_is_no_number_is_named(scheme, text, folder, tmp_path):
     save_file(tensors, tmp_path / "in" / "model.safetensors")
     asked = ("--no-perplexity", *text_of(scheme, text), *few(scheme))
     said = quantized(scheme, tmp_path / "in", "--out", tmp_path / "out", *asked)
-    assert_refused(tmp_path, said, f"{NAME}: ", "the value at [3, 5] is nan")
+    assert_refused(tmp_path, said, NAME, "the value at [3, 5] is nan")
 
 
 def test_a_network_without_plain_text_has_no_static_scales(text, tmp_path):

@@ -1,6 +1,7 @@
 """One live run a folder: two that write into one would each spoil what the other keeps."""
 
 import errno
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,3 +60,9 @@ def locked(folder: Path) -> Iterator[None]:
             os.close(descriptor)
         if made and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def unused(path: Path) -> Path:
+    """The path, or where a run of the same second has it, one with a number."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return path if not path.exists() else next(other for other in numbered if not other.exists())

@@ -1,7 +1,6 @@
 """From options to objects: the machine, the data, the network, the optimizers. Every "auto" is decided here, once."""
 
 import importlib.util
-import itertools
 import math
 import os
 import sys
@@ -43,6 +42,7 @@ from train.distributed import Ranks, lay_out, spread, unwrapped
 from train.ema import EMA
 from train.engine import Engine
 from train.freeze import freeze
+from train.lock import unused
 from train.loss.losses import LOSSES, choose_loss
 from train.named_optimizer import Optimizers
 from train.optim import build_optimizer
@@ -94,12 +94,6 @@ def resolve_steps(config: TrainConfig, task: Task) -> TrainConfig:
     eval_every = report.eval_every or max(1, min(100, run.steps // 6))
     report = replace(report, eval_every=eval_every, save_every=report.save_every or eval_every)
     return replace(config, run=run, report=report, recorded=recorded)
-
-
-def unused(path: Path) -> Path:
-    """The path, or where a run of the same second has it, one with a number."""
-    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
-    return path if not path.exists() else next(other for other in numbered if not other.exists())
 
 
 def resolve_rates(config: TrainConfig) -> OptimizerConfig:

@@ -199,7 +199,9 @@ class ExampleSource:
         return {"rows": np.diff(self._starts).tolist()} if self.is_uneven else {}
 
     def load_state_dict(self, state: dict) -> None:
-        self._starts = [0, *np.cumsum(state.get("rows", []), dtype=int).tolist()]
+        known = [0, *np.cumsum(state.get("rows", []), dtype=int).tolist()]
+        if len(known) > len(self._starts):  # epochs that were planned here since are known already, and are the same
+            self._starts = known
 
     # ---- sizes
 

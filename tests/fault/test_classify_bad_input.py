@@ -71,10 +71,10 @@ def test_a_label_that_validation_alone_has(tmp_path):
 
 def test_the_same_words_in_several_types(tmp_path):
     assert [label_name(value, "", "") for value in (True, False, 3, " x ")] == ["true", "false", "3", "x"]
-    rows = Rows([{"label": value} for value in (10, "9", True, "b2", "B10")], [""] * 5)
-    assert learned_labels(rows, Rows([], []), "label", None) == ("9", "10", "b2", "B10", "true")
-    assert learned_labels(rows, Rows([], []), "label", None, ("true", "9", "B10", "b2", "10"))[0] == "true"
-    assert learned_labels(rows, Rows([], []), "label", None, ("true", "9", "B10", "b2"))[0] == "9"
+    rows = Rows([{"label": value} for value in (10, "9", True, "b2", "B10")], [""] * 5, [""] * 5)
+    assert learned_labels(rows, Rows([], [], []), "label", None) == ("9", "10", "b2", "B10", "true")
+    assert learned_labels(rows, Rows([], [], []), "label", None, ("true", "9", "B10", "b2", "10"))[0] == "true"
+    assert learned_labels(rows, Rows([], [], []), "label", None, ("true", "9", "B10", "b2"))[0] == "9"
 
 
 def test_an_empty_text_without_a_frame(tmp_path):

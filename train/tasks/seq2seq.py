@@ -162,9 +162,9 @@ class Seq2SeqTask(RecordTask):
         from data.seq2seq import framed_text
         from data.sources.records import Rows
 
-        pairs, names, tokens, settings = [], [], 0, self.settings
+        pairs, kept, tokens, settings = [], [], 0, self.settings
         limits = dict(zip(("target", "source"), self.most, strict=True))
-        for name, row in zip(rows.names, rows.values, strict=True):
+        for place, (name, row) in enumerate(zip(rows.names, rows.values, strict=True)):
             texts = {"source": settings.prefix + row[settings.source], "target": row[settings.target]}
             ids, is_long = {}, False
             for side, text in texts.items():
@@ -184,10 +184,10 @@ class Seq2SeqTask(RecordTask):
                 break
             tokens += len(ids["target"])
             pairs.append(Pair(ids["source"], ids["target"], texts["source"], texts["target"]))
-            names.append(name)
+            kept.append(place)
         if not pairs:
             raise DataError(f"--seq2seq.overlong drop leaves none of {counted(len(rows), 'record')}")
-        return Rows(pairs, names)
+        return Rows(pairs, *([each[place] for place in kept] for each in (rows.names, rows.sources)))
 
     def transform(self, row: Pair, random: "np.random.Generator") -> "list[Example]":
         from data.seq2seq import teacher_forced

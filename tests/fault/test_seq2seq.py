@@ -40,7 +40,8 @@ def test_records(place, record, held_out, tmp_path):
     lines = [json.dumps(GOOD | {"source": f"one two {number}"}) for number in range(2)]
     (tmp_path / "bad.jsonl").write_text("\n".join([*lines, record]))
     files = {"validation": tmp_path / "bad.jsonl"} if held_out else {"corpus": tmp_path / "bad.jsonl"}
-    said = command(*options(place, **files), "--out", tmp_path / "run")
+    settings = {name: value for name, value in SETTINGS.items() if name != "val-fraction" or not held_out}
+    said = command(*options(place, settings, **files), "--out", tmp_path / "run")
     assert said.code == 2 and BAD[record] in said.err and "bad.jsonl" in said.err, said.err
     assert "training a tokenizer" not in said.out
 

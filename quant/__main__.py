@@ -170,6 +170,7 @@ def observed(
     from model.hub import load
     from quant.calibrate import observe
     from quant.int8 import Grid
+    from train.loss.cross_entropy import linear_cross_entropy
 
     try:
         text = text_of(options, config, folder, options.calibrate or options.corpus, scored=False)
@@ -183,9 +184,10 @@ def observed(
     tokens = min(options.calibrate_tokens, text.shards.train.tokens)
     steps = range(-(-tokens // (asked.optimizer.batch_size * asked.network.context)))
     shown = tqdm(steps, unit="batch", desc="observing", disable=not sys.stderr.isatty(), leave=False)
-    batches = ({name: value.to(device) for name, value in batch.items()} for step in shown for batch in text.step(step))
+    made = (batch for step in shown for batch in text.source.batches(step))
+    batches = ({name: value.to(device) for name, value in batch.items()} for batch in made)
     network = load(folder, device=device, finite=True)
-    objective = text.objective(network)
+    objective = text.objective(network, linear_cross_entropy)
     inputs = observe(
         network,
         batches,

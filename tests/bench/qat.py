@@ -92,7 +92,7 @@ def show(base: Path, folder: Path, steps: int) -> None:
 
 def quantized(base: Path, text: Task) -> Losses:
     objective = text.objective(model.hub.load(base))
-    batches = (batch for step in range(OBSERVED) for batch in text.step(step))
+    batches = (batch for step in range(OBSERVED) for batch in text.source.batches(step))
     inputs = observe(objective.network, batches, lambda network, batch: objective(batch))
 
     def rounded(scheme: str, inputs: Mapping[str, StaticInput] | None = None) -> float:

@@ -145,7 +145,7 @@ def test_out_that_cannot_be_a_folder(options, tmp_path):
 
 def test_resume_takes_no_other_option(halfway):
     before = contents(halfway)
-    said = command("--resume", halfway, "--steps", 200)
+    said = command("--resume", halfway, "--lr", 1e-3)
     assert_one_clear_line(said, "own settings", f"--init {halfway}")
     assert contents(halfway) == before
 

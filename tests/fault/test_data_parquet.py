@@ -52,7 +52,7 @@ def test_rows_are_those_of_json_lines(tmp_path, name, options):
     assert [d.text for d in read(tmp_path)[0]] == 2 * [record["text"] for record in RECORDS]
     with pytest.raises(DataError, match=r"record 1: no column 'body'; its columns: 'id', 'text', 'tags', 'of', 'is'"):
         read(path, text_key="body")
-    with pytest.raises(DataError, match="record 1: the value of 'id' is int, not a string"):
+    with pytest.raises(DataError, match="record 1: the value of 'id' is a number, not a string"):
         read(path, text_key="id")
 
 

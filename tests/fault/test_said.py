@@ -308,7 +308,7 @@ def test_names_that_begin_with_a_dash(tmp_path, monkeypatch):
 
 def test_init_of_the_other_architecture_names_the_objective(options, encoder, tmp_path):
     said = command(*further(options), "--init", encoder, "--out", tmp_path / "run")
-    assert_one_clear_line(said, "is one of 'encoder': add --objective mlm")
+    assert_one_clear_line(said, "is one of 'encoder': add --objective classify or mlm")
 
 
 def test_an_output_that_was_closed_early(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ import model.__main__
 import model.hub
 import quant.__main__
 import train.__main__
+from data.find import SUFFIXES
 from tests.conftest import randomized, tiny_config
 from tests.fault import test_nonfinite
 from tests.folders import byte_level, llama, write_tokenizer
@@ -187,7 +188,7 @@ def test_of_a_run_in_parts():
     assert answer.code == 2
     all_work(answer, "model export parted --out FOLDER")
     config = read_settings(Path("parted"))
-    task = SimpleNamespace(try_it=lambda folder: f"python -m model generate {folder} --prompt the")
+    task = SimpleNamespace(suffixes=SUFFIXES, try_it=lambda folder: f"python -m model generate {folder} --prompt the")
     lines = list(following(SimpleNamespace(out=Path("parted"), config=config, task=task), ""))
     shown = "\n".join(lines)
     all_work(shown, "model export parted", "model generate parted-model ", "train --corpus", "train --init parted-model ")

@@ -216,7 +216,7 @@ def test_objectives_see_the_text_alone(family, method):
     network = adapted(family, method).train()
     batch = clm_batch(torch.tensor([[1, 7, 8, 2, 1, 5, 6, 9, 2], [1, 4, 2, 1, 8, 8, 2, 1, 3]]), bos_id=1)
     kind = MaskedObjective if network.config.head == "mlm" else Objective
-    term = kind(network)(batch)["loss"]
+    term = kind(network)(batch).terms["loss"]
     assert term.count == (batch["labels"] != -100).sum()
     output = network(batch["input_ids"], hidden_states=True)
     assert output.hidden.shape == (2, 8, 24) and output.logits.shape == (2, 8, 61)
@@ -227,7 +227,7 @@ def test_objectives_see_the_text_alone(family, method):
         assert value.grad is None or value.grad.abs().max() > 0
     gradients = [value.grad.clone() for value in own(network).values()]
     recompute(network, "blocks").zero_grad()
-    kind(network)(batch)["loss"].sum.backward()
+    kind(network)(batch).terms["loss"].sum.backward()
     assert all(torch.equal(a, b.grad) for a, b in zip(gradients, own(network).values(), strict=True))
 
 

@@ -25,7 +25,8 @@ import train.held_out
 from data.config import DataConfig
 from data.mlm import VALIDATION, mlm_batch
 from data.packing.blocks import sequential
-from data.shards import prepare, split_fraction
+from data.shards import prepare
+from data.split import split_fraction
 from data.tokenizer import load_tokenizer
 from model.account import columns
 from quant import nf4, report
@@ -314,7 +315,8 @@ def test_why_there_is_no_perplexity(family, head, why, text, tmp_path):
     said = quantized("nf4", folder, "--out", tmp_path / "out")
     assert said.code == 0, said.err
     assert "perplexity not measured: " in said.out and why in said.out
-    assert f"try it:  python -m model {'generate' if head == 'lm' else 'info'} {tmp_path / 'out'}" in said.out
+    shown = {"lm": "generate", "sequence": "predict"}.get(head, "info")
+    assert f"try it:  python -m model {shown} {tmp_path / 'out'}" in said.out
     assert model.hub.load(tmp_path / "out").config.head == head
 
 

@@ -28,9 +28,7 @@ def epoch_loss(task, network) -> tuple[float, int, dict[str, torch.Tensor]]:
     objective = task.objective(network, linear_cross_entropy).train()
     total, count = 0.0, 0
     for row in range(task.source.rows_of(0)):
-        packs = task.source.packs(row, 1)
-        units = [[task.source.units(index, epoch)[number] for epoch, index, number in pack] for pack in packs]
-        term = objective(task.source.collate(units)).terms["loss"]
+        term = objective(task.source.collate([task.source.units_of_row(row)])).terms["loss"]
         term.sum.backward()
         total, count = total + float(term.sum.detach()), count + int(term.count)
     return total, count, gradients(network)

@@ -33,6 +33,7 @@ REFUSED = {  # a command line, whose first option is idle: why
     "train --text-key text --objective seq2seq --corpus a.jsonl": "this objective reads records",
     "train --separator x --objective seq2seq --corpus a.jsonl": "this objective reads records",
     "train --no-dedup --objective seq2seq --corpus a.jsonl": "this objective reads records",
+    "train --loss chunked --objective classify --corpus a.csv": "the logits of a text are as many as there are labels",
     "train --seq2seq.bleu --objective seq2seq --seq2seq.generated 0": "--seq2seq.generated 0 writes no texts to score",
     "train --text-key body --corpus a.txt b/*.md": "the corpus holds no records",
     "train --on-bad-text skip --corpus stdlib-code": "the corpus comes with Python",

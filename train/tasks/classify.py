@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from data.shell import command
+from train.command_line import Needs
 from train.record_task import RecordTask
 from train.registry import settings_of
 from train.task import Defaults, Say, Scores, Totals
@@ -60,6 +61,7 @@ class ClassifyTask(RecordTask):
     class is; of several labels by micro and macro F1 and the share of texts whose labels are all right."""
 
     Settings = ClassifySettings
+    needs = (Needs(("loss",), lambda config: False, "the logits of a text are as many as there are labels"),)
     defaults = Defaults("tiny-encoder", 3e-3)
     architectures, head, unit = ("encoder", "decoder", "encoder-decoder"), "sequence", "texts"
     wants_mask = True

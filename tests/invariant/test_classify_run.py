@@ -287,7 +287,7 @@ BESIDE = {
     "smoothing": ["--label-smoothing", 0.1, "--z-loss", 1e-4],
     "decoder": ["--preset", "tiny", "--lr", 8e-3],
     "encoder-decoder": ["--preset", "t5-small"],
-    "muon": ["--optimizer", "muon", "--loss", "chunked"],
+    "muon": ["--optimizer", "muon"],
 }
 IN_SLOW = ("recompute", "smoothing", "muon", "bf16", "decoder", "encoder-decoder")
 

@@ -114,7 +114,7 @@ class DataConfig:
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """What `corpus` says, those of one source together."""
+        """Read the entries of `corpus`; those of one source stand together."""
         entries = [read_entry(text) for text in self.corpus]
         names = list(dict.fromkeys(entry.name for entry in entries))
         return tuple(sorted(entries, key=lambda entry: names.index(entry.name)))

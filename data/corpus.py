@@ -27,7 +27,7 @@ DEFINITION = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 def find_corpus(
     config: DataConfig, left_out: list[str] | None = None, option: str = "--corpus"
 ) -> list[tuple[str, list[Path]]]:
-    """What `config.paths` name, without reading it: (built-in's name or "", its files), in their order.
+    """List what `config.paths` name, without reading it: (built-in's name or "", its files), in their order.
 
     A file that two entries name is read once. `left_out` gets a line for each entry that holds what is not read.
     Raises DataError for what does not exist.

@@ -19,7 +19,7 @@ WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_]+")
 
 @dataclass(frozen=True)
 class DedupReport:
-    """What was dropped: (document, its kept twin), and (document, the kept one with most of it, share in kept ones)."""
+    """List what was dropped: (document, its kept twin), and (document, the kept one with most of it, share in kept ones)."""
 
     documents: int
     exact: list[tuple[str, str]] = field(default_factory=list)

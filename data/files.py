@@ -84,7 +84,7 @@ def read_rows(
 def read_each(
     paths: Iterable[Path], read: Callable[[Path, BinaryIO], Iterator[T]], report: ReadReport, is_named: bool
 ) -> Iterator[T]:
-    """What `read` makes of each file, opened, unpacked; and every way in which that fails as a message."""
+    """Yield what `read` makes of each file, opened and unpacked; each way in which that fails becomes a DataError."""
     for path in paths:
         met, before = False, len(report.skipped)
         try:

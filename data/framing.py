@@ -51,7 +51,7 @@ def frame_of_two(tokenizer: Tokenizer) -> tuple[Piece, ...]:
 
 
 def read_pair(processor: dict | None) -> tuple[Piece, ...]:
-    """What a post-processor of tokenizer.json makes of two texts.
+    """Read what a post-processor of tokenizer.json makes of two texts.
 
     >>> read_pair({"type": "RobertaProcessing", "sep": ["</s>", 2], "cls": ["<s>", 0]})
     ((0, 0), ('A', 0), (2, 0), (2, 0), ('B', 0), (2, 0))
@@ -103,7 +103,7 @@ def gives_types(named: dict) -> bool:
 
 
 def lengths_of_two(first: int, second: int, room: int) -> tuple[int, int]:
-    """What is left of two texts where `room` ids are: the longer one is cut first, then both alike.
+    """Give what is left of two texts where `room` ids are: the longer one is cut first, then both alike.
 
     As the library tokenizers does by "longest_first", which truncation=True means.
 

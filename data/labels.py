@@ -97,7 +97,7 @@ def learned_labels(
 
 
 def label_counts(labels: Sequence[str], named: Iterable[tuple[str, ...]]) -> list[int]:
-    """How many records have each label.
+    """Count the records of each label.
 
     >>> label_counts(("a", "b"), [("a",), ("a", "b"), ()])
     [2, 1]

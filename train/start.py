@@ -63,8 +63,8 @@ def resume(folder: Path, given: dict[str, dict] | None = None) -> int:
         config = resolve_machine(replace(config, run=replace(config.run, out=folder)), ranks)
         run = Run(config, ranks, resume=True)
         if longer != stored and ranks.main:
-            begun = (folder / "config.toml").read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
-            write_settings(folder, longer, begun)
+            first = (folder / "config.toml").read_text(encoding="utf-8").splitlines()[0]
+            write_settings(folder, longer, first.removeprefix("# ") if first.startswith("# ") else "begun by an older version")
         return run.train()
 
 
@@ -75,6 +75,8 @@ def extended(config: TrainConfig, steps: int | None, how: str | None) -> TrainCo
         if how is not None:
             raise TrainError(f"--extend {how} says how a longer run goes on: add --steps, more than {run.steps}")
         return config
+    if steps == run.steps and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        return config  # torchrun gives the same options again to a run that was made longer by them
     if steps <= run.steps:
         raise TrainError(f"--resume {run.out} --steps {steps}: the run has {run.steps}; more of them make it longer")
     if run.adapter == "adalora":

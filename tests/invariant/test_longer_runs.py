@@ -124,3 +124,17 @@ def test_patterns_that_freeze_nothing_or_all(pattern, words, options, tmp_path):
     said = command(*options, "--freeze", pattern, "--out", tmp_path / "run")
     assert said.code == 2 and words in said.err, said.err
     assert not (tmp_path / "run" / "config.toml").exists()
+
+
+def test_a_restart_of_a_longer_run_has_the_same_options(options, tmp_path, monkeypatch):
+    """torchrun --max-restarts says --steps again, which the run has by then. Its config.toml may have no first comment."""
+    run = tmp_path / "run"
+    assert command(*options, "--schedule", "constant", "--steps", 8, "--out", run).code == 0
+    config = run / "config.toml"
+    config.write_text(config.read_text().partition("\n\n")[2])
+    assert stopped_at(10, "--resume", run, "--steps", 14).code == 130
+    assert config.read_text().startswith("# begun by an older version\n\n[run]")
+    assert command("--resume", run, "--steps", 14).code == 2
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert command("--resume", run, "--steps", 14).code == 0
+    assert metrics(run)[-1]["step"] == 14

@@ -118,3 +118,19 @@ def test_a_key_that_nobody_reads_raises():
     ids = torch.ones(1, 4, dtype=torch.long)
     with pytest.raises(ValueError, match=r"the batch has weights, which neither Objective \(labels\) nor the network"):
         Objective(build(tiny_config("llama"), seed=0))({"input_ids": ids, "labels": ids, "weights": ids})
+
+
+def test_a_reference_has_neither_dropout_nor_gradient():
+    """Whatever mode the objective is put into, and whatever else it trains."""
+    from model.init import build
+    from tests.conftest import tiny_config
+    from train.objective import Objective
+
+    config = tiny_config("gpt2", dropout=0.5)
+    objective = Objective({"policy": build(config, seed=0), "reference": build(config, seed=1)}).train()
+    reference, ids = objective.frozen["reference"], torch.randint(3, 61, (2, 9))
+    assert objective.network.training and not any(module.training for module in reference.modules())
+    assert torch.equal(reference(ids).logits, reference(ids).logits)
+    assert not torch.equal(objective.network(ids).logits, objective.network(ids).logits)
+    assert not any(parameter.requires_grad for parameter in reference.parameters())
+    assert all(parameter.requires_grad for parameter in objective.network.parameters())

@@ -1,7 +1,7 @@
 """Scores for text and for models: one file a metric, on strings, ids, tensors and callables.
 
     score           Score, and what every metric is: statistics of each example, and a score of their sum, or their mean
-    ngram           counting on tensors: n-grams of many pairs of texts at once
+    ngram           n-grams of many pairs of texts at once, counted on tensors
     lcs             longest common subsequences of many pairs at once
     padding         batches of texts that differ in length
     tokenize        text to tokens; `mecab` cuts Japanese and Korean
@@ -23,7 +23,7 @@
     calibration     calibration error, Brier score
     perplexity      a language model on text: per token, byte, character, word
     targets         which tokens of a text are scored, and what a network says of them
-    baseline        what counting alone achieves on a text, the baseline beside a language model's loss
+    baseline        n-gram baseline: bits of a text under unigrams and bigrams, beside a language model's loss
 
     bootstrap       how sure a score is; Wilson's interval
     significance    whether one system is better than another, and how many examples would tell

@@ -185,7 +185,7 @@ def _words(texts: Sequence[str | None], side: int, no_answer: Sequence[str]) -> 
     return words
 
 
-def answers(
+def answer_scores(
     hypotheses: Sequence[str],
     references: Sequence[str | None] | Sequence[Sequence[str | None]],
     *,
@@ -194,7 +194,7 @@ def answers(
 ) -> dict[str, Score]:
     """Exact match and F1 of B answers, 0 to 100; references are one list, or streams: `references[r][i]` is for answer i.
 
-    >>> scores = answers(["the Cat", "a dog"], [["cat!", "my dog"], ["Tom", None]])
+    >>> scores = answer_scores(["the Cat", "a dog"], [["cat!", "my dog"], ["Tom", None]])
     >>> print(scores["exact_match"], scores["f1"], sep=", ")
     exact match = 50.00 nrefs:var|norm:squad|version:2.0, F1 = 83.33 nrefs:var|norm:squad|version:2.0
     """

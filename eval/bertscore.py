@@ -259,7 +259,7 @@ def describe_weightless(found: Counter) -> str | None:
     )
 
 
-def bertscore(
+def bert_score(
     hypotheses: Sequence[str],
     references: Sequence,
     network: Callable,
@@ -348,3 +348,6 @@ def read_baseline(path: str | Path, layer: int) -> Tensor:
             raise ValueError(f"{path}: a baseline is below 1, that of layer {layer} is {values}")
         return torch.tensor(values, dtype=torch.float64)
     raise ValueError(f"{path} has no baseline of layer {layer}")
+
+
+bertscore = bert_score  # the name that `eval.bertscore` has always offered

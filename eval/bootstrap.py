@@ -47,7 +47,7 @@ class Interval:
         return self.high - self.low > ROUNDING * max(1.0, abs(self.high))
 
 
-def bootstrap(
+def bootstrap_interval(
     metric: Metric, statistics_BK: Tensor, *, samples: int = 1000, seed: int = 12345, confidence: float = 0.95
 ) -> Interval:
     """Percentile interval of a corpus score. Warns if it has no width, as that of one example.
@@ -73,7 +73,7 @@ def confidence_interval(
 ) -> Interval | None:
     """The bootstrap's interval if it has width, else Wilson's if the score is a share of right examples, else None.
 
-    One example has none, whatever the score. Errors: those of `bootstrap`.
+    One example has none, whatever the score. Errors: those of `bootstrap_interval`.
     """
     found = _bootstrap(metric, statistics_BK, samples=samples, seed=seed, confidence=confidence)
     if found.has_width:

@@ -164,14 +164,14 @@ def _bins(statistics_XK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return bin_XMX[..., 0].double(), bin_XMX[..., 1].double(), _real(bin_XMX[..., 2:])
 
 
-def calibration(
+def calibration_error(
     probabilities: Tensor | Sequence, labels: Tensor | Sequence, *, bins: int = 15, value: str = "ece", logits: bool = False
 ) -> Score:
     """ECE (or another `value`) of rows of probabilities (N, C) with labels (N,), all three among the parts.
 
     Labels of -100 are left out. Errors: those of `Calibration.statistics`; no label that counts.
 
-    >>> score = calibration([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]], [0, 1, 1], bins=5)
+    >>> score = calibration_error([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]], [0, 1, 1], bins=5)
     >>> print(score, f"{score.mce:.2f} {score.brier:.2f}")  # bin (0.6, 0.8] and one above are right, 0.6 is wrong
     ECE = 0.3000 labels:3|bins:5|width:equal|confidence:top|from:probs 0.60 0.27
     """

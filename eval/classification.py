@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.multilabel import is_label_matrix, score_columns
+from eval.multilabel import is_label_matrix, multilabel_scores
 from eval.rates import AVERAGES, RATES, averaged, check_rates, correlation, rates
 from eval.score import Proportion, Score, corpus_value, ratio
 
@@ -61,7 +61,7 @@ def number_classes(
     if prediction_X.shape != label_X.shape:
         raise ValueError(f"predictions have the shape {tuple(prediction_X.shape)}, labels {tuple(label_X.shape)}")
     if multilabel:
-        raise ValueError("multilabel=True: a label matrix has a score for each column, by classification() or Multilabel")
+        raise ValueError("multilabel=True: a label matrix has a score for each column: classification_scores or Multilabel")
     if multilabel is None and is_label_matrix(prediction_X, label_X, classes):
         raise ValueError(
             f"predictions and labels are matrices of 0 and 1, {tuple(label_X.shape)}: say multilabel=True if each column is a "
@@ -222,7 +222,7 @@ class Classification:
         return "|".join(f"{name}:{value}" for name, value in (said | {"zero_division": f"{self.zero_division:g}"}).items())
 
 
-def classification(
+def classification_scores(
     predictions: Sequence | Tensor,
     labels: Sequence | Tensor,
     *,
@@ -235,12 +235,12 @@ def classification(
     `multilabel`: of matrices (N, C) of 0 and 1, whether each column is a class; settings are then `Multilabel`'s, and there is
     no confusion matrix. Errors: those of `confusion_matrix`; no label that counts.
 
-    >>> score = classification(["cat", "dog", "dog"], ["cat", "cat", "dog"], value="f1")
+    >>> score = classification_scores(["cat", "dog", "dog"], ["cat", "cat", "dog"], value="f1")
     >>> print(score, score.recall)
     macro f1 = 0.6667 labels:3|classes:2|value:f1|average:macro|zero_division:0 [0.5, 1.0]
     """
     if multilabel:
-        return score_columns(predictions, labels, classes=classes, **settings)
+        return multilabel_scores(predictions, labels, classes=classes, **settings)
     prediction_X, label_X, classes = number_classes(predictions, labels, classes, multilabel)
     return from_confusion(_count(prediction_X, label_X, len(classes)), classes=classes, **settings)
 

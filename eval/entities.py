@@ -182,13 +182,13 @@ def _kind_and_type(tag: str) -> tuple[int, str]:
     return "OBI".index(prefix), type_ or "_"
 
 
-def entities(predicted_tags: Tags, true_tags: Tags, *, tags: Sequence[str] | None = None, **settings: object) -> Score:
+def entity_scores(predicted_tags: Tags, true_tags: Tags, *, tags: Sequence[str] | None = None, **settings: object) -> Score:
     """F1 of the entities in B sentences, each a list of tags, or of ids with `tags` to say what they are.
 
     Tensors (B, T) are sentences with -100 in `true_tags` where there is no token. Settings: `Entities`': mode, average,
     zero_division. Errors: those of `Entities.statistics`, and tags that are not IOB2.
 
-    >>> score = entities([["B-PER", "I-PER", "O", "I-LOC"]], [["B-PER", "I-PER", "O", "B-LOC"]], mode="strict")
+    >>> score = entity_scores([["B-PER", "I-PER", "O", "I-LOC"]], [["B-PER", "I-PER", "O", "B-LOC"]], mode="strict")
     >>> print(score, score.precision, score.recall)
     entity F1 = 0.6667 sentences:1|scheme:IOB2|mode:strict|average:micro|types:2|zero_division:0 1.0 0.5
     """

@@ -175,13 +175,13 @@ class Meteor:
         return "|".join(f"{name}:{value}" for name, value in said.items())
 
 
-def meteor(hypotheses: Sequence, references: Sequence, **settings: object) -> Score:
+def meteor_score(hypotheses: Sequence, references: Sequence, **settings: object) -> Score:
     """METEOR of a corpus, from 0 to 1; settings: `Meteor`'s.
 
     `references` are one for each hypothesis, or streams of such, [[first of example 0, …], [second of example 0, …]], in which
     None is none. They are texts where hypotheses are, else sequences of words.
 
-    >>> print(meteor(["on the mat sat the cat"], ["The cat sat on the mat"]))
+    >>> print(meteor_score(["on the mat sat the cat"], ["The cat sat on the mat"]))
     METEOR = 0.5000 nrefs:1|stages:exact+stem|alpha:0.9|beta:3|gamma:0.5|align:nltk-3.10.4|corpus:mean|case:lc|tok:none
     """
     metric = Meteor(**settings)
@@ -313,3 +313,6 @@ def _fewest(
         first = f", the first that of example {unproven[0]}" if notes is None else ""  # else of one of many batches
         notice("unproven", ("chunks of {} pairs may not be the fewest" + first).format, len(unproven), notes)
     return matches_B, chunks_B
+
+
+meteor = meteor_score  # the name that `eval.meteor` has always offered

@@ -139,13 +139,13 @@ def is_label_matrix(prediction_X: Tensor, label_X: Tensor, classes: Sequence | i
     return count in (None, label_X.shape[1]) and bool(((value_X == 0) | (value_X == 1)).all())
 
 
-def score_columns(
+def multilabel_scores(
     predictions: Sequence | Tensor, labels: Sequence | Tensor, *, classes: Sequence | int | None = None, **settings: object
 ) -> Score:
     """Scores of label matrices (N, C), by column, over columns and over examples; settings: `Multilabel`'s.
 
     >>> true, predicted = [[1, 0, 0], [0, 0, 1], [0, 1, 0]], [[1, 0, 0], [0, 0, 0], [0, 1, 1]]
-    >>> print(score_columns(predicted, true, value="f1", average="micro"))  # two of three ones are right, on either side
+    >>> print(multilabel_scores(predicted, true, value="f1", average="micro"))  # two of three ones are right, on either side
     micro f1 = 0.6667 examples:3|columns:3|value:f1|average:micro|zero_division:0
     """
     if classes is None:

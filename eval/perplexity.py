@@ -258,14 +258,14 @@ def by_document(statistics_WK: Tensor, rows: Sequence[Row]) -> Tensor:
     return summed_BK
 
 
-def perplexity(
+def perplexity_score(
     network: Callable, documents: Iterable[Ids], *, context: int, stride: int | None = None, bos_id: int | None = None,
     bos_at: str = "document", eos_id: int | None = None, top_k: Sequence[int] = (1, 5), bins: int = 15, **reading: object,
 ) -> Score:  # fmt: skip
     """Perplexity per token of documents: settings as in `Perplexity`; `reading`, errors as in its `statistics`.
 
     >>> coin = lambda input_ids: torch.zeros(*input_ids.shape, 2, dtype=torch.float64)
-    >>> score = perplexity(coin, [[0, 1, 1]], context=2, texts=["abba"])
+    >>> score = perplexity_score(coin, [[0, 1, 1]], context=2, texts=["abba"])
     >>> print(score, score.bits_per_character)
     perplexity = 2.0000 per:token|bos:none|eos:none|top_k:1,5|bins:15|context:2|stride:1 0.5
     """
@@ -281,3 +281,6 @@ def pseudo_perplexity(
     """Pseudo-perplexity per token of documents: settings as in `PseudoPerplexity`; `reading`, errors as in its `statistics`."""
     metric = PseudoPerplexity(mask_id=mask_id, bos_id=bos_id, eos_id=eos_id, top_k=top_k, bins=bins)
     return metric.score(metric.statistics(network, documents, **reading))
+
+
+perplexity = perplexity_score  # the name that `eval.perplexity` has always offered

@@ -274,7 +274,7 @@ def _stems(lines: Sequence[Sequence[str]]) -> list[list[str]]:
     return [list(map(stems.__getitem__, line)) for line in lines]
 
 
-def rouge(
+def rouge_scores(
     hypotheses: Sequence,
     references: Sequence,
     *,
@@ -289,7 +289,7 @@ def rouge(
     they are always streams. `weight` is rougeW's. Words are runs of a-z and 0-9: texts in other scripts, which have none, score
     0 unless `tokenize` is another one; a warning says how many letters are dropped.
 
-    >>> print(rouge(["testing one"], ["testing one two"])["rouge2"])
+    >>> print(rouge_scores(["testing one"], ["testing one two"])["rouge2"])
     ROUGE-2 = 0.6667 nrefs:1|kind:rouge2|stemmer:no|tok:rouge-score|beta:1|version:0.1.2
     """
     kinds = [kinds] if isinstance(kinds, str) else kinds
@@ -333,3 +333,6 @@ def aggregate(
     outside = (1 - confidence) / 2
     bounds = np.percentile(np.concatenate(means), [100 * outside, 50, 100 * (1 - outside)], axis=0)
     return dict(zip(("low", "mid", "high"), map(tuple, bounds.tolist()), strict=True))
+
+
+rouge = rouge_scores  # the name that `eval.rouge` has always offered

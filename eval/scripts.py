@@ -48,7 +48,7 @@ class Letters:
         return Letters(*(one + more for one, more in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     @property
-    def share(self) -> float:
+    def unseen_fraction(self) -> float:
         return self.unseen.total() / max(1, self.letters)
 
 
@@ -67,13 +67,13 @@ class Sides:
         unseen = self.hypotheses.unseen + self.references.unseen
         kinds = sorted(unseen, key=lambda letter: (-unseen[letter], letter))
         shown = ", ".join(kinds[:3] + ["…"] * (len(kinds) > 3))
-        shares = (f"{100 * side.share:.1f} %" for side in (self.hypotheses, self.references))
+        shares = (f"{100 * side.unseen_fraction:.1f} %" for side in (self.hypotheses, self.references))
         return "{} of the letters of hypotheses and {} of those of references ({})".format(*shares, shown)
 
     @property
     def are_many(self) -> bool:
         """Whether either side has more than a few that are not seen, or a text that has not much else."""
-        return any(side.share >= LEAST or side.mostly for side in (self.hypotheses, self.references))
+        return any(side.unseen_fraction >= LEAST or side.mostly for side in (self.hypotheses, self.references))
 
     def total(self, part: str) -> int:
         return getattr(self.hypotheses, part) + getattr(self.references, part)

@@ -29,7 +29,7 @@ from eval.bertscore import bertscore
 from eval.bleu import corpus_bleu
 from eval.chrf import corpus_chrf
 from eval.meteor import meteor
-from eval.rouge import rouge
+from eval.rouge import rouge_scores
 from tests.bench.timing import alternate, ratio, table
 from tests.pairs import word_pairs
 
@@ -83,7 +83,7 @@ def cases(hypotheses: list[str], references: list[str]) -> dict[str, tuple[float
         "ROUGE-1, 2, L": (
             5,
             f"rouge-score {version('rouge-score')}",
-            lambda: [score.value for score in rouge(hypotheses, references, kinds=KINDS).values()],
+            lambda: [score.value for score in rouge_scores(hypotheses, references, kinds=KINDS).values()],
             lambda: their_rouge(hypotheses, references),
         ),
         "METEOR, stems": (

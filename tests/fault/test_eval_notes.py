@@ -6,12 +6,12 @@ import warnings
 import pytest
 
 from eval.__main__ import main
-from eval.answers import Answers, answers
+from eval.answers import Answers, answer_scores
 from eval.bleu import Bleu, corpus_bleu
 from eval.chrf import corpus_chrf
-from eval.meteor import meteor
+from eval.meteor import meteor_score
 from eval.notes import Notes
-from eval.rouge import Rouge, rouge
+from eval.rouge import Rouge, rouge_scores
 from tests.pairs import word_pairs
 from tests.runs import command
 
@@ -56,18 +56,18 @@ def test_letters_that_rouge_drops(language):
     """On either side, and among others: the references alone, half of the examples, one word in forty."""
     text = (SPACED | UNSPACED)[language]
     for hypotheses, references in (([text], [text]), ([ENGLISH], [text]), ([text, ENGLISH], [ENGLISH, ENGLISH])):
-        (note,) = said(lambda h=hypotheses, r=references: rouge(h, r))
+        (note,) = said(lambda h=hypotheses, r=references: rouge_scores(h, r))
         assert note.startswith("ROUGE's words are of a-z and 0-9: ") and "tokenize='unicode', --tokenize unicode" in note
-    assert said(lambda: rouge([text], [text], tokenize="char")) == []
-    unspaced = said(lambda: rouge([text], [text], tokenize="unicode"))
+    assert said(lambda: rouge_scores([text], [text], tokenize="char")) == []
+    unspaced = said(lambda: rouge_scores([text], [text], tokenize="unicode"))
     assert len(unspaced) == (language in UNSPACED and language != "Tibetan")  # whose syllables have a mark between them
 
 
 def test_the_share_of_dropped_letters():
     """Of 19 and 21 letters "ï" and what a capital with a dot becomes, but not the Kelvin sign, whose small letter is k."""
-    (note,) = said(lambda: rouge(["naïve ideas are common"], ["\u212aelvin ideas ar İmmense"]))
+    (note,) = said(lambda: rouge_scores(["naïve ideas are common"], ["\u212aelvin ideas ar İmmense"]))
     assert "5.3 % of the letters of hypotheses and 4.8 % of those of references (ï, \u0307) are dropped. " in note
-    (note,) = said(lambda: rouge(["да", "no"], ["да", "no"]))
+    (note,) = said(lambda: rouge_scores(["да", "no"], ["да", "no"]))
     assert "50.0 % of the letters of hypotheses" in note and ", and 2 of 4 texts lose most of theirs" in note
 
 
@@ -75,11 +75,11 @@ def test_one_letter_in_200_and_one_text_of_many():
     """Few such letters pass; a text that has not much else is said however many others there are."""
     for letters, notes in ((200, 1), (201, 0)):
         text = "é" + "e" * (letters - 1)
-        assert len(said(lambda text=text: rouge([text], ["e"]))) == notes
+        assert len(said(lambda text=text: rouge_scores([text], ["e"]))) == notes
         text = "花园" + "e" * (2 * letters - 2)
         assert len(said(lambda text=text: corpus_bleu([text], [[text]]))) == notes
     many = [ENGLISH] * 500
-    (note,) = said(lambda: rouge([*many, "中文"], [*many, ENGLISH]))
+    (note,) = said(lambda: rouge_scores([*many, "中文"], [*many, ENGLISH]))
     assert "0.0 % of the letters of references" in note.replace("those of ", "the letters of ") and "1 of 1,002 texts" in note
     assert len(said(lambda: corpus_bleu([*many, "中文"], [[*many, ENGLISH]]))) == 1
 
@@ -92,9 +92,9 @@ def test_sentences_that_are_not_cut(language):
         "BLEU (13a)": lambda: corpus_bleu([text], [[text]]),
         "BLEU (intl)": lambda: corpus_bleu([text, ENGLISH], [[text, ENGLISH]], tokenize="intl"),
         "BLEU (none)": lambda: corpus_bleu([ENGLISH], [[text]], tokenize="none"),
-        "METEOR (none)": lambda: meteor([text], [text]),
+        "METEOR (none)": lambda: meteor_score([text], [text]),
         "chrF2++": lambda: corpus_chrf([text], [[text]], word_order=2),
-        "SQuAD's F1": lambda: answers([text], [text]),
+        "SQuAD's F1": lambda: answer_scores([text], [text]),
     }
     if language == "Tibetan":
         del calls["BLEU (intl)"]
@@ -103,10 +103,10 @@ def test_sentences_that_are_not_cut(language):
         assert note.startswith(f"{who} takes whole sentences for words: ") and "of scripts without spaces" in note
     for call in (
         lambda: corpus_bleu([text], [[text]], tokenize="char"),
-        lambda: meteor([text], [text], tokenize="char"),
+        lambda: meteor_score([text], [text], tokenize="char"),
         lambda: corpus_chrf([text], [[text]]),
         lambda: corpus_bleu([list(text)], [[list(text)]], tokenize="ids"),
-        lambda: meteor([list(text)], [[list(text)]]),
+        lambda: meteor_score([list(text)], [[list(text)]]),
     ):
         assert said(call) == []
 
@@ -127,11 +127,11 @@ def test_texts_that_fit():
         lambda: corpus_bleu(hypotheses, [references]),
         lambda: corpus_bleu(hypotheses, [references], tokenize="none"),
         lambda: corpus_chrf(hypotheses, [references], word_order=2),
-        lambda: meteor(hypotheses, references),
-        lambda: answers(hypotheses, references),
-        lambda: rouge(hypotheses, references, tokenize="unicode"),
-        lambda: rouge([ENGLISH] * 80, [ENGLISH.replace("quick", "naïve")] * 2 + [ENGLISH] * 78),  # a letter in 2,000
-        lambda: rouge([ENGLISH, "", "…"], ["", "!", ENGLISH]),
+        lambda: meteor_score(hypotheses, references),
+        lambda: answer_scores(hypotheses, references),
+        lambda: rouge_scores(hypotheses, references, tokenize="unicode"),
+        lambda: rouge_scores([ENGLISH] * 80, [ENGLISH.replace("quick", "naïve")] * 2 + [ENGLISH] * 78),  # a letter in 2,000
+        lambda: rouge_scores([ENGLISH, "", "…"], ["", "!", ENGLISH]),
     ):
         assert said(call) == []
     for text in SEGMENTED.values():
@@ -156,25 +156,25 @@ def test_tokenized_text_is_noticed_as_sacrebleu_notices_it(count, caplog):
 def test_no_answer_in_words():
     hypotheses = ["Unanswerable.", "N/A", "Paris", "the cat", "no answer", ""]
     references = [["", None, "Paris", "cat", "unanswerable", "N/A"], [None] * 6]
-    (note,) = said(lambda: answers(hypotheses, references))
+    (note,) = said(lambda: answer_scores(hypotheses, references))
     assert "3 of 6 hypotheses say so, and 4 questions without an answer are wrong by that alone" in note
     assert "'na', 'unanswerable', 'no answer'" in note and "--no-answer na unanswerable 'no answer'" in note
-    scores = answers(hypotheses, references)
+    scores = answer_scores(hypotheses, references)
     assert scores["f1"].value == scores["exact_match"].value == pytest.approx(100 / 3)
     told = {"no_answer": ("unanswerable", "n/a", "No answer!", "N/A")}
-    mapped = answers(hypotheses, references, **told)
-    assert said(lambda: answers(hypotheses, references, **told)) == []
+    mapped = answer_scores(hypotheses, references, **told)
+    assert said(lambda: answer_scores(hypotheses, references, **told)) == []
     assert [score.value for score in mapped.values()] == [100, 100]
     assert mapped["f1"].parts == {"has_answer": 100.0, "no_answer": 100.0, "answerable": 2}
     assert mapped["f1"].signature == "nrefs:1|norm:squad|version:2.0|no_answer:unanswerable,na,no answer"
-    some = answers(hypotheses, references, no_answer=["unanswerable"])
+    some = answer_scores(hypotheses, references, no_answer=["unanswerable"])
     assert some["f1"].value == pytest.approx(100 * 3 / 6) and some["f1"].signature.endswith("|no_answer:unanswerable")
     # A text that holds such words and more is another answer; an answer that is one is right as it is.
-    assert answers(["unanswerable question"], [None], no_answer=["unanswerable"])["f1"].value == 0
-    assert said(lambda: answers(["none"] * 9, ["None."] * 9)) == []
-    assert len(said(lambda: answers(["none"] * 2 + ["a cat"] * 18, ["nine"] * 2 + ["cat"] * 18))) == 1  # one in ten
-    assert said(lambda: answers(["none"] + ["a cat"] * 99, ["nine"] + ["cat"] * 99)) == []
-    assert said(lambda: answers(["none"], ["nine"], version="1.1")) == []
+    assert answer_scores(["unanswerable question"], [None], no_answer=["unanswerable"])["f1"].value == 0
+    assert said(lambda: answer_scores(["none"] * 9, ["None."] * 9)) == []
+    assert len(said(lambda: answer_scores(["none"] * 2 + ["a cat"] * 18, ["nine"] * 2 + ["cat"] * 18))) == 1  # one in ten
+    assert said(lambda: answer_scores(["none"] + ["a cat"] * 99, ["nine"] + ["cat"] * 99)) == []
+    assert said(lambda: answer_scores(["none"], ["nine"], version="1.1")) == []
 
 
 @pytest.mark.parametrize(

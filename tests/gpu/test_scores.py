@@ -5,7 +5,7 @@ import torch
 
 from eval.lcs import lcs_lengths, lcs_members, weighted_lcs
 from eval.ngram import Ragged, matches, matches_each, numbered
-from eval.perplexity import perplexity
+from eval.perplexity import perplexity_score
 from tests.conftest import randomized, tiny_config
 from tests.pairs import word_pairs
 
@@ -30,5 +30,5 @@ def test_counts_and_subsequences():
 def test_perplexity():
     network = randomized(tiny_config("llama"))
     documents = [[*range(3, 60)], [7, 8, 9]]
-    here = perplexity(network, documents, context=16, stride=8)
-    assert perplexity(network.cuda(), documents, context=16, stride=8).value == pytest.approx(here.value, rel=1e-9)
+    here = perplexity_score(network, documents, context=16, stride=8)
+    assert perplexity_score(network.cuda(), documents, context=16, stride=8).value == pytest.approx(here.value, rel=1e-9)

@@ -16,8 +16,8 @@ import lora.peft_io
 import model.__main__
 import model.hub
 import train.__main__
-from eval.classification import classification
-from eval.multilabel import score_columns
+from eval.classification import classification_scores
+from eval.multilabel import multilabel_scores
 from model.predict import Text, probabilities
 from tests.conftest import randomized, tiny_config
 from tests.invariant.test_classify_steps import task_of
@@ -101,7 +101,7 @@ def test_scores_are_those_of_predictions(run, place):
     assert said.code == 0, said.err
     rows = list(csv.DictReader((place / "scored.csv").open(encoding="utf-8")))
     last = [row for row in read_metrics(folder / "metrics.jsonl") if row["split"] == "validation"][-1]
-    score = classification([row["predicted"] for row in rows], [row["label"] for row in rows])
+    score = classification_scores([row["predicted"] for row in rows], [row["label"] for row in rows])
     assert (score.accuracy, score.macro["f1"], score.mcc) == pytest.approx((last["accuracy"], last["f1"], last["mcc"]))
     nats = [-math.log(float(row[f"probability {row['label']}"])) for row in rows]
     assert sum(nats) / len(nats) == pytest.approx(last["loss"], abs=1e-6)
@@ -124,7 +124,7 @@ def test_scores_of_several_labels(several, place):
     names = [*rows[0]["probabilities"]]
     assert names == ["10", "bad", "good", "long"]
     matrices = ([[name in row[key] for name in names] for row in rows] for key in ("predicted", "tags"))
-    score = score_columns(*(torch.tensor(matrix).long() for matrix in matrices))
+    score = multilabel_scores(*(torch.tensor(matrix).long() for matrix in matrices))
     assert f"micro F1 {score.micro['f1']:.4f} · macro F1 {score.macro['f1']:.4f}" in said.out
     strict = predict(folder, place / "corpus.jsonl", "--threshold", 0.99)
     assert strict.code == 0 and "texts cut to 32 tokens" in strict.err

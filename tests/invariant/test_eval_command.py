@@ -11,7 +11,7 @@ import pytest
 
 from eval.__main__ import main
 from eval.bleu import Bleu, corpus_bleu
-from eval.bootstrap import bootstrap
+from eval.bootstrap import bootstrap_interval
 from eval.significance import approximate_randomisation, examples_needed, paired_bootstrap
 from tests.pairs import word_pairs
 from tests.runs import command
@@ -77,7 +77,7 @@ def test_bleu_is_that_of_the_function(place, texts):
     given = "--tokenize", "intl", "--smooth", "floor", "--smooth-value", "0.3", "--lowercase"
     (found,) = scored("bleu", place / "good.txt", place / "reference.txt", *given, "--samples", "50", "--seed", "3")["scores"]
     statistics_BK = metric.statistics(hypotheses, [references])
-    interval = bootstrap(metric, statistics_BK, samples=50, seed=3)
+    interval = bootstrap_interval(metric, statistics_BK, samples=50, seed=3)
     assert found["value"] == metric.score(statistics_BK).value and found["interval"] == [interval.low, interval.high]
     assert found["signature"] == metric.signature(statistics_BK, bs=50, seed=3)
     assert found["value"] != corpus_bleu(hypotheses, [references]).value

@@ -14,7 +14,7 @@ import model.hub
 from data.tokenizer import load_tokenizer
 from eval.__main__ import main
 from eval.bertscore import BertScore
-from eval.perplexity import perplexity, pseudo_perplexity
+from eval.perplexity import perplexity_score, pseudo_perplexity
 from tests.conftest import randomized, tiny_config
 from tests.fault.test_command import assert_one_clear_line
 from tests.pairs import word_pairs
@@ -45,7 +45,7 @@ def test_a_run_on_its_held_out_text(finished, opened):
     documents = list(documents)
     ids, sizes = [each.ids for each in documents], [each.bytes for each in documents]
     ends = {"bos_id": opened.tokenizer.bos_id, "eos_id": opened.tokenizer.eos_id}
-    expected = perplexity(opened.network, ids, context=32, stride=32, bytes=sizes, **ends)
+    expected = perplexity_score(opened.network, ids, context=32, stride=32, bytes=sizes, **ends)
     assert score["value"] == expected.value and found["documents"] == len(documents) > 3
     assert score["parts"]["bits_per_byte"] == expected.bits_per_byte and "words" not in score["parts"]
     last = [row for row in read_metrics(finished / "metrics.jsonl") if "bits_per_byte" in row][-1]
@@ -58,7 +58,7 @@ def test_text_files_and_standard_input(finished, opened, tmp_path, monkeypatch):
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     score, found = scored("perplexity", finished, tmp_path / "text.txt", "--top-k", "1", "10")
     ids = opened.tokenizer.encode(TEXT)
-    expected = perplexity(opened.network, [ids], context=32, bos_id=opened.tokenizer.bos_id, top_k=(1, 10), texts=[TEXT])
+    expected = perplexity_score(opened.network, [ids], context=32, bos_id=opened.tokenizer.bos_id, top_k=(1, 10), texts=[TEXT])
     assert score["value"] == expected.value and score["parts"]["targets"] == len(ids)
     assert score["parts"]["bits_per_word"] == expected.bits_per_word and score["parts"]["bytes"] == len(TEXT.encode())
     assert "windows" in found and score["interval"][0] < score["value"] < score["interval"][1]
@@ -71,8 +71,9 @@ def test_text_files_and_standard_input(finished, opened, tmp_path, monkeypatch):
     assert "bos:none" in without["signature"] and "context:16" in without["signature"]
     every, _ = scored("perplexity", finished, tmp_path / "text.txt", "--bos", "every-window", "--stride", "9")
     told = {"context": 32, "stride": 9, "bos_id": opened.tokenizer.bos_id}
-    assert every["value"] == perplexity(opened.network, [ids], bos_at="every-window", **told).value
-    assert every["value"] != perplexity(opened.network, [ids], **told).value and "|bos_at:every-window" in every["signature"]
+    assert every["value"] == perplexity_score(opened.network, [ids], bos_at="every-window", **told).value
+    assert every["value"] != perplexity_score(opened.network, [ids], **told).value
+    assert "|bos_at:every-window" in every["signature"]
     yes, auto = (scored("perplexity", finished, tmp_path / "text.txt", *more)[0] for more in (("--bos", "yes"), ()))
     assert yes == auto and "bos_at" not in yes["signature"]
     few, _ = scored("perplexity", finished, tmp_path / "text.txt", tmp_path / "text.txt", "--tokens", "1")

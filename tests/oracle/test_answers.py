@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from eval import answers as module
-from eval.answers import Answers, answers, answers_statistics, normalise
+from eval.answers import Answers, answer_scores, answers_statistics, normalise
 from eval.score import corpus_value
 from tests.pairs import unicode_pairs
 
@@ -101,7 +101,7 @@ def fuzz(count: int):
 def error(version: str, count: int = 3000) -> float:
     given, rights = fuzz(count)
     expected = [plain(*pair, version) for pair in zip(given, rights, strict=True)]
-    scores = answers(given, streams(rights), version=version)
+    scores = answer_scores(given, streams(rights), version=version)
     metrics = [Answers("exact", version), Answers("f1", version)]
     rows = answers_statistics(metrics, given, streams(rights))
     assert metrics[0].examples(rows[0]).tolist() == [100.0 * exact for exact, _ in expected]
@@ -139,7 +139,7 @@ def test_any_split_is_one_and_both_kinds_are_scored_at_once():
     given, rights = fuzz(200)
     references = streams(rights)
     for version in module.VERSIONS:
-        whole = answers(given, references, version=version)
+        whole = answer_scores(given, references, version=version)
         for kind, score in zip(module.KINDS, whole.values(), strict=True):
             metric = Answers(kind, version)
             rows_BK = metric.statistics(given, references)
@@ -150,20 +150,20 @@ def test_any_split_is_one_and_both_kinds_are_scored_at_once():
 
 
 def test_questions_without_an_answer():
-    scores = answers(["", "cat", "dog", "dog"], [["", None, None, "dog"], ["the", None, "dog", "a"]])
+    scores = answer_scores(["", "cat", "dog", "dog"], [["", None, None, "dog"], ["the", None, "dog", "a"]])
     assert [score.value for score in scores.values()] == [75, 75]
     assert scores["f1"].parts == {"has_answer": 100.0, "no_answer": 50.0, "answerable": 2}
     assert str(scores["f1"]) == "F1 = 75.00 nrefs:var|norm:squad|version:2.0"
-    assert answers(["cat"], ["cat"])["f1"].no_answer is None
-    assert answers(["cat", ""], ["cat", None])["exact_match"].value == 100  # one list
-    assert answers([], [])["f1"].value == answers([], [[]], version="1.1")["f1"].value == 0
+    assert answer_scores(["cat"], ["cat"])["f1"].no_answer is None
+    assert answer_scores(["cat", ""], ["cat", None])["exact_match"].value == 100  # one list
+    assert answer_scores([], [])["f1"].value == answer_scores([], [[]], version="1.1")["f1"].value == 0
     with pytest.raises(ValueError, match="example 1 has no reference"):
-        answers(["cat", "dog"], [["cat", None]], version="1.1")
+        answer_scores(["cat", "dog"], [["cat", None]], version="1.1")
 
 
 def test_a_text_of_a_million_characters():
     long = "ab the, " * 125_000
-    scores = answers([long, "ab"], [long[:-16], "ab"])
+    scores = answer_scores([long, "ab"], [long[:-16], "ab"])
     assert scores["f1"].has_answer == pytest.approx(50 + 50 * 2 * 124_998 / 249_998, abs=1e-12)
     assert scores["exact_match"].value == 50 and len(normalise(long)) == 125_000
 
@@ -171,14 +171,14 @@ def test_a_text_of_a_million_characters():
 @pytest.mark.parametrize(
     ("call", "error", "says"),
     [
-        (lambda: answers(["a"], ["a", "b"]), ValueError, "1 hypotheses, but 2 references"),
-        (lambda: answers(["a", "b"], [["a", "b"], ["a"]]), ValueError, "2 hypotheses, but 1 references of stream 1"),
-        (lambda: answers("a", ["a"]), TypeError, "one string"),
-        (lambda: answers(["a"], "a"), TypeError, "a string among them"),
-        (lambda: answers([None], ["a"]), TypeError, "hypothesis 0 is None"),
-        (lambda: answers(["a", "b"], [["a", 7]]), TypeError, "reference 0 of example 1 is no text: 7"),
+        (lambda: answer_scores(["a"], ["a", "b"]), ValueError, "1 hypotheses, but 2 references"),
+        (lambda: answer_scores(["a", "b"], [["a", "b"], ["a"]]), ValueError, "2 hypotheses, but 1 references of stream 1"),
+        (lambda: answer_scores("a", ["a"]), TypeError, "one string"),
+        (lambda: answer_scores(["a"], "a"), TypeError, "a string among them"),
+        (lambda: answer_scores([None], ["a"]), TypeError, "hypothesis 0 is None"),
+        (lambda: answer_scores(["a", "b"], [["a", 7]]), TypeError, "reference 0 of example 1 is no text: 7"),
         (lambda: Answers("f2"), ValueError, "kind='f2': one of exact, f1"),
-        (lambda: answers(["a"], ["a"], version="3"), ValueError, "version='3': one of 1.1, 2.0"),
+        (lambda: answer_scores(["a"], ["a"], version="3"), ValueError, "version='3': one of 1.1, 2.0"),
         (lambda: Answers().statistics(["a"], ["a"]), TypeError, "a string among them"),
     ],
 )

@@ -11,9 +11,16 @@ from sklearn import metrics as oracle
 
 from eval import classification as module
 from eval import rates as rating
-from eval.bootstrap import bootstrap
-from eval.classification import Classification, classification, confusion_matrix, from_confusion, in_top_k, top_k_accuracy
-from eval.multilabel import MATRIX_AVERAGES, Multilabel, score_columns
+from eval.bootstrap import bootstrap_interval
+from eval.classification import (
+    Classification,
+    classification_scores,
+    confusion_matrix,
+    from_confusion,
+    in_top_k,
+    top_k_accuracy,
+)
+from eval.multilabel import MATRIX_AVERAGES, Multilabel, multilabel_scores
 from eval.score import corpus_value
 
 LIBRARY = f"scikit-learn {sklearn.__version__}"
@@ -45,7 +52,7 @@ def worst(zero_division: float) -> float:
     errors = []
     for predictions, labels, count in problems():
         for classes, names in ((count, list(range(count))), (None, None)):
-            score = classification(predictions, labels, classes=classes, zero_division=zero_division)
+            score = classification_scores(predictions, labels, classes=classes, zero_division=zero_division)
             assert score.confusion == oracle.confusion_matrix(labels, predictions, labels=names).tolist()
             errors.append(distance(score.value, oracle.accuracy_score(labels, predictions)))
             errors.append(distance(score.mcc, oracle.matthews_corrcoef(labels, predictions)))
@@ -84,13 +91,13 @@ def test_the_oracle_catches_mutants(monkeypatch):
 def test_any_split_and_any_kind_of_input_are_one():
     predictions, labels, count = list(problems())[5]
     names = [f"class {place:02}" for place in range(count)]
-    whole = classification(predictions, labels, classes=count)
+    whole = classification_scores(predictions, labels, classes=count)
     cut = [confusion_matrix(predictions[part::3], labels[part::3], count) for part in range(3)]
     assert from_confusion(sum(cut)).parts == whole.parts
-    words = classification([names[p] for p in predictions], [names[p] for p in labels], classes=names)
+    words = classification_scores([names[p] for p in predictions], [names[p] for p in labels], classes=names)
     assert {**words.parts, "classes": whole.classes} == whole.parts
-    assert classification(torch.tensor(predictions).int(), labels.tolist(), classes=count).parts == whole.parts
-    backwards = classification(predictions, labels, classes=range(count)[::-1])
+    assert classification_scores(torch.tensor(predictions).int(), labels.tolist(), classes=count).parts == whole.parts
+    backwards = classification_scores(predictions, labels, classes=range(count)[::-1])
     assert backwards.f1 == whole.f1[::-1] and backwards.classes == whole.classes[::-1]
     assert np.array_equal(backwards.confusion, np.array(whole.confusion)[::-1, ::-1])
     for value in ("accuracy", "precision", "recall", "f1", "mcc"):
@@ -109,14 +116,14 @@ def test_any_split_and_any_kind_of_input_are_one():
 
 def test_ignored_labels_are_left_out():
     predictions, labels = torch.tensor([[0, 1, 7], [1, 0, -3]]), torch.tensor([[0, 0, -100], [1, -100, -100]])
-    score = classification(predictions, labels, value="f1", average="weighted")
-    assert score.parts == classification([0, 1, 1], [0, 0, 1], value="f1", average="weighted").parts
+    score = classification_scores(predictions, labels, value="f1", average="weighted")
+    assert score.parts == classification_scores([0, 1, 1], [0, 0, 1], value="f1", average="weighted").parts
     assert score.signature == "labels:3|classes:2|value:f1|average:weighted|zero_division:0"
     rows_BK = Classification(2).statistics(predictions, [labels])
     assert rows_BK.tolist() == [[2, 1, 1, 2, 0, 1, 0], [1, 0, 0, 0, 1, 1, 1]]
     assert Classification(2).examples(rows_BK).tolist() == [0.5, 1.0]
     assert Classification(2).statistics([], [[]]).shape == (0, 7)
-    assert classification(["a", "?", "b"], ["a", None, "c"]).classes == ("a", "b", "c")
+    assert classification_scores(["a", "?", "b"], ["a", None, "c"]).classes == ("a", "b", "c")
 
 
 def label_matrices():
@@ -136,7 +143,7 @@ def worst_of_matrices(zero_division: float) -> float:
     """Largest difference over all matrices: by column, by each average, subsets, cells."""
     errors = []
     for predictions, labels in label_matrices():
-        score = classification(predictions, labels, multilabel=True, value="f1", zero_division=zero_division)
+        score = classification_scores(predictions, labels, multilabel=True, value="f1", zero_division=zero_division)
         errors.append(distance(score.accuracy, oracle.accuracy_score(labels, predictions)))
         errors.append(distance(score.hamming_loss, oracle.hamming_loss(labels, predictions)))
         for average in (None, *MATRIX_AVERAGES):
@@ -173,8 +180,8 @@ def test_a_matrix_of_0_and_1_is_not_flattened_in_silence():
     labels = [[1, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 1]]
     predictions = [[1, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 1]]
     told = {"value": "f1", "average": "micro"}
-    assert classification(predictions, labels, multilabel=True, **told).value == pytest.approx(4 / 7, abs=1e-15)
-    assert classification(predictions, labels, multilabel=False, **told).value == pytest.approx(13 / 16, abs=1e-15)
+    assert classification_scores(predictions, labels, multilabel=True, **told).value == pytest.approx(4 / 7, abs=1e-15)
+    assert classification_scores(predictions, labels, multilabel=False, **told).value == pytest.approx(13 / 16, abs=1e-15)
     undecided = {
         "lists": (predictions, labels, None),
         "tensors": (torch.tensor(predictions), torch.tensor(labels), None),
@@ -182,7 +189,7 @@ def test_a_matrix_of_0_and_1_is_not_flattened_in_silence():
         "as many classes as columns": (predictions, labels, 4),
     }
     for predicted, true, classes in undecided.values():
-        for call in (classification, confusion_matrix):
+        for call in (classification_scores, confusion_matrix):
             with pytest.raises(ValueError, match=r"matrices of 0 and 1, \(4, 4\): say multilabel=True if each column"):
                 call(predicted, true, classes=classes)
             assert call(predicted, true, classes=classes, multilabel=False) is not None
@@ -190,10 +197,13 @@ def test_a_matrix_of_0_and_1_is_not_flattened_in_silence():
         Classification(4, "f1").statistics(predictions, [labels])
     assert Classification(4, multilabel=False).statistics(predictions, [labels])[:, 0].tolist() == [4] * 4
     # What no label matrix is: other numbers of classes than columns, another id, a token that is left out, one row or column.
-    assert classification(predictions, labels, classes=2).accuracy == 13 / 16
-    assert classification([[2, 0]], [[2, 1]]).accuracy == 0.5 and classification([[1, 0]], [[1, -100]]).accuracy == 1
-    assert classification([[1], [0]], [[1], [1]]).accuracy == 0.5 and classification([1, 0], [1, 1]).accuracy == 0.5
-    assert classification(predictions, labels, multilabel=True, classes=["a", "b", "c", "d"]).classes == ("a", "b", "c", "d")
+    assert classification_scores(predictions, labels, classes=2).accuracy == 13 / 16
+    assert classification_scores([[2, 0]], [[2, 1]]).accuracy == 0.5
+    assert classification_scores([[1, 0]], [[1, -100]]).accuracy == 1
+    assert classification_scores([[1], [0]], [[1], [1]]).accuracy == 0.5
+    assert classification_scores([1, 0], [1, 1]).accuracy == 0.5
+    named = classification_scores(predictions, labels, multilabel=True, classes=["a", "b", "c", "d"])
+    assert named.classes == ("a", "b", "c", "d")
     with pytest.raises(ValueError, match=r"multilabel=True: a label matrix has a score for each column"):
         confusion_matrix(predictions, labels, multilabel=True)
 
@@ -205,18 +215,18 @@ def test_a_metric_of_label_matrices():
         for average in MATRIX_AVERAGES:
             metric = Multilabel(5, value, average)
             rows_NK = metric.statistics(predictions, [torch.tensor(labels)])
-            whole = score_columns(predictions, labels, value=value, average=average)
+            whole = multilabel_scores(predictions, labels, value=value, average=average)
             cut = torch.cat([metric.statistics(predictions[part], [labels[part]]) for part in (slice(3, None), slice(3))])
             assert rows_NK.dtype == torch.int64 and corpus_value(metric, cut) == whole.value == metric.score(rows_NK).value
             assert whole.value == pytest.approx(whole.accuracy if value == "accuracy" else whole.parts[average][value])
-            interval = bootstrap(metric, rows_NK, samples=200)
+            interval = bootstrap_interval(metric, rows_NK, samples=200)
             assert interval.low <= whole.value <= interval.high and interval.low < interval.high
     f1_N = Multilabel(5, "f1").examples(rows_NK).tolist()
     assert f1_N == pytest.approx([oracle.f1_score(*pair, zero_division=0) for pair in zip(labels, predictions, strict=True)])
     assert Multilabel(2, "f1", "samples").signature(Multilabel(2).statistics([[0, 1]], [[[1, 1]]]), bs=9) == (
         "examples:1|bs:9|columns:2|value:f1|average:samples|zero_division:0"
     )
-    assert score_columns([[0, 1]], [[0, 1]]).name == "subset accuracy" and Multilabel(2, "f1", "micro").name == "micro f1"
+    assert multilabel_scores([[0, 1]], [[0, 1]]).name == "subset accuracy" and Multilabel(2, "f1", "micro").name == "micro f1"
 
 
 def test_top_k_equals_scikit_learn(parity):
@@ -240,39 +250,55 @@ def test_top_k_equals_scikit_learn(parity):
 @pytest.mark.parametrize(
     ("call", "error", "says"),
     [
-        (lambda: classification([0, 1], [0]), ValueError, r"\(2,\), labels \(1,\)"),
-        (lambda: classification(["a"], ["a", "b"]), ValueError, "1 predictions, but 2 labels"),
-        (lambda: classification("ab", ["a", "b"]), TypeError, "one string"),
-        (lambda: classification(["a", "b"], [0, 1]), TypeError, "one of them is of strings"),
-        (lambda: classification(["a", 1], ["a", "b"]), TypeError, "got 1 among strings"),
-        (lambda: classification([0.1, 0.9], [0, 1]), TypeError, "float64: of scores, take the argmax"),
-        (lambda: classification([0, 5], [0, 1], classes=2), ValueError, "prediction 5 of row 1 is none of the 2 classes 0, 1"),
-        (lambda: classification([[0, 1]], [[0, -1]], classes=2), ValueError, r"label -1 of row \(0, 1\) is none"),
-        (lambda: classification([0], [3], classes=[7, 0]), ValueError, "label 3 of row 0 is none of the 2 classes 7, 0"),
-        (lambda: classification(["a"], ["x"], classes=["a", "b"]), ValueError, "'x' of row 0 is none of the 2 classes 'a'"),
-        (lambda: classification(["a"], ["a"], classes=2), TypeError, "name the classes"),
-        (lambda: classification([0], [0], classes=["a"]), TypeError, "classes hold 'a'"),
-        (lambda: classification([0], [0], classes=[0, 0]), ValueError, "classes hold 0 twice"),
-        (lambda: classification([0, 1], [-100, -100]), ValueError, "no label to score"),
-        (lambda: classification([["a"], ["b", "c"]], [["a"], ["b"]]), TypeError, "several labels an example are a matrix of 0"),
-        (lambda: classification([{"a"}, {"b"}], [{"a"}, {"b"}]), TypeError, "several labels an example are a matrix of 0"),
-        (lambda: score_columns([[0.2, 0.9]], [[0, 1]]), ValueError, "row 0, column 0 is 0.2.*above a threshold"),
-        (lambda: score_columns([[0, 1]], [[0, -100]]), ValueError, "labels: row 0, column 1 is -100, 0 or 1 is wanted"),
-        (lambda: score_columns([[0, 1]], [[0, 1, 1]]), ValueError, r"\(1, 2\), labels \(1, 3\): \(N, 3\) are wanted"),
-        (lambda: score_columns([[0, 1]], [[0, 1]], classes=["a"]), ValueError, r"\(N, 1\) are wanted"),
-        (lambda: score_columns([0, 1], [0, 1]), ValueError, r"labels have the shape \(2,\): a label matrix is \(N, C\)"),
-        (lambda: score_columns([[0], [0, 1]], [[0], [1]]), ValueError, "predictions are no label matrix"),
-        (lambda: score_columns([], []), ValueError, "labels have the shape"),
-        (lambda: score_columns(np.zeros((0, 2)), np.zeros((0, 2))), ValueError, "no example to score"),
+        (lambda: classification_scores([0, 1], [0]), ValueError, r"\(2,\), labels \(1,\)"),
+        (lambda: classification_scores(["a"], ["a", "b"]), ValueError, "1 predictions, but 2 labels"),
+        (lambda: classification_scores("ab", ["a", "b"]), TypeError, "one string"),
+        (lambda: classification_scores(["a", "b"], [0, 1]), TypeError, "one of them is of strings"),
+        (lambda: classification_scores(["a", 1], ["a", "b"]), TypeError, "got 1 among strings"),
+        (lambda: classification_scores([0.1, 0.9], [0, 1]), TypeError, "float64: of scores, take the argmax"),
+        (
+            lambda: classification_scores([0, 5], [0, 1], classes=2),
+            ValueError,
+            "prediction 5 of row 1 is none of the 2 classes 0, 1",
+        ),
+        (lambda: classification_scores([[0, 1]], [[0, -1]], classes=2), ValueError, r"label -1 of row \(0, 1\) is none"),
+        (lambda: classification_scores([0], [3], classes=[7, 0]), ValueError, "label 3 of row 0 is none of the 2 classes 7, 0"),
+        (
+            lambda: classification_scores(["a"], ["x"], classes=["a", "b"]),
+            ValueError,
+            "'x' of row 0 is none of the 2 classes 'a'",
+        ),
+        (lambda: classification_scores(["a"], ["a"], classes=2), TypeError, "name the classes"),
+        (lambda: classification_scores([0], [0], classes=["a"]), TypeError, "classes hold 'a'"),
+        (lambda: classification_scores([0], [0], classes=[0, 0]), ValueError, "classes hold 0 twice"),
+        (lambda: classification_scores([0, 1], [-100, -100]), ValueError, "no label to score"),
+        (
+            lambda: classification_scores([["a"], ["b", "c"]], [["a"], ["b"]]),
+            TypeError,
+            "several labels an example are a matrix of 0",
+        ),
+        (
+            lambda: classification_scores([{"a"}, {"b"}], [{"a"}, {"b"}]),
+            TypeError,
+            "several labels an example are a matrix of 0",
+        ),
+        (lambda: multilabel_scores([[0.2, 0.9]], [[0, 1]]), ValueError, "row 0, column 0 is 0.2.*above a threshold"),
+        (lambda: multilabel_scores([[0, 1]], [[0, -100]]), ValueError, "labels: row 0, column 1 is -100, 0 or 1 is wanted"),
+        (lambda: multilabel_scores([[0, 1]], [[0, 1, 1]]), ValueError, r"\(1, 2\), labels \(1, 3\): \(N, 3\) are wanted"),
+        (lambda: multilabel_scores([[0, 1]], [[0, 1]], classes=["a"]), ValueError, r"\(N, 1\) are wanted"),
+        (lambda: multilabel_scores([0, 1], [0, 1]), ValueError, r"labels have the shape \(2,\): a label matrix is \(N, C\)"),
+        (lambda: multilabel_scores([[0], [0, 1]], [[0], [1]]), ValueError, "predictions are no label matrix"),
+        (lambda: multilabel_scores([], []), ValueError, "labels have the shape"),
+        (lambda: multilabel_scores(np.zeros((0, 2)), np.zeros((0, 2))), ValueError, "no example to score"),
         (lambda: Multilabel(2).statistics([[0, 1]], [[[0, 1]], [[0, 1]]]), ValueError, "2 streams of labels"),
         (lambda: Multilabel(2, "mcc"), ValueError, "value='mcc': one of accuracy"),
         (lambda: Multilabel(2, "f1", "binary"), ValueError, "one of micro, macro, weighted, samples"),
         (lambda: Multilabel(0), ValueError, "there is one at least"),
         (lambda: Multilabel(2, "f1", "samples", math.nan), ValueError, "average='samples' with zero_division=nan"),
-        (lambda: classification([], []), ValueError, "no label to score"),
-        (lambda: classification([0], [0], average="binary"), ValueError, "average='binary': one of micro"),
-        (lambda: classification([0], [0], value="f2"), ValueError, "value='f2': one of accuracy"),
-        (lambda: classification([0], [0], zero_division=0.5), ValueError, r"zero_division=0\.5"),
+        (lambda: classification_scores([], []), ValueError, "no label to score"),
+        (lambda: classification_scores([0], [0], average="binary"), ValueError, "average='binary': one of micro"),
+        (lambda: classification_scores([0], [0], value="f2"), ValueError, "value='f2': one of accuracy"),
+        (lambda: classification_scores([0], [0], zero_division=0.5), ValueError, r"zero_division=0\.5"),
         (lambda: Classification(2).statistics([0], [[0], [0]]), ValueError, "2 streams"),
         (lambda: Classification(()), ValueError, "there is one at least"),
         (lambda: from_confusion(torch.ones(2, 3, dtype=torch.int64)), ValueError, r"\(2, 3\)"),

@@ -13,7 +13,7 @@ from seqeval.metrics.v1 import precision_recall_fscore_support as strict_scores
 from seqeval.scheme import IOB2
 
 from eval import entities as module
-from eval.entities import Entities, entities
+from eval.entities import Entities, entity_scores
 from eval.score import corpus_value
 
 LIBRARY = f"seqeval {version('seqeval')}"
@@ -54,7 +54,7 @@ def error(predicted, true, mode, zero_division=0) -> float:
     errors = []
     for average in ("micro", "macro", "weighted", None):
         theirs = oracle(predicted, true, mode, average, zero_division)
-        score = entities(predicted, true, mode=mode, average=average or "micro", zero_division=zero_division)
+        score = entity_scores(predicted, true, mode=mode, average=average or "micro", zero_division=zero_division)
         if average is None:
             ours = [[kind[name] for kind in score.types.values()] for name in ("precision", "recall", "f1")]
             assert [kind["true"] for kind in score.types.values()] == theirs[3].tolist()
@@ -88,14 +88,14 @@ def test_equals_seqeval_where_something_is_missing(parity, mode, zero_division):
     worst = max(error(*case, mode, zero_division) for case in cases)
     parity(f"entity F1: {mode}, missing sides", LIBRARY, worst, 1e-12, "float64; F1 from counts, not from P and R")
     for average in ("micro", "macro", "weighted"):  # no entity at all: seqeval has no macro average of it
-        score = entities([["O"]], [["O"]], mode=mode, average=average, zero_division=zero_division)
+        score = entity_scores([["O"]], [["O"]], mode=mode, average=average, zero_division=zero_division)
         assert [score.precision, score.recall, score.f1, score.types] == [zero_division] * 3 + [{}]
 
 
 def test_the_report_has_the_same_names():
     predicted, true = corpus(50)
     report = classification_report(true, predicted, output_dict=True)
-    assert list(entities(predicted, true).types) == [name for name in report if not name.endswith(" avg")] == list(TYPES)
+    assert list(entity_scores(predicted, true).types) == [name for name in report if not name.endswith(" avg")] == list(TYPES)
 
 
 def test_the_oracle_catches_mutants(monkeypatch):
@@ -126,46 +126,58 @@ def test_any_split_and_ids_are_one():
             assert whole.dtype == torch.int64 and whole.shape == (300, 1 + 3 * len(TYPES)) and (whole[:, 0] == 1).all()
             parts = [metric.statistics(predicted[cut], [true[cut]]) for cut in (slice(7), slice(7, 8), slice(8, 300))]
             assert torch.equal(torch.cat(parts), whole)
-            value = entities(predicted, true, mode=mode, average=average).value
+            value = entity_scores(predicted, true, mode=mode, average=average).value
             assert metric.score(whole).value == corpus_value(metric, whole.flip(0)) == value
             assert metric.scores(whole.sum(0).expand(2, 1, -1)).flatten().tolist() == [value, value]
     ids = [[[TAGS.index(tag) for tag in sentence] for sentence in side] for side in (predicted, true)]
-    assert entities(*ids, tags=TAGS, mode=mode).parts == entities(predicted, true, mode=mode).parts
+    assert entity_scores(*ids, tags=TAGS, mode=mode).parts == entity_scores(predicted, true, mode=mode).parts
     padded = [torch.full((300, 16), fill) for fill in (3, -100)]
     for side, rows in zip(padded, ids, strict=True):
         for row, sentence in enumerate(rows):
             side[row, : len(sentence)] = torch.tensor(sentence)
-    assert entities(*padded, tags=TAGS, mode=mode).parts == entities(predicted, true, mode=mode).parts
+    assert entity_scores(*padded, tags=TAGS, mode=mode).parts == entity_scores(predicted, true, mode=mode).parts
 
 
 def test_ignored_tokens_are_taken_out_of_both_sides():
     true, predicted = [["B-PER", None, "I-PER", None]], [["B-PER", "O", "I-PER", "B-LOC"]]
-    score = entities(predicted, true)
+    score = entity_scores(predicted, true)
     assert score.value == 1 and (score.correct, score.predicted, score.true) == (1, 1, 1)
     metric = Entities(TAGS, average="macro")
     rows_BK = metric.statistics([["O"], ["B-PER", "B-LOC"], []], [[["O"], ["B-PER", "O"], []]])
     assert metric.examples(rows_BK).tolist() == [1, 2 / 3, 1]  # alike without an entity is right
-    assert entities([], []).value == corpus_value(metric, metric.statistics([], [[]])) == 0
+    assert entity_scores([], []).value == corpus_value(metric, metric.statistics([], [[]])) == 0
 
 
 @pytest.mark.parametrize(
     ("call", "error", "says"),
     [
-        (lambda: entities([["O"]], [["O"], ["O"]]), ValueError, "1 predicted sentences, but 2 true ones"),
-        (lambda: entities([["O"], ["O"]], [["O"], ["O", "O"]]), ValueError, "sentence 1 has 1 predicted tags, but 2 true ones"),
-        (lambda: entities([["E-PER"]], [["O"]]), ValueError, "tag 'E-PER' is none of IOB2"),
-        (lambda: entities([["O-PER"]], [["O"]]), ValueError, "tag 'O-PER' is none of IOB2"),
-        (lambda: entities([["BPER"]], [["O"]]), ValueError, "tag 'BPER' is none of IOB2"),
-        (lambda: entities(["O"], [["O"]]), TypeError, "a string"),
-        (lambda: entities([[0]], [[0]]), TypeError, "hold ids, such as 0"),
-        (lambda: entities(torch.zeros(1, 2).long(), torch.zeros(1, 2).long()), TypeError, "say in `tags`"),
-        (lambda: entities(torch.zeros(1, 2), torch.zeros(1, 2), tags=TAGS), TypeError, "float32"),
-        (lambda: entities([[0.5]], [[0]], tags=TAGS), TypeError, "float64"),
-        (lambda: entities([[0, 9]], [[0, 0]], tags=TAGS), ValueError, "predicted id 9 in sentence 0 is none of the 9 tags"),
-        (lambda: entities([[0], [0]], [[0], [-1]], tags=TAGS), ValueError, "true id -1 in sentence 1 is none of the 9 tags"),
-        (lambda: entities([["B-X"]], [["O"]], tags=TAGS), ValueError, "predicted tag 'B-X' is none of O, B-LOC"),
-        (lambda: entities([["O"]], [["O"]], mode="loose"), ValueError, "mode='loose': one of lenient, strict"),
-        (lambda: entities([["O"]], [["O"]], average="samples"), ValueError, "average='samples'"),
+        (lambda: entity_scores([["O"]], [["O"], ["O"]]), ValueError, "1 predicted sentences, but 2 true ones"),
+        (
+            lambda: entity_scores([["O"], ["O"]], [["O"], ["O", "O"]]),
+            ValueError,
+            "sentence 1 has 1 predicted tags, but 2 true ones",
+        ),
+        (lambda: entity_scores([["E-PER"]], [["O"]]), ValueError, "tag 'E-PER' is none of IOB2"),
+        (lambda: entity_scores([["O-PER"]], [["O"]]), ValueError, "tag 'O-PER' is none of IOB2"),
+        (lambda: entity_scores([["BPER"]], [["O"]]), ValueError, "tag 'BPER' is none of IOB2"),
+        (lambda: entity_scores(["O"], [["O"]]), TypeError, "a string"),
+        (lambda: entity_scores([[0]], [[0]]), TypeError, "hold ids, such as 0"),
+        (lambda: entity_scores(torch.zeros(1, 2).long(), torch.zeros(1, 2).long()), TypeError, "say in `tags`"),
+        (lambda: entity_scores(torch.zeros(1, 2), torch.zeros(1, 2), tags=TAGS), TypeError, "float32"),
+        (lambda: entity_scores([[0.5]], [[0]], tags=TAGS), TypeError, "float64"),
+        (
+            lambda: entity_scores([[0, 9]], [[0, 0]], tags=TAGS),
+            ValueError,
+            "predicted id 9 in sentence 0 is none of the 9 tags",
+        ),
+        (
+            lambda: entity_scores([[0], [0]], [[0], [-1]], tags=TAGS),
+            ValueError,
+            "true id -1 in sentence 1 is none of the 9 tags",
+        ),
+        (lambda: entity_scores([["B-X"]], [["O"]], tags=TAGS), ValueError, "predicted tag 'B-X' is none of O, B-LOC"),
+        (lambda: entity_scores([["O"]], [["O"]], mode="loose"), ValueError, "mode='loose': one of lenient, strict"),
+        (lambda: entity_scores([["O"]], [["O"]], average="samples"), ValueError, "average='samples'"),
         (lambda: Entities(("O", "O")), ValueError, "twice among O, O"),
         (lambda: Entities(TAGS).statistics([["O"]], [[["O"]], [["O"]]]), ValueError, "2 streams"),
     ],

@@ -13,9 +13,9 @@ from data.clm import clm_batch
 from data.packing.blocks import sequential
 from eval import perplexity as module
 from eval import targets
-from eval.bootstrap import bootstrap
-from eval.calibration import calibration
-from eval.perplexity import Perplexity, PseudoPerplexity, perplexity, pseudo_perplexity
+from eval.bootstrap import bootstrap_interval
+from eval.calibration import calibration_error
+from eval.perplexity import Perplexity, PseudoPerplexity, perplexity_score, pseudo_perplexity
 from eval.score import exact_sum
 from tests.conftest import randomized, tiny_config
 from tests.oracle.test_model import published
@@ -75,7 +75,7 @@ def error(ours: float, theirs: float) -> float:
 @pytest.mark.parametrize(("bos", "eos"), [(False, False), (True, False), (False, True), (True, True)])
 def test_one_window_equals_direct_computation(bos, eos, parity):
     told = {"bos_id": BOS if bos else None, "eos_id": EOS if eos else None}
-    score = perplexity(network(), documents(), context=70, **told)
+    score = perplexity_score(network(), documents(), context=70, **told)
     nll = torch.cat([direct(framed(document, bos, eos)) for document in documents()])
     parity("Perplexity: one window", DIRECT, error(score.value, float(nll.mean().exp())), *ROUNDING)
     assert score.targets == len(nll) == sum(max(0, length + bos + eos - 1) for length in LENGTHS)
@@ -87,7 +87,7 @@ def test_strided_windows_equal_a_plain_loop(context, stride, parity):
     """Our window reads `context` tokens and scores the token after each; the loop's has that last target as one token more."""
     found = [window for d in documents() if len(d) > 1 for window in strided(torch.tensor(d), context + 1, stride)]
     total, count, _ = (sum(column) for column in zip(*found, strict=True))
-    score = perplexity(network(), documents(), context=context, stride=stride)
+    score = perplexity_score(network(), documents(), context=context, stride=stride)
     assert count == score.targets == sum(max(0, length - 1) for length in LENGTHS)
     parity("Perplexity: strided windows", "plain loop", error(score.value, math.exp(total / count)), *ROUNDING)
     averaged = math.exp(sum(nll / n for nll, n, _ in found) / len(found))
@@ -111,10 +111,10 @@ def test_a_bos_in_every_window_equals_direct_computation(context, stride, eos, p
             total, count = total + float(read[start][t - start]), count + 1
     for size in (1, 3, None):
         settings = {"context": context, "stride": stride, "bos_id": BOS, "eos_id": EOS if eos else None, "batch_size": size}
-        score = perplexity(network(), given, bos_at="every-window", **settings)
+        score = perplexity_score(network(), given, bos_at="every-window", **settings)
         parity("Perplexity: a bos in every window", DIRECT, error(score.value, math.exp(total / count)), *ROUNDING)
         assert score.targets == count == sum(len(document) + eos for document in given)
-        whole = perplexity(network(), given, **settings)
+        whole = perplexity_score(network(), given, **settings)
         assert whole.targets == count and (error(whole.value, score.value) > 1e-6) == (context < 33)  # else one window
     end = f"|top_k:1,5|bins:15|context:{context}|stride:{stride}"
     assert score.signature == f"per:token|bos:1|eos:{EOS if eos else 'none'}{end}|bos_at:every-window"
@@ -191,7 +191,7 @@ def test_one_document_has_a_row_for_each_window():
     assert exact_sum(windows)[2:7].tolist() == whole[0, 2:7].tolist() == [64, 12 * 9, 8 * 9, 18, 1]
     assert (windows[:, 0] == 1).all() and whole[0, 0] == 1 and windows[:, 6].tolist() == [1] + [0] * 14
     assert metric.score(windows).parts.keys() == metric.score(whole).parts.keys()
-    interval = bootstrap(metric, windows, samples=100)
+    interval = bootstrap_interval(metric, windows, samples=100)
     assert interval.low < metric.score(windows).value < interval.high
     rows = metric.statistics(network(), documents(), unit="window")
     assert torch.equal(rows[:, 6].sum(), torch.tensor(8.0).double()) and len(rows) > 8
@@ -201,13 +201,13 @@ def test_equals_transformers(tmp_path, parity):
     ours, (document,) = network("gpt2"), documents((32,))
     theirs = widen(published(ours, tmp_path))  # else its loss is float32
     ids, library = torch.tensor([document]), f"transformers {transformers.__version__}"
-    score = perplexity(ours, [document], context=32)
+    score = perplexity_score(ours, [document], context=32)
     with torch.no_grad():
         output = theirs(ids, labels=ids)
     nll = torch.nn.functional.cross_entropy(output.logits[0, :-1], ids[0, 1:])
     parity("Perplexity: GPT2LMHeadModel", library, error(score.value, float(nll.exp())), *ROUNDING)
     parity("Perplexity: GPT2LMHeadModel's loss", library, abs(score.loss - float(output.loss)), *ROUNDING)
-    one, other = (perplexity(network, [document], context=20, stride=7) for network in (ours, theirs))
+    one, other = (perplexity_score(network, [document], context=20, stride=7) for network in (ours, theirs))
     parity("Perplexity: their network, our windows", library, error(one.value, other.value), *ROUNDING)
 
 
@@ -218,14 +218,14 @@ def test_equals_validation_in_training(parity):
     batches = [clm_batch(block, BOS, EOS) for block in sequential(stream, len(stream), 1)]
     nats, count = evaluate(Objective(network()), batches)["loss"]
     size = 3 * count
-    score = perplexity(network(), given, context=70, bos_id=BOS, eos_id=EOS, bytes=[3 * len(d) + 3 for d in given])
+    score = perplexity_score(network(), given, context=70, bos_id=BOS, eos_id=EOS, bytes=[3 * len(d) + 3 for d in given])
     assert score.targets == count and score.bytes == size
     parity("Perplexity: validation", "train.evaluate", error(score.value, math.exp(nats / count)), *ROUNDING)
     parity("Perplexity: bits per byte", "train.evaluate", error(score.bits_per_byte, bits_per_byte(nats, size)), *ROUNDING)
     (one,) = documents((50,))
     batches = [clm_batch(block, BOS, EOS) for block in sequential(framed(one, True, True).numpy(), 16, 2)]
     nats, count = evaluate(Objective(network()), batches)["loss"]  # a document longer than the context: stride = context
-    strided = perplexity(network(), [one], context=16, stride=16, bos_id=BOS, eos_id=EOS)
+    strided = perplexity_score(network(), [one], context=16, stride=16, bos_id=BOS, eos_id=EOS)
     assert strided.targets == count
     parity("Perplexity: validation in blocks", "train.evaluate", error(strided.value, math.exp(nats / count)), *ROUNDING)
 
@@ -234,7 +234,7 @@ def test_units_by_hand():
     def halves(input_ids):
         return torch.tensor([0, 0, math.log(2)], dtype=torch.float64).expand(*input_ids.shape, 3)  # ¼, ¼, ½
 
-    score = perplexity(halves, [[0, 1, 2], [], [2]], context=4, bos_id=1, texts=["né 😀\n", "x y", "ab"])
+    score = perplexity_score(halves, [[0, 1, 2], [], [2]], context=4, bos_id=1, texts=["né 😀\n", "x y", "ab"])
     assert score.targets == 4 and score.skipped == 1 and score.documents == 3
     # bits: 2 + 2 + 1 + 1; the empty document's text is not counted
     assert (score.bytes, score.characters, score.words) == (9 + 2, 5 + 2, 2 + 1)
@@ -245,7 +245,7 @@ def test_units_by_hand():
     assert score.accuracy == 0.5 and score.top_k_accuracy == {1: 0.5, 5: 1.0}
     assert score.calibration_error == pytest.approx(0, abs=1e-15)
     assert score.signature == "per:token|bos:1|eos:none|top_k:1,5|bins:15|context:4|stride:2"
-    bare = perplexity(halves, [[0, 1, 2]], context=2, bytes=[7])
+    bare = perplexity_score(halves, [[0, 1, 2]], context=2, bytes=[7])
     assert bare.bits_per_byte == pytest.approx(3 / 7, rel=1e-15) and "words" not in bare.parts
     with pytest.raises(AttributeError, match="no part 'bits_per_word'"):
         _ = bare.bits_per_word
@@ -255,14 +255,14 @@ def test_ranks_and_calibration_equal_a_loop(parity):
     """Logits of few different values: most are ties, of which the lower id is guessed first."""
     for digits in (0, 12):
         table = (2 * torch.randn(VOCAB, VOCAB, dtype=torch.float64)).round(decimals=digits)
-        score = perplexity(lambda ids, table=table: table[ids], documents(), context=9, top_k=(3, 1, 10), bins=7)
+        score = perplexity_score(lambda ids, table=table: table[ids], documents(), context=9, top_k=(3, 1, 10), bins=7)
         pairs = [pair for document in documents() for pair in pairwise(document)]
         order = [sorted(range(VOCAB), key=lambda v, row=row: (-row[v], v)) for row in table.tolist()]
         rank = [order[a].index(b) for a, b in pairs]
         assert score.top_k_accuracy == {k: sum(r < k for r in rank) / len(rank) for k in (3, 1, 10)}
         assert score.accuracy == score.top_k_accuracy[1]
         context, target = map(list, zip(*pairs, strict=True))
-        theirs = calibration(table[context].softmax(-1), target, bins=7)
+        theirs = calibration_error(table[context].softmax(-1), target, bins=7)
         parity("Calibration error: of tokens", "eval.calibration", abs(score.calibration_error - theirs.value), *ROUNDING)
 
 
@@ -270,7 +270,7 @@ def test_a_confidence_at_the_edge_is_of_the_lower_bin():
     """Id 0 is followed by 0 or 1 (½), others by any of three (⅓): both in the first of two bins, 1 right of 5/6 expected."""
     table = torch.zeros(3, 3, dtype=torch.float64)
     table[0, 2] = -math.inf
-    score = perplexity(lambda ids: table[ids], [[0, 0], [1, 2]], context=2, bins=2)
+    score = perplexity_score(lambda ids: table[ids], [[0, 0], [1, 2]], context=2, bins=2)
     assert score.calibration_error == pytest.approx((1 - 5 / 6) / 2, rel=1e-15)
 
 
@@ -306,24 +306,24 @@ def test_batches_stay_under_the_budget(monkeypatch):
         return torch.zeros(*input_ids.shape, VOCAB)
 
     monkeypatch.setattr(targets, "LOGITS", 50 * VOCAB)
-    perplexity(watched, documents(), context=20)
+    perplexity_score(watched, documents(), context=20)
     assert shapes[0] == (1, 1) and max(rows * length for rows, length in shapes) <= 50  # the first asks for the vocabulary
     assert any(rows > 1 for rows, _ in shapes)
 
 
 def test_low_precision_logits_are_widened():
     table = torch.randn(VOCAB, VOCAB).bfloat16()
-    score = perplexity(lambda ids: table[ids], documents(), context=64)
-    wide = perplexity(lambda ids: table.float()[ids], documents(), context=64)
+    score = perplexity_score(lambda ids: table[ids], documents(), context=64)
+    wide = perplexity_score(lambda ids: table.float()[ids], documents(), context=64)
     assert score.parts == wide.parts and score.value == wide.value
-    exact = perplexity(lambda ids: table.double()[ids], documents(), context=64)
+    exact = perplexity_score(lambda ids: table.double()[ids], documents(), context=64)
     assert error(score.value, exact.value) < 1e-6
 
 
 def test_dropout_is_off_and_comes_back():
     dropping = randomized(tiny_config("gpt2", dropout=0.5)).train()
-    score = perplexity(dropping, documents((20,)), context=32)
-    assert dropping.training and score.value == perplexity(dropping.eval(), documents((20,)), context=32).value
+    score = perplexity_score(dropping, documents((20,)), context=32)
+    assert dropping.training and score.value == perplexity_score(dropping.eval(), documents((20,)), context=32).value
     assert not dropping.training
 
 
@@ -364,17 +364,17 @@ def test_logits_that_are_no_numbers_are_named(value, batch_size):
     """In the second window, whose position 8 reads token 14; what is not scored may be anything."""
     given, told = [[3] * 20, [*range(6, 25)]], {"context": 12, "stride": 6, "batch_size": batch_size}
     with pytest.raises(ValueError, match="document 1, token 15: -log p = nan is not finite"):
-        perplexity(broken(value, 8, trigger=23), given, **told)
-    assert perplexity(broken(value, 3, trigger=23), given, **told).value == pytest.approx(VOCAB)
+        perplexity_score(broken(value, 8, trigger=23), given, **told)
+    assert perplexity_score(broken(value, 3, trigger=23), given, **told).value == pytest.approx(VOCAB)
 
 
 def test_a_probability_of_zero():
     impossible = broken(-math.inf, 0)  # of id 0 alone
-    assert perplexity(impossible, [[5, 6]], context=2).value == pytest.approx(VOCAB - 1)
+    assert perplexity_score(impossible, [[5, 6]], context=2).value == pytest.approx(VOCAB - 1)
     with pytest.raises(ValueError, match=r"document 0, token 1: -log p = inf"):
-        perplexity(impossible, [[5, 0]], context=2)
+        perplexity_score(impossible, [[5, 0]], context=2)
     steep = broken(1e30, 0)
-    assert perplexity(steep, [[5, 6]], context=2).value == math.inf
+    assert perplexity_score(steep, [[5, 6]], context=2).value == math.inf
 
 
 GIVEN = [[3, 4, 5], [6, 7]]
@@ -411,22 +411,22 @@ GIVEN = [[3, 4, 5], [6, 7]]
 )
 def test_bad_input(error, message, given, told):
     with pytest.raises(error, match=message):
-        perplexity(network(), given, **({"context": 8} | told))
+        perplexity_score(network(), given, **({"context": 8} | told))
 
 
 def test_networks_of_another_kind():
     with pytest.raises(ValueError, match="perplexity is of a network of architecture 'decoder', this is 'encoder'"):
-        perplexity(network("bert"), GIVEN, context=8)
+        perplexity_score(network("bert"), GIVEN, context=8)
     with pytest.raises(ValueError, match="pseudo-perplexity is of a network of architecture 'encoder', this is 'decoder'"):
         pseudo_perplexity(network(), GIVEN, mask_id=4)
     with pytest.raises(ValueError, match="mask_id=99 is outside"):
         PseudoPerplexity(mask_id=99).statistics(network("bert"), GIVEN)
     with pytest.raises(ValueError, match=r"logits of shape \(1, 61\) for ids of shape \(1, 1\)"):
-        perplexity(lambda ids: torch.zeros(len(ids), VOCAB), GIVEN, context=8)
+        perplexity_score(lambda ids: torch.zeros(len(ids), VOCAB), GIVEN, context=8)
 
 
 def test_ids_of_any_kind():
-    one = perplexity(network(), GIVEN, context=8)
+    one = perplexity_score(network(), GIVEN, context=8)
     kinds = (torch.tensor, np.array, lambda d: np.array(d, np.uint16), tuple, lambda d: torch.tensor(d, dtype=torch.int32))
     for kind in kinds:
-        assert perplexity(network(), map(kind, GIVEN), context=8).value == one.value
+        assert perplexity_score(network(), map(kind, GIVEN), context=8).value == one.value

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import model.hub
 from data.clm import IGNORE
-from eval.perplexity import perplexity
+from eval.perplexity import perplexity_score
 from lora.config import AdapterError, LoraConfig
 from lora.inject import add_adapters, merge, remove, unmerge
 from lora.merge_folder import merge_folder
@@ -154,7 +154,7 @@ def test_perplexity(case, parity, label):
     document = torch.randint(3, 61, (20,)).tolist()
     ids = torch.tensor([document])
     direct = F.cross_entropy(case.theirs(ids[:, :-1]).logits[0], ids[0, 1:]).exp()  # LLM.int8() looks at all rows together
-    found = perplexity(case.ours, [document], context=32).value
+    found = perplexity_score(case.ours, [document], context=32).value
     parity(f"quantized heads: {label}, perplexity", case.library, abs(found / direct - 1), *ROUNDING)
 
 

@@ -17,7 +17,7 @@ from sacrebleu.metrics.bleu import _get_tokenizer
 
 from eval import lcs
 from eval.lcs import weighted_lcs_reference
-from eval.rouge import KINDS, Rouge, aggregate, rouge, rouge_statistics, summary_reference
+from eval.rouge import KINDS, Rouge, aggregate, rouge_scores, rouge_statistics, summary_reference
 from eval.score import corpus_value
 from eval.tokenize import TOKENIZERS
 from tests.pairs import unicode_pairs, word_pairs
@@ -108,12 +108,13 @@ def test_other_words_equal_rouge_score_with_that_tokenizer(how, parity):
 def test_unicode_words_of_ascii_are_rouge_scores():
     hypotheses, references = word_pairs(200)
     for stemmer in (False, True):
-        ours, usual = (rouge(hypotheses, references, stemmer=stemmer, tokenize=how) for how in ("unicode", "rouge-score"))
+        words = ("unicode", "rouge-score")
+        ours, usual = (rouge_scores(hypotheses, references, stemmer=stemmer, tokenize=how) for how in words)
         assert {kind: score.parts for kind, score in ours.items()} == {kind: score.parts for kind, score in usual.items()}
     assert "|stemmer:yes|tok:unicode|" in ours["rouge1"].signature
-    assert rouge(["naïve idée"], ["naïve idée"], kinds="rouge1")["rouge1"].value == 1
-    assert rouge(["naïve"], ["navel ve"], kinds="rouge1")["rouge1"].value == 0.5  # "na", "ve"
-    assert rouge(["naïve"], ["navel ve"], kinds="rouge1", tokenize="unicode")["rouge1"].value == 0
+    assert rouge_scores(["naïve idée"], ["naïve idée"], kinds="rouge1")["rouge1"].value == 1
+    assert rouge_scores(["naïve"], ["navel ve"], kinds="rouge1")["rouge1"].value == 0.5  # "na", "ve"
+    assert rouge_scores(["naïve"], ["navel ve"], kinds="rouge1", tokenize="unicode")["rouge1"].value == 0
 
 
 def test_several_references(parity):
@@ -149,7 +150,7 @@ PUBLISHED = [  # kind, reference, hypothesis, precision, recall, F: the unit tes
 
 @pytest.mark.parametrize("kind, reference, hypothesis, precision, recall, fmeasure", PUBLISHED)
 def test_published_values(kind, reference, hypothesis, precision, recall, fmeasure):
-    score = rouge([hypothesis], [reference], kinds=[kind])[kind]
+    score = rouge_scores([hypothesis], [reference], kinds=[kind])[kind]
     assert (score.precision, score.recall, score.fmeasure) == pytest.approx((precision, recall, fmeasure), abs=1e-15)
     assert score.value == score.fmeasure
 
@@ -157,7 +158,7 @@ def test_published_values(kind, reference, hypothesis, precision, recall, fmeasu
 def test_words_of_three_characters_are_no_stems():
     hypothesis, reference = "was bus gas cats runs", "wa bu ga cat run"
     theirs = RougeScorer(["rouge1"], use_stemmer=True).score(reference, hypothesis)["rouge1"]
-    assert rouge([hypothesis], [reference], kinds="rouge1", stemmer=True)["rouge1"].value == theirs.fmeasure
+    assert rouge_scores([hypothesis], [reference], kinds="rouge1", stemmer=True)["rouge1"].value == theirs.fmeasure
     assert theirs.precision == 2 / 5
 
 
@@ -166,7 +167,7 @@ def test_a_text_shorter_than_an_ngram_has_none():
 
 
 def test_published_choice_of_reference():
-    scores = rouge(["text first"], [["first text"], ["first something"]])
+    scores = rouge_scores(["text first"], [["first text"], ["first something"]])
     assert [scores[kind].value for kind in ("rouge1", "rouge2", "rougeL")] == [1.0, 0.0, 0.5]
 
 
@@ -231,8 +232,8 @@ def test_a_summary_equals_the_plain_twin(monkeypatch):
 
 def test_other_scripts_have_no_words():
     text = "\u732b\u304c\u3044\u308b \u0642\u0637\u0629"
-    assert rouge([text], [text])["rouge1"].value == RougeScorer(["rouge1"]).score(text, text)["rouge1"].fmeasure == 0
-    assert rouge([list(text)], [[list(text)]], tokenize="ids")["rouge1"].value == 1
+    assert rouge_scores([text], [text])["rouge1"].value == RougeScorer(["rouge1"]).score(text, text)["rouge1"].fmeasure == 0
+    assert rouge_scores([list(text)], [[list(text)]], tokenize="ids")["rouge1"].value == 1
 
 
 def test_any_split_of_a_corpus_scores_the_same():
@@ -262,7 +263,7 @@ def test_several_kinds_are_each_alone():
     for kind in ("rouge2", "rougeL", "rougeLsum", "rougeW"):
         score = corpus_value(Rouge(kind), Rouge(kind).statistics(plain[0], [plain[1]]))
         for hypothesis, reference in (words, ids):
-            assert rouge(hypothesis, [reference], kinds=kind, tokenize="ids")[kind].value == score
+            assert rouge_scores(hypothesis, [reference], kinds=kind, tokenize="ids")[kind].value == score
 
 
 @pytest.mark.parametrize("samples, confidence", [(1000, 0.95), (37, 0.5)])
@@ -285,10 +286,10 @@ def test_intervals_equal_the_aggregator(samples, confidence, parity, monkeypatch
 
 
 def test_signature_says_every_setting():
-    score = rouge(["a", "b"], [["a", "b"], ["a", None]], kinds=["rougeW", "rouge2"], stemmer=True, weight=1.5)
+    score = rouge_scores(["a", "b"], [["a", "b"], ["a", None]], kinds=["rougeW", "rouge2"], stemmer=True, weight=1.5)
     end = f"beta:1|weight:1.5|version:{version('rouge_score')}"
     assert score["rougeW"].signature == f"nrefs:var|kind:rougeW|stemmer:yes|tok:rouge-score|{end}"
-    assert str(rouge(["a"], ["a b"], kinds="rouge1")["rouge1"]) == (
+    assert str(rouge_scores(["a"], ["a b"], kinds="rouge1")["rouge1"]) == (
         "ROUGE-1 = 0.6667 nrefs:1|kind:rouge1|stemmer:no|tok:rouge-score|beta:1|version:0.1.2"
     )
     rows = Rouge("rougeL", tokenize="ids").statistics([[1]], [[[1]]])
@@ -299,21 +300,21 @@ def test_signature_says_every_setting():
     "call, error, words",
     [
         (lambda: Rouge("rouge0"), ValueError, "'rouge0': one of rouge1, rouge2"),
-        (lambda: rouge(["a"], ["a"], kinds=["rouge10"]), ValueError, "rougeW"),
+        (lambda: rouge_scores(["a"], ["a"], kinds=["rouge10"]), ValueError, "rougeW"),
         (lambda: Rouge("rougeL", tokenize="14"), ValueError, "'14': one of rouge-score, unicode, 13a"),
         (lambda: Rouge("rougeL", weight=1.2), ValueError, "weight=1.2"),
         (lambda: Rouge("rougeW", weight=0.5), ValueError, "weight=0.5"),
         (lambda: Rouge("rougeW", weight=float("nan")), ValueError, "weight=nan"),
         (lambda: Rouge(stemmer=True, tokenize="ids"), ValueError, "ids are taken as they are"),
-        (lambda: rouge(["a", "b"], ["a"]), ValueError, "2 hypotheses, but 1 references"),
-        (lambda: rouge(["a", "b"], [["a", "b"], ["a"]]), ValueError, "2 hypotheses, but 1 references of stream 1"),
-        (lambda: rouge(["a", "b"], ["a", None]), ValueError, "example 1 has no reference"),
-        (lambda: rouge(["a", None], ["a", "b"]), TypeError, "hypothesis 1 is None"),
-        (lambda: rouge("a", ["a"]), TypeError, "got one string"),
-        (lambda: rouge(["a"], ["a", ["b"]]), TypeError, "a string among them"),
-        (lambda: rouge([["a"]], ["a"]), TypeError, "tokenize is 'ids'"),
-        (lambda: rouge([b"a"], ["a"]), TypeError, "is no text"),
-        (lambda: rouge(["a"], [[[1]]], tokenize="ids"), TypeError, "tokenize is 'rouge-score'"),
+        (lambda: rouge_scores(["a", "b"], ["a"]), ValueError, "2 hypotheses, but 1 references"),
+        (lambda: rouge_scores(["a", "b"], [["a", "b"], ["a"]]), ValueError, "2 hypotheses, but 1 references of stream 1"),
+        (lambda: rouge_scores(["a", "b"], ["a", None]), ValueError, "example 1 has no reference"),
+        (lambda: rouge_scores(["a", None], ["a", "b"]), TypeError, "hypothesis 1 is None"),
+        (lambda: rouge_scores("a", ["a"]), TypeError, "got one string"),
+        (lambda: rouge_scores(["a"], ["a", ["b"]]), TypeError, "a string among them"),
+        (lambda: rouge_scores([["a"]], ["a"]), TypeError, "tokenize is 'ids'"),
+        (lambda: rouge_scores([b"a"], ["a"]), TypeError, "is no text"),
+        (lambda: rouge_scores(["a"], [[[1]]], tokenize="ids"), TypeError, "tokenize is 'rouge-score'"),
         (lambda: aggregate(Rouge(), torch.zeros(0, 4)), ValueError, "no example"),
         (lambda: aggregate(Rouge(), torch.zeros(2, 11)), ValueError, "no statistics of ROUGE: 4 columns wanted, got 11"),
         (lambda: aggregate(Rouge(), torch.zeros(2, 4), samples=0), ValueError, "samples=0"),
@@ -327,18 +328,18 @@ def test_bad_input_is_named(call, error, words):
 
 def test_no_example_scores_nothing():
     for references in ([], [[]]):
-        scores = rouge([], references, kinds=KINDS)
+        scores = rouge_scores([], references, kinds=KINDS)
         assert {score.value for score in scores.values()} == {0.0}
     assert not RougeScorer(["rouge1"]).score("\ud800", "\ud800")["rouge1"].fmeasure
-    assert rouge(["\ud800 a"], ["\udfff a"])["rouge1"].value == 1.0  # half a surrogate pair is a blank
+    assert rouge_scores(["\ud800 a"], ["\udfff a"])["rouge1"].value == 1.0  # half a surrogate pair is a blank
 
 
 def test_long_texts_score_the_same_alone(monkeypatch):
     hypotheses, references = (of_lines([" ".join(texts)], 1) * 2 for texts in word_pairs(6))
-    usual = rouge(hypotheses, references, kinds=KINDS)
+    usual = rouge_scores(hypotheses, references, kinds=KINDS)
     monkeypatch.setattr(lcs, "LARGEST", 0)
     monkeypatch.setattr("eval.rouge.SENTENCE_PAIRS", 7)
-    assert rouge(hypotheses, references, kinds=KINDS) == usual
+    assert rouge_scores(hypotheses, references, kinds=KINDS) == usual
     assert usual["rougeLsum"].value == RougeScorer(["rougeLsum"]).score(references[0], hypotheses[0])["rougeLsum"].fmeasure
 
 
@@ -351,7 +352,7 @@ reference = (" ".join(words) + " x" * 500_000)[:1_000_000]
 words = reference.split()
 kept = [word for word in words if draw.random() < 0.7]  # a part of it in order: all of it is the longest common subsequence
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-scores = rouge([" ".join(kept)], [reference], kinds=("rouge1", "rouge2", "rougeL", "rougeLsum"))
+scores = rouge_scores([" ".join(kept)], [reference], kinds=("rouge1", "rouge2", "rougeL", "rougeLsum"))
 for kind in ("rouge1", "rougeL", "rougeLsum"):
     assert scores[kind].precision == 1 and scores[kind].recall == len(kept) / len(words), scores
 assert 0 < scores["rouge2"].precision < 1

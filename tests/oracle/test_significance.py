@@ -13,7 +13,7 @@ from eval import bootstrap as resampling
 from eval import significance
 from eval.answers import Answers
 from eval.bleu import Bleu
-from eval.bootstrap import bootstrap, confidence_interval, drawn, interval, wilson
+from eval.bootstrap import bootstrap_interval, confidence_interval, drawn, interval, wilson
 from eval.chrf import Chrf
 from eval.classification import Classification
 from eval.multilabel import Multilabel
@@ -113,7 +113,7 @@ def test_the_bootstrap_is_sacrebleus(name, count, parity):
     baseline, _, references = systems(name, count, better=0.3, seed=count)
     (statistics,) = statistics_of(name, baseline, references)
     theirs = oracle._extract_corpus_statistics(baseline, [references])
-    ours = bootstrap(metric, statistics, samples=400)
+    ours = bootstrap_interval(metric, statistics, samples=400)
 
     index = np.random.default_rng(12345).choice(count, size=(400, count), replace=True)
     sums = [np.array(theirs, "float32")[row].sum(0) for row in index]
@@ -154,7 +154,7 @@ def test_p_values_are_sacrebleus(test, name, parity, monkeypatch):
         if name != "mean":
             assert metric.signature(statistics[0], **ours.resampled) == signature.format()
         if test == "bs":
-            near = bootstrap(metric, statistics[1], samples=200, seed=seed)
+            near = bootstrap_interval(metric, statistics[1], samples=200, seed=seed)
             assert max(abs(near.mean - second.mean), abs(near.half_width - second.ci)) <= 1e-4  # float32 of sacrebleu
         seen.add(ours.p_value)
     assert any(0.02 < p < 1 for p in seen), seen
@@ -216,7 +216,7 @@ def samples_of(count: int, mean: float, deviation: float, seed: int) -> tuple[to
 
 
 def test_an_interval_holds_the_mean_as_often_as_it_says():
-    found = [bootstrap(Mean(), samples_of(60, 0.3, 1.0, seed)[1], samples=200, seed=seed) for seed in range(300)]
+    found = [bootstrap_interval(Mean(), samples_of(60, 0.3, 1.0, seed)[1], samples=200, seed=seed) for seed in range(300)]
     held = np.mean([near.low <= 0.8 <= near.high for near in found])  # 0.5 of a uniform baseline, and 0.3
     # 60 examples: a percentile interval is a little narrow, and holds it in about 94 %.
     assert abs(held - 0.94) <= 3 * math.sqrt(0.94 * 0.06 / 300), held
@@ -268,7 +268,7 @@ def test_the_interval_of_a_difference_is_of_paired_draws():
     assert one.interval.low < one.difference < one.interval.high and abs(one.difference - 0.1) < 0.01
     back = paired_bootstrap(Mean(), *statistics[::-1])
     assert abs(back.interval.low + one.interval.high) <= 1e-12 and back.p_value == one.p_value
-    assert one.interval.half_width < bootstrap(Mean(), statistics[0]).half_width / 5
+    assert one.interval.half_width < bootstrap_interval(Mean(), statistics[0]).half_width / 5
 
 
 def test_the_smallest_p_is_that_of_all_outcomes():
@@ -343,11 +343,12 @@ def test_intervals_without_width():
         assert (near.low / 100, near.high / 100) == pytest.approx(ends, abs=1e-7)
         assert (near.kind, near.samples, near.mean) == ("wilson", 0, exact.score(rows).value)
         with pytest.warns(UserWarning, match="^the bootstrap's interval has no width.*confidence_interval"):
-            assert not bootstrap(exact, rows).has_width
+            assert not bootstrap_interval(exact, rows).has_width
         assert confidence_interval(f1, f1.statistics([texts] * 20, [["yes"] * 20])) is None
         assert confidence_interval(exact, rows[:1]) is None
     some = exact.statistics(["yes", "no"] * 10, [["yes"] * 20])
-    assert confidence_interval(exact, some) == bootstrap(exact, some) and confidence_interval(exact, some).kind == "bootstrap"
+    assert confidence_interval(exact, some) == bootstrap_interval(exact, some)
+    assert confidence_interval(exact, some).kind == "bootstrap"
     assert confidence_interval(Bleu(), Bleu().statistics(["a b c d e"] * 9, [["a b c d e"] * 9])) is None
     right = Classification(2)
     rows = right.statistics([0, 1] * 15, [[0, 1] * 14 + [-100] * 2])
@@ -377,11 +378,11 @@ def test_bad_settings_are_refused():
     statistics = samples_of(3, 0.1, 1, seed=0)
     for confidence in (0, 1, 95, math.nan):
         with pytest.raises(ValueError, match=f"confidence={confidence}"):
-            bootstrap(Mean(), statistics[0], confidence=confidence)
+            bootstrap_interval(Mean(), statistics[0], confidence=confidence)
     for settings in ({"level": 0}, {"level": 1}, {"power": 0}, {"power": 1.0}):
         with pytest.raises(ValueError, match="between 0 and 1"):
             examples_needed(Mean(), *statistics, **settings)
     with pytest.raises(ValueError, match="no example"):
-        bootstrap(Bleu(), torch.zeros(0, 11))
+        bootstrap_interval(Bleu(), torch.zeros(0, 11))
     with pytest.raises(ValueError, match="samples=0"):
-        bootstrap(Mean(), statistics[0], samples=0)
+        bootstrap_interval(Mean(), statistics[0], samples=0)

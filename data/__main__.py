@@ -7,7 +7,7 @@ from typing import ClassVar
 import tyro
 
 from data.config import BUILT_IN, DataConfig, DataError
-from data.find import may_hold_records
+from data.sources.find import may_hold_records
 from data.words import counted
 from train.command_line import Needs, refuse_idle, refuse_unreadable, run_command
 
@@ -28,7 +28,7 @@ class Prepare(DataConfig):
 
 
 def prepare(config: DataConfig) -> None:
-    from data import shards  # here: --help must not wait for numpy
+    from data.sources import shards  # here: --help must not wait for numpy
 
     made = shards.prepare(config, say=print, progress=sys.stderr.isatty())
     report = made.report

@@ -3,15 +3,15 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from data.find import shortened
+from data.sources.find import shortened
 from data.words import counted
 
 if TYPE_CHECKING:
-    from data.tokenizer import Tokenizer
+    from data.tokenizer.base import Tokenizer
 
 
 def reading_notes(report: Mapping[str, Any]) -> list[str]:
-    """Lines about documents that were left out or mended. `report`: the fields of `data.files.ReadReport`."""
+    """Lines about documents that were left out or mended. `report`: the fields of `data.sources.files.ReadReport`."""
     lines = []
     for names, what in ((report["skipped"], "left out"), (report["replaced"], "mended with U+FFFD")):
         if names:

@@ -9,8 +9,8 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from data.shards import Split
-    from data.tokenizer import Tokenizer
+    from data.sources.shards import Split
+    from data.tokenizer.base import Tokenizer
 
 AT_ONCE = 1 << 24  # ids: a memory-mapped split need not fit in memory
 

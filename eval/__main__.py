@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from numpy import ndarray
     from torch import Tensor
 
-    from data.tokenizer import Tokenizer
+    from data.tokenizer.base import Tokenizer
+    from eval.commands.scoring import Document
     from eval.commands.texts import Batch
     from eval.notes import Notes
     from eval.report import Difference, Result
     from eval.score import Metric
-    from train.scoring import Document
 
 LEAST = 40  # samples
 Texts = Sequence[str]
@@ -103,7 +103,7 @@ def meteor(options: asked.Meteor) -> Scorer:
 
 def bertscore(options: asked.BertScore) -> Scorer:
     from eval.bertscore import BertScore
-    from train.scoring import open_folder
+    from eval.commands.scoring import open_folder
 
     opened = open_folder(options.model, device=options.device, threads=options.threads)
     given = {"layer": options.layer, "idf": options.idf, "baseline": options.baseline, "progress": sys.stderr.isatty()}
@@ -255,9 +255,9 @@ def furthest(differences: "list[Difference]", most: int) -> "list[Difference]":
 
 
 def score_model(options: asked.Perplexity) -> None:
+    from eval.commands.scoring import Met, documents, held_out, language_model, open_folder
     from eval.perplexity import Perplexity, PseudoPerplexity
     from eval.report import alone
-    from train.scoring import Met, documents, held_out, language_model, open_folder
 
     opened = open_folder(options.model, device=options.device, threads=options.threads)
     masked, held, has = language_model(opened) == "mlm", not options.corpus, opened.network.config.context
@@ -357,7 +357,7 @@ def failures() -> tuple[type[Exception], ...]:
         return EvalError, ValueError, OSError
     from safetensors import SafetensorError
 
-    from train.checkpoint import CheckpointError
+    from train.runs.checkpoint import CheckpointError
 
     return EvalError, ValueError, OSError, SafetensorError, CheckpointError
 

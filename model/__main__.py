@@ -42,8 +42,8 @@ def failures() -> tuple[type[Exception], ...]:
     from data.config import DataError
     from lora.config import AdapterError
     from model.hub import HubError
-    from train.checkpoint import CheckpointError
     from train.config import TrainError
+    from train.runs.checkpoint import CheckpointError
 
     return ConfigError, DataError, AdapterError, HubError, CheckpointError, TrainError, OSError
 

@@ -329,7 +329,7 @@ class Recorder:
         self.add("logits", kept=logits + rows * INDEX, workspace=logits, moving=2 * logits)
 
     def chunked(self, weight: Parameter, rows: int, sizes: dict[str, int]) -> None:
-        """The loss of `train.loss.chunked`, which makes gradients in its forward: float32, of hidden states and matrix.
+        """The loss of `train.losses.chunked`, which makes gradients in its forward: float32, of hidden states and matrix.
 
         Beside them a chunk's logits and, from 16 bits, their float32 copy, the matrix' copy, and a part of its gradient.
         """

@@ -1,6 +1,6 @@
 """Folders in the Hugging Face layout, in and out: `config.json` and `model.safetensors` (or shards with an index).
 
-The network only; a tokenizer's files belong to `data.tokenizer`. Nothing here reads or writes pickle.
+The network only; a tokenizer's files belong to `data.tokenizer.base`. Nothing here reads or writes pickle.
 """
 
 import json

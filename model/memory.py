@@ -19,8 +19,8 @@ PIECE_BYTES = 29  # a number of the piece that is updated at one time: both mome
 # NF4 in blocks of 64 whose scales are 8-bit in blocks of 256 (Dettmers et al. 2023, arXiv 2305.14314, section 3).
 BITS = 4 + 8 / 64 + 32 / (64 * 256)
 ROUNDING = 10  # bytes a number of a weight that is rounded at random: the random bits, and tests for inf and NaN
-WIDENED_ELEMENTS = 1 << 24  # as in train.named_optimizer: of 16-bit weights that are float32 at one time
-BATCH_ELEMENTS = 1 << 27  # as in train.muon: matrices of one shape are orthogonalised together, so many numbers at a time
+WIDENED_ELEMENTS = 1 << 24  # as in train.optimizers.named_optimizer: of 16-bit weights that are float32 at one time
+BATCH_ELEMENTS = 1 << 27  # as in train.optimizers.muon: numbers that are orthogonalised together
 
 
 @dataclass(frozen=True)

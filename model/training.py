@@ -8,7 +8,7 @@ from model.config import ConfigError
 USUAL_CONTEXT = 2048  # tokens of a text in training, where a network reads more
 WIDE = 4  # bytes of a float32 number
 HALF = 2  # of a 16-bit one
-# As in train.loss.chunked: what float32 logits of one chunk of rows take, but never fewer rows.
+# As in train.losses.chunked: what float32 logits of one chunk of rows take, but never fewer rows.
 CHUNK_BYTES, CHUNK_ROWS = 2**25, {"cpu": 512, "cuda": 1024}
 
 

@@ -46,13 +46,13 @@ def quantize(options: Options, scheme: str) -> None:
     import torch
 
     import model.hub
+    from eval.commands import held_out
     from lora.merge_folder import give_back_freed_memory
     from model.account import columns
     from model.commands.try_it import try_it
     from model.folders import copy_beside, written_whole
     from quant.report import account, amount, described, normal_error, score_line, score_table, table, together
-    from train import held_out
-    from train.checkpoint import resolve
+    from train.runs.checkpoint import resolve
     from train.setup import checked_device
 
     give_back_freed_memory()
@@ -170,7 +170,7 @@ def observed(
     from model.hub import load
     from quant.calibrate import observe
     from quant.int8 import Grid
-    from train.loss.cross_entropy import linear_cross_entropy
+    from train.losses.cross_entropy import linear_cross_entropy
 
     try:
         text = text_of(options, config, folder, options.calibrate or options.corpus, scored=False)
@@ -223,7 +223,7 @@ def text_of(
     options: Options, config: "ModelConfig", folder: Path, corpus: tuple[str, ...], *, scored: bool = True
 ) -> "Task | str":
     """Of text that is not scored the windows do not depend on how much would be."""
-    from train.held_out import open_text
+    from eval.commands.held_out import open_text
 
     tokens = options.eval_tokens if scored else Options.eval_tokens
     reading = {"text_key": options.text_key, "on_bad_text": options.on_bad_text}
@@ -260,8 +260,8 @@ def failures() -> tuple[type[Exception], ...]:
     from data.config import DataError
     from model.config import ConfigError
     from model.hub import HubError
-    from train.checkpoint import CheckpointError
     from train.config import TrainError
+    from train.runs.checkpoint import CheckpointError
 
     return QuantError, DataError, ConfigError, HubError, CheckpointError, TrainError, SafetensorError, OSError
 

@@ -19,9 +19,9 @@ import pytest
 import torch
 
 import train.__main__
-from train.checkpoint import checkpoints, step_of
-from train.curves import diagnose
-from train.log import Metrics, read_metrics
+from train.reports.curves import diagnose
+from train.reports.log import Metrics, read_metrics
+from train.runs.checkpoint import checkpoints, step_of
 
 ROOT = Path(__file__).parents[1]
 WORDS = (
@@ -100,8 +100,8 @@ def torch_as_it_was() -> Iterator[None]:
 def command(*options: object, main: Callable[[list[str]], int] = train.__main__.main) -> Said:
     """`python -m train …` in this process, without drawing and measuring the machine: these take as long as the steps."""
     out, err = io.StringIO(), io.StringIO()
-    undrawn = patch("train.report.plot", lambda rows, *_, **__: diagnose(rows))
-    unmeasured = patch("train.report.matmul_rate", lambda *_: 1e11)
+    undrawn = patch("train.reports.summary.plot", lambda rows, *_, **__: diagnose(rows))
+    unmeasured = patch("train.reports.summary.matmul_rate", lambda *_: 1e11)
     with torch_as_it_was(), redirect_stdout(out), redirect_stderr(err), undrawn, unmeasured:
         try:
             code = main([str(option) for option in options])

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from data.config import DataConfig
-from data.corpus import read_corpus
-from data.shards import prepare
+from data.corpus.ingest import read_corpus
+from data.sources.shards import prepare
 
 WORDS = [
     f"{a}{b}" for a in ("ta", "ri", "mo", "ke", "su", "lan", "por", "vi") for b in ("n", "ro", "le", "st", "mi", "d")

@@ -17,9 +17,9 @@ from model.config import ConfigError, ModelConfig
 from quant.config import QuantError
 from train.command_line import FAILED, STOPPED, given_options, notes, refuse_idle, refuse_unreadable, spelled
 from train.config import RunConfig, TrainConfig, TrainError, mesh_sizes
+from train.config_toml import from_plain, objective_in
 from train.needs import NEEDS
 from train.overrides import OVERRIDES, overrides
-from train.plain import from_plain, objective_in
 from train.registry import config_type, load, name_of, summaries
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -88,8 +88,8 @@ def main(arguments: list[str]) -> int:
 
     try:
         from model.hub import HubError
-        from train.checkpoint import CheckpointError
-        from train.distributed import OtherRankError
+        from train.parallel.ranks import OtherRankError
+        from train.runs.checkpoint import CheckpointError
         from train.start import resume, start
     except KeyboardInterrupt:
         return STOPPED
@@ -111,7 +111,7 @@ def main(arguments: list[str]) -> int:
 
 def way_on(out: Path | None) -> str:
     """How to go on with a run that ended before anybody could be told more."""
-    from train.checkpoint import checkpoints
+    from train.runs.checkpoint import checkpoints
 
     if out is None:
         return "--resume RUN goes on from its last checkpoint, or from step 0 where it has none"

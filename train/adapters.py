@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from data.tokenizer import Tokenizer
+from data.tokenizer.base import Tokenizer
 from lora.config import AdapterError, LoraConfig
 from lora.inject import add_adapters, parts
 from lora.layer import Place, Whole

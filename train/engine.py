@@ -19,14 +19,14 @@ from model.safetensors_file import WeightFile, save_file
 from quant.qat import converted
 from train import qat
 from train.adapters import kept
-from train.checkpoint import CheckpointError
-from train.distributed import Mesh, Ranks, unwrapped
-from train.ema import EMA
-from train.named_optimizer import Optimizers
-from train.precision import GradScaler
+from train.optimizers.ema import EMA
+from train.optimizers.named_optimizer import Optimizers
+from train.optimizers.precision import GradScaler
+from train.parallel.ranks import Mesh, Ranks, unwrapped
+from train.parallel.shard import copy_, local
 from train.qat import Observers
-from train.shard import copy_, local
-from train.sharded_checkpoint import INDEX, Parts, part_like, read_tensor, write_part
+from train.runs.checkpoint import CheckpointError
+from train.runs.sharded import INDEX, Parts, part_like, read_tensor, write_part
 from train.step import StepResult, train_step
 
 # In a checkpoint that is not in parts, beside the files of `model.hub`; the second only where there are averages, the last
@@ -37,7 +37,7 @@ FILES = {"optimizer": "optimizer.safetensors", "averages": "averages.safetensors
 
 
 class Engine:
-    """A step trains `objective` (as `train.distributed.spread` made it) and is a function of the state and the batch.
+    """A step trains `objective` (as `train.parallel.ranks.spread` made it) and is a function of the state and the batch.
 
     factor(update) is the schedule. Dropout's noise is a function of (seed, step, rank), and rounding's of (seed, step), so
     that no random state has to be kept. A step that is skipped, as its loss or gradients are not numbers, moves neither

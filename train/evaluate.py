@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from eval.baseline import kneser_ney_bits, unigram_bits
-from train.distributed import Ranks
 from train.objective import Objective
+from train.parallel.ranks import Ranks
 
 
 class Baselines(NamedTuple):

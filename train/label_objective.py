@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data.clm import IGNORE
+from data.transforms.causal import IGNORE
 from eval.classification import confusion_matrix
 from eval.multilabel import Multilabel
 from train.objective import Metric, Objective, Result, Term
@@ -18,7 +18,7 @@ def class_loss(
     """Σ over labelled texts of -w_y log p_y, where p = softmax(logits): torch's CrossEntropyLoss(weight, reduction="sum").
 
     A step divides it by the number of labelled texts. (torch's "mean" divides by the sum of their weights, so that what one
-    text weighs would depend on the others of its batch.) smoothing and z_loss: as `train.loss.cross_entropy` has them; with
+    text weighs would depend on the others of its batch.) smoothing and z_loss: as `train.losses.cross_entropy` has them; with
     weights, smoothing as torch has it.
     """
     total = F.cross_entropy(logits_BC, labels_B, weight_C, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)

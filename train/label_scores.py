@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.clm import IGNORE
+from data.transforms.causal import IGNORE
 from eval.classification import from_confusion
 from eval.multilabel import Multilabel
 from train.label_objective import whole_text

@@ -17,7 +17,17 @@ from data.words import counted
 from model.folders import EXTRAS, copy_beside
 from quant.qat import converted
 from train.allocator import keep_freed_memory
-from train.checkpoint import (
+from train.config import TrainConfig, TrainError, mesh_sizes
+from train.evaluate import evaluate
+from train.interrupt import StopRequest
+from train.objective import ids_of
+from train.parallel.ranks import Ranks, gathered, lost, share, unwrapped
+from train.registry import load
+from train.reports.log import Console, Metrics, cut_back
+from train.reports.phases import Phases
+from train.reports.step_profiler import Watch
+from train.reports.summary import Session, comparable, conclude, introduction, out_of_memory
+from train.runs.checkpoint import (
     STATE_FORMAT,
     CheckpointError,
     latest_whole,
@@ -29,15 +39,6 @@ from train.checkpoint import (
     write_checkpoint,
     write_settings,
 )
-from train.config import TrainConfig, TrainError, mesh_sizes
-from train.distributed import Ranks, gathered, lost, share, unwrapped
-from train.evaluate import evaluate
-from train.interrupt import StopRequest
-from train.log import Console, Metrics, cut_back
-from train.objective import ids_of
-from train.phases import Phases
-from train.registry import load
-from train.report import Session, comparable, conclude, introduction, out_of_memory
 from train.setup import (
     open_data,
     open_engine,
@@ -48,7 +49,6 @@ from train.setup import (
     resolve_steps,
 )
 from train.step import StepResult
-from train.watch import Watch
 
 ADVANCES = ("tokens", "best", "bad_evaluations")  # beside what the engine holds
 MOST_SKIPPED = 30  # in a row: what never succeeds is not a bad batch

@@ -3,7 +3,7 @@
 import os
 
 from data.config import BUILT_IN
-from data.find import may_hold_records
+from data.sources.find import may_hold_records
 from lora.config import CONFIGS
 from quant.config import QatConfig
 from train.command_line import Needs

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data.clm import IGNORE
-from train.loss.cross_entropy import linear_cross_entropy
+from data.transforms.causal import IGNORE
+from train.losses.cross_entropy import linear_cross_entropy
 
 ROWS = 1024  # whose guesses are made at a time
 BOOKKEEPING = ("group",)  # keys of a batch that are for those who cut it, and for objectives that compare rows

@@ -12,7 +12,7 @@ from model.weights import role_of
 from quant.config import QuantError
 from quant.qat import prepare, qat_layers
 from train.config import TrainConfig, TrainError
-from train.distributed import Ranks
+from train.parallel.ranks import Ranks
 
 BITS = {"int8": 8, "int4": 4}
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from data.records import FORMATS
+from data.sources.record_files import FORMATS
 from data.words import counted
 from train.config import TrainError
 from train.registry import settings_of
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from data.example import Example
     from data.sources.records import RecordData, Row
-    from data.tokenizer import Tokenizer
+    from data.tokenizer.base import Tokenizer
     from train.config import TrainConfig
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import model.hub
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer.base import Tokenizer, load_tokenizer
 from lora.adalora import RankAllocator
 from lora.base import check_base
 from model.block import Block
@@ -25,7 +25,6 @@ from quant.config import FourBit
 from quant.linear import as_autocast_asks, quantized_layers
 from train import qat
 from train.adapters import NAME, narrow, put_on, rate, role, table
-from train.checkpoint import IN_PARTS, resolve
 from train.config import (
     ADAPTER_LR,
     DEFAULT_DECAY,
@@ -38,18 +37,19 @@ from train.config import (
     mesh_sizes,
     optimizer_of,
 )
-from train.distributed import Ranks, lay_out, spread, unwrapped
-from train.ema import EMA
 from train.engine import Engine
 from train.freeze import freeze
-from train.lock import unused
-from train.loss.losses import LOSSES, choose_loss
-from train.named_optimizer import Optimizers
-from train.optim import build_optimizer
-from train.precision import PRECISIONS, GradScaler, autocast, choose_precision
+from train.losses.choose import LOSSES, choose_loss
+from train.optimizers.adamw import build_optimizer
+from train.optimizers.ema import EMA
+from train.optimizers.named_optimizer import Optimizers
+from train.optimizers.precision import PRECISIONS, GradScaler, autocast, choose_precision
+from train.optimizers.schedule import SCHEDULES
+from train.parallel.ranks import Ranks, lay_out, spread, unwrapped
 from train.recompute import recompute
 from train.registry import file_hash, load, names
-from train.schedule import SCHEDULES
+from train.runs.checkpoint import IN_PARTS, resolve
+from train.runs.lock import unused
 from train.task import Say, Task
 
 

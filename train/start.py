@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from data.shell import quote
-from train.checkpoint import resolve, write_settings
 from train.config import TrainConfig, TrainError
-from train.distributed import Ranks, connected
-from train.lock import locked, refuse_taken
+from train.config_toml import read_settings
 from train.loop import Run
+from train.optimizers.schedule import ENDLESS, SCHEDULES
 from train.overrides import differing, override
-from train.plain import read_settings
-from train.schedule import ENDLESS, SCHEDULES
+from train.parallel.ranks import Ranks, connected
+from train.runs.checkpoint import resolve, write_settings
+from train.runs.lock import locked, refuse_taken
 from train.setup import resolve_machine
 
 

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from train.clip import clip_grad_norm_
-from train.distributed import Ranks, kept_local, unwrapped
-from train.named_optimizer import Optimizers
 from train.objective import Metric, Objective
-from train.precision import GradScaler
+from train.optimizers.clip import clip_grad_norm_
+from train.optimizers.named_optimizer import Optimizers
+from train.optimizers.precision import GradScaler
+from train.parallel.ranks import Ranks, kept_local, unwrapped
 
 
 class StepResult(NamedTuple):

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from data.find import SUFFIXES
 from data.shell import command
+from data.sources.find import SUFFIXES
 from data.words import counted
 from train.command_line import Needs
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from data.tokenizer import Tokenizer
+    from data.tokenizer.base import Tokenizer
     from model.config import ModelConfig
     from train.config import TrainConfig
-    from train.distributed import Ranks
     from train.objective import Objective
+    from train.parallel.ranks import Ranks
 
 Batch = dict[str, "Tensor"]
 Totals = dict[str, tuple[Any, int]]  # of a validation: term or metric -> (sum, count); a sum is a float, or a tensor with axes

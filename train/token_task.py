@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from data.shards import Shards
-    from data.tokenizer import Tokenizer
+    from data.sources.shards import Shards
+    from data.tokenizer.base import Tokenizer
     from train.config import TrainConfig
 
 
@@ -53,7 +53,7 @@ class TokenTask(Task):
 
     @classmethod
     def open_data(cls, config: "TrainConfig", tokenizer: "Tokenizer | None", say: Say, *, progress: bool = False) -> "Shards":
-        from data.shards import prepare
+        from data.sources.shards import prepare
 
         return prepare(config.data, tokenizer=tokenizer, mask=cls.needs_mask, say=say, progress=progress)
 

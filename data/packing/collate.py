@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.clm import IGNORE
 from data.config import DataError
 from data.example import Example, Unit
+from data.transforms.causal import IGNORE
 
 MULTIPLE = 8  # of the lengths of padded rows
 FILLER = -2  # the document of what fills a row up; -1 are vectors before the text (model.before)

@@ -8,12 +8,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from data.clm import IGNORE
 from data.config import DataError
 from data.example import Example, Unit, units_of
 from data.packing.collate import of_whole_text, pack_batch, pad_batch
 from data.packing.first_fit import fill, first_fit
 from data.packing.pad import length_groups
+from data.transforms.causal import IGNORE
 
 STREAM = 0x72656364  # "recd": the second half of a key, so that no other use of a seed draws these numbers
 KEPT_TOKENS = 1 << 24  # of examples that are kept in memory rather than made again

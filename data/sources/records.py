@@ -10,15 +10,15 @@ from types import MappingProxyType
 import sentencepiece
 
 from data.config import BUILT_IN, VOCAB_SIZE, DataConfig, DataError
-from data.corpus import find_corpus
-from data.files import Document, ReadReport, read_rows
-from data.find import expand_home, kind, shortened
-from data.records import FORMATS, shown
-from data.shards import fewer, train
-from data.split import split_fraction
-from data.tokenizer import SIDE_FILES, Tokenizer
-from data.tokenizer_sentencepiece import SentencePieceTokenizer
-from data.tokenizer_training import trainer_options
+from data.corpus.ingest import find_corpus
+from data.corpus.split import split_fraction
+from data.sources.files import Document, ReadReport, read_rows
+from data.sources.find import expand_home, kind, shortened
+from data.sources.record_files import FORMATS, shown
+from data.sources.shards import fewer, train
+from data.tokenizer.base import SIDE_FILES, Tokenizer
+from data.tokenizer.sentencepiece import SentencePieceTokenizer
+from data.tokenizer.training import trainer_options
 from data.words import counted
 
 Row = dict[str, object]

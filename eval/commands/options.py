@@ -8,8 +8,8 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from data.config import BUILT_IN
-from data.find import may_hold_records
-from data.records import FORMATS, suffix_of
+from data.sources.find import may_hold_records
+from data.sources.record_files import FORMATS, suffix_of
 from train.command_line import Needs
 
 FILE = tyro.conf.arg(metavar="FILE")

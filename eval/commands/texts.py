@@ -1,7 +1,7 @@
 """Texts to score, out of files and a batch at a time: lines of text, or records; hypotheses beside their references.
 
 A file whose name ends in .jsonl holds one JSON value a line, a .json an array of them (or lines too), a .csv, .tsv or .parquet
-a row for each (`data.records`); any other one text a line. .gz is unpacked; `-` is standard input. A JSON value is a text, a
+a row for each (`data.sources`); any other one text a line. .gz is unpacked; `-` is standard input. A JSON value is a text, a
 list of texts (several references), or an object in which one field holds either; a row is an object of texts. Lines of text
 end at "\\n" alone, an "\\r" before it is dropped: the other line breaks of Unicode are characters of a text.
 """
@@ -16,8 +16,18 @@ from dataclasses import dataclass, field
 from json import JSONDecodeError
 from typing import Any, BinaryIO
 
-from data.parquet import read_parquet
-from data.records import FORMATS, LINES, Line, Record, RecordError, is_utf16, read_records, refuse_columnar, suffix_of
+from data.sources.parquet import read_parquet
+from data.sources.record_files import (
+    FORMATS,
+    LINES,
+    Line,
+    Record,
+    RecordError,
+    is_utf16,
+    read_records,
+    refuse_columnar,
+    suffix_of,
+)
 
 HYPOTHESIS_FIELDS = ("hypothesis", "prediction", "output", "generated", "text")
 REFERENCE_FIELDS = ("references", "reference", "answers", "answer", "target", "label", "text")

@@ -19,7 +19,7 @@ class Export:
 
 def export(options: Export) -> None:
     from model.commands.try_it import try_it
-    from train.export import export
+    from train.runs.export import export
 
     print(f"written: {export(options.run, options.out)}")
     print(f"try it:  {try_it(options.out)}")

@@ -31,9 +31,9 @@ class Fill:
 def fill(options: Fill) -> None:
     import torch
 
-    from data.tokenizer import load_tokenizer
+    from data.tokenizer.base import load_tokenizer
     from model.fill import fill
-    from train.checkpoint import resolve
+    from train.runs.checkpoint import resolve
     from train.setup import checked_device
 
     device = checked_device(options.device)

@@ -12,7 +12,7 @@ from model.config import ConfigError
 from train.command_line import Needs
 
 if TYPE_CHECKING:
-    from data.tokenizer import Tokenizer
+    from data.tokenizer.base import Tokenizer
     from model.config import ModelConfig
     from model.generation_config import GenerationConfig
     from model.network import Network
@@ -88,9 +88,9 @@ class Generate:
 def generate(options: Generate) -> None:
     import torch
 
-    from data.tokenizer import load_tokenizer
+    from data.tokenizer.base import load_tokenizer
     from model.generation_config import read_generation_config
-    from train.checkpoint import resolve
+    from train.runs.checkpoint import resolve
     from train.setup import checked_device
 
     device = checked_device(options.device)

@@ -10,7 +10,7 @@ from model.config import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from data.tokenizer import Tokenizer
+    from data.tokenizer.base import Tokenizer
     from model.network import Network
 
 # What control tokens mostly look like; to tell a person that one of another model's is a mere text here.
@@ -19,7 +19,7 @@ LOOKS_LIKE_CONTROL = re.compile(r"<\|[^\s|<>]{1,40}\|>|</?s>|<(?:start|end)_of_t
 
 def open_network(folder: Path, device: "torch.device", base: Path | None) -> "Network":
     """The network of a model folder; of an adapter's, its base with it."""
-    from train.checkpoint import resolve
+    from train.runs.checkpoint import resolve
 
     if (folder / "adapter_config.json").is_file():
         from lora.peft_io import open_network

@@ -20,7 +20,7 @@ from train.command_line import Needs
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from data.framing import Framer
+    from data.transforms.framing import Framer
     from model.config import ModelConfig
     from train.tasks.classify import ClassifySettings
 
@@ -64,10 +64,10 @@ class Predict:
 def predict(options: Predict) -> None:
     from tqdm import tqdm
 
-    from data.framing import Framer, pad_id
-    from data.tokenizer import load_tokenizer
+    from data.tokenizer.base import load_tokenizer
+    from data.transforms.framing import Framer, pad_id
     from model.predict import Text, check_classifier, is_multi_label, predicted_labels, probabilities
-    from train.checkpoint import resolve
+    from train.runs.checkpoint import resolve
     from train.setup import checked_device
 
     check(options)
@@ -132,7 +132,7 @@ def check(options: Predict) -> None:
 def asked_of(options: Predict, folder: Path) -> "ClassifySettings":
     """The columns and the length: of the options, else of the training of the run that `folder` is a checkpoint of."""
     from train.config import TrainError
-    from train.plain import read_settings
+    from train.config_toml import read_settings
     from train.registry import settings_of
     from train.tasks.classify import ClassifySettings
 
@@ -149,7 +149,7 @@ def asked_of(options: Predict, folder: Path) -> "ClassifySettings":
 
 def names_of_labels(config: "ModelConfig") -> tuple[str, ...]:
     """By config.json, else LABEL_0 and so on, as transformers calls them."""
-    from data.labels import names_in_config
+    from data.transforms.labels import names_in_config
 
     names = names_in_config(config.extra.get("id2label"))
     return names if names is not None and len(names) == config.labels else tuple(f"LABEL_{i}" for i in range(config.labels))
@@ -157,9 +157,9 @@ def names_of_labels(config: "ModelConfig") -> tuple[str, ...]:
 
 def read_texts(file: Path) -> tuple[list[str], list[Row]]:
     """The records of a file, with their places for messages; each line of a .txt is one."""
-    from data.files import ReadReport, decode, read_each, read_rows
-    from data.find import kind
-    from data.records import FORMATS
+    from data.sources.files import ReadReport, decode, read_each, read_rows
+    from data.sources.find import kind
+    from data.sources.record_files import FORMATS
 
     if not file.is_file():
         raise DataError(f"{file} is no file" if file.exists() else f"{file} does not exist")
@@ -181,8 +181,8 @@ def read_texts(file: Path) -> tuple[list[str], list[Row]]:
 
 
 def check_columns(rows: Sequence[Row], places: Sequence[str], asked: "ClassifySettings", options: Predict) -> None:
-    from data.find import kind
-    from data.records import shown
+    from data.sources.find import kind
+    from data.sources.record_files import shown
 
     if kind(options.file) == ".txt":
         if options.text is not None or asked.pair is not None or options.score:
@@ -221,7 +221,7 @@ def scored(
     """The predictions beside the labels of the file."""
     import torch
 
-    from data.labels import label_names
+    from data.transforms.labels import label_names
     from eval.classification import confusion_matrix
     from eval.multilabel import Multilabel
     from train.label_scores import class_scores, label_scores
@@ -258,7 +258,7 @@ def table(delimiter: str) -> Callable[[Sequence[Row], Sequence[str], str], str]:
     """A column for each key of the input, in the order in which they come, then the label and the probability of each."""
 
     def written(results: Sequence[Row], labels: Sequence[str], separator: str) -> str:
-        from data.labels import joined
+        from data.transforms.labels import joined
 
         own = [name for name in dict.fromkeys(name for row in results for name in row) if name != PROBABILITIES]
         own = [*(name for name in own if name != PREDICTED), PREDICTED]

@@ -24,12 +24,12 @@ class Resize:
 
 def resize(options: Resize) -> None:
     from data.config import DataError
-    from data.tokenizer import load_tokenizer
+    from data.tokenizer.base import load_tokenizer
     from model.commands.try_it import try_it
     from model.folders import copy_beside, written_whole
     from model.hub import load, save
     from model.resize import resize_vocabulary
-    from train.checkpoint import resolve
+    from train.runs.checkpoint import resolve
 
     folder = resolve(options.folder)
     network = load(folder, finite=True)

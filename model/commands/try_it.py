@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from data.tokenizer import Tokenizer
+    from data.tokenizer.base import Tokenizer
 
 PROMPTS = ("The", "the", "A", "a", "1")
 
@@ -12,9 +12,9 @@ PROMPTS = ("The", "the", "A", "a", "1")
 def try_it(folder: Path) -> str:
     from data.config import DataError
     from data.shell import command
-    from data.tokenizer import load_tokenizer
+    from data.tokenizer.base import load_tokenizer
+    from eval.commands.held_out import objective_of
     from model.hub import read_config
-    from train.held_out import objective_of
 
     config, folder = read_config(folder), Path(folder)
     try:

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from data.config import BUILT_IN
-from data.find import may_hold_records
+from data.sources.find import may_hold_records
 from quant.config import FourBit, Int8
 from train.command_line import Needs
 

@@ -21,9 +21,9 @@ from model.init import build
 from tests.bench.loss import peak_bytes
 from tests.bench.shown import bench_shown
 from tests.bench.timing import alternate, ratio, table
-from train.loss.losses import LOSSES, choose_loss
+from train.losses.choose import LOSSES, choose_loss
 from train.objective import Objective
-from train.optim import build_optimizer
+from train.optimizers.adamw import build_optimizer
 from train.step import train_step
 
 SHAPES = {  # changes to the preset tiny, and the batch

@@ -18,10 +18,10 @@ from model.weights import role_of
 from tests.bench.timing import alternate, ratio, table
 from tests.bench.train import SHAPES, STILL, transformers_step
 from train.allocator import keep_freed_memory
-from train.loss.losses import LOSSES
+from train.losses.choose import LOSSES
 from train.objective import Objective
-from train.optim import build_optimizer
-from train.precision import autocast, multiplies_bf16
+from train.optimizers.adamw import build_optimizer
+from train.optimizers.precision import autocast, multiplies_bf16
 from train.recompute import recompute
 from train.setup import compile_blocks
 from train.step import train_step

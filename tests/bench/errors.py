@@ -17,7 +17,7 @@ import model.hub
 from quant.blockwise import in_blocks
 from quant.nf4 import quantize
 from tests.bench.timing import table
-from train.checkpoint import resolve
+from train.runs.checkpoint import resolve
 
 BLOCK = 64
 

@@ -1,6 +1,6 @@
 """Where bfloat16 begins to pay on this processor: a training step of six widths, in bf16 beside fp32, in turn.
 
-`train.precision.choose_precision` holds what this table shows, as a rule: nothing is timed in a run.
+`train.optimizers.precision.choose_precision` holds what this table shows, as a rule: nothing is timed in a run.
 """
 
 import statistics
@@ -11,7 +11,7 @@ from model.config import ModelConfig
 from tests.bench.engine import in_its_memory, step_of
 from tests.bench.timing import alternate, ratio, table
 from tests.bench.train import STILL
-from train.precision import choose_precision, multiplies_bf16
+from train.optimizers.precision import choose_precision, multiplies_bf16
 
 BATCH, CONTEXT, VOCABULARY = 16, 128, 2048
 WIDTHS = (128, 256, 384, 512, 768, 1024)

@@ -19,11 +19,11 @@ from tests.bench.gpu_quant import bench_gpu_quant
 from tests.bench.timing import alternate, ratio, table
 from tests.bench.train import STILL, transformers_step
 from train.config import NetworkConfig, OptimizerConfig, RunConfig, SpeedConfig, TrainConfig
-from train.distributed import Ranks
 from train.engine import Engine
 from train.objective import Objective
-from train.precision import autocast
-from train.rate import matmul_rate
+from train.optimizers.precision import autocast
+from train.parallel.ranks import Ranks
+from train.reports.rate import matmul_rate
 from train.setup import open_engine, resolve_network
 
 BATCH_SIZE, CONTEXT = 16, 1024

@@ -25,9 +25,9 @@ from quant.nf4 import QuantizedTensor
 from quant.product import linear_4bit
 from tests.bench.timing import alternate, ratio, table
 from train.adapters import narrow
-from train.loss.losses import LOSSES
+from train.losses.choose import LOSSES
 from train.objective import Objective
-from train.optim import build_optimizer
+from train.optimizers.adamw import build_optimizer
 from train.recompute import recompute
 from train.step import train_step
 

@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from tests.bench.timing import alternate, ratio, table
-from train.loss.losses import LOSSES
+from train.losses.choose import LOSSES
 
 SIZES = {  # rows, words, width; and a share of the rounds
     "N 2,048, V 8,192, D 384": (2048, 8192, 384, 1.0),

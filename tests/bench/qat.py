@@ -20,12 +20,12 @@ from torch import nn
 
 import model.hub
 import train.__main__
+from eval.commands.held_out import objective_of, open_text, score
 from quant.calibrate import observe
 from quant.int8_linear import StaticInput
 from quant.linear import quantize_linears
 from tests.bench.timing import table
-from train.checkpoint import resolve
-from train.held_out import objective_of, open_text, score
+from train.runs.checkpoint import resolve
 from train.task import Task
 
 SEEDS, BAR = (0, 1, 2), 0.50

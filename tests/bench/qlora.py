@@ -21,11 +21,11 @@ from lora.inject import add_adapters
 from quant.config import FourBit
 from tests.bench.shown import BATCH_SIZE, Task, Text, open_task
 from tests.bench.timing import table
-from train.checkpoint import resolve
 from train.evaluate import evaluate
 from train.objective import Objective
-from train.optim import build_optimizer
-from train.schedule import cosine
+from train.optimizers.adamw import build_optimizer
+from train.optimizers.schedule import cosine
+from train.runs.checkpoint import resolve
 from train.step import train_step
 
 BASES = {"LoRA, bfloat16": None, "QLoRA, NF4": FourBit("nf4"), "QLoRA, FP4": FourBit("fp4")}

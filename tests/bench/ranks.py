@@ -18,9 +18,9 @@ from model.weights import role_of
 from tests.bench.timing import alternate, ratio, table
 from tests.bench.train import SHAPES, STILL
 from train.allocator import keep_freed_memory
-from train.distributed import Ranks, lay_out, share, spread
 from train.objective import Objective
-from train.optim import build_optimizer
+from train.optimizers.adamw import build_optimizer
+from train.parallel.ranks import Ranks, lay_out, share, spread
 from train.step import train_step
 
 NAME = "6 × 384, V 8,192"

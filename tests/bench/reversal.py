@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from tests.bench.timing import table
-from train.log import read_metrics
+from train.reports.log import read_metrics
 
 SEEDS, LETTERS = (0, 1, 2), "abcdefghijklmnopqrstuvwxyz"
 RECORDS, HELD_OUT = 50_000, 0.02

@@ -17,21 +17,21 @@ from torch import Tensor, nn
 
 import model.hub
 import train.__main__
-from data.clm import clm_batch
 from data.config import DataConfig
 from data.packing.blocks import BlockStream, sequential
-from data.shards import prepare
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.sources.shards import prepare
+from data.tokenizer.base import Tokenizer, load_tokenizer
+from data.transforms.causal import clm_batch
 from lora.config import DoraConfig, Ia3Config, LoraConfig, PrefixConfig
 from lora.inject import add_adapters
 from model.hub import read_config
 from tests.bench.loss import peak_bytes
 from tests.bench.timing import table
-from train.checkpoint import resolve
 from train.evaluate import bits_per_byte, evaluate
 from train.objective import Objective
-from train.optim import build_optimizer
-from train.schedule import cosine
+from train.optimizers.adamw import build_optimizer
+from train.optimizers.schedule import cosine
+from train.runs.checkpoint import resolve
 from train.step import train_step
 
 OLD, NEW = "stdlib-docs", "stdlib-code"

@@ -17,8 +17,8 @@ from model.init import build
 from model.weights import role_of
 from tests.bench.timing import alternate, ratio, table
 from train.objective import Objective
-from train.optim import build_optimizer
-from train.precision import autocast
+from train.optimizers.adamw import build_optimizer
+from train.optimizers.precision import autocast
 from train.step import train_step
 
 STILL = {"dropout": 0.0, "attention_dropout": 0.0, "bos_id": 1, "eos_id": 2}

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import train.checkpoint
+import train.runs.checkpoint
 from tests.runs import assert_same_end, command, last_checkpoint, nothing_half_made, steps_of
-from train.checkpoint import (
+from train.runs.checkpoint import (
     CheckpointError,
     checkpoints,
     latest_whole,
@@ -25,7 +25,7 @@ from train.checkpoint import (
     write_checkpoint,
     write_whole,
 )
-from train.sharded_checkpoint import INDEX, Parts, file_name, rows
+from train.runs.sharded import INDEX, Parts, file_name, rows
 
 FILES = [
     "config.json",
@@ -269,7 +269,7 @@ def test_a_crash_at_any_call_leaves_a_whole_checkpoint(make, tmp_path, monkeypat
 
 
 def test_mutant_that_does_not_sync_loses_a_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr(train.checkpoint, "sync", lambda path: None)
+    monkeypatch.setattr(train.runs.checkpoint, "sync", lambda path: None)
     latest = []
     for call in range(1, 15):
         root = tmp_path / str(call)

@@ -8,9 +8,9 @@ import model.__main__
 import model.hub
 import train.tasks.classify
 from data.config import DataError
-from data.framing import Framer, pad_id, read_pair
-from data.labels import label_name, learned_labels
 from data.sources.records import Rows
+from data.transforms.framing import Framer, pad_id, read_pair
+from data.transforms.labels import label_name, learned_labels
 from tests.conftest import randomized, tiny_config
 from tests.folders import byte_level, write_tokenizer
 from tests.oracle.test_classify import SPECIALS, template, write_labelled
@@ -79,7 +79,7 @@ def test_the_same_words_in_several_types(tmp_path):
 
 def test_an_empty_text_without_a_frame(tmp_path):
     write_tokenizer(tmp_path, byte_level(SPECIALS), SPECIALS)
-    from data.tokenizer import load_tokenizer
+    from data.tokenizer.base import load_tokenizer
 
     tokenizer = load_tokenizer(tmp_path)
     with pytest.raises(DataError, match="the text is empty"):

@@ -4,7 +4,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.runs import arguments, command, further, write_corpus
-from train.checkpoint import checkpoints
+from train.runs.checkpoint import checkpoints
 
 BROKEN = b"good line\ncaf\xe9"
 

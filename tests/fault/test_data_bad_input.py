@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from data.config import DataConfig, DataError
-from data.corpus import read_corpus
-from data.files import ReadReport
-from data.shards import prepare
-from data.tokenizer import load_tokenizer
+from data.corpus.ingest import read_corpus
+from data.sources.files import ReadReport
+from data.sources.shards import prepare
+from data.tokenizer.base import load_tokenizer
 
 
 def read(*corpus, **settings):
@@ -194,7 +194,7 @@ def test_full_disk(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("data.shards.write_split", full)
+    monkeypatch.setattr("data.sources.shards.write_split", full)
     with pytest.raises(DataError, match=r"No space left on device.*--cache"):
         prepare(DataConfig(corpus=(str(tmp_path),), vocab_size=280, cache=tmp_path / "cache"))
     assert list((tmp_path / "cache").iterdir()) == []

@@ -15,8 +15,8 @@ import pyarrow.parquet
 import pytest
 
 from data.config import DataConfig, DataError
-from data.files import ReadReport, read_rows
-from data.parquet import INSTALL, ROWS, read_parquet
+from data.sources.files import ReadReport, read_rows
+from data.sources.parquet import INSTALL, ROWS, read_parquet
 from eval.commands.texts import EvalError, Source
 from tests.fault.test_data_bad_input import read
 from tests.runs import ROOT, command

@@ -12,7 +12,7 @@ import pytest
 from safetensors import SafetensorError
 
 from tests.runs import assert_same_end, command, nothing_half_made, steps_of
-from train.checkpoint import (
+from train.runs.checkpoint import (
     checkpoints,
     pointed,
     resolve,

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.runs import STEPS, assert_same_end, command, process
-from train.checkpoint import checkpoints, verify
-from train.log import read_metrics
+from train.reports.log import read_metrics
+from train.runs.checkpoint import checkpoints, verify
 
 KILLS = 20
 CHANGES = {"optimizer": "adamw", "save-every": "4", "log-every": "1"}

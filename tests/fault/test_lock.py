@@ -7,7 +7,7 @@ import pytest
 
 from tests.runs import assert_same_end, command, process, wait_for_step
 from train.config import TrainError
-from train.lock import locked
+from train.runs.lock import locked
 
 
 def test_a_second_live_run_is_refused(options, finished, tmp_path):

@@ -11,10 +11,10 @@ import torch
 
 from tests.runs import STEPS, command, last_checkpoint, metrics, steps_of
 from train.config import TrainConfig
-from train.log import read_metrics
+from train.config_toml import from_plain
 from train.objective import Objective, Result, Term
-from train.plain import from_plain
 from train.registry import load
+from train.reports.log import read_metrics
 from train.setup import open_data
 
 BAD = 55  # the step, counted from 1, whose batch is bad

@@ -17,10 +17,10 @@ from quant.qat import prepare, qat_layers
 from tests.conftest import randomized, tiny_config
 from tests.fault.test_command import assert_one_clear_line, contents
 from tests.runs import arguments, at_step, command, further, last_checkpoint, stopped_at
-from train.distributed import Ranks
 from train.engine import Engine
 from train.objective import Objective, Result, Term
-from train.optim import build_optimizer
+from train.optimizers.adamw import build_optimizer
+from train.parallel.ranks import Ranks
 from train.qat import Observers
 
 STEPS, STOPPED, FREEZE = 6, 4, 3

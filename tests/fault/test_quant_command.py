@@ -159,7 +159,7 @@ def test_a_full_disk(error, place):
 
 
 def test_an_end_while_it_is_scored(finished, tmp_path):
-    with patch("train.held_out.evaluate", side_effect=KeyboardInterrupt):
+    with patch("eval.commands.held_out.evaluate", side_effect=KeyboardInterrupt):
         said = command("nf4", finished, "--out", tmp_path / "out", main=main)
     assert (said.code, said.err) == (130, "interrupted\n") and not list(tmp_path.iterdir())
 

@@ -22,11 +22,11 @@ import model.__main__ as model_command
 import model.hub
 from tests.ranks import in_two_ranks
 from tests.runs import ROOT, STEPS, arguments, assert_same_end, command, further, last_checkpoint, steps_of, wait_for_step
-from train.checkpoint import step_of
-from train.distributed import Mesh, OtherRankError, Ranks, replicated, share
 from train.engine import Engine
-from train.log import read_metrics
-from train.sharded_checkpoint import Parts
+from train.parallel.ranks import Mesh, OtherRankError, Ranks, replicated, share
+from train.reports.log import read_metrics
+from train.runs.checkpoint import step_of
+from train.runs.sharded import Parts
 
 CHANGES = {"optimizer": "adamw", "lr": "1e-3", "dropout": "0.0", "save-every": "20"}
 

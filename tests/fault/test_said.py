@@ -19,11 +19,11 @@ import model.__main__
 import model.hub
 import quant.__main__
 from data.config import DataConfig, DataError
-from data.corpus import read_corpus
-from data.mlm import unigram_baseline
-from data.shards import prepare
+from data.corpus.ingest import read_corpus
 from data.sizes import text_bytes
-from data.tokenizer import load_tokenizer
+from data.sources.shards import prepare
+from data.tokenizer.base import load_tokenizer
+from data.transforms.masked import unigram_baseline
 from lora.config import LoraConfig
 from lora.inject import add_adapters
 from model.commands.try_it import try_it
@@ -32,7 +32,7 @@ from tests.conftest import randomized, tiny_config
 from tests.fault.test_command import assert_one_clear_line
 from tests.folders import byte_level, llama, write_tokenizer
 from tests.runs import SETTINGS, arguments, command, further, write_corpus
-from train.lock import refuse_taken
+from train.runs.lock import refuse_taken
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "list", "of", "words", "."]
 ENGLISH, RUSSIAN = "a list of words. ", "список слов. "

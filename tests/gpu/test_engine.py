@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.runs import arguments, command, last_checkpoint, write_corpus
-from train.log import read_metrics
+from train.reports.log import read_metrics
 
 pytestmark = pytest.mark.gpu
 SETTINGS = {

@@ -15,7 +15,7 @@ import lora.__main__ as lora_command
 import lora.peft_io
 import model.__main__ as model_command
 import model.hub
-from data.tokenizer import load_tokenizer
+from data.tokenizer.base import load_tokenizer
 from lora.adalora import RankAllocator
 from lora.config import CONFIGS, LoraConfig
 from lora.inject import add_adapters, parts
@@ -25,13 +25,13 @@ from tests.conftest import randomized, tiny_config
 from tests.oracle.adapter_twins import randomize, trained
 from tests.runs import arguments, assert_same_end, command, further, last_checkpoint, metrics, stopped_at
 from train.adapters import accounted, narrow, put_on
-from train.checkpoint import step_of
 from train.config import ADAPTER_LR, OptimizerConfig, RunConfig, TrainConfig, TrainError
-from train.distributed import Ranks
+from train.config_toml import from_plain, to_plain
 from train.engine import Engine
 from train.objective import Objective
-from train.plain import from_plain, to_plain
+from train.parallel.ranks import Ranks
 from train.recompute import recompute
+from train.runs.checkpoint import step_of
 from train.setup import open_optimizers, resolve_network
 
 STEPS = 48

@@ -23,8 +23,8 @@ from tests.conftest import randomized, tiny_config
 from tests.invariant.test_classify_steps import task_of
 from tests.oracle.test_classify import word_piece, write_labelled
 from tests.runs import arguments, assert_same_end, command, last_checkpoint, metrics, stopped_at
-from train.checkpoint import resolve
-from train.log import read_metrics
+from train.reports.log import read_metrics
+from train.runs.checkpoint import resolve
 
 SETTINGS = {
     "objective": "classify",

@@ -12,10 +12,10 @@ from tests.conftest import randomized, tiny_config
 from tests.invariant.test_step import Recorder, largest
 from tests.oracle.test_classify import write_labelled
 from train.config import NetworkConfig, OptimizerConfig, RunConfig, TrainConfig
-from train.distributed import Ranks, share
 from train.evaluate import evaluate
 from train.label_objective import LabelObjective
 from train.label_scores import baseline, class_scores
+from train.parallel.ranks import Ranks, share
 from train.registry import config_type
 from train.step import train_step
 from train.tasks.classify import ClassifySettings, ClassifyTask

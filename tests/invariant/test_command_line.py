@@ -30,13 +30,13 @@ from tests.runs import (
     wait_for_step,
     write_corpus,
 )
-from train.checkpoint import checkpoints, step_of
 from train.config import TrainConfig
+from train.config_toml import from_plain
 from train.evaluate import evaluate
-from train.log import read_metrics
 from train.objective import Objective
-from train.plain import from_plain
-from train.schedule import cosine
+from train.optimizers.schedule import cosine
+from train.reports.log import read_metrics
+from train.runs.checkpoint import checkpoints, step_of
 from train.setup import open_data, open_network
 from train.step import train_step
 from train.tasks.clm import CausalTask

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import regex
 
-from data.corpus import cut, cut_at_spaces, cut_long_lines
-from data.dedup import deduplicate, find_covered, shared_shingles, shingles
-from data.files import Document
+from data.corpus.dedup import deduplicate, find_covered, shared_shingles, shingles
+from data.corpus.ingest import cut, cut_at_spaces, cut_long_lines
+from data.sources.files import Document
 from tests.texts import prose
 
 # --- corpus -----------------------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def test_sampling_agrees_with_comparing_everything(monkeypatch):
     texts = [prose(n, 2000) for n in range(6)]
     texts += [texts[0][:6000], texts[1][:2000] + prose(99, 2000)]
     everything = find_covered(texts)
-    monkeypatch.setattr("data.dedup.SAMPLE_ABOVE", 2000)
+    monkeypatch.setattr("data.corpus.dedup.SAMPLE_ABOVE", 2000)
     sampled = find_covered(texts)
     assert set(sampled) == set(everything) == {6}
 

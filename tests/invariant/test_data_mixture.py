@@ -11,18 +11,18 @@ import torch
 
 import data.__main__
 from data.config import DataConfig, DataError, Entry, read_entry
-from data.dedup import drop_held_out
+from data.corpus.dedup import drop_held_out
 from data.example import Example
-from data.files import Document
 from data.packing.blocks import MixedBlocks
 from data.packing.examples import ExampleSource
-from data.shards import prepare
+from data.sources.files import Document
+from data.sources.shards import prepare
 from tests.runs import arguments, assert_same_end, command, last_checkpoint, metrics, stopped_at
 from tests.texts import prose
 from train.config import OptimizerConfig, ReportConfig, TrainConfig, TrainError
-from train.plain import from_plain, to_plain, with_absolute_paths
+from train.config_toml import from_plain, to_plain, with_absolute_paths
 from train.record_task import RecordTask
-from train.report import said_of_text
+from train.reports.summary import said_of_text
 from train.tasks.clm import CausalTask
 from train.token_task import validation_parts
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-import data.mlm
-from data.clm import IGNORE, clm_batch
+import data.transforms.masked
 from data.config import DataError
-from data.mlm import Baseline, mlm_batch, ordinary_ids, unigram_baseline
+from data.transforms.causal import IGNORE, clm_batch
+from data.transforms.masked import Baseline, mlm_batch, ordinary_ids, unigram_baseline
 
 V, BOS, EOS, MASK = 500, 1, 2, 3
 SPECIALS = frozenset({0, BOS, EOS, MASK, 499})

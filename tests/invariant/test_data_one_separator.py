@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from data.clm import IGNORE, clm_batch
 from data.config import DataConfig, DataError
-from data.corpus import read_corpus
-from data.dedup import deduplicate
+from data.corpus.dedup import deduplicate
+from data.corpus.ingest import read_corpus
 from data.packing.blocks import BlockStream, MixedBlocks, sequential
-from data.shards import prepare, split
-from data.tokenizer import load_tokenizer
-from data.tokenizer_json import byte_alphabet
+from data.sources.shards import prepare, split
+from data.tokenizer.base import load_tokenizer
+from data.tokenizer.tokenizer_json import byte_alphabet
+from data.transforms.causal import IGNORE, clm_batch
 from tests.texts import prose
 
 END = 256

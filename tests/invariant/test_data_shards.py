@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data.shards
+import data.sources.shards
 from data.config import DataConfig, DataError
-from data.corpus import read_corpus
-from data.dedup import deduplicate
-from data.files import Document, ReadReport
-from data.shards import prepare, split
-from data.tokenizer_training import VocabularyError, train_tokenizer
+from data.corpus.dedup import deduplicate
+from data.corpus.ingest import read_corpus
+from data.sources.files import Document, ReadReport
+from data.sources.shards import prepare, split
+from data.tokenizer.training import VocabularyError, train_tokenizer
 from tests.texts import prose
 
 

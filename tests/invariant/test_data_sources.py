@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from data.clm import clm_batch
 from data.config import DataError
-from data.mlm import VALIDATION, mlm_batch
 from data.packing.blocks import BlockStream, MixedBlocks, sequential
 from data.sources.mixture import PERIOD, Mixture
+from data.transforms.causal import clm_batch
+from data.transforms.masked import VALIDATION, mlm_batch
 from train.tasks.mlm import MaskedTask
 from train.token_task import BlockBatches
 

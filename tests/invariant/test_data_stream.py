@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from data.clm import clm_batch
 from data.config import DataError
 from data.packing.blocks import BlockStream, sequential
 from data.prefetch import Prefetcher
+from data.transforms.causal import clm_batch
 
 BOS, EOS = 1, 2
 

@@ -11,9 +11,9 @@ import pytest
 import sentencepiece
 
 from data.config import DataError
-from data.tokenizer import Tokenizer, load_tokenizer
-from data.tokenizer_sentencepiece import SentencePieceTokenizer
-from data.tokenizer_training import BOS, EOS, UNK, feed, train_tokenizer, trainer_options
+from data.tokenizer.base import Tokenizer, load_tokenizer
+from data.tokenizer.sentencepiece import SentencePieceTokenizer
+from data.tokenizer.training import BOS, EOS, UNK, feed, train_tokenizer, trainer_options
 
 TEXTS = [
     f"def f{n}(x):\n    return x + {n}  # the sum\n\n\tText, more of the text; caf\u00e9.\n" * 5 for n in range(30)

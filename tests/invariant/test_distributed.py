@@ -7,8 +7,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests.conftest import randomized, tiny_config
 from tests.invariant.test_step import Recorder, split, uneven_batch
-from train.distributed import Mesh, OtherRankError, Ranks, average_in_float32, kept_local, share, spread
 from train.objective import Objective
+from train.parallel.ranks import Mesh, OtherRankError, Ranks, average_in_float32, kept_local, share, spread
 from train.step import train_step
 
 CPU = torch.device("cpu")

@@ -5,9 +5,9 @@ import torch
 
 import model.hub
 import model.mask
-from data.clm import clm_batch
 from data.example import Example
 from data.packing.collate import pack_batch
+from data.transforms.causal import clm_batch
 from model.cache import Cache
 from model.config import ConfigError
 from model.fill import fill

@@ -12,14 +12,14 @@ from model.weights import role_of
 from tests.conftest import randomized, tiny_config
 from tests.runs import STEPS, arguments, assert_same_end, command, last_checkpoint, stopped_at
 from train.config import TrainError, mesh_sizes
-from train.distributed import Ranks
-from train.ema import EMA
 from train.engine import Engine
 from train.evaluate import evaluate
-from train.log import read_metrics
 from train.objective import Objective
-from train.optim import build_optimizer
-from train.precision import GradScaler
+from train.optimizers.adamw import build_optimizer
+from train.optimizers.ema import EMA
+from train.optimizers.precision import GradScaler
+from train.parallel.ranks import Ranks
+from train.reports.log import read_metrics
 from train.tasks.clm import CausalTask
 from train.token_task import BlockBatches
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 
 import model.hub
-from data.tokenizer import load_tokenizer
+from data.tokenizer.base import load_tokenizer
 from eval.__main__ import main
 from eval.bertscore import BertScore
+from eval.commands.scoring import held_out, open_folder
 from eval.perplexity import perplexity_score, pseudo_perplexity
 from tests.conftest import randomized, tiny_config
 from tests.fault.test_command import assert_one_clear_line
 from tests.pairs import word_pairs
 from tests.runs import command, last_checkpoint
-from train.log import read_metrics
-from train.scoring import held_out, open_folder
+from train.reports.log import read_metrics
 
 TEXT = "The function returns a list of objects.\n\nIt raises an error when the file is not open.\n"
 

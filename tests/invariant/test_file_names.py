@@ -16,9 +16,9 @@ from data.config import DataConfig
 from data.shell import quote
 from tests.runs import ROOT, SETTINGS, arguments, assert_same_end, command, further, process, stopped_at, write_corpus
 from train.config import RunConfig, TrainConfig
-from train.curves import plot
-from train.log import read_metrics
-from train.plain import from_plain, to_plain
+from train.config_toml import from_plain, to_plain
+from train.reports.curves import plot
+from train.reports.log import read_metrics
 
 STEPS = 12
 BAD = "caf\udce9"  # as Latin-1 writes it

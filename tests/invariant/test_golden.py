@@ -12,8 +12,8 @@ from model.weights import to_published, weight_table
 from tests.conftest import randomized, tiny_config
 from tests.invariant.golden.run import CURVE, DTYPES, FACTORS, STEPS, Way, covering, engine_of, follow, padded, pairs, walk
 from tests.ranks import in_two_ranks
-from train.distributed import Ranks
 from train.objective import Objective
+from train.parallel.ranks import Ranks
 
 TOLERANCE = {"float64": 1e-8, "float32": 1e-5}
 GOLDEN = {int(step): loss for step, loss in json.loads(CURVE.read_text())["losses"].items()}

@@ -12,10 +12,10 @@ from data.example import Example
 from data.packing.collate import pad_batch
 from tests.conftest import randomized, tiny_config
 from tests.ranks import in_two_ranks
-from train.distributed import Ranks, lay_out, share, spread, unwrapped
-from train.loss.losses import LOSSES
+from train.losses.choose import LOSSES
 from train.objective import MaskedObjective, Objective, Result, Term
-from train.shard import local_grad, whole
+from train.parallel.ranks import Ranks, lay_out, share, spread, unwrapped
+from train.parallel.shard import local_grad, whole
 from train.step import train_step
 
 

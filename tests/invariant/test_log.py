@@ -15,12 +15,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import train.log
+import train.reports.log
 from model.config import ModelConfig
 from train.config import OptimizerConfig, RunConfig, SpeedConfig, TrainConfig
-from train.curves import diagnose, panels, plot
-from train.log import Console, Metrics, clock, cut_back, read_metrics
-from train.report import comparable, training_curve
+from train.reports.curves import diagnose, panels, plot
+from train.reports.log import Console, Metrics, clock, cut_back, read_metrics
+from train.reports.summary import comparable, training_curve
 
 
 def validation(step, loss, bits=1.0, bigram=2.0):
@@ -146,7 +146,7 @@ def test_clock(seconds, said):
 def test_time_left_is_reckoned_from_this_session(monkeypatch):
     """A resume at step 1000 of 2000: the thousand steps before took no time of this session."""
     now = [50.0]
-    monkeypatch.setattr(train.log.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(train.reports.log.time, "monotonic", lambda: now[0])
     console = Console(verbose=False)
     console.begin(1000, 2000)
     assert console.seconds_left(1000) is None
@@ -163,7 +163,7 @@ def through_console(stream, monkeypatch):
     monkeypatch.setattr(sys, "stderr", stream)
     now = [100.0]
     with monkeypatch.context() as patched:
-        patched.setattr(train.log.time, "monotonic", lambda: now[0])
+        patched.setattr(train.reports.log.time, "monotonic", lambda: now[0])
         console = Console()
         console.begin(0, 100)
         for step in range(1, 101):

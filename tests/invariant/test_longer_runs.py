@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from tests.runs import STEPS, assert_same_end, command, further, last_checkpoint, metrics, stopped_at
-from train.plain import read_settings
-from train.schedule import SCHEDULES
+from train.config_toml import read_settings
+from train.optimizers.schedule import SCHEDULES
 
 
 def rates(run):

@@ -11,10 +11,10 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import model.__main__
 import model.hub
-from data.tokenizer import load_tokenizer
+from data.tokenizer.base import load_tokenizer
 from tests.conftest import randomized, tiny_config
 from tests.runs import SETTINGS, arguments, assert_same_end, command, further, last_checkpoint, stopped_at, write_corpus
-from train.log import read_metrics
+from train.reports.log import read_metrics
 
 MASKED = SETTINGS | {"objective": "mlm", "preset": "tiny-encoder", "optimizer": "muon"}
 

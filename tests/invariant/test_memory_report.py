@@ -10,10 +10,10 @@ from model.init import build
 from model.memory import training_memory
 from model.training import Training
 from tests.conftest import tiny_config
-from train.memory_report import SPARE, Measured, measure_step, options, report, what_would_fit
 from train.objective import MaskedObjective
-from train.optim import build_optimizer
+from train.optimizers.adamw import build_optimizer
 from train.recompute import recompute
+from train.reports.memory import SPARE, Measured, measure_step, options, report, what_would_fit
 from train.step import train_step
 
 CPU = torch.device("cpu")

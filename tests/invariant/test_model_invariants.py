@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import model.mask
-from data.clm import clm_batch
+from data.transforms.causal import clm_batch
 from model.cache import Cache
 from model.config import ConfigError, ModelConfig
 from model.init import build

@@ -8,8 +8,8 @@ import torch
 
 from model.config import ModelConfig
 from model.flops import flops_per_token
-from train.phases import PENDING, Phases
-from train.rate import ending, matmul_rate, operations_per_s, peak_memory, utilization
+from train.reports.phases import PENDING, Phases
+from train.reports.rate import ending, matmul_rate, operations_per_s, peak_memory, utilization
 
 CPU = torch.device("cpu")
 

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from model.weights import role_of
 from tests.conftest import randomized, tiny_config
-from train.optim import build_optimizer
-from train.precision import PRECISIONS, GradScaler, autocast, choose_precision, multiplies_bf16
+from train.optimizers.adamw import build_optimizer
+from train.optimizers.precision import PRECISIONS, GradScaler, autocast, choose_precision, multiplies_bf16
 
 CPU = torch.device("cpu")
 

@@ -23,15 +23,15 @@ import model.__main__
 import model.hub
 import quant.__main__
 import train.__main__
-from data.find import SUFFIXES
+from data.sources.find import SUFFIXES
 from tests.conftest import randomized, tiny_config
 from tests.fault import test_nonfinite
 from tests.folders import byte_level, llama, write_tokenizer
 from tests.invariant.test_export import shard
 from tests.runs import SETTINGS, Said, arguments, at_step, command, last_checkpoint, stopped_at, write_corpus
-from train.checkpoint import IN_PARTS, point, seal
-from train.plain import read_settings
-from train.report import following
+from train.config_toml import read_settings
+from train.reports.summary import following
+from train.runs.checkpoint import IN_PARTS, point, seal
 
 MAIN: dict[str, Callable[[list[str]], int]] = {
     "train": train.__main__.main,

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import model.stack
-from data.clm import clm_batch
+from data.transforms.causal import clm_batch
 from lora.config import AdapterError, PrefixConfig, PromptConfig, PtuningConfig
 from lora.inject import activate, add_adapters, remove
 from model.attention import attention_reference, attention_sdpa

@@ -24,14 +24,14 @@ from tests.conftest import randomized, tiny_config
 from tests.fault.test_ranks import torchrun
 from tests.ranks import in_two_ranks
 from tests.runs import arguments, assert_same_end, command, last_checkpoint, metrics, steps_of, stopped_at, torch_as_it_was
-from train.distributed import Mesh, Ranks, replicated, share
+from train.config_toml import read_settings
 from train.engine import Engine
 from train.evaluate import evaluate
-from train.loss.losses import LOSSES
+from train.losses.choose import LOSSES
 from train.objective import Objective
-from train.optim import build_optimizer
-from train.plain import read_settings
-from train.precision import autocast
+from train.optimizers.adamw import build_optimizer
+from train.optimizers.precision import autocast
+from train.parallel.ranks import Mesh, Ranks, replicated, share
 from train.qat import Observers
 from train.registry import load
 from train.setup import open_data, open_network, open_optimizers

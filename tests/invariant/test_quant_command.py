@@ -21,13 +21,13 @@ from torch.nn import functional as F
 import model.__main__
 import model.hub
 import quant.__main__
-import train.held_out
 from data.config import DataConfig
-from data.mlm import VALIDATION, mlm_batch
+from data.corpus.split import split_fraction
 from data.packing.blocks import sequential
-from data.shards import prepare
-from data.split import split_fraction
-from data.tokenizer import load_tokenizer
+from data.sources.shards import prepare
+from data.tokenizer.base import load_tokenizer
+from data.transforms.masked import VALIDATION, mlm_batch
+from eval.commands import held_out
 from model.account import columns
 from quant import nf4, report
 from quant.config import FourBit
@@ -38,7 +38,7 @@ from tests.conftest import randomized, tiny_config
 from tests.invariant.test_command_line import HEAVY, HELP
 from tests.oracle.believed import without_packing
 from tests.runs import ROOT, WORDS, Said, command, last_checkpoint, torch_as_it_was, write_corpus
-from train.log import read_metrics
+from train.reports.log import read_metrics
 
 WHOLE = {"width": 64, "mlp_width": 128, "context": 32}  # of whole blocks: elsewhere bitsandbytes' values depend on the machine
 
@@ -261,7 +261,7 @@ def test_as_many_tokens_as_asked(finished, tmp_path):
 
 
 def test_no_window_is_longer_than_asked_and_the_text_is_kept_where_asked(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.held_out, "WINDOW", 16)
+    monkeypatch.setattr(held_out, "WINDOW", 16)
     said = quantized("nf4", finished, "--out", tmp_path / "out", "--eval-tokens", 300, "--cache", tmp_path / "cache")
     assert said.code == 0 and "tokens in windows of 16\n" in said.out
     assert any((tmp_path / "cache").iterdir())

@@ -23,8 +23,8 @@ from tests.runs import (
     wait_for_step,
     write_corpus,
 )
-from train.checkpoint import MANIFEST, checkpoints, seal, step_of, verify
-from train.log import read_metrics
+from train.reports.log import read_metrics
+from train.runs.checkpoint import MANIFEST, checkpoints, seal, step_of, verify
 
 BATCH, CONTEXT = 4, 32
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from data.clm import IGNORE
+from data.transforms.causal import IGNORE
 from lora.config import PrefixConfig
 from lora.inject import add_adapters
 from tests.seq2seq import gradients, opened, write_folder, write_pairs
-from train.loss.cross_entropy import linear_cross_entropy
+from train.losses.cross_entropy import linear_cross_entropy
 from train.setup import compile_blocks
 
 

@@ -14,7 +14,7 @@ import model.__main__
 from tests.fault.test_ranks import torchrun
 from tests.runs import arguments, assert_same_end, command, last_checkpoint, metrics, stopped_at
 from tests.seq2seq import write_folder, write_pairs
-from train.log import read_metrics
+from train.reports.log import read_metrics
 
 STEPS = 24
 SETTINGS = {

@@ -8,13 +8,13 @@ import torch
 
 import model.hub
 from data.config import DataConfig
-from data.shards import prepare
+from data.sources.shards import prepare
 from model.init import build
 from tests.conftest import randomized, tiny_config
 from tests.runs import torch_as_it_was, write_corpus
 from train.config import OptimizerConfig, RunConfig, SpeedConfig, TrainConfig, TrainError
-from train.distributed import Mesh, Ranks, spread
 from train.objective import Objective
+from train.parallel.ranks import Mesh, Ranks, spread
 from train.registry import load
 from train.setup import also_end_with, network_config, open_engine, open_network, resolve_machine, resolve_rates
 from train.tasks.clm import CausalTask

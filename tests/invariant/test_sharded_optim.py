@@ -14,20 +14,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import train.clip
-import train.muon
-import train.precision
+import train.optimizers.clip
+import train.optimizers.muon
+import train.optimizers.precision
 from tests.ranks import in_two_ranks
-from train.adamw8bit import AdamW8bit
-from train.clip import clip_grad_norm_
-from train.ema import EMA
-from train.muon import Muon
-from train.named_optimizer import Optimizers
-from train.optim import AdamW
-from train.precision import GradScaler
-from train.rounding import stochastic_round_
-from train.sgd import SGD
-from train.shard import copy_, cut_along, is_sharded, local, part_of, whole
+from train.optimizers.adamw import AdamW
+from train.optimizers.adamw8bit import AdamW8bit
+from train.optimizers.clip import clip_grad_norm_
+from train.optimizers.ema import EMA
+from train.optimizers.muon import Muon
+from train.optimizers.named_optimizer import Optimizers
+from train.optimizers.precision import GradScaler
+from train.optimizers.rounding import stochastic_round_
+from train.optimizers.sgd import SGD
+from train.parallel.shard import copy_, cut_along, is_sharded, local, part_of, whole
 
 RANKS = 2
 TORCH = f"torch {torch.__version__.split('+')[0]}"
@@ -128,11 +128,11 @@ def check_optimizer(kind: str) -> list:
 
 def check_mutant_of_muon() -> list:
     """Each rank orthogonalises its own rows only."""
-    train.muon.whole = train.muon.part_of = lambda tensor, like: tensor
+    train.optimizers.muon.whole = train.optimizers.muon.part_of = lambda tensor, like: tensor
     try:
         ((_, _, error, _, _),) = check_optimizer("Muon batched")
     finally:
-        train.muon.whole, train.muon.part_of = whole, part_of
+        train.optimizers.muon.whole, train.optimizers.muon.part_of = whole, part_of
     assert error > 1e-3
     return []
 
@@ -223,7 +223,7 @@ def check_scaler() -> list:
     optimizer.step()
     assert difference(dict(one.named_parameters()), dict(both.named_parameters())) < 1e-5
 
-    train.precision.cut_along = lambda grad: ()
+    train.optimizers.precision.cut_along = lambda grad: ()
     try:
         scaler = GradScaler()
         for param in both.parameters():
@@ -232,7 +232,7 @@ def check_scaler() -> list:
             local(both.middle.weight.grad)[0, 0] = math.inf
         assert bool(scaler.unscale_(both.parameters())) == (dist.get_rank() == 1)
     finally:
-        train.precision.cut_along = cut_along
+        train.optimizers.precision.cut_along = cut_along
 
     alone = nn.Parameter(torch.ones(2))  # not sharded: ranks agree where they are told to
     for group, expected in ((dist.group.WORLD, True), (None, dist.get_rank() == 0)):
@@ -303,11 +303,11 @@ def check_clip() -> list:
             norm = clip_grad_norm_(params, 1.0, foreach=foreach)
             worst = max((full(p.grad) - v / (exact + 1e-6)).abs().max().item() for p, v in zip(params, values, strict=True))
             assert abs(norm.item() / exact - 1) < 1e-14 and worst < 1e-15
-        train.clip.cut_along = lambda grad: (dist.group.WORLD,)  # the mutant: over all ranks, copies too
+        train.optimizers.clip.cut_along = lambda grad: (dist.group.WORLD,)  # the mutant: over all ranks, copies too
         try:
-            assert train.clip.total_norm([param.grad for param in params]).item() > 1.1
+            assert train.optimizers.clip.total_norm([param.grad for param in params]).item() > 1.1
         finally:
-            train.clip.cut_along = cut_along
+            train.optimizers.clip.cut_along = cut_along
     return rows
 
 

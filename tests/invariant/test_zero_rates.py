@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from train.adamw8bit import AdamW8bit
-from train.muon import Muon
-from train.optim import AdamW, build_optimizer
-from train.sgd import SGD
+from train.optimizers.adamw import AdamW, build_optimizer
+from train.optimizers.adamw8bit import AdamW8bit
+from train.optimizers.muon import Muon
+from train.optimizers.sgd import SGD
 
 OPTIMIZERS = {
     "muon": lambda params, **settings: Muon(params, **settings),

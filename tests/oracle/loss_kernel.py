@@ -11,7 +11,7 @@ import sys
 import torch
 
 from tests.oracle.triton_apart import registers_and_stack
-from train.loss.chunked import score_rows
+from train.losses.chunked import score_rows
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SIZES = {  # rows and words: fewer than a block, one word more than a block, several blocks; one of each
@@ -49,7 +49,7 @@ def placed(rows: int, words: int, layout: str, dtype: torch.dtype, device: str) 
 
 def measure(name: str, device: str = "cpu") -> dict:
     """Largest errors over the largest entry, of losses and gradients; and whether all other memory stayed as it was."""
-    from train.loss.kernels import cross_entropy as kernel
+    from train.losses.kernels import cross_entropy as kernel
 
     size, dtype, layout, options = CASES[name]
     torch.manual_seed(0)
@@ -79,7 +79,7 @@ def measure(name: str, device: str = "cpu") -> dict:
 
 def whole_loss(device: str = "cpu") -> float:
     """The loss "triton" beside the plain one in float64, with all gradients, in chunks of 3 rows; a row is not scored."""
-    from train.loss.losses import LOSSES
+    from train.losses.choose import LOSSES
 
     torch.manual_seed(0)
     inputs = [torch.randn(shape, device=device).requires_grad_() for shape in ((2, 5, 6), (17, 6), (17,))]
@@ -96,7 +96,7 @@ def whole_loss(device: str = "cpu") -> float:
 
 def run() -> dict:
     """Every case, in a memory where what nobody has written reads as NaN; and a label that is no class."""
-    from train.loss.kernels import cross_entropy as kernel
+    from train.losses.kernels import cross_entropy as kernel
 
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -114,7 +114,7 @@ def compiled() -> dict:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from train.loss.kernels import cross_entropy as kernel
+    from train.losses.kernels import cross_entropy as kernel
 
     found = {}
     scalars = {"row_stride": "i32", "vocab_size": "i32", "smoothing": "fp32", "z_loss": "fp32", "scale": "fp32"}

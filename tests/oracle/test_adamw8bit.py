@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import train.adamw8bit
+import train.optimizers.adamw8bit
 from quant.blockwise import dynamic_map, nearest, on_grid
 from tests.runs import assert_same_end, command, stopped_at
-from train.adamw8bit import BLOCK, SMALLEST, AdamW8bit, first_places, map_on, nearest_by_table
-from train.named_optimizer import Optimizers
-from train.optim import AdamW, adamw_update, build_optimizer
+from train.optimizers.adamw import AdamW, adamw_update, build_optimizer
+from train.optimizers.adamw8bit import BLOCK, SMALLEST, AdamW8bit, first_places, map_on, nearest_by_table
+from train.optimizers.named_optimizer import Optimizers
 
 BITSANDBYTES = f"bitsandbytes {bitsandbytes.__version__} AdamW8bit (CPU)"
 CPU = torch.device("cpu")

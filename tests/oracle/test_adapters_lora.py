@@ -295,7 +295,7 @@ def test_targets_that_match_nothing():
 
 
 def test_lora_plus(tmp_path, parity):
-    from train.optim import build_optimizer
+    from train.optimizers.adamw import build_optimizer
 
     both = twin("llama", LoraConfig(r=3, b_lr_ratio=16.0), theirs_of("llama", r=3, lora_alpha=16), tmp_path)
     ours, theirs, real = batch(both)

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import model.__main__
 import model.hub
-from data.framing import Framer
-from data.tokenizer import load_tokenizer
+from data.tokenizer.base import load_tokenizer
+from data.transforms.framing import Framer
 from model.predict import Text, padded, probabilities
 from model.weights import head_spec, to_published, weight_table
 from tests.conftest import randomized, tiny_config

@@ -11,8 +11,8 @@ import transformers
 import lora.__main__
 import model.__main__
 import model.hub
-from data.framing import Framer, pad_id
-from data.tokenizer import load_tokenizer
+from data.tokenizer.base import load_tokenizer
+from data.transforms.framing import Framer, pad_id
 from lora.config import CONFIGS
 from lora.methods import BEFORE_THE_TEXT
 from model.predict import Text, padded
@@ -20,7 +20,7 @@ from tests.conftest import randomized, tiny_config
 from tests.folders import byte_level, write_tokenizer
 from tests.oracle.test_classify import EOS, SPECIALS, template, word_piece, write_labelled
 from tests.runs import command
-from train.checkpoint import resolve
+from train.runs.checkpoint import resolve
 
 METHODS = {
     "lora": ["--lora.r", 2],

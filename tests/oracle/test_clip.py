@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from train.clip import clip_grad_norm_, total_norm, total_norm_reference
+from train.optimizers.clip import clip_grad_norm_, total_norm, total_norm_reference
 
 TORCH = f"torch {torch.__version__.split('+')[0]} clip_grad_norm_"
 SHAPES = [(5, 7), (13,), (), (3, 4, 2), (100, 30)]

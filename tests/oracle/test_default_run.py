@@ -16,7 +16,7 @@ import torch
 import transformers
 
 import model.hub
-from data.tokenizer import Tokenizer
+from data.tokenizer.base import Tokenizer
 from eval.baseline import kneser_ney_bits
 
 ROOT = Path(__file__).resolve().parents[2]

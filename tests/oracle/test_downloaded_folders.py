@@ -13,8 +13,8 @@ from tokenizers import processors
 import eval.__main__
 import model.hub
 from data.config import DataConfig, DataError
-from data.shards import prepare
-from data.tokenizer import load_tokenizer
+from data.sources.shards import prepare
+from data.tokenizer.base import load_tokenizer
 from model.beam import beam_search
 from model.config import ConfigError
 from model.config import family as rules_of

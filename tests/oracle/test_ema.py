@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from train.ema import EMA
+from train.optimizers.ema import EMA
 
 TORCH = f"torch {torch.__version__.split('+')[0]} AveragedModel"
 

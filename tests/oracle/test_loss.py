@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import train.loss.chunked
+import train.losses.chunked
 from tests.bench.loss import peak_bytes
-from train.loss.chunked import chunked_linear_cross_entropy, score_rows
-from train.loss.cross_entropy import cross_entropy_reference, linear_cross_entropy
-from train.loss.losses import LARGE, LOSSES, choose_loss
+from train.losses.choose import LARGE, LOSSES, choose_loss
+from train.losses.chunked import chunked_linear_cross_entropy, score_rows
+from train.losses.cross_entropy import cross_entropy_reference, linear_cross_entropy
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCH = f"torch {torch.__version__}"
@@ -170,7 +170,7 @@ def test_what_is_frozen_gets_no_gradient(frozen, monkeypatch):
     for name in frozen.split():
         named[name].requires_grad_(False)
     if "weight" in frozen:  # nor is one computed
-        monkeypatch.setattr(train.loss.chunked, "add_product_", None)
+        monkeypatch.setattr(train.losses.chunked, "add_product_", None)
     total, _ = chunked_linear_cross_entropy(named["hidden"], named["weight"], labels, named["bias"], chunk_rows=3)
     total.backward()
     for name, tensor in named.items():
@@ -305,7 +305,7 @@ def test_the_choice():
 
 
 def test_triton_is_imported_when_first_wanted():
-    code = "import sys, train.loss.losses; print('triton' in sys.modules)"
+    code = "import sys, train.losses.choose; print('triton' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "False"
 

@@ -10,10 +10,10 @@ from torch import nn
 
 import model.memory
 import model.training
-import train.adamw8bit
-import train.loss.chunked
-import train.muon
-import train.named_optimizer
+import train.losses.chunked
+import train.optimizers.adamw8bit
+import train.optimizers.muon
+import train.optimizers.named_optimizer
 from model.activations import activation_bytes
 from model.config import ModelConfig
 from model.init import build
@@ -22,14 +22,14 @@ from model.parameters import adapted, adapter_parameters, parameters
 from model.training import Training
 from model.weights import role_of
 from tests.conftest import tiny_config
-from train.ema import EMA
-from train.loss.chunked import chunked_linear_cross_entropy
-from train.loss.cross_entropy import linear_cross_entropy
-from train.memory_report import Measured, measure_step
+from train.losses.chunked import chunked_linear_cross_entropy
+from train.losses.cross_entropy import linear_cross_entropy
 from train.objective import Objective, Result, Term
-from train.optim import build_optimizer
-from train.precision import autocast
+from train.optimizers.adamw import build_optimizer
+from train.optimizers.ema import EMA
+from train.optimizers.precision import autocast
 from train.recompute import recompute
+from train.reports.memory import Measured, measure_step
 from train.step import train_step
 
 CPU = torch.device("cpu")
@@ -223,7 +223,7 @@ def test_peak_with_dropout(name, way, parity):
 @pytest.mark.parametrize("way", ["chunked", "chunked, bf16", "chunked, recomputed"])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_peak_of_many_chunks(name, way, parity, monkeypatch):
-    for module in (model.training, train.loss.chunked):
+    for module in (model.training, train.losses.chunked):
         monkeypatch.setattr(module, "CHUNK_BYTES", 50 * 4 * 4000)  # 50 of 504 rows
         monkeypatch.setattr(module, "CHUNK_ROWS", {"cpu": 16})
     config, batch_size, length = shaped(name, "wordy")
@@ -340,13 +340,13 @@ def test_a_quantized_base_has_the_paper_s_bits():
 
 
 def test_sizes_are_the_trainer_s():
-    assert model.memory.BATCH_ELEMENTS == train.muon.BATCH_ELEMENTS
-    assert model.memory.WIDENED_ELEMENTS == train.named_optimizer.WIDENED_ELEMENTS
+    assert model.memory.BATCH_ELEMENTS == train.optimizers.muon.BATCH_ELEMENTS
+    assert model.memory.WIDENED_ELEMENTS == train.optimizers.named_optimizer.WIDENED_ELEMENTS
     eight_bit = train.adamw8bit
     assert (model.memory.SMALLEST, model.memory.BLOCK) == (eight_bit.SMALLEST, eight_bit.BLOCK)
     assert model.memory.PIECE == eight_bit.PIECE
-    assert model.training.CHUNK_BYTES == train.loss.chunked.CHUNK_BYTES
-    assert model.training.CHUNK_ROWS == train.loss.chunked.CHUNK_ROWS
+    assert model.training.CHUNK_BYTES == train.losses.chunked.CHUNK_BYTES
+    assert model.training.CHUNK_ROWS == train.losses.chunked.CHUNK_ROWS
 
 
 @pytest.mark.gpu

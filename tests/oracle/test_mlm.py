@@ -6,8 +6,8 @@ import tokenizers
 import torch
 import transformers
 
-from data.clm import IGNORE
-from data.mlm import mlm_batch
+from data.transforms.causal import IGNORE
+from data.transforms.masked import mlm_batch
 
 V, CLS, SEP, MASK = 1000, 1, 2, 3
 

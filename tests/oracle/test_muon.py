@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.oracle.test_optim import MATRICES, TORCH, difference, groups_of, train, weights
-from train.muon import COEFFICIENTS, Muon, orthogonalize, orthogonalize_batch
+from train.optimizers.muon import COEFFICIENTS, Muon, orthogonalize, orthogonalize_batch
 
 
 @pytest.mark.parametrize("batched", [False, True])
@@ -80,7 +80,7 @@ def test_orthogonalize_batch_equals_its_plain_twin(dtype, tolerance):
 def test_muon_stacks_are_cut_without_changing_the_result(monkeypatch):
     whole, cut = weights(MATRICES), weights(MATRICES)
     train(Muon(groups_of(whole)), whole, range(5))
-    monkeypatch.setattr("train.muon.BATCH_ELEMENTS", 1)
+    monkeypatch.setattr("train.optimizers.muon.BATCH_ELEMENTS", 1)
     train(Muon(groups_of(cut)), cut, range(5))
     assert difference(whole, cut) <= 1e-12
 

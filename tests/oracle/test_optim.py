@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from train.muon import Muon
-from train.named_optimizer import NamedOptimizer, Optimizers
-from train.optim import AdamW, build_optimizer, can_fuse, parameter_groups
+from train.optimizers.adamw import AdamW, build_optimizer, can_fuse, parameter_groups
+from train.optimizers.muon import Muon
+from train.optimizers.named_optimizer import NamedOptimizer, Optimizers
 
 TORCH = f"torch {torch.__version__.split('+')[0]}"
 SHAPES = {"a": (5, 7), "b": (13,), "c": (7, 5), "d": (3, 4, 2), "e": (1,), "f": (40, 33)}

@@ -9,8 +9,8 @@ import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data.clm import clm_batch
 from data.packing.blocks import sequential
+from data.transforms.causal import clm_batch
 from eval import perplexity as module
 from eval import targets
 from eval.bootstrap import bootstrap_interval

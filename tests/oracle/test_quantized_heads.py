@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import model.hub
-from data.clm import IGNORE
+from data.transforms.causal import IGNORE
 from eval.perplexity import perplexity_score
 from lora.config import AdapterError, LoraConfig
 from lora.inject import add_adapters, merge, remove, unmerge
@@ -28,7 +28,7 @@ from tests.oracle.test_4bit_folders import opened as opened_4bit
 from tests.oracle.test_int8_folders import BITSANDBYTES, THEIRS, TOKEN, between_codes, compressed, gap, opened
 from tests.oracle.test_int8_folders import TENSOR as STATIC
 from tests.oracle.test_peft_folders import inputs, peft_folder
-from train.loss.losses import LOSSES
+from train.losses.choose import LOSSES
 from train.objective import MaskedObjective, Objective
 
 ROUNDING = (5e-6, "float32 rounding; sums in another order, through two layers")

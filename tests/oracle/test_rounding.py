@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-import train.named_optimizer
-from train.muon import Muon
-from train.named_optimizer import Optimizers
-from train.optim import AdamW
-from train.rounding import stochastic_round_
-from train.sgd import SGD
+import train.optimizers.named_optimizer
+from train.optimizers.adamw import AdamW
+from train.optimizers.muon import Muon
+from train.optimizers.named_optimizer import Optimizers
+from train.optimizers.rounding import stochastic_round_
+from train.optimizers.sgd import SGD
 
 BF16 = torch.bfloat16
 
@@ -129,7 +129,7 @@ def test_one_step_of_muon_is_the_float32_step_rounded():
 
 def test_only_bfloat16_is_rounded_and_a_few_are_widened_at_a_time(monkeypatch):
     """Whatever the number at a time, the same draws; float32 parameters beside them take the usual path, bit for bit."""
-    monkeypatch.setattr(train.named_optimizer, "WIDENED_ELEMENTS", 100)
+    monkeypatch.setattr(train.optimizers.named_optimizer, "WIDENED_ELEMENTS", 100)
 
     def trained(rounding: bool, dtype: torch.dtype) -> tuple[nn.Parameter, list[nn.Parameter], list[int]]:
         torch.manual_seed(0)

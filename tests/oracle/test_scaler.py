@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from train.clip import clip_grad_norm_
-from train.ema import EMA
-from train.muon import Muon
-from train.named_optimizer import Optimizers
-from train.optim import AdamW
-from train.precision import SMALLEST_SCALE, GradScaler, autocast
+from train.optimizers.adamw import AdamW
+from train.optimizers.clip import clip_grad_norm_
+from train.optimizers.ema import EMA
+from train.optimizers.muon import Muon
+from train.optimizers.named_optimizer import Optimizers
+from train.optimizers.precision import SMALLEST_SCALE, GradScaler, autocast
 
 TORCH = f"torch {torch.__version__.split('+')[0]} amp.GradScaler"
 BAD_STEPS = {0, 1, 2, 3, 40, 41, 42, *range(200, 212), *range(300, 1000, 37)}

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from train.schedule import SCHEDULES, constant, cosine, inverse_sqrt, linear, slanted_triangular, wsd
+from train.optimizers.schedule import SCHEDULES, constant, cosine, inverse_sqrt, linear, slanted_triangular, wsd
 
 transformers = pytest.importorskip("transformers")
 LIBRARY = f"transformers {transformers.__version__}"

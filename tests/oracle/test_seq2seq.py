@@ -10,7 +10,7 @@ from model.weights import to_published, weight_table
 from tests.oracle.wide import widen
 from tests.runs import command
 from tests.seq2seq import gradients, opened, write_folder, write_pairs
-from train.loss.losses import LOSSES
+from train.losses.choose import LOSSES
 
 LIBRARY = f"transformers {transformers.__version__}"
 PREFIX = "turn round: "

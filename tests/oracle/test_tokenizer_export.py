@@ -7,10 +7,10 @@ import random
 import pytest
 import sentencepiece
 
-import data.tokenizer_export
-from data.tokenizer import load_tokenizer
-from data.tokenizer_sentencepiece import SentencePieceTokenizer
-from data.tokenizer_training import train_tokenizer, trainer_options
+import data.tokenizer.export
+from data.tokenizer.base import load_tokenizer
+from data.tokenizer.sentencepiece import SentencePieceTokenizer
+from data.tokenizer.training import train_tokenizer, trainer_options
 from tests.invariant.test_data_tokenizer import ODD, TEXTS, random_texts
 
 tokenizers = pytest.importorskip("tokenizers")

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import sentencepiece
 
-import data.tokenizer_json
+import data.tokenizer.tokenizer_json
 from data.config import DataError
-from data.tokenizer import SIDE_FILES, Tokenizer, load_tokenizer
+from data.tokenizer.base import SIDE_FILES, Tokenizer, load_tokenizer
 from tests.texts import prose
 
 tokenizers = pytest.importorskip("tokenizers")

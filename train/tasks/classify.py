@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from data.example import Example
-    from data.framing import Framed
-    from data.labels import LabelledData
     from data.sources.records import Row
-    from data.tokenizer import Tokenizer
+    from data.tokenizer.base import Tokenizer
+    from data.transforms.framing import Framed
+    from data.transforms.labels import LabelledData
     from model.config import ModelConfig
     from train.config import TrainConfig
     from train.objective import Objective
@@ -85,7 +85,7 @@ class ClassifyTask(RecordTask):
         cls, config: "TrainConfig", tokenizer: "Tokenizer | None", say: Say, *, progress: bool = False
     ) -> "LabelledData":
         from data.config import DataError
-        from data.labels import LabelledData, learned_labels
+        from data.transforms.labels import LabelledData, learned_labels
 
         settings: ClassifySettings = settings_of(config)
         check_settings(settings, config)
@@ -102,7 +102,7 @@ class ClassifyTask(RecordTask):
     @classmethod
     def network(cls, config: "TrainConfig", base: "ModelConfig", data: "LabelledData") -> "ModelConfig":
         """As many classes as labels, with their names; a pad that ends no text."""
-        from data.framing import pad_id
+        from data.transforms.framing import pad_id
         from model.config import ConfigError
         from model.predict import MULTI_LABEL
         from model.weights import head_spec
@@ -125,7 +125,7 @@ class ClassifyTask(RecordTask):
         return base.replace(**changes, extra={**base.extra, **named})
 
     def __init__(self, config: "TrainConfig", data: "LabelledData"):
-        from data.labels import label_counts, names_of
+        from data.transforms.labels import label_counts, names_of
         from train.label_scores import baseline
 
         settings: ClassifySettings = settings_of(config)
@@ -142,7 +142,7 @@ class ClassifyTask(RecordTask):
 
     @property
     def pad_id(self) -> int:
-        from data.framing import pad_id
+        from data.transforms.framing import pad_id
 
         return pad_id(self.tokenizer, self.framer.ends_with)
 
@@ -163,7 +163,7 @@ class ClassifyTask(RecordTask):
 
         from data.config import DataError
         from data.example import Example
-        from data.labels import label_names
+        from data.transforms.labels import label_names
 
         framed = self.framed(row)
         if framed.cut:
@@ -280,7 +280,7 @@ class ClassifyTask(RecordTask):
         return f"\n{columns(rows)}"
 
     def sample(self, network: "nn.Module", device: "torch.device") -> tuple[str, str]:
-        from data.labels import label_names
+        from data.transforms.labels import label_names
         from model.predict import Text, predicted_labels, probabilities
 
         rows = self.data.validation.values[:SAMPLES]
@@ -307,7 +307,7 @@ def separator_of(settings: ClassifySettings) -> str | None:
 
 
 def framer_of(settings: ClassifySettings, tokenizer: "Tokenizer", context: int):
-    from data.framing import Framer
+    from data.transforms.framing import Framer
 
     return Framer(tokenizer, room=min(context, settings.max_length or context), is_pair=settings.pair is not None)
 
@@ -328,10 +328,10 @@ def check_settings(settings: ClassifySettings, config: "TrainConfig") -> None:
 
 def names_before(config: "TrainConfig") -> tuple[str, ...] | None:
     """The labels in the order of the ids that the weights have: of the run's own checkpoints, else of --init."""
-    from data.labels import names_in_config
+    from data.transforms.labels import names_in_config
     from model.folders import HubError
     from model.hub import read_config
-    from train.checkpoint import checkpoints, resolve
+    from train.runs.checkpoint import checkpoints, resolve
 
     if config.run.init is None:
         return None

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from data.shards import Shards
+    from data.sources.shards import Shards
     from train.config import TrainConfig
     from train.objective import Objective
 
@@ -37,7 +37,7 @@ class CausalTask(TokenTask):
         self.baselines = baselines(shards.train.ids, self.held_out, tokenizer.vocab_size, bos_id, self.validation_bytes)
 
     def batch(self, block_BT1: "Tensor", step: int, first_row: int) -> Batch:
-        from data.clm import clm_batch
+        from data.transforms.causal import clm_batch
 
         return clm_batch(block_BT1, self.tokenizer.bos_id, self.tokenizer.eos_id)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from data.shards import Shards
+    from data.sources.shards import Shards
     from train.config import TrainConfig
     from train.objective import Objective
 
@@ -35,7 +35,7 @@ class MaskedTask(TokenTask):
     needs_mask = True
 
     def __init__(self, config: "TrainConfig", shards: "Shards"):
-        from data.mlm import unigram_baseline
+        from data.transforms.masked import unigram_baseline
 
         if shards.tokenizer.mask_id is None:
             raise DataError("masked-language modelling needs a tokenizer with a mask token")
@@ -47,12 +47,12 @@ class MaskedTask(TokenTask):
         return self._masked(block_BT1, step, first_row)
 
     def validation_batch(self, block_BT1: "Tensor", first_row: int) -> Batch:
-        from data.mlm import VALIDATION
+        from data.transforms.masked import VALIDATION
 
         return self._masked(block_BT1, VALIDATION, first_row, masked=1.0, replaced=0.0)
 
     def _masked(self, block_BT1: "Tensor", step: int, first_row: int, **shares: float) -> Batch:
-        from data.mlm import mlm_batch
+        from data.transforms.masked import mlm_batch
 
         tokenizer = self.tokenizer
         return mlm_batch(

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from data.config import DataError
-from data.find import shortened
 from data.shell import command
+from data.sources.find import shortened
 from data.words import counted
 from model.config import ConfigError
 from train.command_line import Needs
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from data.example import Example
     from data.sources.records import RecordData, Row, Rows
     from model.config import ModelConfig
-    from train.distributed import Ranks
     from train.objective import Objective
+    from train.parallel.ranks import Ranks
 
 START = "<s>"  # what the decoder begins with, of a network from nothing
 SHOWN = 200  # characters of a source in a printed command
@@ -130,7 +130,7 @@ class Seq2SeqTask(RecordTask):
         return base
 
     def __init__(self, config: TrainConfig, data: "RecordData"):
-        from data.seq2seq import unigram_nats
+        from data.transforms.seq2seq import unigram_nats
 
         self.config, self.tokenizer, self.settings = config, data.tokenizer, settings_of(config)
         if self.tokenizer.eos_id is None:
@@ -159,8 +159,8 @@ class Seq2SeqTask(RecordTask):
 
     def _encoded(self, rows: "Rows", most: float = math.inf) -> "Rows":
         """The pairs of the rows; of held-out ones no more than have `most` target tokens."""
-        from data.seq2seq import framed_text
         from data.sources.records import Rows
+        from data.transforms.seq2seq import framed_text
 
         pairs, kept, tokens, settings = [], [], 0, self.settings
         limits = dict(zip(("target", "source"), self.most, strict=True))
@@ -190,7 +190,7 @@ class Seq2SeqTask(RecordTask):
         return Rows(pairs, *([each[place] for place in kept] for each in (rows.names, rows.sources)))
 
     def transform(self, row: Pair, random: "np.random.Generator") -> "list[Example]":
-        from data.seq2seq import teacher_forced
+        from data.transforms.seq2seq import teacher_forced
 
         return [teacher_forced(row.source_ids, row.target_ids, self.start_id)]
 

@@ -17,9 +17,9 @@ from torch import Tensor
 import model.hub
 from tests.conftest import randomized, tiny_config
 from train.config import OptimizerConfig, RunConfig, SpeedConfig, TrainConfig
-from train.distributed import Ranks, share
 from train.engine import Engine
 from train.objective import Objective
+from train.parallel.ranks import Ranks, share
 from train.setup import open_engine
 
 CURVE = Path(__file__).parent / "curve.json"

@@ -1,0 +1,75 @@
+"""Training and validation: documents chosen by a hash of their text, after few long ones have been cut."""
+
+import hashlib
+from collections.abc import Callable
+
+import numpy as np
+
+from data.config import DataConfig, DataError
+from data.corpus.ingest import cut, cut_long_lines
+from data.sources.files import Document
+from data.words import counted
+
+LARGEST_PIECE = 1 << 14  # bytes, when a corpus of few documents is cut
+
+
+def split_fraction(text: str) -> float:
+    """A document's place in [0, 1), by its text alone: below `val_fraction` it is validation, wherever it stood."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def split(documents: list[Document], val_fraction: float, *, dropped: int = 0) -> dict[str, list[Document]]:
+    """Training and validation documents. Where chance leaves one split empty, the nearest document goes there. `dropped`:
+    how many duplicates there were, for a message."""
+    if len(documents) < 2:
+        after = f" after {counted(dropped, 'duplicate was', 'duplicates were')} dropped" * (dropped > 0)
+        raise DataError(
+            f"the corpus has {counted(len(documents), 'document')}{after}, and training and validation need one each. Add "
+            "files, or use a .jsonl with one document a line"
+        )
+    fractions = [split_fraction(document.text) for document in documents]
+    threshold = min(max(val_fraction, np.nextafter(min(fractions), 1)), max(fractions))
+    return {
+        "train": [document for document, f in zip(documents, fractions, strict=True) if f >= threshold],
+        "validation": [document for document, f in zip(documents, fractions, strict=True) if f < threshold],
+    }
+
+
+def cut_few(documents: list[Document], val_fraction: float, say: Callable[[str], None]) -> list[Document]:
+    """A book in one file in pieces, of which some can be held out: validation would get all of it or nothing.
+
+    A source of a mixture is cut where it has few documents, whatever the others have.
+    """
+    cut_ones: list[Document] = []
+    for source in dict.fromkeys(document.source for document in documents):
+        mine = [document for document in documents if document.source == source]
+        cut_ones += cut_source(mine, val_fraction, say) if len(mine) * val_fraction < 1 else mine
+    return cut_ones
+
+
+def cut_source(documents: list[Document], val_fraction: float, say: Callable[[str], None]) -> list[Document]:
+    held = sum(len(document.text.encode()) for document in documents)
+    size = int(min(LARGEST_PIECE, max(256, held * val_fraction / 4)))
+    where = "after blank lines"
+    pieces = [cut(document, size) for document in documents]
+    made = sum(map(len, pieces))
+    if made * val_fraction < 1:  # text8 is one line of 100 MB
+        pieces = [cut_long_lines(parts, size, most=held // 4) for parts in pieces]
+        where += ", and long lines at white space," if sum(map(len, pieces)) > made else ""
+    found = [piece for parts in pieces for piece in parts]
+    what = counted(len(documents), "document") + (f" of {documents[0].source}" if documents[0].source else "")
+    wanted = f"{what} cannot have {100 * val_fraction:.3g}% held out"
+    if len(found) > len(documents):
+        say(f"{wanted}: cut {where} into {len(found):,}")
+    elif len(documents) > 1:
+        say(f"{wanted}, and they are too short to be cut: one or more of them are held out whole")
+    return found
+
+
+def check_sources(config: DataConfig, documents: list[Document], train: list[Document]) -> None:
+    """Raise DataError where a source of a mixture has nothing to train on."""
+    for name in config.weights:
+        if not any(document.source == name for document in train):
+            read = sum(document.source == name for document in documents)
+            why = "all of it was dropped as duplicates or is held out" if read else "no text in it"
+            raise DataError(f"the source {name} has nothing to train on: {counted(read, 'document')} read, {why}")

@@ -1,0 +1,227 @@
+"""Read a user's files as documents: a text file is one, so is each record of `record_files`; also .gz."""
+
+import gzip
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, Literal, TypeVar
+
+from data.config import DataConfig, DataError
+from data.sources.find import kind
+from data.sources.parquet import read_parquet
+from data.sources.record_files import FORMATS, Line, NoRecordsError, Record, RecordError, is_utf16, read_records, shown
+
+T = TypeVar("T")
+BadText = Literal["error", "replace", "skip"]
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
+JSON_KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and where it came from; of a mixture, also the name of its source."""
+
+    name: str
+    text: str
+    source: str = ""
+
+
+@dataclass
+class ReadReport:
+    """What reading met: filled while the documents are consumed."""
+
+    documents: int = 0
+    bytes: int = 0
+    skipped: list[str] = field(default_factory=list)  # documents left out: not valid UTF-8, on_bad_text="skip"
+    replaced: list[str] = field(default_factory=list)  # documents that hold U+FFFD now, on_bad_text="replace"
+    empty: int = 0  # documents without text, left out
+    without_records: list[str] = field(default_factory=list)  # files of records that hold none
+    no_records: list[str] = field(default_factory=list)  # JSON files left out: met in a folder, and no list of records
+
+
+def read_files(
+    paths: Iterable[Path], text_key: str, on_bad_text: BadText, report: ReadReport, *, is_named: bool = True
+) -> Iterator[Document]:
+    """The documents of `paths`, in order. A DataError names the file, and its line, record or byte offset.
+
+    `is_named`: the user asked for these very files. Else a .json that is no list of records, as a folder may have for other
+    ends, is left out and noted.
+    """
+
+    def documents(path: Path, stream: BinaryIO) -> Iterator[Document]:
+        if kind(path) in FORMATS:
+            yield from read_record_file(path, stream, text_key, on_bad_text, report)
+        elif (text := decode(stream.read(), str(path), 0, on_bad_text, report)) is not None:
+            yield Document(str(path), text)
+
+    return read_each(paths, documents, report, is_named)
+
+
+def read_rows(
+    paths: Iterable[Path], on_bad_text: BadText, report: ReadReport, *, is_named: bool = True
+) -> Iterator[tuple[str, dict]]:
+    """The records of `paths` with all their keys, each with its name for messages; strings in them have a UTF-8."""
+
+    def records(path: Path, stream: BinaryIO) -> Iterator[tuple[str, dict]]:
+        for record in read_stream(path, stream, on_bad_text, report):
+            name = named(path, record.place)
+            if not isinstance(record.value, dict):
+                raise DataError(f"{name}: a record has named keys, and this is {type(record.value).__name__}")
+            row = {}
+            for key, value in record.value.items():
+                if isinstance(value, str):
+                    value = without_surrogates(value, name, key, on_bad_text, report)
+                    if value is None:
+                        break
+                row[key] = value
+            else:
+                yield name, row
+
+    return read_each(paths, records, report, is_named)
+
+
+def read_each(
+    paths: Iterable[Path], read: Callable[[Path, BinaryIO], Iterator[T]], report: ReadReport, is_named: bool
+) -> Iterator[T]:
+    """Yield what `read` makes of each file, opened and unpacked; each way in which that fails becomes a DataError."""
+    for path in paths:
+        met, before = False, len(report.skipped)
+        try:
+            with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
+                for one in read(path, stream):
+                    met = True
+                    yield one
+                if kind(path) in FORMATS and not met and len(report.skipped) == before:
+                    report.without_records.append(str(path))
+        except NoRecordsError as error:
+            if is_named:
+                raise DataError(f"{path}: {error}") from error
+            report.no_records.append(str(path))
+        except RecordError as error:
+            glob = "" if is_named else ". If it is none of the text, name the files to read by a glob"
+            raise DataError(f"{named(path, error.place)}: {error}{glob}") from error
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise DataError(f"{path}: broken or truncated gzip ({error})") from error
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def read_record_file(
+    path: Path, stream: BinaryIO, text_key: str, on_bad_text: BadText, report: ReadReport
+) -> Iterator[Document]:
+    """Each record is one document: the string under `text_key`."""
+    what = "key" if kind(path) in (".jsonl", ".json") else "column"
+    for record in read_stream(path, stream, on_bad_text, report, text_key):
+        name = named(path, record.place)
+        text = text_of(record, name, text_key, what)
+        text = without_surrogates(text, name, text_key, on_bad_text, report)
+        if text is not None:
+            yield Document(name, text)
+
+
+def read_stream(
+    path: Path, stream: BinaryIO, on_bad_text: BadText, report: ReadReport, column: str | None = None
+) -> Iterator[Record]:
+    """The records of an open file. `column`: the one that is wanted, where a format can leave out others."""
+    suffix = kind(path)
+    if suffix == ".parquet":
+        return read_parquet(stream, column)
+    return read_records(decoded_lines(path, stream, suffix == ".jsonl", on_bad_text, report), suffix)
+
+
+def named(path: Path, place: str) -> str:
+    """
+    >>> named(Path("a.jsonl"), "line 3"), named(Path("a.csv"), "record 2"), named(Path("a.json"), "")
+    ('a.jsonl:3', 'a.csv, record 2', 'a.json')
+    """
+    if place.startswith("line "):
+        return f"{path}:{place.removeprefix('line ')}"
+    return f"{path}, {place}" if place else str(path)
+
+
+def decoded_lines(
+    path: Path, stream: Iterable[bytes], is_record: bool, on_bad_text: BadText, report: ReadReport
+) -> Iterator[Line]:
+    """Numbered lines with their ends. A line that is a record (`is_record`) is mended or left out here, by `on_bad_text`.
+
+    Elsewhere a record may be several lines, or a part of one: bytes that are no UTF-8 stay in it as lone surrogates, for
+    `without_surrogates`.
+    """
+    offset, is_strict = 0, is_record or on_bad_text == "error"
+    for number, raw in enumerate(stream, start=1):
+        if is_strict:
+            line = decode(raw, f"{path}:{number}", offset, on_bad_text, report)
+        else:
+            line = without_mark(raw.decode(errors="surrogateescape"), offset)
+        offset += len(raw)
+        if line is not None:
+            yield number, line
+
+
+def text_of(record: Record, name: str, text_key: str, what: str) -> str:
+    """The string under `text_key`; a record may be a plain string too."""
+    if isinstance(record.value, str):
+        if text_key != DataConfig.text_key:
+            raise DataError(f"{name}: a plain string, which has no key {text_key!r}: leave --text-key out to read it")
+        return record.value
+    if not isinstance(record.value, dict):
+        which = "a JSON line" if record.place.startswith("line ") else "a record"
+        raise DataError(f"{name}: {which} must be an object or a string, this is {JSON_KINDS[type(record.value)]}")
+    if text_key not in record.value:
+        has = f"no {what} {text_key!r}; its {what}s: {shown(record.value)}"
+        raise DataError(f"{name}: {has}. Name the one with the text by --text-key, or the files to read by a glob")
+    text = record.value[text_key]
+    if not isinstance(text, str):
+        chat = ". Chat records, which hold a list of messages, cannot be trained on yet" * is_chat(text)
+        others = [key for key, value in record.value.items() if isinstance(value, str)]
+        hint = f"; strings are in {shown(others)}: name one by --text-key" if others else ""
+        raise DataError(f"{name}: the value of {text_key!r} is {JSON_KINDS[type(text)]}, not a string{hint}{chat}")
+    return text
+
+
+def is_chat(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) and "content" in each for each in value)
+
+
+def without_surrogates(text: str, name: str, text_key: str, on_bad_text: BadText, report: ReadReport) -> str | None:
+    """Text that has a UTF-8; None when on_bad_text="skip" leaves it out. "\\ud800" is valid JSON and no text."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        byte = f" (the byte 0x{code - 0xDC00:02x}, which is no UTF-8)" if 0xDC80 <= code <= 0xDCFF else ""
+        problem = f"{name}: lone surrogate \\u{code:04x}{byte} in {text_key!r}"
+    if mend(problem, name, on_bad_text, report) is None:
+        return None
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def decode(raw: bytes, name: str, offset: int, on_bad_text: BadText, report: ReadReport) -> str | None:
+    """UTF-8 bytes into text; None when on_bad_text="skip" leaves them out. `offset`: where `raw` begins in its file."""
+    try:
+        text, problem = raw.decode(), ""
+    except UnicodeDecodeError as error:
+        at = offset + error.start
+        hint = " (UTF-16? convert it to UTF-8)" if raw[:2] in UTF16 else ""
+        text, problem = raw.decode(errors="replace"), f"{name}: broken UTF-8 at byte {at} (0x{raw[error.start]:02x}){hint}"
+    if offset == 0 and is_utf16(raw):
+        text, problem = text.replace("\0", "\ufffd"), problem or f"{name}: full of NUL bytes (UTF-16? convert it to UTF-8)"
+    if problem and mend(problem, name, on_bad_text, report) is None:
+        return None
+    return without_mark(text, offset)
+
+
+def without_mark(text: str, offset: int) -> str:
+    """A byte order mark at the beginning of a file is no text."""
+    return text.removeprefix("\ufeff") if offset == 0 else text
+
+
+def mend(problem: str, name: str, on_bad_text: BadText, report: ReadReport) -> str | None:
+    """Act on one document of bad text: raise, note it as replaced, or note it as skipped (None)."""
+    if on_bad_text == "error":
+        way_on = "--on-bad-text replace puts U+FFFD in its place, --on-bad-text skip leaves the document out"
+        raise DataError(f"{problem}. {way_on}")
+    (report.replaced if on_bad_text == "replace" else report.skipped).append(name)
+    return name if on_bad_text == "replace" else None

@@ -1,0 +1,210 @@
+"""Files that an entry of --corpus names: a file, a folder with what its links lead to, or a glob; and what is left out.
+
+Each real folder and each real file comes once, however many links lead to it, so that loops of links end. Links come last: a
+file that a folder holds itself keeps its path there. Hidden names and other suffixes are passed over, and are counted: text
+must not go missing in silence.
+"""
+
+import errno
+import glob
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+from data.config import BUILT_IN, DataError
+from data.sources.record_files import FORMATS, refuse_columnar, suffix_of
+from data.words import counted
+
+TEXTS = (".txt", ".md", ".py")
+SUFFIXES = (*TEXTS, *FORMATS)
+READS = f"read are {' '.join(SUFFIXES)}, each also with .gz"
+MOST = 8  # suffixes and names that a line names
+
+
+class Found(NamedTuple):
+    files: dict[str, Path]  # real path -> the one by which it is read
+    left_out: str  # a line that says what there is beside; "" for nothing
+
+
+def kind(path: Path) -> str | None:
+    """The suffix that says how a file is read, without .gz; None when it is not read. Raises DataError for Arrow.
+
+    >>> kind(Path("a/b.JSONL.gz")), kind(Path("photo.png"))
+    ('.jsonl', None)
+    """
+    refuse_columnar(path)
+    suffix = suffix_of(path)
+    return suffix if suffix in SUFFIXES else None
+
+
+def may_hold_records(entries: Iterable[str]) -> bool:
+    """Whether a key of records could matter: not to a built-in, nor to files whose suffix says that they are text.
+
+    >>> may_hold_records(["stdlib-docs", "a/*.txt"]), may_hold_records(["a.md", "a.jsonl.gz"]), may_hold_records(["folder"])
+    (False, True, True)
+    """
+    return any(entry not in (*BUILT_IN, "-") and suffix_of(entry) not in TEXTS for entry in entries)
+
+
+def find_files(entry: str, cache: Path) -> Found | None:
+    """The files of one entry; None when there is no such thing. `cache`: a folder of our own, which holds no text.
+
+    Raises DataError for what is there and cannot be read.
+    """
+    path = expand_home(entry)
+    if path.is_file():  # named outright, a file needs no suffix to be text: text8 has none
+        if kind(path) is None and suffix_of(path):
+            raise DataError(f"{path}: its suffix is not one that is read ({READS})")
+        return Found({os.path.realpath(path): path}, "")
+    search = Search(cache.expanduser())
+    if path.is_dir():
+        search.folder(path)
+    elif path.exists():
+        raise DataError(f"{path}: neither a file nor a folder")
+    elif path.is_symlink():
+        raise DataError(f"{path}: a link to {os.readlink(path)}, and nothing is there")
+    elif not search.matches(path):
+        return None
+    left_out = search.left_out.line(f"{path}{os.sep}" if path.is_dir() else str(path))
+    if not search.files:
+        raise DataError(f"{path}: holds no file that is read ({READS})" + (f"; {left_out}" if left_out else ""))
+    return Found(search.files, left_out)
+
+
+def expand_home(entry: str) -> Path:
+    """A leading ~ or ~name is a home; where nobody has that name, it is a file's."""
+    try:
+        return Path(entry).expanduser()
+    except RuntimeError:
+        return Path(entry)
+
+
+@dataclass
+class LeftOut:
+    """Names and counts of what is not read."""
+
+    suffixes: Counter[str] = field(default_factory=Counter)
+    broken: list[str] = field(default_factory=list)  # links that lead nowhere
+    special: list[str] = field(default_factory=list)  # pipes, sockets, devices
+    hidden: Counter[str] = field(default_factory=Counter)  # "file", "folder": whose name begins with a dot
+
+    def line(self, where: str) -> str:
+        """
+        >>> LeftOut(Counter({".pdf": 3, "": 1, ".html": 12}), ["a.txt"]).line("corpus/")
+        'left out of corpus/: 12 files of .html, 3 of .pdf, 1 without a suffix; links that lead nowhere: a.txt'
+        >>> LeftOut(hidden=Counter(file=2, folder=1)).line("corpus/")
+        'left out of corpus/: 2 hidden files and 1 hidden folder'
+        """
+        suffixes = self.suffixes.most_common()
+        files = [f"{count:,} {f'of {suffix}' if suffix else 'without a suffix'}" for suffix, count in suffixes[:MOST]]
+        if rest := suffixes[MOST:]:
+            files.append(f"{sum(count for _, count in rest):,} of {len(rest)} other suffixes")
+        if files:
+            files[0] = files[0].replace(" ", " files " if suffixes[0][1] > 1 else " file ", 1)
+        parts = [", ".join(files)] if files else []
+        hidden = [counted(self.hidden[kind], f"hidden {kind}") for kind in ("file", "folder") if self.hidden[kind]]
+        parts += [" and ".join(hidden)] if hidden else []
+        for what, names in (("links that lead nowhere", self.broken), ("neither files nor folders", self.special)):
+            if names:
+                parts.append(f"{what}: {shortened(names, MOST)}")
+        return f"left out of {where}: {'; '.join(parts)}" if parts else ""
+
+
+def shortened(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+class Search:
+    """Collect the files of folders and globs, and count what is left out."""
+
+    def __init__(self, cache: Path) -> None:
+        self.files: dict[str, Path] = {}  # the real path -> the one by which it is read
+        self.folders: set[str] = set()  # real paths of those that were entered
+        self.cache = os.path.realpath(cache)
+        self.left_out = LeftOut()
+
+    def matches(self, pattern: Path) -> bool:
+        """Collect all that a pattern names, folders with what is below them; False when that is nothing.
+
+        What exists is a name, brackets and all. `**` is matched here: the library's follows loops of links to their
+        fortieth round.
+        """
+        parts = pattern.parts
+        known = next(n for n in range(len(parts), -1, -1) if n == 0 or os.path.exists(Path(*parts[:n])))
+        rest = parts[known:]
+        depth = rest.index("**") if "**" in rest else len(rest)
+        found = glob.glob(os.path.join(glob.escape(str(Path(*parts[:known]))), *rest[:depth]))
+        for top in sorted(map(Path, found), key=lambda path: (path.is_symlink(), path)):
+            if top.is_dir():
+                self.folder(top, rest[depth:])
+            elif depth == len(rest):
+                self.file(top)
+        return bool(found) if depth == len(rest) else bool(self.files or self.left_out.line(""))
+
+    def folder(self, top: Path, pattern: tuple[str, ...] = ()) -> None:
+        """Collect what is below a folder, fits the parts of a glob and is not hidden; links last."""
+        pending, links = [top], []
+        while pending:
+            for root, folders, names in os.walk(pending.pop(0), onerror=refuse):
+                real = os.path.realpath(root)
+                if real in self.folders or (real == self.cache and Path(root) != top):
+                    folders.clear()
+                    continue
+                self.folders.add(real)
+                if not pattern:  # a glob names hidden files by a dot of its own, as in a shell
+                    self.left_out.hidden["file"] += len(names) - len(visible(names))
+                    self.left_out.hidden["folder"] += len(folders) - len(visible(folders))
+                folders[:] = visible(folders)
+                pending += [Path(root, name) for name in folders if os.path.islink(os.path.join(root, name))]
+                for path in [Path(root, name) for name in visible(names)]:
+                    if pattern and not fits(path.relative_to(top).parts, pattern):
+                        continue
+                    if os.path.islink(path):
+                        links.append(path)
+                    else:
+                        self.file(path, os.path.join(real, path.name))
+        for path in links:
+            self.file(path)
+
+    def file(self, path: Path, real: str | None = None) -> None:
+        try:
+            mode = path.stat().st_mode
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+            if path.is_symlink():  # what is no link has gone since it was listed
+                self.left_out.broken.append(str(path))
+            return
+        if not stat.S_ISREG(mode):
+            self.left_out.special.append(str(path))
+        elif kind(path) is None:
+            self.left_out.suffixes[suffix_of(path) + (".gz" if path.name.lower().endswith(".gz") else "")] += 1
+        else:
+            self.files.setdefault(real or os.path.realpath(path), path)
+
+
+def visible(names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def refuse(error: OSError) -> None:
+    """os.walk would pass over an unreadable folder in silence."""
+    raise DataError(f"{error.filename}: cannot be read ({error.strerror})")
+
+
+def fits(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """True if a path, or a folder above it, matches the parts of a glob.
+
+    >>> fits(("a", "b", "c.txt"), ("**", "*.txt")), fits(("a", "b"), ("**", "a")), fits(("a", "b"), ("b", "**"))
+    (True, True, False)
+    """
+    if not pattern:
+        return True
+    if pattern[0] == "**":
+        return fits(names, pattern[1:]) or (bool(names) and fits(names[1:], pattern))
+    return bool(names) and fnmatchcase(names[0], pattern[0]) and fits(names[1:], pattern[1:])

@@ -1,0 +1,76 @@
+"""Records of a Parquet file: rows of named columns, some at a time. Values become those of JSON; what is null is missing.
+
+    lists, structs, maps     lists and objects, whatever is null in an object left out too
+    binary                   text: older writers mark none of theirs as such
+    times, decimals, …       as they are spelled: '2026-11-30 00:00:00'
+
+Source: the Apache Parquet format, read by pyarrow (the extra `parquet`).
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from data.sources.record_files import Record, RecordError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+ROWS = 1024  # that are held as Python values at once
+INSTALL = "pip install -c constraints.txt -e '.[parquet]'"
+
+
+def read_parquet(stream: BinaryIO, column: str | None = None) -> Iterator[Record]:
+    """The rows, in order; of one `column` alone where the file has it. Errors: not such a file, no pyarrow (RecordError)."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise RecordError("", f"Parquet is read by pyarrow, which is not installed: {INSTALL}") from None
+    number = 0
+    try:
+        file = pyarrow.parquet.ParquetFile(stream)
+        columns = [column] if column in file.schema_arrow.names else None
+        for batch in file.iter_batches(ROWS, columns=columns, use_threads=False):
+            names, values = batch.schema.names, [values_of(each, number) for each in batch.columns]
+            if len(set(names)) < len(names):
+                raise RecordError("", f"several columns have one name: {', '.join(names)}")
+            for row in zip(*values, strict=True):
+                number += 1
+                yield Record(f"record {number}", {n: v for n, v in zip(names, row, strict=True) if v is not None})
+    except (pyarrow.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # the disk's; what pyarrow cannot decode has none
+            raise
+        why = " ".join(str(error).split())
+        place = f"record {number + 1}" if number else ""
+        raise RecordError(place, f"not a Parquet file that can be read ({why})") from error
+
+
+def values_of(column: "pyarrow.Array", before: int) -> list:
+    import pyarrow
+
+    kinds = pyarrow.types
+    if kinds.is_string(column.type) or kinds.is_large_string(column.type) or kinds.is_string_view(column.type):
+        wide = column.cast(pyarrow.large_binary())  # what is no UTF-8 is told by who reads text: --on-bad-text
+        return [None if value is None else value.decode(errors="surrogateescape") for value in wide.to_pylist()]
+    if kinds.is_temporal(column.type):
+        return column.cast(pyarrow.string()).to_pylist()
+    try:
+        return [plain(value) for value in column.to_pylist(maps_as_pydicts="strict")]
+    except UnicodeDecodeError as error:
+        raise RecordError("", f"text in a list or struct is no UTF-8, in one of the {ROWS} rows after {before:,}") from error
+
+
+def plain(value: Any) -> Any:
+    """
+    >>> plain({"role": "user", "parts": [b"hi", None], "name": None})
+    {'role': 'user', 'parts': ['hi', None]}
+    """
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    if isinstance(value, dict):
+        return {key: plain(each) for key, each in value.items() if each is not None}
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    if isinstance(value, bytes):
+        return value.decode(errors="surrogateescape")
+    return str(value)

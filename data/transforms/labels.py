@@ -1,0 +1,129 @@
+"""Labels of records: names out of columns, sorted into ids; how often each comes."""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from data.config import DataError
+from data.sources.record_files import shown
+from data.sources.records import RecordData, Row, Rows
+from data.words import counted
+
+NUMBER = re.compile(r"([0-9]+)")
+
+
+@dataclass(frozen=True)
+class LabelledData(RecordData):
+    """Records with labels. `labels`: the name of each id."""
+
+    labels: tuple[str, ...]
+
+
+def natural_key(name: str) -> tuple:
+    """Sort key: integers by value and first, other names by their parts, in which numbers count by value and case does not.
+
+    >>> sorted(["b10", "B2", "10", "-1", "9", "a"], key=natural_key)
+    ['-1', '9', '10', 'a', 'B2', 'b10']
+    """
+    if re.fullmatch(r"[+-]?[0-9]+", name):
+        return 0, int(name), name
+    return 1, [(0, int(part), "") if NUMBER.fullmatch(part) else (1, 0, part.casefold()) for part in NUMBER.split(name)], name
+
+
+def label_name(value: object, place: str, column: str) -> str:
+    """A label's name: a string without white space around it, an integer's digits, "true" or "false". Errors name the record.
+
+    >>> label_name(" good ", "a.csv, record 1", "label"), label_name(True, "", ""), label_name(3, "", "")
+    ('good', 'true', '3')
+    """
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, str) and value.strip():
+        return value.strip()
+    if value is None or value == "" or isinstance(value, str):
+        raise DataError(f"{place}: the label in column {column!r} is {'missing (null)' if value is None else 'empty'}")
+    raise DataError(
+        f"{place}: the label in column {column!r} is {value!r:.60}, a {type(value).__name__}: a label is a string, an integer "
+        "or a boolean" + (" (several labels a text: --classify.multi)" if isinstance(value, list) else "")
+    )
+
+
+def label_names(row: Row, place: str, column: str, separator: str | None) -> tuple[str, ...]:
+    """The labels of a record, each once: of the whole column, or with a `separator` of its parts or of a list. A text of
+    several labels may have none: an empty list, or an empty string.
+
+    >>> label_names({"label": "b; a;b"}, "", "label", ";"), label_names({"label": []}, "", "label", ";")
+    (('b', 'a'), ())
+    """
+    if column not in row:
+        raise DataError(f"{place}: no column {column!r}; its columns: {shown(row)}")
+    value = row[column]
+    if separator is None:
+        return (label_name(value, place, column),)
+    if isinstance(value, str):
+        value = [part for part in value.split(separator) if part.strip()]
+    several = value if isinstance(value, list) else [value]
+    return tuple(dict.fromkeys(label_name(each, place, column) for each in several))
+
+
+def names_of(rows: Rows, column: str, separator: str | None) -> list[tuple[str, ...]]:
+    """The labels of each record."""
+    return [label_names(row, place, column, separator) for row, place in zip(rows.values, rows.names, strict=True)]
+
+
+def learned_labels(
+    train: Rows, validation: Rows, column: str, separator: str | None, known: Sequence[str] | None = None
+) -> tuple[str, ...]:
+    """The labels of the training records, sorted; in the order of `known` where these are the same names.
+
+    Errors (DataError): fewer than two classes; a label that held-out records alone have, with the first of these.
+    """
+    found = {name for names in names_of(train, column, separator) for name in names}
+    if len(found) < (1 if separator is not None else 2):
+        has = f"one label, {next(iter(found))!r}," if found else "no label"
+        raise DataError(f"column {column!r} has {has} in {counted(len(train), 'training record')}: nothing to tell apart")
+    for names, place in zip(names_of(validation, column, separator), validation.names, strict=True):
+        if unknown := [name for name in names if name not in found]:
+            raise DataError(
+                f"{place}: the label {unknown[0]!r} comes in no training record, so that it cannot be learned. Give more "
+                "records of it, leave it out, or choose what is held out: --validation FILE, --val-fraction"
+            )
+    if known is not None and len(known) == len(found) and set(known) == found:
+        return tuple(known)
+    return tuple(sorted(found, key=natural_key))
+
+
+def label_counts(labels: Sequence[str], named: Iterable[tuple[str, ...]]) -> list[int]:
+    """Count the records of each label.
+
+    >>> label_counts(("a", "b"), [("a",), ("a", "b"), ()])
+    [2, 1]
+    """
+    counts = dict.fromkeys(labels, 0)
+    for names in named:
+        for name in names:
+            counts[name] += 1
+    return list(counts.values())
+
+
+def names_in_config(id2label: object) -> tuple[str, ...] | None:
+    """The names of config.json's id2label in the order of ids; None where it is no such table.
+
+    >>> names_in_config({"1": "b", "0": "a"}), names_in_config({"0": "a", "2": "b"}), names_in_config(None)
+    (('a', 'b'), None, None)
+    """
+    if not isinstance(id2label, dict):
+        return None
+    try:
+        by_id = {int(id): str(name) for id, name in id2label.items()}
+    except ValueError:
+        return None
+    return tuple(by_id[id] for id in range(len(by_id))) if by_id.keys() == set(range(len(by_id))) else None
+
+
+def joined(names: Sequence[str], separator: str) -> str:
+    """Several labels as one cell of a table."""
+    return separator.join(names) if all(separator not in name for name in names) else json.dumps(names, ensure_ascii=False)

@@ -1,0 +1,99 @@
+"""A model folder scored on text as training validates: held-out text, each target once."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+from tqdm import tqdm
+
+from data.config import DataConfig, DataError
+from data.tokenizer.base import load_tokenizer
+from data.words import counted
+from model.config import ModelConfig
+from train.config import NetworkConfig, OptimizerConfig, ReportConfig, RunConfig, TrainConfig, TrainError
+from train.config_toml import read_settings
+from train.evaluate import evaluate
+from train.losses.choose import LOSSES, choose_loss
+from train.registry import load, names
+from train.task import Scores, Task
+
+WINDOW = 2048  # tokens of a text that is scored, at the most
+TOKENS_AT_ONCE = 2048  # in a batch of short windows
+
+def objective_of(config: ModelConfig) -> str | None:
+    """What a network's perplexity is that of; None: it has none."""
+    return next((name for name in names() if measures(load(name), config)), None)
+
+
+def measures(task: type[Task], config: ModelConfig) -> bool:
+    """Whether the task's validation is this network's perplexity."""
+    return config.architecture in task.architectures and config.head in task.perplexity_of
+
+
+def no_objective(config: ModelConfig) -> str:
+    article = "a" if config.architecture == "decoder" else "an"
+    return f"it is that of words in plain text, and this is {article} {config.architecture} with the head {config.head!r}"
+
+
+def open_text(
+    folder: Path,
+    config: ModelConfig,
+    *,
+    corpus: tuple[str, ...] = (),
+    cache: Path | None = None,
+    eval_tokens: int,
+    say: Callable[[str], None] = print,
+    **reading: str | None,
+) -> Task | str:
+    """A text in the tokens of the folder, by default that which the run was trained on, or the built-in one; or why there is
+    none. `reading`: text_key and on_bad_text, where they are not the run's. Errors (DataError, TrainError) only where a corpus
+    was asked for."""
+    objective = objective_of(config)
+    if objective is None:
+        return no_objective(config)
+    try:
+        tokenizer = load_tokenizer(folder, config.vocab_size)
+        run = folder.parent.parent
+        is_run = folder.parent.name == "checkpoints" and (run / "config.toml").is_file()
+        data = read_settings(run).data if is_run else DataConfig()
+        given = {"corpus": corpus, "cache": cache, **reading}
+        if corpus:  # a corpus that is asked for has a held-out share of its own
+            data = replace(data, validation=())
+        data = replace(data, **{name: value for name, value in given.items() if value})
+        kind = load(objective)
+        read = TrainConfig(run=RunConfig(objective=objective), data=data)
+        shards = kind.open_data(read, tokenizer, say, progress=sys.stderr.isatty())
+        # No window is longer than the text: what would fill it up costs time, and is not scored.
+        text = min(shards.validation.tokens, eval_tokens, shards.train.shortest)
+        context = max(1, min(config.context, WINDOW, text - 1))
+        told = TrainConfig(
+            run=RunConfig(objective=objective),
+            data=data,
+            network=NetworkConfig(context=context),
+            optimizer=OptimizerConfig(batch_size=max(1, TOKENS_AT_ONCE // context)),
+            report=ReportConfig(eval_tokens=eval_tokens),
+        )
+        return kind(told, shards)
+    except (DataError, TrainError) as error:
+        if corpus:
+            raise
+        return str(error)
+
+
+def score(network: nn.Module, task: Task, what: str) -> Scores:
+    """Sums and counts over all of the held-out text."""
+    asked, device = task.config, next(network.parameters()).device
+    rows = asked.optimizer.batch_size * asked.network.context
+    loss = LOSSES[choose_loss(rows, network.config.vocab_size, device)]
+    objective = task.objective(network, loss, loss)
+    shown = tqdm(task.validation, unit="batch", desc=f"scoring {what}", disable=not sys.stderr.isatty(), leave=False)
+    batches = ({name: value.to(device) for name, value in batch.items()} for batch in shown)
+    return task.scores(evaluate(objective, batches))
+
+
+def described(task: Task) -> str:
+    scored, there = len(task.held_out), task.shards.validation.tokens
+    share = counted(scored, "token") if scored == there else f"the first {scored:,} of {there:,} tokens"
+    return f"{' '.join(task.config.data.corpus)}, {share} in windows of {task.config.network.context:,}"

@@ -1,0 +1,94 @@
+"""Gradient clipping by the global norm."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from train.parallel.shard import cut_along, local, whole
+
+NONFINITE = ("keep", "error")
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Iterable[Tensor], max_norm: float | None, *, nonfinite: str = "keep", foreach: bool = True
+) -> Tensor:
+    """Scale all gradients in place so that their joint 2-norm is at most `max_norm`; returns the norm before that.
+
+        total = sqrt(sum over gradients of ||grad||^2),   grad = grad min(1, max_norm / (total + 1e-6))
+
+    The result is a tensor of no dimensions on the first gradient's device; nothing waits for a GPU. Of sharded gradients it
+    is the norm of the whole, the same on all ranks, which must all take part. `max_norm` None or inf only measures. A norm
+    that is inf or NaN: "keep" leaves the gradients as they are, and the caller, who sees it in the result, skips the step;
+    "error" raises RuntimeError before anything is scaled, and does wait for the GPU. `foreach=False` is the plain twin.
+    Source: Pascanu et al. 2013, arXiv 1211.5063, algorithm 1. The 1e-6 and the rest follow
+    torch.nn.utils.clip_grad_norm_, with three differences: the norms of bfloat16 and float16 gradients are float32
+    (torch rounds each tensor's norm to its dtype); a parameter that comes twice counts once; and a norm of inf or NaN
+    is not multiplied into the gradients.
+    """
+    if nonfinite not in NONFINITE:
+        raise ValueError(f"unknown nonfinite={nonfinite!r}; known: {NONFINITE}")
+    if max_norm is not None and not max_norm >= 0:
+        raise ValueError(f"max_norm={max_norm} is not a norm")
+    parameters = [parameters] if isinstance(parameters, Tensor) else parameters
+    grads = [param.grad for param in {id(param): param for param in parameters}.values() if param.grad is not None]
+    total = total_norm(grads) if foreach else total_norm_reference(grads)
+    if nonfinite == "error" and not total.isfinite():
+        raise RuntimeError(f"the norm of the gradients is {total.item()}")
+    if grads and max_norm is not None and max_norm != math.inf:
+        scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
+        scale = torch.where(total.isfinite(), scale, torch.ones_like(scale))
+        if foreach:
+            for alike in _by_device_and_dtype([local(grad) for grad in grads]):
+                torch._foreach_mul_(alike, scale.to(alike[0].device))
+        else:
+            for grad in grads:
+                local(grad).mul_(scale.to(grad.device))
+    return total
+
+
+def total_norm(tensors: list[Tensor]) -> Tensor:
+    """The joint 2-norm of tensors of any floating dtypes, in float32 or, if one of them is wider, in float64.
+
+    Each rank sums its part of the sharded ones, and the sums are added over the ranks that hold slices of the same tensors:
+    not over those that hold copies, which would count twice.
+    """
+    if not tensors:
+        return torch.zeros(())
+    cut: dict[tuple, list[Tensor]] = {}
+    for tensor in tensors:
+        cut.setdefault(cut_along(tensor), []).append(local(tensor))
+    device, norms = local(tensors[0]).device, []
+    for groups, parts in cut.items():
+        part_norms = [
+            norm.to(device)
+            for alike in _by_device_and_dtype(parts)
+            for norm in torch._foreach_norm(alike, 2, dtype=torch.promote_types(alike[0].dtype, torch.float32))
+        ]
+        norms += [_norm_over(groups, part_norms)] if groups else part_norms
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _norm_over(groups: tuple[dist.ProcessGroup, ...], part_norms: list[Tensor]) -> Tensor:
+    squares = torch.linalg.vector_norm(torch.stack(part_norms)).square()
+    for group in groups:
+        dist.all_reduce(squares, group=group)
+    return squares.sqrt()
+
+
+def total_norm_reference(tensors: list[Tensor]) -> Tensor:
+    if not tensors:
+        return torch.zeros(())
+    wide = [whole(local(tensor), tensor) for tensor in tensors]
+    wide = [tensor.to(wide[0].device, torch.promote_types(tensor.dtype, torch.float32)) for tensor in wide]
+    return torch.stack([tensor.square().sum() for tensor in wide]).sum().sqrt()
+
+
+def _by_device_and_dtype(tensors: list[Tensor]) -> list[list[Tensor]]:
+    alike: dict[tuple, list[Tensor]] = {}
+    for tensor in tensors:
+        alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    return list(alike.values())

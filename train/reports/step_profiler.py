@@ -1,0 +1,61 @@
+"""A closer look at a few steps, where it was asked for: --profile, --memory-report."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from data.transforms.causal import IGNORE
+from quant.linear import packed_tensors
+from train.adapters import accounted
+from train.freeze import frozen_of
+from train.objective import ids_of
+from train.reports.memory import measure_step, report, training_of
+from train.reports.profiler import Profiler
+from train.step import StepResult
+
+if TYPE_CHECKING:
+    from train.loop import Run
+
+
+class Watch:
+    """Takes the steps of a run, and tells what was seen."""
+
+    def __init__(self, run: "Run"):
+        self.run, self.taken, asked = run, 0, run.config.report
+        self.memory = asked.memory_report and run.ranks.main
+        self.profiler = Profiler(run.out / "profile", run.device) if asked.profile and run.ranks.main else None
+
+    def step(self, micro_batches: list[dict[str, Tensor]], phase: Callable) -> StepResult:
+        self.taken += 1
+        engine = self.run.engine
+        if self.memory and self.taken == 2:  # the first one makes the optimizer's state
+            results = []
+
+            def observed(inner: Callable) -> None:
+                results.append(engine.train(micro_batches, inner))
+
+            state = [value for name, value in engine.tensors().items() if not name.startswith("weights")]
+            weights = [*engine.network.parameters(), *packed_tensors(engine.network)]
+            measured = measure_step(observed, self.run.device, weights, state)
+            scored = sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches)
+            scored /= sum(batch["labels"].numel() for batch in micro_batches)
+            packed, frozen = bool(packed_tensors(engine.network)), frozen_of(self.run)
+            training = training_of(self.run.config, self.run.ranks, scored, packed=packed, frozen=frozen)
+            longest = max(ids.size(1) for batch in micro_batches for ids in ids_of(batch))
+            training = replace(training, context=longest)  # rows of records are as long as these
+            if engine.mesh.shard > 1 or not accounted(self.run.config):  # the account knows one device with all weights
+                training = None
+            self.run.console.say(report(engine.network.config, training, measured))
+            return results[0]
+        result = engine.train(micro_batches, phase)
+        self._show(self.profiler.step() if self.profiler else None)
+        return result
+
+    def close(self) -> None:
+        self._show(self.profiler.close() if self.profiler else None)
+
+    def _show(self, table: str | None) -> None:
+        if table:
+            self.run.console.say(f"profile  {self.run.out / 'profile'}\n{table}")

@@ -1,0 +1,231 @@
+"""What a run says before its first step and after its last: what it is, what it reached, what to type next."""
+
+import platform
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from data.config import DataConfig
+from data.shell import command
+from data.words import counted
+from model.flops import flops_per_token
+from quant.linear import count, quantized_layers
+from quant.qat import qat_layers
+from train.config import FURTHER, WIDTH, RunConfig, TrainConfig
+from train.freeze import frozen_of
+from train.optimizers.precision import PRECISIONS
+from train.registry import name_of, settings_of
+from train.reports.curves import plot
+from train.reports.log import clock, read_metrics
+from train.reports.memory import training_of, what_would_fit
+from train.reports.rate import ending, matmul_rate, peak_memory
+from train.runs.checkpoint import IN_PARTS, pointed
+
+LIBRARIES = 2**30  # bytes of a GPU that the CUDA context and the libraries' workspaces take, about
+
+if TYPE_CHECKING:
+    from model.config import ModelConfig
+    from train.loop import Run
+
+
+def introduction(run: "Run") -> str:
+    """What is trained on, the network, the machine, the run: lines before the first step."""
+    config, has = run.config, run.engine.network.config
+    parameters = count(run.engine.network)
+    trained = sum(parameter.numel() for parameter in run.engine.network.parameters() if parameter.requires_grad)
+    adapter = f", {trained:,} of them trained ({config.run.adapter})" if config.method is not None else ""
+    if config.run.freeze is not None:
+        frozen = counted(len(frozen_of(run)), "tensor")
+        adapter = f", {trained:,} of them trained: {frozen} frozen (--freeze {config.run.freeze})"
+    small = [layer.weight for layer in quantized_layers(run.engine.network).values()]
+    bits = 8 * sum(weight.nbytes for weight in small) / max(1, sum(weight.numel() for weight in small))
+    adapter += f", {counted(len(small), 'matrix', 'matrices')} in {small[0].scheme} of {bits:.3f} bits" if small else ""
+    rounded = len(qat_layers(run.engine.network))
+    adapter += f", {counted(rounded, 'matrix', 'matrices')} rounded to {config.run.qat} in every step" if rounded else ""
+    before = run.engine.network.body.before
+    before = f" after {before} of the {config.run.adapter}" if before else ""
+    epochs, speed = run.task.epochs(config.run.steps), config.speed
+    gpu = run.device.type == "cuda"
+    machine = torch.cuda.get_device_name(run.device) if gpu else counted(config.run.threads, "thread")
+    machine += f", {run.ranks.world} ranks ({config.run.mesh})" * (run.ranks.world > 1)
+    how = ("compiled" if speed.compile == "on" else "eager") + (", deterministic" * (speed.deterministic == "on"))
+    return (
+        f"{run.task.introduction()}"
+        f"network  {has.family}, {counted(has.depth, 'layer')} of width {has.width}, {counted(has.heads, 'head')}, "
+        f"context {config.network.context}{before}: {parameters:,} parameters{adapter}\n"
+        f"machine  {run.device}, {machine}, {speed.precision}, {how}\n{rates(run)}"
+        f"run      {run.out}: steps {run.step} to {config.run.steps} of {run.task.per_step()}, "
+        f"{epochs:.1f} epochs in all"
+    )
+
+
+def rates(run: "Run") -> str:
+    """The rates that nobody asked for, where weights are trained further, and why they are so."""
+    config, width = run.config, run.engine.network.config.width
+    taken = [name for name in run.defaulted if name == "lr" or config.optimizer.optimizer == "muon"]
+    if config.run.init is None or config.method is not None or not taken:
+        return ""
+    shown = ", ".join(f"{name.replace('_', '-')} {getattr(config.optimizer, name):g}" for name in taken)
+    wide = f" (lr times {WIDTH}/{width}, for its width)" if width > WIDTH and "lr" in taken else ""
+    return f"rates    {shown}: 1/{FURTHER} of pretraining's, as --init has weights that are trained further{wide}\n"
+
+
+def comparable(run: "Run") -> str:
+    """What two runs of the same settings must have in common to give the same numbers, to the last bit."""
+    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else processor()
+    threads, ranks = counted(run.config.run.threads, "thread"), f", {run.ranks.world} ranks" * (run.ranks.world > 1)
+    return f"torch {torch.__version__}, {device}, {threads}{ranks}, {run.config.speed.precision}"
+
+
+def processor() -> str:
+    """
+    >>> processor()  # doctest: +SKIP
+    'AMD EPYC with AVX512'
+    """
+    name = torch.cpu.get_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    return f"{name} with {torch.backends.cpu.get_cpu_capability()}"
+
+
+def training_curve(config: TrainConfig, network: "ModelConfig") -> str:
+    """The name of the training loss: what it holds that the validation loss beside it does not."""
+    asked = config.optimizer
+    dropout = max(network.dropout, network.attention_dropout)
+    parts = {"dropout": dropout, "label smoothing": asked.label_smoothing, "z-loss": asked.z_loss}
+    held = ", ".join(f"{name} {value:g}" for name, value in parts.items() if value)
+    return f"training (with {held})" if held else "training"
+
+
+class Session(NamedTuple):
+    """What was done since the start or the resume."""
+
+    seconds: float
+    steps: int
+    tokens: int  # scored labels
+    positions: int  # that were read, with padding
+    rows: int
+
+
+def speed(run: "Run", session: Session) -> str:
+    """Rates, memory, time by phase. Positions per second in the steps alone are what the machine's own rate is compared with;
+    of several ranks' machines each is taken to be like this one."""
+    config, unit = run.config, run.task.unit
+    phases, length = run.phases.seconds(), max(1, round(session.positions / max(1, session.rows)))
+    training = sum(phases.get(name, 0.0) for name in ("data", "forward", "backward", "optimizer"))
+    # A CPU without 16-bit instructions multiplies faster in float32: the machine's rate is the better of both.
+    formats = {PRECISIONS[config.speed.precision].autocast or torch.float32}
+    formats |= {torch.float32} if run.device.type == "cpu" else set()
+    adapted = {} if config.method is None else {"rank": getattr(config.method, "r", 1)}  # the base's gradients are not made
+    return (
+        f"work     {run.tokens:,} {unit}; this session {clock(session.seconds)}, "
+        f"{session.tokens / max(session.seconds, 1e-9):,.0f} {unit}/s\n"
+    ) + ending(
+        phases,
+        session.seconds,
+        tokens_per_s=session.positions / max(training, 1e-9),
+        flops=flops_per_token(run.engine.network.config, length, scored=scored(run), **adapted),
+        rate=max(matmul_rate(run.device, dtype) for dtype in formats) * run.ranks.world,
+        memory=peak_memory(run.device),
+    )
+
+
+def conclude(run: "Run", stopped: str, session: Session) -> None:
+    """What was reached, how fast, the curves, and what to type next."""
+    say, out, has, config = print, run.out, run.engine.network.config, run.config
+    if not session.steps:
+        why = f"stopped {stopped}" if stopped else f"reached the last of its {config.run.steps:,} steps"
+        say(f"\nnothing is left to do: this run has {why}, and is as it was\nnext")
+        for line in following(run, stopped):
+            say(f"  {line}")
+        return
+    say(f"\nstopped {stopped}, saved at step {run.step}" if stopped else f"\ndone at step {run.step}")
+    say(speed(run, session))
+    if run.best:
+        say(f"best     step {run.best['step']}: validation loss {run.best['loss']:.4f}, {run.task.verdict(run.best)}")
+    say(f"compare  a rerun gives these numbers on {comparable(run)}; elsewhere they are close")
+    try:
+        name = f"{out.name}: {has.family}, {has.depth} × {has.width}"
+        diagnosis = plot(read_metrics(out / "metrics.jsonl"), out / "curves.png", name, training=training_curve(config, has))
+        say(f"curves   {out / 'curves.png'} ({diagnosis.verdict}: {diagnosis.why})")
+    except ImportError:
+        say("curves   not drawn: matplotlib is not installed (pip install -c constraints.txt -e '.[plots]')")
+    except OSError as error:
+        say(f"curves   not drawn: {error}")
+    say("next")
+    for line in following(run, stopped):
+        say(f"  {line}")
+
+
+def following(run: "Run", stopped: str) -> Iterator[str]:
+    """Commands to go on with."""
+    out, config = run.out, run.config
+    folder, model = out, out.with_name(f"{out.name}-model")
+    if stopped.startswith("on"):
+        yield command("train", "--resume", out)
+    opened = pointed(out, "best") or pointed(out, "last")
+    if opened is not None and (opened / IN_PARTS).is_file():  # what other commands open is one folder, not parts
+        yield command("model", "export", out, "--out", model)
+        folder = model
+    yield run.task.try_it(folder)
+    objective = said_of_task(config)
+    yield command("train", *objective, "--corpus", "PATH") + f"   # your own files: {' '.join(run.task.suffixes)}"
+    if config.method is not None and config.method.mergeable and opened is not None:
+        yield command("lora", "merge", config.run.init, opened, "--out", model) + "   # one ordinary model folder"
+    elif config.method is None and config.run.qat == "none" and not stopped.startswith("on"):
+        words = (*objective, "--init", folder, *said_of_text(config.data), "--steps", "300")
+        yield command("train", *words) + "   # go on from these weights"
+
+
+def said_of_task(config: TrainConfig) -> tuple[str, ...]:
+    """The options that train the same objective again."""
+    if config.run.objective == RunConfig.objective:
+        return ()
+    words, name = ["--objective", config.run.objective], name_of(config.run.objective)
+    settings = settings_of(config)
+    for each in fields(settings) if settings is not None else ():
+        value, option = getattr(settings, each.name), each.name.replace("_", "-")
+        if value == getattr(type(settings)(), each.name):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}.{'' if value else 'no-'}{option}")
+        else:
+            words += [f"--{name}.{option}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return tuple(words)
+
+
+def said_of_text(data: DataConfig) -> list[str | Path]:
+    """The options that read the same text again."""
+    words, usual = [], DataConfig()
+    for name in ("corpus", "validation", "text_key", "on_bad_text", "val_fraction", "dedup", "cache"):
+        value, option = getattr(data, name), name.replace("_", "-")
+        if value == getattr(usual, name):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{option}", *(Path(each) if str(each).startswith("-") else str(each) for each in values)]
+    return words
+
+
+def scored(run: "Run") -> float:
+    """The share of positions with a label, in the first micro-batch that was seen."""
+    return run.scored or 1.0
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of a GPU."""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def out_of_memory(run: "Run", error: Exception) -> str:
+    """A GPU had no room: what the step needs, and what to type so that it fits. (The account knows no weights in parts.)"""
+    what = f"out of memory at step {run.step + 1} ({str(error).splitlines()[0]}). The checkpoints in {run.out} are untouched. "
+    if run.engine.mesh.shard > 1:
+        return what + "Less is needed with a smaller --batch-size (and more --accumulate), --recompute blocks, --loss chunked."
+    packed = bool(quantized_layers(run.engine.network))
+    training = training_of(run.config, run.ranks, scored(run), packed=packed, frozen=frozen_of(run))
+    advice = what_would_fit(run.engine.network.config, training, memory_of(run.device) - LIBRARIES, ranks=run.ranks.world)
+    return what + advice

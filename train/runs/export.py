@@ -1,0 +1,55 @@
+"""A checkpoint as one ordinary model folder: weights that ranks hold in parts are put together, one at a time."""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+import model.hub
+from data.shell import command
+from data.tokenizer.base import load_tokenizer
+from model.config_json import base_of_adapter
+from model.finite import non_finite, not_computable, refuse_non_finite
+from model.folders import copy_beside, make_folder
+from model.generation_config import read_generation_config
+from model.init import empty
+from train.engine import FILES
+from train.runs.checkpoint import IN_PARTS, MANIFEST, CheckpointError, checkpoint_of
+from train.runs.sharded import Parts
+
+
+@torch.no_grad()
+def export(path: Path, out: Path) -> Path:
+    """Write the network and the tokenizer of a run's best checkpoint (else its last), or of a checkpoint, to `out`.
+
+    Where the run keeps an average of its weights, that is what is written. `out` must be empty, or not there yet.
+    """
+    folder = checkpoint_of(path)
+    if (folder / "adapter_config.json").is_file():
+        merge = command("lora", "merge", base_of_adapter(folder), folder, "--out", out)
+        raise CheckpointError(f"{folder} holds an adapter: {merge}")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise CheckpointError(f"--out {out} is there already, and is not an empty folder")
+    if not (folder / IN_PARTS).is_file():
+        refuse_non_finite(folder)
+        make_folder(out)
+        for file in folder.iterdir():
+            if file.is_file() and file.name not in {*FILES.values(), MANIFEST, "state.json"}:
+                shutil.copyfile(file, out / file.name)
+        copy_beside(folder, out)
+        return out
+    stored = Parts(folder)
+    kind = "averages" if any(name.startswith("averages.") for name in stored) else "weights"
+    names = [name for name in stored if name.startswith("weights.")]
+    network = empty(model.hub.read_config(folder), dtype=stored[names[-1]].dtype)
+    network.generation = read_generation_config(folder, network.config).raw
+    for name, parameter in network.named_parameters():
+        there = f"{kind}.{name}" if f"{kind}.{name}" in stored.entries else f"weights.{name}"
+        parameter.copy_(stored[there])
+        if broken := non_finite(parameter):
+            raise CheckpointError(not_computable(folder, there, broken))
+    make_folder(out)
+    model.hub.save(network, out)
+    load_tokenizer(folder, network.config.vocab_size).save(out)
+    copy_beside(folder, out)
+    return out

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora.config import AdaloraConfig, AdapterError
-from lora.layer import Holder, Part, Place
+from lora.layer import Holder, LayerName, Part
 from lora.lora import Lora, add_low_rank
 
 MATRICES = ("A", "E", "B")
@@ -40,7 +40,7 @@ class Adalora(Lora):
             self.register_buffer(f"uncertainty_{name}", torch.zeros(getattr(self, name).shape))
         self.register_buffer("kept", torch.ones(rank, 1, dtype=torch.bool))
 
-    def reset(self, generator: torch.Generator) -> None:
+    def reset_parameters(self, generator: torch.Generator) -> None:
         for value in (self.A, self.B):
             value.data.copy_(torch.empty(value.shape).normal_(0.0, 0.02, generator=generator))
         self.E.data.zero_()
@@ -49,16 +49,16 @@ class Adalora(Lora):
         """Λ Q: R × I."""
         return self.A * self.E
 
-    def leave(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        return add_low_rank(self.drop(x), y, self.scaled(), self.B, self.share * self.scale)
+    def post_forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        return add_low_rank(self.drop(x), y, self.scaled(), self.B, self.adapter_weight * self.scale)
 
     def delta(self) -> Tensor:
         """s P Λ Q: O × I."""
-        return self.share * self.scale * (self.B @ self.scaled())
+        return self.adapter_weight * self.scale * (self.B @ self.scaled())
 
-    def more_features(self, features: Tensor) -> Tensor:
+    def low_rank_features(self, features: Tensor) -> Tensor:
         h = F.linear(self.drop(features).to(self.A.dtype), self.scaled())
-        return (self.share * self.scale * h).to(features.dtype)
+        return (self.adapter_weight * self.scale * h).to(features.dtype)
 
     def observe(self, beta1: float, beta2: float) -> None:
         """Sensitivity I = |p ∂loss/∂p| of every number; its running mean, and that of its distance from the mean:
@@ -189,7 +189,7 @@ class RankAllocator:
         self.updates = state["updates"]
 
 
-def adalora(base: nn.Module, config: AdaloraConfig, place: Place) -> Adalora:
+def adalora(base: nn.Module, config: AdaloraConfig, place: LayerName) -> Adalora:
     """The part for a layer of this kind."""
     if isinstance(base, nn.Embedding) or not hasattr(base, "in_features"):
         raise AdapterError(f"{place.name}: AdaLoRA has no form for a {type(base).__name__}: linear layers have one")

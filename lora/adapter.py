@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora.config import AdapterConfig, AdapterError
-from lora.layer import Part, Place
+from lora.layer import LayerName, Part
 from model.mlp import ACTIVATIONS
 
 
@@ -29,18 +29,18 @@ class Adapter(Part):
         self.up_bias = nn.Parameter(torch.empty(width))
         self.activation, self.dropout = ACTIVATIONS[config.activation], config.dropout
 
-    def reset(self, generator: torch.Generator) -> None:
+    def reset_parameters(self, generator: torch.Generator) -> None:
         bound = self.down.size(1) ** -0.5
         self.down.data.copy_(torch.empty(self.down.shape).uniform_(-bound, bound, generator=generator))
         for parameter in (self.down_bias, self.up, self.up_bias):
             parameter.data.zero_()
 
-    def leave(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+    def post_forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         h = self.activation(F.linear(y.to(self.down.dtype), self.down, self.down_bias))
         return y + F.linear(F.dropout(h, self.dropout, self.training), self.up, self.up_bias).to(y.dtype)
 
 
-def adapter(base: nn.Module, config: AdapterConfig, place: Place) -> Adapter:
+def adapter(base: nn.Module, config: AdapterConfig, place: LayerName) -> Adapter:
     """The part for a layer of this kind."""
     if not hasattr(base, "out_features"):
         raise AdapterError(f"{place.name}: a bottleneck stands behind a linear layer, this is a {type(base).__name__}")

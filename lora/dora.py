@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora.config import AdapterError, DoraConfig
-from lora.layer import Place
+from lora.layer import LayerName
 from lora.lora import EmbeddingLora, Lora
 from lora.targets import by_pattern
 from model.heads import LanguageHead
@@ -38,8 +38,8 @@ class Dora(Lora):
         self.magnitude = nn.Parameter(torch.empty(base.weight.shape[1 - self.OVER]))
         self.beside = (base,)  # in a tuple: the layer is not this module's own, and its weights have their names already
 
-    def reset(self, generator: torch.Generator) -> None:
-        super().reset(generator)
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        super().reset_parameters(generator)
         self.magnitude.data.copy_(self.norm().flatten())
 
     @torch.no_grad()
@@ -53,10 +53,10 @@ class Dora(Lora):
         norm = self.norm()
         return self.magnitude.view_as(norm) / norm.masked_fill(norm == 0, 1)  # a row of zeros has no direction: it stays zero
 
-    def around(self, x: Tensor, base: nn.Module) -> Tensor:
+    def forward_with(self, x: Tensor, base: nn.Module) -> Tensor:
         return self.changed(x, base(x), base, alone=True)
 
-    def leave(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+    def post_forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         return self.changed(x, y, base, alone=False)
 
     def changed(self, x: Tensor, y: Tensor, base: nn.Module, *, alone: bool) -> Tensor:
@@ -67,7 +67,7 @@ class Dora(Lora):
         """
         c_O, wide = self.factor().flatten(), self.A.dtype
         whole, x = x.to(wide), self.drop(x.to(wide))
-        low_rank = self.share * self.scale * F.linear(F.linear(x, self.A), self.B)
+        low_rank = self.adapter_weight * self.scale * F.linear(F.linear(x, self.A), self.B)
         p = y.to(wide) if base.bias is None else y.to(wide) - base.bias.to(wide)
         if self.dropout and self.training:
             W_OI = dense(base, wide)
@@ -76,7 +76,7 @@ class Dora(Lora):
         return (y.to(wide) + (c_O - 1) * p + c_O * low_rank).to(y.dtype)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """c (W + s B A). Where other parts are in W and b already, the norm is still of the layer's own W, as in `leave`, and
+        """c (W + s B A). Where other parts are in W and b already, the norm is still of the layer's own W, as in forward, and
         what they have added to its own b is multiplied by c."""
         c = self.factor()
         if bias is not None:
@@ -89,16 +89,16 @@ class EmbeddingDora(Dora, EmbeddingLora):
 
     OVER = 0
 
-    def around(self, x: Tensor, base: nn.Module) -> Tensor:
-        return self.leave(x, base(x), base)
+    def forward_with(self, x: Tensor, base: nn.Module) -> Tensor:
+        return self.post_forward(x, base(x), base)
 
-    def leave(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+    def post_forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         wide = self.A.dtype
-        low_rank = self.share * self.scale * F.embedding(x, self.A.T) @ self.B.T
+        low_rank = self.adapter_weight * self.scale * F.embedding(x, self.A.T) @ self.B.T
         return (self.factor().flatten() * (y.to(wide) + low_rank)).to(y.dtype)
 
 
-def dora(base: nn.Module, config: DoraConfig, place: Place) -> Dora:
+def dora(base: nn.Module, config: DoraConfig, place: LayerName) -> Dora:
     """The part for a layer of this kind."""
     rank, alpha = by_pattern(config.rank_pattern, place, config.r), by_pattern(config.alpha_pattern, place, config.alpha)
     if isinstance(base, nn.Embedding):

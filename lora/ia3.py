@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.config import AdapterError, Ia3Config
-from lora.layer import Part, Place
+from lora.layer import LayerName, Part
 from model.heads import LanguageHead
 
 
@@ -28,10 +28,10 @@ class ScaledInput(Part):
         super().__init__()
         self.scale_I = nn.Parameter(torch.empty(base.in_features))
 
-    def reset(self, generator: torch.Generator) -> None:
+    def reset_parameters(self, generator: torch.Generator) -> None:
         self.scale_I.data.fill_(1.0)
 
-    def enter(self, x: Tensor) -> Tensor:
+    def pre_forward(self, x: Tensor) -> Tensor:
         return times(x, self.scale_I)
 
     def merged(self, weight_OI: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -45,17 +45,17 @@ class ScaledOutput(Part):
         super().__init__()
         self.scale_O = nn.Parameter(torch.empty(base.out_features))
 
-    def reset(self, generator: torch.Generator) -> None:
+    def reset_parameters(self, generator: torch.Generator) -> None:
         self.scale_O.data.fill_(1.0)
 
-    def leave(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+    def post_forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
         return times(y, self.scale_O)
 
     def merged(self, weight_OI: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return times(weight_OI, self.scale_O[:, None]), None if bias_O is None else times(bias_O, self.scale_O)
 
 
-def ia3(base: nn.Module, config: Ia3Config, place: Place) -> Part:
+def ia3(base: nn.Module, config: Ia3Config, place: LayerName) -> Part:
     """The part for a layer of this kind: by `config.feedforward`, searched in its names, its input's or its output's."""
     if isinstance(base, LanguageHead) or not hasattr(base, "in_features"):
         raise AdapterError(f"{place.name}: (IA)³ has no form for a {type(base).__name__}: linear layers of the body have one")

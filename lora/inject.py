@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from lora.config import AdapterError
-from lora.layer import Adapted, AdaptedHead, Holder, Part, Place, Whole
-from lora.methods import BEFORE_THE_TEXT, BESIDE_A_LAYER, LINEAR
+from lora.layer import AdaptedHead, AdaptedLayer, Holder, LayerName, ModulesToSave, Part
+from lora.methods import LAYER_METHODS, LINEAR, VIRTUAL_TOKEN_METHODS
 from lora.targets import adaptable, matching, published_modules
 from model.heads import LanguageHead
 from model.init import noise
@@ -37,56 +37,57 @@ def add_adapters(network: Network, config: object, name: str = "default", *, see
 
     Errors (AdapterError): targets that match nothing, an unknown method, a name that is taken.
     """
-    if config.method not in BESIDE_A_LAYER | BEFORE_THE_TEXT:
-        raise AdapterError(f"unknown method {config.method!r}; methods: {', '.join(BESIDE_A_LAYER | BEFORE_THE_TEXT)}")
+    if config.method not in LAYER_METHODS | VIRTUAL_TOKEN_METHODS:
+        raise AdapterError(f"unknown method {config.method!r}; methods: {', '.join(LAYER_METHODS | VIRTUAL_TOKEN_METHODS)}")
     if not name or "." in name or name in adapters(network) or hasattr(nn.ModuleDict(), name):
         raise AdapterError(f"{name!r} cannot be an adapter's name: empty, with a dot, torch's own, or already on this network")
     if merged(network):
         raise AdapterError("adapters are merged into this network's weights: unmerge them before another one is added")
     if adapters(network) and any(map(trains_biases, (config, *adapters(network).values()))):
         raise AdapterError("an adapter that trains biases trains the network's own, which others would see: it stands alone")
-    whole = [path for pattern in config.train_whole for path in matching(network, pattern, "train_whole")]
-    whole = [path for path in dict.fromkeys(whole) if not within(path, whole)]  # its copy holds all that is in it
+    modules_to_save = [path for pattern in config.train_whole for path in matching(network, pattern, "train_whole")]
+    # a copy of a module holds all that is in it
+    modules_to_save = [path for path in dict.fromkeys(modules_to_save) if not is_within(path, modules_to_save)]
     packed = (path.replace(".base", "") for path in quantized_layers(network))
-    if fixed := [path for path in packed if path in whole or within(path, whole)]:
+    if fixed := [path for path in packed if path in modules_to_save or is_within(path, modules_to_save)]:
         raise AdapterError(f"train_whole: {fixed[0]} has a quantized weight, which cannot be trained")
-    targets = matching(network, config.targets) if config.method in BESIDE_A_LAYER else []
-    targets = [path for path in targets if path not in whole and not within(path, whole)]
-    active = in_use(network)
+    targets = matching(network, config.targets) if config.method in LAYER_METHODS else []
+    targets = [path for path in targets if path not in modules_to_save and not is_within(path, modules_to_save)]
+    active = active_adapters(network)
     if not adapters(network):
         network.constants = {path for path, parameter in network.named_parameters() if not parameter.requires_grad}
         network.requires_grad_(False)
     try:
-        put_on(network, config, name, targets, whole)
+        attach_parts(network, config, name, targets, modules_to_save)
         for path, part in parts(network, name).items():
             if isinstance(part, Part):
-                part.reset(noise(seed, path))
+                part.reset_parameters(noise(seed, path))
         network.adapters = adapters(network) | {name: config}
         if trains_biases(config):
             network.biases = Biases([(bias, bias.clone()) for bias in map(network.get_parameter, biases(network, name))])
         return activate(network, name)
     except BaseException:
-        discard(network, name, active)
+        discard_adapter(network, name, active)
         raise
 
 
-def put_on(network: nn.Module, config: object, name: str, targets: list[str], whole: list[str]) -> None:
+def attach_parts(network: nn.Module, config: object, name: str, targets: list[str], modules_to_save: list[str]) -> None:
     """The parts in their places, without values."""
     wide = torch.float64 if dtype_of(network) == torch.float64 else torch.float32
     device, layers, published = next(network.parameters()).device, adaptable(network), published_modules(network)
     for path in targets:
-        layer = stand_in(network, layers[path], Adapted, path)
-        layer.parts[name] = BESIDE_A_LAYER[config.method](layer.base, config, Place(path, published.get(path, path)))
-    if config.method in BEFORE_THE_TEXT:
-        BEFORE_THE_TEXT[config.method](network, config, name)
-    for path in whole:
-        holder = stand_in(network, layers[path], Whole, path)
+        layer = wrap_module(network, layers[path], AdaptedLayer, path)
+        layer.parts[name] = LAYER_METHODS[config.method](layer.base, config, LayerName(path, published.get(path, path)))
+    if config.method in VIRTUAL_TOKEN_METHODS:
+        VIRTUAL_TOKEN_METHODS[config.method](network, config, name)
+    for path in modules_to_save:
+        holder = wrap_module(network, layers[path], ModulesToSave, path)
         holder.parts[name] = deepcopy(holder.base)
     for part in parts(network, name).values():
         part.to(device=device, dtype=wide).train(network.training)
 
 
-def discard(network: nn.Module, name: str, active: Mapping[str, float]) -> None:
+def discard_adapter(network: nn.Module, name: str, active: Mapping[str, float]) -> None:
     """As if the adapter `name` had not been added; `active` were in use before."""
     for holder in holders(network).values():
         holder.active = tuple(other for other in holder.active if other != name)
@@ -103,17 +104,17 @@ def dtype_of(network: nn.Module) -> torch.dtype:
     return next(parameter.dtype for parameter in network.parameters() if parameter.is_floating_point())
 
 
-def within(path: str, modules: list[str]) -> bool:
+def is_within(path: str, modules: list[str]) -> bool:
     return any(path.startswith(f"{module}.") for module in modules)
 
 
-def stand_in(network: nn.Module, module: nn.Module, kind: type[Holder], path: str) -> Holder:
+def wrap_module(network: nn.Module, module: nn.Module, kind: type[Holder], path: str) -> Holder:
     """What stands in a module's place with room for parts: it does already, or is put there now."""
     if isinstance(module, Holder):
         if not isinstance(module, kind):
             raise AdapterError(f"{path} would be trained whole by one adapter and have parts of another: not on one network")
         return module
-    holder = (AdaptedHead if kind is Adapted and isinstance(module, LanguageHead) else kind)(module)
+    holder = (AdaptedHead if kind is AdaptedLayer and isinstance(module, LanguageHead) else kind)(module)
     replace_module(network, module, holder)
     return holder
 
@@ -146,10 +147,10 @@ def parts(network: nn.Module, name: str) -> dict[str, nn.Module]:
     return {f"{path}.parts.{name}": holder.parts[name] for path, holder in found if name in holder.parts}
 
 
-def in_use(network: nn.Module) -> dict[str, float]:
+def active_adapters(network: nn.Module) -> dict[str, float]:
     """name -> weight, of the active adapters."""
     active = {name: holder.parts[name] for holder in holders(network).values() for name in holder.active}
-    return {name: getattr(part, "share", 1.0) for name, part in active.items()}
+    return {name: getattr(part, "adapter_weight", 1.0) for name, part in active.items()}
 
 
 def merged(network: nn.Module) -> bool:
@@ -173,18 +174,18 @@ def activate(network: Network, names: str | Mapping[str, float] | tuple[str, ...
             what = config.method if config.method not in LINEAR else "a module or bias that was trained itself"
             raise AdapterError(f"adapter {name!r}: {what} cannot be taken {weight} times")
     for path, holder in holders(network).items():
-        if isinstance(holder, Whole) and len(both := sorted(set(weights) & set(holder.parts))) > 1:
+        if isinstance(holder, ModulesToSave) and len(both := sorted(set(weights) & set(holder.parts))) > 1:
             raise AdapterError(f"{path} was trained whole by {' and '.join(both)}: one of them can be active")
     for holder in holders(network).values():
         holder.active = tuple(name for name in weights if name in holder.parts)
         for name, part in holder.parts.items():
             part.requires_grad_(name in weights)
             if isinstance(part, Part):
-                part.share = weights.get(name, 1.0)
+                part.adapter_weight = weights.get(name, 1.0)
     if getattr(network, "biases", None) is not None:
         network.biases.use(any(trains_biases(adapters(network)[name]) for name in weights))
     for path, holder in holders(network).items():
-        if isinstance(holder, Whole):
+        if isinstance(holder, ModulesToSave):
             for part in holder.parts.values():
                 for name, parameter in part.named_parameters():
                     if f"{path}.{name}".replace(".base.", ".") in network.constants:  # in every copy too
@@ -218,10 +219,11 @@ def biases(network: nn.Module, name: str) -> list[str]:
     mode = adapters(network)[name].bias
     found = list(own_biases(network))
     if mode == "adapted":
-        layers = {path: layer for path, layer in holders(network).items() if isinstance(layer, Adapted) and name in layer.parts}
-        found = [f"{path}.base.bias" for path, layer in layers.items() if getattr(layer.base, "bias", None) is not None]
-    whole = tuple(f"{path}.base." for path, holder in holders(network).items() if isinstance(holder, Whole))
-    return [path for path in found if not path.startswith(whole)]  # of a module trained whole its copy has them
+        layers = {path: layer for path, layer in holders(network).items() if isinstance(layer, AdaptedLayer)}
+        layers = {path: layer.base for path, layer in layers.items() if name in layer.parts}
+        found = [f"{path}.base.bias" for path, base in layers.items() if getattr(base, "bias", None) is not None]
+    saved = tuple(f"{path}.base." for path, holder in holders(network).items() if isinstance(holder, ModulesToSave))
+    return [path for path in found if not path.startswith(saved)]  # of a module trained whole its copy has them
 
 
 def own_biases(network: nn.Module) -> dict[str, nn.Parameter]:
@@ -245,7 +247,7 @@ def merge(network: Network, *, untie: bool = False) -> Network:
     """
     if merged(network):
         raise AdapterError("adapters are merged already")
-    if any(not isinstance(holder, Adapted | Whole) and holder.active for holder in holders(network).values()):
+    if any(not isinstance(holder, AdaptedLayer | ModulesToSave) and holder.active for holder in holders(network).values()):
         raise AdapterError("a prompt or prefix is no change of weights: it cannot be merged")
     changed = {path: holder for path, holder in holders(network).items() if holder.active}
     for path, holder in changed.items():
@@ -263,29 +265,29 @@ def merge(network: Network, *, untie: bool = False) -> Network:
             network.config = network.config.replace(tie_embeddings=False)
     try:
         for path, layer in changed.items():
-            if isinstance(layer, Whole):
+            if isinstance(layer, ModulesToSave):
                 layer.merged = True
                 continue
             base, dtype, bias = layer.base, layer.base.weight.dtype, getattr(layer.base, "bias", None)
             packed = quantized_part(base)
             new = dense(base, torch.promote_types(dtype, torch.float32)) if packed is not None else base.weight
             new_bias = bias
-            for part in layer.chosen():
+            for part in layer.active_parts():
                 new, new_bias = part.merged(new, new_bias)
             new = new.to(dtype)
             if not all(bool(value.isfinite().all()) for value in (new, new_bias) if value is not None):
                 raise AdapterError(f"{path}: the merged weight is not finite in {dtype}")
             if isinstance(base, LanguageHead) and packed is not None:
-                layer.original = partial(base.pack, packed)
+                layer.restore_base = partial(base.pack, packed)
                 base.packed, base.weight = None, nn.Parameter(new, requires_grad=False)
                 network.untied = (None, None, network.config)  # a quantized head is no embedding, whatever its config says
                 network.config = network.config.replace(tie_embeddings=False)
                 continue
             if packed is not None:
-                layer.original = partial(setattr, layer, "base", base)
+                layer.restore_base = partial(setattr, layer, "base", base)
                 layer.base = unpacked(base, new, new_bias)
                 continue
-            layer.original = partial(set_weight, base, base.weight.data, None if bias is None else bias.data)
+            layer.restore_base = partial(set_weight, base, base.weight.data, None if bias is None else bias.data)
             set_weight(base, new.data, None if new_bias is None else new_bias.data)
     except (AdapterError, NotImplementedError) as error:
         unmerge(network)
@@ -297,11 +299,11 @@ def merge(network: Network, *, untie: bool = False) -> Network:
 def unmerge(network: Network) -> Network:
     """The weights as they were before `merge`, with the adapters beside them again."""
     for holder in holders(network).values():
-        if isinstance(holder, Whole):
+        if isinstance(holder, ModulesToSave):
             holder.merged = False
-        elif isinstance(holder, Adapted) and holder.merged:
-            holder.original()
-            holder.original = None
+        elif isinstance(holder, AdaptedLayer) and holder.merged:
+            holder.restore_base()
+            holder.restore_base = None
     if getattr(network, "untied", None) is not None:
         layer, weight, network.config = network.untied
         if layer is not None:
@@ -342,12 +344,12 @@ def remove(network: Network) -> Network:
     if merged(network):
         network.source = network.quantization = None  # what the network is now stands in no folder
     for holder in list(holders(network).values()):
-        if isinstance(holder, Adapted):
+        if isinstance(holder, AdaptedLayer):
             replace_module(network, holder, holder.base)
-        elif isinstance(holder, Whole):
-            replace_module(network, holder, holder.current if holder.merged else holder.base)
+        elif isinstance(holder, ModulesToSave):
+            replace_module(network, holder, holder.active_module if holder.merged else holder.base)
         else:
-            holder.take_off(network)
+            holder.detach_from(network)
     network.adapters, network.biases, network.untied = {}, None, None
     for path, parameter in network.named_parameters():
         parameter.requires_grad_(path not in network.constants)

@@ -6,8 +6,8 @@ Source: Hu et al. 2021, arXiv 2106.09685, section 4.1; Kalajdzievski 2023, arXiv
 normal; uniform is what its authors' code and PEFT do. As in PEFT, dropout is on what A reads, and an embedding's A begins at
 zero, its B normal.
 
-Of the ways below a layer takes `around` where one part stands alone, `enter` and `leave` where there are several; a loss that
-reads a head without its logits takes `more_features` and `widen_weight`.
+`forward_with` is taken where one part stands alone, `pre_forward` and `post_forward` where there are several; a loss that reads
+a head without its logits takes `low_rank_features` and `extended_weight`.
 """
 
 import math
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lora.config import AdapterError, LoraConfig
 from lora.fused import lora_linear
-from lora.layer import Part, Place
+from lora.layer import LayerName, Part
 from lora.targets import by_pattern
 from model.linear import Linear
 from model.mlp import Down
@@ -50,7 +50,7 @@ class Lora(Part):
         self.rank, self.scale = rank, scaling(config, rank, alpha)
         self.dropout = config.dropout
 
-    def reset(self, generator: torch.Generator) -> None:
+    def reset_parameters(self, generator: torch.Generator) -> None:
         bound = 1 / math.sqrt(self.A.size(1))
         self.A.data.copy_(torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator))
         self.B.data.zero_()
@@ -58,33 +58,33 @@ class Lora(Part):
     def drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
 
-    def leave(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        return add_low_rank(self.drop(x), y, self.A, self.B, self.share * self.scale)
+    def post_forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        return add_low_rank(self.drop(x), y, self.A, self.B, self.adapter_weight * self.scale)
 
     def delta(self) -> Tensor:
         """s B A: O × I."""
-        return self.share * self.scale * (self.B @ self.A)
+        return self.adapter_weight * self.scale * (self.B @ self.A)
 
     def merged(self, weight_OI: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W + s B A, added in the wider of the two formats, in the weight's format."""
         return (weight_OI + self.delta()).to(weight_OI.dtype), bias_O
 
-    def more_features(self, features: Tensor) -> Tensor:
+    def low_rank_features(self, features: Tensor) -> Tensor:
         h = F.linear(self.drop(features).to(self.A.dtype), self.A)
-        return (self.share * self.scale * h).to(features.dtype)
+        return (self.adapter_weight * self.scale * h).to(features.dtype)
 
-    def widen_weight(self, weight_VD: Tensor) -> Tensor:
+    def extended_weight(self, weight_VD: Tensor) -> Tensor:
         return torch.cat((weight_VD, self.B.to(weight_VD.dtype)), dim=-1)
 
 
 class FusedLora(Lora):
     """The same in one operation with the layer, where nothing else is there: no other part, no dropout, no format of the
-    layer's own. A class of its own, for a method that builds on `Lora` and changes `leave` must not get it."""
+    layer's own. A class of its own, for a method that builds on `Lora` and changes `post_forward` must not get it."""
 
-    def around(self, x: Tensor, base: nn.Module) -> Tensor:
+    def forward_with(self, x: Tensor, base: nn.Module) -> Tensor:
         if type(base) not in PLAIN or (self.dropout and self.training) or getattr(base, "compute", None) is not None:
-            return super().around(x, base)
-        return lora_linear(x, base.weight, base.bias, self.A, self.B, self.share * self.scale)
+            return super().forward_with(x, base)
+        return lora_linear(x, base.weight, base.bias, self.A, self.B, self.adapter_weight * self.scale)
 
 
 class EmbeddingLora(Lora):
@@ -96,15 +96,15 @@ class EmbeddingLora(Lora):
         self.B = nn.Parameter(torch.empty(base.embedding_dim, rank))
         self.rank, self.scale, self.dropout = rank, scaling(config, rank, alpha), 0.0
 
-    def reset(self, generator: torch.Generator) -> None:
+    def reset_parameters(self, generator: torch.Generator) -> None:
         self.A.data.zero_()
         self.B.data.copy_(torch.empty(self.B.shape).normal_(generator=generator))
 
-    def leave(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        return y + (self.share * self.scale * F.embedding(x, self.A.T) @ self.B.T).to(y.dtype)
+    def post_forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        return y + (self.adapter_weight * self.scale * F.embedding(x, self.A.T) @ self.B.T).to(y.dtype)
 
     def delta(self) -> Tensor:
-        return self.share * self.scale * (self.B @ self.A).T  # V × D
+        return self.adapter_weight * self.scale * (self.B @ self.A).T  # V × D
 
 
 def scaling(config: LoraConfig, rank: int, alpha: float) -> float:
@@ -115,7 +115,7 @@ def scaling(config: LoraConfig, rank: int, alpha: float) -> float:
     return alpha / math.sqrt(rank) if config.rank_stabilized else alpha / rank
 
 
-def lora(base: nn.Module, config: LoraConfig, place: Place) -> Lora:
+def lora(base: nn.Module, config: LoraConfig, place: LayerName) -> Lora:
     """The part for a layer of this kind."""
     rank, alpha = by_pattern(config.rank_pattern, place, config.r), by_pattern(config.alpha_pattern, place, config.alpha)
     if isinstance(base, nn.Embedding):

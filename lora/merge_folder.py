@@ -198,15 +198,15 @@ def planned(base: Base, *, untied: bool, dtype: torch.dtype | None, shard_bytes:
     return {name: sorted(items, key=lambda item: -item.dtype.itemsize) for name, items in plan.items()}
 
 
-Place = tuple[str, str | None, WeightFile, str | None]  # a tensor's name, our name, its file, its name there
+Planned = tuple[str, str | None, WeightFile, str | None]  # a tensor's name, our name, its file, its name there
 
 
-def as_they_are(base: Base) -> Iterator[Place]:
+def as_they_are(base: Base) -> Iterator[Planned]:
     for file, there, ours in base.tensors():
         yield there, ours, file, there
 
 
-def renamed(base: Base) -> Iterator[Place]:
+def renamed(base: Base) -> Iterator[Planned]:
     """Of another head: its own weights, and the body under the names that the class has for it; constants, no copies."""
     prefix = published_prefix(base.config, head_spec(base.config))
     for ours in base.shapes:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lora.base_weights import Base
 from lora.config import AdapterError
 from lora.inject import holders
-from lora.layer import Adapted, Holder, Part, Whole
+from lora.layer import AdaptedLayer, Holder, ModulesToSave, Part
 from lora.peft_names import Entry, plain
 from lora.peft_read import Read
 from lora.vocabulary import same_change
@@ -58,7 +58,7 @@ class Merged:
         self.base, network = base, base.network
         self.holders: dict[str, Holder] = {plain(path): holder for path, holder in holders(network).items() if holder.active}
         for path, holder in self.holders.items():
-            if not isinstance(holder, Adapted | Whole):
+            if not isinstance(holder, AdaptedLayer | ModulesToSave):
                 raise AdapterError("a prompt or prefix is no change of weights: it cannot be merged")
             for part in holder.parts.values():
                 if isinstance(part, Part) and type(part).merged is Part.merged:
@@ -96,8 +96,8 @@ class Merged:
             leaf = ours.removeprefix(f"{path}.")
             if leaf == ours:
                 continue
-            if isinstance(holder, Whole):
-                return (path, leaf) if id(holder.current.get_parameter(leaf)) in self.filled else None
+            if isinstance(holder, ModulesToSave):
+                return (path, leaf) if id(holder.active_module.get_parameter(leaf)) in self.filled else None
             if leaf in ("weight", "bias"):
                 return path, leaf
         return None
@@ -112,9 +112,9 @@ class Merged:
             return self.base.current(ours)
         path, leaf = found
         holder = self.holders[path]
-        if isinstance(holder, Whole):
-            self.account.uses(ours, [holder.current.get_parameter(leaf)])
-            return holder.current.get_parameter(leaf).data
+        if isinstance(holder, ModulesToSave):
+            self.account.uses(ours, [holder.active_module.get_parameter(leaf)])
+            return holder.active_module.get_parameter(leaf).data
         other = "bias" if leaf == "weight" else "weight"
         if (path, leaf) not in self.kept:
             self.kept.clear()  # first: what is kept is as large as what is now made
@@ -125,7 +125,7 @@ class Merged:
             return both[leaf]
         return self.kept.pop((path, leaf))
 
-    def layer(self, path: str, layer: Adapted) -> tuple[Tensor, Tensor | None]:
+    def layer(self, path: str, layer: AdaptedLayer) -> tuple[Tensor, Tensor | None]:
         weight_name, bias_name = f"{path}.weight", f"{path}.bias"
         own = layer.base.weight, getattr(layer.base, "bias", None)
         weight, bias, used = self.base.current(weight_name), None, []
@@ -135,7 +135,7 @@ class Merged:
         if bias is not None:
             layer.base.bias = nn.Parameter(bias, requires_grad=False)
         try:
-            for part in layer.chosen():
+            for part in layer.active_parts():
                 weight, bias = part.merged(weight, bias)
                 used += part.parameters()
         finally:
@@ -155,5 +155,5 @@ class Merged:
                 if self.alike:
                     head = self.holders["head"]
                     part = next(iter(head.parts.values()))
-                    self.account.uses("head.weight", [part.weight] if isinstance(head, Whole) else part.parameters())
+                    self.account.uses("head.weight", [part.weight] if isinstance(head, ModulesToSave) else part.parameters())
                 self.account.written("head.weight")

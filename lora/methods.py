@@ -8,14 +8,14 @@ from lora.adalora import adalora
 from lora.adapter import adapter
 from lora.dora import dora
 from lora.ia3 import ia3
-from lora.layer import Part, Place
+from lora.layer import LayerName, Part
 from lora.lora import lora
 from lora.prefix import prefix
 from lora.prompt import prompt
 from lora.ptuning import ptuning
 
 # method -> the part for a layer
-BESIDE_A_LAYER: dict[str, Callable[[nn.Module, object, Place], Part]] = {
+LAYER_METHODS: dict[str, Callable[[nn.Module, object, LayerName], Part]] = {
     "adalora": adalora,
     "adapter": adapter,
     "dora": dora,
@@ -23,5 +23,9 @@ BESIDE_A_LAYER: dict[str, Callable[[nn.Module, object, Place], Part]] = {
     "lora": lora,
 }
 # method -> what puts its parts on the network: (network, config, the adapter's name)
-BEFORE_THE_TEXT: dict[str, Callable[[nn.Module, object, str], None]] = {"prompt": prompt, "ptuning": ptuning, "prefix": prefix}
+VIRTUAL_TOKEN_METHODS: dict[str, Callable[[nn.Module, object, str], None]] = {
+    "prompt": prompt,
+    "ptuning": ptuning,
+    "prefix": prefix,
+}
 LINEAR = ("lora", "adalora")  # what they add can be multiplied

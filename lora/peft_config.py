@@ -23,8 +23,8 @@ from lora.config import (
     PromptConfig,
 )
 from lora.inject import adapters, parts
-from lora.layer import Place
-from lora.methods import BEFORE_THE_TEXT
+from lora.layer import LayerName
+from lora.methods import VIRTUAL_TOKEN_METHODS
 from lora.peft_names import CLASSIFIER_MODULES, CLASSIFIERS, Entry, endings, linear_modules, plain
 from lora.targets import by_pattern
 from model.weights import weight_table
@@ -205,7 +205,7 @@ def write_config(network: nn.Module, name: str, base: str | None, entries: dict[
     two_stacks = network.config.architecture == "encoder-decoder"
     if two_stacks and (kind == "PREFIX_TUNING" or "body.embedding" in adapted):
         kind = OURS + kind  # PEFT computes another thing: see `refuse_what_peft_ignores`; of a prefix it reads another layer's
-    elif config.method in BEFORE_THE_TEXT and (task_type is None or (two_stacks and task_type in TASKS.values())):
+    elif config.method in VIRTUAL_TOKEN_METHODS and (task_type is None or (two_stacks and task_type in TASKS.values())):
         kind = OURS + kind  # PEFT has no class for the head, and its general one leaves out what stands before the text
     inside = [module for module in whole if f"{module}.".startswith(CLASSIFIER_MODULES)]  # all of them: `whole_head`
     saved = [*endings(whole - {"", *inside}, known), *sorted({module.partition(".")[0] for module in inside})]
@@ -219,7 +219,7 @@ def write_config(network: nn.Module, name: str, base: str | None, entries: dict[
         if config.method == "ia3":
             values["feedforward_modules"] = endings(inner, known)
     if getattr(config, "rank_pattern", {}) or getattr(config, "alpha_pattern", {}):
-        places = {module: Place(published[module], module) for module in layers}
+        places = {module: LayerName(published[module], module) for module in layers}
         for field, default in (("rank_pattern", config.r), ("alpha_pattern", config.alpha)):
             said = {module: by_pattern(getattr(config, field), place, default) for module, place in places.items()}
             groups = {value: {module for module in said if said[module] == value} for value in set(said.values()) - {default}}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora.base import check_base, read_base
 from lora.config import AdapterError
-from lora.inject import adapters, add_adapters, biases, discard, holders, in_use, parts, trains_biases
+from lora.inject import active_adapters, adapters, add_adapters, biases, discard_adapter, holders, parts, trains_biases
 from lora.peft_config import Layers, meant, read_config, refuse_unknown, refuse_what_peft_ignores
 from lora.peft_names import BEFORE, Entry, bias_key, entries, exactly, linear_modules, plain
 from lora.peft_read import VOCABULARY, Copy, Read, read_keys, ties
@@ -82,7 +82,7 @@ def put(
             warnings.warn(f"{folder} was trained on its base {words[0]}; this network has it {words[1]}", stacklevel=3)
     if name in adapters(network):
         raise AdapterError(f"the network has an adapter {name!r} already")
-    before = in_use(network)
+    before = active_adapters(network)
     with settings_of(folder / CONFIG):
         refuse_unknown(given)
     read = understood(network, given, file, base)
@@ -98,7 +98,7 @@ def put(
         if ties(network.config, given):
             expect_ties(network, name, folder)
     except BaseException:
-        discard(network, name, before)
+        discard_adapter(network, name, before)
         raise
     return read
 

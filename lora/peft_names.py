@@ -23,11 +23,11 @@ from lora.config import AdapterError
 from lora.dora import Dora, EmbeddingDora
 from lora.ia3 import ScaledInput, ScaledOutput
 from lora.inject import adapters, biases, holders, trains_biases
-from lora.layer import Adapted, Part, Whole
+from lora.layer import AdaptedLayer, ModulesToSave, Part
 from lora.lora import EmbeddingLora, Lora
-from lora.methods import BEFORE_THE_TEXT
+from lora.methods import VIRTUAL_TOKEN_METHODS
 from lora.prefix import Prefix
-from lora.prompt import BeforeTheText
+from lora.prompt import VirtualTokenAdapters
 from lora.targets import adaptable
 from model.config import ModelConfig
 from model.rope import interleaved_to_halves
@@ -109,12 +109,12 @@ def entries(network: nn.Module, name: str) -> dict[str, Entry]:
         if name not in holder.parts:
             continue
         part, ours = holder.parts[name], plain(path)
-        if isinstance(holder, Whole):
+        if isinstance(holder, ModulesToSave):
             for leaf, parameter in part.named_parameters():
                 row = table[f"{ours}.{leaf}"]
                 shape = published_shape(row, tuple(parameter.shape))
                 found[prefix + row.published] = Entry(parameter, row, shape, whole=True)
-        elif isinstance(holder, BeforeTheText):
+        elif isinstance(holder, VirtualTokenAdapters):
             value = before_the_text(part)
             found[BEFORE] = Entry(value, None, tuple(value.shape))
         else:
@@ -126,15 +126,16 @@ def entries(network: nn.Module, name: str) -> dict[str, Entry]:
                 found[f"{PREFIX}{module_of(row)}.{rule.key}"] = Entry(parameter, own, shape)
     for path in biases(network, name) if trains_biases(adapters(network)[name]) else ():
         holder = network.get_submodule(path.removesuffix(".bias").removesuffix(".base"))
-        if not any(path.startswith(f"{place}.base.") for place, other in holders(network).items() if isinstance(other, Whole)):
+        saved = (place for place, other in holders(network).items() if isinstance(other, ModulesToSave))
+        if not any(path.startswith(f"{place}.base.") for place in saved):
             row, parameter = table[plain(path)], network.get_parameter(path)
-            key = bias_key(network.config, row.name) if isinstance(holder, Adapted) else PREFIX + row.published
+            key = bias_key(network.config, row.name) if isinstance(holder, AdaptedLayer) else PREFIX + row.published
             found[key] = Entry(parameter, row, published_shape(row, tuple(parameter.shape)))
     return found
 
 
 def prefix_of(method: str) -> str:
-    return PREFIX_BEFORE if method in BEFORE_THE_TEXT else PREFIX
+    return PREFIX_BEFORE if method in VIRTUAL_TOKEN_METHODS else PREFIX
 
 
 def whole_head(network: nn.Module, name: str) -> dict[str, Entry]:
@@ -146,7 +147,8 @@ def whole_head(network: nn.Module, name: str) -> dict[str, Entry]:
     config, table = network.config, weight_table(network.config)
     prefix = prefix_of(adapters(network)[name].method)
     own = (holder for path, holder in holders(network).items() if path.startswith("head") and name in holder.parts)
-    if config.head not in CLASSIFIERS or not (prefix == PREFIX_BEFORE or any(isinstance(holder, Whole) for holder in own)):
+    is_saved = any(isinstance(holder, ModulesToSave) for holder in own)
+    if config.head not in CLASSIFIERS or not (prefix == PREFIX_BEFORE or is_saved):
         return {}
     own = {plain(path): value for path, value in network.named_parameters() if ".parts." not in path}
     rows = {path: table[path] for path in own if table[path].published.startswith(CLASSIFIER_MODULES)}

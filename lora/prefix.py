@@ -19,8 +19,8 @@ from torch.nn.utils import skip_init
 
 from lora.config import PrefixConfig
 from lora.layer import Part
-from lora.prompt import BeforeTheText, put_before
-from lora.ptuning import draw
+from lora.prompt import VirtualTokenAdapters, attach_virtual_tokens
+from lora.ptuning import reset_embedding_and_mlp
 
 
 class Prefix(Part):
@@ -37,8 +37,8 @@ class Prefix(Part):
             first, last = skip_init(nn.Linear, inner, config.width), skip_init(nn.Linear, config.width, outer)
             self.mlp = nn.Sequential(first, nn.Tanh(), last)
 
-    def reset(self, generator: torch.Generator) -> None:
-        draw(self.mlp, self.embedding, generator)
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        reset_embedding_and_mlp(self.mlp, self.embedding, generator)
 
     @property
     def length(self) -> int:
@@ -48,7 +48,7 @@ class Prefix(Part):
         return self.mlp(self.embedding).unflatten(-1, self.shape).permute(1, 2, 3, 0, 4)  # L2GPK
 
 
-class Prefixes(BeforeTheText):
+class PrefixAdapters(VirtualTokenAdapters):
     """`Stack.prefix`: L 2 G P K."""
 
     kind, positions = "prefix", 3
@@ -56,4 +56,5 @@ class Prefixes(BeforeTheText):
 
 def prefix(network: nn.Module, config: PrefixConfig, name: str) -> None:
     stack, sizes = getattr(network.body, "decoder", network.body), network.config.second_stack
-    put_before(network, stack, Prefixes, Prefix(config, len(stack.layers), sizes.kv_heads, sizes.head_width), name)
+    part = Prefix(config, len(stack.layers), sizes.kv_heads, sizes.head_width)
+    attach_virtual_tokens(network, stack, PrefixAdapters, part, name)

@@ -22,21 +22,21 @@ from lora.layer import Holder, Part
 class Prompt(Part):
     """`vectors` P D. `words` gives the embeddings of token ids."""
 
-    def __init__(self, config: PromptConfig, width: int, vocab_size: int, words: Callable[[Tensor], Tensor]):
+    def __init__(self, config: PromptConfig, width: int, vocab_size: int, embed_tokens: Callable[[Tensor], Tensor]):
         super().__init__()
         if wrong := [token for token in config.ids if not 0 <= token < vocab_size]:
             raise AdapterError(f"prompt: the id {wrong[0]} is not among the {vocab_size} of this network's vocabulary")
         if config.text is not None and not config.ids:
             raise AdapterError("prompt: to begin with a text, give the ids that its tokenizer makes of it, `ids`")
         self.vectors = nn.Parameter(torch.empty(config.tokens, width))
-        self.ids, self.vocab_size, self.words = config.ids, vocab_size, words
+        self.ids, self.vocab_size, self.embed_tokens = config.ids, vocab_size, embed_tokens
 
     @torch.no_grad()
-    def reset(self, generator: torch.Generator) -> None:
+    def reset_parameters(self, generator: torch.Generator) -> None:
         ids_P = torch.randint(self.vocab_size, (len(self.vectors),), generator=generator)
         if self.ids:
             ids_P = torch.tensor([self.ids[place % len(self.ids)] for place in range(len(self.vectors))])
-        self.vectors.copy_(self.words(ids_P.to(self.vectors.device)))
+        self.vectors.copy_(self.embed_tokens(ids_P.to(self.vectors.device)))
 
     @property
     def length(self) -> int:
@@ -46,7 +46,7 @@ class Prompt(Part):
         return self.vectors
 
 
-class BeforeTheText(Holder):
+class VirtualTokenAdapters(Holder):
     """The adapters of a stack whose parts stand before the text, the active ones one after the other. A part is called without
     arguments; `length` is how many positions it takes."""
 
@@ -61,19 +61,21 @@ class BeforeTheText(Holder):
     def length(self) -> int:
         return sum(self.parts[name].length for name in self.active)
 
-    def take_off(self, network: nn.Module) -> None:
+    def detach_from(self, network: nn.Module) -> None:
         for stack in network.modules():
             if getattr(stack, self.kind, None) is self:
                 setattr(stack, self.kind, None)
 
 
-class Prompts(BeforeTheText):
+class PromptAdapters(VirtualTokenAdapters):
     """`Stack.prompt`: P D."""
 
     kind, positions = "prompt", 0
 
 
-def put_before(network: nn.Module, stack: nn.Module, kind: type[BeforeTheText], part: Part, name: str) -> None:
+def attach_virtual_tokens(
+    network: nn.Module, stack: nn.Module, kind: type[VirtualTokenAdapters], part: Part, name: str
+) -> None:
     """Give a stack the part of one more adapter. Error (AdapterError): the context has no room left for a text."""
     config = network.config
     if config.position != "relative" and part.length >= config.context:
@@ -83,12 +85,12 @@ def put_before(network: nn.Module, stack: nn.Module, kind: type[BeforeTheText], 
     getattr(stack, kind.kind).parts[name] = part.train(network.training)
 
 
-def reader(network: nn.Module) -> nn.Module:
+def text_stack(network: nn.Module) -> nn.Module:
     """The stack that reads the text: of an encoder-decoder the encoder."""
     return getattr(network.body, "encoder", network.body)
 
 
 def prompt(network: nn.Module, config: PromptConfig, name: str) -> None:
-    stack = reader(network)
+    stack = text_stack(network)
     part = Prompt(config, network.config.width, network.config.vocab_size, stack.words)
-    put_before(network, stack, Prompts, part, name)
+    attach_virtual_tokens(network, stack, PromptAdapters, part, name)

@@ -13,10 +13,10 @@ from torch.nn.utils import skip_init
 
 from lora.config import PtuningConfig
 from lora.layer import Part
-from lora.prompt import Prompts, put_before, reader
+from lora.prompt import PromptAdapters, attach_virtual_tokens, text_stack
 
 
-def draw(module: nn.Module, embedding: nn.Parameter, generator: torch.Generator) -> None:
+def reset_embedding_and_mlp(module: nn.Module, embedding: nn.Parameter, generator: torch.Generator) -> None:
     """torch's own first values: embeddings N(0, 1), matrices and biases of linear layers uniform in ±1/√I."""
     embedding.data.copy_(torch.empty(embedding.shape).normal_(generator=generator))
     for layer in module.modules():
@@ -40,8 +40,8 @@ class Ptuning(Part):
             skip_init(nn.Linear, config.width, width),
         )
 
-    def reset(self, generator: torch.Generator) -> None:
-        draw(self.mlp, self.embedding, generator)
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        reset_embedding_and_mlp(self.mlp, self.embedding, generator)
 
     @property
     def length(self) -> int:
@@ -52,4 +52,4 @@ class Ptuning(Part):
 
 
 def ptuning(network: nn.Module, config: PtuningConfig, name: str) -> None:
-    put_before(network, reader(network), Prompts, Ptuning(config, network.config.width), name)
+    attach_virtual_tokens(network, text_stack(network), PromptAdapters, Ptuning(config, network.config.width), name)

@@ -6,7 +6,7 @@ import re
 from torch import nn
 
 from lora.config import AdapterError
-from lora.layer import Adapted, Place, Whole
+from lora.layer import AdaptedLayer, LayerName, ModulesToSave
 from model.parameters import TARGETS, adapted
 from model.weights import weight_table
 
@@ -33,7 +33,8 @@ def adaptable(network: nn.Module) -> dict[str, nn.Module]:
         name = path.removesuffix(".base").replace(".base.", ".")
         if path.endswith(".packed"):
             continue  # a quantized head's matrix: the head is what an adapter stands beside
-        if ".parts." not in path and (isinstance(module, Adapted | Whole | nn.Embedding) or hasattr(module, "in_features")):
+        is_layer = isinstance(module, AdaptedLayer | ModulesToSave | nn.Embedding) or hasattr(module, "in_features")
+        if ".parts." not in path and is_layer:
             found.setdefault(name, module)  # what stands in for a layer comes before it
     return found
 
@@ -71,10 +72,10 @@ def nearest(targets: str, layers: dict[str, nn.Module], published: dict[str, str
     return f"{near}layers: {', '.join(kinds)}; or {presets}"
 
 
-def by_pattern(patterns: dict, place: Place, default: object) -> object:
+def by_pattern(patterns: dict, place: LayerName, default: object) -> object:
     """The value of the first pattern that one of the names ends with, as PEFT reads rank_pattern and alpha_pattern.
 
-    >>> by_pattern({"q_proj": 4}, Place("body.blocks.0.attention.project.query", "model.layers.0.self_attn.q_proj"), 8)
+    >>> by_pattern({"q_proj": 4}, LayerName("body.blocks.0.attention.project.query", "model.layers.0.self_attn.q_proj"), 8)
     4
     """
     for pattern, value in patterns.items():

@@ -13,7 +13,7 @@ from lora.__main__ import main
 from lora.base_weights import Base
 from lora.config import AdaloraConfig, AdapterError, DoraConfig, Ia3Config, LoraConfig
 from lora.inject import add_adapters
-from lora.layer import Adapted
+from lora.layer import AdaptedLayer
 from lora.lora import EmbeddingLora, FusedLora
 from lora.merge_folder import merge_folder
 from lora.merged import Account, Merged
@@ -66,7 +66,13 @@ def without(call, fits):
 
 QKV, UP = "attention.project.qkv", "body.blocks.0.mlp.up.weight"
 LOST = {  # name: (adapter, owner, attribute, how it is broken, what is said)
-    "a part": ("lora, biases", Adapted, "chosen", lambda call: lambda self: [], "into no weight have come: base_model"),
+    "a part": (
+        "lora, biases",
+        AdaptedLayer,
+        "active_parts",
+        lambda call: lambda self: [],
+        "into no weight have come: base_model",
+    ),
     "a tensor of the base": (
         "lora, biases",
         Base,

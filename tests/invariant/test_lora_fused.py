@@ -166,7 +166,7 @@ def calls(monkeypatch) -> list:
 def test_a_network_trains_as_by_the_composed_form(family, bias, calls, monkeypatch):
     network = adapted(family, bias=bias)
     found, taken = loss_and_gradients(network), len(calls)
-    monkeypatch.setattr(FusedLora, "around", Lora.around)
+    monkeypatch.setattr(FusedLora, "forward_with", Lora.forward_with)
     expected = loss_and_gradients(network)
     assert taken and len(calls) == taken
     assert found.keys() == expected.keys() and any(".parts." in name for name in found)
@@ -270,13 +270,13 @@ def test_compiled_blocks_give_the_same():
 
 
 def test_a_method_that_builds_on_lora_is_not_skipped():
-    """`Lora` itself has no fused form: whoever changes `leave` in a subclass is asked."""
+    """`Lora` itself has no fused form: whoever changes `post_forward` in a subclass is asked."""
 
     class Other(Lora):
-        def leave(self, x, y, base):
+        def post_forward(self, x, y, base):
             return y + 1
 
     base = Linear(4, 3)
     part = Other(base, LoraConfig(r=2), 2, 4)
     x = torch.randn(2, 4)
-    assert part.around(x, base).equal(base(x) + 1)
+    assert part.forward_with(x, base).equal(base(x) + 1)

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from lora.config import AdapterConfig, AdapterError
 from lora.inject import activate, add_adapters, merge, remove
-from lora.layer import Place
-from lora.methods import BESIDE_A_LAYER
+from lora.layer import LayerName
+from lora.methods import LAYER_METHODS
 from model.generate import generate
 from tests.conftest import randomized, tiny_config
 from tests.oracle.test_model import ROUNDING, gap, inputs, published
@@ -118,12 +118,12 @@ def test_dropout_formats_and_what_cannot_be():
     assert gap(network.train()(ids).logits, network.eval()(ids).logits) > 1e-3
     part = network.body.blocks[0].mlp.down.parts["default"].train()
     y = torch.randn(4000, 24, dtype=torch.float64)
-    seen = torch.stack([part.leave(y, y, network) for _ in range(50)]).mean(0)
-    assert gap(seen.mean(0), part.eval().leave(y, y, network).mean(0)) < 0.01  # what is kept is scaled up
+    seen = torch.stack([part.post_forward(y, y, network) for _ in range(50)]).mean(0)
+    assert gap(seen.mean(0), part.eval().post_forward(y, y, network).mean(0)) < 0.01  # what is kept is scaled up
     with pytest.raises(AdapterError, match="cannot be merged"):
         merge(network)
     half = add_adapters(randomized(tiny_config("gpt2"), dtype=torch.bfloat16), AdapterConfig(width=4))
     assert {value.dtype for value in own(half).values()} == {torch.float32}
     assert half(ids).logits.dtype == torch.bfloat16
     with pytest.raises(AdapterError, match="stands behind a linear layer, this is a Embedding"):
-        BESIDE_A_LAYER["adapter"](nn.Embedding(3, 4), AdapterConfig(), Place("body.embedding", "wte"))
+        LAYER_METHODS["adapter"](nn.Embedding(3, 4), AdapterConfig(), LayerName("body.embedding", "wte"))

@@ -8,7 +8,7 @@ from torch import nn
 from lora.config import AdapterError, DoraConfig, Ia3Config, LoraConfig
 from lora.dora import Dora, EmbeddingDora, dora_reference
 from lora.inject import activate, add_adapters, merge
-from lora.layer import Adapted
+from lora.layer import AdaptedLayer
 from model.init import noise
 from tests.conftest import randomized, tiny_config
 from tests.oracle.adapter_twins import (
@@ -64,11 +64,11 @@ def test_equation(outs, ins, bias):
     assert gap(y, expected) < 1e-14 and all(gap(one, other) < 1e-14 for one, other in gradients)
 
 
-def adapted(base: nn.Module, config: DoraConfig, kind: type[Dora] = Dora, random: bool = True) -> Adapted:
+def adapted(base: nn.Module, config: DoraConfig, kind: type[Dora] = Dora, random: bool = True) -> AdaptedLayer:
     """The layer with a part beside it, alone."""
-    layer, part = Adapted(base), kind(base, config, config.r, config.alpha)
+    layer, part = AdaptedLayer(base), kind(base, config, config.r, config.alpha)
     layer.parts["default"] = part.to(torch.promote_types(base.weight.dtype, torch.float32))
-    part.reset(noise(0, "default"))
+    part.reset_parameters(noise(0, "default"))
     layer.active = ("default",)
     if random:
         for value in part.parameters():

@@ -8,7 +8,7 @@ from torch import nn
 from lora.config import AdapterError, Ia3Config
 from lora.ia3 import ScaledInput, ScaledOutput, ia3
 from lora.inject import add_adapters
-from lora.layer import Adapted, Place
+from lora.layer import AdaptedLayer, LayerName
 from tests.conftest import randomized, tiny_config
 from tests.oracle.adapter_twins import (
     FAMILIES,
@@ -50,7 +50,7 @@ def test_what_is_multiplied():
     base, x = nn.Linear(3, 5, dtype=torch.float64), torch.randn(4, 3, dtype=torch.float64)
     inner, outer = ScaledInput(base), ScaledOutput(base)
     inner.scale_I.data, outer.scale_O.data = torch.randn(3, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
-    layer = Adapted(base)
+    layer = AdaptedLayer(base)
     layer.parts.update({"inner": inner, "outer": outer})
     layer.active = ("inner",)
     assert torch.allclose(layer(x), (x * inner.scale_I) @ base.weight.T + base.bias, rtol=1e-14, atol=1e-14)
@@ -84,4 +84,4 @@ def test_what_has_no_form_is_refused(targets, kind):
 
 def test_bare_layer():
     with pytest.raises(AdapterError, match="place: "):
-        ia3(nn.LayerNorm(3), Ia3Config(), Place("place", "place"))
+        ia3(nn.LayerNorm(3), Ia3Config(), LayerName("place", "place"))

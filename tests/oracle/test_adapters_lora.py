@@ -10,7 +10,7 @@ from peft.utils.other import get_pattern_key
 from lora.combine import combine
 from lora.config import AdapterError, LoraConfig
 from lora.inject import activate, adapters, add_adapters, parts, remove
-from lora.layer import Place
+from lora.layer import LayerName
 from lora.targets import by_pattern, matching, published_modules
 from model.config import ModelConfig
 from model.init import empty
@@ -262,7 +262,7 @@ def test_what_cannot_be_combined(several):
 
 def test_a_pattern_is_the_end_of_a_name():
     """Whole parts of it, ours or the published one, as PEFT reads rank_pattern; the first that fits."""
-    place = Place("body.blocks.1.attention.project.query", "model.layers.1.self_attn.q_proj")
+    place = LayerName("body.blocks.1.attention.project.query", "model.layers.1.self_attn.q_proj")
     for pattern, fits in {
         "query": True,
         r"1\.self_attn\.q_proj": True,

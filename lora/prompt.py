@@ -2,7 +2,8 @@
 
     [p_1 … p_P, e(x_1) … e(x_T)]
 
-They take the first P positions, the text's own count on from there, and no loss is taken at them (`model.before`). At the start
+They take the first P positions, the text's own count on from there, and no loss is taken at them
+(`model.virtual_tokens`). At the start
 each is the embedding of a token: a random one's, or those of a text (Lester et al., section 3.2).
 Source: Lester et al. 2021, arXiv 2104.08691. As PEFT does: of an encoder-decoder they stand before the encoder's text alone,
 and the decoder looks at what became of them; they have token type 0; where a family scales its embeddings, they stand beside
@@ -92,5 +93,5 @@ def text_stack(network: nn.Module) -> nn.Module:
 
 def prompt(network: nn.Module, config: PromptConfig, name: str) -> None:
     stack = text_stack(network)
-    part = Prompt(config, network.config.width, network.config.vocab_size, stack.words)
+    part = Prompt(config, network.config.width, network.config.vocab_size, stack.embed_tokens)
     attach_virtual_tokens(network, stack, PromptAdapters, part, name)

@@ -3,7 +3,7 @@
 Where to read first: `config` (what a network is made of), then bottom up, as a paper would introduce the parts:
 
     norm · position · rope · mask · linear · attention · cache · mlp · block    the parts
-    before · stack · decoder · encoder · encoder_decoder                 the bodies
+    virtual_tokens · stack · decoder · encoder · encoder_decoder         the bodies
     heads · network                                                      what is read off them, and the whole
     families/ · weights                                                  one table per published family, and how it is read
     init · safetensors_file · finite · hub                               first weights; folders in the Hugging Face layout

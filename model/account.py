@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from model.config import ConfigError, ModelConfig
 from model.flops import flops_per_token
-from model.memory import BITS, Memory, training_memory
+from model.memory import BITS, MemoryEstimate, training_memory
 from model.parameters import adapter_parameters, cache_bytes, parameters, parameters_by_part
 from model.training import USUAL_CONTEXT, Training
 
@@ -127,7 +127,7 @@ def memory_table(config: ModelConfig, chosen: Training) -> str:
     return "memory of a training step at its highest\n" + columns(rows) + heading + columns(detail)
 
 
-def parts_of(memory: Memory) -> list[tuple[str, str]]:
+def parts_of(memory: MemoryEstimate) -> list[tuple[str, str]]:
     named = (
         ("weights", memory.weights),
         ("16-bit copies", memory.copies),

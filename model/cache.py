@@ -1,4 +1,4 @@
-"""Keys and values already computed, so that generation does not compute them again."""
+"""The key-value cache of generation: keys and values that are computed once."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from model.config import ConfigError, ModelConfig
 
 
 class LayerCache:
-    """One layer's keys and values in buffers of fixed size; `update` writes the new ones and returns all so far."""
+    """The self-attention keys and values of one layer, in buffers of fixed size."""
 
     def __init__(self, shape_BGSK: tuple[int, ...], dtype: torch.dtype, device: torch.device | str):
         self.key_BGSK = torch.zeros(shape_BGSK, dtype=dtype, device=device)
@@ -18,6 +18,7 @@ class LayerCache:
         self.length = 0
 
     def update(self, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new keys and values behind the cached ones, and return all of them, B G S K each."""
         start, end = self.length, self.length + k_BGTK.size(2)
         if end > self.key_BGSK.size(2):
             raise ConfigError(f"the cache holds {self.key_BGSK.size(2)} positions, {end} were asked of it")
@@ -26,34 +27,35 @@ class LayerCache:
         self.length = end
         return self.key_BGSK[:, :, :end], self.value_BGSK[:, :, :end]
 
-    def make_room(self, positions: int) -> None:
-        """Let the buffers hold so many positions more."""
+    def grow(self, positions: int) -> None:
+        """Extend the buffers by this many positions."""
         self.key_BGSK = F.pad(self.key_BGSK, (0, 0, 0, positions))
         self.value_BGSK = F.pad(self.value_BGSK, (0, 0, 0, positions))
 
     def reorder(self, row_B: Tensor) -> None:
-        """Row b becomes what row row_B[b] was: a beam goes on from another one's past."""
+        """Replace row b by row row_B[b], for a beam that continues another one."""
         self.key_BGSK[:, :, : self.length] = self.key_BGSK[row_B, :, : self.length]
         self.value_BGSK[:, :, : self.length] = self.value_BGSK[row_B, :, : self.length]
 
 
 class CrossCache:
-    """One layer's keys and values of the encoder's output, computed when they are first asked for."""
+    """The cross-attention keys and values of one layer, computed at the first call."""
 
     def __init__(self):
         self.keys_and_values: tuple[Tensor, Tensor] | None = None
 
-    def get(self, compute: Callable[[Tensor], tuple[Tensor, Tensor]], memory_BSD: Tensor) -> tuple[Tensor, Tensor]:
+    def get(self, compute: Callable[[Tensor], tuple[Tensor, Tensor]], encoder_hidden_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of the encoder's hidden state, by `compute` in the first call."""
         if self.keys_and_values is None:
-            self.keys_and_values = compute(memory_BSD)
+            self.keys_and_values = compute(encoder_hidden_BSD)
         return self.keys_and_values
 
 
 class Cache:
-    """For each layer that generates a `LayerCache`, and a `CrossCache` where it looks at an encoder.
+    """The key-value cache of a decoder: a `LayerCache` and a `CrossCache` for each layer.
 
-    2 · L · G · K numbers a position and row. Beams of one text must stay together: `reorder` leaves the cross caches.
-    capacity: positions of text; a prompt or prefix that stands before it takes its own.
+    It holds 2 · L · G · K numbers a position and row. capacity: positions of text; virtual tokens come on top. Beams of one
+    text must stay adjacent rows: `reorder` leaves the cross-attention caches as they are.
     """
 
     def __init__(
@@ -68,20 +70,21 @@ class Cache:
         shape = (batch_size, sizes.kv_heads, capacity, sizes.head_width)
         self.layers = [LayerCache(shape, dtype, device) for _ in config.decoder_layers]
         self.cross = [CrossCache() for _ in config.decoder_layers]
-        self.before = 0  # of the positions held, those of a prompt or prefix (`model.before`)
+        self.num_virtual_tokens = 0  # cached positions of a prompt or prefix (`model.virtual_tokens`)
 
     @property
     def length(self) -> int:
-        """How many positions are held, with those before the text."""
+        """The number of cached positions, virtual tokens included."""
         return self.layers[0].length
 
-    def make_room(self, before: int) -> None:
-        """For what stands before the text; asked of an empty cache."""
-        self.before = before
-        if before:
+    def add_virtual_tokens(self, count: int) -> None:
+        """Make room for virtual tokens in an empty cache."""
+        self.num_virtual_tokens = count
+        if count:
             for layer in self.layers:
-                layer.make_room(before)
+                layer.grow(count)
 
     def reorder(self, row_B: Tensor) -> None:
+        """Replace row b by row row_B[b] in every layer's self-attention cache."""
         for layer in self.layers:
             layer.reorder(row_B)

@@ -18,7 +18,7 @@ class ConfigError(ValueError):
 class Rope:
     """Rotary positions: their base, and how they are stretched past the context that the network was trained with.
 
-    `kind` is a key of `model.rope.STRETCHES`, which holds the equations; the other fields are what these read.
+    `kind` is a key of `model.rope.ROPE_SCALINGS`, which holds the equations; the other fields are what these read.
     """
 
     base: float = 10000.0
@@ -27,8 +27,8 @@ class Rope:
     trained_context: int = 0  # what the network was first trained with (dynamic, yarn, llama3)
     slow: float = 1.0  # turns over the trained context: below this many, all of the factor (llama3, yarn)
     fast: float = 4.0  # above this many, none of it
-    magnitude: float | None = None  # of the turned vectors; None: 0.1 ln(factor) + 1 (yarn)
-    whole_pairs: bool = True  # the ramp between slow and fast begins and ends at a whole pair (yarn)
+    attention_factor: float | None = None  # of the turned vectors; None: 0.1 ln(factor) + 1 (yarn)
+    truncate: bool = True  # the ramp between slow and fast begins and ends at a whole pair (yarn)
 
 
 @dataclass(frozen=True)

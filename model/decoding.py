@@ -36,11 +36,11 @@ class Decoding:
         config = network.config
         self.network, self.config, self.use_cache = network, config, use_cache
         mask_BS = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        self.memory = self.memory_mask = None
+        self.encoder_hidden = self.encoder_mask = None
         if config.architecture == "encoder-decoder":
-            self.memory_mask = mask_BS.repeat_interleave(copies, 0) if (mask_BS == 0).any() else None
-            memory_BSD = network.body.encode(input_ids, attention_mask).hidden
-            self.memory = memory_BSD.repeat_interleave(copies, 0)
+            self.encoder_mask = mask_BS.repeat_interleave(copies, 0) if (mask_BS == 0).any() else None
+            encoder_hidden_BSD = network.body.encode(input_ids, attention_mask).hidden
+            self.encoder_hidden = encoder_hidden_BSD.repeat_interleave(copies, 0)
             input_ids = torch.full_like(input_ids[:, :1], config.decoder_start_id)
             mask_BS = torch.ones_like(input_ids)
         self.padded = bool((mask_BS == 0).any())
@@ -48,7 +48,7 @@ class Decoding:
         self.ids_BT = torch.cat((input_ids, rest), dim=1).repeat_interleave(copies, 0)
         self.mask_BT = torch.cat((mask_BS, torch.ones_like(rest)), dim=1).repeat_interleave(copies, 0)
         self.prompt = self.end = input_ids.size(1)  # positions that are given, and that are filled
-        self.limit = config.context - network.body.before if config.position != "relative" else self.ids_BT.size(1)
+        self.limit = config.context - network.body.num_virtual_tokens if config.position != "relative" else self.ids_BT.size(1)
         first_B1 = (mask_BS != 0).int().argmax(dim=1, keepdim=True).repeat_interleave(copies, 0)  # behind a row's pads
         self.first_B1 = first_B1.clamp(min=self.end - self.limit)  # where a row's window begins; beams of an input agree
         self.start = int(self.first_B1.min())  # of the window that is read
@@ -64,18 +64,18 @@ class Decoding:
             self.cache = None
         if self.cache is None and self.use_cache:
             stack = getattr(self.network.body, "decoder", self.network.body)
-            embedded, capacity = stack.words(self.ids_BT[:1, :1]), min(self.limit, self.ids_BT.size(1))
+            embedded, capacity = stack.embed_tokens(self.ids_BT[:1, :1]), min(self.limit, self.ids_BT.size(1))
             self.cache = Cache(self.config, self.ids_BT.size(0), capacity, embedded.dtype, embedded.device)
         unread_BT = self.ids_BT[:, self.read : self.end]
         mask_BT = None
         if self.padded:
             column_T = torch.arange(self.start, self.end, device=self.first_B1.device)
             mask_BT = self.mask_BT[:, self.start : self.end] * (column_T >= self.first_B1)
-        if self.memory is None:
+        if self.encoder_hidden is None:
             hidden_BTD = self.network.body(unread_BT, mask_BT, cache=self.cache).hidden
         else:
-            options = {"decoder_input_ids": unread_BT, "memory": self.memory, "cache": self.cache}
-            hidden_BTD = self.network.body(None, self.memory_mask, **options).hidden
+            options = {"decoder_input_ids": unread_BT, "encoder_hidden": self.encoder_hidden, "cache": self.cache}
+            hidden_BTD = self.network.body(None, self.encoder_mask, **options).hidden
         if self.use_cache:
             self.read = self.end
         logits_BV = self.network.head(hidden_BTD[:, -1])

@@ -1,4 +1,4 @@
-"""The encoder-decoder: one stack reads the input, the other writes the output and looks at what the first one made of it."""
+"""The encoder-decoder: one stack encodes the input, the other decodes the output with cross-attention to the encoding."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from model.cache import Cache
 from model.config import ConfigError, ModelConfig
 from model.decoder import Decoder
 from model.encoder import Encoder
-from model.stack import Memory, Output
+from model.stack import EncoderOutput, Output
 
 
 class EncoderDecoder(nn.Module):
@@ -25,13 +25,13 @@ class EncoderDecoder(nn.Module):
         self.decoder = Decoder(config.second_stack, attention, cross=True, embedding=self.embedding)
 
     @property
-    def before(self) -> int:
-        """As `Stack.before`, of the text that is written."""
-        return self.decoder.before
+    def num_virtual_tokens(self) -> int:
+        """The number of positions that the decoder's virtual tokens take from its context."""
+        return self.decoder.num_virtual_tokens
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Tensor | bool | None) -> Output:
-        """hidden B S D; a prompt of the encoder stays in it (B P+S D): the decoder looks at that too. options: those of
-        `Stack.forward`."""
+        """Encode input_ids B S; a prompt stays in the hidden state, B P+S D, as the decoder attends to it too. options: those
+        of `Stack.forward`."""
         return self.encoder(input_ids, attention_mask, keep_prompt=True, **options)
 
     def forward(
@@ -45,23 +45,24 @@ class EncoderDecoder(nn.Module):
         document_ids: Tensor | None = None,
         decoder_position_ids: Tensor | None = None,
         decoder_document_ids: Tensor | None = None,
-        memory: Tensor | None = None,
+        encoder_hidden: Tensor | None = None,
         cache: Cache | None = None,
         hidden_states: bool = False,
     ) -> Output:
-        """input_ids B S (attention_mask: 1 real, 0 pad), decoder_input_ids B T; without these the output is the input,
-        shifted right, as when a whole text is to be classified. memory B S D: what `encode` returned for input_ids.
+        """input_ids B S (attention_mask: 1 real, 0 pad), decoder_input_ids B T → hidden B T D. decoder_input_ids default to
+        input_ids shifted right, for the classification of a text. encoder_hidden: `encode(input_ids).hidden`, if already known.
 
-        document_ids B S, decoder_document_ids B T: packed rows, in which the output of a document sees its own input; with
-        position_ids and decoder_position_ids, that count in each document."""
-        encoded = None
-        if memory is None:
-            told = {"position_ids": position_ids, "document_ids": document_ids, "hidden_states": hidden_states}
-            encoded = self.encode(input_ids, attention_mask, **told)
-            memory = encoded.hidden
+        document_ids B S, decoder_document_ids B T: packed rows, in which a document's output attends to its own input; then
+        position_ids and decoder_position_ids count within each document.
+        """
+        encoder_hidden_states = None
+        if encoder_hidden is None:
+            options = {"position_ids": position_ids, "document_ids": document_ids, "hidden_states": hidden_states}
+            encoded = self.encode(input_ids, attention_mask, **options)
+            encoder_hidden, encoder_hidden_states = encoded.hidden, encoded.hidden_states
         if decoder_input_ids is None:
             if document_ids is not None:
-                raise ConfigError("packed rows of an encoder-decoder need decoder_input_ids: what is shifted is one text a row")
+                raise ConfigError("packed rows of an encoder-decoder need decoder_input_ids: one text a row is shifted")
             decoder_input_ids = self.shift_right(input_ids)
         decoded = self.decoder(
             decoder_input_ids,
@@ -69,24 +70,24 @@ class EncoderDecoder(nn.Module):
             position_ids=decoder_position_ids,
             document_ids=decoder_document_ids,
             cache=cache,
-            memory=Memory(memory, self.memory_mask(attention_mask), self.memory_documents(document_ids), self.prompt_length),
+            encoder_output=EncoderOutput(
+                encoder_hidden, self.pad(attention_mask, 1), self.pad(document_ids, -1), self.prompt_length
+            ),
             hidden_states=hidden_states,
         )
-        return decoded._replace(memory=memory, memory_states=encoded.hidden_states if encoded is not None else None)
+        return decoded._replace(encoder_hidden=encoder_hidden, encoder_hidden_states=encoder_hidden_states)
 
-    def memory_mask(self, attention_mask_BS: Tensor | None) -> Tensor | None:
-        """The mask of the input, for what the encoder makes of it."""
-        return None if attention_mask_BS is None else F.pad(attention_mask_BS, (self.prompt_length, 0), value=1)
-
-    def memory_documents(self, document_ids_BS: Tensor | None) -> Tensor | None:
-        return None if document_ids_BS is None else F.pad(document_ids_BS, (self.prompt_length, 0), value=-1)
+    def pad(self, x_BS: Tensor | None, value: int) -> Tensor | None:
+        """Give the encoder's prompt a column each in a mask or in document ids."""
+        return None if x_BS is None else F.pad(x_BS, (self.prompt_length, 0), value=value)
 
     @property
     def prompt_length(self) -> int:
+        """The number of prompt vectors that the encoder reads before the text."""
         return self.encoder.prompt.length if self.encoder.prompt is not None else 0
 
     def shift_right(self, ids_BT: Tensor) -> Tensor:
-        """decoder_start_id, then all ids but the last: position t is to predict ids[t]."""
+        """Return decoder_start_id, then all ids but the last, so that position t predicts ids[t]."""
         start = self.config.decoder_start_id
         if start is None:
             raise ConfigError("this encoder-decoder has no decoder_start_id: give decoder_input_ids")

@@ -1,6 +1,6 @@
-"""Who may look at whom: a small description, and the one place that turns it into what a kernel takes.
+"""Attention masks: a small description of the keys that each query may attend to, and its conversion for a kernel.
 
-The description never holds a T × S tensor; `Mask.plan` builds one only where no cheaper form says the same.
+The description never holds a T × S tensor; `Mask.attention_inputs` builds one only where no cheaper form is equivalent.
 """
 
 from dataclasses import dataclass, replace
@@ -10,25 +10,27 @@ import torch
 from torch import Tensor
 
 
-class Plan(NamedTuple):
-    """What scaled-dot-product attention is told: a flag, or a dense table, or neither (all keys allowed); and what it
-    adds to the scores, if anything."""
+class AttentionInputs(NamedTuple):
+    """Mask and bias of scaled-dot-product attention, in the order in which the functions in `model.attention` take them.
 
-    causal: bool
-    allowed_B1TS: Tensor | None
-    bias_1HTS: Tensor | None = None
+    Neither `allowed_B1TS` nor `is_causal`: every query attends to every key.
+    """
+
+    allowed_B1TS: Tensor | None = None  # bool: True where query t may attend to key s
+    bias_1HTS: Tensor | None = None  # added to the scores
+    is_causal: bool = False  # the causal mask as a flag; then T = S, and allowed_B1TS is None
 
 
 @dataclass(frozen=True)
 class Mask:
-    """Query t may look at key s if every rule that is set allows it; t counts from the first key (see `plan`).
+    """The rules of attention: query t may attend to key s if every rule that is set allows it; t counts from the first key.
 
         causal         s <= t
         window         t - s < window
         document_ids   B S: same document. Packed documents do not see each other.
         query_ids      B T: with document_ids, those of the queries, where the keys are another sequence (cross-attention)
-        attention_mask B S: 1 for a real key, 0 for a pad. A query that may look nowhere (a pad) yields 0.
-        prefix         the first so many keys stand before every document and in every window: neither hides them
+        attention_mask B S: 1 for a real key, 0 for a pad. A query without any allowed key (a pad) yields 0.
+        prefix         the first `prefix` keys (virtual tokens) belong to every document and to every window
 
     >>> mask = Mask(document_ids=torch.tensor([[-1, 0, 0, 1]]), prefix=1)
     >>> mask.allowed(3, 4)[0, 0].int().tolist()
@@ -43,7 +45,7 @@ class Mask:
     prefix: int = 0
 
     def allowed(self, queries: int, keys: int, device: torch.device | str = "cpu") -> Tensor:
-        """The dense table, bool, B1TS (or 11TS where no rule looks at the batch). The queries are the last of the keys."""
+        """Return the dense mask, bool B1TS (11TS where no rule depends on the row). The queries are the last of the keys."""
         query_T1 = torch.arange(keys - queries, keys, device=device)[:, None]
         key_1S = torch.arange(keys, device=device)[None, :]
         allowed = torch.ones(1, 1, queries, keys, dtype=torch.bool, device=device)
@@ -60,15 +62,16 @@ class Mask:
             allowed = allowed & self.attention_mask.bool()[:, None, None, :]
         return allowed
 
-    def plan(self, queries: int, keys: int, device: torch.device | str = "cpu") -> Plan:
-        """The cheapest form that says the same. It may look at shapes, never at values: no wait for the GPU."""
+    def attention_inputs(self, queries: int, keys: int, device: torch.device | str = "cpu") -> AttentionInputs:
+        """Return the cheapest equivalent form. It may look at shapes, never at values: that would wait for the GPU."""
         reaches_all = self.window is None or self.window >= keys
         if self.document_ids is None and self.attention_mask is None and reaches_all:
             if not self.causal or queries == 1:
-                return Plan(causal=False, allowed_B1TS=None)
+                return AttentionInputs()
             if queries == keys:  # SDPA's flag aligns the first query with the first key
-                return Plan(causal=True, allowed_B1TS=None)
-        return Plan(causal=False, allowed_B1TS=self.allowed(queries, keys, device))
+                return AttentionInputs(is_causal=True)
+        return AttentionInputs(self.allowed(queries, keys, device))
 
     def with_window(self, window: int | None) -> "Mask":
+        """Return the same rules with another window."""
         return replace(self, window=window)

@@ -24,7 +24,7 @@ BATCH_ELEMENTS = 1 << 27  # as in train.optimizers.muon: numbers that are orthog
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """Bytes. What stands through the step, what the forward leaves for the backward, and the highest moment of all."""
 
     weights: float
@@ -37,7 +37,7 @@ class Memory:
     peak: float
 
 
-def training_memory(config: ModelConfig, training: Training) -> Memory:
+def training_memory(config: ModelConfig, training: Training) -> MemoryEstimate:
     """What one device needs to train the whole network.
 
     `full`: float32 weights and gradients, of AdamW two moments (of "adamw8bit" in 8 bits), of SGD one, of Muon one for the
@@ -62,7 +62,7 @@ def training_memory(config: ModelConfig, training: Training) -> Memory:
     moments = forward_peak(segments) + waiting, backward_peak(segments, waiting)
     peak = weights + optimizer + max(*moments, gradients + update_workspace(config, training))
     forward = kept + copies + sum(op.early for op in last)
-    return Memory(weights, gradients, optimizer, kept - logits, 3 * logits or workspace, copies, forward, peak)
+    return MemoryEstimate(weights, gradients, optimizer, kept - logits, 3 * logits or workspace, copies, forward, peak)
 
 
 def standing(config: ModelConfig, training: Training) -> tuple[float, float, float]:

@@ -54,14 +54,14 @@ class Sinusoidal(nn.Module):
         return sinusoid(position_BT, self.width)
 
 
-def nothing(config: ModelConfig) -> None:
+def no_embedding(config: ModelConfig) -> None:
     """For families that tell positions elsewhere: rotary ones in attention, relative ones in its scores."""
 
 
-POSITIONS = {"learned": Learned, "sinusoidal": Sinusoidal, "rope": nothing, "relative": nothing}
+POSITIONS = {"learned": Learned, "sinusoidal": Sinusoidal, "rope": no_embedding, "relative": no_embedding}
 
 
-def relative_bucket(distance: Tensor, buckets: int, farthest: int, both_ways: bool) -> Tensor:
+def relative_bucket(distance: Tensor, buckets: int, farthest: int, bidirectional: bool) -> Tensor:
     """The bucket of distance = key - query: near ones have one each, far ones share, in steps of equal ratio.
 
     With n buckets and e = n / 2 exact ones, -distance = d < e has bucket d; above that
@@ -70,11 +70,11 @@ def relative_bucket(distance: Tensor, buckets: int, farthest: int, both_ways: bo
     Source: Raffel et al. 2020, arXiv 1910.10683, section 2.1, and its code. The logarithm is float32 as there: rounding
     decides the bucket of a distance that is a border.
 
-    >>> relative_bucket(torch.tensor([-40, -9, -3, 0, 3]), 32, 128, both_ways=False).tolist()
+    >>> relative_bucket(torch.tensor([-40, -9, -3, 0, 3]), 32, 128, bidirectional=False).tolist()
     [23, 9, 3, 0, 0]
     """
     first = torch.zeros_like(distance)
-    if both_ways:
+    if bidirectional:
         buckets //= 2
         first = (distance > 0) * buckets
         back = distance.abs()
@@ -89,14 +89,14 @@ def relative_bucket(distance: Tensor, buckets: int, farthest: int, both_ways: bo
 class RelativeBias(nn.Module):
     """A number a head and bucket, added to the scores of all layers: score_BHTS + bias_1HTS."""
 
-    def __init__(self, config: ModelConfig, both_ways: bool):
+    def __init__(self, config: ModelConfig, bidirectional: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(config.relative_buckets, config.heads))
-        self.farthest, self.both_ways = config.relative_distance, both_ways
+        self.farthest, self.bidirectional = config.relative_distance, bidirectional
 
     def forward(self, queries: int, keys: int) -> Tensor:
         """The queries are the last of the keys."""
         device = self.weight.device
         distance_TS = torch.arange(keys, device=device) - torch.arange(keys - queries, keys, device=device)[:, None]
-        bucket_TS = relative_bucket(distance_TS, self.weight.size(0), self.farthest, self.both_ways)
+        bucket_TS = relative_bucket(distance_TS, self.weight.size(0), self.farthest, self.bidirectional)
         return self.weight[bucket_TS].permute(2, 0, 1)[None]

@@ -53,7 +53,7 @@ def yarn(rope: Rope, frequency_K: Tensor, position_BT: Tensor) -> Tensor:
         return width * math.log(rope.trained_context / (2 * math.pi * turns)) / (2 * math.log(rope.base))
 
     first, last = pair_of(rope.fast), pair_of(rope.slow)
-    if rope.whole_pairs:
+    if rope.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, width - 1)
     pair_K = torch.arange(width // 2, dtype=frequency_K.dtype, device=frequency_K.device)
@@ -61,7 +61,7 @@ def yarn(rope: Rope, frequency_K: Tensor, position_BT: Tensor) -> Tensor:
     return frequency_K * (1 - squeezed_K + squeezed_K / rope.factor)
 
 
-STRETCHES: dict[str, Callable[[Rope, Tensor, Tensor], Tensor]] = {
+ROPE_SCALINGS: dict[str, Callable[[Rope, Tensor, Tensor], Tensor]] = {
     "plain": plain,
     "linear": linear,
     "dynamic": dynamic,
@@ -70,11 +70,11 @@ STRETCHES: dict[str, Callable[[Rope, Tensor, Tensor], Tensor]] = {
 }
 
 
-def magnitude(rope: Rope) -> float:
+def attention_factor(rope: Rope) -> float:
     """What turned vectors are multiplied by: YaRN sharpens attention over long texts by 0.1 ln(factor) + 1 (eq. 22)."""
     if rope.kind != "yarn":
         return 1.0
-    return rope.magnitude if rope.magnitude is not None else 0.1 * math.log(max(rope.factor, 1)) + 1
+    return rope.attention_factor if rope.attention_factor is not None else 0.1 * math.log(max(rope.factor, 1)) + 1
 
 
 def rope_tables(position_BT: Tensor, head_width: int, rope: Rope, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -85,10 +85,10 @@ def rope_tables(position_BT: Tensor, head_width: int, rope: Rope, dtype: torch.d
     """
     wide = torch.promote_types(dtype, torch.float32)
     exponent = torch.arange(0, head_width, 2, dtype=wide, device=position_BT.device) / head_width
-    frequency_K = STRETCHES[rope.kind](rope, 1.0 / rope.base**exponent, position_BT)
+    frequency_K = ROPE_SCALINGS[rope.kind](rope, 1.0 / rope.base**exponent, position_BT)
     phase_B1TK = (position_BT.to(wide)[..., None] * frequency_K)[:, None]
     cos_B1TK, sin_B1TK = phase_B1TK.cos(), phase_B1TK.sin()
-    if (scale := magnitude(rope)) != 1:
+    if (scale := attention_factor(rope)) != 1:
         cos_B1TK, sin_B1TK = cos_B1TK * scale, sin_B1TK * scale
     return cos_B1TK.to(dtype), sin_B1TK.to(dtype)
 

@@ -1,4 +1,4 @@
-"""A stack of layers between embedding and hidden state: what encoder and decoder have in common."""
+"""A stack of layers between embedding and hidden state: the part that encoder and decoder share."""
 
 from typing import NamedTuple
 
@@ -6,36 +6,68 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.before import before_the_text
-from model.block import Block
-from model.cache import Cache
+from model.block import BLOCKS
+from model.cache import Cache, CrossCache
 from model.config import ConfigError, LayerSpec, ModelConfig
-from model.mask import Mask, Plan
+from model.mask import AttentionInputs, Mask
 from model.norm import NORMS
-from model.position import POSITIONS, RelativeBias, positions_from_mask
+from model.position import POSITIONS, RelativeBias
 from model.rope import rope_tables
+from model.virtual_tokens import PastKeyValues, Positions, VirtualTokens, read_virtual_tokens
 
 
 class Output(NamedTuple):
-    """What a network returns."""
+    """The outputs of a network.
 
-    logits: Tensor | None  # of the head: B T V of a language model; see `model.heads`
-    hidden: Tensor  # B T D, after the last norm; of an encoder-decoder the decoder's
-    hidden_states: tuple[Tensor, ...] | None = None  # the embedding, then each layer; the last one after the last norm
-    memory: Tensor | None = None  # B S D, an encoder-decoder's encoded input
-    memory_states: tuple[Tensor, ...] | None = None  # as hidden_states, of the encoder
-    pair_logits: Tensor | None = None  # B 2, next sentence, of the head that has both
-    prompt: Tensor | None = None  # B P D, what became of the vectors before the text, where this call has read them
+    logits come from the head: B T V of a language model; `model.heads` has the others' shapes. hidden: B T D, after the last
+    norm (the decoder's, of an encoder-decoder). hidden_states, where asked for: the embedding, then each layer's output; the
+    last one is hidden. encoder_hidden B S D and encoder_hidden_states: the encoder's. pair_logits B 2: next-sentence
+    prediction, of the head that has both. prompt B P D: the outputs at the prompt's positions, where this call has read them.
+    """
+
+    logits: Tensor | None
+    hidden: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+    encoder_hidden: Tensor | None = None
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    pair_logits: Tensor | None = None
+    prompt: Tensor | None = None
 
 
-class Memory(NamedTuple):
-    """What a decoder looks at: the encoder's last hidden state, which of it is real (1) or pad (0), and which packed document
-    it is of; its first `prompt` positions all see."""
+class EncoderOutput(NamedTuple):
+    """The encoder's last hidden state, as cross-attention reads it: with its mask (1 real, 0 pad) and its packed documents.
+
+    Its first `prompt_length` positions are virtual tokens, which every document may attend to.
+    """
 
     hidden_BSD: Tensor
     attention_mask_BS: Tensor | None = None
     document_ids_BS: Tensor | None = None
-    prompt: int = 0
+    prompt_length: int = 0
+
+    def attention_inputs(self, queries: int, document_ids_BS: Tensor | None) -> AttentionInputs:
+        """Return the mask of cross-attention. document_ids_BS: of the decoder's positions; the queries are the last."""
+        if (self.document_ids_BS is None) != (document_ids_BS is None):
+            raise ConfigError("packed rows of an encoder-decoder need both document_ids and decoder_document_ids")
+        mask = Mask(
+            causal=False,
+            attention_mask=self.attention_mask_BS,
+            document_ids=self.document_ids_BS,
+            query_ids=None if document_ids_BS is None else document_ids_BS[:, -queries:],
+            prefix=self.prompt_length,
+        )
+        return mask.attention_inputs(queries, self.hidden_BSD.size(1), self.hidden_BSD.device)
+
+
+class BlockInputs(NamedTuple):
+    """The arguments of `Block.forward` after x."""
+
+    inputs: AttentionInputs
+    rope: tuple[Tensor, Tensor] | None
+    past_key_values: PastKeyValues
+    encoder_hidden_BSD: Tensor | None
+    cross_inputs: AttentionInputs | None
+    cross_cache: CrossCache | None
 
 
 class Stack(nn.Module):
@@ -44,8 +76,8 @@ class Stack(nn.Module):
     `attention` chooses the plain or the fused twin (`model.attention.ATTENTIONS`). `embedding` is given where two stacks
     share one. With `norm_first` a last norm ends the stack; otherwise each layer has normalized its own sum.
 
-    Two parts that may be set later stand before the text (`model.before`; `lora.prompt` and `lora.prefix` make them). Called
-    without arguments, `prompt` gives P × D vectors or None, `prefix` keys and values L 2 G P K or None; `length` of each is P.
+    Two optional parts make virtual tokens (`model.virtual_tokens`; `lora.prompt` and `lora.prefix` set them). Called without
+    arguments, `prompt` gives P × D vectors or None, `prefix` keys and values L 2 G P K or None; `length` of each is P.
     """
 
     def __init__(
@@ -64,15 +96,15 @@ class Stack(nn.Module):
         self.position = POSITIONS[config.position](config)
         self.token_type = nn.Embedding(config.token_types, config.width) if config.token_types else None
         self.embedding_norm = NORMS[config.norm](config.width, config.norm_eps) if config.embedding_norm else nn.Identity()
-        self.relative = RelativeBias(config, both_ways=not causal) if config.position == "relative" else None
-        self.blocks = nn.ModuleList(Block(config, attention, cross=cross) for _ in layers)
+        self.relative = RelativeBias(config, bidirectional=not causal) if config.position == "relative" else None
+        self.blocks = nn.ModuleList(BLOCKS[config.norm_first](config, attention, cross=cross) for _ in layers)
         self.norm = NORMS[config.norm](config.width, config.norm_eps) if config.norm_first else nn.Identity()
         self.register_module("prompt", None)
         self.register_module("prefix", None)
 
     @property
-    def before(self) -> int:
-        """How many positions prompt and prefix take from the context."""
+    def num_virtual_tokens(self) -> int:
+        """The number of positions that prompt and prefix take from the context."""
         return sum(part.length for part in (self.prompt, self.prefix) if part is not None)
 
     def forward(
@@ -84,104 +116,100 @@ class Stack(nn.Module):
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         cache: Cache | None = None,
-        memory: Memory | None = None,
+        encoder_output: EncoderOutput | None = None,
         hidden_states: bool = False,
         keep_prompt: bool = False,
     ) -> Output:
-        """input_ids B T. attention_mask B S (1 real, 0 pad; S counts what the cache holds too). position_ids B T
-        (default: counted by the mask). token_type_ids B T (default: 0). document_ids B T: packed documents, which must
-        not see each other; all see prompt and prefix, and a prompt then sees itself alone. hidden B T D, of the text
-        (keep_prompt: B P+T D, of a prompt before it too)."""
+        """input_ids B T → hidden B T D, of the text (keep_prompt: B P+T D, a prompt's positions first).
+
+        attention_mask B S (1 real, 0 pad; S counts what the cache holds too). position_ids B T (default: counted by the
+        mask). token_type_ids B T (default: 0). document_ids B T: packed documents, which must not see each other; all see
+        prompt and prefix, and a prompt then sees itself alone.
+        """
         if cache is not None and document_ids is not None:
             raise ConfigError("a cache holds one document a row; document_ids are for training on packed rows")
-        before = before_the_text(self, cache)
-        queries = before.new + input_ids.size(1)
-        keys = before.length + before.held + input_ids.size(1)
-        attention_mask, document_ids = before.covered(attention_mask, 1), before.covered(document_ids, -1)
-        if position_ids is None:
-            position_ids = positions(attention_mask, queries, keys, input_ids.device)
-        else:
-            position_ids = before.counted(position_ids)
-        x_BTD = self.embed(input_ids, position_ids, token_type_ids, keys, before.prompt_PD)
-
-        mask = Mask(self.causal, document_ids=document_ids, attention_mask=attention_mask, prefix=before.length)
-        plans = self.plans(mask, queries, keys, x_BTD.device)
-        ropes = {
-            rope: rope_tables(position_ids, self.config.head_width, rope, x_BTD.dtype) if rope is not None else None
-            for rope in {spec.rope for spec in self.layers}
-        }
-        memory_plan = None
-        if memory is not None:
-            if (memory.document_ids_BS is None) != (document_ids is None):
-                raise ConfigError("packed rows of an encoder-decoder need both document_ids and decoder_document_ids")
-            cross = Mask(
-                causal=False,
-                attention_mask=memory.attention_mask_BS,
-                document_ids=memory.document_ids_BS,
-                query_ids=None if document_ids is None else document_ids[:, -queries:],
-                prefix=memory.prompt,
-            )
-            memory_plan = cross.plan(queries, memory.hidden_BSD.size(1), x_BTD.device)
+        virtual = read_virtual_tokens(self, cache)
+        positions = virtual.positions(input_ids, attention_mask, position_ids, document_ids)
+        x_BTD = self.embed(input_ids, token_type_ids, positions, virtual.prompt_PD)
         states = [x_BTD]
-        for index, (spec, block) in enumerate(zip(self.layers, self.blocks, strict=True)):
-            x_BTD = block(
-                x_BTD,
-                plans[spec.window],
-                ropes[spec.rope],
-                before.pasts[index],
-                memory.hidden_BSD if memory is not None else None,
-                memory_plan,
-                cache.cross[index] if cache is not None else None,
-            )
+        block_inputs = self.block_inputs(x_BTD, positions, virtual, encoder_output, cache)
+        for block, inputs in zip(self.blocks, block_inputs, strict=True):
+            x_BTD = block(x_BTD, *inputs)
             if hidden_states:
                 states.append(x_BTD)
-        x_BTD, prompt_BPD = F.dropout(self.norm(x_BTD), self.config.output_dropout, self.training), None
-        if before.new and not keep_prompt:
-            prompt_BPD, x_BTD = x_BTD[:, : before.new], x_BTD[:, before.new :]
-            states = [state_BTD[:, before.new :] for state_BTD in states]
-        return Output(None, x_BTD, (*states[:-1], x_BTD) if hidden_states else None, prompt=prompt_BPD)
+        x_BTD = F.dropout(self.norm(x_BTD), self.config.output_dropout, self.training)
+        output = Output(None, x_BTD, (*states[:-1], x_BTD) if hidden_states else None)
+        return output if keep_prompt else split_prompt(output, virtual.prompt_length)
 
-    def words(self, input_ids: Tensor) -> Tensor:
-        """token · scale."""
+    def embed_tokens(self, input_ids: Tensor) -> Tensor:
+        """Look up the token embeddings, times √D where the family scales them."""
         x_BTD = self.embedding(input_ids)
         return x_BTD * self.config.embedding_scale if self.config.scale_embedding else x_BTD
 
     def embed(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        token_type_ids: Tensor | None,
-        keys: int,
-        prompt_PD: Tensor | None = None,
+        self, input_ids: Tensor, token_type_ids: Tensor | None, positions: Positions, prompt_PD: Tensor | None
     ) -> Tensor:
-        """word + position + segment, normalized where the family does so; a prompt's vectors are words, of segment 0."""
-        if self.config.position == "learned" and keys > self.config.context:
-            raise ConfigError(f"{keys} positions were asked of a network with context={self.config.context}")
-        x_BTD = self.words(input_ids)
+        """Sum token, position and segment embeddings, and normalize them where the family does so. A prompt's vectors are
+        token embeddings, of segment 0."""
+        if self.config.position == "learned" and positions.keys > self.config.context:
+            raise ConfigError(f"{positions.keys} positions were asked of a network with context={self.config.context}")
+        x_BTD = self.embed_tokens(input_ids)
         if prompt_PD is not None:
             x_BTD = torch.cat((prompt_PD.to(x_BTD.dtype).expand(x_BTD.size(0), -1, -1), x_BTD), dim=1)
         if self.position is not None:
-            x_BTD = x_BTD + self.position(position_ids).to(x_BTD.dtype)
+            x_BTD = x_BTD + self.position(positions.position_ids).to(x_BTD.dtype)
         if self.token_type is not None:
-            kinds = token_type_ids if token_type_ids is not None else torch.zeros_like(input_ids)
-            x_BTD = x_BTD + self.token_type(F.pad(kinds, (x_BTD.size(1) - kinds.size(1), 0)))
+            types_BT = token_type_ids if token_type_ids is not None else torch.zeros_like(input_ids)
+            x_BTD = x_BTD + self.token_type(F.pad(types_BT, (x_BTD.size(1) - types_BT.size(1), 0)))
         elif token_type_ids is not None:
             raise ConfigError(f"{self.config.family} of this config has no token types; token_type_ids were given")
         return F.dropout(self.embedding_norm(x_BTD), self.config.dropout, self.training)
 
-    def plans(self, mask: Mask, queries: int, keys: int, device: torch.device) -> dict[int | None, Plan]:
-        """One a window: layers of the same window share it."""
-        plans = {w: mask.with_window(w).plan(queries, keys, device) for w in {spec.window for spec in self.layers}}
-        if self.relative is None:
-            return plans
-        bias_1HTS = self.relative(queries, keys)
-        return {window: plan._replace(bias_1HTS=bias_1HTS) for window, plan in plans.items()}
+    def block_inputs(
+        self,
+        x_BTD: Tensor,
+        positions: Positions,
+        virtual: VirtualTokens,
+        encoder_output: EncoderOutput | None,
+        cache: Cache | None,
+    ) -> list[BlockInputs]:
+        """Collect each layer's inputs beside x. Layers of the same window share a mask, of the same RoPE its tables."""
+        masks = self.attention_inputs(positions, virtual.length, x_BTD.device)
+        ropes = {
+            rope: rope_tables(positions.position_ids, self.config.head_width, rope, x_BTD.dtype) if rope is not None else None
+            for rope in {spec.rope for spec in self.layers}
+        }
+        encoder_hidden_BSD = cross_inputs = None
+        if encoder_output is not None:
+            encoder_hidden_BSD = encoder_output.hidden_BSD
+            cross_inputs = encoder_output.attention_inputs(positions.queries, positions.document_ids)
+        cross_caches = cache.cross if cache is not None else [None] * len(self.layers)
+        return [
+            BlockInputs(masks[spec.window], ropes[spec.rope], past, encoder_hidden_BSD, cross_inputs, cross_cache)
+            for spec, past, cross_cache in zip(self.layers, virtual.past_key_values, cross_caches, strict=True)
+        ]
+
+    def attention_inputs(
+        self, positions: Positions, prefix: int, device: torch.device
+    ) -> dict[int | None, AttentionInputs]:
+        """Return mask and bias of self-attention for each window of the layers."""
+        mask = Mask(
+            self.causal, document_ids=positions.document_ids, attention_mask=positions.attention_mask, prefix=prefix
+        )
+        queries, keys = positions.queries, positions.keys
+        bias_1HTS = self.relative(queries, keys) if self.relative is not None else None
+        return {
+            window: mask.with_window(window).attention_inputs(queries, keys, device)._replace(bias_1HTS=bias_1HTS)
+            for window in {spec.window for spec in self.layers}
+        }
 
 
-def positions(attention_mask: Tensor | None, queries: int, keys: int, device: torch.device) -> Tensor:
-    """Counted by the mask, or from the first key."""
-    if attention_mask is None:
-        return torch.arange(keys - queries, keys, device=device)[None]
-    if attention_mask.size(1) != keys:
-        raise ConfigError(f"attention_mask covers {attention_mask.size(1)} positions, there are {keys} keys")
-    return positions_from_mask(attention_mask)[:, -queries:]
+def split_prompt(output: Output, length: int) -> Output:
+    """Move the first `length` positions, a prompt's, out of the hidden states into `Output.prompt`."""
+    if not length:
+        return output
+    prompt_BPD, hidden_BTD = output.hidden[:, :length], output.hidden[:, length:]
+    states = output.hidden_states
+    if states is not None:
+        states = (*(state_BTD[:, length:] for state_BTD in states[:-1]), hidden_BTD)
+    return output._replace(hidden=hidden_BTD, hidden_states=states, prompt=prompt_BPD)

@@ -273,7 +273,7 @@ def also_end_with(network: nn.Module, eos_id: int) -> None:
 def resolve_network(config: TrainConfig, ranks: Ranks, network: nn.Module) -> TrainConfig:
     """Write what the network is and what speed will be used back into the settings."""
     has, speed = network.config, config.speed
-    before = max(network.body.before, getattr(network.body, "prompt_length", 0))  # a prompt's or prefix's, in either stack
+    before = max(network.body.num_virtual_tokens, getattr(network.body, "prompt_length", 0))  # of either stack
     room = has.context if has.position == "relative" else has.context - before
     # A network that reads 131,072 tokens is not meant to be trained on so many at a time unless that is asked for.
     context = config.network.context or (room if config.run.init is None else min(room, USUAL_CONTEXT))

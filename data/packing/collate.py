@@ -11,7 +11,7 @@ from data.example import Example, Unit
 from data.transforms.causal import IGNORE
 
 MULTIPLE = 8  # of the lengths of padded rows
-FILLER = -2  # the document of what fills a row up; -1 are vectors before the text (model.before)
+FILLER = -2  # the document of what fills a row up; -1 are vectors before the text (model.virtual_tokens)
 GROUP = "group"  # the key of a batch that says which rows stay together
 
 

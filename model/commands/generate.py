@@ -177,7 +177,7 @@ def window(network: "Network") -> int | None:
     """How many tokens are read at once; None where positions are relative, and there is no end."""
     if network.config.position == "relative":
         return None
-    return network.config.context - network.body.before
+    return network.config.context - network.body.num_virtual_tokens
 
 
 def write(network, input_ids, tokenizer: "Tokenizer", opening: str, stop: tuple[str, ...], stream: bool, **settings) -> int:

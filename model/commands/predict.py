@@ -81,7 +81,7 @@ def predict(options: Predict) -> None:
     tokenizer = load_tokenizer(folder, config.vocab_size)
     places, rows = read_texts(options.file)
     check_columns(rows, places, asked, options)
-    room = config.context - network.body.before
+    room = config.context - network.body.num_virtual_tokens
     framer = Framer(tokenizer, room=min(room, asked.max_length or room), is_pair=asked.pair is not None)
     framed = [frame(framer, row, place, asked) for row, place in zip(rows, places, strict=True)]
     if cut := sum(each.cut > 0 for each in framed):

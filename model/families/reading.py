@@ -77,7 +77,7 @@ def read_rope(hf: dict, named: int, base: float) -> tuple[Rope, int]:
     elif kind == "yarn":
         refuse_unless(values, mscale=None, mscale_all_dim=None)
         rope |= {"slow": float(values.get("beta_slow") or 1), "fast": float(values.get("beta_fast") or 32)}
-        rope |= {"magnitude": values.get("attention_factor"), "whole_pairs": values.get("truncate", True)}
+        rope |= {"attention_factor": values.get("attention_factor"), "truncate": values.get("truncate", True)}
     made = Rope(**rope, trained_context=trained)
     return made, reach(made, named)
 
@@ -113,8 +113,8 @@ def write_rope(rope: Rope, named: int) -> dict:
     if rope.kind == "llama3":
         values |= {"low_freq_factor": rope.slow, "high_freq_factor": rope.fast}
     if rope.kind == "yarn":
-        values |= {"beta_slow": rope.slow, "beta_fast": rope.fast, "truncate": rope.whole_pairs}
-        if rope.magnitude is not None:
-            values["attention_factor"] = rope.magnitude
+        values |= {"beta_slow": rope.slow, "beta_fast": rope.fast, "truncate": rope.truncate}
+        if rope.attention_factor is not None:
+            values["attention_factor"] = rope.attention_factor
     scaling = {} if rope.kind == "plain" else {"rope_scaling": values | {"rope_theta": rope.base}}
     return {"rope_theta": rope.base, "rope_parameters": values | {"rope_theta": rope.base}} | scaling

@@ -27,9 +27,9 @@ def test_attention_twins_agree(dtype, tolerance):
     pad = torch.ones(2, 64, dtype=torch.long, device="cuda")
     pad[0, :9] = 0  # rows without a key: 0, and finite gradients
     for mask in (Mask(), Mask(attention_mask=pad), Mask(window=7)):
-        plan = mask.plan(64, 64, "cuda")
-        expected = attention_reference(q.double(), k.double(), v.double(), plan)
-        ours = attention_sdpa(q.to(dtype), k.to(dtype), v.to(dtype), plan)
+        inputs = mask.attention_inputs(64, 64, "cuda")
+        expected = attention_reference(q.double(), k.double(), v.double(), *inputs)
+        ours = attention_sdpa(q.to(dtype), k.to(dtype), v.to(dtype), *inputs)
         assert (ours.double() - expected).abs().max() < tolerance
         assert all(g.isfinite().all() for g in torch.autograd.grad(ours.float().sum(), (q, k, v)))
 

@@ -96,7 +96,7 @@ def test_pads_of_the_input_change_nothing(family):
     padded = network(torch.cat((source, pads), 1), mask, decoder_input_ids=target).logits
     assert (padded - alone).abs().max() < 1e-12
     encoded = network.body.encode(torch.cat((source, pads), 1), mask).hidden
-    mutant = network(None, None, decoder_input_ids=target, memory=encoded).logits  # cross-attention without the mask
+    mutant = network(None, None, decoder_input_ids=target, encoder_hidden=encoded).logits  # cross-attention without the mask
     assert (mutant - alone).abs().max() > 1e-4
 
 
@@ -107,9 +107,10 @@ def test_cached_logits_equal_uncached(family, attention, pieces):
     network = randomized(tiny_config(family), attention=attention)
     source, target = torch.randint(3, 61, (2, 9)), torch.randint(3, 61, (2, 12))
     whole = network(source, decoder_input_ids=target).logits
-    memory, cache = network.body.encode(source).hidden, Cache(network.config, 2, 12, torch.float64)
+    encoded, cache = network.body.encode(source).hidden, Cache(network.config, 2, 12, torch.float64)
     parts = [
-        network(None, decoder_input_ids=part, memory=memory, cache=cache).logits for part in target.split(pieces, dim=1)
+        network(None, decoder_input_ids=part, encoder_hidden=encoded, cache=cache).logits
+        for part in target.split(pieces, dim=1)
     ]
     assert (torch.cat(parts, 1) - whole).abs().max() < 1e-10
     assert cache.cross[0].keys_and_values[0].shape == (2, 4, 9, network.config.head_width)  # computed once, kept
@@ -171,7 +172,7 @@ def test_rows_of_pads_are_finite(family):
 
 
 def test_mutant_that_masks_the_encoder_causally_is_caught(monkeypatch):
-    monkeypatch.setattr(model.mask.Mask, "plan", lambda *_: model.mask.Plan(True, None))
+    monkeypatch.setattr(model.mask.Mask, "attention_inputs", lambda *_: model.mask.AttentionInputs(is_causal=True))
     with pytest.raises(AssertionError):
         test_every_position_sees_every_other("bert")
 
@@ -188,7 +189,7 @@ def test_the_first_real_token_speaks_whichever_side_is_padded():
 def test_dropout_of_cross_attention_and_of_the_pooled_head(family, changes):
     network, x = randomized(tiny_config(family, head="sequence", **changes)), torch.randn(2, 5, 24, dtype=torch.float64)
     if family == "bart":
-        part, inputs = network.body.decoder.blocks[0].cross, (x, x, model.mask.Plan(False, None))
+        part, inputs = network.body.decoder.blocks[0].cross, (x, x, model.mask.AttentionInputs())
     else:
         part, inputs = network.head, (x,)
     assert torch.equal(part(*inputs), part(*inputs))

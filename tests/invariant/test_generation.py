@@ -51,7 +51,7 @@ def test_the_cache_changes_nothing(family):
     assert not depends_on_cache(randomized(tiny_config(family)))
 
 
-UPDATE, PLAN = LayerCache.update, Mask.plan
+UPDATE, INPUTS = LayerCache.update, Mask.attention_inputs
 
 
 def forget_a_value(self, k_BGTK, v_BGTK):
@@ -63,12 +63,12 @@ def forget_a_value(self, k_BGTK, v_BGTK):
 MUTANTS = {
     "values of one token are lost": ("llama", LayerCache, "update", forget_a_value),
     "beams keep their own past": ("gpt2", LayerCache, "reorder", lambda self, row_B: None),
-    "another row's encoder": ("bart", CrossCache, "get", lambda self, compute, memory: compute(memory.roll(1, 0))),
+    "another row's encoder": ("bart", CrossCache, "get", lambda self, compute, hidden: compute(hidden.roll(1, 0))),
     "no window for one query": (
         "mistral",
         Mask,
-        "plan",
-        lambda self, queries, *rest: PLAN(self.with_window(None) if queries == 1 else self, queries, *rest),
+        "attention_inputs",
+        lambda self, queries, *rest: INPUTS(self.with_window(None) if queries == 1 else self, queries, *rest),
     ),
 }
 

@@ -37,15 +37,15 @@ def test_no_logit_sees_the_future(family, attention):
 
 @pytest.mark.parametrize(("family", "attention"), VARIANTS)
 def test_mutant_without_the_mask_is_caught(family, attention, monkeypatch):
-    monkeypatch.setattr(model.mask.Mask, "plan", lambda *_: model.mask.Plan(False, None))
+    monkeypatch.setattr(model.mask.Mask, "attention_inputs", lambda *_: model.mask.AttentionInputs())
     assert future_leaks(randomized(tiny_config(family), attention=attention))
 
 
 def test_mutant_that_sees_one_token_ahead_is_caught(monkeypatch):
     def one_ahead(self, queries, keys, device="cpu"):
-        return model.mask.Plan(False, torch.ones(1, 1, queries, keys, dtype=torch.bool).tril(1))
+        return model.mask.AttentionInputs(torch.ones(1, 1, queries, keys, dtype=torch.bool).tril(1))
 
-    monkeypatch.setattr(model.mask.Mask, "plan", one_ahead)
+    monkeypatch.setattr(model.mask.Mask, "attention_inputs", one_ahead)
     assert future_leaks(randomized(tiny_config("llama")))
 
 
@@ -205,14 +205,14 @@ def test_learned_positions_end():
 def test_each_dropout_acts_in_training_alone(field, silent, attention):
     """In a block with one sublayer silenced, so that the other's dropout is seen by itself."""
     network = randomized(tiny_config("gpt2", **{field: 0.3}), attention=attention)
-    block, plan = network.body.blocks[0], model.mask.Mask().plan(9, 9)
+    block, inputs = network.body.blocks[0], model.mask.Mask().attention_inputs(9, 9)
     last = {"mlp": block.mlp.down, "attention": block.attention.out}[silent]
     with torch.no_grad():
         last.weight.zero_(), last.bias.zero_()
     x = torch.randn(2, 9, 24, dtype=torch.float64)
-    assert torch.equal(block(x, plan, None), block(x, plan, None))
+    assert torch.equal(block(x, inputs, None), block(x, inputs, None))
     network.train()
-    assert not torch.equal(block(x, plan, None), block(x, plan, None))
+    assert not torch.equal(block(x, inputs, None), block(x, inputs, None))
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, about what its compiler imports

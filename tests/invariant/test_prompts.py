@@ -10,12 +10,12 @@ from lora.config import AdapterError, PrefixConfig, PromptConfig, PtuningConfig
 from lora.inject import activate, add_adapters, remove
 from model.attention import attention_reference, attention_sdpa
 from model.beam import beam_search
-from model.before import Before
 from model.cache import Cache
 from model.config import ConfigError
 from model.generate import generate
-from model.mask import Mask, Plan
+from model.mask import AttentionInputs, Mask
 from model.network import Network
+from model.virtual_tokens import VirtualTokens
 from tests.conftest import randomized, tiny_config
 from train.objective import MaskedObjective, Objective
 from train.recompute import recompute
@@ -89,7 +89,7 @@ def test_packed_documents_are_as_separate_ones(family, method, monkeypatch):
         broken.setattr(model.stack, "Mask", lambda causal, document_ids, **rules: Mask(causal, **rules))
         assert gap(packed_and_separate(network, documents, ids=marked)[0], separate) > 1e-3
     with monkeypatch.context() as broken:  # positions that do not count on
-        broken.setattr(Before, "counted", lambda self, ids: torch.cat((torch.arange(self.new)[None], ids), 1))
+        broken.setattr(VirtualTokens, "shift", lambda self, ids: torch.cat((torch.arange(self.prompt_length)[None], ids), 1))
         assert gap(packed_and_separate(network, documents, ids=marked)[0], separate) > 1e-3
 
 
@@ -102,12 +102,12 @@ def test_the_mask_by_hand():
         for s in range(7):
             expected = s <= t and (s < 2 or (t - s < 2 and documents[0, t] == documents[0, s])) and real[0, s] == 1
             assert allowed[t, s] == expected
-    assert Mask(prefix=2).plan(5, 5) == Plan(True, None)
-    assert Mask(prefix=2).plan(1, 5) == Plan(False, None)
-    assert Mask(prefix=2).plan(3, 5).allowed_B1TS.sum() == 3 + 4 + 5
+    assert Mask(prefix=2).attention_inputs(5, 5) == AttentionInputs(is_causal=True)
+    assert Mask(prefix=2).attention_inputs(1, 5) == AttentionInputs()
+    assert Mask(prefix=2).attention_inputs(3, 5).allowed_B1TS.sum() == 3 + 4 + 5
     q, k, v = (torch.randn(1, 4, length, 6, dtype=torch.float64) for length in (7, 7, 7))
-    plan = mask.plan(7, 7)
-    assert gap(attention_reference(q, k, v, plan), attention_sdpa(q, k, v, plan)) < 1e-12
+    inputs = mask.attention_inputs(7, 7)
+    assert gap(attention_reference(q, k, v, *inputs), attention_sdpa(q, k, v, *inputs)) < 1e-12
 
 
 # ---- padding, caches, text
@@ -135,7 +135,7 @@ def test_padded_rows_are_as_single_ones(family, method, monkeypatch):
 
     assert worst() < 1e-12
     hidden = lambda self, x, value: x if x is None else torch.nn.functional.pad(x, (self.length, 0))  # noqa: E731
-    monkeypatch.setattr(Before, "covered", hidden)
+    monkeypatch.setattr(VirtualTokens, "extend", hidden)
     if network.config.architecture != "encoder-decoder" or "prefix" not in method:  # a decoder was given no mask
         assert worst() > 1e-3
 
@@ -183,12 +183,12 @@ def test_a_cache_read_in_pieces(family, method):
         for start, end in ((0, 4), (4, 5), (5, 9), (9, 11)):
             pieces.append(network(ids[:, start:end], cache=cache).logits)
         assert gap(torch.cat(pieces, 1), whole) < 1e-12
-        assert (cache.length, cache.before) == (11 + P, P)
+        assert (cache.length, cache.num_virtual_tokens) == (11 + P, P)
         with pytest.raises(ConfigError, match=f"holds {11 + P} positions"):
             network(ids[:, :1], cache=cache)
         cache = Cache(network.config, 2, 11, torch.float64)
         network(ids[:, :4], cache=cache)
-        cache.before = 0  # a mutant that forgets them: the next token would stand elsewhere
+        cache.num_virtual_tokens = 0  # a mutant that forgets them: the next token would stand elsewhere
         assert gap(network(ids[:, 4:5], position_ids=torch.full((2, 1), 4), cache=cache).logits, whole[:, 4:5]) > 1e-3
 
 
@@ -285,7 +285,7 @@ def test_a_prefix_and_a_prompt_together(family):
     mask[0, :3] = 0
     options = {"max_new_tokens": 9, "attention_mask": mask, "temperature": 0}
     assert torch.equal(generate(network, ids, **options), recomputed(network, ids, mask, 9))
-    assert network.body.before == (P if family == "t5" else 2 * P)
+    assert network.body.num_virtual_tokens == (P if family == "t5" else 2 * P)
     if family != "t5":
         together, alone = network(ids, mask).logits[0, 3:], network(ids[:1, 3:]).logits[0]
         assert gap(together, alone) < 1e-12

@@ -171,7 +171,7 @@ def test_the_first_values_are_those_of_words():
     for family in ("llama", "vaswani"):  # the second scales its embeddings
         network = add_adapters(randomized(tiny_config(family)), PromptConfig(tokens=P), seed=3)
         stack = getattr(network.body, "encoder", network.body)
-        table_VD, vectors_PD = stack.words(torch.arange(61)), stack.prompt.parts["default"].vectors
+        table_VD, vectors_PD = stack.embed_tokens(torch.arange(61)), stack.prompt.parts["default"].vectors
         distance_PV = (vectors_PD[:, None] - table_VD).abs().amax(-1)
         assert (distance_PV.min(-1).values == 0).all()
         again = add_adapters(randomized(tiny_config(family)), PromptConfig(tokens=P), seed=3)

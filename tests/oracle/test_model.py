@@ -115,7 +115,7 @@ def errors_of(network: Network, theirs: nn.Module, padded: bool) -> tuple[torch.
     ours, other = network(**mine, hidden_states=True), theirs(**their_inputs, output_hidden_states=True)
     states = [gap(ours.logits[scored], other.logits[scored])]
     lists = [(ours.hidden_states, other.decoder_hidden_states if len(real) == 2 else other.hidden_states)]
-    lists += [(ours.memory_states, other.encoder_hidden_states)] if len(real) == 2 else []
+    lists += [(ours.encoder_hidden_states, other.encoder_hidden_states)] if len(real) == 2 else []
     for (mine, their_states), which in zip(lists, real, strict=True):
         states += [gap(a[which], b[which]) for a, b in zip(mine, their_states, strict=True)]
     direction = torch.randn_like(ours.logits) * scored[..., None]

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from model.attention import attention_reference, attention_sdpa
-from model.mask import Mask, Plan
+from model.mask import AttentionInputs, Mask
 from model.mlp import gelu_tanh
 from model.norm import LayerNorm, RMSNorm, layer_norm_reference, rms_norm_reference
 from model.position import relative_bucket
@@ -78,8 +78,8 @@ MASKS = {
 @pytest.mark.parametrize("name", MASKS)
 def test_attention(name, kv_heads, parity):
     q, k, v = leaf(2, 4, 7, 6), leaf(2, kv_heads, 7, 6), leaf(2, kv_heads, 7, 6)
-    plan = MASKS[name].plan(7, 7)
-    twin, fast = attention_reference(q, k, v, plan), attention_sdpa(q, k, v, plan)
+    attended = MASKS[name].attention_inputs(7, 7)
+    twin, fast = attention_reference(q, k, v, *attended), attention_sdpa(q, k, v, *attended)
     assert twin.isfinite().all() and fast.isfinite().all()
     all_gradients = gradients(twin, (q, k, v)), gradients(fast, (q, k, v))
     assert all(gradient.isfinite().all() for pair in all_gradients for gradient in pair)  # rows without a key too
@@ -107,20 +107,20 @@ def test_window_counts_the_query_itself(window):
     assert allowed.sum(-1).tolist() == [min(t + 1, window) for t in range(6)]
 
 
-def test_plan_uses_flags_where_they_say_the_same():
-    assert Mask().plan(5, 5) == Plan(True, None)
-    assert Mask().plan(1, 9) == Plan(False, None)
-    assert Mask(window=9).plan(5, 5) == Plan(True, None)
-    assert Mask(causal=False).plan(5, 5) == Plan(False, None)
-    assert Mask().plan(3, 9).allowed_B1TS is not None  # SDPA's flag would align the wrong corner
-    assert Mask(window=2).plan(1, 9).allowed_B1TS is not None
+def test_masks_become_flags_where_they_say_the_same():
+    assert Mask().attention_inputs(5, 5) == AttentionInputs(is_causal=True)
+    assert Mask().attention_inputs(1, 9) == AttentionInputs()
+    assert Mask(window=9).attention_inputs(5, 5) == AttentionInputs(is_causal=True)
+    assert Mask(causal=False).attention_inputs(5, 5) == AttentionInputs()
+    assert Mask().attention_inputs(3, 9).allowed_B1TS is not None  # SDPA's flag would align the wrong corner
+    assert Mask(window=2).attention_inputs(1, 9).allowed_B1TS is not None
 
 
 def test_rows_without_a_key_give_zero():
     q, k, v = leaf(1, 1, 3, 4), leaf(1, 1, 3, 4), leaf(1, 1, 3, 4)
-    plan = Mask(attention_mask=torch.tensor([[0, 1, 1]])).plan(3, 3)
+    attended = Mask(attention_mask=torch.tensor([[0, 1, 1]])).attention_inputs(3, 3)
     for attend in (attention_reference, attention_sdpa):
-        assert torch.equal(attend(q, k, v, plan)[0, 0, 0], torch.zeros(4, dtype=torch.float64))
+        assert torch.equal(attend(q, k, v, *attended)[0, 0, 0], torch.zeros(4, dtype=torch.float64))
 
 
 def test_key_heads_are_repeated_not_tiled():
@@ -128,32 +128,33 @@ def test_key_heads_are_repeated_not_tiled():
     q, k = torch.zeros(1, 4, 2, 3), torch.zeros(1, 2, 2, 3)
     v = torch.stack((torch.full((2, 3), 10.0), torch.full((2, 3), 20.0)))[None]
     for attend in (attention_reference, attention_sdpa):
-        assert attend(q, k, v, Plan(False, None))[0, :, 0, 0].tolist() == [10, 10, 20, 20]
+        assert attend(q, k, v)[0, :, 0, 0].tolist() == [10, 10, 20, 20]
     tiled = v.repeat(1, 2, 1, 1)  # the mutant
-    assert attention_reference(q, k.repeat(1, 2, 1, 1), tiled, Plan(False, None))[0, :, 0, 0].tolist() != [10, 10, 20, 20]
+    assert attention_reference(q, k.repeat(1, 2, 1, 1), tiled)[0, :, 0, 0].tolist() != [10, 10, 20, 20]
 
 
 @pytest.mark.parametrize("name", MASKS)
 def test_attention_with_bias_and_scale(name, parity):
     """As T5 has it: something is added to the scores, which are not scaled by √K."""
     q, k, v, bias = leaf(2, 4, 7, 6), leaf(2, 4, 7, 6), leaf(2, 4, 7, 6), leaf(1, 4, 7, 7)
-    plan = MASKS[name].plan(7, 7)._replace(bias_1HTS=bias)
-    twin, fast = (attend(q, k, v, plan, scale=1.0) for attend in (attention_reference, attention_sdpa))
+    attended = MASKS[name].attention_inputs(7, 7)._replace(bias_1HTS=bias)
+    twin, fast = (attend(q, k, v, *attended, scale=1.0) for attend in (attention_reference, attention_sdpa))
     inputs = (q, k, v, bias)
     all_gradients = gradients(twin, inputs), gradients(fast, inputs)
     assert all(x.isfinite().all() for x in (twin, fast, *all_gradients[0], *all_gradients[1]))
     error = worst((twin, *all_gradients[0]), (fast, *all_gradients[1]))
     parity(f"attention: with bias, mask {name}", f"{TORCH} SDPA", error, 1e-12, ROUNDING)
-    without = attention_reference(q, k, v, plan._replace(bias_1HTS=None), scale=1.0)
-    scaled = attention_reference(q, k, v, plan)
+    without = attention_reference(q, k, v, *attended._replace(bias_1HTS=None), scale=1.0)
+    scaled = attention_reference(q, k, v, *attended)
     assert (twin - without).abs().max() > 1e-2 and (twin - scaled).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("both_ways", [True, False])
+@pytest.mark.parametrize("bidirectional", [True, False])
 @pytest.mark.parametrize(("buckets", "farthest"), [(32, 128), (8, 20), (16, 50)])
-def test_relative_buckets_against_transformers(both_ways, buckets, farthest):
+def test_relative_buckets_against_transformers(bidirectional, buckets, farthest):
     distance = torch.arange(-300, 301)
-    theirs = transformers.models.t5.modeling_t5.T5Attention._relative_position_bucket(distance, both_ways, buckets, farthest)
-    ours = relative_bucket(distance, buckets, farthest, both_ways)
+    t5 = transformers.models.t5.modeling_t5.T5Attention
+    theirs = t5._relative_position_bucket(distance, bidirectional, buckets, farthest)
+    ours = relative_bucket(distance, buckets, farthest, bidirectional)
     assert torch.equal(ours, theirs)
-    assert ours.unique().numel() == buckets - (both_ways is True and 1)  # no key is 0 before: that bucket is never met
+    assert ours.unique().numel() == buckets - (bidirectional is True and 1)  # no key is 0 before: that bucket is never met

@@ -149,8 +149,8 @@ def test_the_comparison_sees_where_the_head_looks(tmp_path, monkeypatch):
     network = peft_io.load(model.hub.load(tmp_path / "base"), tmp_path / "theirs").eval()
     ids, mask = inputs("bert")
     assert gap(network(ids, mask).logits, expected) < 1e-12
-    output = model.stack.Output
-    monkeypatch.setattr(model.stack, "Output", lambda *given, prompt, **named: output(*given, **named))
+    split = model.stack.split_prompt
+    monkeypatch.setattr(model.stack, "split_prompt", lambda *inputs: split(*inputs)._replace(prompt=None))
     assert gap(network(ids, mask).logits, expected) > 1e-2
 
 

@@ -9,7 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 import model.hub
 from model.config import Rope
-from model.rope import STRETCHES, halves_to_interleaved, interleaved_to_halves, rope_tables, rotate
+from model.rope import ROPE_SCALINGS, halves_to_interleaved, interleaved_to_halves, rope_tables, rotate
 from tests.conftest import randomized, tiny_config
 from tests.oracle.test_model import LIBRARY, ROUNDING, gap, published
 from tests.oracle.wide import widen
@@ -21,12 +21,12 @@ ROPES = {
     "dynamic": Rope(kind="dynamic", factor=3.3, trained_context=64),
     "llama3": Rope(kind="llama3", factor=8.0, trained_context=64, slow=1.0, fast=4.0),
     "yarn": Rope(kind="yarn", factor=4.0, trained_context=64, slow=1.0, fast=8.0),
-    "yarn-free": Rope(kind="yarn", factor=4.0, trained_context=64, slow=0.5, fast=3.0, whole_pairs=False, magnitude=1.3),
+    "yarn-free": Rope(kind="yarn", factor=4.0, trained_context=64, slow=0.5, fast=3.0, truncate=False, attention_factor=1.3),
 }
 
 
 def test_all_kinds_are_met():
-    assert {rope.kind for rope in ROPES.values()} == set(STRETCHES)
+    assert {rope.kind for rope in ROPES.values()} == set(ROPE_SCALINGS)
 
 
 def hf_config(rope: Rope) -> transformers.LlamaConfig:

@@ -89,7 +89,7 @@ def test_logits_states_and_gradients(padded, parity):
         memory_key_padding_mask=source_mask == 0,
     )
     logits, real, real_source = hidden @ table.T, target_mask.bool(), source_mask.bool()
-    pairs = [(ours.logits, logits, real), (ours.hidden, hidden, real), (ours.memory, memory, real_source)]
+    pairs = [(ours.logits, logits, real), (ours.hidden, hidden, real), (ours.encoder_hidden, memory, real_source)]
     errors = [(a - b)[which].abs().max() / (1 + b.abs().max()) for a, b, which in pairs]
     parity(f"vaswani: logits, states{', padded' * padded}", TORCH, max(errors), *ROUNDING)
 

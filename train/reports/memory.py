@@ -24,7 +24,7 @@ FORWARD_ENDS = "memory_report: forward ends"
 
 @dataclass(frozen=True)
 class Measured:
-    """Bytes of one step, in the parts of `model.memory.Memory`."""
+    """Bytes of one step, in the parts of `model.memory.MemoryEstimate`."""
 
     weights: int
     optimizer: int  # state, and averages of the weights

@@ -45,7 +45,7 @@ def introduction(run: "Run") -> str:
     adapter += f", {counted(len(small), 'matrix', 'matrices')} in {small[0].scheme} of {bits:.3f} bits" if small else ""
     rounded = len(qat_layers(run.engine.network))
     adapter += f", {counted(rounded, 'matrix', 'matrices')} rounded to {config.run.qat} in every step" if rounded else ""
-    before = run.engine.network.body.before
+    before = run.engine.network.body.num_virtual_tokens
     before = f" after {before} of the {config.run.adapter}" if before else ""
     epochs, speed = run.task.epochs(config.run.steps), config.speed
     gpu = run.device.type == "cuda"

@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from model.config_json import CLASSIFIERS, NAMES_OF_LABELS
 from model.hub import read_config, weight_files
 from model.safetensors_file import DTYPES, WeightFile
 from model.weights import published_names
-from quant.config import FourBit, Int8, settings_of
+from quant.config import FourBit, Int8, from_table, to_table
 
 BASE = "base.json"
 PIECE = 2**20  # bytes
@@ -89,7 +88,7 @@ def write_base(folder: Path, base: Path, config: ModelConfig, quantization: Four
     """config: of the network that the adapter was trained on, whose head may be another one than its folder's, and whose labels
     may have other names; quantization: how its weights were rounded when they were read, where they were."""
     note = {"path": str(base.resolve()), "sha256": digest(base), "head": config.head, "labels": config.labels}
-    note |= {} if quantization is None else {"quantization": asdict(quantization)}
+    note |= {} if quantization is None else {"quantization": to_table(quantization)}
     if config.head in CLASSIFIERS:
         note |= {"names": {name: config.extra[name] for name in NAMES_OF_LABELS if name in config.extra}}
     (folder / BASE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
@@ -105,7 +104,7 @@ def read_base(folder: Path) -> dict | None:
         note = json.loads(path.read_text(encoding="utf-8"))
         wanted = {"path": str, "sha256": str, "head": str, "labels": int}
         how = note.get("quantization")
-        how = None if how is None else settings_of(**(how | {"skip": tuple(how.get("skip", ()))}))
+        how = None if how is None else from_table(how)
         names = {name: value for name, value in dict(note.get("names", {})).items() if name in NAMES_OF_LABELS}
         return {name: kind(note[name]) for name, kind in wanted.items()} | {"quantization": how, "names": names}
     except (ValueError, KeyError, TypeError, AttributeError) as error:

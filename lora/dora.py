@@ -16,7 +16,7 @@ from lora.layer import LayerName
 from lora.lora import EmbeddingLora, Lora
 from lora.targets import by_pattern
 from model.heads import LanguageHead
-from quant.linear import dense
+from quant.linear import dense_weight
 
 
 def dora_reference(
@@ -45,7 +45,7 @@ class Dora(Lora):
     @torch.no_grad()
     def norm(self) -> Tensor:
         """‖W + s B A‖, in the adapter's format, with the axis that it runs over left in place."""
-        whole = dense(self.beside[0], self.A.dtype) + self.delta()
+        whole = dense_weight(self.beside[0], self.A.dtype) + self.delta()
         return torch.linalg.vector_norm(whole, dim=self.OVER, keepdim=True)
 
     def factor(self) -> Tensor:
@@ -70,7 +70,7 @@ class Dora(Lora):
         low_rank = self.adapter_weight * self.scale * F.linear(F.linear(x, self.A), self.B)
         p = y.to(wide) if base.bias is None else y.to(wide) - base.bias.to(wide)
         if self.dropout and self.training:
-            W_OI = dense(base, wide)
+            W_OI = dense_weight(base, wide)
             dropped = F.linear(x, W_OI)
             p = dropped if alone else dropped + (p - F.linear(whole, W_OI))
         return (y.to(wide) + (c_O - 1) * p + c_O * low_rank).to(y.dtype)

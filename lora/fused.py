@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from model.linear import linear
 from quant.nf4 import QuantizedTensor
-from quant.product import computed_in, input_gradient, product
+from quant.product import compute_dtype, input_gradient, product
 
 # (x ... × I, W, b, h R × N, B, s) → y ... × O
 Product = Callable[[Tensor, Tensor | QuantizedTensor, Tensor | None, Tensor, Tensor, float], Tensor]
@@ -116,7 +116,7 @@ def lora_linear(
     and bias may be trained too; a second derivative is refused.
     """
     if isinstance(W_OI, QuantizedTensor):
-        return LoraLinear.apply(x, W_OI, b_O, A_RI, B_OR, scale, computed_in(x), product)
+        return LoraLinear.apply(x, W_OI, b_O, A_RI, B_OR, scale, compute_dtype(x), product)
     device, dtype = x.device.type, W_OI.dtype
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)

@@ -22,7 +22,7 @@ from model.heads import LanguageHead
 from model.init import noise
 from model.linear import Linear
 from quant.layer import QuantizedLinear
-from quant.linear import dense, quantized_layers, quantized_part
+from quant.linear import dense_weight, quantized_layers, quantized_part
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -270,7 +270,7 @@ def merge(network: Network, *, untie: bool = False) -> Network:
                 continue
             base, dtype, bias = layer.base, layer.base.weight.dtype, getattr(layer.base, "bias", None)
             packed = quantized_part(base)
-            new = dense(base, torch.promote_types(dtype, torch.float32)) if packed is not None else base.weight
+            new = dense_weight(base, torch.promote_types(dtype, torch.float32)) if packed is not None else base.weight
             new_bias = bias
             for part in layer.active_parts():
                 new, new_bias = part.merged(new, new_bias)

@@ -28,7 +28,7 @@ from model.weights import head_spec, published_prefix, to_published, weight_tabl
 from model.words import listed
 from quant.folder import tensors
 from quant.layer import QuantizedLinear
-from quant.linear import dense, quantized_layers
+from quant.linear import dense_weight, quantized_layers
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -194,7 +194,7 @@ class Own:
     def read(self, name: str) -> Tensor:
         """In our layout."""
         if name == "head.weight" and name not in self.weights:
-            return dense(self.head) if "head" in self.small else self.weights["body.embedding.weight"]
+            return dense_weight(self.head) if "head" in self.small else self.weights["body.embedding.weight"]
         return self.weights[name]
 
     def quantized(self, name: str) -> QuantizedLinear | None:

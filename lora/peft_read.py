@@ -74,7 +74,7 @@ def read_keys(network: nn.Module, file: WeightFile, given: Mapping) -> Read:
     config, own = network.config, PREFIX_BEFORE if BEFORE in file.names else PREFIX
     names, table, is_saved = published_names(config), weight_table(config), saved_whole(config, given)
     read = Read(file, own, published_prefix(config, head_spec(config)))
-    read.parts = {name: parts for form in FORMS.values() for name, parts in form.companions(file.names).items()}
+    read.parts = {name: parts for form in FORMS.values() for name, parts in form.find_parts(file.names).items()}
     pieces = {each for name, parts in read.parts.items() for each in parts.values() if each != name}
     biases, left = given.get("bias") or "none", []
 

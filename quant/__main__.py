@@ -127,11 +127,11 @@ def matrices(config: "ModelConfig", settings: FourBit | Int8, folder: Path) -> d
     weight is read."""
     from model.init import empty
     from model.weights import weight_table
-    from quant.linear import quantizable
+    from quant.linear import quantizable_layers
 
     table = [row for row in weight_table(config).values() if row.layout != "wide"]
     names = {row.name.removesuffix(".weight"): row.published.removesuffix(".weight") for row in table}
-    found = quantizable(empty(config, device="meta"), settings.skip, names).keys() & names.keys()
+    found = quantizable_layers(empty(config, device="meta"), settings.skip, names).keys() & names.keys()
     if not found:
         raise QuantError(f"{folder}: no matrix is left to quantize, with --skip {shlex.join(settings.skip)}")
     return {path: name for path, name in names.items() if path in found}
@@ -202,7 +202,7 @@ def observed(
 
 
 def parts(network: "Network") -> dict[str, tuple[int, int]]:
-    """What stays as it is -> (numbers, bytes). A head that is the embedding is counted there."""
+    """What stays as it is -> (numbers, bytes). A head that is the embedding is count_in_bins there."""
     from model.weights import role_of
 
     found: dict[str, tuple[int, int]] = dict.fromkeys(PARTS.values(), (0, 0))

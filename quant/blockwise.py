@@ -51,7 +51,7 @@ def nearest(z: Tensor, code: Tensor) -> Tensor:
     return torch.bucketize(z, (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8)
 
 
-def on_grid(z: Tensor, code: Tensor) -> Tensor:
+def nearest_on_grid(z: Tensor, code: Tensor) -> Tensor:
     """As bitsandbytes decides on a CPU: the place nearest to the middle of z's cell, of 65,536 from -1 to 1.
 
     Which moves z by 1.5e-5 at the most, and gives another value than `nearest` in one case of a thousand; but zero is in the
@@ -68,20 +68,20 @@ def quantize_8bit(
 
     A last block may be shorter. A block of zeros has the scale 0. By `nearest`, a block of subnormal numbers is one of zeros.
     """
-    blocks = in_blocks(x.float(), block_size)
+    blocks = split_into_blocks(x.float(), block_size)
     absmax = blocks.abs().amax(dim=1)
-    scale = 1 / absmax if decide is on_grid else torch.where(absmax >= torch.finfo(torch.float32).tiny, 1 / absmax, 0)
+    scale = 1 / absmax if decide is nearest_on_grid else torch.where(absmax >= torch.finfo(torch.float32).tiny, 1 / absmax, 0)
     places = decide((blocks * scale[:, None]).clamp_(-1, 1), code)
     return places.flatten()[: x.numel()].view(x.shape), absmax
 
 
 def dequantize_8bit(places: Tensor, absmax: Tensor, code: Tensor, *, block_size: int = BLOCK) -> Tensor:
     """x = code[place] · absmax of its block, float32."""
-    values = in_blocks(code.index_select(0, places.flatten().int()), block_size) * absmax[:, None]
+    values = split_into_blocks(code.index_select(0, places.flatten().int()), block_size) * absmax[:, None]
     return values.flatten()[: places.numel()].view(places.shape)
 
 
-def in_blocks(x: Tensor, block_size: int) -> Tensor:
+def split_into_blocks(x: Tensor, block_size: int) -> Tensor:
     """x flattened, a block a row; the last one filled with zeros."""
     flat = x.reshape(-1)
     return torch.nn.functional.pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size)

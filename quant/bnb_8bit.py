@@ -23,10 +23,10 @@ NEVER = torch.finfo(torch.float16).max  # as a threshold, it sets no column apar
 LARGEST = torch.finfo(torch.float32).max
 
 
-def companions(names: Iterable[str]) -> dict[str, dict[str, str]]:
+def find_parts(names: Iterable[str]) -> dict[str, dict[str, str]]:
     """weight's name -> part -> its name, of the weights that stand there in eight bits; the part of the codes is "weight".
 
-    >>> companions(["a.weight", "a.SCB", "a.weight_format", "a.bias", "b.weight"])
+    >>> find_parts(["a.weight", "a.SCB", "a.weight_format", "a.bias", "b.weight"])
     {'a.weight': {'weight': 'a.weight', 'SCB': 'a.SCB', 'weight_format': 'a.weight_format'}}
     """
     there, found = set(names), {}

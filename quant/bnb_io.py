@@ -31,10 +31,10 @@ LARGEST = torch.finfo(torch.float32).max
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 
-def companions(names: Iterable[str]) -> dict[str, dict[str, str]]:
+def find_parts(names: Iterable[str]) -> dict[str, dict[str, str]]:
     """weight's name -> part -> its name, of the weights that stand there quantized; the part of the codes is "packed".
 
-    >>> companions(["a.weight", "a.weight.absmax", "a.weight.quant_map", "a.weight.quant_state.bitsandbytes__nf4", "b.weight"])
+    >>> find_parts(["a.weight", "a.weight.absmax", "a.weight.quant_map", "a.weight.quant_state.bitsandbytes__nf4", "b.weight"])
     {'a.weight': {'state': 'a.weight.quant_state.bitsandbytes__nf4', 'packed': 'a.weight', 'absmax': 'a.weight.absmax', ...}}
     """
     there, found = set(names), {}
@@ -54,24 +54,25 @@ def from_tensors(parts: Mapping[str, Tensor], name: str) -> QuantizedTensor:
         raise QuantError(f"{name} has no part {missing[0]!r}")
     shape, block_size, scheme = state["shape"], state["blocksize"], state["quant_type"]
     count = math.prod(shape)
-    blocks, double = -(-count // block_size), "nested_absmax" in parts
+    blocks, double_quantized = -(-count // block_size), "nested_absmax" in parts
     packed = parts["packed"].contiguous().view(torch.uint8)[:, None]  # `bnb_4bit_quant_storage` may call the bytes floats
     wanted = {"packed": (count + 1) // 2, "absmax": blocks, "quant_map": 16}
-    if double:
+    if double_quantized:
         wanted |= {"nested_absmax": -(-blocks // NESTED_BLOCK), "nested_quant_map": 256}
     for part, size in wanted.items():
         found = packed if part == "packed" else parts.get(part)
         if found is None or found.numel() != size:
             raise QuantError(f"{name}: {part} has {0 if found is None else found.numel()} numbers, {list(shape)} wants {size}")
-    if double != (parts["absmax"].dtype == torch.uint8):
-        raise QuantError(f"{name}: absmax is {parts['absmax'].dtype}, {'with' if double else 'without'} nested_absmax")
-    for part in ("nested_absmax", "nested_quant_map") if double else ("absmax",):
+    if double_quantized != (parts["absmax"].dtype == torch.uint8):
+        nested = "with nested_absmax" if double_quantized else "without nested_absmax"
+        raise QuantError(f"{name}: absmax is {parts['absmax'].dtype}, {nested}")
+    for part in ("nested_absmax", "nested_quant_map") if double_quantized else ("absmax",):
         if not (parts[part].is_floating_point() and bool(parts[part].float().isfinite().all())):
             raise QuantError(f"{name}: {part} is not all finite numbers")
     if not torch.equal(parts["quant_map"].float().cpu(), CODES[scheme]()):
         raise QuantError(f"{name}: its sixteen values are not those of {scheme}")
     whole = {"shape": shape, "dtype": getattr(torch, state["dtype"]), "block_size": block_size, "scheme": scheme}
-    if not double:
+    if not double_quantized:
         return QuantizedTensor(packed, parts["absmax"].float(), **whole)
     if state.get("nested_blocksize") != NESTED_BLOCK:
         raise QuantError(f"{name}: scales are quantized in blocks of {state.get('nested_blocksize')}, {NESTED_BLOCK} are read")
@@ -115,7 +116,7 @@ def to_tensors(small: QuantizedTensor) -> dict[str, Tensor]:
     }
     # The maps are copied: all weights share one, and a file of safetensors refuses memory that is shared.
     tensors = {"": small.packed, ".absmax": small.absmax, ".quant_map": small.code.clone()}
-    if small.double:
+    if small.double_quantized:
         state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": float(small.offset)}
         tensors |= {".nested_absmax": small.nested_absmax, ".nested_quant_map": small.nested_code.clone()}
     text = json.dumps(state).encode("utf-8")
@@ -154,7 +155,7 @@ def read_config(settings: Mapping) -> FourBit:
         raise QuantError(f"llm_int8_skip_modules is {skip!r}, not a list")
     return FourBit(
         scheme=settings.get("bnb_4bit_quant_type", "fp4"),
-        double=bool(settings.get("bnb_4bit_use_double_quant", False)),
+        double_quantized=bool(settings.get("bnb_4bit_use_double_quant", False)),
         skip=tuple(skip),
         compute=None if compute is None else str(compute).removeprefix("torch."),
     )
@@ -162,13 +163,12 @@ def read_config(settings: Mapping) -> FourBit:
 
 def config(layers: Sequence[QuantizedLinear], dtype: torch.dtype, kept: Iterable[str]) -> dict:
     """The `quantization_config` of these layers in a network of that format. Errors (QuantError): layers of two schemes."""
-    kinds = {(layer.weight.scheme, layer.weight.double, layer.weight.block_size, layer.compute) for layer in layers}
+    kinds = {(layer.weight.scheme, layer.weight.double_quantized, layer.weight.block_size, layer.compute) for layer in layers}
     if len({kind[0] for kind in kinds}) > 1:
         raise QuantError("layers are quantized by two schemes: a quantization_config names one")
-    (scheme, double, block_size, compute), *_ = sorted(kinds, key=str)
-    form = compute or (torch.float32 if dtype == torch.float64 else dtype)  # float64 bitsandbytes does not have
-    settings = FourBit(scheme=scheme, double=double, block_size=block_size, compute=str(form).removeprefix("torch."))
-    return write_config(settings, kept)
+    (scheme, double_quantized, block_size, compute), *_ = sorted(kinds, key=str)
+    compute = compute or (torch.float32 if dtype == torch.float64 else dtype)  # bitsandbytes has no float64
+    return write_config(FourBit(scheme, double_quantized, block_size, compute=str(compute).removeprefix("torch.")), kept)
 
 
 def write_config(settings: FourBit, kept: Iterable[str]) -> dict:
@@ -182,7 +182,7 @@ def write_config(settings: FourBit, kept: Iterable[str]) -> dict:
         "bnb_4bit_compute_dtype": settings.compute or "float32",
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_quant_type": settings.scheme,
-        "bnb_4bit_use_double_quant": settings.double,
+        "bnb_4bit_use_double_quant": settings.double_quantized,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
         "llm_int8_skip_modules": list(kept),

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from quant.config import QuantError
 from quant.int8 import AFFINE, Grid
 from quant.int8_linear import StaticInput
-from quant.linear import quantizable
-from quant.nf4 import not_finite
+from quant.linear import quantizable_layers
+from quant.nf4 import describe_non_finite
 from quant.observe import OBSERVERS, Observer
 
 Batch = TypeVar("Batch")
@@ -27,7 +27,7 @@ def observe(
     grid: Grid = AFFINE,
     skip: Iterable[str] = ("lm_head",),
 ) -> dict[str, StaticInput]:
-    """path -> scale and zero point of the layer's input, for each `quantizable` layer, over all the batches.
+    """path -> scale and zero point of the layer's input, for each `quantizable_layers` layer, over all the batches.
 
     run(network, batch) is one forward; padding is observed too. observer: one of `quant.observe.OBSERVERS`. Where an input is
     always 0 its scale is 2^-23, the least. The network is as it was afterwards, in eval mode while it is observed.
@@ -38,12 +38,12 @@ def observe(
     if observer not in OBSERVERS:
         raise QuantError(f"unknown observer {observer!r}; observers: {', '.join(OBSERVERS)}")
     names = network.published() if hasattr(network, "published") else {}
-    layers = quantizable(network, skip, names)
+    layers = quantizable_layers(network, skip, names)
     if not layers:
         raise QuantError(f"no linear layer to observe in a {type(network).__name__}, with skip={tuple(skip)}")
     for path, layer in layers.items():  # or the layer after it would be told of, for its input
         if not bool(layer.weight.isfinite().all()):
-            raise QuantError(f"{names.get(path, path)}.weight: {not_finite(layer.weight.detach())}")
+            raise QuantError(f"{names.get(path, path)}.weight: {describe_non_finite(layer.weight.detach())}")
     watched = {path: OBSERVERS[observer](grid) for path in layers}
     modes, seen = {module: module.training for module in network.modules()}, 0
     with ExitStack() as hooks:

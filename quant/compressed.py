@@ -26,10 +26,10 @@ PARTS = ("weight_scale", "weight_zero_point", "input_scale", "input_zero_point")
 NOT_READ = ("kv_cache_scheme", "transform_config", "sparsity_config", "moe_sparsity_config")  # of a quantization_config
 
 
-def companions(names: Iterable[str]) -> dict[str, dict[str, str]]:
+def find_parts(names: Iterable[str]) -> dict[str, dict[str, str]]:
     """weight's name -> part -> its name, of the weights that stand there quantized.
 
-    >>> companions(["a.weight", "a.weight_scale", "b.weight"])
+    >>> find_parts(["a.weight", "a.weight_scale", "b.weight"])
     {'a.weight': {'weight': 'a.weight', 'weight_scale': 'a.weight_scale'}}
     """
     there, found = set(names), {}

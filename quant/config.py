@@ -1,12 +1,18 @@
 """What a command line shows; without torch."""
 
 import math
-from dataclasses import dataclass, fields
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from functools import wraps
 from typing import Literal
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 FORMATS = ("float32", "float16", "bfloat16")
 GRANULARITIES = ("tensor", "channel", "group")
+
+
+OLD_NAMES = {"double": "double_quantized"}  # what a keyword was called before; files keep the old name (`to_table`)
 
 
 class QuantError(ValueError):
@@ -19,7 +25,7 @@ class FourBit:
 
     scheme: Literal["nf4", "fp4"] = "nf4"
     """The sixteen values."""
-    double: bool = True
+    double_quantized: bool = True
     """The blocks' scales in eight bits (double quantization)."""
     block_size: int = 64
     """Weights that share a scale: 32, 64 … 4096."""
@@ -114,7 +120,33 @@ def check_skip(skip: object) -> None:
         raise QuantError(f"skip={skip!r}: a tuple of regular expressions is expected")
 
 
-def settings_of(scheme: str, **settings: object) -> FourBit | Int8:
+def accepts_old_names(function: Callable) -> Callable:
+    """Accept the keywords of `OLD_NAMES` too, with a DeprecationWarning: for one version."""
+
+    @wraps(function)
+    def forward(*given, **settings):
+        for old in OLD_NAMES.keys() & settings.keys():
+            warnings.warn(f"{old}= is called {OLD_NAMES[old]}= now", DeprecationWarning, stacklevel=2)
+            settings[OLD_NAMES[old]] = settings.pop(old)
+        return function(*given, **settings)
+
+    return forward
+
+
+def to_table(settings: FourBit | Int8) -> dict[str, object]:
+    """Settings as plain values, for a file: under the names that files have, also of earlier versions."""
+    written = {new: old for old, new in OLD_NAMES.items()}
+    return {written.get(name, name): value for name, value in asdict(settings).items()}
+
+
+def from_table(table: dict[str, object]) -> FourBit | Int8:
+    """The reverse of `to_table`, of a table that was read from JSON. Errors: those of `settings_for`; TypeError."""
+    table = {OLD_NAMES.get(name, name): value for name, value in table.items()}
+    return settings_for(**(table | {"skip": tuple(table.get("skip", ()))}))
+
+
+@accepts_old_names
+def settings_for(scheme: str, **settings: object) -> FourBit | Int8:
     """The settings of a scheme. Errors (QuantError): an unknown one; a setting that it does not have."""
     kind = {"nf4": FourBit, "fp4": FourBit, "int8-dynamic": Int8, "int8-static": Int8, "llm-int8": Int8}.get(scheme)
     if kind is None:

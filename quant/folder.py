@@ -15,7 +15,7 @@ from quant.config import BLOCK_SIZES, FourBit, Int8, QuantError
 from quant.forms import FORMS, Form, form_of
 from quant.int8_linear import StaticInput
 from quant.layer import QuantizedLinear
-from quant.linear import layer_of, quantizable, quantized_layers
+from quant.linear import build_layer, quantizable_layers, quantized_layers
 from quant.nf4 import QuantizedTensor
 
 Watch = Callable[[str, Tensor, nn.Module], None]  # published name, the weight before, the weight after
@@ -53,13 +53,13 @@ class QuantizedWeights:
         self.places = {name: file for file in files for name in file.names}
         self.form: Form | None = None if entry is None else form_of(entry)
         self.settings = asked or FourBit() if self.form is None else self.form.settings(entry)
-        self.stored = {} if self.form is None else self.form.companions(self.places)
-        if self.form is None and (strange := [name for form in FORMS.values() for name in form.companions(self.places)]):
+        self.stored = {} if self.form is None else self.form.find_parts(self.places)
+        if self.form is None and (strange := [name for form in FORMS.values() for name in form.find_parts(self.places)]):
             raise QuantError(f"{strange[0]!r} is quantized, but config.json has no quantization_config")
         if self.form is not None and not self.stored:
             raise QuantError("config.json has a quantization_config, but no weight is quantized")
         modules = {name.removesuffix(".weight"): there.removesuffix(".weight") for name, there in published.items()}
-        linear = {} if self.stored else quantizable(network, self.settings.skip, modules)
+        linear = {} if self.stored else quantizable_layers(network, self.settings.skip, modules)
         self.asked = {path: layer for path, layer in linear.items() if path in modules}
         if not self.stored and not self.asked:
             raise QuantError(f"no linear layer to quantize, with skip={list(self.settings.skip)}")
@@ -106,7 +106,7 @@ class QuantizedWeights:
             return layer
         weight = read().to(device)
         try:
-            layer = layer_of(weight, linear.bias, self.settings, self.inputs.get(name.removesuffix(".weight")))
+            layer = build_layer(weight, linear.bias, self.settings, self.inputs.get(name.removesuffix(".weight")))
         except QuantError as error:
             raise QuantError(f"{published}: {error}") from None
         if self.watch is not None:
@@ -150,7 +150,7 @@ def config_entry(network: nn.Module, table: Mapping[str, Row]) -> dict:
     found = quantized_layers(network)
     for path, layer in found.items():
         row = table[f"{path}.weight"]
-        if row.layout == "wide" or (row.layout == "interleaved" and not layer.orderly):
+        if row.layout == "wide" or (row.layout == "interleaved" and not layer.has_independent_rows):
             raise QuantError(
                 f"{row.published} was quantized in another form than its family publishes it in: quantize the folder as it is "
                 f"read, load(..., quantization=...), or skip {path!r}"

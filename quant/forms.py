@@ -14,12 +14,12 @@ from quant.layer import QuantizedLinear
 class Form(NamedTuple):
     """What a form's functions take and give.
 
-    companions(names): weight's name -> part -> its name · layer(parts, name, bias, settings, dtype): of tensors, with rows in
+    find_parts(names): weight's name -> part -> its name · layer(parts, name, bias, settings, dtype): of tensors, with rows in
     the published order · tensors(layer): part -> tensor · config(layers, dtype, kept): `quantization_config` of layers in a
     network of that format · settings: what such a one says · format(read, parts, name): of a weight before it was quantized.
     """
 
-    companions: Callable[[Iterable[str]], dict[str, dict[str, str]]]
+    find_parts: Callable[[Iterable[str]], dict[str, dict[str, str]]]
     layer: Callable[[Mapping[str, Tensor], str, nn.Parameter | None, FourBit | Int8, torch.dtype], QuantizedLinear]
     tensors: Callable[[QuantizedLinear], dict[str, Tensor]]
     config: Callable[[Sequence[QuantizedLinear], torch.dtype, Iterable[str]], dict]
@@ -29,13 +29,13 @@ class Form(NamedTuple):
 
 FORMS = {
     "bitsandbytes, 4 bits": Form(
-        bnb_io.companions, bnb_io.layer, bnb_io.tensors, bnb_io.config, bnb_io.read_config, bnb_io.format_of
+        bnb_io.find_parts, bnb_io.layer, bnb_io.tensors, bnb_io.config, bnb_io.read_config, bnb_io.format_of
     ),
     "bitsandbytes, 8 bits": Form(
-        bnb_8bit.companions, bnb_8bit.layer, bnb_8bit.tensors, bnb_8bit.config, bnb_8bit.read_config
+        bnb_8bit.find_parts, bnb_8bit.layer, bnb_8bit.tensors, bnb_8bit.config, bnb_8bit.read_config
     ),
     "compressed-tensors": Form(
-        compressed.companions, compressed.layer, compressed.tensors, compressed.write_config, compressed.read_config
+        compressed.find_parts, compressed.layer, compressed.tensors, compressed.write_config, compressed.read_config
     ),
 }
 

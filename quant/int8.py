@@ -23,10 +23,10 @@ from torch import Tensor
 
 from quant.config import GRANULARITIES, QuantError
 from quant.formats import OwnFormats
-from quant.nf4 import not_finite
+from quant.nf4 import describe_non_finite
 
 EPS = torch.finfo(torch.float32).eps
-AT_ONCE = 1 << 20  # numbers that are quantized at a time: what is in use beside the result
+CHUNK = 1 << 20  # numbers that are quantized at a time: what is in use beside the result
 
 
 class Grid(NamedTuple):
@@ -121,12 +121,12 @@ class Int8Tensor(OwnFormats):
     def numel(self) -> int:
         return self.codes.numel()
 
-    def own(self) -> list[Tensor]:
+    def stored_tensors(self) -> list[Tensor]:
         return [part for part in (self.codes, self.scale, self.zero) if part is not None]
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.own())
+        return sum(part.nbytes for part in self.stored_tensors())
 
     @property
     def bits(self) -> float:
@@ -147,7 +147,7 @@ class Int8Tensor(OwnFormats):
 
     def pieces(self) -> Iterator[tuple[int, Tensor]]:
         """(place of its first number, flat numbers in float32), a piece at a time."""
-        at_once = max(1, AT_ONCE // self.shape[1])
+        at_once = max(1, CHUNK // self.shape[1])
         for first in range(0, self.shape[0], at_once):
             yield first * self.shape[1], self.rows(first, min(first + at_once, self.shape[0])).flatten()
 
@@ -175,11 +175,11 @@ def quantize(weight: Tensor, *, grid: Grid = SYMMETRIC, granularity: str = "chan
     ([[64, -127], [0, 0]], [0.0156..., 1.19...e-07], [[1.0039..., -1.9921...], [0.0, 0.0]])
     """
     groups = check(weight, granularity, group_size)
-    at_once = max(1, AT_ONCE // max(1, weight.shape[1]))
+    at_once = max(1, CHUNK // max(1, weight.shape[1]))
     pieces = [piece.detach() for piece in weight.split(at_once)]
-    low, high = (torch.cat(ends) for ends in zip(*(ends_of(piece, groups) for piece in pieces), strict=True))
+    low, high = (torch.cat(ends) for ends in zip(*(min_max(piece, groups) for piece in pieces), strict=True))
     if not bool((low.isfinite() & high.isfinite()).all()):
-        raise QuantError(not_finite(weight))
+        raise QuantError(describe_non_finite(weight))
     if granularity == "tensor":
         low, high = low.amin().view(1, 1), high.amax().view(1, 1)
     scale, zero = scales_for(low, high, grid)
@@ -196,7 +196,7 @@ def quantize(weight: Tensor, *, grid: Grid = SYMMETRIC, granularity: str = "chan
     )
 
 
-def ends_of(rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+def min_max(rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """(least, largest) of each group of each row, with 0; a NaN stays one."""
     low, high = rows.unflatten(1, (groups, -1)).float().aminmax(dim=2)
     return low, high

@@ -12,7 +12,7 @@ from quant.formats import OwnFormats
 from quant.int8 import AFFINE, SYMMETRIC, Grid, Int8Tensor, scales_for, symmetric_scale, to_codes
 from quant.int8_product import Codes, product
 from quant.layer import QuantizedLinear
-from quant.product import computed_in
+from quant.product import compute_dtype
 
 
 class DynamicInput(nn.Module):
@@ -52,7 +52,7 @@ class StaticInput(OwnFormats):
 
     def forward(self, x_NI: Tensor) -> Codes:
         zero = None if self.grid.symmetric else self.zero
-        return Codes(to_codes(x_NI, self.scale, zero, self.grid).to(torch.int8), marked(self.scale, x_NI), zero)
+        return Codes(to_codes(x_NI, self.scale, zero, self.grid).to(torch.int8), with_non_finite_rows(self.scale, x_NI), zero)
 
     def inside(self, x_NI: Tensor) -> Tensor | None:
         """Where x is within the grid, to half a step: beyond, a change of x changes nothing."""
@@ -63,7 +63,7 @@ class StaticInput(OwnFormats):
         return f"scale {float(self.scale):.3g}, zero point {int(self.zero)}"
 
 
-def marked(scale: Tensor, x_NI: Tensor) -> Tensor:
+def with_non_finite_rows(scale: Tensor, x_NI: Tensor) -> Tensor:
     """The scale for each row, N × 1, NaN where the row holds inf or NaN: these have no codes, and would be lost."""
     return scale + 0 * x_NI.sum(1, keepdim=True, dtype=torch.float32)
 
@@ -76,7 +76,7 @@ class Int8Linear(QuantizedLinear):
     in autocast's. The gradient of x is that of x Ŵᵀ (straight through the rounding), and 0 where x was cut off."""
 
     form = "compressed-tensors"
-    orderly = True
+    has_independent_rows = True
 
     def __init__(self, weight: Int8Tensor, bias: nn.Parameter | None = None, input: Input | None = None):
         super().__init__(weight, bias)
@@ -92,7 +92,7 @@ class Int8Linear(QuantizedLinear):
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if x.size(-1) != self.in_features:
             raise ValueError(f"x of {tuple(x.shape)} does not go with a weight of {tuple(self.weight.shape)}")
-        dtype = computed_in(x)
+        dtype = compute_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             x_NI = x.reshape(-1, x.size(-1))
             multiply = Int8Product.apply if torch.is_grad_enabled() else rounded_product

@@ -59,9 +59,9 @@ def product_reference(x: Codes, w: Int8Tensor, b_O: Tensor | None = None) -> Ten
 
 
 def product_cpu(x: Codes, w: Int8Tensor, b_O: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-    few, y_NO = len(x.codes) <= FEW_ROWS and w.scale.size(1) == 1 and torchs_own() is not None, None
+    few, y_NO = len(x.codes) <= FEW_ROWS and w.scale.size(1) == 1 and torch_int8_linear() is not None, None
     for g, (q_NI, p_OI) in enumerate(zip(x.codes.split(w.group_size, 1), w.codes.split(w.group_size, 1), strict=True)):
-        sum_NO = whole_products(q_NI, w) if few else float_products(q_NI, p_OI)
+        sum_NO = int8_sums(q_NI, w) if few else float_sums(q_NI, p_OI)
         if x.zero is not None or w.zero is not None:
             correct_(sum_NO, q_NI, row_sums(w)[:, g], x.zero, None if w.zero is None else w.zero[:, g])
         sum_NO.mul_(w.scale[:, g])
@@ -80,7 +80,7 @@ def correct_(sum_NO: Tensor, q_NI: Tensor, p_O: Tensor, z_N1: Tensor | None, u_O
             sum_NO += (q_NI.size(1) * z_N1 * u_O).float()
 
 
-def float_products(q_NI: Tensor, p_OI: Tensor) -> Tensor:
+def float_sums(q_NI: Tensor, p_OI: Tensor) -> Tensor:
     """Σ q p."""
     q_NI, at_once = q_NI.float(), max(1, PIECE // p_OI.size(1))
     sum_NO = q_NI.new_empty(q_NI.size(0), p_OI.size(0))
@@ -91,10 +91,10 @@ def float_products(q_NI: Tensor, p_OI: Tensor) -> Tensor:
     return sum_NO
 
 
-def whole_products(q_NI: Tensor, w: Int8Tensor) -> Tensor:
+def int8_sums(q_NI: Tensor, w: Int8Tensor) -> Tensor:
     """Σ q p by torch's own int8 product, in two planes where one could saturate."""
-    multiply, packed = torchs_own(), in_torchs_order(w)
-    if not saturates():
+    multiply, packed = torch_int8_linear(), prepacked_weight(w)
+    if not has_saturating_sums():
         return multiply(q_NI.float(), 1.0, 128, packed)  # the shift is taken off the 32-bit sums
     planes_2NI = torch.add(HALVES, q_NI, alpha=0.5)  # the product rounds them, down and up
     down_NO, up_NO = multiply(planes_2NI.flatten(0, 1), 1.0, 64, packed).chunk(2)
@@ -102,26 +102,26 @@ def whole_products(q_NI: Tensor, w: Int8Tensor) -> Tensor:
 
 
 @cache
-def torchs_own() -> Callable[..., Tensor] | None:
+def torch_int8_linear() -> Callable[..., Tensor] | None:
     """(x, scale, zero point, packed weight) → product, with x rounded to 0 … 255; None where this torch or CPU has none."""
     try:
         multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-        multiply(torch.ones(1, 4), 1.0, 0, packed_by_torch(torch.ones(4, 4, dtype=torch.int8)))
+        multiply(torch.ones(1, 4), 1.0, 0, prepack(torch.ones(4, 4, dtype=torch.int8)))
         return multiply
     except (AttributeError, RuntimeError, NotImplementedError):
         return None
 
 
 @cache
-def saturates() -> bool:
+def has_saturating_sums() -> bool:
     """Whether sums of two products are cut at 16 bits here: the CPU has AVX2, but not VNNI."""
-    packed = packed_by_torch(torch.full((16, 64), 127, dtype=torch.int8))
-    return not bool((torchs_own()(torch.full((1, 64), 255.0), 1.0, 0, packed) == 255 * 127 * 64).all())
+    packed = prepack(torch.full((16, 64), 127, dtype=torch.int8))
+    return not bool((torch_int8_linear()(torch.full((1, 64), 255.0), 1.0, 0, packed) == 255 * 127 * 64).all())
 
 
-def in_torchs_order(w: Int8Tensor) -> object:
+def prepacked_weight(w: Int8Tensor) -> object:
     """The codes as torch's product wants them: a second copy."""
-    return kept(w, "packed", packed_by_torch)
+    return kept(w, "packed", prepack)
 
 
 def row_sums(w: Int8Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def kept(w: Int8Tensor, name: str, make: Callable[[Tensor], object]) -> object:
     return found[2]
 
 
-def packed_by_torch(codes: Tensor) -> object:
+def prepack(codes: Tensor) -> object:
     ones, zeros = torch.ones(len(codes), dtype=torch.float64), torch.zeros(len(codes), dtype=torch.int64)
     with warnings.catch_warnings():  # torch's quantized tensors are to go; its product of them stays
         warnings.simplefilter("ignore")
@@ -147,10 +147,10 @@ def packed_by_torch(codes: Tensor) -> object:
         return torch.ops.quantized.linear_prepack(whole, None)
 
 
-def product_by_kernel(x: Codes, w: Int8Tensor, b_O: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+def product_cuda(x: Codes, w: Int8Tensor, b_O: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     from quant.kernels.int8_matmul import int8_matmul  # here: triton comes when a kernel is wanted
 
     return int8_matmul(x, w, b_O, dtype)
 
 
-PRODUCTS: dict[str, Callable[..., Tensor]] = {"cpu": product_cpu, "cuda": product_by_kernel}
+PRODUCTS: dict[str, Callable[..., Tensor]] = {"cpu": product_cpu, "cuda": product_cuda}

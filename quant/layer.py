@@ -16,7 +16,7 @@ class QuantizedLinear(nn.Module):
 
     compute: torch.dtype | None = None
     form = "bitsandbytes, 4 bits"
-    orderly = False  # whether rows of the weight can change places
+    has_independent_rows = False  # whether rows of the weight can change places
 
     def __init__(self, weight: QuantizedTensor, bias: nn.Parameter | None = None):
         super().__init__()
@@ -58,7 +58,7 @@ class ReorderedLinear(QuantizedLinear):
     """W as a family publishes it, of which this network has the rows in another order: y[order]. They cannot change places in
     W itself, for blocks of scales run over them. The bias is in the network's order."""
 
-    orderly = True
+    has_independent_rows = True
 
     def __init__(self, weight: QuantizedTensor, bias: nn.Parameter | None, order: Tensor):
         super().__init__(weight, bias)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from quant import int8, llm_int8
-from quant.config import FourBit, Int8, QuantError, settings_of
+from quant.config import FourBit, Int8, QuantError, settings_for
 from quant.int8 import Grid
 from quant.int8_linear import DynamicInput, Int8Linear, StaticInput
 from quant.layer import QuantizedLinear
@@ -31,10 +31,10 @@ def quantized_part(layer: nn.Module) -> QuantizedLinear | None:
 
 def packed_tensors(network: nn.Module) -> list[Tensor]:
     """What its weights of four bits are kept as."""
-    return [part for layer in quantized_layers(network).values() for part in layer.weight.own()]
+    return [part for layer in quantized_layers(network).values() for part in layer.weight.stored_tensors()]
 
 
-def as_autocast_asks(network: nn.Module) -> bool:
+def follow_autocast(network: nn.Module) -> bool:
     """Have products computed in the format of what is multiplied, or in autocast's, rather than in one that a folder asks for;
     whether there are any."""
     layers = quantized_layers(network)
@@ -43,20 +43,20 @@ def as_autocast_asks(network: nn.Module) -> bool:
     return bool(layers)
 
 
-def count(network: nn.Module) -> int:
+def count_parameters(network: nn.Module) -> int:
     """The network's numbers, those of four bits too."""
     packed = sum(layer.weight.numel() for layer in quantized_layers(network).values())
     return packed + sum(parameter.numel() for parameter in network.parameters())
 
 
-def dense(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+def dense_weight(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     """The weight of a linear layer as a tensor, quantized or not."""
     if (small := quantized_part(layer)) is not None:
         return small.dequantize(dtype)
     return layer.weight if dtype is None else layer.weight.to(dtype)
 
 
-def quantizable(
+def quantizable_layers(
     network: nn.Module, skip: Iterable[str] = ("lm_head",), published: Mapping[str, str] | None = None
 ) -> dict[str, nn.Linear]:
     """path -> layer, of the linear layers that are quantized: all but heads, which are read off with all their bits, and those
@@ -100,50 +100,51 @@ NORMS = (nn.LayerNorm, nn.RMSNorm)  # whose weight may have several axes
 # ---- a layer of each scheme
 
 
-def four_bits(weight: Tensor, bias: nn.Parameter | None, asked: FourBit, input: StaticInput | None) -> QuantizedLinear:
-    small = QUANTIZE[weight.device.type](weight, block_size=asked.block_size, double=asked.double, scheme=asked.scheme)
+def four_bit_layer(weight: Tensor, bias: nn.Parameter | None, settings: FourBit, input: StaticInput | None) -> QuantizedLinear:
+    format = {"block_size": settings.block_size, "double_quantized": settings.double_quantized, "scheme": settings.scheme}
+    small = QUANTIZE[weight.device.type](weight, **format)
     layer = QuantizedLinear(small, bias)
-    layer.compute = None if asked.compute is None else getattr(torch, asked.compute)
+    layer.compute = None if settings.compute is None else getattr(torch, settings.compute)
     return layer
 
 
-def quantize_by_kernel(weight: Tensor, **settings) -> QuantizedTensor:
+def quantize_cuda(weight: Tensor, **settings) -> QuantizedTensor:
     from quant.kernels.quantize_4bit import quantize_4bit  # here: triton comes when a kernel is wanted
 
     return quantize_4bit(weight, **settings)
 
 
-QUANTIZE: dict[str, Callable[..., QuantizedTensor]] = {"cpu": quantize, "cuda": quantize_by_kernel}
+QUANTIZE: dict[str, Callable[..., QuantizedTensor]] = {"cpu": quantize, "cuda": quantize_cuda}
 
 
-def whole_numbers(weight: Tensor, bias: nn.Parameter | None, asked: Int8, input: StaticInput | None) -> QuantizedLinear:
-    grid = Grid.of(asked.bits, not asked.affine_weights)
-    small = int8.quantize(weight, grid=grid, granularity=asked.granularity, group_size=asked.group_size)
-    if asked.scheme == "int8-dynamic":
-        return Int8Linear(small, bias, DynamicInput(Grid(symmetric=not asked.affine_inputs)))
+def int8_layer(weight: Tensor, bias: nn.Parameter | None, settings: Int8, input: StaticInput | None) -> QuantizedLinear:
+    grid = Grid.of(settings.bits, not settings.affine_weights)
+    small = int8.quantize(weight, grid=grid, granularity=settings.granularity, group_size=settings.group_size)
+    if settings.scheme == "int8-dynamic":
+        return Int8Linear(small, bias, DynamicInput(Grid(symmetric=not settings.affine_inputs)))
     if input is None:
         raise QuantError("int8-static needs inputs that were observed: quant.calibrate.observe(network, batches, …)")
     return Int8Linear(small, bias, input)
 
 
-def vectorwise(weight: Tensor, bias: nn.Parameter | None, asked: Int8, input: StaticInput | None) -> QuantizedLinear:
-    return LlmInt8Linear(llm_int8.quantize(weight), bias, asked.threshold)
+def vectorwise(weight: Tensor, bias: nn.Parameter | None, settings: Int8, input: StaticInput | None) -> QuantizedLinear:
+    return LlmInt8Linear(llm_int8.quantize(weight), bias, settings.threshold)
 
 
 LAYERS: dict[str, Callable[..., QuantizedLinear]] = {
-    "nf4": four_bits,
-    "fp4": four_bits,
-    "int8-dynamic": whole_numbers,
-    "int8-static": whole_numbers,
+    "nf4": four_bit_layer,
+    "fp4": four_bit_layer,
+    "int8-dynamic": int8_layer,
+    "int8-static": int8_layer,
     "llm-int8": vectorwise,
 }
 
 
-def layer_of(
-    weight: Tensor, bias: nn.Parameter | None, asked: FourBit | Int8, input: StaticInput | None = None
+def build_layer(
+    weight: Tensor, bias: nn.Parameter | None, settings: FourBit | Int8, input: StaticInput | None = None
 ) -> QuantizedLinear:
     """The layer of a matrix O × I. Errors (QuantError): inf and NaN, with the place of the first; sizes that do not fit."""
-    return LAYERS[asked.scheme](weight, bias, asked, input)
+    return LAYERS[settings.scheme](weight, bias, settings, input)
 
 
 def quantize_linears(
@@ -155,8 +156,8 @@ def quantize_linears(
     watch: Callable[[str, Tensor, nn.Module], None] | None = None,
     **settings,
 ) -> Network:
-    """Put a `QuantizedLinear` in the place of each layer that is `quantizable`, weight by weight, so that memory is given back
-    as it goes. Returns the network. `skip` is searched in published names too, where the network has a table of them.
+    """Replace each of the `quantizable_layers` by a `QuantizedLinear`, one at a time, so that memory is freed on the way.
+    Returns the network. `skip` is searched in published names too, where the network has a table of them.
 
     settings: more of `quant.config.FourBit` or `Int8`, by the scheme. inputs: of int8-static, path -> what was observed
     (`quant.calibrate`). watch: called with a layer's path, its weight and what became of it.
@@ -166,18 +167,18 @@ def quantize_linears(
     """
     if isinstance(skip, str):
         raise QuantError(f"skip={skip!r}: a tuple of regular expressions is expected")
-    asked = settings_of(scheme, skip=tuple(skip), **settings)
+    settings = settings_for(scheme, skip=tuple(skip), **settings)
     if getattr(network, "adapters", None):
         raise QuantError("the network has adapters: quantize it before they are put on, or after remove(merge(network))")
-    layers = quantizable(network, asked.skip, network.published() if hasattr(network, "published") else None)
+    layers = quantizable_layers(network, settings.skip, network.published() if hasattr(network, "published") else None)
     if not layers:
-        raise QuantError(f"no linear layer to quantize in a {type(network).__name__}, with skip={asked.skip}")
+        raise QuantError(f"no linear layer to quantize in a {type(network).__name__}, with skip={settings.skip}")
     for path, layer in layers.items():
         try:
             weight = layer.weight.detach()
             if weight.is_meta:
                 raise QuantError("it has no values yet")
-            new = layer_of(weight, layer.bias, asked, (inputs or {}).get(path))
+            new = build_layer(weight, layer.bias, settings, (inputs or {}).get(path))
         except QuantError as error:
             raise QuantError(f"{path}.weight: {error}") from None
         network.set_submodule(path, new)

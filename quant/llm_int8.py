@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from quant.config import QuantError
-from quant.int8 import AT_ONCE, Int8Tensor, check
-from quant.int8_product import FEW_ROWS, PRODUCTS, Codes, float_products, torchs_own, whole_products
+from quant.int8 import CHUNK, Int8Tensor, check
+from quant.int8_product import FEW_ROWS, PRODUCTS, Codes, float_sums, int8_sums, torch_int8_linear
 from quant.layer import QuantizedLinear
-from quant.nf4 import not_finite
-from quant.product import computed_in
+from quant.nf4 import describe_non_finite
+from quant.product import compute_dtype
 
 # 1/127² in bitsandbytes' digits, in which a zero is lost (6.2000124): products are 1.8e-5 of themselves too large.
 RESCALE = 6.200124e-05
@@ -56,7 +56,7 @@ class LlmInt8Tensor(Int8Tensor):
         """O × 1."""
         return self.absmax[:, None] * (1 / 127)
 
-    def own(self) -> list[Tensor]:
+    def stored_tensors(self) -> list[Tensor]:
         return [self.codes, self.absmax]
 
     def rows(self, first: int, end: int) -> Tensor:
@@ -84,12 +84,12 @@ def quantize(weight: Tensor) -> LlmInt8Tensor:
     check(weight, "channel", 1)
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     absmax = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
-    at_once = max(1, AT_ONCE // weight.shape[1])
+    at_once = max(1, CHUNK // weight.shape[1])
     for first in range(0, weight.shape[0], at_once):
         rows = slice(first, first + at_once)
         codes[rows], absmax[rows] = vectorwise(weight[rows].half())
     if not bool(absmax.isfinite().all()):
-        raise QuantError(f"in float16, {not_finite(weight.half())}")
+        raise QuantError(f"in float16, {describe_non_finite(weight.half())}")
     return LlmInt8Tensor(codes, absmax, dtype=weight.dtype)
 
 
@@ -134,15 +134,15 @@ def sums(q_NI: Tensor, w: LlmInt8Tensor) -> Tensor:
     if w.device.type == "cuda":
         one = torch.ones(1, 1, device=w.device)
         return PRODUCTS["cuda"](Codes(q_NI, one, None), Int8Tensor(w.codes, one, dtype=w.dtype))
-    few = len(q_NI) <= FEW_ROWS and torchs_own() is not None
-    return whole_products(q_NI, w) if few else float_products(q_NI, w.codes)
+    few = len(q_NI) <= FEW_ROWS and torch_int8_linear() is not None
+    return int8_sums(q_NI, w) if few else float_sums(q_NI, w.codes)
 
 
 class LlmInt8Linear(QuantizedLinear):
     """y = x Wᵀ + b with a frozen W, an LlmInt8Tensor. y is in x's format, or in autocast's; outliers reach `threshold`."""
 
     form = "bitsandbytes, 8 bits"
-    orderly = True
+    has_independent_rows = True
 
     def __init__(self, weight: LlmInt8Tensor, bias: nn.Parameter | None = None, threshold: float = 6.0):
         super().__init__(weight, bias)
@@ -160,7 +160,7 @@ class LlmInt8Linear(QuantizedLinear):
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if x.size(-1) != self.in_features:
             raise ValueError(f"x of {tuple(x.shape)} does not go with a weight of {tuple(self.weight.shape)}")
-        dtype = computed_in(x)
+        dtype = compute_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             x_NI = x.reshape(-1, x.size(-1))
             return LlmInt8Product.apply(x_NI, self.weight, bias, self.threshold, dtype).view(*x.shape[:-1], self.out_features)

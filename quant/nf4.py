@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from quant.blockwise import BLOCK as NESTED_BLOCK
-from quant.blockwise import constant, dequantize_8bit, dynamic_map, on_grid, quantize_8bit
-from quant.config import BLOCK_SIZES, QuantError
+from quant.blockwise import constant, dequantize_8bit, dynamic_map, nearest_on_grid, quantize_8bit
+from quant.config import BLOCK_SIZES, QuantError, accepts_old_names
 from quant.formats import OwnFormats
-from quant.pages import in_large_pages
+from quant.pages import advise_huge_pages
 
 SMALLEST = 1e-38  # that is divided by
 # Numbers that are quantized at a time (in the cache, and little beside the result), and unpacked; multiples of all block sizes.
-AT_ONCE, PIECE = {"cpu": 1 << 16}, 1 << 20
+CHUNK, PIECE = {"cpu": 1 << 16}, 1 << 20
 
 
 @constant
@@ -103,7 +103,7 @@ class QuantizedTensor(OwnFormats):
         self.register_buffer("code", CODES[scheme]().to(packed.device), persistent=False)
 
     @property
-    def double(self) -> bool:
+    def double_quantized(self) -> bool:
         return self.nested_absmax is not None
 
     @property
@@ -113,13 +113,13 @@ class QuantizedTensor(OwnFormats):
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    def own(self) -> list[Tensor]:
+    def stored_tensors(self) -> list[Tensor]:
         """What it keeps for itself: all but the two maps, which all tensors have alike."""
         return [part for part in (self.packed, self.absmax, self.nested_absmax, self.offset) if part is not None]
 
     @property
     def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.own())
+        return sum(part.nbytes for part in self.stored_tensors())
 
     @property
     def bits(self) -> float:
@@ -128,7 +128,7 @@ class QuantizedTensor(OwnFormats):
 
     def scales(self) -> Tensor:
         """absmax of each block, float32."""
-        return scales_of(self)
+        return block_scales(self)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """code · absmax, multiplied in float32 and rounded once, to `dtype` or that of the tensor that was quantized."""
@@ -148,11 +148,13 @@ class QuantizedTensor(OwnFormats):
             raise QuantError(f"codes of {scheme} in blocks of {block_size} do not go into {self.scheme} of {self.block_size}")
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.shape)}, {self.scheme}, blocks of {self.block_size}, {'double' if self.double else 'single'}"
+        kind = "double quantization" if self.double_quantized else "float32 scales"
+        return f"{tuple(self.shape)}, {self.scheme}, blocks of {self.block_size}, {kind}"
 
 
+@accepts_old_names
 @torch.no_grad()
-def quantize(weight: Tensor, *, block_size: int = 64, double: bool = True, scheme: str = "nf4") -> QuantizedTensor:
+def quantize(weight: Tensor, *, block_size: int = 64, double_quantized: bool = True, scheme: str = "nf4") -> QuantizedTensor:
     """Round a tensor of any shape to four bits a number; see the file's head for the format.
 
     weight: float32, float16, bfloat16, or float64, which is rounded to float32 first. A piece at a time, so that beside the
@@ -167,15 +169,15 @@ def quantize(weight: Tensor, *, block_size: int = 64, double: bool = True, schem
     flat = weight.reshape(-1)
     packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(-(-flat.numel() // block_size), dtype=torch.float32, device=weight.device)
-    at_once = AT_ONCE.get(weight.device.type, 1 << 24)
+    at_once = CHUNK.get(weight.device.type, 1 << 24)
     for start in range(0, flat.numel(), at_once):
         piece = flat[start : start + at_once].float()
         if not bool(piece.isfinite().all()):
-            raise QuantError(not_finite(weight))
+            raise QuantError(describe_non_finite(weight))
         codes, scales = quantize_piece(piece, block_size, scheme)
         absmax[start // block_size :][: scales.numel()] = scales
         packed[start // 2 :][: (codes.numel() + 1) // 2, 0] = pack(codes, scheme)
-    return finished(weight, packed, absmax, block_size=block_size, double=double, scheme=scheme)
+    return assemble(weight, packed, absmax, block_size=block_size, double_quantized=double_quantized, scheme=scheme)
 
 
 def check(weight: Tensor, block_size: int, scheme: str) -> None:
@@ -188,15 +190,17 @@ def check(weight: Tensor, block_size: int, scheme: str) -> None:
         raise QuantError(f"a tensor of {str(weight.dtype).removeprefix('torch.')} is not quantized: floating-point ones are")
 
 
-def finished(weight: Tensor, packed: Tensor, absmax: Tensor, *, block_size: int, double: bool, scheme: str) -> QuantizedTensor:
-    """The tensor of these codes and scales of `weight`; with `double`, the scales in eight bits."""
+def assemble(
+    weight: Tensor, packed: Tensor, absmax: Tensor, *, block_size: int, double_quantized: bool, scheme: str
+) -> QuantizedTensor:
+    """The tensor of these codes and scales of `weight`; with `double_quantized`, the scales in eight bits."""
     whole = {"shape": tuple(weight.shape), "dtype": weight.dtype, "block_size": block_size, "scheme": scheme}
-    if not double:
+    if not double_quantized:
         return QuantizedTensor(packed, absmax, **whole)
     offset, nested_code = absmax.mean(), dynamic_map().to(weight.device)
     if absmax.numel() and not bool(offset.isfinite()):
-        raise QuantError("the blocks' scales add up to more than float32 holds: they cannot be quantized again (double=False)")
-    places, nested_absmax = quantize_8bit(absmax - offset, nested_code, block_size=NESTED_BLOCK, decide=on_grid)
+        raise QuantError("the mean absmax overflows float32: the scales cannot be quantized again (use double_quantized=False)")
+    places, nested_absmax = quantize_8bit(absmax - offset, nested_code, block_size=NESTED_BLOCK, decide=nearest_on_grid)
     return QuantizedTensor(packed, places, nested_absmax=nested_absmax, nested_code=nested_code, offset=offset, **whole)
 
 
@@ -230,8 +234,8 @@ def unpack(packed: Tensor, count: int) -> Tensor:
     return torch.stack((packed.flatten() >> 4, packed.flatten() & 15), dim=1).flatten()[:count]
 
 
-def scales_of(small: QuantizedTensor) -> Tensor:
-    if not small.double:
+def block_scales(small: QuantizedTensor) -> Tensor:
+    if not small.double_quantized:
         return small.absmax
     return dequantize_8bit(small.absmax, small.nested_absmax, small.nested_code, block_size=NESTED_BLOCK) + small.offset
 
@@ -268,29 +272,29 @@ def pieces(small: QuantizedTensor, multiple: int = 1, out: Tensor | None = None)
         yield first, made
 
 
-def dequantize_in_pieces(small: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+def dequantize_cpu(small: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """`dequantize`, bit for bit."""
-    whole = in_large_pages(torch.empty(small.numel(), dtype=dtype))
+    whole = advise_huge_pages(torch.empty(small.numel(), dtype=dtype))
     for first, values in pieces(small, out=whole if dtype == torch.float32 else None):
         if dtype != torch.float32:
             whole[first:][: values.numel()].copy_(values)
     return whole.view(small.shape)
 
 
-def dequantize_by_kernel(small: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+def dequantize_cuda(small: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     from quant.kernels.dequantize_4bit import dequantize_4bit  # here: triton comes when a kernel is wanted
 
     return dequantize_4bit(small, dtype)
 
 
 DEQUANTIZE: dict[str, Callable[[QuantizedTensor, torch.dtype], Tensor]] = {
-    "cpu": dequantize_in_pieces,
-    "cuda": dequantize_by_kernel,
+    "cpu": dequantize_cpu,
+    "cuda": dequantize_cuda,
     "meta": lambda small, dtype: torch.empty(small.shape, dtype=dtype, device="meta"),
 }
 
 
-def not_finite(weight: Tensor) -> str:
+def describe_non_finite(weight: Tensor) -> str:
     """Where the first number is that is none."""
     first = (~weight.float().isfinite()).flatten().int().argmax()
     index = tuple(int(place) for place in torch.unravel_index(first, weight.shape))

@@ -22,7 +22,7 @@ from torch import Tensor
 from quant.config import QuantError
 from quant.formats import OwnFormats
 from quant.int8 import AFFINE, Grid, scales_for, to_codes
-from quant.nf4 import not_finite
+from quant.nf4 import describe_non_finite
 
 
 class Observer(OwnFormats):
@@ -46,15 +46,15 @@ class Observer(OwnFormats):
         if not x.numel():
             return
         numbers = x.float()
-        low, high = self.ends_of(numbers)
+        low, high = self.min_max(numbers)
         if not bool((low.isfinite() & high.isfinite()).all()):
-            raise QuantError(f"in what is observed {not_finite(x)}")
+            raise QuantError(f"in what is observed {describe_non_finite(x)}")
         if self.low.device != x.device:
             self.to(x.device)
         self.make_room(low)
         self.take(numbers, low, high)
 
-    def ends_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def min_max(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(least, largest), of each channel; a NaN stays one."""
         if self.axis is None:
             return x.aminmax()
@@ -122,9 +122,9 @@ class MinMax(Observer):
         """Take in a batch by its ends. They are not looked at, as a GPU would be waited for: inf or NaN `range` tells of."""
         low, high = (end.float().reshape(() if self.axis is None else (-1,)) for end in (low, high))
         self.make_room(low)
-        self.keep(*self.with_batch(low, high))
+        self.keep(*self.merged_with(low, high))
 
-    def with_batch(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    def merged_with(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         return self.wider(low, high)
 
     def take(self, x: Tensor, low: Tensor, high: Tensor) -> None:
@@ -143,7 +143,7 @@ class MovingAverage(MinMax):
             raise QuantError(f"c={c}: the part of a new batch is above 0, and 1 at most")
         self.c = c
 
-    def with_batch(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    def merged_with(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         pairs = (self.low, low), (self.high, high)
         first = self.low > self.high
         return tuple(torch.where(first, batch, kept + self.c * (batch - kept)) for kept, batch in pairs)
@@ -172,7 +172,7 @@ class Histogram(Observer):
         low, high = self.wider(low, high)
         if not bool((high - low).isfinite()):
             raise QuantError(f"what is observed, from {float(low):.3g} to {float(high):.3g}, is wider than float32 holds")
-        counts = counted(x, low, high, len(self.counts))
+        counts = count_in_bins(x, low, high, len(self.counts))
         if bool(self.low <= self.high):
             counts += self.moved(low, high)
         self.counts.copy_(counts)
@@ -184,7 +184,7 @@ class Histogram(Observer):
         if bool((low == self.low) & (high == self.high)):
             return self.counts
         if bool(self.low == self.high):
-            return counted(self.low, low, high, bins) * self.counts.sum()
+            return count_in_bins(self.low, low, high, bins) * self.counts.sum()
         fine = bins * FINER
         middles = torch.linspace(float(self.low), float(self.high), fine + 1, device=low.device)[:-1]
         middles += 0.5 * ((self.high - self.low) / fine)
@@ -202,7 +202,7 @@ class Histogram(Observer):
         return low + width * first, low + width * (last + 1)
 
 
-def counted(x: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:
+def count_in_bins(x: Tensor, low: Tensor, high: Tensor, bins: int) -> Tensor:
     """Numbers in each of `bins` equal parts of low … high; where the two are one, all are in the first."""
     if bool(low == high):
         return torch.nn.functional.pad(low.new_full((1,), x.numel()), (0, bins - 1))
@@ -299,19 +299,20 @@ class Percentile(Observer):
         last, out = int(self.counts.sum()) - 1, (100 - self.p) / 100
         if self.grid.symmetric:
             sizes = self.counts[SIDE:] + self.counts[:SIDE].flip(0)
-            high = torch.minimum(border(SIDE + bin_of(sizes, last - math.floor(last * out)) + 1), torch.maximum(-low, high))
+            outermost = SIDE + bin_at_rank(sizes, last - math.floor(last * out))
+            high = torch.minimum(bin_edge(outermost + 1), torch.maximum(-low, high))
             return -high, high
         out = math.floor(last * out / 2)
-        first_bin, last_bin = (bin_of(self.counts, rank) for rank in (out, last - out))
-        return torch.maximum(border(first_bin), low), torch.minimum(border(last_bin + 1), high)
+        first_bin, last_bin = (bin_at_rank(self.counts, rank) for rank in (out, last - out))
+        return torch.maximum(bin_edge(first_bin), low), torch.minimum(bin_edge(last_bin + 1), high)
 
 
-def bin_of(counts: Tensor, rank: int) -> Tensor:
+def bin_at_rank(counts: Tensor, rank: int) -> Tensor:
     """Where the number lies that `rank` others are below."""
     return (counts.cumsum(0) <= rank).sum()
 
 
-def border(bin: Tensor) -> Tensor:
+def bin_edge(bin: Tensor) -> Tensor:
     """The lower end of a bin, the upper of that before: bins from SIDE on begin, those below it end, with the number's bits."""
     bits = (bin - SIDE).abs() << 16
     return bits.int().view(torch.float32).copysign(bin - SIDE)

@@ -9,7 +9,7 @@ from torch import Tensor
 SMALL, LARGE = mmap.PAGESIZE, 1 << 21  # bytes
 
 
-def in_large_pages(tensor: Tensor) -> Tensor:
+def advise_huge_pages(tensor: Tensor) -> Tensor:
     """Ask for large pages for a tensor that is not written yet, if it is large and on a CPU; the tensor.
 
     New memory costs a trap into the system at each page's first touch. Measured for 64 MiB on two threads: filling it 29 ms in

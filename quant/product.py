@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from quant.nf4 import QuantizedTensor, pieces, scales_of
+from quant.nf4 import QuantizedTensor, block_scales, pieces
 
 
-class Packed(NamedTuple):
+class PackedWeight(NamedTuple):
     """What a product needs of a QuantizedTensor, by the same names."""
 
     packed: Tensor
@@ -31,7 +31,7 @@ class Packed(NamedTuple):
     block_size: int
 
     @property
-    def double(self) -> bool:
+    def double_quantized(self) -> bool:
         return self.nested_absmax is not None
 
     @property
@@ -42,13 +42,13 @@ class Packed(NamedTuple):
         return math.prod(self.shape)
 
     def scales(self) -> Tensor:
-        return scales_of(self)
+        return block_scales(self)
 
 
 # ---- on a CPU
 
 
-def product_in_pieces(x_NI: Tensor, small: QuantizedTensor | Packed, b_O: Tensor | None) -> Tensor:
+def product_cpu(x_NI: Tensor, small: QuantizedTensor | PackedWeight, b_O: Tensor | None) -> Tensor:
     ins = x_NI.size(1)
     y_NO = x_NI.new_empty(x_NI.size(0), small.shape[0])
     for begin, values in pieces(small, ins):
@@ -57,7 +57,7 @@ def product_in_pieces(x_NI: Tensor, small: QuantizedTensor | Packed, b_O: Tensor
     return y_NO if b_O is None else y_NO.add_(b_O)
 
 
-def gradient_in_pieces(dy_NO: Tensor, small: QuantizedTensor | Packed) -> Tensor:
+def input_gradient_cpu(dy_NO: Tensor, small: QuantizedTensor | PackedWeight) -> Tensor:
     """Sums in float32 at least, so that what is added up over the pieces is rounded once."""
     ins, wide = small.shape[1], torch.promote_types(dy_NO.dtype, torch.float32)
     dx_NI = torch.zeros(dy_NO.size(0), ins, dtype=wide)
@@ -70,20 +70,20 @@ def gradient_in_pieces(dy_NO: Tensor, small: QuantizedTensor | Packed) -> Tensor
 # ---- on a GPU
 
 
-def product_by_kernel(x_NI: Tensor, small: QuantizedTensor | Packed, b_O: Tensor | None) -> Tensor:
+def product_cuda(x_NI: Tensor, small: QuantizedTensor | PackedWeight, b_O: Tensor | None) -> Tensor:
     from quant.kernels.choice import product  # here: triton comes when a kernel is wanted
 
     return product(x_NI, small, b_O)
 
 
-def gradient_by_kernel(dy_NO: Tensor, small: QuantizedTensor | Packed) -> Tensor:
+def input_gradient_cuda(dy_NO: Tensor, small: QuantizedTensor | PackedWeight) -> Tensor:
     from quant.kernels.choice import input_gradient
 
     return input_gradient(dy_NO, small)
 
 
-PRODUCTS: dict[str, Callable[..., Tensor]] = {"cpu": product_in_pieces, "cuda": product_by_kernel}
-GRADIENTS: dict[str, Callable[..., Tensor]] = {"cpu": gradient_in_pieces, "cuda": gradient_by_kernel}
+PRODUCTS: dict[str, Callable[..., Tensor]] = {"cpu": product_cpu, "cuda": product_cuda}
+GRADIENTS: dict[str, Callable[..., Tensor]] = {"cpu": input_gradient_cpu, "cuda": input_gradient_cuda}
 
 
 # ---- as one operation, which torch.compile does not look into
@@ -111,11 +111,11 @@ def _(dy_NO, parts, shape, block_size):
 
 def to_parts(small: QuantizedTensor) -> list[Tensor]:
     parts = [small.packed, small.absmax, small.code]
-    return [*parts, small.nested_absmax, small.nested_code, small.offset] if small.double else parts
+    return [*parts, small.nested_absmax, small.nested_code, small.offset] if small.double_quantized else parts
 
 
-def from_parts(parts: Sequence[Tensor], shape: Sequence[int], block_size: int) -> Packed:
-    return Packed(*parts, *[None] * (6 - len(parts)), shape, block_size)
+def from_parts(parts: Sequence[Tensor], shape: Sequence[int], block_size: int) -> PackedWeight:
+    return PackedWeight(*parts, *[None] * (6 - len(parts)), shape, block_size)
 
 
 def product(x: Tensor, small: QuantizedTensor, b_O: Tensor | None) -> Tensor:
@@ -157,7 +157,7 @@ class Linear4bit(torch.autograd.Function):
         return dx, None, db_O
 
 
-def computed_in(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """The format of a product with x: autocast's where that is on, but for float64; else its own."""
     if not x.is_floating_point():
         raise ValueError(f"x of {str(x.dtype).removeprefix('torch.')} is not multiplied: floating-point numbers are")
@@ -173,5 +173,5 @@ def linear_4bit(x: Tensor, small: QuantizedTensor, b_O: Tensor | None = None) ->
     """
     if small.shape[1:] != x.shape[-1:]:
         raise ValueError(f"x of {tuple(x.shape)} does not go with a weight of {tuple(small.shape)}")
-    dtype = computed_in(x)
+    dtype = compute_dtype(x)
     return Linear4bit.apply(x.to(dtype), small, None if b_O is None else b_O.to(dtype))

@@ -31,16 +31,16 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from quant.config import QatConfig, QuantError
 from quant.fake import fake_quantize
-from quant.int8 import AFFINE, EPS, Grid, Int8Tensor, check, ends_of, scales_for
-from quant.int8_linear import DynamicInput, Input, Int8Linear, StaticInput, marked
+from quant.int8 import AFFINE, EPS, Grid, Int8Tensor, check, min_max, scales_for
+from quant.int8_linear import DynamicInput, Input, Int8Linear, StaticInput, with_non_finite_rows
 from quant.int8_product import Codes, product
-from quant.linear import quantizable
-from quant.nf4 import not_finite
+from quant.linear import quantizable_layers
+from quant.nf4 import describe_non_finite
 from quant.observe import OBSERVERS
-from quant.product import computed_in
+from quant.product import compute_dtype
 
 Network = TypeVar("Network", bound=nn.Module)
-LEAST = math.log(2 * EPS)  # of a learned scale's logarithm: the scale is then one that the rounding of exp leaves above EPS
+LEAST_LOG_SCALE = math.log(2 * EPS)  # twice EPS: exp rounds, and the scale must stay above EPS
 
 
 class QatLinear(nn.Module):
@@ -73,7 +73,7 @@ class QatLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.size(-1) != self.in_features:
             raise ValueError(f"x of {tuple(x.shape)} does not go with a weight of {tuple(self.weight.shape)}")
-        dtype = computed_in(x)
+        dtype = compute_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             near_NI, codes = self.rounded_input(self, x.reshape(-1, x.size(-1)))
             near_OI, w = self.rounded_weight()
@@ -96,7 +96,7 @@ class QatLinear(nn.Module):
         if self.weight_log_scale is not None:
             scale = self.weight_log_scale.float().exp().clamp(min=EPS)
             return scale, torch.zeros_like(scale, dtype=torch.int32)
-        low, high = ends_of(self.weight.detach(), self.groups)
+        low, high = min_max(self.weight.detach(), self.groups)
         if self.granularity == "tensor":
             low, high = low.amin().view(1, 1), high.amax().view(1, 1)
         return scales_for(low, high, self.grid)
@@ -154,7 +154,7 @@ class QatLinear(nn.Module):
             self.observer.update(*pending)
         for log_scale in (self.weight_log_scale, self.input_log_scale):
             if log_scale is not None:
-                log_scale.clamp_(min=LEAST)
+                log_scale.clamp_(min=LEAST_LOG_SCALE)
 
     def freeze(self) -> None:
         """From now on the observed range stays."""
@@ -192,7 +192,7 @@ def static(layer: QatLinear, x_NI: Tensor) -> tuple[Tensor, Codes]:
         layer.observe(x_NI.detach())
     scale, zero = layer.input_scales()
     near_NI, codes = fake_quantize(x_NI, scale, zero, AFFINE, slowed(layer.in_features, AFFINE))
-    return near_NI, Codes(codes.to(torch.int8), marked(scale.detach(), x_NI.detach()), zero)
+    return near_NI, Codes(codes.to(torch.int8), with_non_finite_rows(scale.detach(), x_NI.detach()), zero)
 
 
 # layer, x: N × I → (x̂ or x, through which the gradient of x̂ goes on; x̂ in whole numbers)
@@ -234,7 +234,7 @@ def qat_layers(network: nn.Module) -> dict[str, QatLinear]:
 
 
 def prepare(network: Network, settings: QatConfig, bits: int = 8, published: Mapping[str, str] | None = None) -> Network:
-    """Put a `QatLinear` in the place of each layer that is `quant.linear.quantizable`. Returns the network.
+    """Put a `QatLinear` in the place of each layer that is `quant.linear.quantizable_layers`. Returns the network.
 
     published: our name of a layer -> its family's, in which `settings.skip` is searched too; None: the network's own table.
     Errors (QuantError), which leave the network as it was: it has adapters; nothing to quantize; groups that do not divide a
@@ -244,7 +244,7 @@ def prepare(network: Network, settings: QatConfig, bits: int = 8, published: Map
         raise QuantError("the network has adapters: quantization-aware training is of its own weights")
     if published is None and hasattr(network, "published"):
         published = network.published()
-    layers = quantizable(network, settings.skip, published)
+    layers = quantizable_layers(network, settings.skip, published)
     if not layers:
         raise QuantError(f"no linear layer to quantize in a {type(network).__name__}, with skip={settings.skip}")
     for path, layer in layers.items():
@@ -255,7 +255,7 @@ def prepare(network: Network, settings: QatConfig, bits: int = 8, published: Map
         if layer.weight.is_meta:
             raise QuantError(f"{path}.weight: it has no values yet")
         if not bool(layer.weight.isfinite().all()):
-            raise QuantError(f"{path}.weight: {not_finite(layer.weight.detach())}")
+            raise QuantError(f"{path}.weight: {describe_non_finite(layer.weight.detach())}")
     made = {path: QatLinear(layer, settings, bits) for path, layer in layers.items()}
     for path, layer in made.items():
         network.set_submodule(path, layer)

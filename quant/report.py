@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.config import FourBit, Int8
-from quant.linear import layer_of
+from quant.linear import build_layer
 
 MOST_ROWS = 32  # of a table with a line for each matrix
 IN_CACHE = 1 << 15  # numbers that are compared at a time: half the time that a million takes
@@ -104,7 +104,7 @@ def normal_error(settings: FourBit | Int8) -> float:
         columns = settings.group_size * -(-SAMPLE // settings.group_size) if settings.granularity == "group" else SAMPLE
         settings = replace(settings, scheme="int8-dynamic") if settings.scheme == "int8-static" else settings
     weight = torch.randn(SAMPLE, columns, generator=torch.Generator().manual_seed(0))
-    return measure("", weight, layer_of(weight, None, settings).weight).error
+    return measure("", weight, build_layer(weight, None, settings).weight).error
 
 
 def described(settings: FourBit | Int8) -> str:

@@ -15,7 +15,7 @@ from lora.targets import by_pattern, published_modules
 from model.account import columns
 from model.parameters import TARGETS
 from model.weights import role_of, weight_table
-from quant.linear import count
+from quant.linear import count_parameters
 from train.config import TrainConfig
 
 NAME = "default"
@@ -66,7 +66,7 @@ def table(network: nn.Module) -> str:
             sizes[re.sub(r"\.\d+\.", ".N.", path.replace(".base", "")) + (f" {leaf}" if leaf else "")].append(parameter.numel())
     rows = [("trained", "tensors", "parameters")]
     rows += [(kind, f"{len(each)}", f"{sum(each):,}") for kind, each in sizes.items()]
-    trained, total = sum(map(sum, sizes.values())), count(network)
+    trained, total = sum(map(sum, sizes.values())), count_parameters(network)
     rows.append((f"in all, of {total:,}", f"{sum(map(len, sizes.values()))}", f"{trained:,} ({trained / total:.2%})"))
     return columns(rows)
 

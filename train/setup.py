@@ -22,7 +22,7 @@ from model.config_json import CLASSIFIERS
 from model.init import build, empty
 from model.training import USUAL_CONTEXT
 from quant.config import FourBit
-from quant.linear import as_autocast_asks, quantized_layers
+from quant.linear import follow_autocast, quantized_layers
 from train import qat
 from train.adapters import NAME, narrow, put_on, rate, role, table
 from train.config import (
@@ -236,7 +236,7 @@ def open_network(
     how = None if run.quantize == "none" else FourBit(scheme=run.quantize)
     network = model.hub.load(folder, head=task.head, labels=labels, seed=run.seed, quantization=how, finite=True, **common)
     network.config = task.network(config, network.config, data)
-    packed = as_autocast_asks(network)
+    packed = follow_autocast(network)
     if packed and config.method is None:
         kind = next(iter(quantized_layers(network).values())).weight.scheme
         rest = "add --adapter lora" if run.qat == "none" else f"--qat {run.qat} begins with those it was made from"

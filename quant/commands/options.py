@@ -66,13 +66,13 @@ class Options:
 
 @dataclass(frozen=True)
 class FourBitOptions(Options):
-    double: bool = True
+    double_quantized: Annotated[bool, tyro.conf.arg(name="double")] = True
     """The blocks' scales in eight bits too (double quantization)."""
     block_size: int = 64
     """Weights that share a scale: 32, 64 … 4096."""
 
     def settings(self, scheme: str) -> FourBit:
-        return FourBit(scheme, self.double, self.block_size, self.skip)
+        return FourBit(scheme, self.double_quantized, self.block_size, self.skip)
 
 
 @dataclass(frozen=True)

@@ -86,14 +86,14 @@ def dequantize_4bit(small: QuantizedTensor, dtype: torch.dtype | None = None, ou
         dequantize_kernel[(programs,)](
             small.packed,
             small.absmax,
-            small.nested_absmax if small.double else small.absmax,
-            small.nested_code if small.double else small.code,
-            small.offset if small.double else small.code,
+            small.nested_absmax if small.double_quantized else small.absmax,
+            small.nested_code if small.double_quantized else small.code,
+            small.offset if small.double_quantized else small.code,
             small.code,
             target,
             small.numel(),
             small.packed.numel(),
-            DOUBLE=small.double,
+            DOUBLE=small.double_quantized,
             **constants,
             **options,
         )

@@ -14,7 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quant.kernels.matmul_4bit import RUN, checked, checked_bias, parts_of, rounded, scales_of, values_of, weight_tile, widened
+from quant.kernels.matmul_4bit import (
+    RUN,
+    block_scales,
+    checked,
+    checked_bias,
+    parts_of,
+    rounded,
+    values_of,
+    weight_tile,
+    widened,
+)
 from quant.nf4 import QuantizedTensor
 
 MOST = 8  # rows; above, `quant.kernels.matmul_4bit` has the tensor cores
@@ -77,7 +87,7 @@ def gemv_4bit_kernel(
             ahead = (start + BLOCK_I) // 2 + byte_i
             next_byte = tl.load(byte_row + ahead[None, :], mask=ahead[None, :] < ins // 2, other=0)
             block = (weight_row[:, None] * ins + tl.minimum(start + share, ins - 1)[None, :]) // BLOCK_SIZE
-            scale = scales_of(block, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED)
+            scale = block_scales(block, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED)
             scale = tl.broadcast_to(scale[:, :, None], (BLOCK_O, BLOCK_I // SHARE, SHARE // CHUNK))
             scale = tl.reshape(scale, (BLOCK_O, BLOCK_I // CHUNK))
             value = values_of(tl.interleave(byte >> 4, byte & 15), table)

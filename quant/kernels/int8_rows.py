@@ -46,7 +46,7 @@ def read(x_row, n, start, rows, ins, column_stride, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def ends_of(x, SYMMETRIC: tl.constexpr):
+def min_max(x, SYMMETRIC: tl.constexpr):
     """(largest, minus the least) number of each row, from 0 on, by their bits; symmetric: the largest magnitude, twice."""
     bits = x.to(tl.int32, bitcast=True)
     if SYMMETRIC:
@@ -65,7 +65,7 @@ def whole(x):
 
 
 @triton.jit
-def scales_of(top, bottom, LOW: tl.constexpr, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, EPS: tl.constexpr):
+def block_scales(top, bottom, LOW: tl.constexpr, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, EPS: tl.constexpr):
     """(scale, zero point) of each row, from its ends."""
     top, bottom = top.to(tl.float32, bitcast=True), bottom.to(tl.float32, bitcast=True)
     scale = tl.div_rn(top, (HIGH - LOW) / 2) if SYMMETRIC else tl.div_rn(top + bottom, (HIGH - LOW) * 1.0)
@@ -106,13 +106,13 @@ def quantize_rows_kernel(
     x_row, code_row = x_ptr + n[:, None] * row_stride, codes_ptr + n[:, None] * ins
     if WHOLE:
         x = read(x_row, n, 0, rows, ins, column_stride, WIDTH)
-        top, bottom = ends_of(x, SYMMETRIC)
+        top, bottom = min_max(x, SYMMETRIC)
     else:
         top, bottom = tl.zeros((ROWS,), dtype=tl.int32), tl.zeros((ROWS,), dtype=tl.int32)
         for start in range(0, ins, WIDTH):
-            top_here, bottom_here = ends_of(read(x_row, n, start, rows, ins, column_stride, WIDTH), SYMMETRIC)
+            top_here, bottom_here = min_max(read(x_row, n, start, rows, ins, column_stride, WIDTH), SYMMETRIC)
             top, bottom = tl.maximum(top, top_here), tl.maximum(bottom, bottom_here)
-    scale, zero = scales_of(top, bottom, LOW, HIGH, SYMMETRIC, EPS)
+    scale, zero = block_scales(top, bottom, LOW, HIGH, SYMMETRIC, EPS)
     tl.store(scale_ptr + n, scale, mask=n < rows)
     if not SYMMETRIC:
         tl.store(zero_ptr + n, zero, mask=n < rows)

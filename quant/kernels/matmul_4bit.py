@@ -30,7 +30,7 @@ SLOW = (64, 32, 16, 4)  # float32, which the tensor cores do not multiply exactl
 
 
 @triton.jit
-def scales_of(block, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED: tl.constexpr):
+def block_scales(block, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED: tl.constexpr):
     """absmax of each block, float32, whether it is kept so or in eight bits."""
     scale = tl.load(absmax_ptr + block)
     if NESTED:
@@ -72,14 +72,14 @@ def weight_tile(
         value = values_of(tl.interleave(byte >> 4, byte & 15), table)
         SCALES: tl.constexpr = BLOCK_I // BLOCK_SIZE if BLOCK_I > BLOCK_SIZE else 1
         block = ((o * ins + start) // BLOCK_SIZE)[:, None] + tl.arange(0, SCALES)[None, :]
-        scale = scales_of(block, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED)
-        in_blocks: tl.constexpr = (value.shape[0], SCALES, BLOCK_I // SCALES)
-        return tl.reshape(tl.reshape(value, in_blocks) * scale[:, :, None], value.shape)
+        scale = block_scales(block, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED)
+        split_into_blocks: tl.constexpr = (value.shape[0], SCALES, BLOCK_I // SCALES)
+        return tl.reshape(tl.reshape(value, split_into_blocks) * scale[:, :, None], value.shape)
     else:
         place = o[:, None] * ins + tl.minimum(start + tl.arange(0, BLOCK_I), ins - 1)[None, :]
         byte = tl.load(packed_ptr + place // 2)
         value = values_of(tl.where(place % 2 == 0, byte >> 4, byte & 15), table)
-        return value * scales_of(place // BLOCK_SIZE, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED)
+        return value * block_scales(place // BLOCK_SIZE, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED)
 
 
 @triton.jit
@@ -250,10 +250,10 @@ def checked_bias(bias: Tensor | None, x: Tensor, small: QuantizedTensor) -> None
 
 def parts_of(small: QuantizedTensor) -> dict:
     """The weight as the kernels take it. Without double quantization no nested part is read; absmax stands in its place."""
-    nested = (small.nested_absmax, small.nested_code, small.offset) if small.double else (small.absmax,) * 3
+    nested = (small.nested_absmax, small.nested_code, small.offset) if small.double_quantized else (small.absmax,) * 3
     tables = (small.packed, small.absmax, small.code, *nested)
     names = ("packed_ptr", "absmax_ptr", "code_ptr", "nested_absmax_ptr", "nested_code_ptr", "offset_ptr")
-    settings = {"BLOCK_SIZE": small.block_size, "NESTED": small.double, "WHOLE": small.shape[1] % RUN == 0}
+    settings = {"BLOCK_SIZE": small.block_size, "NESTED": small.double_quantized, "WHOLE": small.shape[1] % RUN == 0}
     return dict(zip(names, tables, strict=True)) | settings
 
 

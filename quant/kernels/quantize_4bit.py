@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quant.config import QuantError
-from quant.nf4 import SMALLEST, QuantizedTensor, bounds, check, finished, not_finite
+from quant.nf4 import SMALLEST, QuantizedTensor, assemble, bounds, check, describe_non_finite
 
 READ = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -69,7 +69,9 @@ def quantize_kernel(
     tl.store(packed_ptr + program * (SIZE // 2) + byte, (high << 4 | low).to(tl.uint8), mask=byte < bytes_inside)
 
 
-def quantize_4bit(weight: Tensor, *, block_size: int = 64, double: bool = True, scheme: str = "nf4") -> QuantizedTensor:
+def quantize_4bit(
+    weight: Tensor, *, block_size: int = 64, double_quantized: bool = True, scheme: str = "nf4"
+) -> QuantizedTensor:
     """As `quant.nf4.quantize`, of which it has the arguments, the errors and every bit of the result.
 
     float32, float16 and bfloat16 are read as they are; other formats, and a weight that is not contiguous, are copied first.
@@ -80,8 +82,8 @@ def quantize_4bit(weight: Tensor, *, block_size: int = 64, double: bool = True, 
     absmax = torch.empty(-(-flat.numel() // block_size), dtype=torch.float32, device=weight.device)
     launch(flat, packed, absmax, block_size, scheme)
     if not bool(absmax.isfinite().all()):
-        raise QuantError(not_finite(weight))
-    return finished(weight, packed, absmax, block_size=block_size, double=double, scheme=scheme)
+        raise QuantError(describe_non_finite(weight))
+    return assemble(weight, packed, absmax, block_size=block_size, double_quantized=double_quantized, scheme=scheme)
 
 
 def launch(flat: Tensor, packed: Tensor, absmax: Tensor, block_size: int, scheme: str) -> None:

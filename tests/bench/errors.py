@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import model.hub
-from quant.blockwise import in_blocks
+from quant.blockwise import split_into_blocks
 from quant.nf4 import quantize
 from tests.bench.timing import table
 from train.runs.checkpoint import resolve
@@ -23,23 +23,23 @@ BLOCK = 64
 
 
 def nf4(weight: Tensor) -> Tensor:
-    return quantize(weight, block_size=BLOCK, double=False, scheme="nf4").dequantize()
+    return quantize(weight, block_size=BLOCK, double_quantized=False, scheme="nf4").dequantize()
 
 
 def fp4(weight: Tensor) -> Tensor:
-    return quantize(weight, block_size=BLOCK, double=False, scheme="fp4").dequantize()
+    return quantize(weight, block_size=BLOCK, double_quantized=False, scheme="fp4").dequantize()
 
 
 def int4(weight: Tensor) -> Tensor:
     """Whole numbers -7 … 7, a step of absmax/7; half-way between two, the even one."""
-    blocks = in_blocks(weight, BLOCK)
+    blocks = split_into_blocks(weight, BLOCK)
     step = blocks.abs().amax(dim=1, keepdim=True) / 7
     rounded = (blocks / torch.where(step > 0, step, 1)).round().clamp(-7, 7) * step
     return rounded.flatten()[: weight.numel()].view(weight.shape)
 
 
 def nf4_double(weight: Tensor) -> Tensor:
-    return quantize(weight, block_size=BLOCK, double=True, scheme="nf4").dequantize()
+    return quantize(weight, block_size=BLOCK, double_quantized=True, scheme="nf4").dequantize()
 
 
 FORMATS: dict[str, Callable[[Tensor], Tensor]] = {"NF4": nf4, "FP4": fp4, "INT4": int4, "NF4, double": nf4_double}

@@ -20,7 +20,7 @@ from lora.inject import add_adapters
 from model.config import ModelConfig
 from model.init import empty
 from quant.layer import QuantizedLinear
-from quant.linear import QUANTIZE, quantizable
+from quant.linear import QUANTIZE, quantizable_layers
 from quant.nf4 import QuantizedTensor
 from quant.product import linear_4bit
 from tests.bench.timing import alternate, ratio, table
@@ -201,7 +201,7 @@ def random_network(config: ModelConfig, device: torch.device) -> nn.Module:
     def drawn(parameter: Tensor) -> Tensor:
         return torch.empty_like(parameter, device=device).normal_(std=0.02, generator=generator)
 
-    for path, layer in quantizable(network).items():
+    for path, layer in quantizable_layers(network).items():
         network.set_submodule(path, QuantizedLinear(QUANTIZE[device.type](drawn(layer.weight)), layer.bias))
     for path, parameter in list(network.named_parameters()):
         owner, _, leaf = path.rpartition(".")

@@ -26,7 +26,7 @@ from model.init import build
 from quant import int8, int8_product, llm_int8
 from quant.calibrate import observe
 from quant.int8_linear import Int8Linear
-from quant.linear import quantizable, quantize_linears, quantized_layers
+from quant.linear import quantizable_layers, quantize_linears, quantized_layers
 from tests.bench.timing import alternate, ratio, table
 
 COMMON = {"vocab_size": 2048, "context": 128, "bos_id": 1, "eos_id": 2}
@@ -42,7 +42,7 @@ LAYERS, ROWS = ((384, 1536), (768, 3072), (3072, 768)), (1, 16, 128, 512)  # lay
 
 def bench_int8(rounds: int) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at each call that it rounds to float16
-    has, planes = ("has no", "two planes") if int8_product.saturates() else ("has", "one plane")
+    has, planes = ("has no", "two planes") if int8_product.has_saturating_sums() else ("has", "one plane")
     print(f"This CPU {has} VNNI: few rows of whole numbers are multiplied in {planes}\n")
     print(f"Generation, prompt {PROMPT}, {NEW} new tokens; tokens a second; ratio: median of the rounds")
     for name in SIZES:
@@ -98,11 +98,11 @@ def parts_of(network: nn.Module, call: Callable[[], object]) -> dict[str, float]
 
     @contextlib.contextmanager
     def watched() -> Iterator[None]:
-        layers = (quantized_layers(network) or quantizable(network)).values()
+        layers = (quantized_layers(network) or quantizable_layers(network)).values()
         places = [(layer, "forward", "linear") for layer in layers]
         places += [(layer.input, "forward", "rounding") for layer in layers if isinstance(layer, Int8Linear)]
         places += [(llm_int8, "split", "rounding"), (llm_int8, "sums", "sums")]
-        places += [(int8_product, name, "sums") for name in ("whole_products", "float_products")]
+        places += [(int8_product, name, "sums") for name in ("int8_sums", "float_sums")]
         with contextlib.ExitStack() as patches:
             for owner, name, part in places:
                 patches.enter_context(mock.patch.object(owner, name, timed(part, getattr(owner, name))))

@@ -14,7 +14,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from model.config import ModelConfig
 from model.init import empty
-from quant.linear import quantizable
+from quant.linear import quantizable_layers
 from quant.nf4 import dequantize, quantize
 from quant.product import linear_4bit
 from tests.bench.timing import alternate, ratio, table
@@ -72,7 +72,7 @@ def both(layer, x: torch.Tensor) -> None:
 def bench_llama(rounds: int) -> None:
     """Llama-3-8B's linear layers, random weights, one made and rounded at a time. `rounds` is not used: it is measured once."""
     network = empty(ModelConfig.preset("llama-3-8b"), device="meta")
-    shapes = [tuple(layer.weight.shape) for layer in quantizable(network).values()]
+    shapes = [tuple(layer.weight.shape) for layer in quantizable_layers(network).values()]
     generator, kept, before = torch.Generator().manual_seed(0), [], resident()
     for shape in shapes:
         kept.append(quantize(torch.randn(shape, generator=generator).bfloat16()))

@@ -28,7 +28,7 @@ def folders(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("folders")
     model.hub.save(randomized(tiny_config("llama", tie_embeddings=False), dtype=torch.float32), root / "dense")
     for name, double in {"double": True, "single": False}.items():
-        model.hub.save(model.hub.load(root / "dense", quantization=FourBit(double=double)), root / name)
+        model.hub.save(model.hub.load(root / "dense", quantization=FourBit(double_quantized=double)), root / name)
     return root
 
 

@@ -59,7 +59,7 @@ def test_the_command_says_which(dense, tmp_path):
 @pytest.mark.parametrize("scheme", ["nf4", "fp4"])
 def test_the_values_are_those_of_one_long_row(dense, scheme, tmp_path):
     """As its CUDA kernels read them, and its CPU kernels where the matrix is told to be one row: there they cannot be wrong."""
-    saved(dense, tmp_path, FourBit(scheme, double=False))
+    saved(dense, tmp_path, FourBit(scheme, double_quantized=False))
     small, plain = model.hub.load(tmp_path), model.hub.load(dense)
     for path, layer in quantized_layers(small).items():
         weight = plain.get_parameter(f"{path}.weight").detach()

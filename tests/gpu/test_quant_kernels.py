@@ -60,7 +60,7 @@ def test_past_two_to_the_31st_number(parity):
     tail = torch.randn(70_001, device="cuda").bfloat16()
     weight = torch.zeros((1 << 31) + len(tail), dtype=torch.bfloat16, device="cuda")
     weight[1 << 31 :] = tail
-    ours, expected = quantize_4bit(weight, double=False), quantize(tail, double=False)
+    ours, expected = quantize_4bit(weight, double_quantized=False), quantize(tail, double_quantized=False)
     del weight
     error = different(ours.packed[1 << 30 :], expected.packed) + different(ours.absmax[(1 << 31) // 64 :], expected.absmax)
     parity("Triton's 4-bit quantization, on a GPU: past 2^31", TWINS, error, *EXACT)

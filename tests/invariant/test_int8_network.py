@@ -19,7 +19,7 @@ from quant.config import Int8, QuantError
 from quant.int8 import AFFINE, SYMMETRIC, Int8Tensor, quantize
 from quant.int8_linear import DynamicInput, Int8Linear, StaticInput
 from quant.int8_product import Codes, product_cpu, product_reference
-from quant.linear import dense, quantize_linears, quantized_layers
+from quant.linear import dense_weight, quantize_linears, quantized_layers
 from tests.conftest import TINY_FAMILIES, randomized, tiny_config
 
 KINDS = {
@@ -217,7 +217,7 @@ def test_the_gradient_is_straight_through_and_none_where_x_was_cut_off(kind):
     y = layer(x)
     dy = torch.randn_like(y)
     y.backward(dy)
-    expected = dy @ dense(layer)
+    expected = dy @ dense_weight(layer)
     if isinstance(layer, Int8Linear) and isinstance(layer.input, StaticInput):
         steps = (x * (1 / layer.input.scale)).round() + layer.input.zero
         inside = (steps >= -128) & (steps <= 127)
@@ -254,7 +254,7 @@ def test_both_ways_are_the_plain_twin(kind, affine, monkeypatch):
 
     Few rows go in two planes where the processor has no VNNI, else in one: two are exact on every processor.
     """
-    measured = int8_product.saturates()
+    measured = int8_product.has_saturating_sums()
     generator = torch.Generator().manual_seed(0)
     for rows, out, ins, groups in SIZES[: 6 if affine else None]:
         ins = min(ins, 900) if affine else ins  # (127 + 9)² a product, where symmetric codes have 128²
@@ -265,7 +265,7 @@ def test_both_ways_are_the_plain_twin(kind, affine, monkeypatch):
         expected, bias = product_reference(x, w), torch.randn(out, generator=generator)
         for few, two_planes in ((0, measured), (1000, measured), (1000, True)):
             monkeypatch.setattr(int8_product, "FEW_ROWS", few)
-            monkeypatch.setattr(int8_product, "saturates", lambda two_planes=two_planes: two_planes)
+            monkeypatch.setattr(int8_product, "has_saturating_sums", lambda two_planes=two_planes: two_planes)
             assert torch.equal(product_cpu(x, w), expected), (rows, out, ins, groups, few, two_planes)
             assert torch.equal(product_cpu(x, w, bias), product_reference(x, w, bias))
 
@@ -294,7 +294,8 @@ def test_an_adapter_is_trained_and_merged(kind):
     deltas = {path: holder.parts["default"].delta().detach() for path, holder in holders_of(network).items()}
     merge(network)
     for path, delta in deltas.items():
-        torch.testing.assert_close(network.get_submodule(path).base.weight, dense(before[path]) + delta, rtol=0, atol=1e-6)
+        merged = network.get_submodule(path).base.weight
+        torch.testing.assert_close(merged, dense_weight(before[path]) + delta, rtol=0, atol=1e-6)
     step = (logits(network) - adapted).abs().max()
     assert step < 0.1 * adapted.abs().max()  # merged weights are dense: their inputs are rounded no more
     unmerge(network)

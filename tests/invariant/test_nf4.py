@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from quant import blockwise, nf4, pages
-from quant.blockwise import dynamic_map, on_grid
-from quant.config import BLOCK_SIZES, QuantError
+from quant.blockwise import dynamic_map, nearest_on_grid
+from quant.config import BLOCK_SIZES, FourBit, QuantError, from_table, to_table
+from quant.linear import quantize_linears
 from quant.nf4 import CODES, QuantizedTensor, pack, quantize, unpack
 
 PARTS = ("packed", "absmax", "nested_absmax", "offset")
@@ -35,7 +36,7 @@ def test_what_is_no_number_is_refused(value, dtype):
 def test_the_first_of_a_late_piece_is_named(dtype):
     weight = torch.zeros(1100, 1000, dtype=dtype)
     weight[1099, 999] = weight[1080, 2] = torch.nan
-    assert 1080 * 1000 > nf4.AT_ONCE["cpu"]
+    assert 1080 * 1000 > nf4.CHUNK["cpu"]
     with pytest.raises(QuantError, match=re.escape("at [1080, 2] is nan")):
         quantize(weight)
     with pytest.raises(QuantError, match=re.escape("at [2, 1080] is nan")):
@@ -65,18 +66,18 @@ def test_settings_and_formats_that_are_not_there():
 
 def test_bits_a_number():
     weight = torch.randn(4096, 4096)
-    double, single = quantize(weight), quantize(weight, double=False)
+    double, single = quantize(weight), quantize(weight, double_quantized=False)
     assert round(double.bits, 3) == 4.127 and single.bits == 4.5
     assert double.nbytes == sum(value.nbytes for name, value in double.state_dict().items() if name != "_extra_state")
     assert (double.packed.shape, double.absmax.shape, double.nested_absmax.shape) == ((2**23, 1), (2**18,), (2**10,))
-    assert quantize(weight[:1], block_size=32, double=False).bits == 5
+    assert quantize(weight[:1], block_size=32, double_quantized=False).bits == 5
 
 
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("cast", ["bfloat16", "half", "double", "float"])
 def test_a_cast_changes_nothing(cast, double):
     weight = torch.randn(70, 64)
-    small, network = quantize(weight, double=double), torch.nn.ModuleList([quantize(weight, double=double)])
+    small, network = quantize(weight, double_quantized=double), torch.nn.ModuleList([quantize(weight, double_quantized=double)])
     getattr(network, cast)()
     assert same(network[0], small) and torch.equal(network[0].dequantize(), small.dequantize())
     network.to(dtype=torch.float16)
@@ -96,7 +97,7 @@ def test_it_moves():
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("scheme", CODES)
 def test_state_dict_round_trip(scheme, double):
-    first, other = (quantize(torch.randn(33, 35), scheme=scheme, double=double) for _ in range(2))
+    first, other = (quantize(torch.randn(33, 35), scheme=scheme, double_quantized=double) for _ in range(2))
     state = first.state_dict()
     assert state.keys() - {"_extra_state"} == {name for name in PARTS if getattr(first, name) is not None}
     assert not same(first, other)
@@ -112,7 +113,7 @@ def test_pieces_do_not_show(block_size, scheme, monkeypatch):
     weights = [torch.randn(shape).to(dtype) for shape in shapes for dtype in (torch.float32, torch.bfloat16)]
     whole = [quantize(weight, block_size=block_size, scheme=scheme) for weight in weights]
     values = [small.dequantize() for small in whole]
-    monkeypatch.setattr(nf4, "AT_ONCE", {"cpu": 4096})
+    monkeypatch.setattr(nf4, "CHUNK", {"cpu": 4096})
     monkeypatch.setattr(nf4, "PIECE", 4096)
     for weight, expected, value in zip(weights, whole, values, strict=True):
         small = quantize(weight, block_size=block_size, scheme=scheme)
@@ -135,8 +136,8 @@ def test_pieces_begin_where_they_are_asked_to(multiple, monkeypatch):
 def test_values_that_four_bits_have_are_exact(scheme, dtype):
     """Quantized again, they are what they were: the same codes, but FP4's second zero becomes the first."""
     for weight in (torch.randn(100, 65), torch.randn(3, 7, 11) * 1e-3, torch.zeros(70), torch.randn(33) * 1e3):
-        small = quantize(weight.to(dtype), double=False, scheme=scheme)
-        again = quantize(small.dequantize(), double=False, scheme=scheme)
+        small = quantize(weight.to(dtype), double_quantized=False, scheme=scheme)
+        again = quantize(small.dequantize(), double_quantized=False, scheme=scheme)
         assert torch.equal(again.absmax, small.absmax) and torch.equal(again.dequantize(), small.dequantize())
         codes, before = unpack(again.packed, weight.numel()), unpack(small.packed, weight.numel())
         zero = scheme == "fp4"
@@ -146,7 +147,7 @@ def test_values_that_four_bits_have_are_exact(scheme, dtype):
 def test_each_code_is_its_own_value():
     """All sixteen codes, in order, in a block whose largest magnitude is 2."""
     for scheme, code in CODES.items():
-        small = quantize(2 * code().repeat(4), double=False, scheme=scheme)
+        small = quantize(2 * code().repeat(4), double_quantized=False, scheme=scheme)
         expected = torch.arange(16).masked_fill((torch.arange(16) == 8) & (scheme == "fp4"), 0)
         assert torch.equal(unpack(small.packed, 64).view(4, 16), expected.byte().expand(4, 16))
         assert torch.equal(small.dequantize(), 2 * code().repeat(4))
@@ -156,7 +157,7 @@ def test_each_code_is_its_own_value():
 def test_each_number_becomes_the_nearest_value(scheme):
     """By brute force in float64; 2e-7 for z and the boundaries, which are float32."""
     weight = torch.randn(50, 64)
-    values = quantize(weight, double=False, scheme=scheme).dequantize()
+    values = quantize(weight, double_quantized=False, scheme=scheme).dequantize()
     absmax = weight.double().abs().amax(1, keepdim=True)
     least = (weight.double()[..., None] - absmax[..., None] * CODES[scheme]().double()).abs().amin(-1)
     assert ((weight.double() - values).abs() <= least + 2e-7 * absmax).all()
@@ -168,22 +169,22 @@ def test_packing():
     assert pack(codes[:3]).tolist() == [0x01, 0x27] and pack(codes[:3], "fp4").tolist() == [0x01, 0x20]
     for count in (0, 1, 15, 16):
         assert torch.equal(unpack(pack(codes[:count]), count), codes[:count])
-    small = quantize(torch.tensor([[1.0, -1.0, 0.0]]), double=False)
+    small = quantize(torch.tensor([[1.0, -1.0, 0.0]]), double_quantized=False)
     assert small.packed.tolist() == [[0xF0], [0x77]]
 
 
 def test_the_mean_of_scales_is_taken_off():
     """Scales are much alike: without their mean, eight bits keep more than twice as much of them."""
     weight = torch.randn(512, 512)
-    scales, code = quantize(weight, double=False).absmax, dynamic_map()
-    without = blockwise.dequantize_8bit(*blockwise.quantize_8bit(scales, code, decide=on_grid), code)
+    scales, code = quantize(weight, double_quantized=False).absmax, dynamic_map()
+    without = blockwise.dequantize_8bit(*blockwise.quantize_8bit(scales, code, decide=nearest_on_grid), code)
     assert (quantize(weight).scales() - scales).abs().mean() < 0.5 * (without - scales).abs().mean()
 
 
 def test_an_empty_tensor():
     for shape in ((0,), (0, 5), (5, 0)):
         for double in (False, True):
-            small = quantize(torch.empty(shape), double=double)
+            small = quantize(torch.empty(shape), double_quantized=double)
             assert small.numel() == 0 and small.dequantize().shape == shape
 
 
@@ -227,12 +228,24 @@ def test_large_pages_are_asked_for_inside_a_tensor(monkeypatch):
     monkeypatch.setattr(pages, "advise", lambda: lambda *given: asked.append(given))
     for first in (0, 1, 2):  # two of them begin inside a page
         tensor = whole[first:][: 2 * pages.LARGE]
-        assert pages.in_large_pages(tensor) is tensor
+        assert pages.advise_huge_pages(tensor) is tensor
         ((begin, length, advice),) = asked
         assert begin % pages.SMALL == length % pages.SMALL == 0 and advice == mmap.MADV_HUGEPAGE
         assert 0 <= begin - tensor.data_ptr() < pages.SMALL
         assert 0 <= tensor.data_ptr() + tensor.nbytes - begin - length < pages.SMALL
         asked.clear()
-    pages.in_large_pages(whole[: 2 * pages.LARGE - 1])
-    pages.in_large_pages(torch.empty(3 * pages.LARGE, device="meta"))
+    pages.advise_huge_pages(whole[: 2 * pages.LARGE - 1])
+    pages.advise_huge_pages(torch.empty(3 * pages.LARGE, device="meta"))
     assert asked == []
+
+
+def test_the_old_name_of_double_quantized_is_accepted_with_a_warning():
+    weight = torch.randn(4, 64)
+    with pytest.warns(DeprecationWarning, match="double= is called double_quantized= now"):
+        single = quantize(weight, double=False)
+    assert not single.double_quantized and torch.equal(single.packed, quantize(weight, double_quantized=False).packed)
+    with pytest.warns(DeprecationWarning):
+        network = quantize_linears(torch.nn.Sequential(torch.nn.Linear(64, 4)), double=False)
+    assert not network[0].weight.double_quantized
+    settings = FourBit("fp4", double_quantized=False, skip=("up",))
+    assert to_table(settings)["double"] is False and from_table(to_table(settings)) == settings

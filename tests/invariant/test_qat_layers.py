@@ -16,7 +16,7 @@ from quant.config import QatConfig, QuantError
 from quant.fake import fake_quantize
 from quant.int8 import AFFINE, EPS
 from quant.int8_linear import DynamicInput, Int8Linear, StaticInput
-from quant.linear import quantizable, quantize_linears
+from quant.linear import quantizable_layers, quantize_linears
 from quant.qat import QatLinear, convert, converted, prepare, qat_layers
 from tests.conftest import randomized, tiny_config
 
@@ -84,7 +84,7 @@ def test_converted_it_computes_the_same(name):
     network = trained(prepare(tiny(family), settings, bits))
     layers, expected = qat_layers(network), outputs(network)
     assert all(x.isfinite().all() for x in expected) and expected[-1].dtype == torch.bfloat16
-    assert set(layers) == set(quantizable(plain)) and len(layers) >= 8
+    assert set(layers) == set(quantizable_layers(plain)) and len(layers) >= 8
     assert not any(torch.equal(plain.get_submodule(path).weight, layer.weight) for path, layer in layers.items())
     assert convert(network) is network and not qat_layers(network)
     assert equal(outputs(network), expected)
@@ -366,8 +366,8 @@ def test_state_there_and_back(settings, bits=4):
 def test_the_layers_keep_mode_and_parameters():
     network = tiny().train()
     network.body.blocks[0].eval()
-    before = {path: (layer.weight, layer.bias, layer.training) for path, layer in quantizable(network).items()}
-    assert prepare(network, LEARNED) is network and not quantizable(network)
+    before = {path: (layer.weight, layer.bias, layer.training) for path, layer in quantizable_layers(network).items()}
+    assert prepare(network, LEARNED) is network and not quantizable_layers(network)
     for path, layer in qat_layers(network).items():
         assert (layer.weight, layer.bias, layer.training) == before[path]
     assert isinstance(network.head, type(tiny().head))
@@ -464,7 +464,7 @@ def test_what_is_skipped():
         paths = {path for path, module in left.named_modules() if isinstance(module, nn.Linear) and path != "head"}
         assert paths == {f"body.blocks.{n}.mlp.down" for n in range(2)}
     renamed = prepare(tiny(), QatConfig(skip=("^mine$",)), published={"body.blocks.1.mlp.down": "mine"})
-    assert set(quantizable(tiny())) - set(qat_layers(renamed)) == {"body.blocks.1.mlp.down"}
+    assert set(quantizable_layers(tiny())) - set(qat_layers(renamed)) == {"body.blocks.1.mlp.down"}
 
 
 def test_x_that_does_not_fit():

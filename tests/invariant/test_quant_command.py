@@ -174,15 +174,15 @@ def test_measured_in_pieces(scheme, dtype, monkeypatch):
 def test_a_matrix_of_zeros_has_no_error():
     weight = torch.zeros(4, 64)
     for double in (True, False):
-        found = report.measure("zeros.weight", weight, quantize(weight, double=double))
+        found = report.measure("zeros.weight", weight, quantize(weight, double_quantized=double))
         assert (found.name, found.error, found.cosine) == ("zeros", 0.0, 1.0)
 
 
 def test_together_is_one_large_matrix():
     weights = [torch.randn(6, 64, generator=torch.Generator().manual_seed(seed)) * (1 + seed) for seed in range(3)]
-    layers = [report.measure(f"h.{n}.x.weight", w, quantize(w, double=False)) for n, w in enumerate(weights)]
+    layers = [report.measure(f"h.{n}.x.weight", w, quantize(w, double_quantized=False)) for n, w in enumerate(weights)]
     whole = torch.cat(weights)
-    one, all_ = report.measure("all", whole, quantize(whole, double=False)), report.together("all", layers)
+    one, all_ = report.measure("all", whole, quantize(whole, double_quantized=False)), report.together("all", layers)
     assert (all_.numbers, all_.before, all_.after) == (one.numbers, one.before, one.after)
     assert all_.error == pytest.approx(one.error, rel=1e-13) and all_.cosine == pytest.approx(one.cosine, rel=1e-13)
     assert all_.error != pytest.approx(sum(layer.error for layer in layers) / 3, rel=1e-6)  # the mutant: a mean of errors
@@ -346,7 +346,7 @@ def test_fp4_is_coarser(finished, nf4_run, tmp_path):
     assert (entry["bnb_4bit_quant_type"], entry["bnb_4bit_use_double_quant"]) == ("fp4", False)
     coarse, fine = (dense_and_small(last_checkpoint(finished), folder) for folder in (tmp_path / "fp4", nf4_run[1]))
     for path, (w, layer) in coarse.items():
-        assert layer.weight.block_size == 128 and not layer.weight.double
+        assert layer.weight.block_size == 128 and not layer.weight.double_quantized
         errors = [(w - each.dequantize()).norm() for each in (layer, fine[path][1])]
         assert errors[0] > 1.1 * errors[1], path  # of normal numbers 1.33 times
     assert shown(said, "all")[4] == f"{4 + 32 / 128:.3f}"
@@ -455,8 +455,8 @@ def test_rows_are_columns():
     assert len({len(row) for row in rows}) == 1 and "h.0.x" in columns(rows)
     assert [len(report.table([one] * count)) for count in (32, 33)] == [1 + 32 + 1, 1 + 1 + 1]  # above 32, a row for each kind
     assert FourBit().block_size == 64 and 0.09 < report.normal_error(FourBit()) < 0.1 < report.normal_error(FourBit("fp4"))
-    assert report.normal_error(FourBit(block_size=4096)) > 0.1 > report.normal_error(FourBit(double=False))
-    assert report.normal_error(FourBit(double=False)) != report.normal_error(FourBit())
+    assert report.normal_error(FourBit(block_size=4096)) > 0.1 > report.normal_error(FourBit(double_quantized=False))
+    assert report.normal_error(FourBit(double_quantized=False)) != report.normal_error(FourBit())
 
 
 PEAK = """

@@ -17,7 +17,7 @@ from model.init import build, empty
 from model.rope import interleaved_to_halves
 from quant.config import FourBit, QuantError
 from quant.layer import QuantizedLinear, ReorderedLinear
-from quant.linear import dense, quantize_linears, quantized_layers
+from quant.linear import dense_weight, quantize_linears, quantized_layers
 from quant.nf4 import QuantizedTensor, quantize
 from tests.conftest import randomized, tiny_config
 
@@ -71,7 +71,7 @@ def test_which_layers(family):
 
 
 def test_skip_and_settings():
-    skipped = quantize_linears(tiny("llama"), "fp4", (r"blocks\.0\.", "down$"), block_size=32, double=False)
+    skipped = quantize_linears(tiny("llama"), "fp4", (r"blocks\.0\.", "down$"), block_size=32, double_quantized=False)
     layers = small_layers(skipped)
     names = (
         "attention.project.query",
@@ -83,7 +83,7 @@ def test_skip_and_settings():
     )
     assert set(layers) == {f"body.blocks.1.{name}" for name in names}
     for layer in layers.values():
-        assert (layer.weight.scheme, layer.weight.block_size, layer.weight.double) == ("fp4", 32, False)
+        assert (layer.weight.scheme, layer.weight.block_size, layer.weight.double_quantized) == ("fp4", 32, False)
     with pytest.raises(QuantError, match=r"no linear layer to quantize in a Network, with skip=\('body',\)"):
         quantize_linears(tiny("llama"), skip=("body",))
     with pytest.raises(QuantError, match="not regular expressions"):
@@ -143,8 +143,8 @@ def test_the_dense_weights_are_given_back():
 
 @pytest.mark.parametrize("double", [True, False])
 def test_state_dict_there_and_back(double):
-    one = quantize_linears(tiny("gpt2"), double=double)
-    other = quantize_linears(randomized(tiny_config("gpt2"), seed=1, dtype=torch.float32), double=double)
+    one = quantize_linears(tiny("gpt2"), double_quantized=double)
+    other = quantize_linears(randomized(tiny_config("gpt2"), seed=1, dtype=torch.float32), double_quantized=double)
     assert not torch.equal(one(**batch(one)).logits, other(**batch(other)).logits)
     state = copy.deepcopy(one.state_dict())
     own = {"packed", "absmax", "_extra_state"} | ({"nested_absmax", "offset"} if double else set())
@@ -172,7 +172,7 @@ def test_a_cast_leaves_codes_and_scales():
 
 @pytest.mark.parametrize(
     "settings",
-    [FourBit(), FourBit("fp4", double=False, block_size=128, skip=("query", r"down$"))],
+    [FourBit(), FourBit("fp4", double_quantized=False, block_size=128, skip=("query", r"down$"))],
     ids=["default", "fp4"],
 )
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "bart"])
@@ -180,9 +180,8 @@ def test_reading_so_is_quantizing_what_was_read(family, settings, tmp_path):
     model.hub.save(tiny(family), tmp_path)
     seen = []
     read = model.hub.load(tmp_path, quantization=settings, watch=lambda *given: seen.append(given))
-    after = quantize_linears(
-        model.hub.load(tmp_path), settings.scheme, settings.skip, block_size=settings.block_size, double=settings.double
-    )
+    how = {"block_size": settings.block_size, "double_quantized": settings.double_quantized}
+    after = quantize_linears(model.hub.load(tmp_path), settings.scheme, settings.skip, **how)
     one, other = small_layers(read), small_layers(after)
     assert set(one) == set(other) and all(same_bits(layer.weight, other[path].weight) for path, layer in one.items())
     state, expected = read.state_dict(), after.state_dict()
@@ -210,9 +209,9 @@ def test_rows_that_a_family_publishes_in_another_order(tmp_path):
             layer = getattr(project, name)
             assert torch.equal(interleaved_to_halves(weight, read.config.head_width), getattr(original, name).weight)
             assert layer.weight is small and torch.equal(
-                dense(layer), interleaved_to_halves(small.dequantize(), read.config.head_width)
+                dense_weight(layer), interleaved_to_halves(small.dequantize(), read.config.head_width)
             )
-            assert (dense(layer) - getattr(original, name).weight).abs().max() < 0.2 * weight.abs().max()
+            assert (dense_weight(layer) - getattr(original, name).weight).abs().max() < 0.2 * weight.abs().max()
 
 
 def test_watch_is_told_of_each_layer_once(tmp_path):
@@ -260,7 +259,8 @@ def test_formats_that_are_asked_for(tmp_path):
     for path, layer in small_layers(network).items():
         assert torch.equal(layer.weight.packed, as_stored[path].weight.packed)
         assert layer.dequantize().dtype == torch.bfloat16 and layer.compute == as_stored[path].compute == torch.float16
-        assert dense(layer).dtype == torch.bfloat16 and torch.equal(dense(layer, torch.float32), dense(as_stored[path]))
+        assert dense_weight(layer).dtype == torch.bfloat16
+        assert torch.equal(dense_weight(layer, torch.float32), dense_weight(as_stored[path]))
     model.hub.save(network, tmp_path / "again")
     said = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
     assert said["bnb_4bit_compute_dtype"] == "float16"
@@ -325,6 +325,6 @@ def test_state_of_another_scheme_is_refused():
 
 def test_scales_that_cannot_be_added_up_are_refused():
     huge = torch.full((512, 64), 3.4e38)
-    with pytest.raises(QuantError, match="double=False"):
+    with pytest.raises(QuantError, match="double_quantized=False"):
         quantize(huge)
-    assert torch.equal(quantize(huge, double=False).dequantize(), huge)
+    assert torch.equal(quantize(huge, double_quantized=False).dequantize(), huge)

@@ -84,7 +84,7 @@ def measure(name: str, device: str = "cpu") -> dict:
     shape, dtype, scheme, block_size, layout, double = CASES[name]
     torch.manual_seed(0)
     weight = LAYOUTS[layout](edges(SHAPES[shape], DTYPES[dtype], block_size, device))
-    settings = {"block_size": block_size, "double": double, "scheme": scheme}
+    settings = {"block_size": block_size, "double_quantized": double, "scheme": scheme}
     ours, expected = quantize_4bit(weight, **settings), quantize(weight, **settings)
     assert ours.extra_repr() == expected.extra_repr() and parts(ours).keys() == parts(expected).keys()
     quantized = sum(different(part, parts(expected)[part_name]) for part_name, part in parts(ours).items())

@@ -88,7 +88,7 @@ def measure(name: str, device: str = "cpu") -> dict:
     torch.manual_seed(0)
     (n, o, i), (scheme, block_size, double), dtype = SIZES[size], FORMATS[form], DTYPES[dtype]
     spread = torch.linspace(0, 3, o * i).exp().view(o, i)  # the scales of blocks differ
-    small = quantize(torch.randn(o, i) * spread, block_size=block_size, double=double, scheme=scheme).to(device)
+    small = quantize(torch.randn(o, i) * spread, block_size=block_size, double_quantized=double, scheme=scheme).to(device)
     x, dy = placed(n, i, layout, dtype, device), placed(n, o, layout, dtype, device)
     bias = torch.randn(o, device=device).to(dtype) if biased else None
 

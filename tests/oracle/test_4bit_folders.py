@@ -21,7 +21,7 @@ from model.weights import to_published, weight_table
 from quant.bnb_io import read_config
 from quant.config import FourBit
 from quant.layer import QuantizedLinear, ReorderedLinear
-from quant.linear import dense, quantize_linears
+from quant.linear import dense_weight, quantize_linears
 from tests.conftest import randomized, tiny_config
 from tests.oracle.believed import without_packing
 from tests.oracle.test_model import CLASSES, how
@@ -56,17 +56,17 @@ class Case:
     """The dense folder of a random network, and what transformers makes of it in four bits."""
 
     def __init__(self, name: str, root: Path):
-        family, changes, self.scheme, self.double, self.dtype, more = CASES[name]
+        family, changes, self.scheme, self.double_quantized, self.dtype, more = CASES[name]
         self.config = tiny_config(family, **(SIZES | changes))
         self.dense, self.folder = root / "dense", root / "4-bit"
         model.hub.save(randomized(self.config, dtype=self.dtype), self.dense)
         asked = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type=self.scheme, bnb_4bit_use_double_quant=self.double, **more
+            load_in_4bit=True, bnb_4bit_quant_type=self.scheme, bnb_4bit_use_double_quant=self.double_quantized, **more
         )
         self.theirs = opened(self.config, self.dense, quantization_config=asked)
         self.theirs.save_pretrained(self.folder)
         self.batch = inputs(self.config)
-        self.settings = FourBit(self.scheme, self.double)
+        self.settings = FourBit(self.scheme, self.double_quantized)
 
     @torch.no_grad()
     def logits(self, network: nn.Module) -> Tensor:
@@ -134,7 +134,7 @@ def test_ours_reads_theirs(case, parity, label):
         apart += differing(layer.weight.dequantize(), bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state))
         turned = isinstance(layer, ReorderedLinear)
         assert turned == (label == "roformer" and ("query" in name or "key" in name))
-        rows = halves_to_interleaved(dense(layer), case.config.head_width) if turned else dense(layer)
+        rows = halves_to_interleaved(dense_weight(layer), case.config.head_width) if turned else dense_weight(layer)
         apart += differing(rows, layer.weight.dequantize())
     parity(f"4-bit folders, weights: {label}", LIBRARY, apart, *EXACT)
 
@@ -151,7 +151,7 @@ def test_theirs_reads_ours(case, parity, label, tmp_path):
     written, expected = tensors(tmp_path), tensors(case.folder)
     both = {name for layer in mine for name in expected if name.startswith(f"{layer}.weight")}
     assert both == {name for name in written if any(name.startswith(f"{layer}.weight") for layer in mine)}
-    assert len(both) == len(mine) * (6 if case.double else 4)
+    assert len(both) == len(mine) * (6 if case.double_quantized else 4)
     apart = 0.0
     for name in both:
         if ".quant_state." in name:
@@ -169,7 +169,7 @@ def test_theirs_reads_ours(case, parity, label, tmp_path):
 @each
 def test_theirs_reads_quantize_linears(case, parity, label, tmp_path):
     skip = {"t5": (r"mlp\.down",), "roformer": ("query", "key")}.get(label, ())
-    ours = quantize_linears(model.hub.load(case.dense), case.scheme, skip, double=case.double)
+    ours = quantize_linears(model.hub.load(case.dense), case.scheme, skip, double_quantized=case.double_quantized)
     model.hub.save(ours, tmp_path)
     theirs = opened(case.config, tmp_path)
     assert set(small_layers(case, ours)) == set(their_layers(theirs))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import train.optimizers.adamw8bit
-from quant.blockwise import dynamic_map, nearest, on_grid
+from quant.blockwise import dynamic_map, nearest, nearest_on_grid
 from tests.runs import assert_same_end, command, stopped_at
 from train.optimizers.adamw import AdamW, adamw_update, build_optimizer
 from train.optimizers.adamw8bit import BLOCK, SMALLEST, AdamW8bit, first_places, map_on, nearest_by_table
@@ -84,7 +84,7 @@ def test_two_look_ups_find_the_nearest_place(signed):
 def test_equals_bitsandbytes(parity, monkeypatch, dtype, piece):
     monkeypatch.setattr(train.adamw8bit, "PIECE", {"cpu": piece})
     ours, theirs = weights(dtype), weights(dtype)
-    optimizer = AdamW8bit(groups_of(ours), lr=1e-2, decide=on_grid)
+    optimizer = AdamW8bit(groups_of(ours), lr=1e-2, decide=nearest_on_grid)
     oracle = bitsandbytes.optim.AdamW8bit(groups_of(theirs), lr=1e-2)
     train_on(optimizer, ours, range(40))
     train_on(oracle, theirs, range(40))
@@ -233,9 +233,9 @@ def test_a_row_never_seen_does_not_move():
     """Two rows of 64 that are seen share a block with two that are not."""
     assert embedding(AdamW8bit, seen_by_even_rows)[1::2].abs().max() == 0
     assert embedding(AdamW8bit, seen_by_even_rows)[::2].abs().min() > 0
-    drifted = embedding(lambda *settings, **named: AdamW8bit(*settings, decide=on_grid, **named), seen_by_even_rows)
+    drifted = embedding(lambda *settings, **named: AdamW8bit(*settings, decide=nearest_on_grid, **named), seen_by_even_rows)
     assert drifted[1::2].abs().min() > 1e-5  # in 60 steps; the rows that are seen move by 1e-3 a step at the most
-    whole_blocks = embedding(lambda *s, **named: AdamW8bit(*s, decide=on_grid, **named), seen_by_even_rows, width=256)
+    whole_blocks = embedding(lambda *s, **named: AdamW8bit(*s, decide=nearest_on_grid, **named), seen_by_even_rows, width=256)
     assert whole_blocks[1::2].abs().max() == 0  # a block of zeros has the scale 0, and no row shares it
 
 

@@ -6,7 +6,7 @@ import torch
 from bitsandbytes import functional
 from torch import Tensor
 
-from quant.blockwise import CELLS, dequantize_8bit, dynamic_map, nearest, on_grid, quantize_8bit
+from quant.blockwise import CELLS, dequantize_8bit, dynamic_map, nearest, nearest_on_grid, quantize_8bit
 
 LIBRARY = f"bitsandbytes {bitsandbytes.__version__}"
 REASON = "numbers that differ"
@@ -46,7 +46,7 @@ def test_quantize_and_back(kind, parity):
     counts = {"places": 0, "absmax": 0, "values": 0}
     for x, block_size in cases():
         theirs, state = functional.quantize_blockwise(x, code=code.clone(), blocksize=block_size)
-        places, absmax = quantize_8bit(x, code, block_size=block_size, decide=on_grid)
+        places, absmax = quantize_8bit(x, code, block_size=block_size, decide=nearest_on_grid)
         back = dequantize_8bit(places, absmax, code, block_size=block_size)
         their_back = functional.dequantize_blockwise(theirs, absmax=state.absmax, code=code.clone(), blocksize=block_size)
         assert (places.shape, places.dtype, back.dtype) == (x.shape, torch.uint8, torch.float32)
@@ -63,7 +63,7 @@ def test_the_comparison_sees():
     theirs, state = functional.quantize_blockwise(x, blocksize=256)
     wrong = int((quantize_8bit(x, code)[0] != theirs).sum())
     assert 0 < wrong < 0.01 * x.numel()
-    divided = on_grid(boundaries() * 3 / (boundaries() * 3).abs().amax(1, keepdim=True), code)
+    divided = nearest_on_grid(boundaries() * 3 / (boundaries() * 3).abs().amax(1, keepdim=True), code)
     assert (divided != functional.quantize_blockwise(boundaries() * 3, blocksize=256)[0]).any()
     back = functional.dequantize_blockwise(theirs, state)
     assert not torch.equal(dequantize_8bit(theirs, state.absmax, dynamic_map(False)), back)
@@ -98,8 +98,8 @@ def test_the_grid_costs_a_cell_at_the_most(kind):
     """The value nearest to a middle half a cell away is farther than the nearest by twice that at the most."""
     code = dynamic_map(MAPS[kind])
     z = torch.cat((torch.rand(1_000_000) * 2 - 1, boundaries().flatten()))
-    error = {decide: (z.double() - code.double()[decide(z, code).int()]).abs() for decide in (nearest, on_grid)}
-    more = error[on_grid] - error[nearest]
+    error = {decide: (z.double() - code.double()[decide(z, code).int()]).abs() for decide in (nearest, nearest_on_grid)}
+    more = error[nearest_on_grid] - error[nearest]
     assert more.min() >= -(2**-24)
     assert HALF_CELL < more.max() <= 2 * HALF_CELL + 2**-23  # z and the middles are float32
 
@@ -110,11 +110,11 @@ def test_zero_stays_zero_by_nearest_alone():
         code = dynamic_map(MAPS[kind])
         places, absmax = quantize_8bit(x, code)
         assert dequantize_8bit(places, absmax, code)[:2].tolist() == [0, 0]
-        places, absmax = quantize_8bit(x, code, decide=on_grid)
+        places, absmax = quantize_8bit(x, code, decide=nearest_on_grid)
         torch.testing.assert_close(dequantize_8bit(places, absmax, code)[:2], torch.full((2,), by_grid), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("decide", [nearest, on_grid])
+@pytest.mark.parametrize("decide", [nearest, nearest_on_grid])
 def test_a_block_of_zeros_comes_back_as_zeros(decide):
     for kind in MAPS.values():
         places, absmax = quantize_8bit(torch.zeros(3, 200), dynamic_map(kind), decide=decide)

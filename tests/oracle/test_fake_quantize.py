@@ -19,7 +19,7 @@ from torchao.quantization.qat import IntxFakeQuantizeConfig, IntxFakeQuantizer
 from torchao.quantization.quant_primitives import _fake_quantize_affine
 
 from quant.fake import fake_quantize
-from quant.int8 import AFFINE, EPS, SYMMETRIC, Grid, ends_of, scales_for, to_codes
+from quant.int8 import AFFINE, EPS, SYMMETRIC, Grid, min_max, scales_for, to_codes
 from quant.observe import OBSERVERS
 
 TORCH, TORCHAO = f"torch {torch.__version__.split('+')[0]}", f"torchao {torchao.__version__}"
@@ -124,7 +124,7 @@ def test_groups(size, parity):
     count, worst = Counter(), 0.0
     for x, _, zero, grid in drawn(affine=True, rows=1):
         groups = WIDTH // size
-        low, high = (0.7 * end for end in ends_of(x, groups))
+        low, high = (0.7 * end for end in min_max(x, groups))
         scale, zero = scales_for(low, high, grid)
 
         def ours(x, scale=scale, zero=zero, grid=grid, groups=groups):
@@ -274,7 +274,7 @@ def test_torchaos_learned_ranges(dtype, parity):
         module(x)
         module.scale *= 0.8
     leaf, scale = x.clone().requires_grad_(), module.scale.detach().clone().requires_grad_()
-    assert torch.equal(scale, 0.8 * scales_for(*ends_of(x, WIDTH // size), grid)[0])
+    assert torch.equal(scale, 0.8 * scales_for(*min_max(x, WIDTH // size), grid)[0])
     other, part = module(leaf), "fake quantization, a learned scale for each group"
     dx_other, dscale_other = torch.autograd.grad(other, (leaf, module.scale), noise(x))
     grouped = leaf.unflatten(1, (-1, size))

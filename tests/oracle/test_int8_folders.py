@@ -32,7 +32,7 @@ from quant.config import Int8
 from quant.int8 import Grid, quantize
 from quant.int8_linear import Int8Linear
 from quant.layer import QuantizedLinear
-from quant.linear import dense, quantize_linears, quantized_layers
+from quant.linear import dense_weight, quantize_linears, quantized_layers
 from quant.llm_int8 import LlmInt8Linear
 from tests.conftest import randomized, tiny_config
 from tests.oracle.believed import Oracle
@@ -193,7 +193,7 @@ def test_theirs_reads_ours(name, parity, tmp_path):
     orders = orders_of(ours)
     for path, (layer, twin) in pairs_of(ours, theirs).items():
         rows = twin.weight[orders[path]] if path in orders else twin.weight
-        weights += differing(dense(layer, torch.float32), rows.data)
+        weights += differing(dense_weight(layer, torch.float32), rows.data)
         x = seen.given[path]
         mine, other = layer.input(x.reshape(-1, x.size(-1))).codes.view_as(x), their_codes(twin, x)
         border = between_codes(layer, x)

@@ -44,7 +44,7 @@ def weight(outs: int, ins: int, form: str = "nf4") -> QuantizedTensor:
     """Of blocks whose scales differ by up to twenty times."""
     scheme, block_size, double = FORMATS[form]
     spread = torch.linspace(0, 3, outs * ins).exp().view(outs, ins)
-    return quantize(torch.randn(outs, ins) * spread, block_size=block_size, double=double, scheme=scheme)
+    return quantize(torch.randn(outs, ins) * spread, block_size=block_size, double_quantized=double, scheme=scheme)
 
 
 def gap(found: Tensor, expected: Tensor) -> float:
@@ -85,7 +85,7 @@ def test_as_bitsandbytes(double, dtype, parity):
     x, bias, dy = torch.randn(6, 64).to(dtype), torch.randn(200).to(dtype), torch.randn(6, 200).to(dtype)
     dense = torch.randn(200, 64)
     packed, state = functional.quantize_4bit(dense.to(dtype), blocksize=64, compress_statistics=double, quant_type="nf4")
-    small = quantize(dense.to(dtype), double=double)
+    small = quantize(dense.to(dtype), double_quantized=double)
     found = with_gradients(lambda x, b: linear_4bit(x, small, b), x, bias, dy)
     expected = with_gradients(lambda x, b: bitsandbytes.matmul_4bit(x, packed, state, bias=b), x, bias, dy)
     for part, ours, theirs in zip(("y", "dx", "db"), found, expected, strict=True):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from quant import llm_int8
-from quant.bnb_8bit import companions, from_tensors, read_config, to_tensors, write_config
+from quant.bnb_8bit import find_parts, from_tensors, read_config, to_tensors, write_config
 from quant.config import Int8, QuantError
 from quant.int8_product import Codes
 from quant.llm_int8 import LlmInt8Linear, LlmInt8Tensor, quantize, split, vectorwise
@@ -81,7 +81,7 @@ def weights() -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weights(dtype, parity, monkeypatch):
-    monkeypatch.setattr(llm_int8, "AT_ONCE", 500)  # a few rows at a time
+    monkeypatch.setattr(llm_int8, "CHUNK", 500)  # a few rows at a time
     count = Counter()
     for weight in (each.clamp(-6e4, 6e4).to(dtype) for each in weights()):
         codes, absmax = (layer := theirs(weight, None, 6.0).weight).data, layer.SCB
@@ -297,7 +297,7 @@ def test_a_state_dict_both_ways(parity):
     weight, bias, x = torch.randn(24, 32), torch.randn(24), 3 * torch.randn(5, 32)
     library = theirs(weight, bias, 6.0)
     stored = {f"a.{name}": each for name, each in library.state_dict().items()} | {"b.weight": weight}
-    found = companions(stored)
+    found = find_parts(stored)
     assert found == {"a.weight": {part: f"a.{part}" for part in ("weight", "SCB", "weight_format")}}
     small = from_tensors({part: stored[name] for part, name in found["a.weight"].items()}, "a.weight", torch.bfloat16)
     assert small.dequantize().dtype == torch.bfloat16
@@ -331,7 +331,7 @@ def test_folders_of_transformers(family, tmp_path, parity):
     small = type(network).from_pretrained(tmp_path / "dense", quantization_config=how)
     small.save_pretrained(tmp_path / "8-bit")
     stored, dense = load_file(tmp_path / "8-bit" / "model.safetensors"), network.state_dict()
-    found = companions(stored)
+    found = find_parts(stored)
     assert len(found) == {"llama": 6, "gpt2": 4}[family]
     count = Counter()
     for name, parts in found.items():

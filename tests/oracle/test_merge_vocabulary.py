@@ -147,7 +147,7 @@ def test_on_a_base_of_four_bits(tmp_path, parity):
     """Its embedding and head have all their bits; what is written has them everywhere."""
     name, config = "llama, both whole", tiny_config("llama", width=64, mlp_width=128, **UNTIED)
     model.hub.save(randomized(config, dtype=torch.float32), tmp_path / "dense")
-    model.hub.save(model.hub.load(tmp_path / "dense", quantization=FourBit(double=False)), tmp_path / "base")
+    model.hub.save(model.hub.load(tmp_path / "dense", quantization=FourBit(double_quantized=False)), tmp_path / "base")
     theirs = resized_adapter(name, tmp_path / "base", tmp_path / "adapter", torch.float32)
     for module in theirs.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):

@@ -62,7 +62,7 @@ def theirs(x: Tensor, block_size: int, double: bool, scheme: str, oracles: dict[
 
 
 def ours(x: Tensor, block_size: int, double: bool, scheme: str) -> dict[str, Tensor]:
-    small = quantize(x, block_size=block_size, double=double, scheme=scheme)
+    small = quantize(x, block_size=block_size, double_quantized=double, scheme=scheme)
     parts = {"packed": small.packed, "absmax": small.absmax, "scales": small.scales(), "values": small.dequantize()}
     if double:
         parts |= {"nested absmax": small.nested_absmax, "offset": small.offset}
@@ -160,13 +160,13 @@ def test_edges(scheme, dtype, parity):
     cases = list(product((x.to(dtype) for x in edges(dtype)), (32, 64, 4096), (False, True), (scheme,)))
     huge = [case for case in cases if case[2] and absmax_of(case[0], case[1]).sum().isinf()]
     for x, block_size, double, _ in huge:
-        with pytest.raises(QuantError, match="double=False"):
-            quantize(x, block_size=block_size, double=double, scheme=scheme)
+        with pytest.raises(QuantError, match="double_quantized=False"):
+            quantize(x, block_size=block_size, double_quantized=double, scheme=scheme)
     compare([case for case in cases if not any(case is each for each in huge)], parity, f"{scheme.upper()}, edges")
 
 
 def absmax_of(x: Tensor, block_size: int) -> Tensor:
-    return quantize(x, block_size=block_size, double=False).absmax
+    return quantize(x, block_size=block_size, double_quantized=False).absmax
 
 
 @pytest.mark.parametrize("scheme", CODES)
@@ -175,7 +175,7 @@ def test_ties(scheme, parity):
     middle, order = bounds(scheme)
     above, below = torch.nextafter(middle, torch.tensor(2.0)), torch.nextafter(middle, torch.tensor(-2.0))
     x = torch.cat((middle, above, below, torch.ones(1)))
-    codes = unpack(quantize(x, double=False, scheme=scheme).packed, 45).view(3, 15)
+    codes = unpack(quantize(x, double_quantized=False, scheme=scheme).packed, 45).view(3, 15)
     assert torch.equal(codes, torch.stack((order[:-1], order[1:], order[:-1])))
     block = torch.nn.functional.pad(x, (0, 64 - len(x)))  # whole, so that z is a product; a short one is divided
     sizes = [2.0**power for power in range(-20, 21, 5)]
@@ -200,7 +200,7 @@ def test_maps(parity):
 def test_zeros_byte_by_byte():
     """A block of zeros keeps absmax 0, but 1e-38 if shorter than the others; no NaN anywhere."""
     for scheme, byte in (("nf4", 0x77), ("fp4", 0x00)):
-        small = quantize(torch.zeros(100), double=False, scheme=scheme)
+        small = quantize(torch.zeros(100), double_quantized=False, scheme=scheme)
         assert small.packed.flatten().tolist() == [byte] * 50
         assert torch.equal(small.absmax, torch.tensor([0, 1e-38])) and not small.dequantize().any()
         assert not quantize(torch.zeros(5, 128), scheme=scheme).dequantize().any()
@@ -249,7 +249,7 @@ MUTANTS = {  # name: (what is replaced, by what, the scheme and the part that sh
     "zeros without care": (nf4, "SMALLEST", 0.0, "nf4", "packed"),
     "codes in the order of values": (nf4, "bounds", lambda s: (bounds(s)[0], torch.arange(16).byte()), "fp4", "packed"),
     "no offset": (Tensor, "mean", lambda absmax: torch.zeros(()), "nf4", "offset"),
-    "scales to the nearest": (nf4, "on_grid", nearest, "nf4", "absmax"),
+    "scales to the nearest": (nf4, "nearest_on_grid", nearest, "nf4", "absmax"),
     "scales in blocks of 64": (nf4, "NESTED_BLOCK", 64, "nf4", "nested absmax"),
 }
 

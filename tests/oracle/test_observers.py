@@ -405,11 +405,11 @@ MUTANTS = {  # name: (what is replaced, by what, where it shows)
     "equal sums on the left": (observe, "bisect_left", observe.bisect_right, evenly),
     "fractions in float64": (observe, "c_float", ctypes.c_double, evenly),
     "another error": (observe, "third", lambda a, b: (b * b.abs() - a * a.abs()) / 2, tails),
-    "half a bin aside": (observe, "counted", aside, tails),
+    "half a bin aside": (observe, "count_in_bins", aside, tails),
     "all bins": (observe, "least_error", all_bins, tails),
-    "averaged from zero": (MovingAverage, "with_batch", lambda o, low, high: (0.01 * low, 0.01 * high), "moving"),
-    "no average": (MovingAverage, "with_batch", MinMax.with_batch, "moving"),
-    "the last batch alone": (MinMax, "with_batch", lambda o, low, high: (low, high), "minmax"),
+    "averaged from zero": (MovingAverage, "merged_with", lambda o, low, high: (0.01 * low, 0.01 * high), "moving"),
+    "no average": (MovingAverage, "merged_with", MinMax.merged_with, "moving"),
+    "the last batch alone": (MinMax, "merged_with", lambda o, low, high: (low, high), "minmax"),
     "absolute error": (Mse, "error", absolute, "mse"),
 }
 
@@ -426,7 +426,7 @@ def test_the_comparison_sees(name, monkeypatch):
 
 @pytest.mark.parametrize("bins", (-1, 1))
 def test_the_bound_sees(bins, monkeypatch):
-    right = observe.border
-    monkeypatch.setattr(observe, "border", lambda bin: right(bin + bins))
+    right = observe.bin_edge
+    monkeypatch.setattr(observe, "bin_edge", lambda bin: right(bin + bins))
     found = torch.stack([outward(stream, 99) for stream in STREAMS.values()])
     assert found.min() < 0 and found.max() > 2.0**-7

@@ -106,7 +106,7 @@ def test_float32_beside_16_bits(name, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora_over_four_bits_in_every_family(family, parity, tmp_path):
-    how = FourBit(scheme="fp4", double=False, block_size=32)
+    how = FourBit(scheme="fp4", double_quantized=False, block_size=32)
     pair = pair_of(folder_of(family, tmp_path), how, LoraConfig(r=3), torch.float64)
     assert sum(isinstance(module, QuantizedLinear) for module in pair[0].modules()) >= 8
     compare(f"QLoRA, families: {family}", *pair, parity, 1e-11, "float64 rounding; sums in another order")
@@ -114,7 +114,7 @@ def test_lora_over_four_bits_in_every_family(family, parity, tmp_path):
 
 def test_a_mutant_is_seen(tmp_path):
     """One block's scale is off by a thousandth."""
-    pair = pair_of(folder_of("llama", tmp_path), FourBit(double=False), LoraConfig(r=3))
+    pair = pair_of(folder_of("llama", tmp_path), FourBit(double_quantized=False), LoraConfig(r=3))
     next(iter(quantized_layers(pair[0]).values())).weight.absmax[0] *= 1.001
     (logits, grads), (expected, expected_grads) = step(pair[0]), step(pair[1])
     assert gap(logits, expected) > 1e-5
@@ -231,7 +231,7 @@ def test_merged_into_a_folder_of_16_bits(family, stored, tmp_path):
     if stored:
         model.hub.save(model.hub.load(base, quantization=FourBit()), tmp_path / "packed")
         base = tmp_path / "packed"
-    how = None if stored else FourBit("fp4", double=False, block_size=32)
+    how = None if stored else FourBit("fp4", double_quantized=False, block_size=32)
     network = add_adapters(model.hub.load(base, quantization=how), LoraConfig(r=3, targets="attention"))
     randomize(network)
     save(network, ours)

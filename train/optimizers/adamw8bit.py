@@ -78,11 +78,12 @@ class AdamW8bit(NamedOptimizer):
     rows are not whole blocks, because ranks are given rows and would have to share blocks. (State of such a parameter does not
     load from one process into ranks or back: it raises.) The update is in float32, whatever format the parameter has.
 
-    `decide` chooses between two values of the map. `nearest_by_table`: an exact zero stays zero. `quant.blockwise.on_grid`: as
-    bitsandbytes on a CPU, where zero becomes 2.1e-5 of the block's scale, so that a weight whose gradient is zero drifts (the
-    embedding of a word that does not occur, if it shares a block with one that does). A second moment above zero never gets
-    the code of zero: a weight whose gradient ends would move by lr exp_avg / eps. (That is exp_avg_sq / scale below 1.6e-7, so
-    gradients below 4e-4 of the largest in their block. By `on_grid` it does not occur.)
+    `decide` chooses between two values of the map. `nearest_by_table`: an exact zero stays zero.
+    `quant.blockwise.nearest_on_grid`: as bitsandbytes on a CPU, where zero becomes 2.1e-5 of the block's scale, so that a
+    weight whose gradient is zero drifts (the embedding of a word that does not occur, if it shares a block with one that does).
+    A second moment above zero never gets the code of zero: a weight whose gradient ends would move by lr exp_avg / eps. (That
+    is exp_avg_sq / scale below 1.6e-7, so gradients below 4e-4 of the largest in their block. By `nearest_on_grid` it does not
+    occur.)
 
     Source: Dettmers et al. 2022, arXiv 2110.02861, sections 2.1 and 2.2; its stable embedding layer is not part of this.
     """

@@ -12,7 +12,7 @@ from data.config import DataConfig
 from data.shell import command
 from data.words import counted
 from model.flops import flops_per_token
-from quant.linear import count, quantized_layers
+from quant.linear import count_parameters, quantized_layers
 from quant.qat import qat_layers
 from train.config import FURTHER, WIDTH, RunConfig, TrainConfig
 from train.freeze import frozen_of
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def introduction(run: "Run") -> str:
     """What is trained on, the network, the machine, the run: lines before the first step."""
     config, has = run.config, run.engine.network.config
-    parameters = count(run.engine.network)
+    parameters = count_parameters(run.engine.network)
     trained = sum(parameter.numel() for parameter in run.engine.network.parameters() if parameter.requires_grad)
     adapter = f", {trained:,} of them trained ({config.run.adapter})" if config.method is not None else ""
     if config.run.freeze is not None:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from lora.config import AdapterError
 from model.config import ModelConfig
-from model.config_json import CLASSIFIERS, NAMES_OF_LABELS
+from model.config_json import NAMES_OF_LABELS
+from model.heads import CLASSIFIERS
 from model.hub import read_config, weight_files
 from model.safetensors_file import DTYPES, WeightFile
 from model.weights import published_names

@@ -18,8 +18,8 @@ from torch import nn
 from lora.config import AdapterError
 from lora.peft_names import BEFORE, KEYS, PREFIX, PREFIX_BEFORE, bias_key, module_of
 from model.config import ModelConfig, family
+from model.heads import is_tied
 from model.safetensors_file import WeightFile
-from model.ties import TIED_HEADS
 from model.weights import Weight, head_spec, published_names, published_prefix, weight_table
 from quant.forms import FORMS
 
@@ -150,7 +150,7 @@ def saved_whole(config: ModelConfig, given: Mapping) -> Callable[[str], bool]:
 
 def ties(config: ModelConfig, given: Mapping) -> bool:
     """Whether PEFT trains head and embedding as one (`ensure_weight_tying`): where they are, and it knows the name of one."""
-    if not (given.get("ensure_weight_tying") and config.tie_embeddings and config.head in TIED_HEADS):
+    if not (given.get("ensure_weight_tying") and is_tied(config)):
         return False
     targets = given.get("target_modules") or ()
     if isinstance(targets, str):

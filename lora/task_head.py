@@ -13,9 +13,8 @@ from lora.peft_load import read_json, tensor_file
 from lora.peft_names import PREFIX, PREFIX_BEFORE, entries
 from lora.peft_read import Read
 from model.config import ModelConfig
-from model.config_json import CLASSIFIERS
 from model.folders import weight_files
-from model.heads import HEADS
+from model.heads import CLASSIFIERS, HEADS
 from model.hub import read_config
 from model.init import empty
 from model.safetensors_file import WeightFile

@@ -8,8 +8,8 @@ from lora.config import AdapterError
 from lora.lora import EmbeddingLora, Lora
 from lora.peft_names import bias_key, module_of, plain
 from lora.peft_read import VOCABULARY, Copy, Read
+from model.heads import TIED_HEADS
 from model.safetensors_file import WeightFile
-from model.ties import TIED_HEADS
 from model.weights import weight_table
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from model.config import ConfigError, ModelConfig
 from model.flops import flops_per_token
+from model.heads import is_tied
 from model.memory import BITS, MemoryEstimate, training_memory
 from model.parameters import adapter_parameters, cache_bytes, parameters, parameters_by_part
 from model.training import USUAL_CONTEXT, Training
@@ -81,8 +82,7 @@ def parameter_table(config: ModelConfig, training: Training) -> str:
     rows += [("trainable", f"{trained:,}", f"{trained / total:.1%}")] if trained != total else []
     added = adapter_parameters(config, training.rank, training.targets)
     rows.append((f"LoRA r={training.rank}", f"{added:,}", f"{added / total:.2%}"))
-    tied = config.tie_embeddings and config.head in ("lm", "mlm", "pretraining")
-    return "parameters" + (" (the head's matrix is the embedding)" if tied else "") + "\n" + columns(rows)
+    return "parameters" + (" (the head's matrix is the embedding)" if is_tied(config) else "") + "\n" + columns(rows)
 
 
 def flops_table(config: ModelConfig, training: Training) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from model.config import LayerSpec, ModelConfig
-from model.flops import POOLED_HEADS
+from model.heads import HEADS, POOLED_HEADS, TIED_HEADS, MaskedHead, is_tied
 from model.parameters import Parameter, adapted, in_training
 from model.training import KERNELS, WIDE, Training
 
@@ -88,7 +88,7 @@ class Recorder:
         self.full = training.method == "full"
         self.adapted = set() if self.full else {p.name for p in adapted(config, training.targets)}
         self.stream = self.rows * config.width * self.wide
-        self.tied = config.tie_embeddings and config.head in ("lm", "mlm", "pretraining")
+        self.tied = is_tied(config)
         self.ops: list[Op] = []
         # What comes in needs a gradient; below the first adapter, or the first weight that is not frozen, nothing does.
         self.differentiated = self.full and not training.frozen
@@ -301,9 +301,9 @@ class Recorder:
                 bias = self.weights.get(weight.name.removesuffix("weight") + "bias")
                 kept = rows * weight.shape[1] * size * self.trains(weight.name) + rows * weight.shape[0] * size
                 self.add(weight.name, kept=kept, **self.weight_bytes(weight, bias, rows))
-        if config.head in ("mlm", "pretraining"):
+        if issubclass(HEADS[config.head], MaskedHead):
             self.norm("head.norm", rows, config.width)
-        if config.head in ("lm", "mlm", "pretraining"):
+        if config.head in TIED_HEADS:
             shape = (config.vocab_size, config.width)
             tied = Parameter("head.weight", shape, "head", "head", self.weights["body.embedding.weight"].trained)
             weight = self.weights.get("head.weight", tied)
@@ -321,7 +321,7 @@ class Recorder:
         if self.tied and self.full and weight.trained and classes == self.config.vocab_size:
             table = weight.size * self.wide
             sizes |= {"grads": sizes["grads"] - table, "pending": table}
-        if self.training.loss != "plain" and self.config.head in ("lm", "mlm", "pretraining"):
+        if self.training.loss != "plain" and self.config.head in TIED_HEADS:
             self.chunked(weight, rows, sizes)
             return
         logits = rows * classes * WIDE

@@ -5,9 +5,12 @@ import importlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from pkgutil import iter_modules
 from types import ModuleType
 
-FAMILIES = ("bart", "bert", "gpt2", "llama", "mistral", "qwen2", "qwen3", "roberta", "roformer", "t5", "vaswani")
+_FILES = iter_modules([str(Path(__file__).with_name("families"))])
+FAMILIES = tuple(sorted(file.name for file in _FILES if not file.name.startswith("_")))  # one file each
 
 
 class ConfigError(ValueError):
@@ -75,7 +78,7 @@ class ModelConfig:
     context: int  # the longest sequence that the network is made for
     norm: str  # model.norm.NORMS
     norm_eps: float
-    position: str  # "learned", "sinusoidal", "rope" or "relative"
+    position: str  # model.position.POSITIONS
     activation: str  # model.mlp.ACTIVATIONS
     mlp: str  # model.mlp.MLPS
     projection: str  # model.attention.PROJECTIONS: one matrix for q, k and v, or one each, as the family publishes them
@@ -83,7 +86,7 @@ class ModelConfig:
     out_bias: bool
     mlp_bias: bool
     tie_embeddings: bool  # the head's matrix is the embedding
-    architecture: str = "decoder"  # "encoder", "decoder" or "encoder-decoder"
+    architecture: str = "decoder"  # model.network.BODIES
     decoder_depth: int | None = None  # layers of the second stack, of an encoder-decoder alone
     decoder_heads: int | None = None  # its heads, where they are not as many as the first one's
     decoder_mlp_width: int | None = None  # its F, likewise

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from model.config import ModelConfig, family
 from model.folders import HubError, refuse_pointer
+from model.heads import CLASSIFIERS
 from model.safetensors_file import WeightFileError
 from model.ties import as_the_files_tie
 from model.weights import head_spec
 
-CLASSIFIERS = ("sequence", "token")  # heads with a number of labels
 NAMES_OF_LABELS = ("id2label", "label2id", "problem_type")
 # Older spellings of what is written, and what is said of weights that are no longer those.
 REPLACED = ("torch_dtype", "num_labels", "head", "quantization_config", "transformers_version")

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from model.config import ConfigError
 from model.decoding import evaluating
+from model.heads import MaskedHead
 
 
 class Guess(NamedTuple):
@@ -18,7 +19,7 @@ def fill(network: nn.Module, input_ids: Tensor, mask_id: int, *, top: int = 5) -
 
     Several gaps are filled each by itself, the others still open. Without a gap, or with another head: ConfigError.
     """
-    if network.config.head not in ("mlm", "pretraining"):
+    if not isinstance(network.head, MaskedHead):
         raise ConfigError(f"a network with the head {network.config.head!r} fills no gaps: a masked-language model does")
     if not 1 <= top <= network.config.vocab_size:
         raise ConfigError(f"top={top} is not from 1 to {network.config.vocab_size}")

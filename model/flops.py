@@ -8,9 +8,8 @@ Source: Kaplan et al. 2020, arXiv 2001.08361, section 2.1; Chowdhery et al. 2022
 from dataclasses import dataclass
 
 from model.config import ModelConfig
+from model.heads import POOLED_HEADS, is_tied
 from model.parameters import Parameter, adapted, parameters
-
-POOLED_HEADS = ("nsp", "sequence", "pooler")  # one token speaks for the text
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def flops_per_token(
 def matrices(config: ModelConfig) -> tuple[Parameter, ...]:
     """Every weight that a token is multiplied with; the head's also where it is the embedding."""
     found = [p for p in parameters(config).values() if len(p.shape) == 2 and p.role in ("matrix", "head")]
-    if config.tie_embeddings and config.head in ("lm", "mlm", "pretraining"):
+    if is_tied(config):
         shape = (config.vocab_size, config.width)
         found.append(Parameter("head.weight", shape, "head", "head", True))
     return tuple(found)

@@ -1,6 +1,7 @@
-"""What is read off the last hidden state: words, a class for the text or for each token, an answer's span, a value.
+"""Heads: the layers that turn the last hidden state into logits of tokens, classes, spans or values.
 
-A head's parts follow the family's `HeadSpec`, where it has published one; any head goes on any body.
+A head class registers itself in `HEADS` under its name. Its layers follow the family's `HeadSpec`, where the family has
+published such a head, else `own_spec`; any head goes on any body.
 """
 
 from collections.abc import Callable
@@ -16,22 +17,50 @@ from model.norm import LayerNorm
 from model.stack import Output
 
 
+def _rows(roles: dict[str, str]) -> tuple[tuple[str, str, str], ...]:
+    """Build rows as in a family's table, published under our own names."""
+    return tuple((name, name, role) for name, role in roles.items())
+
+
+_DENSE = _rows({"head.dense.weight": "matrix", "head.dense.bias": "bias"})
+_OUT = _rows({"head.out.weight": "head", "head.out.bias": "bias"})
+_MATRIX = _rows({"head.weight": "head"})
+_MASKED = _DENSE + _rows({"head.norm.weight": "norm", "head.norm.bias": "bias"}) + _MATRIX + _rows({"head.bias": "bias"})
+_PAIR = _rows({"head.pair.out.weight": "head", "head.pair.out.bias": "bias"})
+
+HEADS: dict[str, type["Head"]] = {}
+
+
 class Head(nn.Module):
-    """forward(hidden B T D, attention_mask B T or None) → logits."""
+    """The base of all heads: forward(hidden B T D, attention_mask B T or None) → logits."""
+
+    is_language_model = False  # logits over the vocabulary; its matrix may be the embedding's
+    is_pooled = False  # one token represents the text
+    has_labels = False  # as many outputs as `ModelConfig.labels`
+    is_part_of_body = False  # published with the body alone, without a prefix
+    own_spec = HeadSpec()  # its weights under our own names, for families that have published no such head
+
+    def __init_subclass__(cls, name: str | None = None, **options):
+        super().__init_subclass__(**options)
+        if name is not None:
+            HEADS[name] = cls
 
     def read(self, output: Output, attention_mask: Tensor | None) -> Output:
-        """The body's output, with what the head makes of it."""
+        """Add the logits to the body's output."""
         return output._replace(logits=self(output.hidden, attention_mask))
 
 
-class LanguageHead(Head, nn.Linear):
-    """logits B T V = scale · hidden Wᵀ + b: the next word's. T5 with tied embeddings has scale = 1/√D, others 1.
+class LanguageHead(Head, nn.Linear, name="lm"):
+    """Language-model head: logits B T V = scale · hidden Wᵀ + b. T5 with tied embeddings has scale = 1/√D, others 1.
 
     A loss that never builds all logits takes `features(hidden)`, `weight` and `bias` instead.
 
-    The matrix may be quantized: `pack` puts a frozen layer of few bits (`quant.layer.QuantizedLinear`) in its place. `weight`
-    is then the dequantized matrix, made anew where it is asked for, and `features` are rounded as that layer rounds its input.
+    The matrix may be quantized: `pack` puts a frozen low-bit layer (`quant.layer.QuantizedLinear`) in its place. `weight` is
+    then the matrix dequantized at each access, and `features` are rounded as that layer rounds its input.
     """
+
+    is_language_model = True
+    own_spec = HeadSpec(weights=_MATRIX, bias=False)
 
     def __init__(self, config: ModelConfig, spec: HeadSpec):
         nn.Linear.__init__(self, config.width, config.vocab_size, spec.bias)
@@ -41,6 +70,7 @@ class LanguageHead(Head, nn.Linear):
             self.bias.requires_grad_(config.head != "lm")  # BART publishes it as a constant
 
     def pack(self, layer: nn.Module) -> None:
+        """Replace the matrix by a quantized layer."""
         del self.weight
         self.packed = layer
 
@@ -50,14 +80,15 @@ class LanguageHead(Head, nn.Linear):
         return super().__getattr__(name)
 
     def transform(self, hidden: Tensor) -> Tensor:
-        """What the head does before its matrix; any leading axes."""
+        """Apply the layers before the matrix; any leading axes."""
         return hidden if self.scale == 1 else hidden * self.scale
 
     def rounded(self, features: Tensor) -> Tensor:
+        """Round the matrix' input as a quantized layer does."""
         return features if self.packed is None else self.packed.rounded(features)
 
     def features(self, hidden: Tensor) -> Tensor:
-        """What the matrix V × D is multiplied with; any leading axes."""
+        """Return the input of the matrix V × D; any leading axes."""
         return self.rounded(self.transform(hidden))
 
     def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -67,8 +98,10 @@ class LanguageHead(Head, nn.Linear):
         return linear(features, self.weight, self.bias)
 
 
-class MaskedHead(LanguageHead):
-    """logits B T V = norm(f(hidden Wdᵀ + bd)) Wᵀ + b: the masked word's. Source: Devlin et al. 2018; its published code."""
+class MaskedHead(LanguageHead, name="mlm"):
+    """Masked-language-model head: logits B T V = norm(f(hidden Wdᵀ + bd)) Wᵀ + b. Source: Devlin et al. 2018; its code."""
+
+    own_spec = HeadSpec(weights=_MASKED)
 
     def __init__(self, config: ModelConfig, spec: HeadSpec):
         super().__init__(config, spec)
@@ -81,7 +114,7 @@ class MaskedHead(LanguageHead):
 
 
 def first(hidden_BTD: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """The first real token's: BERT's [CLS], RoBERTa's <s>."""
+    """Pool the first real token: BERT's [CLS], RoBERTa's <s>."""
     if attention_mask is None:
         return hidden_BTD[:, 0]
     place_B = attention_mask.long().argmax(-1)  # of equal values, argmax takes the first
@@ -89,7 +122,7 @@ def first(hidden_BTD: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 
 def last(hidden_BTD: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """The last real token's, by the mask rather than by id: the only one that has seen a whole causal text."""
+    """Pool the last real token, by the mask rather than by id: the only one that has seen a whole causal text."""
     if attention_mask is None:
         return hidden_BTD[:, -1]
     place_T = torch.arange(1, hidden_BTD.size(1) + 1, device=hidden_BTD.device)
@@ -101,28 +134,29 @@ POOLS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {"first": first, "
 
 
 class PooledHead(Head):
-    """One token speaks for the text: logits B C = tanh(h Wdᵀ + bd) Wᵀ + b, or h Wᵀ where the family has no dense layer. In
-    place of tanh RoFormer has its own activation.
+    """One token represents the text: logits B C = tanh(h Wdᵀ + bd) Wᵀ + b, or h Wᵀ + b where the family has no dense layer.
 
-    C = labels for classes, 1 for regression, 2 for next sentence (0: it is the next, 1: it is not). As `pooler` it stops
-    after the dense layer, and logits are B D. Dropout stands before the last matrix (RoBERTa's code has it before the
-    dense layer as well). Where the first token speaks, and a prompt stands before the text, that is the prompt's first vector,
-    as in PEFT.
+    RoFormer has its own activation instead of tanh. Dropout precedes the last matrix (RoBERTa's code applies it before the
+    dense layer as well). Where the first token is pooled and a prompt precedes the text, that is the prompt's first vector,
+    as in PEFT. classes: C; None: no last matrix, logits are B D.
     """
 
-    def __init__(self, config: ModelConfig, spec: HeadSpec):
+    is_pooled = True
+    own_spec = HeadSpec(weights=_OUT)
+
+    def __init__(self, config: ModelConfig, spec: HeadSpec, classes: int | None):
         super().__init__()
         self.dense = nn.Linear(config.width, config.width) if spec.dense else None
-        classes = 2 if config.head in ("nsp", "pretraining") else config.labels
-        self.out = nn.Linear(config.width, classes, spec.bias) if config.head != "pooler" else nn.Identity()
+        self.out = nn.Linear(config.width, classes, spec.bias) if classes is not None else nn.Identity()
         self.activation = ACTIVATIONS[config.activation] if spec.own_activation else torch.tanh
         self.pool = POOLS[spec.pool]
-        self.dropout = 0.0 if config.head == "pooler" else config.dropout
+        self.dropout = config.dropout if classes is not None else 0.0
 
     def read(self, output: Output, attention_mask: Tensor | None) -> Output:
         return output._replace(logits=self.pooled(output, attention_mask))
 
     def pooled(self, output: Output, attention_mask: Tensor | None) -> Tensor:
+        """Return the logits B C of a body's output."""
         if self.pool is first and output.prompt is not None:
             return self(output.prompt)
         return self(output.hidden, attention_mask)
@@ -134,39 +168,89 @@ class PooledHead(Head):
         return self.out(F.dropout(pooled_BD, self.dropout, self.training))
 
 
-class PretrainingHead(MaskedHead):
-    """BERT's two at once: masked words (logits B T V) and next sentence (pair_logits B 2)."""
+class NextSentenceHead(PooledHead, name="nsp"):
+    """Next-sentence prediction: logits B 2; class 0: it is the next sentence, 1: it is not."""
+
+    def __init__(self, config: ModelConfig, spec: HeadSpec):
+        super().__init__(config, spec, classes=2)
+
+
+class PretrainingHead(MaskedHead, name="pretraining"):
+    """BERT's two heads at once: masked tokens (logits B T V) and next sentence (pair_logits B 2)."""
+
+    own_spec = HeadSpec(weights=_MASKED + _PAIR)
 
     def __init__(self, config: ModelConfig, spec: HeadSpec):
         super().__init__(config, spec)
-        self.pair = PooledHead(config, spec)
+        self.pair = NextSentenceHead(config, spec)
 
     def read(self, output: Output, attention_mask: Tensor | None) -> Output:
         return super().read(output, attention_mask)._replace(pair_logits=self.pair.pooled(output, attention_mask))
 
 
-class TokenHead(Head):
-    """logits B T C = h Wᵀ + b for every token: C labels (`token`), start and end of an answer (`qa`), or one value a
-    token, B T (`value`)."""
+class SequenceHead(PooledHead, name="sequence"):
+    """Sequence classification: logits B C with C = labels; one label is regression."""
+
+    has_labels = True
+
+    def __init__(self, config: ModelConfig, spec: HeadSpec):
+        super().__init__(config, spec, config.labels)
+
+
+class TokenHead(Head, name="token"):
+    """Token classification: logits B T C = h Wᵀ + b with C = labels."""
+
+    has_labels = True
+    own_spec = HeadSpec(weights=_OUT)
 
     def __init__(self, config: ModelConfig, spec: HeadSpec):
         super().__init__()
-        self.out = nn.Linear(config.width, {"qa": 2, "value": 1}.get(config.head, config.labels), spec.bias)
-        self.dropout = config.dropout if config.head == "token" else 0.0
+        self.out, self.dropout = nn.Linear(config.width, config.labels, spec.bias), config.dropout
 
     def forward(self, hidden_BTD: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         return self.out(F.dropout(hidden_BTD, self.dropout, self.training))
 
 
-class ValueHead(TokenHead):
-    """One number a token: logits B T."""
+class SpanHead(Head, name="qa"):
+    """Extractive question answering: logits B T 2 = h Wᵀ + b, start and end of the answer."""
+
+    own_spec = HeadSpec(weights=_OUT)
+
+    def __init__(self, config: ModelConfig, spec: HeadSpec):
+        super().__init__()
+        self.out = nn.Linear(config.width, 2, spec.bias)
 
     def forward(self, hidden_BTD: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        return super().forward(hidden_BTD, attention_mask)[..., 0]
+        return self.out(hidden_BTD)
 
 
-class NoHead(Head):
+class ValueHead(Head, name="value"):
+    """One value a token, for reinforcement learning: logits B T = h wᵀ + b."""
+
+    own_spec = HeadSpec(weights=_OUT)
+
+    def __init__(self, config: ModelConfig, spec: HeadSpec):
+        super().__init__()
+        self.out = nn.Linear(config.width, 1, spec.bias)
+
+    def forward(self, hidden_BTD: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.out(hidden_BTD)[..., 0]
+
+
+class PoolerHead(PooledHead, name="pooler"):
+    """BERT's pooler: logits B D = tanh(h Wdᵀ + bd) of the pooled token."""
+
+    is_part_of_body = True
+    own_spec = HeadSpec(weights=_DENSE, dense=True)
+
+    def __init__(self, config: ModelConfig, spec: HeadSpec):
+        super().__init__(config, spec, classes=None)
+
+
+class NoHead(Head, name="none"):
     """Hidden states alone; logits stay None."""
+
+    is_part_of_body = True
 
     def __init__(self, config: ModelConfig, spec: HeadSpec):
         super().__init__()
@@ -175,15 +259,11 @@ class NoHead(Head):
         return output
 
 
-HEADS = {
-    "lm": LanguageHead,
-    "mlm": MaskedHead,
-    "nsp": PooledHead,
-    "pretraining": PretrainingHead,
-    "sequence": PooledHead,
-    "token": TokenHead,
-    "qa": TokenHead,
-    "value": ValueHead,
-    "pooler": PooledHead,
-    "none": NoHead,
-}
+TIED_HEADS = tuple(name for name, head in HEADS.items() if head.is_language_model)
+POOLED_HEADS = tuple(name for name, head in HEADS.items() if head.is_pooled)
+CLASSIFIERS = tuple(name for name, head in HEADS.items() if head.has_labels)
+
+
+def is_tied(config: ModelConfig) -> bool:
+    """True where the head's matrix is the embedding."""
+    return config.tie_embeddings and config.head in TIED_HEADS

@@ -9,7 +9,7 @@ from model.config import ConfigError, ModelConfig
 from model.decoder import Decoder
 from model.encoder import Encoder
 from model.encoder_decoder import EncoderDecoder
-from model.heads import HEADS
+from model.heads import HEADS, is_tied
 from model.stack import Output
 from model.weights import head_spec, weight_table
 
@@ -44,7 +44,7 @@ class Network(nn.Module):
     def tie_weights(self) -> None:
         """Make the head and the embedding one parameter, where the config says so (again after loading). A quantized head has
         codes of its own."""
-        if self.config.tie_embeddings and self.config.head in ("lm", "mlm", "pretraining") and self.head.packed is None:
+        if is_tied(self.config) and self.head.packed is None:
             self.head.weight = self.body.embedding.weight
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options) -> Output:

@@ -13,10 +13,9 @@ import torch
 
 from model.config import ModelConfig, family
 from model.folders import INDEX, SINGLE, weight_files
+from model.heads import TIED_HEADS
 from model.safetensors_file import WeightFile
 from model.weights import head_spec, published_names
-
-TIED_HEADS = ("lm", "mlm", "pretraining")  # heads whose matrix may be the embedding
 
 
 def as_the_files_tie(config: ModelConfig, folder: Path) -> ModelConfig:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from model.config import HeadSpec, ModelConfig, family
+from model.heads import HEADS
 from model.rope import halves_to_interleaved, rope_tables
 
 
@@ -19,38 +20,12 @@ class Weight:
     layout: str = ""  # see model/families/__init__.py
 
 
-# Heads that a family has no class for in transformers: our own names, in both directions.
-_OUT = (("head.out.weight", "head.out.weight", "head"), ("head.out.bias", "head.out.bias", "bias"))
-_MASKED = (
-    ("head.dense.weight", "head.dense.weight", "matrix"),
-    ("head.dense.bias", "head.dense.bias", "bias"),
-    ("head.norm.weight", "head.norm.weight", "norm"),
-    ("head.norm.bias", "head.norm.bias", "bias"),
-    ("head.weight", "head.weight", "head"),
-    ("head.bias", "head.bias", "bias"),
-)
-_PAIR = (("head.pair.out.weight", "head.pair.out.weight", "head"), ("head.pair.out.bias", "head.pair.out.bias", "bias"))
-_DENSE = (("head.dense.weight", "head.dense.weight", "matrix"), ("head.dense.bias", "head.dense.bias", "bias"))
-OURS = {
-    "lm": HeadSpec(weights=_MASKED[4:5], bias=False),
-    "mlm": HeadSpec(weights=_MASKED),
-    "nsp": HeadSpec(weights=_OUT),
-    "pretraining": HeadSpec(weights=_MASKED + _PAIR),
-    "sequence": HeadSpec(weights=_OUT),
-    "token": HeadSpec(weights=_OUT),
-    "qa": HeadSpec(weights=_OUT),
-    "value": HeadSpec(weights=_OUT),
-    "pooler": HeadSpec(weights=_DENSE, dense=True),
-    "none": HeadSpec(),
-}
-
-
 def head_spec(config: ModelConfig) -> HeadSpec:
     """The head as the family publishes it, or one of ours: the last token speaks for a text that is read causally."""
     published = family(config.family).HEADS
     if config.head in published:
         return published[config.head]
-    return replace(OURS[config.head], pool="first" if config.architecture == "encoder" else "last")
+    return replace(HEADS[config.head].own_spec, pool="first" if config.architecture == "encoder" else "last")
 
 
 def rows(config: ModelConfig, table: tuple[tuple, ...], body: str) -> Iterator[Weight]:
@@ -75,8 +50,8 @@ def weight_table(config: ModelConfig) -> dict[str, Weight]:
 
 
 def published_prefix(config: ModelConfig, spec: HeadSpec) -> str:
-    if config.head in ("none", "pooler"):
-        return ""  # the body alone
+    if HEADS[config.head].is_part_of_body:
+        return ""
     return family(config.family).PREFIX if spec.prefix is None else spec.prefix
 
 

@@ -18,7 +18,7 @@ from lora.adalora import RankAllocator
 from lora.base import check_base
 from model.block import Block
 from model.config import ModelConfig, family, presets
-from model.config_json import CLASSIFIERS
+from model.heads import CLASSIFIERS
 from model.init import build, empty
 from model.training import USUAL_CONTEXT
 from quant.config import FourBit

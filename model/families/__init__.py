@@ -1,4 +1,4 @@
-"""One file per published family: strings and numbers, no torch (`reading.py` holds what several of them share).
+"""One file per published family: strings and numbers, no torch (`_shared.py` holds what several of them share).
 
 Each family's file has the same names:
 
@@ -24,6 +24,6 @@ Each family's file has the same names:
 In published names `{layer}` counts the layers, `{decoder_layer}` those of an encoder-decoder's second stack.
 Roles: `embedding`, `position` (learned positions), `matrix` (hidden weight matrices), `head`, `norm`, `bias`.
 Layouts: "transposed", published as I × O; "row", a vector published as 1 × V; "wide", kept in float32 where the rest is
-float16; "interleaved", rows of q or k for neighbouring rotary pairs. A new family is a new file here and a name in
-`model.config.FAMILIES`.
+float16; "interleaved", rows of q or k for neighbouring rotary pairs. A new family is a new file here:
+its name is the family's (`model.config.FAMILIES`); names that begin with an underscore are no families.
 """

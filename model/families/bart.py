@@ -4,8 +4,8 @@ Source: Lewis et al. 2019, arXiv 1910.13461; names as in fairseq's weights that 
 """
 
 from model.config import HeadSpec
+from model.families._shared import activation, published_activation, refuse_unless, token_ids, write_token_ids
 from model.families.bert import both
-from model.families.reading import activation, published_activation, refuse_unless, token_ids, write_token_ids
 
 MODEL_TYPE = "bart"
 

@@ -5,7 +5,7 @@ published names and to the heads that read it here.
 """
 
 from model.config import HeadSpec
-from model.families.reading import activation, published_activation, refuse_unless, token_ids, write_token_ids
+from model.families._shared import activation, published_activation, refuse_unless, token_ids, write_token_ids
 
 MODEL_TYPE = "bert"
 

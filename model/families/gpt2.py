@@ -5,7 +5,7 @@ OpenAI published and transformers reads. Their linear layers are `Conv1D`, that 
 """
 
 from model.config import HeadSpec
-from model.families.reading import activation, published_activation, refuse_unless, token_ids, write_token_ids
+from model.families._shared import activation, published_activation, refuse_unless, token_ids, write_token_ids
 
 MODEL_TYPE = "gpt2"
 

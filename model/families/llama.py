@@ -6,7 +6,7 @@ split, not interleaved (see `model.rope`).
 """
 
 from model.config import HeadSpec, Rope
-from model.families.reading import activation, named_context, read_rope, token_ids, write_rope, write_token_ids
+from model.families._shared import activation, named_context, read_rope, token_ids, write_rope, write_token_ids
 
 MODEL_TYPE = "llama"
 

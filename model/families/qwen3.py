@@ -5,7 +5,7 @@ Source: Yang et al. 2025, arXiv 2505.09388, section 2; q/k norms from Dehghani e
 
 from model.config import Rope
 from model.families import llama, qwen2
-from model.families.reading import refuse_unless
+from model.families._shared import refuse_unless
 
 MODEL_TYPE = "qwen3"
 _FAMILY = llama.FAMILY | {"family": MODEL_TYPE, "qk_norm": True}

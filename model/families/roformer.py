@@ -6,8 +6,8 @@ of each head: their q and k are put in the order of halves when they are read ("
 
 from model.config import HeadSpec, Rope
 from model.families import bert
+from model.families._shared import refuse_unless
 from model.families.bert import both
-from model.families.reading import refuse_unless
 
 MODEL_TYPE = "roformer"
 _FAMILY = bert.FAMILY | {"family": MODEL_TYPE, "position": "rope", "rope": Rope()}

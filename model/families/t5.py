@@ -5,7 +5,7 @@ published code says. Its feed-forward overflows float16: the matrix that leaves 
 """
 
 from model.config import HeadSpec
-from model.families.reading import ACTIVATIONS, refuse_unless, token_ids, write_token_ids
+from model.families._shared import ACTIVATIONS, refuse_unless, token_ids, write_token_ids
 
 MODEL_TYPE = "t5"
 

@@ -8,8 +8,8 @@ ModelConfig's own fields, and the weights their names here.
 from dataclasses import asdict
 
 from model.config import HeadSpec
+from model.families._shared import token_ids, write_token_ids
 from model.families.bert import both
-from model.families.reading import token_ids, write_token_ids
 
 MODEL_TYPE = "vaswani"
 

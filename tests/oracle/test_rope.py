@@ -30,7 +30,7 @@ def test_all_kinds_are_met():
 
 
 def hf_config(rope: Rope) -> transformers.LlamaConfig:
-    from model.families.reading import write_rope
+    from model.families._shared import write_rope
 
     written = write_rope(rope, 64)["rope_parameters"]
     return transformers.LlamaConfig(hidden_size=96, num_attention_heads=2, max_position_embeddings=64, rope_parameters=written)

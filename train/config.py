@@ -21,6 +21,11 @@ from lora.config import (
     PtuningConfig,
 )
 from quant.config import QatConfig
+from train.losses.choose import LOSSES
+from train.optimizers.precision import PRECISIONS
+from train.optimizers.registry import optimizer_names
+from train.optimizers.schedule import SCHEDULES
+from train.recompute import MODES
 
 # Where nothing else is asked for, whatever the objective (what each has of its own, its task says): measured, see LOG.md.
 DEFAULT_MATRIX_LR = 4e-2
@@ -63,7 +68,7 @@ class RunConfig:
     """Start from the settings in this TOML file, or in train/recipes/NAME.toml; other options still win."""
     init: Path | None = None
     """Start from this run's or model folder's weights and tokenizer instead of random weights."""
-    adapter: Literal["none", "lora", "dora", "adalora", "ia3", "adapter", "prompt", "ptuning", "prefix"] = "none"
+    adapter: Literal["none", *CONFIGS] = "none"
     """Freeze the weights of --init, and train a small part beside them (--lora.r and so on); only that part is saved."""
     quantize: Literal["none", "nf4", "fp4"] = "none"
     """With --adapter: hold the matrices of --init in four bits, their scales quantized too (QLoRA)."""
@@ -135,7 +140,7 @@ class OptimizerConfig:
     """Sequences in a micro-batch; ranks share them."""
     accumulate: int = 1
     """Micro-batches in an optimizer step."""
-    optimizer: Literal["adamw", "adamw8bit", "muon", "sgd"] | None = None
+    optimizer: Literal[*optimizer_names()] | None = None
     """adamw8bit: AdamW with its moments in 8 bits. muon: hidden matrices by Muon, the rest by AdamW. Default: muon, or adamw
     with an adapter."""
     lr: float | None = None
@@ -159,7 +164,7 @@ class OptimizerConfig:
     """Weight of (log Σ exp logits)², which keeps logits from drifting; 1e-4 is usual."""
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, which is then what is validated and used; 0: none."""
-    schedule: Literal["cosine", "constant", "linear", "wsd", "inverse_sqrt", "slanted_triangular"] = "cosine"
+    schedule: Literal[*SCHEDULES] = "cosine"
     """How the learning rate goes from its height to its end."""
     warmup: float = 0.05
     """Warm-up, as a fraction of the steps."""
@@ -171,12 +176,12 @@ class OptimizerConfig:
 class SpeedConfig:
     """Speed: the same numbers, sooner."""
 
-    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16", "bf16-pure"] = "auto"
+    precision: Literal["auto", *PRECISIONS] = "auto"
     """bf16, fp16: autocast with float32 weights; bf16-pure: all in 16 bits, rounded at random. auto: bf16 on a GPU, and for
     networks of width 512 and more on a CPU that multiplies bfloat16 (AVX512_BF16, AMX); else fp32."""
-    loss: Literal["auto", "plain", "chunked", "triton"] = "auto"
+    loss: Literal["auto", *LOSSES] = "auto"
     """Cross-entropy of all logits at once, or a chunk at a time. auto: in chunks where they would be large."""
-    recompute: Literal["none", "blocks", "selective"] = "none"
+    recompute: Literal[*MODES] = "none"
     """Less memory: run blocks again in the backward; selective keeps what their matrix products gave."""
     recompute_every: int = 1
     """With --recompute: every so many blocks one is run again."""

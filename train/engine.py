@@ -21,7 +21,7 @@ from train import qat
 from train.adapters import kept
 from train.optimizers.ema import EMA
 from train.optimizers.named_optimizer import Optimizers
-from train.optimizers.precision import GradScaler
+from train.optimizers.scaler import GradScaler
 from train.parallel.ranks import Mesh, Ranks, unwrapped
 from train.parallel.shard import copy_, local
 from train.qat import Observers

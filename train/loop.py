@@ -61,14 +61,14 @@ class Run:
     def __init__(self, config: TrainConfig, ranks: Ranks, *, resume: bool, defaulted: tuple[str, ...] = ()):
         self.out, self.ranks, self.defaulted = config.run.out, ranks, defaulted
         self.console = Console(config.report.verbose and ranks.main)
-        say = self.console.say
+        info = self.console.info
         checkpoint = self._latest() if resume else None
         self.device = own_device(config, ranks)
-        data = ranks.local_first(lambda: open_data(config, checkpoint, say))
+        data = ranks.local_first(lambda: open_data(config, checkpoint, info))
         self.tokenizer = data.tokenizer
         in_parts = mesh_sizes(config.run.mesh, ranks.world)["shard"] > 1
         place = torch.device("cpu") if in_parts else self.device  # whole only there: a GPU gets its part alone
-        network = open_network(config, data, checkpoint, place, say)
+        network = open_network(config, data, checkpoint, place, info)
         if self.device.type == "cpu":
             keep_freed_memory()
         config = self.config = resolve_network(resolve_data(config, self.tokenizer), ranks, network)
@@ -76,7 +76,7 @@ class Run:
         self.source = self.task.source
         config = self.config = self.task.config = resolve_steps(config, self.task)
         self.console.unit = self.task.unit
-        self.engine, self.config = open_engine(config, ranks, self.device, self.task, network, say)
+        self.engine, self.config = open_engine(config, ranks, self.device, self.task, network, info)
         self.tokens, self.bad_evaluations, self.in_a_row, self.signal = 0, 0, 0, 0
         self.positions, self.rows = 0.0, 0  # that were read since the start or the resume
         self.scored: float | None = None  # the share of positions with a label, in the first micro-batch that was seen
@@ -94,7 +94,7 @@ class Run:
                 repoint(self.out, checkpoint, self.best)
             cut_back(self.out / "metrics.jsonl", self.step)
         self.metrics = Metrics(self.out / "metrics.jsonl" if ranks.main else None)
-        say(introduction(self))
+        info(introduction(self))
 
     @property
     def step(self) -> int:
@@ -114,7 +114,7 @@ class Run:
         """Steps until the last one, an early stop, or a signal, of which it returns the number (else 0)."""
         began, first_step, first_tokens = time.monotonic(), self.step, self.tokens
         if self.config.method is not None and not self.step:
-            self.console.say(f"before the first step: {self.task.line(self._scores())}")
+            self.console.info(f"before the first step: {self.task.line(self._scores())}")
         self.console.begin(self.step, self.config.run.steps)
         try:
             stopped = self._steps()
@@ -222,7 +222,7 @@ class Run:
         what = f"step {self.step}: the loss is {loss}, the gradients' norm {float(result.grad_norm)}"
         where = f"its batch held {named}"
         if self.config.run.on_nonfinite == "skip" and self.in_a_row <= MOST_SKIPPED:
-            self.console.say(f"skipped {what}; {where}")
+            self.console.info(f"skipped {what}; {where}")
             self.metrics.write(step=self.step, split="skipped", loss=str(loss), origin=origin)
             return
         times = f" ({self.in_a_row} steps in a row)" if self.in_a_row > 1 else ""
@@ -278,7 +278,7 @@ class Run:
             self.best = {"step": self.step, **scores}
         self.bad_evaluations = 0 if improved else self.bad_evaluations + 1
         line = self.task.line(scores) + " · best so far" * improved
-        self.console.say(f"validation at step {self.step}: {line}")
+        self.console.info(f"validation at step {self.step}: {line}")
         return improved
 
     @contextmanager
@@ -295,8 +295,8 @@ class Run:
             shown = self.task.sample(self.engine.network, self.device)
         if shown is not None:
             what, text = shown
-            self.console.say(f"sample: {what}")
-            self.console.say("\n".join(f"    | {line}" for line in text.split("\n")))
+            self.console.info(f"sample: {what}")
+            self.console.info("\n".join(f"    | {line}" for line in text.split("\n")))
 
     def _save(self, improved: bool) -> None:
         """A checkpoint at this step boundary; a failure leaves the earlier ones."""

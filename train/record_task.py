@@ -9,7 +9,7 @@ from data.sources.record_files import FORMATS
 from data.words import counted
 from train.config import TrainError
 from train.registry import settings_of
-from train.task import Say, Task
+from train.task import Info, Task
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,7 +51,7 @@ class RecordTask(Task):
 
     @classmethod
     def open_data(
-        cls, config: "TrainConfig", tokenizer: "Tokenizer | None", say: Say, *, progress: bool = False
+        cls, config: "TrainConfig", tokenizer: "Tokenizer | None", info: Info, *, progress: bool = False
     ) -> "RecordData":
         from data.config import DataError
         from data.sources.records import RecordData, hash_of, open_records, trained_tokenizer
@@ -65,10 +65,10 @@ class RecordTask(Task):
             "text_of": lambda row: "\0".join(cls.texts(settings, row)),
             "check": lambda row: cls.check(settings, row),
         }
-        train, validation = open_records(config.data, say=say, **asked)
+        train, validation = open_records(config.data, say=info, **asked)
         if tokenizer is None:
             texts = (text for row in train.values for text in cls.texts(settings, row))
-            tokenizer = trained_tokenizer(config.data, texts, say, mask=cls.needs_mask or cls.wants_mask, around=cls.around)
+            tokenizer = trained_tokenizer(config.data, texts, info, mask=cls.needs_mask or cls.wants_mask, around=cls.around)
         else:
             tokenizer = tokenizer.with_separator(config.data.separator)
         return RecordData(tokenizer, train, validation, hash_of(train, validation))

@@ -40,17 +40,18 @@ from train.config import (
 from train.engine import Engine
 from train.freeze import freeze
 from train.losses.choose import LOSSES, choose_loss
-from train.optimizers.adamw import build_optimizer
+from train.optimizers.build import build_optimizer
 from train.optimizers.ema import EMA
 from train.optimizers.named_optimizer import Optimizers
-from train.optimizers.precision import PRECISIONS, GradScaler, autocast, choose_precision
+from train.optimizers.precision import PRECISIONS, autocast, choose_precision
+from train.optimizers.scaler import GradScaler
 from train.optimizers.schedule import SCHEDULES
 from train.parallel.ranks import Ranks, lay_out, spread, unwrapped
 from train.recompute import recompute
 from train.registry import file_hash, load, names
 from train.runs.checkpoint import IN_PARTS, resolve
 from train.runs.lock import unused
-from train.task import Say, Task
+from train.task import Info, Task
 
 
 def resolve_machine(config: TrainConfig, ranks: Ranks) -> TrainConfig:
@@ -176,7 +177,7 @@ def trainable(task: type[Task]) -> str:
     return " or ".join(map(repr, task.architectures))
 
 
-def open_data(config: TrainConfig, checkpoint: Path | None, say: Say) -> object:
+def open_data(config: TrainConfig, checkpoint: Path | None, info: Info) -> object:
     """The task's data; with --init, in the tokens of the folder that the weights come from."""
     tokenizer, task = None, load(config.run.objective)
     if config.data.weights and not task.mixes:
@@ -193,7 +194,7 @@ def open_data(config: TrainConfig, checkpoint: Path | None, say: Say) -> object:
             )
         tokenizer = load_tokenizer(folder, found.vocab_size)
     progress = config.report.verbose and sys.stderr.isatty()
-    return task.open_data(config, tokenizer, say, progress=progress)
+    return task.open_data(config, tokenizer, info, progress=progress)
 
 
 def resolve_data(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
@@ -204,7 +205,7 @@ def resolve_data(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
 
 
 def open_network(
-    config: TrainConfig, data: object, checkpoint: Path | None, device: torch.device, say: Say = print
+    config: TrainConfig, data: object, checkpoint: Path | None, device: torch.device, info: Info = print
 ) -> nn.Module:
     """From a checkpoint, else from --init, else new; in float32, unless all is to be in 16 bits.
 
@@ -232,7 +233,7 @@ def open_network(
     wanted = task.network(config, found.replace(head=task.head), data)
     labels = None if wanted.labels == found.labels else wanted.labels
     if found.head != task.head:
-        say(f"{run.init} has the head {found.head!r}: {task.head!r} takes its place")
+        info(f"{run.init} has the head {found.head!r}: {task.head!r} takes its place")
     how = None if run.quantize == "none" else FourBit(scheme=run.quantize)
     network = model.hub.load(folder, head=task.head, labels=labels, seed=run.seed, quantization=how, finite=True, **common)
     network.config = task.network(config, network.config, data)
@@ -242,7 +243,7 @@ def open_network(
         rest = "add --adapter lora" if run.qat == "none" else f"--qat {run.qat} begins with those it was made from"
         raise TrainError(f"--init {run.init} has weights in {kind}, which cannot be trained: {rest}")
     if how is not None and network.quantization is None:
-        say(f"{run.init} is quantized already, and is taken as it is: {next(iter(quantized_layers(network).values())).weight}")
+        info(f"{run.init} is quantized already, and is taken as it is: {next(iter(quantized_layers(network).values())).weight}")
     for name in ("context", "width", "depth", "heads", "mlp_width"):
         given, has = getattr(asked, name), getattr(network.config, name)
         if given is not None and given != has and not (name == "context" and given < has):
@@ -251,7 +252,7 @@ def open_network(
         if checkpoint is not None:
             check_base(checkpoint, folder)
         put_on(config, network, data.tokenizer, new_head=found.head != task.head or task.head in CLASSIFIERS)
-        say(table(network))
+        info(table(network))
     else:
         also_end_with(network, data.tokenizer.eos_id)
     return network if run.qat == "none" else qat.put_on(config, network)
@@ -303,14 +304,14 @@ def resolve_network(config: TrainConfig, ranks: Ranks, network: nn.Module) -> Tr
     )
 
 
-def compile_blocks(network: nn.Module, say: Say) -> bool:
+def compile_blocks(network: nn.Module, info: Info) -> bool:
     """torch.compile, a block at a time: one small graph serves all. False, and a line why, where that cannot work."""
     device = next(network.parameters()).device
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
     except Exception as error:  # whatever a missing or broken compiler raises, the run can go on without it
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        say(f"not compiled, because torch.compile does not work here: {lines[0] if lines else type(error).__name__}")
+        info(f"not compiled, because torch.compile does not work here: {lines[0] if lines else type(error).__name__}")
         return False
     for block in (module for module in network.modules() if isinstance(module, Block)):
         block.compile(dynamic=False)
@@ -318,7 +319,7 @@ def compile_blocks(network: nn.Module, say: Say) -> bool:
 
 
 def open_engine(
-    config: TrainConfig, ranks: Ranks, device: torch.device, task: Task, network: nn.Module, say: Say
+    config: TrainConfig, ranks: Ranks, device: torch.device, task: Task, network: nn.Module, info: Info
 ) -> tuple[Engine, TrainConfig]:
     """The network made ready to train: recomputed, compiled, spread over the ranks, with its optimizers; and the settings,
     which say "off" where compiling did not work."""
@@ -329,10 +330,10 @@ def open_engine(
         narrow(network, policy.autocast)
     if config.run.freeze is not None:
         freeze(network, config.run.freeze)
-    initial = partial(open_network, config, getattr(task, "data", None), None, device, say=lambda line: None)
+    initial = partial(open_network, config, getattr(task, "data", None), None, device, info=lambda line: None)
     objective = task.objective(task.networks(network, initial), learned, held_out=loss)
     recompute(network, speed.recompute, speed.recompute_every)
-    if speed.compile == "on" and ranks.any(not compile_blocks(network, say)):
+    if speed.compile == "on" and ranks.any(not compile_blocks(network, info)):
         config = replace(config, speed=replace(speed, compile="off"))
     mesh = lay_out(config.run.mesh, ranks, device)
     objective = spread(objective, mesh, device, compute=policy.autocast, reshard=speed.reshard == "on")
@@ -343,7 +344,7 @@ def open_engine(
     engine = Engine(
         objective,
         open_optimizers(config, network),
-        scaler=GradScaler(enabled=policy.scaled),
+        scaler=GradScaler(enabled=policy.needs_scaler),
         averages=EMA(network.named_parameters(), asked.ema) if asked.ema else None,
         factor=factor,
         max_norm=asked.clip or None,
@@ -370,7 +371,7 @@ def open_optimizers(config: TrainConfig, network: nn.Module) -> Optimizers:
             betas=asked.betas,
             eps=asked.eps,
             momentum=asked.momentum,
-            multiple_of=partial(rate, config),
+            lr_multiple_of=partial(rate, config),
         )
     except ValueError as error:  # the optimizers know which values they can have
         raise TrainError(f"--optimizer {asked.optimizer}: {error}") from None

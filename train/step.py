@@ -10,7 +10,7 @@ from torch import Tensor
 from train.objective import Metric, Objective
 from train.optimizers.clip import clip_grad_norm_
 from train.optimizers.named_optimizer import Optimizers
-from train.optimizers.precision import GradScaler
+from train.optimizers.scaler import GradScaler
 from train.parallel.ranks import Ranks, kept_local, unwrapped
 
 

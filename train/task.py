@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Batch = dict[str, "Tensor"]
 Totals = dict[str, tuple[Any, int]]  # of a validation: term or metric -> (sum, count); a sum is a float, or a tensor with axes
 Scores = dict[str, Any]  # what a validation line of metrics.jsonl says: numbers; tables of them, for a person's ends
-Say = Callable[[str], None]
+Info = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Task(ABC):
 
     @classmethod
     @abstractmethod
-    def open_data(cls, config: "TrainConfig", tokenizer: "Tokenizer | None", say: Say, *, progress: bool = False) -> Any:
+    def open_data(cls, config: "TrainConfig", tokenizer: "Tokenizer | None", info: Info, *, progress: bool = False) -> Any:
         """What the task is made of; it has a `tokenizer`: the given one, or one that is trained on the text."""
 
     @abstractmethod

@@ -4,7 +4,7 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.task import Batch, Say, Scores, Task, Totals
+from train.task import Batch, Info, Scores, Task, Totals
 
 if TYPE_CHECKING:
     import numpy as np
@@ -52,10 +52,10 @@ class TokenTask(Task):
     needs_mask = False  # whether the tokenizer must have a mask token
 
     @classmethod
-    def open_data(cls, config: "TrainConfig", tokenizer: "Tokenizer | None", say: Say, *, progress: bool = False) -> "Shards":
+    def open_data(cls, config: "TrainConfig", tokenizer: "Tokenizer | None", info: Info, *, progress: bool = False) -> "Shards":
         from data.sources.shards import prepare
 
-        return prepare(config.data, tokenizer=tokenizer, mask=cls.needs_mask, say=say, progress=progress)
+        return prepare(config.data, tokenizer=tokenizer, mask=cls.needs_mask, say=info, progress=progress)
 
     def __init__(self, config: "TrainConfig", shards: "Shards"):
         from data.packing.blocks import BlockStream, MixedBlocks, check_length, sequential

@@ -23,7 +23,7 @@ from tests.bench.shown import bench_shown
 from tests.bench.timing import alternate, ratio, table
 from train.losses.choose import LOSSES, choose_loss
 from train.objective import Objective
-from train.optimizers.adamw import build_optimizer
+from train.optimizers.build import build_optimizer
 from train.step import train_step
 
 SHAPES = {  # changes to the preset tiny, and the batch

@@ -20,8 +20,8 @@ from tests.bench.train import SHAPES, STILL, transformers_step
 from train.allocator import keep_freed_memory
 from train.losses.choose import LOSSES
 from train.objective import Objective
-from train.optimizers.adamw import build_optimizer
-from train.optimizers.precision import autocast, multiplies_bf16
+from train.optimizers.build import build_optimizer
+from train.optimizers.precision import autocast, has_fast_bf16
 from train.recompute import recompute
 from train.setup import compile_blocks
 from train.step import train_step
@@ -135,7 +135,7 @@ def bench_engine(rounds: int) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
     rows = []
     try:
-        for precision in DTYPES if multiplies_bf16() else ["fp32"]:
+        for precision in DTYPES if has_fast_bf16() else ["fp32"]:
             torch.compiler.reset()
             rows += measure(config, batch_size, context, precision, rounds)
     finally:
@@ -145,5 +145,5 @@ def bench_engine(rounds: int) -> None:
     pairs = "of the square product's rate, all pairs of positions counted"
     columns = ("GFLOP/s", "tokens/s", "over transformers", pairs, "the causal half of them", "of own products", "recomputing")
     print(table(("what", *columns), rows))
-    if not multiplies_bf16():
+    if not has_fast_bf16():
         print("\nbf16: this processor has no such products; not measured.")

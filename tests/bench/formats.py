@@ -11,14 +11,14 @@ from model.config import ModelConfig
 from tests.bench.engine import in_its_memory, step_of
 from tests.bench.timing import alternate, ratio, table
 from tests.bench.train import STILL
-from train.optimizers.precision import choose_precision, multiplies_bf16
+from train.optimizers.precision import choose_precision, has_fast_bf16
 
 BATCH, CONTEXT, VOCABULARY = 16, 128, 2048
 WIDTHS = (128, 256, 384, 512, 768, 1024)
 
 
 def bench_formats(rounds: int) -> None:
-    if not multiplies_bf16():
+    if not has_fast_bf16():
         print("This processor has no bfloat16 products, or may not use them: --precision auto is fp32 at every width.")
         return
     rows = []

@@ -27,7 +27,7 @@ from tests.bench.timing import alternate, ratio, table
 from train.adapters import narrow
 from train.losses.choose import LOSSES
 from train.objective import Objective
-from train.optimizers.adamw import build_optimizer
+from train.optimizers.build import build_optimizer
 from train.recompute import recompute
 from train.step import train_step
 

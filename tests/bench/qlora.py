@@ -23,7 +23,7 @@ from tests.bench.shown import BATCH_SIZE, Task, Text, open_task
 from tests.bench.timing import table
 from train.evaluate import evaluate
 from train.objective import Objective
-from train.optimizers.adamw import build_optimizer
+from train.optimizers.build import build_optimizer
 from train.optimizers.schedule import cosine
 from train.runs.checkpoint import resolve
 from train.step import train_step

@@ -19,7 +19,7 @@ from tests.bench.timing import alternate, ratio, table
 from tests.bench.train import SHAPES, STILL
 from train.allocator import keep_freed_memory
 from train.objective import Objective
-from train.optimizers.adamw import build_optimizer
+from train.optimizers.build import build_optimizer
 from train.parallel.ranks import Ranks, lay_out, share, spread
 from train.step import train_step
 

@@ -29,7 +29,7 @@ from tests.bench.loss import peak_bytes
 from tests.bench.timing import table
 from train.evaluate import bits_per_byte, evaluate
 from train.objective import Objective
-from train.optimizers.adamw import build_optimizer
+from train.optimizers.build import build_optimizer
 from train.optimizers.schedule import cosine
 from train.runs.checkpoint import resolve
 from train.step import train_step

@@ -17,7 +17,7 @@ from model.init import build
 from model.weights import role_of
 from tests.bench.timing import alternate, ratio, table
 from train.objective import Objective
-from train.optimizers.adamw import build_optimizer
+from train.optimizers.build import build_optimizer
 from train.optimizers.precision import autocast
 from train.step import train_step
 

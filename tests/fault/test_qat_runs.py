@@ -19,7 +19,7 @@ from tests.fault.test_command import assert_one_clear_line, contents
 from tests.runs import arguments, at_step, command, further, last_checkpoint, stopped_at
 from train.engine import Engine
 from train.objective import Objective, Result, Term
-from train.optimizers.adamw import build_optimizer
+from train.optimizers.build import build_optimizer
 from train.parallel.ranks import Ranks
 from train.qat import Observers
 

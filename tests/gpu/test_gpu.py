@@ -15,7 +15,7 @@ from model.mask import Mask
 from model.weights import role_of
 from tests.conftest import TINY_FAMILIES, randomized, tiny_config
 from train.objective import Objective
-from train.optimizers.adamw import build_optimizer
+from train.optimizers.build import build_optimizer
 from train.step import train_step
 
 pytestmark = pytest.mark.gpu

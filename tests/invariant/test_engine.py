@@ -15,9 +15,9 @@ from train.config import TrainError, mesh_sizes
 from train.engine import Engine
 from train.evaluate import evaluate
 from train.objective import Objective
-from train.optimizers.adamw import build_optimizer
+from train.optimizers.build import build_optimizer
 from train.optimizers.ema import EMA
-from train.optimizers.precision import GradScaler
+from train.optimizers.scaler import GradScaler
 from train.parallel.ranks import Ranks
 from train.reports.log import read_metrics
 from train.tasks.clm import CausalTask

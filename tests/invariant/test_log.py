@@ -171,7 +171,7 @@ def through_console(stream, monkeypatch):
             console.progress(step, 2.5, 1000.0)
             console.advance(step)
             if step == 50:
-                console.say("validation at step 50")
+                console.info("validation at step 50")
         console.end()
     stream.flush()
 

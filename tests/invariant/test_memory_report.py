@@ -11,7 +11,7 @@ from model.memory import training_memory
 from model.training import Training
 from tests.conftest import tiny_config
 from train.objective import MaskedObjective
-from train.optimizers.adamw import build_optimizer
+from train.optimizers.build import build_optimizer
 from train.recompute import recompute
 from train.reports.memory import SPARE, Measured, measure_step, options, report, what_would_fit
 from train.step import train_step

@@ -8,8 +8,9 @@ from torch.nn import functional as F
 
 from model.weights import role_of
 from tests.conftest import randomized, tiny_config
-from train.optimizers.adamw import build_optimizer
-from train.optimizers.precision import PRECISIONS, GradScaler, autocast, choose_precision, multiplies_bf16
+from train.optimizers.build import build_optimizer
+from train.optimizers.precision import PRECISIONS, autocast, choose_precision, has_fast_bf16
+from train.optimizers.scaler import GradScaler
 
 CPU = torch.device("cpu")
 
@@ -45,9 +46,9 @@ def test_auto_knows_this_processor():
     """torch's own account of it; and a default run is in float32 on every CPU."""
     has = torch.cpu.get_capabilities()
     if "AVX512" not in torch.backends.cpu.get_cpu_capability() or "ONEDNN_MAX_CPU_ISA" in os.environ:
-        assert not multiplies_bf16() or "ONEDNN_MAX_CPU_ISA" in os.environ
+        assert not has_fast_bf16() or "ONEDNN_MAX_CPU_ISA" in os.environ
     else:
-        assert multiplies_bf16() == (has.get("avx512_bf16", False) or has.get("amx_bf16", False))
+        assert has_fast_bf16() == (has.get("avx512_bf16", False) or has.get("amx_bf16", False))
     assert choose_precision(CPU, tiny_config("llama").width) == "fp32"
 
 
@@ -62,7 +63,7 @@ def test_each_operation_has_its_format(name):
             module.register_forward_hook(lambda module, inputs, output: products.append(output.dtype))
     optimizers = build_optimizer("adamw", network.named_parameters(), lambda name: role_of(config, name), lr=1e-3)
     optimizers.set_rounding(torch.Generator().manual_seed(0))
-    scaler, ids = GradScaler(enabled=precision.scaled), torch.randint(0, 61, (4, 17))
+    scaler, ids = GradScaler(enabled=precision.needs_scaler), torch.randint(0, 61, (4, 17))
     before = [param.detach().clone() for param in network.parameters()]
     with autocast(CPU, name)():
         logits = network(ids[:, :-1]).logits
@@ -84,7 +85,7 @@ def test_the_table_holds_what_torch_takes():
         torch.set_float32_matmul_precision(precision.matmul)
         assert torch.get_float32_matmul_precision() == precision.matmul
     torch.set_float32_matmul_precision(usual)
-    assert [name for name, precision in PRECISIONS.items() if precision.scaled] == ["fp16"]
+    assert [name for name, precision in PRECISIONS.items() if precision.needs_scaler] == ["fp16"]
 
 
 def test_why_sums_are_wide():

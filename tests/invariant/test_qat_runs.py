@@ -29,7 +29,7 @@ from train.engine import Engine
 from train.evaluate import evaluate
 from train.losses.choose import LOSSES
 from train.objective import Objective
-from train.optimizers.adamw import build_optimizer
+from train.optimizers.build import build_optimizer
 from train.optimizers.precision import autocast
 from train.parallel.ranks import Mesh, Ranks, replicated, share
 from train.qat import Observers

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 import train.recompute
 from tests.conftest import RATES, TINY_FAMILIES, randomized, tiny_config
 from train.objective import Objective
-from train.recompute import ATTENTIONS, keep_products, recompute, stacks
+from train.recompute import block_lists, expensive_operators, recompute, save_products
 
 WAYS = [("blocks", 1), ("blocks", 2), ("selective", 1)]
 DROPPED = dict.fromkeys(RATES, 0.1)
@@ -23,7 +23,7 @@ DROPPED = dict.fromkeys(RATES, 0.1)
 def gradients(network, mode="none", every=1, cast=nullcontext, prepare=lambda block: None) -> dict[str, torch.Tensor | None]:
     """name -> gradient of one forward and backward in training mode, always of the same batch and random numbers."""
     network = recompute(copy.deepcopy(network), mode, every).train()
-    for block in (block for blocks in stacks(network) for block in blocks):
+    for block in (block for blocks in block_lists(network) for block in blocks):
         prepare(block)
     ids = torch.randint(3, 61, (2, 20), generator=torch.Generator().manual_seed(3))
     torch.manual_seed(5)
@@ -181,14 +181,14 @@ def test_every_stack(family):
 
 def test_attention_with_dropout_runs_again():
     """Else, on a GPU, the next dropout would get its random numbers."""
-    for op in ATTENTIONS:
+    for op in expensive_operators()[1]:
         names = [argument.name for argument in op._schema.arguments]
         for rate, policy in ((0.0, CheckpointPolicy.MUST_SAVE), (0.1, CheckpointPolicy.PREFER_RECOMPUTE)):
             inputs = [rate if name == "dropout_p" else None for name in names[: names.index("dropout_p") + 1]]
-            assert keep_products(None, op, *inputs) == policy
-            assert keep_products(None, op, *inputs[:-1], dropout_p=rate) == policy
-        assert keep_products(None, op, *inputs[:-1]) == CheckpointPolicy.MUST_SAVE  # its default is 0
-    assert keep_products(None, torch.ops.aten.gelu.default, None) == CheckpointPolicy.PREFER_RECOMPUTE
+            assert save_products(None, op, *inputs) == policy
+            assert save_products(None, op, *inputs[:-1], dropout_p=rate) == policy
+        assert save_products(None, op, *inputs[:-1]) == CheckpointPolicy.MUST_SAVE  # its default is 0
+    assert save_products(None, torch.ops.aten.gelu.default, None) == CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def test_names_stay_and_the_last_call_counts():

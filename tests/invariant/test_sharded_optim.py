@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import train.optimizers.clip
 import train.optimizers.muon
-import train.optimizers.precision
+import train.optimizers.scaler
 from tests.ranks import in_two_ranks
 from train.optimizers.adamw import AdamW
 from train.optimizers.adamw8bit import AdamW8bit
@@ -24,8 +24,8 @@ from train.optimizers.clip import clip_grad_norm_
 from train.optimizers.ema import EMA
 from train.optimizers.muon import Muon
 from train.optimizers.named_optimizer import Optimizers
-from train.optimizers.precision import GradScaler
 from train.optimizers.rounding import stochastic_round_
+from train.optimizers.scaler import GradScaler
 from train.optimizers.sgd import SGD
 from train.parallel.shard import copy_, cut_along, is_sharded, local, part_of, whole
 
@@ -223,7 +223,7 @@ def check_scaler() -> list:
     optimizer.step()
     assert difference(dict(one.named_parameters()), dict(both.named_parameters())) < 1e-5
 
-    train.optimizers.precision.cut_along = lambda grad: ()
+    train.optimizers.scaler.cut_along = lambda grad: ()
     try:
         scaler = GradScaler()
         for param in both.parameters():
@@ -232,7 +232,7 @@ def check_scaler() -> list:
             local(both.middle.weight.grad)[0, 0] = math.inf
         assert bool(scaler.unscale_(both.parameters())) == (dist.get_rank() == 1)
     finally:
-        train.optimizers.precision.cut_along = cut_along
+        train.optimizers.scaler.cut_along = cut_along
 
     alone = nn.Parameter(torch.ones(2))  # not sharded: ranks agree where they are told to
     for group, expected in ((dist.group.WORLD, True), (None, dist.get_rank() == 0)):

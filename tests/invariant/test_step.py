@@ -10,8 +10,8 @@ from model.weights import role_of
 from tests.conftest import randomized, tiny_config
 from train.evaluate import evaluate
 from train.objective import Metric, Objective, Result, Term
-from train.optimizers.adamw import build_optimizer
-from train.optimizers.precision import GradScaler
+from train.optimizers.build import build_optimizer
+from train.optimizers.scaler import GradScaler
 from train.step import train_step
 
 

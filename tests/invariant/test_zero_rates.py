@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from train.optimizers.adamw import AdamW, build_optimizer
+from train.optimizers.adamw import AdamW
 from train.optimizers.adamw8bit import AdamW8bit
+from train.optimizers.build import build_optimizer
 from train.optimizers.muon import Muon
 from train.optimizers.sgd import SGD
 

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 import train.optimizers.adamw8bit
 from quant.blockwise import dynamic_map, nearest, nearest_on_grid
 from tests.runs import assert_same_end, command, stopped_at
-from train.optimizers.adamw import AdamW, adamw_update, build_optimizer
+from train.optimizers.adamw import AdamW, adamw_update
 from train.optimizers.adamw8bit import BLOCK, SMALLEST, AdamW8bit, first_places, map_on, nearest_by_table
+from train.optimizers.build import build_optimizer
 from train.optimizers.named_optimizer import Optimizers
 
 BITSANDBYTES = f"bitsandbytes {bitsandbytes.__version__} AdamW8bit (CPU)"
@@ -82,7 +83,7 @@ def test_two_look_ups_find_the_nearest_place(signed):
 @pytest.mark.parametrize("piece", [1 << 18, 4096])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equals_bitsandbytes(parity, monkeypatch, dtype, piece):
-    monkeypatch.setattr(train.adamw8bit, "PIECE", {"cpu": piece})
+    monkeypatch.setattr(train.optimizers.adamw8bit, "PIECE", {"cpu": piece})
     ours, theirs = weights(dtype), weights(dtype)
     optimizer = AdamW8bit(groups_of(ours), lr=1e-2, decide=nearest_on_grid)
     oracle = bitsandbytes.optim.AdamW8bit(groups_of(theirs), lr=1e-2)
@@ -275,7 +276,7 @@ def test_it_converges_as_32_bits_do(parity):
 
 def test_build_optimizer_knows_it_and_rates_of_their_own():
     params = {name: param for name, param in weights().items() if name in "ab"}
-    options = {"lr": 1e-3, "multiple_of": lambda name: {"a": 1.0, "b": 4.0}[name]}
+    options = {"lr": 1e-3, "lr_multiple_of": lambda name: {"a": 1.0, "b": 4.0}[name]}
     (optimizer,) = build_optimizer("adamw8bit", params.items(), lambda name: "matrix", **options).optimizers
     assert type(optimizer) is AdamW8bit
     assert [(group["names"], group["lr"]) for group in optimizer.param_groups] == [(["a"], 1e-3), (["b"], 4e-3)]
@@ -298,7 +299,7 @@ def test_a_run_stopped_and_resumed_ends_in_the_same_bytes(options, tmp_path):
 @pytest.mark.gpu
 def test_a_step_on_the_card_is_the_step_on_the_cpu(monkeypatch):
     """The first step, before a code that fell to the other side of a bound can make a difference; in five pieces."""
-    monkeypatch.setattr(train.adamw8bit, "PIECE", {"cpu": 4096, "cuda": 2048})
+    monkeypatch.setattr(train.optimizers.adamw8bit, "PIECE", {"cpu": 4096, "cuda": 2048})
     states, after = [], []
     for device in ("cpu", "cuda"):
         params = {name: nn.Parameter(param.detach().to(device)) for name, param in weights().items()}

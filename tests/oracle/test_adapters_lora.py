@@ -295,7 +295,7 @@ def test_targets_that_match_nothing():
 
 
 def test_lora_plus(tmp_path, parity):
-    from train.optimizers.adamw import build_optimizer
+    from train.optimizers.build import build_optimizer
 
     both = twin("llama", LoraConfig(r=3, b_lr_ratio=16.0), theirs_of("llama", r=3, lora_alpha=16), tmp_path)
     ours, theirs, real = batch(both)
@@ -308,7 +308,7 @@ def test_lora_plus(tmp_path, parity):
         weight_decay=0.0,
         betas=(0.9, 0.999),
         eps=1e-6,
-        multiple_of=lambda name: 16.0 if name.endswith(".B") else 1.0,
+        lr_multiple_of=lambda name: 16.0 if name.endswith(".B") else 1.0,
     )
     other = create_loraplus_optimizer(
         both.theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16.0, weight_decay=0.0, eps=1e-6, betas=(0.9, 0.999)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import train.losses.chunked
 from tests.bench.loss import peak_bytes
-from train.losses.choose import LARGE, LOSSES, choose_loss
+from train.losses.choose import CHUNKED_FROM, LOSSES, choose_loss
 from train.losses.chunked import chunked_linear_cross_entropy, score_rows
 from train.losses.cross_entropy import cross_entropy_reference, linear_cross_entropy
 
@@ -299,8 +299,8 @@ def test_compiled_and_wrapped():
 
 
 def test_the_choice():
-    assert choose_loss(LARGE // 400, 100, torch.device("cpu")) == "plain"
-    assert choose_loss(LARGE // 400 + 1, 100, torch.device("cpu")) == "chunked"
+    assert choose_loss(CHUNKED_FROM // 400, 100, torch.device("cpu")) == "plain"
+    assert choose_loss(CHUNKED_FROM // 400 + 1, 100, torch.device("cpu")) == "chunked"
     assert choose_loss(1, 100, torch.device("cuda")) == "triton"
 
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from train.optimizers.adamw import AdamW, build_optimizer, can_fuse, parameter_groups
+from train.optimizers.adamw import AdamW, can_fuse
+from train.optimizers.build import build_optimizer
+from train.optimizers.groups import parameter_groups
 from train.optimizers.muon import Muon
 from train.optimizers.named_optimizer import NamedOptimizer, Optimizers
 

@@ -13,7 +13,8 @@ from train.optimizers.clip import clip_grad_norm_
 from train.optimizers.ema import EMA
 from train.optimizers.muon import Muon
 from train.optimizers.named_optimizer import Optimizers
-from train.optimizers.precision import SMALLEST_SCALE, GradScaler, autocast
+from train.optimizers.precision import autocast
+from train.optimizers.scaler import SMALLEST_SCALE, GradScaler
 
 TORCH = f"torch {torch.__version__.split('+')[0]} amp.GradScaler"
 BAD_STEPS = {0, 1, 2, 3, 40, 41, 42, *range(200, 212), *range(300, 1000, 37)}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.oracle.test_optim import SHAPES, TORCH, difference, groups_of, train, weights
-from train.optimizers.adamw import build_optimizer
+from train.optimizers.build import build_optimizer
 from train.optimizers.sgd import SGD
 
 KINDS = {"plain": {}, "momentum": {"momentum": 0.9}, "Nesterov": {"momentum": 0.9, "nesterov": True}}

@@ -79,6 +79,15 @@ def chunked_linear_cross_entropy(
     return total, (labels_N != IGNORE).sum()
 
 
+def triton_linear_cross_entropy(
+    hidden: Tensor, weight_VD: Tensor, labels: Tensor, bias_V: Tensor | None = None, **options
+) -> tuple[Tensor, Tensor]:
+    """`chunked_linear_cross_entropy` with Triton's kernel for the rows of a chunk; needs a GPU."""
+    from train.losses.kernels.cross_entropy import score_rows  # here: triton is imported when a kernel is first wanted
+
+    return chunked_linear_cross_entropy(hidden, weight_VD, labels, bias_V, score=score_rows, **options)
+
+
 def product_dtype(hidden: Tensor, weight_VD: Tensor) -> torch.dtype:
     """Autocast's where it is on, which leaves float64 alone; else that of both."""
     kind = hidden.device.type

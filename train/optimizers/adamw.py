@@ -1,25 +1,11 @@
-"""AdamW, and the choice of which weight is trained by which optimizer.
-
-The equations stand in `adamw_update`; `muon` and `sgd` hold the others, `adamw8bit` AdamW with its moments in 8 bits,
-`named_optimizer` what they share. A weight's role, which its family's table knows, decides its
-decay; its role and shape decide its optimizer.
-"""
-
-from collections.abc import Callable, Iterable
+"""AdamW: Adam with decoupled weight decay, and its plain twin `adamw_update`."""
 
 import torch
 from torch import Tensor
 
-from train.optimizers.adamw8bit import AdamW8bit
-from train.optimizers.muon import Muon
-from train.optimizers.named_optimizer import NamedOptimizer, Optimizers
-from train.optimizers.sgd import SGD
+from train.optimizers.named_optimizer import NamedOptimizer
+from train.optimizers.registry import BuildSettings, OptimizerEntry
 from train.parallel.shard import local
-
-# The published recipes agree: nanoGPT decays all 2-D weights, the Hugging Face Trainer all but norms and biases; both
-# sets hold the embeddings. A norm's gain has 1 as its neutral value, so pulling it to 0 is not regularisation.
-DECAYED_ROLES = frozenset({"embedding", "position", "matrix", "head"})
-ROLES = DECAYED_ROLES | {"norm", "bias"}
 
 
 def adamw_update(
@@ -138,108 +124,8 @@ def like_layout(grad: Tensor, param: Tensor) -> Tensor:
     return grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
 
 
-def parameter_groups(
-    named_parameters: Iterable[tuple[str, Tensor]], role_of: Callable[[str], str], weight_decay: float
-) -> list[dict]:
-    """Split trainable parameters by role into a decayed and an undecayed group; an empty group is left out.
-
-    `role_of(name)` is one of `ROLES`, anything else raises. Decayed: `DECAYED_ROLES`. A tensor that comes under two
-    names (tied weights) is taken once, under the first; one that needs no gradient is left out.
-    """
-    decayed = {"params": [], "names": [], "weight_decay": weight_decay}
-    undecayed = {"params": [], "names": [], "weight_decay": 0.0}
-    seen: set[int] = set()
-    for name, param in named_parameters:
-        if id(param) in seen or not param.requires_grad:
-            continue
-        seen.add(id(param))
-        group = decayed if checked_role(role_of, name) in DECAYED_ROLES else undecayed
-        group["params"].append(param)
-        group["names"].append(name)
-    return [group for group in (decayed, undecayed) if group["params"]]
+def build(groups: list[dict], settings: BuildSettings) -> list[NamedOptimizer]:
+    return [AdamW(groups, settings.lr, settings.betas, settings.eps, fused=settings.fused)]
 
 
-def at_multiples(groups: list[dict], multiple_of: Callable[[str], float], lr: float) -> list[dict]:
-    """The groups, split further where some parameters learn at a multiple of `lr`."""
-    found = []
-    for group in groups:
-        for multiple in dict.fromkeys(map(multiple_of, group["names"])):
-            part = _only([group], lambda name, param, multiple=multiple: multiple_of(name) == multiple)
-            found += [{**each, "lr": lr * multiple} if multiple != 1 else each for each in part]
-    return found
-
-
-def checked_role(role_of: Callable[[str], str], name: str) -> str:
-    role = role_of(name)
-    if role not in ROLES:
-        raise ValueError(f"parameter {name!r} has the unknown role {role!r}; roles: {sorted(ROLES)}")
-    return role
-
-
-def build_optimizer(
-    name: str,
-    named_parameters: Iterable[tuple[str, Tensor]],
-    role_of: Callable[[str], str],
-    *,
-    lr: float,
-    matrix_lr: float | None = None,
-    weight_decay: float = 0.1,
-    betas: tuple[float, float] = (0.9, 0.95),
-    eps: float = 1e-8,
-    momentum: float = 0.95,
-    adjust_lr: str = "original",
-    fused: bool | None = None,
-    multiple_of: Callable[[str], float] = lambda name: 1.0,
-) -> Optimizers:
-    """The optimizers of a run: "muon" gives 2-D weights of role "matrix" to Muon at `matrix_lr`; the others train all.
-
-    `multiple_of(name)`: AdamW's rate for that parameter, as a multiple of `lr` (LoRA+).
-
-    Embeddings, positions, the head, norms and biases then stay with AdamW at `lr` (Jordan et al. 2024: Muon is for hidden
-    layers). The decay of every weight follows `parameter_groups`. `momentum` is Muon's and SGD's.
-    """
-    if name not in BUILDERS:
-        raise ValueError(f"unknown optimizer {name!r}; known: {sorted(BUILDERS)}")
-    groups = at_multiples(parameter_groups(named_parameters, role_of, weight_decay), multiple_of, lr)
-    if name not in ("adamw", "adamw8bit") and any("lr" in group for group in groups):
-        raise ValueError("rates of its own for some parameters (LoRA+): adamw has them, and adamw8bit")
-    adam_settings = {"lr": lr, "betas": betas, "eps": eps, "fused": fused}
-    matrix_settings = {"lr": matrix_lr, "momentum": momentum, "adjust_lr": adjust_lr}
-    return Optimizers(BUILDERS[name](groups, role_of, adam_settings, matrix_settings))
-
-
-def _build_adamw(groups, role_of, adam_settings, matrix_settings) -> list[NamedOptimizer]:
-    return [AdamW(groups, **adam_settings)]
-
-
-def _build_adamw8bit(groups, role_of, adam_settings, matrix_settings) -> list[NamedOptimizer]:
-    return [AdamW8bit(groups, **{key: value for key, value in adam_settings.items() if key != "fused"})]
-
-
-def _build_sgd(groups, role_of, adam_settings, matrix_settings) -> list[NamedOptimizer]:
-    return [SGD(groups, lr=adam_settings["lr"], momentum=matrix_settings["momentum"])]
-
-
-def _build_muon(groups, role_of, adam_settings, matrix_settings) -> list[NamedOptimizer]:
-    if matrix_settings["lr"] is None:
-        raise ValueError('the "muon" optimizer needs matrix_lr, the rate of the weights of role "matrix"')
-
-    def hidden(name: str, param: Tensor) -> bool:
-        return role_of(name) == "matrix" and param.ndim == 2
-
-    muon_groups = _only(groups, hidden)
-    adam_groups = _only(groups, lambda name, param: not hidden(name, param))
-    built = [Muon(muon_groups, **matrix_settings)] if muon_groups else []
-    return built + ([AdamW(adam_groups, **adam_settings)] if adam_groups else [])
-
-
-def _only(groups: list[dict], keep: Callable[[str, Tensor], bool]) -> list[dict]:
-    kept = []
-    for group in groups:
-        pairs = [(n, p) for n, p in zip(group["names"], group["params"], strict=True) if keep(n, p)]
-        if pairs:
-            kept.append({**group, "names": [n for n, _ in pairs], "params": [p for _, p in pairs]})
-    return kept
-
-
-BUILDERS = {"adamw": _build_adamw, "adamw8bit": _build_adamw8bit, "muon": _build_muon, "sgd": _build_sgd}
+OPTIMIZER = OptimizerEntry(build, has_group_rates=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from quant.blockwise import BLOCK, dequantize_8bit, dynamic_map, quantize_8bit
 from train.optimizers.named_optimizer import NamedOptimizer
+from train.optimizers.registry import BuildSettings, OptimizerEntry
 from train.parallel.shard import is_sharded
 
 SMALLEST = 4096  # numbers of a tensor whose moments have 8 bits: there is nothing to save in norms and biases
@@ -157,3 +158,10 @@ class AdamW8bit(NamedOptimizer):
     def _quantize_(self, code: Tensor, scale: Tensor, moment: Tensor, values: Tensor) -> None:
         for kept, new in zip((code, scale), quantize_8bit(moment, values, decide=self.decide), strict=True):
             kept.copy_(new)
+
+
+def build(groups: list[dict], settings: BuildSettings) -> list[NamedOptimizer]:
+    return [AdamW8bit(groups, settings.lr, settings.betas, settings.eps)]
+
+
+OPTIMIZER = OptimizerEntry(build, has_group_rates=True)

@@ -8,7 +8,10 @@ import math
 import torch
 from torch import Tensor
 
+from train.optimizers.adamw import AdamW
+from train.optimizers.groups import select_parameters
 from train.optimizers.named_optimizer import NamedOptimizer
+from train.optimizers.registry import BuildSettings, OptimizerEntry
 from train.parallel.shard import part_of, whole
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steepest slope at 0 whose iterates stay near 1 (Jordan et al. 2024)
@@ -152,3 +155,24 @@ class Muon(NamedOptimizer):
                 direction_BOI = orthogonalize_batch(update_BOI, self.ns_steps, self.iteration_dtype(same_params[0]))
                 parts = list(map(part_of, direction_BOI.unbind(), same_owners))
                 torch._foreach_add_(list(same_params), parts, alpha=rate)
+
+
+def build(groups: list[dict], settings: BuildSettings) -> list[NamedOptimizer]:
+    """Muon for the 2-D weights of role "matrix", AdamW for all others; one without parameters is left out."""
+    if settings.matrix_lr is None:
+        raise ValueError('the "muon" optimizer needs matrix_lr, the rate of the weights of role "matrix"')
+
+    def is_hidden_matrix(name: str, param: Tensor) -> bool:
+        return settings.role_of(name) == "matrix" and param.ndim == 2
+
+    matrices = select_parameters(groups, is_hidden_matrix)
+    others = select_parameters(groups, lambda name, param: not is_hidden_matrix(name, param))
+    optimizers: list[NamedOptimizer] = []
+    if matrices:
+        optimizers.append(Muon(matrices, settings.matrix_lr, momentum=settings.momentum, adjust_lr=settings.adjust_lr))
+    if others:
+        optimizers.append(AdamW(others, settings.lr, settings.betas, settings.eps, fused=settings.fused))
+    return optimizers
+
+
+OPTIMIZER = OptimizerEntry(build)

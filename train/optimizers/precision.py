@@ -1,26 +1,25 @@
-"""The number formats of a step, which of them `auto` is on this machine, and the scaling of the loss that float16 needs."""
+"""The number formats of a step, and the choice among them for `--precision auto` on this machine.
 
-import math
+torch is imported inside functions: `--help` lists the names.
+"""
+
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
 
-from train.optimizers.named_optimizer import Optimizers
-from train.parallel.shard import cut_along, local
-
-WIDE = 512  # width of a network from which bfloat16 is worth its coarser numbers on every CPU that has it
-WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")  # of oneDNN's names
-SMALLEST_SCALE = 2.0**-24  # float16's largest number over this is 10^12: larger gradients are no rounding matter
+BF16_WIDTH = 512  # width of a network from which bfloat16 is worth its coarser numbers on every CPU that has it
+# oneDNN's names of instruction sets that have no bfloat16 products
+ISAS_WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Which number format stands where, and why.
+    """The number format of each kind of tensor, and why.
 
     A product of matrices takes most of the time and tolerates short inputs: its sums are kept in float32, so that rounding
     errors of the inputs, 2^-9 in bfloat16 and 2^-12 in float16, average out. Softmax, norms, losses and all other sums over
@@ -34,166 +33,63 @@ class Precision:
     on which side is torch.autocast's own table.
     """
 
-    autocast: torch.dtype | None  # of matrix products and attention; None: the parameters'
+    products: str | None  # dtype of matrix products and attention, under autocast; None: the parameters'
     matmul: str  # of float32 products, for torch.set_float32_matmul_precision; "high" lets a GPU read 10 bits of mantissa
-    parameters: torch.dtype  # and of gradients and moments
-    scaled: bool  # whether the loss must be scaled (`GradScaler`)
+    storage: str  # dtype of parameters, gradients and moments
+    needs_scaler: bool = False  # the loss must be scaled (`train.optimizers.scaler`)
+
+    @property
+    def autocast(self) -> "torch.dtype | None":
+        import torch
+
+        return None if self.products is None else getattr(torch, self.products)
+
+    @property
+    def parameters(self) -> "torch.dtype":
+        import torch
+
+        return getattr(torch, self.storage)
 
 
 PRECISIONS = {
-    "fp32": Precision(None, "highest", torch.float32, scaled=False),
-    "tf32": Precision(None, "high", torch.float32, scaled=False),
-    "bf16": Precision(torch.bfloat16, "high", torch.float32, scaled=False),
-    "fp16": Precision(torch.float16, "high", torch.float32, scaled=True),
-    "bf16-pure": Precision(torch.bfloat16, "high", torch.bfloat16, scaled=False),
+    "fp32": Precision(None, "highest", "float32"),
+    "tf32": Precision(None, "high", "float32"),
+    "bf16": Precision("bfloat16", "high", "float32"),
+    "fp16": Precision("float16", "high", "float32", needs_scaler=True),
+    "bf16-pure": Precision("bfloat16", "high", "bfloat16"),
 }
 
 
-def autocast(device: torch.device, precision: str) -> Callable[[], AbstractContextManager]:
-    """The context of a forward, and of its loss, in one of `PRECISIONS`; the backward follows the forward's formats."""
+def autocast(device: "torch.device", precision: str) -> Callable[[], AbstractContextManager]:
+    """Return the context of a forward and its loss in one of `PRECISIONS`; the backward follows the forward's formats."""
+    import torch
+
     dtype = PRECISIONS[precision].autocast
     if dtype is None:
         return nullcontext
     return lambda: torch.autocast(device.type, dtype=dtype)
 
 
-class GradScaler:
-    """Dynamic scaling of the loss, which keeps float16 gradients between underflow and overflow.
-
-        scale(loss).backward();  unscale_(parameters);  clip;  step(optimizer);  update()
-
-        a gradient is inf or NaN:                  the step is skipped, scale = scale * backoff
-        `growth_interval` steps without, in a row:                      scale = scale * growth
-
-    A skipped step moves nothing, neither parameters nor moments nor their step count; `step` says so, that the caller can
-    hold averages and schedule too. Clipping stands after `unscale_`, or it would clip to max_norm / scale.
-    A gradient that is sharded is looked at on all its ranks; whatever else differs between ranks is agreed on in `group`.
-    `enabled=False` lets everything through untouched. The state is two numbers; what is set here is not part of it.
-    Source: Micikevicius et al. 2018, arXiv 1710.03740, section 3.2. Scales, skipped steps and parameters are those of
-    torch.amp.GradScaler, but that a scale under 2^-24 raises: gradients are NaN then, or too large for any scale.
-    """
-
-    def __init__(
-        self,
-        init_scale: float = 2.0**16,
-        *,
-        growth: float = 2.0,
-        backoff: float = 0.5,
-        growth_interval: int = 2000,
-        enabled: bool = True,
-        group: dist.ProcessGroup | None = None,
-    ) -> None:
-        if not (init_scale > 0 and growth > 1 and 0 < backoff < 1 and growth_interval > 0):
-            raise ValueError(
-                f"need init_scale, growth_interval > 0, growth > 1 and backoff in (0, 1): init_scale={init_scale}, "
-                f"growth_interval={growth_interval}, growth={growth}, backoff={backoff}"
-            )
-        self.enabled, self.group = enabled, group
-        self.growth, self.backoff, self.growth_interval = growth, backoff, growth_interval
-        self.factor = init_scale if enabled else 1.0  # what `scale` multiplies by
-        self.steps_since_change = 0
-        self.looked: list[tuple[set[int], Tensor]] = []  # since the last update: whose gradients, and whether one was inf
-
-    def scale(self, loss: Tensor) -> Tensor:
-        return loss * self.factor if self.enabled else loss
-
-    @torch.no_grad()
-    def unscale_(self, parameters: Iterable[Tensor]) -> Tensor:
-        """Divide the gradients by the scale, in place; whether one of any rank was inf or NaN: bool, of no dimensions."""
-        if not self.enabled:
-            return torch.zeros((), dtype=torch.bool)
-        own = {id(param): param.grad for param in parameters if param.grad is not None}
-        if any(own.keys() & seen for seen, _ in self.looked):
-            raise RuntimeError("unscale_ was called twice in one step: gradients would be divided by the scale twice")
-        grads = list(own.values())
-        if not grads:
-            raise ValueError("unscale_ found no gradients: it comes after the backward")
-        if any(grad.dtype == torch.float16 for grad in grads):
-            raise ValueError(
-                "gradients in float16 cannot be unscaled, they would underflow: whatever is trained must be kept in float32, "
-                "where autocast computes in float16 (frozen weights may be float16)"
-            )
-        alike: dict[tuple, list[Tensor]] = {}
-        for grad in grads:
-            part = local(grad)
-            alike.setdefault((part.device, part.dtype, cut_along(grad)), []).append(part)
-        found = torch.zeros((), dtype=torch.float32, device=local(grads[0]).device)
-        for (_, _, groups), parts in alike.items():
-            # What is neither inf nor NaN is so after the multiplication; and a factor that overflows is found as well.
-            torch._foreach_mul_(parts, 1.0 / self.factor)
-            largest = [torch.zeros((), device=parts[0].device)]
-            if parts := [part for part in parts if part.numel()]:  # a rank's share of few rows may be none
-                largest += torch._foreach_norm(parts, math.inf, dtype=torch.promote_types(parts[0].dtype, torch.float32))
-            found_here = (~torch.stack(largest).isfinite()).any().float()
-            for group in groups:
-                dist.all_reduce(found_here, dist.ReduceOp.MAX, group)
-            found = torch.maximum(found, found_here.to(found.device))
-        if self.group is not None:
-            dist.all_reduce(found, dist.ReduceOp.MAX, self.group)
-        self.looked.append((set(own), found > 0))
-        return found > 0
-
-    def step(self, optimizer: torch.optim.Optimizer | Optimizers) -> bool:
-        """`optimizer.step()`, unless one of its gradients was inf or NaN; whether it stepped. Unscales what nobody has."""
-        if self.enabled:
-            params = [param for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
-            own, seen = set(map(id, params)), set().union(*(seen for seen, _ in self.looked))
-            if new := [param for param in params if id(param) not in seen]:
-                self.unscale_(new)
-            if any(bool(found) for seen, found in self.looked if seen & own):  # waits: a step cannot be taken back
-                return False
-        optimizer.step()
-        return True
-
-    def update(self) -> None:
-        """The scale of the next step; once a step, after it."""
-        if not self.enabled:
-            return
-        if not self.looked:
-            raise RuntimeError("update has nothing to go by: unscale_ or step comes first")
-        if any(bool(found) for _, found in self.looked):
-            self.factor, self.steps_since_change = _as_float32(self.factor * self.backoff), 0
-        elif self.steps_since_change + 1 == self.growth_interval:
-            larger = _as_float32(self.factor * self.growth)
-            self.factor, self.steps_since_change = larger if math.isfinite(larger) else self.factor, 0
-        else:
-            self.steps_since_change += 1
-        self.looked.clear()
-        if self.factor < SMALLEST_SCALE:
-            raise RuntimeError(
-                f"every step is skipped, down to a scale of {self.factor:g}: the gradients are NaN, or too large for float16"
-            )
-
-    def state_dict(self) -> dict[str, float | int]:
-        return {"scale": self.factor, "steps_since_change": self.steps_since_change} if self.enabled else {}
-
-    def load_state_dict(self, state: dict[str, float | int]) -> None:
-        if state.keys() != self.state_dict().keys():
-            raise ValueError(f"a scaler's state has {sorted(self.state_dict())}, not {sorted(state)}")
-        if self.enabled:
-            self.factor, self.steps_since_change = float(state["scale"]), int(state["steps_since_change"])
-
-
-def _as_float32(value: float) -> float:
-    """torch's scale is a float32; one that is not a power of two rounds."""
-    return torch.tensor(value, dtype=torch.float32).item()
-
-
-def choose_precision(device: torch.device, width: int) -> str:
-    """What `--precision auto` is: a rule, and no stopwatch, so that the same command computes the same numbers.
+def choose_precision(device: "torch.device", width: int) -> str:
+    """Choose for `--precision auto`, by a rule and no stopwatch, so that the same command computes the same numbers.
 
     A GPU that has bfloat16: bf16. A CPU with instructions for bfloat16 products: bf16 where the network's width is at least
-    `WIDE`, from where it is about twice as fast (1.9 to 2.0 times with AVX512_BF16; `python -m tests.bench formats`). A
+    `BF16_WIDTH`, from where it is about twice as fast (1.9 to 2.0 times with AVX512_BF16; `python -m tests.bench formats`). A
     narrower network trains in minutes anyhow, what it gains differs between processors (at width 128 from 0.95 to 1.6 times),
     and in fp32 its figures are comparable between them. Else fp32.
     """
+    import torch
+
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if width >= WIDE and multiplies_bf16() else "fp32"
+    return "bf16" if width >= BF16_WIDTH and has_fast_bf16() else "fp32"
 
 
-def multiplies_bf16() -> bool:
-    """Whether this CPU has bfloat16 products and torch and oneDNN may use them; what has none emulates them, far slower."""
-    has = any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    most = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "ALL")).upper()
-    return has and torch.backends.cpu.get_cpu_capability().startswith("AVX512") and most not in WITHOUT_BF16
+def has_fast_bf16() -> bool:
+    """Tell if this CPU has instructions for bfloat16 products, and torch and oneDNN may use them; else they are emulated, far
+    slower."""
+    import torch
+
+    is_supported = any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "ALL")).upper()
+    return is_supported and torch.backends.cpu.get_cpu_capability().startswith("AVX512") and allowed not in ISAS_WITHOUT_BF16

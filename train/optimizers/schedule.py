@@ -140,11 +140,11 @@ def slanted_triangular(
 
 
 SCHEDULES = {
+    "cosine": cosine,
     "constant": constant,
     "linear": linear,
-    "cosine": cosine,
     "wsd": wsd,
     "inverse_sqrt": inverse_sqrt,
     "slanted_triangular": slanted_triangular,
 }
-ENDLESS = ("constant", "inverse_sqrt")  # what `total` has no effect on
+ENDLESS = ("constant", "inverse_sqrt")  # `total` has no effect on these

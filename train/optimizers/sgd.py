@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from train.optimizers.named_optimizer import NamedOptimizer
+from train.optimizers.registry import BuildSettings, OptimizerEntry
 
 
 def sgd_update(
@@ -82,3 +83,10 @@ class SGD(NamedOptimizer):
             torch._foreach_add_(sums, steps)
             steps = torch._foreach_add(steps, sums, alpha=self.momentum) if self.nesterov else sums
         torch._foreach_add_(params, steps, alpha=-group["lr"])
+
+
+def build(groups: list[dict], settings: BuildSettings) -> list[NamedOptimizer]:
+    return [SGD(groups, settings.lr, settings.momentum)]
+
+
+OPTIMIZER = OptimizerEntry(build)

@@ -22,7 +22,7 @@ class Console:
         self.bar: tqdm | None = None
         self._last_line = 0.0
 
-    def say(self, text: str = "") -> None:
+    def info(self, text: str = "") -> None:
         if not self.verbose:
             return
         if self.bar is not None:
@@ -55,7 +55,7 @@ class Console:
             self.bar.set_postfix_str(f"loss {loss:.3f} · {tokens_per_s:,.0f} {self.unit}/s · {left} left")
         elif time.monotonic() - self._last_line >= QUIET_SECONDS:
             self._last_line = time.monotonic()
-            self.say(f"step {step:>6}/{self.steps}  loss {loss:.3f}  {tokens_per_s:,.0f} {self.unit}/s  {left} left")
+            self.info(f"step {step:>6}/{self.steps}  loss {loss:.3f}  {tokens_per_s:,.0f} {self.unit}/s  {left} left")
 
     def end(self) -> None:
         if self.bar is not None:

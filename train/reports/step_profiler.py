@@ -47,7 +47,7 @@ class Watch:
             training = replace(training, context=longest)  # rows of records are as long as these
             if engine.mesh.shard > 1 or not accounted(self.run.config):  # the account knows one device with all weights
                 training = None
-            self.run.console.say(report(engine.network.config, training, measured))
+            self.run.console.info(report(engine.network.config, training, measured))
             return results[0]
         result = engine.train(micro_batches, phase)
         self._show(self.profiler.step() if self.profiler else None)
@@ -58,4 +58,4 @@ class Watch:
 
     def _show(self, table: str | None) -> None:
         if table:
-            self.run.console.say(f"profile  {self.run.out / 'profile'}\n{table}")
+            self.run.console.info(f"profile  {self.run.out / 'profile'}\n{table}")

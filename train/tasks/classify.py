@@ -11,7 +11,7 @@ from data.shell import command
 from train.command_line import Needs
 from train.record_task import RecordTask
 from train.registry import settings_of
-from train.task import Defaults, Say, Scores, Totals
+from train.task import Defaults, Info, Scores, Totals
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,14 +82,14 @@ class ClassifyTask(RecordTask):
 
     @classmethod
     def open_data(
-        cls, config: "TrainConfig", tokenizer: "Tokenizer | None", say: Say, *, progress: bool = False
+        cls, config: "TrainConfig", tokenizer: "Tokenizer | None", info: Info, *, progress: bool = False
     ) -> "LabelledData":
         from data.config import DataError
         from data.transforms.labels import LabelledData, learned_labels
 
         settings: ClassifySettings = settings_of(config)
         check_settings(settings, config)
-        data = super().open_data(config, tokenizer, say, progress=progress)
+        data = super().open_data(config, tokenizer, info, progress=progress)
         for rows in (data.train, data.validation):
             for row, place in zip(rows.values, rows.names, strict=True):
                 for column in (settings.text, settings.pair):

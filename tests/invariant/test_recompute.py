@@ -11,7 +11,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import CheckpointPolicy
 
-import train.recompute
 from tests.conftest import RATES, TINY_FAMILIES, randomized, tiny_config
 from train.objective import Objective
 from train.recompute import block_lists, expensive_operators, recompute, save_products
@@ -51,13 +50,13 @@ def test_gradients_are_the_same_with_dropout(family, mode, every):
 
 @pytest.mark.parametrize("mode", ["blocks", "selective"])
 def test_mutant_that_forgets_the_random_state_is_caught(mode, monkeypatch):
-    network, real = randomized(tiny_config("llama", **DROPPED)), train.recompute.checkpoint
+    network, real = randomized(tiny_config("llama", **DROPPED)), torch.utils.checkpoint.checkpoint
 
     def forgetful(*inputs, preserve_rng_state, **options):
         return real(*inputs, preserve_rng_state=False, **options)
 
     expected = gradients(network)
-    monkeypatch.setattr(train.recompute, "checkpoint", forgetful)
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", forgetful)
     assert not equal(expected, gradients(network, mode))
 
 
@@ -79,13 +78,13 @@ def test_a_frozen_base_keeps_its_adapters_gradients(family, mode, every):
 
 
 def test_mutant_that_is_reentrant_loses_an_adapters_gradient(monkeypatch):
-    network, real = frozen("llama"), train.recompute.checkpoint
+    network, real = frozen("llama"), torch.utils.checkpoint.checkpoint
 
     def reentrant(*inputs, use_reentrant, **options):
         return real(*inputs, use_reentrant=True, **options)
 
     expected = gradients(network)
-    monkeypatch.setattr(train.recompute, "checkpoint", reentrant)
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", reentrant)
     with pytest.warns(UserWarning, match="None of the inputs"):
         assert not equal(expected, gradients(network, "blocks", 2))
 

@@ -153,8 +153,8 @@ def quantized(
     layers: list[Layer] = []
     with tqdm(total=len(paths), unit="matrix", desc="quantizing", disable=not sys.stderr.isatty(), leave=False) as bar:
 
-        def watch(name: str, weight: "Tensor", small: "nn.Module") -> None:
-            layers.append(measure(name, weight, small))
+        def watch(name: str, weight: "Tensor", quantized: "nn.Module") -> None:
+            layers.append(measure(name, weight, quantized))
             bar.update()
 
         return load(folder, quantization=settings, inputs=inputs, watch=watch).to(device), layers

@@ -1,8 +1,10 @@
-"""Eight bits a number: a map of 256 values, and in each block the code of the value nearest to x / max |x|.
+"""Block-wise 8-bit quantization with the dynamic map: each number becomes the index of the value nearest to x / max |x|.
 
-For what spans many orders of magnitude and is not known before: the moments of an optimizer, and the scales of 4-bit blocks.
-Source: Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861; the map is Dettmers 2015's, arXiv
-1511.04561: the more leading zeros, the smaller the power of ten, and the fewer bits left for the fraction.
+    code = argmin |codebook - x / absmax|,  absmax = max |x| of a block of 256        x̂ = codebook[code] · absmax
+
+Used for numbers that span many orders of magnitude: the moments of an optimizer, and the scales of 4-bit blocks.
+Source: Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861; the map is that of Dettmers 2015,
+arXiv 1511.04561: the more leading zeros, the smaller the power of ten, and the fewer bits left for the fraction.
 """
 
 from collections.abc import Callable
@@ -12,11 +14,12 @@ import torch
 from torch import Tensor
 
 BLOCK = 256
-CELLS = 65_536  # of bitsandbytes' grid
+CELLS = 65_536  # cells of the grid by which bitsandbytes rounds on a CPU
 
 
 def constant(make: Callable) -> Callable:
-    """Made once, on the CPU, and an ordinary tensor: the first caller's default device or inference mode would stay in it."""
+    """Cache a table that `make` computes, as an ordinary CPU tensor, whatever the first caller's default device or inference
+    mode is."""
 
     @cache
     @wraps(make)
@@ -29,11 +32,11 @@ def constant(make: Callable) -> Callable:
 
 @constant
 def dynamic_map(signed: bool = True) -> Tensor:
-    """The 256 values, float32, in rising order, largest 1.
+    """Return the 256 values of the dynamic map, float32, rising, the largest 1.
 
-    For each power of ten 10^-6 … 10^0 stand fractions in the middles of equal parts of [0.1, 1]: 1, 2, 4 … 64 of each sign;
-    unsigned 2, 4 … 128. Zero and one complete them: -1 is not among the values, the lowest is -0.993. bitsandbytes'
-    `create_dynamic_map` is the same, bit for bit.
+    For each power of ten 10^-6 … 10^0 the interval [0.1, 1] is cut into equal parts, and their midpoints are the fractions: 1,
+    2, 4 … 64 of each sign; unsigned 2, 4 … 128. Zero and one complete the map. -1 is not in it; the lowest value is -0.993.
+    bitsandbytes' `create_dynamic_map` is the same, bit for bit.
 
     >>> dynamic_map()[[0, 126, 127, 128, 255]].tolist()
     [-0.9929..., -5.5...e-07, 0.0, 5.5...e-07, 1.0]
@@ -46,42 +49,43 @@ def dynamic_map(signed: bool = True) -> Tensor:
     return torch.cat(values).sort().values
 
 
-def nearest(z: Tensor, code: Tensor) -> Tensor:
-    """The place of the value nearest to z in the rising `code`; half-way between two, the lower one."""
-    return torch.bucketize(z, (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8)
+def nearest(z: Tensor, codebook: Tensor) -> Tensor:
+    """Return the index of the value nearest to z in a rising codebook; half-way between two, of the lower one."""
+    return torch.bucketize(z, (codebook[:-1] + codebook[1:]) / 2, out_int32=True).to(torch.uint8)
 
 
-def nearest_on_grid(z: Tensor, code: Tensor) -> Tensor:
-    """As bitsandbytes decides on a CPU: the place nearest to the middle of z's cell, of 65,536 from -1 to 1.
+def nearest_on_grid(z: Tensor, codebook: Tensor) -> Tensor:
+    """Return the index of the value nearest to the middle of z's cell, of 65,536 from -1 to 1: bitsandbytes' CPU rounding.
 
-    Which moves z by 1.5e-5 at the most, and gives another value than `nearest` in one case of a thousand; but zero is in the
-    cell of 1.5e-5, so that it becomes 2.1e-5 by the signed map. Where z is NaN (a block of zeros): place 0.
+    This moves z by at most 1.5e-5, and differs from `nearest` in one case of a thousand. But zero lies in the cell of 1.5e-5,
+    and so becomes 2.1e-5 by the signed map. Where z is NaN (a block of zeros), the index is 0.
     """
     cell = ((z + 1) * (CELLS - 1) / 2 + 0.5).nan_to_num(0).to(torch.int32).clamp_(0, CELLS - 1)
-    return nearest(torch.arange(CELLS, dtype=torch.float32, device=z.device) * (2 / (CELLS - 1)) - 1, code)[cell]
+    return nearest(torch.arange(CELLS, dtype=torch.float32, device=z.device) * (2 / (CELLS - 1)) - 1, codebook)[cell]
 
 
 def quantize_8bit(
-    x: Tensor, code: Tensor, *, block_size: int = BLOCK, decide: Callable[[Tensor, Tensor], Tensor] = nearest
+    x: Tensor, codebook: Tensor, *, block_size: int = BLOCK, decide: Callable[[Tensor, Tensor], Tensor] = nearest
 ) -> tuple[Tensor, Tensor]:
-    """Places in `code`, uint8 in x's shape, and the largest magnitude of each block of the flattened x, float32.
+    """Quantize x block by block: return (codes, uint8 in x's shape; absmax of each block of the flattened x, float32).
 
-    A last block may be shorter. A block of zeros has the scale 0. By `nearest`, a block of subnormal numbers is one of zeros.
+    decide: `nearest` or `nearest_on_grid`. A last block may be shorter. A block of zeros has the scale 0. With `nearest`, a
+    block of subnormal numbers counts as zeros.
     """
     blocks = split_into_blocks(x.float(), block_size)
     absmax = blocks.abs().amax(dim=1)
     scale = 1 / absmax if decide is nearest_on_grid else torch.where(absmax >= torch.finfo(torch.float32).tiny, 1 / absmax, 0)
-    places = decide((blocks * scale[:, None]).clamp_(-1, 1), code)
-    return places.flatten()[: x.numel()].view(x.shape), absmax
+    codes = decide((blocks * scale[:, None]).clamp_(-1, 1), codebook)
+    return codes.flatten()[: x.numel()].view(x.shape), absmax
 
 
-def dequantize_8bit(places: Tensor, absmax: Tensor, code: Tensor, *, block_size: int = BLOCK) -> Tensor:
-    """x = code[place] · absmax of its block, float32."""
-    values = split_into_blocks(code.index_select(0, places.flatten().int()), block_size) * absmax[:, None]
-    return values.flatten()[: places.numel()].view(places.shape)
+def dequantize_8bit(codes: Tensor, absmax: Tensor, codebook: Tensor, *, block_size: int = BLOCK) -> Tensor:
+    """Return x̂ = codebook[code] · absmax of its block, float32."""
+    values = split_into_blocks(codebook.index_select(0, codes.flatten().int()), block_size) * absmax[:, None]
+    return values.flatten()[: codes.numel()].view(codes.shape)
 
 
 def split_into_blocks(x: Tensor, block_size: int) -> Tensor:
-    """x flattened, a block a row; the last one filled with zeros."""
+    """Flatten x into one row for each block, the last padded with zeros."""
     flat = x.reshape(-1)
     return torch.nn.functional.pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size)

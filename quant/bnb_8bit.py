@@ -56,9 +56,9 @@ def from_tensors(parts: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> 
     return LlmInt8Tensor(codes.contiguous(), absmax.float(), dtype=dtype)
 
 
-def to_tensors(small: LlmInt8Tensor) -> dict[str, Tensor]:
+def to_tensors(quantized: LlmInt8Tensor) -> dict[str, Tensor]:
     """Name within the layer -> tensor, as bitsandbytes writes them."""
-    return {"weight": small.codes, "SCB": small.absmax, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return {"weight": quantized.codes, "SCB": quantized.absmax, "weight_format": torch.tensor(0, dtype=torch.uint8)}
 
 
 # ---- layers

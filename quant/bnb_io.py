@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from quant.blockwise import BLOCK as NESTED_BLOCK
 from quant.config import BLOCK_SIZES, FORMATS, FourBit, QuantError
 from quant.layer import QuantizedLinear
-from quant.nf4 import CODES, QuantizedTensor
+from quant.nf4 import CODEBOOKS, QuantizedTensor
 
 STATE = ".quant_state.bitsandbytes__"
 LARGEST = torch.finfo(torch.float32).max
@@ -69,7 +69,7 @@ def from_tensors(parts: Mapping[str, Tensor], name: str) -> QuantizedTensor:
     for part in ("nested_absmax", "nested_quant_map") if double_quantized else ("absmax",):
         if not (parts[part].is_floating_point() and bool(parts[part].float().isfinite().all())):
             raise QuantError(f"{name}: {part} is not all finite numbers")
-    if not torch.equal(parts["quant_map"].float().cpu(), CODES[scheme]()):
+    if not torch.equal(parts["quant_map"].float().cpu(), CODEBOOKS[scheme]()):
         raise QuantError(f"{name}: its sixteen values are not those of {scheme}")
     whole = {"shape": shape, "dtype": getattr(torch, state["dtype"]), "block_size": block_size, "scheme": scheme}
     if not double_quantized:
@@ -79,7 +79,7 @@ def from_tensors(parts: Mapping[str, Tensor], name: str) -> QuantizedTensor:
     if "nested_offset" not in state:
         raise QuantError(f"{name}: its quant_state has no nested_offset")
     offset = torch.tensor(float(state["nested_offset"]), device=packed.device)
-    nested = {"nested_absmax": parts["nested_absmax"].float(), "nested_code": parts["nested_quant_map"].float()}
+    nested = {"nested_absmax": parts["nested_absmax"].float(), "nested_codebook": parts["nested_quant_map"].float()}
     nested["offset"] = offset
     return QuantizedTensor(packed, parts["absmax"], **nested, **whole)
 
@@ -90,7 +90,7 @@ def read_state(state: Tensor, name: str) -> dict:
         found = json.loads(bytes(state.cpu().tolist()).decode("utf-8"))
         shape = tuple(found["shape"])
         good = (
-            found["quant_type"] in CODES
+            found["quant_type"] in CODEBOOKS
             and type(found["blocksize"]) is int
             and found["blocksize"] in BLOCK_SIZES
             and found["dtype"] in FORMATS
@@ -106,21 +106,21 @@ def read_state(state: Tensor, name: str) -> dict:
     return found | {"shape": shape}
 
 
-def to_tensors(small: QuantizedTensor) -> dict[str, Tensor]:
+def to_tensors(quantized: QuantizedTensor) -> dict[str, Tensor]:
     """Suffix of the name ("" for the codes) -> tensor, as bitsandbytes writes them."""
     state = {
-        "quant_type": small.scheme,
-        "blocksize": small.block_size,
-        "dtype": str(small.dtype if small.dtype != torch.float64 else torch.float32).removeprefix("torch."),
-        "shape": list(small.shape),
+        "quant_type": quantized.scheme,
+        "blocksize": quantized.block_size,
+        "dtype": str(quantized.dtype if quantized.dtype != torch.float64 else torch.float32).removeprefix("torch."),
+        "shape": list(quantized.shape),
     }
     # The maps are copied: all weights share one, and a file of safetensors refuses memory that is shared.
-    tensors = {"": small.packed, ".absmax": small.absmax, ".quant_map": small.code.clone()}
-    if small.double_quantized:
-        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": float(small.offset)}
-        tensors |= {".nested_absmax": small.nested_absmax, ".nested_quant_map": small.nested_code.clone()}
+    tensors = {"": quantized.packed, ".absmax": quantized.absmax, ".quant_map": quantized.codebook.clone()}
+    if quantized.double_quantized:
+        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": float(quantized.offset)}
+        tensors |= {".nested_absmax": quantized.nested_absmax, ".nested_quant_map": quantized.nested_codebook.clone()}
     text = json.dumps(state).encode("utf-8")
-    return tensors | {STATE + small.scheme: torch.tensor(list(text), dtype=torch.uint8)}
+    return tensors | {STATE + quantized.scheme: torch.tensor(list(text), dtype=torch.uint8)}
 
 
 # ---- layers

@@ -67,8 +67,8 @@ def layer(parts: Mapping[str, Tensor], name: str, bias: nn.Parameter | None, ask
     if static:
         zeros = zero_of(parts, "input_zero_point", name, (1, 1)) if affine else torch.zeros(1, 1)
         input = StaticInput(scale_of(parts, "input_scale", name, (1, 1)), zeros, Grid(symmetric=not affine))
-    small = Int8Tensor(codes, scale, zero, dtype=dtype, bits=asked.bits, granularity=asked.granularity)
-    return Int8Linear(small, bias, input)
+    quantized = Int8Tensor(codes, scale, zero, dtype=dtype, bits=asked.bits, granularity=asked.granularity)
+    return Int8Linear(quantized, bias, input)
 
 
 def scale_of(parts: Mapping[str, Tensor], part: str, name: str, shape: tuple[int, int]) -> Tensor:

@@ -1,15 +1,15 @@
-"""A module whose tensors keep the formats that they are made in."""
+"""Base class of modules whose tensors keep their dtype."""
 
 from torch import Tensor, nn
 
 
 class OwnFormats(nn.Module):
-    """`.to(device)` moves it; `.to(dtype)`, `.half()` … leave it alone: codes are whole numbers, and scales float32, by
+    """A module that `.to(device)` moves and `.to(dtype)`, `.half()` … leave alone: codes are integers and scales float32 by
     definition."""
 
     def _apply(self, fn, recurse: bool = True):
-        def in_its_format(tensor: Tensor) -> Tensor:
+        def keep_dtype(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(in_its_format, recurse)
+        return super()._apply(keep_dtype, recurse)

@@ -15,7 +15,7 @@ A weight of O × I has one scale (tensor), one for each of its O rows (channel),
 Source: Jacob et al. 2018, arXiv 1712.05877, sections 2.1 and 3; Krishnamoorthi 2018, arXiv 1806.08342.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -74,6 +74,17 @@ def to_codes(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid = SYMMETR
     """q, as float32 (whole numbers of so few bits are exact in it). Scale and zero point broadcast against x; None: 0."""
     q = (x.float() * (1 / scale)).round_()
     return (q if zero is None else q.add_(zero)).clamp_(grid.low, grid.high)
+
+
+class Codes(NamedTuple):
+    """Rows of integers that stand for (codes - zero) · scale.
+
+    codes: int8, N × I · scale: float32, and zero: int32 or None (all 0), N × 1 or 1 × 1.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
 
 
 class Int8Tensor(OwnFormats):
@@ -145,11 +156,24 @@ class Int8Tensor(OwnFormats):
             codes -= self.zero[part, :, None]
         return codes.mul_(self.scale[part, :, None]).flatten(1)
 
-    def pieces(self) -> Iterator[tuple[int, Tensor]]:
+    def dequantized_chunks(self) -> Iterator[tuple[int, Tensor]]:
         """(place of its first number, flat numbers in float32), a piece at a time."""
         at_once = max(1, CHUNK // self.shape[1])
         for first in range(0, self.shape[0], at_once):
             yield first * self.shape[1], self.rows(first, min(first + at_once, self.shape[0])).flatten()
+
+    def cached(self, name: str, make: Callable[[Tensor], object]) -> object:
+        """Return make(codes), computed on first use, and again once the codes have changed or been replaced."""
+        version = 0 if self.codes.is_inference() else self.codes._version
+        codes, seen, found = self.__dict__.get(name, (None, None, None))
+        if codes is not self.codes or seen != version:
+            found = make(self.codes)
+            self.__dict__[name] = self.codes, version, found
+        return found
+
+    def row_sums(self) -> Tensor:
+        """Return the sum of the codes of each group of each row, int32, O × G; cached."""
+        return self.cached("sums", lambda codes: codes.unflatten(1, (self.scale.size(1), -1)).sum(2, dtype=torch.int32))
 
     def reordered(self, order: Tensor) -> "Int8Tensor":
         """With its rows in another order, and their scales with them."""
@@ -170,8 +194,8 @@ def quantize(weight: Tensor, *, grid: Grid = SYMMETRIC, granularity: str = "chan
     Rows are taken a few at a time: beside the result few megabytes are in use. Errors (QuantError): inf or NaN, with the place
     of the first; no matrix of floating-point numbers; an unknown granularity; rows that groups do not divide.
 
-    >>> small = quantize(torch.tensor([[1.0, -2.0], [0.0, 0.0]]))
-    >>> small.codes.tolist(), small.scale[:, 0].tolist(), small.dequantize().tolist()
+    >>> quantized = quantize(torch.tensor([[1.0, -2.0], [0.0, 0.0]]))
+    >>> quantized.codes.tolist(), quantized.scale[:, 0].tolist(), quantized.dequantize().tolist()
     ([[64, -127], [0, 0]], [0.0156..., 1.19...e-07], [[1.0039..., -1.9921...], [0.0, 0.0]])
     """
     groups = check(weight, granularity, group_size)

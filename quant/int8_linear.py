@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from quant.formats import OwnFormats
-from quant.int8 import AFFINE, SYMMETRIC, Grid, Int8Tensor, scales_for, symmetric_scale, to_codes
-from quant.int8_product import Codes, product
+from quant.int8 import AFFINE, SYMMETRIC, Codes, Grid, Int8Tensor, scales_for, symmetric_scale, to_codes
+from quant.int8_product import product
 from quant.layer import QuantizedLinear
 from quant.product import compute_dtype
 

@@ -22,24 +22,15 @@ Plain twin: `product_reference`. On a GPU: `quant.kernels.int8_matmul`.
 import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from quant.int8 import Int8Tensor
+from quant.int8 import Codes, Int8Tensor
 
 FEW_ROWS = 128
 HALVES = torch.tensor([-0.25, 0.25], device="cpu")[:, None, None]
 PIECE = 1 << 18  # numbers of W that are turned into float32 at a time: they stay in the cache
-
-
-class Codes(NamedTuple):
-    """Rows of whole numbers: codes int8, N × I · scale float32 and zero int32 or None, N × 1 or 1 × 1: (codes - zero) scale."""
-
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor | None
 
 
 def product(x: Codes, w: Int8Tensor, b_O: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -63,7 +54,7 @@ def product_cpu(x: Codes, w: Int8Tensor, b_O: Tensor | None = None, dtype: torch
     for g, (q_NI, p_OI) in enumerate(zip(x.codes.split(w.group_size, 1), w.codes.split(w.group_size, 1), strict=True)):
         sum_NO = int8_sums(q_NI, w) if few else float_sums(q_NI, p_OI)
         if x.zero is not None or w.zero is not None:
-            correct_(sum_NO, q_NI, row_sums(w)[:, g], x.zero, None if w.zero is None else w.zero[:, g])
+            correct_(sum_NO, q_NI, w.row_sums()[:, g], x.zero, None if w.zero is None else w.zero[:, g])
         sum_NO.mul_(w.scale[:, g])
         y_NO = sum_NO if y_NO is None else y_NO.add_(sum_NO)
     y_NO.mul_(x.scale)
@@ -121,22 +112,7 @@ def has_saturating_sums() -> bool:
 
 def prepacked_weight(w: Int8Tensor) -> object:
     """The codes as torch's product wants them: a second copy."""
-    return kept(w, "packed", prepack)
-
-
-def row_sums(w: Int8Tensor) -> Tensor:
-    """Of each group of each row, int32, O × G."""
-    return kept(w, "sums", lambda codes: codes.unflatten(1, (w.scale.size(1), -1)).sum(2, dtype=torch.int32))
-
-
-def kept(w: Int8Tensor, name: str, make: Callable[[Tensor], object]) -> object:
-    """Made of w's codes when it is first needed, and again when they change or another tensor takes their place."""
-    codes = w.codes
-    version = 0 if codes.is_inference() else codes._version
-    found = w.__dict__.get(name, (None, None, None))
-    if found[0] is not codes or found[1] != version:
-        found = w.__dict__[name] = codes, version, make(codes)
-    return found[2]
+    return w.cached("prepacked", prepack)
 
 
 def prepack(codes: Tensor) -> object:

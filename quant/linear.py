@@ -51,8 +51,8 @@ def count_parameters(network: nn.Module) -> int:
 
 def dense_weight(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     """The weight of a linear layer as a tensor, quantized or not."""
-    if (small := quantized_part(layer)) is not None:
-        return small.dequantize(dtype)
+    if (quantized := quantized_part(layer)) is not None:
+        return quantized.dequantize(dtype)
     return layer.weight if dtype is None else layer.weight.to(dtype)
 
 
@@ -102,8 +102,8 @@ NORMS = (nn.LayerNorm, nn.RMSNorm)  # whose weight may have several axes
 
 def four_bit_layer(weight: Tensor, bias: nn.Parameter | None, settings: FourBit, input: StaticInput | None) -> QuantizedLinear:
     format = {"block_size": settings.block_size, "double_quantized": settings.double_quantized, "scheme": settings.scheme}
-    small = QUANTIZE[weight.device.type](weight, **format)
-    layer = QuantizedLinear(small, bias)
+    quantized = QUANTIZE[weight.device.type](weight, **format)
+    layer = QuantizedLinear(quantized, bias)
     layer.compute = None if settings.compute is None else getattr(torch, settings.compute)
     return layer
 
@@ -119,12 +119,12 @@ QUANTIZE: dict[str, Callable[..., QuantizedTensor]] = {"cpu": quantize, "cuda": 
 
 def int8_layer(weight: Tensor, bias: nn.Parameter | None, settings: Int8, input: StaticInput | None) -> QuantizedLinear:
     grid = Grid.of(settings.bits, not settings.affine_weights)
-    small = int8.quantize(weight, grid=grid, granularity=settings.granularity, group_size=settings.group_size)
+    quantized = int8.quantize(weight, grid=grid, granularity=settings.granularity, group_size=settings.group_size)
     if settings.scheme == "int8-dynamic":
-        return Int8Linear(small, bias, DynamicInput(Grid(symmetric=not settings.affine_inputs)))
+        return Int8Linear(quantized, bias, DynamicInput(Grid(symmetric=not settings.affine_inputs)))
     if input is None:
         raise QuantError("int8-static needs inputs that were observed: quant.calibrate.observe(network, batches, …)")
-    return Int8Linear(small, bias, input)
+    return Int8Linear(quantized, bias, input)
 
 
 def vectorwise(weight: Tensor, bias: nn.Parameter | None, settings: Int8, input: StaticInput | None) -> QuantizedLinear:

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from quant.config import QuantError
-from quant.int8 import CHUNK, Int8Tensor, check
-from quant.int8_product import FEW_ROWS, PRODUCTS, Codes, float_sums, int8_sums, torch_int8_linear
+from quant.int8 import CHUNK, Codes, Int8Tensor, check
+from quant.int8_product import FEW_ROWS, PRODUCTS, float_sums, int8_sums, torch_int8_linear
 from quant.layer import QuantizedLinear
 from quant.nf4 import describe_non_finite
 from quant.product import compute_dtype
@@ -77,8 +77,8 @@ def quantize(weight: Tensor) -> LlmInt8Tensor:
     Rows are taken a few at a time: beside the result few megabytes are in use. Errors (QuantError): no matrix of floating-point
     numbers; NaN, or a number beyond float16's 65504, with the place of the first.
 
-    >>> small = quantize(torch.tensor([[1.0, -2.0], [0.0, 0.0]]))
-    >>> small.codes.tolist(), small.absmax.tolist(), small.dequantize().tolist()
+    >>> quantized = quantize(torch.tensor([[1.0, -2.0], [0.0, 0.0]]))
+    >>> quantized.codes.tolist(), quantized.absmax.tolist(), quantized.dequantize().tolist()
     ([[64, -127], [0, 0]], [2.0, 0.0], [[1.0078..., -2.0], [0.0, 0.0]])
     """
     check(weight, "channel", 1)

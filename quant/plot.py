@@ -59,7 +59,7 @@ def plot(
         errors.axhline(normal, color="grey", linestyle=":", label="normal numbers")
     there = [layer.error for layer in layers] + ([] if normal is None else [normal])
     low, high = min(there), max(there)
-    room = max(0.1 * (high - low), 0.05 * high - (high - low) / 2, 1e-4)  # differences of a percent are to look small
+    room = max(0.1 * (high - low), 0.05 * high - (high - low) / 2, 1e-4)  # differences of a percent are to look quantized
     errors.set(title="error of a matrix, ‖W − Ŵ‖ / ‖W‖", xlabel="layer", ylabel="error", ylim=(low - room, high + room))
     errors.xaxis.set_major_locator(MaxNLocator(integer=True))
     errors.grid(alpha=0.3)

@@ -1,22 +1,22 @@
-"""Quantization-aware training: a linear layer that computes, bit for bit, what its quantized form will compute, and learns.
+"""Quantization-aware training: a linear layer that computes in training, bit for bit, what its quantized form will compute.
 
     y = x̂ Ŵᵀ + b        dx̂ = dy Ŵ        dŴ = dyᵀ x̂        db = Σ dy
 
-x̂ and Ŵ are x and W rounded to whole numbers times a scale. y is the product of the whole numbers themselves
-(`quant.int8_product`), and its gradient goes on to x and W straight through their roundings (`quant.fake`), 0 for what was
-clipped. W stays a parameter in its own format, which small steps can change.
+x̂ and Ŵ are x and W rounded to integers times a scale. y is the product of the integers themselves (`quant.int8_product`). Its
+gradient passes straight through the roundings to x and W (`quant.fake`), and is 0 where a number was clipped. W stays a
+parameter in its own dtype, which small steps can change.
 
-    weights    symmetric, by a scale from their largest number now, which itself counts as clipped where it rounds to high + 1
-               (torch.ao has it so); or one that is learned, which begins at 2 mean|w| / √high of the weights that share it
-    inputs     INT8. dynamic: symmetric, a scale for each row from the row itself, which moves with the row's largest number:
-               x has a gradient everywhere, as in `Int8Linear`. static: affine, from a range that was observed, or learned:
-               it begins there and keeps the zero point
+    weights    symmetric. The scale follows from the present largest magnitude, which itself counts as clipped where it rounds
+               to high + 1 (as in torch.ao); or it is learned, and starts at 2 mean|w| / √high of the weights that share it
+    inputs     INT8. dynamic: symmetric, one scale for each row from the row itself. The scale moves with the row's largest
+               number, so x has a gradient everywhere, as in `Int8Linear`. static: affine, from an observed range; or learned:
+               it starts there and keeps the zero point
 
-What is learned of a scale is its logarithm: Adam takes steps of one size, which are then a share of the scale, be it large or
-small. Its gradient is multiplied by 1/√(n high), n the weights that share it, or the numbers of a row of x. Below EPS a scale
-counts as EPS, and `commit` makes it twice that.
-Source: Jacob et al. 2018, arXiv 1712.05877, section 3; Esser et al. 2020, arXiv 1902.08153, section 2; of the logarithm Jain
-et al. 2020, arXiv 1903.08066.
+The learned parameter is the logarithm of a scale: Adam's steps all have one size, which is then relative to the scale. Its
+gradient is multiplied by 1/√(n high), n the weights that share it, or the numbers of a row of x. A scale below EPS counts as
+EPS, and `commit` raises it to twice that.
+Source: Jacob et al. 2018, arXiv 1712.05877, section 3; Esser et al. 2020, arXiv 1902.08153, section 2; the logarithm: Jain et
+al. 2020, arXiv 1903.08066.
 """
 
 import math
@@ -31,9 +31,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from quant.config import QatConfig, QuantError
 from quant.fake import fake_quantize
-from quant.int8 import AFFINE, EPS, Grid, Int8Tensor, check, min_max, scales_for
+from quant.int8 import AFFINE, EPS, Codes, Grid, Int8Tensor, check, min_max, scales_for
 from quant.int8_linear import DynamicInput, Input, Int8Linear, StaticInput, with_non_finite_rows
-from quant.int8_product import Codes, product
+from quant.int8_product import product
 from quant.linear import quantizable_layers
 from quant.nf4 import describe_non_finite
 from quant.observe import OBSERVERS

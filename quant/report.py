@@ -55,8 +55,8 @@ class Layer:
     def kind(self) -> str:
         """The name without the layer's number.
 
-        >>> small = Layer("decoder.block.3.layer.1.wo", (), 1, 4, 1, 1.0, 1.0, 1.0, 0.0)
-        >>> small.kind, small.depth
+        >>> quantized = Layer("decoder.block.3.layer.1.wo", (), 1, 4, 1, 1.0, 1.0, 1.0, 0.0)
+        >>> quantized.kind, quantized.depth
         ('decoder.block.N.layer.1.wo', 3)
         """
         return re.sub(r"(?<=\.)\d+(?=\.|$)", "N", self.name, count=1)
@@ -68,11 +68,11 @@ class Layer:
         return int(number[0]) if number else 0
 
 
-def measure(name: str, weight: Tensor, small: nn.Module) -> Layer:
+def measure(name: str, weight: Tensor, quantized: nn.Module) -> Layer:
     """Compare a weight with what became of it (`QuantizedTensor`, `Int8Tensor` …), a piece at a time: no second copy of it is
     made. Both on a CPU."""
     flat, sums = weight.reshape(-1), [0.0, 0.0, 0.0, 0.0]
-    for first, values in small.pieces():
+    for first, values in quantized.dequantized_chunks():
         there = flat[first:][: values.numel()]
         for w, v in zip(there.split(IN_CACHE), values.split(IN_CACHE), strict=True):
             w, v = w.double(), v.double()
@@ -80,7 +80,7 @@ def measure(name: str, weight: Tensor, small: nn.Module) -> Layer:
             for place, (one, other) in enumerate(((w, w), (v, v), (w, v), (difference, difference))):
                 sums[place] += float(one @ other)
     before = weight.numel() * weight.element_size()
-    return Layer(name.removesuffix(".weight"), tuple(weight.shape), weight.numel(), before, small.nbytes, *sums)
+    return Layer(name.removesuffix(".weight"), tuple(weight.shape), weight.numel(), before, quantized.nbytes, *sums)
 
 
 def together(name: str, layers: Sequence[Layer]) -> Layer:

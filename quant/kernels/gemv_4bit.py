@@ -1,11 +1,11 @@
-"""y = x Wᵀ + b for one to eight rows of x, as in generation: what takes time is to read W, half a byte a number.
+"""y = x Wᵀ + b for one to eight rows of x, as in generation: bound by reading W, half a byte a number.
 
-Each program is one warp; it takes a few rows of W and goes along I. A thread has 16 bytes of x, and from each row of W the few
-bytes that meet them, so that a warp's loads are whole lines and nothing moves between threads: a byte's two values stand where
-x has the even and the odd number. Their sum is multiplied by the scale once: y = Σ (Σ code · x) · scale, in float32. Values are
-looked up by a shuffle among the warp's threads, which hold the table. One unpacking serves all rows of x; the next bytes are
-asked for a step ahead. Nothing is rounded before y is: it is nearer to the product by the float32 weight than the plain
-twin, which rounds W to x's format. No atomic additions: the same bits each time.
+Each program is one warp, which takes a few rows of W and moves along I. A thread holds 16 bytes of x, and of each row of W the
+few bytes that multiply them, so that a warp loads whole cache lines and threads exchange nothing: a byte's two values belong to
+neighbouring numbers of x. Their sum is multiplied by the scale once: y = Σ (Σ code · x) · scale, in float32. Values are looked
+up by a shuffle among the warp's threads, which hold the codebook. All rows of x use one unpacking; the next bytes are loaded
+one step ahead. Only y is rounded, so the result is nearer to the product by the float32 weight than the plain twin's, which
+rounds W to x's dtype. No atomic additions: the same bits in every run.
 """
 
 import math
@@ -17,25 +17,26 @@ from torch import Tensor
 from quant.kernels.matmul_4bit import (
     RUN,
     block_scales,
-    checked,
-    checked_bias,
-    parts_of,
-    rounded,
-    values_of,
+    check,
+    check_bias,
+    kernel_arguments,
+    look_up,
+    needs_widening,
+    round_to,
     weight_tile,
-    widened,
 )
-from quant.nf4 import QuantizedTensor
+from quant.packed import PackedWeight
 
-MOST = 8  # rows; above, `quant.kernels.matmul_4bit` has the tensor cores
+MOST = 8  # rows; for more, `quant.kernels.matmul_4bit` uses tensor cores
 WARPS = 1
 LANES = tl.constexpr(32)
 
 
 def tile(outs: int, ins: int, block_size: int, item_bytes: int) -> dict[str, int]:
-    """Many rows of W: four a program, which load x once, or two in float32; few: one, so that there are programs enough.
+    """Return the tile sizes. Many rows of W: four a program (two in float32), which share the load of x; few: one row, so that
+    there are enough programs.
 
-    SHARE: so many numbers, from a multiple of it in a row, have one scale.
+    SHARE: numbers in a row, starting at a multiple of SHARE, that have one scale.
     """
     if ins % RUN:
         return {"BLOCK_O": 8, "BLOCK_I": 64, "SHARE": 1}
@@ -51,9 +52,9 @@ def gemv_4bit_kernel(
     y_ptr,
     packed_ptr,
     absmax_ptr,
-    code_ptr,
+    codebook_ptr,
     nested_absmax_ptr,
-    nested_code_ptr,
+    nested_codebook_ptr,
     offset_ptr,
     rows,
     outs,
@@ -71,11 +72,11 @@ def gemv_4bit_kernel(
     BIAS: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Columns o of y, N × O contiguous; x: N × I, and ROWS the power of two that N is not above."""
+    """Compute columns o of y, N × O contiguous; x: N × I; ROWS: the least power of two that is at least N."""
     o = (tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)).to(tl.int64)
     weight_row = tl.minimum(o, outs - 1)  # past the end: read again, never stored
     n = tl.arange(0, ROWS)
-    table = tl.load(code_ptr + tl.arange(0, 16))
+    table = tl.load(codebook_ptr + tl.arange(0, 16))
     if WHOLE:
         byte_i = tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK_I // 2), CHUNK // 2), CHUNK // 2)
         byte_row = packed_ptr + (weight_row * tl.multiple_of(ins // 2, 16))[:, None]
@@ -87,10 +88,10 @@ def gemv_4bit_kernel(
             ahead = (start + BLOCK_I) // 2 + byte_i
             next_byte = tl.load(byte_row + ahead[None, :], mask=ahead[None, :] < ins // 2, other=0)
             block = (weight_row[:, None] * ins + tl.minimum(start + share, ins - 1)[None, :]) // BLOCK_SIZE
-            scale = block_scales(block, absmax_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, NESTED)
+            scale = block_scales(block, absmax_ptr, nested_absmax_ptr, nested_codebook_ptr, offset_ptr, NESTED)
             scale = tl.broadcast_to(scale[:, :, None], (BLOCK_O, BLOCK_I // SHARE, SHARE // CHUNK))
             scale = tl.reshape(scale, (BLOCK_O, BLOCK_I // CHUNK))
-            value = values_of(tl.interleave(byte >> 4, byte & 15), table)
+            value = look_up(tl.interleave(byte >> 4, byte & 15), table)
             for row in range(0, rows):
                 x = tl.load(x_ptr + row * x_row_stride + (start + i) * x_column_stride, mask=i < ins - start, other=0.0)
                 part = tl.reshape(value * x.to(tl.float32), (BLOCK_O, BLOCK_I // CHUNK, CHUNK))
@@ -108,7 +109,7 @@ def gemv_4bit_kernel(
                 absmax_ptr,
                 table,
                 nested_absmax_ptr,
-                nested_code_ptr,
+                nested_codebook_ptr,
                 offset_ptr,
                 weight_row,
                 start,
@@ -125,18 +126,18 @@ def gemv_4bit_kernel(
     if BIAS:
         y += tl.load(bias_ptr + o, mask=o < outs, other=0.0).to(tl.float32)[:, None]
     place = y_ptr + n[None, :] * outs + o[:, None]
-    tl.store(place, rounded(y, y_ptr.dtype.element_ty, WIDEN), mask=(n < rows)[None, :] & (o < outs)[:, None])
+    tl.store(place, round_to(y, y_ptr.dtype.element_ty, WIDEN), mask=(n < rows)[None, :] & (o < outs)[:, None])
 
 
-def gemv_4bit(x_NI: Tensor, small: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear(x, small.dequantize(x.dtype), bias)` for at most eight rows: y = x Wᵀ + b, N × O. As `matmul_4bit`."""
-    checked(x_NI, 1, small)
-    checked_bias(bias, x_NI, small)
-    rows, (outs, ins) = x_NI.size(0), small.shape
+def gemv_4bit(x_NI: Tensor, quantized: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """Return `F.linear(x, quantized.dequantize(x.dtype), bias)`, N × O, for at most eight rows; dtypes as in `matmul_4bit`."""
+    check(x_NI, 1, quantized)
+    check_bias(bias, x_NI, quantized)
+    rows, (outs, ins) = x_NI.size(0), quantized.shape
     if rows > MOST:
         raise ValueError(f"{rows} rows: the kernel is for {MOST} at most; quant.kernels.matmul_4bit takes more")
     y_NO = x_NI.new_empty(rows, outs)
-    sizes = tile(outs, ins, small.block_size, x_NI.element_size())
+    sizes = tile(outs, ins, quantized.block_size, x_NI.element_size())
     if rows:
         gemv_4bit_kernel[(triton.cdiv(outs, sizes["BLOCK_O"]),)](
             x_NI,
@@ -147,12 +148,12 @@ def gemv_4bit(x_NI: Tensor, small: QuantizedTensor, bias: Tensor | None = None) 
             ins=ins,
             x_row_stride=x_NI.stride(0),
             x_column_stride=x_NI.stride(1),
-            **parts_of(small),
+            **kernel_arguments(quantized),
             CHUNK=16 // x_NI.element_size(),
             ROWS=triton.next_power_of_2(rows),
             **sizes,
             BIAS=bias is not None,
-            WIDEN=widened(x_NI.dtype),
+            WIDEN=needs_widening(x_NI.dtype),
             num_warps=WARPS,
         )
     return y_NO

@@ -1,15 +1,15 @@
-"""y = x Wᵀ + b from whole numbers on tensor cores: `quant.int8_product.product_reference`, bit for bit.
+"""y = x Wᵀ + b for INT8 codes on tensor cores: `quant.int8_product.product_reference`, bit for bit.
 
-Products of INT8 are added up in int32, along a group of a row or the whole of it. From Σ q p comes Σ (q - z)(p - u), there too:
+Products of INT8 are summed in int32, over a group of a row or all of it. Σ (q - z)(p - u) follows from Σ q p, in int32 too:
 
     Σ q p - z Σ p - u (Σ q - |g| z)
 
-where Σ p is kept with the weight (`row_sums`), and Σ q is made on the way, where W has zero points. Only that is turned into
-float32, times t of the weight's group, which are added up in the order of the groups, times s of the row, plus b: each step is
-rounded, as the twin's are (no fused multiply-add), and y once more, to its format.
+Σ p is cached with the weight (`Int8Tensor.row_sums`); Σ q is computed on the way where W has zero points. Only this result is
+converted to float32, multiplied by t of the weight's group, summed in the order of the groups, multiplied by s of the row, and
+added to b. Each step is rounded, as the plain twin's are (no fused multiply-add), and y is rounded once more, to its dtype.
 
-int32 holds the sum of a group of 131,071 products at least, of 65,793 if x or W has zero points, of 33,025 if both have, and so
-each on the way to it: tensor cores cut off what is beyond. A row of x whose scale is inf or NaN gives NaN.
+int32 holds the sum of a group of at least 131,071 products; 65,793 if x or W has zero points; 33,025 if both have. Partial sums
+must fit too: tensor cores wrap around on overflow. A row of x whose scale is inf or NaN gives NaN.
 """
 
 import math
@@ -19,30 +19,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quant.int8 import Int8Tensor
-from quant.int8_product import Codes, row_sums
-from quant.kernels.matmul_4bit import GROUP, rounded, tile_of, widened
+from quant.int8 import Codes, Int8Tensor
+from quant.kernels.matmul_4bit import GROUP, needs_widening, round_to, tile_index
 
-SHORTEST = 32  # numbers along I that an instruction of the tensor cores multiplies
+SHORTEST = 32  # numbers along I that one tensor-core instruction multiplies
 
-# Up to so many rows: tiles of N, O, I numbers, warps, stages. Few rows: small tiles of y, so that there are programs enough to
-# ask for the weight on every multiprocessor, and long ones, with several under way. Estimates, from bytes: no card has judged.
+# Most rows: (tile of N, O, I; warps, stages). Few rows: small tiles of y, so that every multiprocessor has a program and loads
+# part of the weight, and long ones, several in flight. Estimates from bytes, not measured on a card.
 TILES = {
     16: (16, 32, 256, 4, 4),
     64: (64, 32, 256, 4, 4),
     256: (64, 128, 128, 4, 3),
     math.inf: (128, 128, 128, 8, 3),
 }
-# Registers hold less of y where there is a second sum, in float32, for groups, or of x's codes, for zero points of W; and less
-# still where there are both, or rows that are read byte by byte, as their length is no multiple of SHORTEST.
+# Smaller tiles where registers hold a second sum: in float32 for groups, or of x's codes for zero points of W. The smallest
+# where there are both, or where rows are read byte by byte because their length is no multiple of SHORTEST.
 SMALLER = {16: (16, 32, 256, 4, 4), 64: (64, 32, 256, 4, 4), math.inf: (128, 64, 128, 8, 3)}
 SMALLEST = {16: (16, 32, 64, 4, 3), math.inf: (64, 64, 64, 8, 3)}
 WRITTEN = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit
-def added(sum_NO, q_N, x_row, w_row, left, i, MASKED: tl.constexpr, W_ZERO: tl.constexpr):
-    """(Σ q p, Σ q), with a tile's products; `left` numbers are in it."""
+def add_products(sum_NO, q_N, x_row, w_row, left, i, MASKED: tl.constexpr, W_ZERO: tl.constexpr):
+    """Return (Σ q p, Σ q) with a tile's products added; `left` of its numbers are valid."""
     if MASKED:
         x = tl.load(x_row + i[None, :], mask=i[None, :] < left, other=0)
         w = tl.load(w_row + i[None, :], mask=i[None, :] < left, other=0)
@@ -83,8 +82,8 @@ def int8_matmul_kernel(
     GROUP: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Tile (n, o) of y. x, W, y are contiguous; a group: `size` of a row's `ins` numbers; steps: from scale to scale."""
-    tile_n, tile_o = tile_of(tl.program_id(0), tl.cdiv(rows, BLOCK_N), tl.cdiv(outs, BLOCK_O), GROUP)
+    """Compute tile (n, o) of y. x, W, y are contiguous; a group is `size` of a row's `ins` numbers; steps: scales' strides."""
+    tile_n, tile_o = tile_index(tl.program_id(0), tl.cdiv(rows, BLOCK_N), tl.cdiv(outs, BLOCK_O), GROUP)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
     i = tl.arange(0, BLOCK_I)
@@ -96,11 +95,11 @@ def int8_matmul_kernel(
     for g in range(0, groups):
         sum_NO, q_N = tl.zeros((BLOCK_N, BLOCK_O), dtype=tl.int32), tl.zeros((BLOCK_N,), dtype=tl.int32)
         if ONE_STEP:
-            sum_NO, q_N = added(sum_NO, q_N, x_row + g * size, w_row + g * size, size, i, MASKED, W_ZERO)
+            sum_NO, q_N = add_products(sum_NO, q_N, x_row + g * size, w_row + g * size, size, i, MASKED, W_ZERO)
         else:
             for start in range(0, size, BLOCK_I):
                 first = g * size + start
-                sum_NO, q_N = added(sum_NO, q_N, x_row + first, w_row + first, size - start, i, MASKED, W_ZERO)
+                sum_NO, q_N = add_products(sum_NO, q_N, x_row + first, w_row + first, size - start, i, MASKED, W_ZERO)
         if X_ZERO:
             sum_NO -= z_N[:, None] * tl.load(w_sum_ptr + w_o * groups + g)[None, :]
             q_N -= z_N * size
@@ -111,11 +110,11 @@ def int8_matmul_kernel(
     if BIAS:
         y += tl.load(bias_ptr + w_o).to(tl.float32)[None, :]
     place = y_ptr + n.to(tl.int64)[:, None] * outs + o[None, :]
-    tl.store(place, rounded(y, y_ptr.dtype.element_ty, WIDEN), mask=(n < rows)[:, None] & (o < outs)[None, :])
+    tl.store(place, round_to(y, y_ptr.dtype.element_ty, WIDEN), mask=(n < rows)[:, None] & (o < outs)[None, :])
 
 
 def settings(rows: int, ins: int, groups: int, w_zero: bool) -> tuple[dict, dict]:
-    """(constants, options) of the kernel's launch: x is rows × ins, W has so many groups a row, and zero points or not."""
+    """Return (constants, options) of the launch: x is rows × ins, W has `groups` groups a row, and zero points or not."""
     size = ins // groups
     tiles = SMALLEST if size % SHORTEST or (groups > 1 and w_zero) else SMALLER if groups > 1 or w_zero else TILES
     n, o, i, warps, stages = next(tile for most, tile in tiles.items() if rows <= most)
@@ -125,10 +124,10 @@ def settings(rows: int, ins: int, groups: int, w_zero: bool) -> tuple[dict, dict
     return constants, {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
 
 
-def checked(x: Codes, w: Int8Tensor, b_O: Tensor | None, dtype: torch.dtype) -> None:
-    """Raise what a user can put right: TypeError for a format, ValueError for a size."""
+def check(x: Codes, w: Int8Tensor, b_O: Tensor | None, dtype: torch.dtype) -> None:
+    """Raise TypeError for a dtype, ValueError for a shape or a group size that the kernel does not take."""
     if x.codes.dtype != torch.int8 or w.codes.dtype != torch.int8 or dtype not in WRITTEN:
-        raise TypeError(f"int8 by int8 gives one of {WRITTEN}: asked for were {x.codes.dtype}, {w.codes.dtype} and {dtype}")
+        raise TypeError(f"int8 by int8 gives one of {WRITTEN}, not {dtype} from {x.codes.dtype} by {w.codes.dtype}")
     outs, ins = w.shape
     if x.codes.dim() != 2 or x.codes.size(1) != ins:
         raise ValueError(f"N × {ins} is multiplied by the {(outs, ins)} weight, not {tuple(x.codes.shape)}")
@@ -139,20 +138,23 @@ def checked(x: Codes, w: Int8Tensor, b_O: Tensor | None, dtype: torch.dtype) -> 
         raise ValueError(f"the bias of a {(outs, ins)} weight has {outs} numbers, not {tuple(b_O.shape)}")
     most = (2**31 - 1) // math.prod(128 if part is None else 255 for part in (x.zero, w.zero))
     if w.group_size > most:
-        raise ValueError(f"int32 holds the sum of {most} products here, and {w.group_size} share a scale: use groups of fewer")
+        raise ValueError(f"int32 holds the sum of {most} products, and {w.group_size} share a scale: use smaller groups")
 
 
 def step_of(part: Tensor) -> int:
-    """From one row's scale to the next one's: 0 where all have one."""
+    """Return the stride from one row's scale to the next: 0 where all rows share one."""
     return part.size(1) if part.size(0) > 1 else 0
 
 
 def int8_matmul(x: Codes, w: Int8Tensor, b_O: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """x Wᵀ + b, N × O in `dtype`: `product_reference(x, w, b).to(dtype)`. The bias has any floating-point format."""
-    checked(x, w, b_O, dtype)
+    """Return x Wᵀ + b, N × O in `dtype`: `product_reference(x, w, b).to(dtype)`. The bias has any floating-point dtype.
+
+    Errors: TypeError for a dtype, ValueError for shapes that do not fit or groups whose sums may overflow int32.
+    """
+    check(x, w, b_O, dtype)
     rows, (outs, ins) = len(x.codes), w.shape
     y_NO = x.codes.new_empty(rows, outs, dtype=dtype)
-    scale, zero = torch.broadcast_tensors(x.scale, x.scale if x.zero is None else x.zero)  # a static zero point is one
+    scale, zero = torch.broadcast_tensors(x.scale, x.scale if x.zero is None else x.zero)  # a static zero point is one number
     constants, options = settings(rows, ins, w.scale.size(1), w.zero is not None)
     programs = triton.cdiv(rows, constants["BLOCK_N"]) * triton.cdiv(outs, constants["BLOCK_O"])
     if programs:
@@ -160,10 +162,10 @@ def int8_matmul(x: Codes, w: Int8Tensor, b_O: Tensor | None = None, dtype: torch
             x.codes.contiguous(),
             w.codes.contiguous(),
             scale.contiguous(),
-            zero.contiguous(),  # what is not there is not read
+            zero.contiguous(),  # not read where there is no zero point
             w.scale.contiguous(),
             w.scale if w.zero is None else w.zero.contiguous(),
-            w.scale if x.zero is None else row_sums(w),
+            w.scale if x.zero is None else w.row_sums(),
             y_NO if b_O is None else b_O.contiguous(),
             y_NO,
             rows=rows,
@@ -175,7 +177,7 @@ def int8_matmul(x: Codes, w: Int8Tensor, b_O: Tensor | None = None, dtype: torch
             w_step=step_of(w.scale),
             X_ZERO=x.zero is not None,
             BIAS=b_O is not None,
-            WIDEN=widened(dtype),
+            WIDEN=needs_widening(dtype),
             **constants,
             **options,
         )

@@ -18,8 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quant.int8 import EPS, SYMMETRIC, Grid
-from quant.int8_product import Codes
+from quant.int8 import EPS, SYMMETRIC, Codes, Grid
 
 READ = (torch.float32, torch.float16, torch.bfloat16)
 LONGEST = 16384

@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant.int8 import AFFINE, SYMMETRIC, Int8Tensor, quantize
+from quant.int8 import AFFINE, SYMMETRIC, Codes, Int8Tensor, quantize
 from quant.int8_linear import DynamicInput
-from quant.int8_product import Codes
 from tests.oracle.int8_kernels import (
     DTYPES,
     FULL,

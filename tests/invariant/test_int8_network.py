@@ -16,9 +16,9 @@ from model.generate import generate
 from quant import int8_product
 from quant.calibrate import observe
 from quant.config import Int8, QuantError
-from quant.int8 import AFFINE, SYMMETRIC, Int8Tensor, quantize
+from quant.int8 import AFFINE, SYMMETRIC, Codes, Int8Tensor, quantize
 from quant.int8_linear import DynamicInput, Int8Linear, StaticInput
-from quant.int8_product import Codes, product_cpu, product_reference
+from quant.int8_product import product_cpu, product_reference
 from quant.linear import dense_weight, quantize_linears, quantized_layers
 from tests.conftest import TINY_FAMILIES, randomized, tiny_config
 

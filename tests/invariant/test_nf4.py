@@ -11,14 +11,14 @@ from quant import blockwise, nf4, pages
 from quant.blockwise import dynamic_map, nearest_on_grid
 from quant.config import BLOCK_SIZES, FourBit, QuantError, from_table, to_table
 from quant.linear import quantize_linears
-from quant.nf4 import CODES, QuantizedTensor, pack, quantize, unpack
+from quant.nf4 import CODEBOOKS, QuantizedTensor, pack, quantize, unpack
 
 PARTS = ("packed", "absmax", "nested_absmax", "offset")
-TABLES = (nf4.nf4_code, nf4.fp4_code, dynamic_map, nf4.bounds)
+TABLES = (nf4.nf4_codebook, nf4.fp4_codebook, dynamic_map, nf4.decision_boundaries)
 
 
 def same(one: QuantizedTensor, other: QuantizedTensor) -> bool:
-    pairs = [(getattr(one, name), getattr(other, name)) for name in (*PARTS, "code", "nested_code")]
+    pairs = [(getattr(one, name), getattr(other, name)) for name in (*PARTS, "codebook", "nested_codebook")]
     return all(a is b is None or (a.dtype == b.dtype and torch.equal(a, b)) for a, b in pairs)
 
 
@@ -36,7 +36,7 @@ def test_what_is_no_number_is_refused(value, dtype):
 def test_the_first_of_a_late_piece_is_named(dtype):
     weight = torch.zeros(1100, 1000, dtype=dtype)
     weight[1099, 999] = weight[1080, 2] = torch.nan
-    assert 1080 * 1000 > nf4.CHUNK["cpu"]
+    assert 1080 * 1000 > nf4.QUANTIZE_CHUNK["cpu"]
     with pytest.raises(QuantError, match=re.escape("at [1080, 2] is nan")):
         quantize(weight)
     with pytest.raises(QuantError, match=re.escape("at [2, 1080] is nan")):
@@ -95,7 +95,7 @@ def test_it_moves():
 
 
 @pytest.mark.parametrize("double", [False, True])
-@pytest.mark.parametrize("scheme", CODES)
+@pytest.mark.parametrize("scheme", CODEBOOKS)
 def test_state_dict_round_trip(scheme, double):
     first, other = (quantize(torch.randn(33, 35), scheme=scheme, double_quantized=double) for _ in range(2))
     state = first.state_dict()
@@ -105,7 +105,7 @@ def test_state_dict_round_trip(scheme, double):
     assert same(first, other) and torch.equal(first.dequantize(), other.dequantize())
 
 
-@pytest.mark.parametrize("scheme", CODES)
+@pytest.mark.parametrize("scheme", CODEBOOKS)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_pieces_do_not_show(block_size, scheme, monkeypatch):
     """Whole pieces and a last one, of odd length, that is a part of a block."""
@@ -113,8 +113,8 @@ def test_pieces_do_not_show(block_size, scheme, monkeypatch):
     weights = [torch.randn(shape).to(dtype) for shape in shapes for dtype in (torch.float32, torch.bfloat16)]
     whole = [quantize(weight, block_size=block_size, scheme=scheme) for weight in weights]
     values = [small.dequantize() for small in whole]
-    monkeypatch.setattr(nf4, "CHUNK", {"cpu": 4096})
-    monkeypatch.setattr(nf4, "PIECE", 4096)
+    monkeypatch.setattr(nf4, "QUANTIZE_CHUNK", {"cpu": 4096})
+    monkeypatch.setattr(nf4, "DEQUANTIZE_CHUNK", 4096)
     for weight, expected, value in zip(weights, whole, values, strict=True):
         small = quantize(weight, block_size=block_size, scheme=scheme)
         assert same(small, expected)
@@ -124,15 +124,15 @@ def test_pieces_do_not_show(block_size, scheme, monkeypatch):
 @pytest.mark.parametrize("multiple", [1, 96, 100, 5000])
 def test_pieces_begin_where_they_are_asked_to(multiple, monkeypatch):
     """At whole rows, say, of which blocks and bytes are no divisors."""
-    monkeypatch.setattr(nf4, "PIECE", 4096)
+    monkeypatch.setattr(nf4, "DEQUANTIZE_CHUNK", 4096)
     small = quantize(torch.randn(901, 100))
-    firsts, values = zip(*((first, value.clone()) for first, value in nf4.pieces(small, multiple)), strict=True)
+    firsts, values = zip(*((first, value.clone()) for first, value in nf4.dequantized_chunks(small, multiple)), strict=True)
     assert len(firsts) > 1 and not any(first % multiple for first in firsts)
     assert torch.equal(torch.cat(values), nf4.dequantize(small).flatten())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("scheme", CODES)
+@pytest.mark.parametrize("scheme", CODEBOOKS)
 def test_values_that_four_bits_have_are_exact(scheme, dtype):
     """Quantized again, they are what they were: the same codes, but FP4's second zero becomes the first."""
     for weight in (torch.randn(100, 65), torch.randn(3, 7, 11) * 1e-3, torch.zeros(70), torch.randn(33) * 1e3):
@@ -146,20 +146,20 @@ def test_values_that_four_bits_have_are_exact(scheme, dtype):
 
 def test_each_code_is_its_own_value():
     """All sixteen codes, in order, in a block whose largest magnitude is 2."""
-    for scheme, code in CODES.items():
+    for scheme, code in CODEBOOKS.items():
         small = quantize(2 * code().repeat(4), double_quantized=False, scheme=scheme)
         expected = torch.arange(16).masked_fill((torch.arange(16) == 8) & (scheme == "fp4"), 0)
         assert torch.equal(unpack(small.packed, 64).view(4, 16), expected.byte().expand(4, 16))
         assert torch.equal(small.dequantize(), 2 * code().repeat(4))
 
 
-@pytest.mark.parametrize("scheme", CODES)
+@pytest.mark.parametrize("scheme", CODEBOOKS)
 def test_each_number_becomes_the_nearest_value(scheme):
     """By brute force in float64; 2e-7 for z and the boundaries, which are float32."""
     weight = torch.randn(50, 64)
     values = quantize(weight, double_quantized=False, scheme=scheme).dequantize()
     absmax = weight.double().abs().amax(1, keepdim=True)
-    least = (weight.double()[..., None] - absmax[..., None] * CODES[scheme]().double()).abs().amin(-1)
+    least = (weight.double()[..., None] - absmax[..., None] * CODEBOOKS[scheme]().double()).abs().amin(-1)
     assert ((weight.double() - values).abs() <= least + 2e-7 * absmax).all()
 
 
@@ -225,7 +225,7 @@ def test_the_first_use_leaves_no_mark_on_the_tables(setting, forgotten):
 def test_large_pages_are_asked_for_inside_a_tensor(monkeypatch):
     """In whole pages of its own memory, up to a page of each end; not for what is small, or elsewhere."""
     asked, whole = [], torch.empty(3 * pages.LARGE, dtype=torch.uint8)
-    monkeypatch.setattr(pages, "advise", lambda: lambda *given: asked.append(given))
+    monkeypatch.setattr(pages, "find_madvise", lambda: lambda *given: asked.append(given))
     for first in (0, 1, 2):  # two of them begin inside a page
         tensor = whole[first:][: 2 * pages.LARGE]
         assert pages.advise_huge_pages(tensor) is tensor

@@ -156,7 +156,7 @@ SHAPES = [(1, 1), (3, 5), (64, 64), (7, 4099), (100, 700)]
 @pytest.mark.parametrize("scheme", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_measured_in_pieces(scheme, dtype, monkeypatch):
-    monkeypatch.setattr(nf4, "PIECE", 4096)
+    monkeypatch.setattr(nf4, "DEQUANTIZE_CHUNK", 4096)
     monkeypatch.setattr(report, "IN_CACHE", 1000)
     for number, shape in enumerate(SHAPES):
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(number)).to(dtype)

@@ -22,7 +22,7 @@ from quant.nf4 import QuantizedTensor, quantize
 from tests.conftest import randomized, tiny_config
 
 FAMILIES = ["gpt2", "llama", "bert", "t5", "bart"]
-PARTS = ("packed", "absmax", "nested_absmax", "nested_code", "offset", "code")
+PARTS = ("packed", "absmax", "nested_absmax", "nested_codebook", "offset", "codebook")
 
 
 def tiny(family: str, **changes):

@@ -13,9 +13,9 @@ import sys
 import torch
 from torch import Tensor
 
-from quant.int8 import AFFINE, SYMMETRIC, Grid, Int8Tensor, quantize, scales_for
+from quant.int8 import AFFINE, SYMMETRIC, Codes, Grid, Int8Tensor, quantize, scales_for
 from quant.int8_linear import DynamicInput, StaticInput
-from quant.int8_product import Codes, product_reference
+from quant.int8_product import product_reference
 from tests.oracle.quant_kernels import CARDS, DTYPES, LAYOUTS, different
 from tests.oracle.triton_apart import registers_and_stack
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from quant.config import QuantError
-from quant.nf4 import CODES, QuantizedTensor, bounds, dequantize, quantize
+from quant.nf4 import CODEBOOKS, QuantizedTensor, decision_boundaries, dequantize, quantize
 from tests.oracle.triton_apart import registers_and_stack
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -37,7 +37,7 @@ CASES = {
     for shape, dtype, scheme, size, layout, double in [
         *itertools.product(SHAPES, DTYPES, ["nf4"], [64], ["contiguous"], [True]),
         *itertools.product(["65 x 127"], DTYPES, ["fp4"], [64], ["contiguous"], [True]),
-        *itertools.product(["65 x 127"], ["fp32"], CODES, [32, 4096], ["contiguous"], [True, False]),
+        *itertools.product(["65 x 127"], ["fp32"], CODEBOOKS, [32, 4096], ["contiguous"], [True, False]),
         *itertools.product(["65 x 127"], ["bf16"], ["nf4"], [64], list(LAYOUTS)[1:], [False]),
     ]
 }
@@ -46,7 +46,7 @@ GUARD = 5000
 
 
 def edges(shape: tuple[int, ...], dtype: torch.dtype, block_size: int, device: str = "cpu") -> torch.Tensor:
-    """Where a code may go wrong: numbers on the bounds between two values and beside them, in blocks of all magnitudes.
+    """Where a code may go wrong: numbers on the boundaries between two values and beside them, in blocks of all magnitudes.
 
     Every seventh block is zero, and every fifth has numbers from the whole of its range.
     """
@@ -56,7 +56,7 @@ def edges(shape: tuple[int, ...], dtype: torch.dtype, block_size: int, device: s
     absmax = 10 ** torch.empty(blocks, 1).uniform_(lowest, 4) * torch.randn(blocks, 1).sign()
     absmax[::3] = 1.0
     absmax[-1:] = 0.8  # z by division and by the inverse differ here, which is what the shorter block is about
-    places = torch.cat([middles for middles, _ in map(bounds, CODES)])
+    places = torch.cat([middles for middles, _ in map(decision_boundaries, CODEBOOKS)])
     x = absmax * places[torch.randint(len(places), (blocks, block_size))]
     x = (x.view(torch.int32) + torch.randint(-1, 2, x.shape, dtype=torch.int32)).view(torch.float32).where(x != 0, x)
     x[:, :1] = absmax
@@ -116,12 +116,12 @@ def decided(device: str = "cpu") -> dict[str, int]:
     from quant.kernels import quantize_4bit as module
 
     torch.manual_seed(0)
-    found, given, (middles, _) = {}, module.settings, bounds("nf4")
+    found, given, (middles, _) = {}, module.settings, decision_boundaries("nf4")
     weight = edges((8000,), torch.float32, 4096, device)
     packed, absmax = torch.empty(4000, 1, dtype=torch.uint8, device=device), torch.empty(2, device=device)
     expected = quantize(weight, block_size=4096).packed
     below = tuple(torch.nextafter(middles, middles - 1).tolist())
-    for name, changes in {"as it is": {}, "ties up": {"MIDDLES": below}}.items():
+    for name, changes in {"as it is": {}, "ties up": {"MIDPOINTS": below}}.items():
         module.settings = lambda *asked, changes=changes: (given(*asked)[0] | changes, given(*asked)[1])
         module.launch(weight, packed, absmax, 4096, "nf4")
         found[name] = different(packed, expected)
@@ -205,10 +205,10 @@ def compiled() -> dict:
             found[name] = registers_and_stack(variant(quantize_4bit.quantize_kernel, card, pointers, *settings, aligned))
         formats = (("bf16", True, 64, True), ("fp16", False, 32, True), ("fp32", True, 4096, False))
         for dtype, double, block_size, aligned in formats:
-            tables = dict.fromkeys(("nested_absmax_ptr", "nested_code_ptr", "offset_ptr", "code_ptr"), "*fp32")
+            tables = dict.fromkeys(("nested_absmax_ptr", "nested_codebook_ptr", "offset_ptr", "codebook_ptr"), "*fp32")
             pointers = {"packed_ptr": "*u8", "absmax_ptr": "*u8" if double else "*fp32", "out_ptr": f"*{dtype}"} | tables
             constants, options = dequantize_4bit.settings(block_size, DTYPES[dtype])
-            constants |= {"DOUBLE": double}
+            constants |= {"NESTED": double}
             name = f"sm_{card}, dequantize {dtype}{', double' * double}, blocks of {block_size}{', aligned' * aligned}"
             code = variant(dequantize_4bit.dequantize_kernel, card, pointers, constants, options, aligned)
             found[name] = registers_and_stack(code)

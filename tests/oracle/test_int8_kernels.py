@@ -6,9 +6,8 @@ import sys
 import pytest
 import torch
 
-from quant.int8 import Int8Tensor, quantize
+from quant.int8 import Codes, Int8Tensor, quantize
 from quant.int8_linear import DynamicInput
-from quant.int8_product import Codes
 from tests.oracle.int8_kernels import CARDS, MORE_VARIANTS, PRODUCT_CASES, PRODUCTS, ROWS, VARIANTS
 from tests.oracle.triton_apart import fresh
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from quant import llm_int8
 from quant.bnb_8bit import find_parts, from_tensors, read_config, to_tensors, write_config
 from quant.config import Int8, QuantError
-from quant.int8_product import Codes
+from quant.int8 import Codes
 from quant.llm_int8 import LlmInt8Linear, LlmInt8Tensor, quantize, split, vectorwise
 
 LIBRARY = f"bitsandbytes {bitsandbytes.__version__}"

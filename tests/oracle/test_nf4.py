@@ -16,7 +16,7 @@ from torch import Tensor
 from quant import nf4
 from quant.blockwise import dynamic_map, nearest
 from quant.config import BLOCK_SIZES, QuantError
-from quant.nf4 import CODES, bounds, pack, quantize, unpack
+from quant.nf4 import CODEBOOKS, decision_boundaries, pack, quantize, unpack
 from tests.bench.errors import matrices, measure, normal, total
 from tests.oracle.believed import Oracle, unpack_directly
 
@@ -102,7 +102,7 @@ def compare(cases: Iterable[tuple], parity, part: str) -> None:
 @cache
 def middles() -> Tensor:
     """Half-way between all neighbouring values of both codes, and the ends, so that most blocks have absmax 1."""
-    return torch.cat([*(bounds(scheme)[0] for scheme in CODES), torch.tensor([1.0, -1.0])])
+    return torch.cat([*(decision_boundaries(scheme)[0] for scheme in CODEBOOKS), torch.tensor([1.0, -1.0])])
 
 
 def picks(shape: list[int], generator: torch.Generator) -> Tensor:
@@ -148,13 +148,13 @@ def edges(dtype: torch.dtype) -> list[Tensor]:
     ]
 
 
-@pytest.mark.parametrize("scheme", CODES)
+@pytest.mark.parametrize("scheme", CODEBOOKS)
 def test_random_tensors(scheme, parity):
     compare(drawn(scheme, 500), parity, scheme.upper())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scheme", CODES)
+@pytest.mark.parametrize("scheme", CODEBOOKS)
 def test_edges(scheme, dtype, parity):
     """But for numbers so large that their scales' sum is infinite: bitsandbytes makes NaN of them, here they are refused."""
     cases = list(product((x.to(dtype) for x in edges(dtype)), (32, 64, 4096), (False, True), (scheme,)))
@@ -169,10 +169,10 @@ def absmax_of(x: Tensor, block_size: int) -> Tensor:
     return quantize(x, block_size=block_size, double_quantized=False).absmax
 
 
-@pytest.mark.parametrize("scheme", CODES)
+@pytest.mark.parametrize("scheme", CODEBOOKS)
 def test_ties(scheme, parity):
     """All 15 boundaries and the floats beside them: on the boundary itself it is the lower value's code."""
-    middle, order = bounds(scheme)
+    middle, order = decision_boundaries(scheme)
     above, below = torch.nextafter(middle, torch.tensor(2.0)), torch.nextafter(middle, torch.tensor(-2.0))
     x = torch.cat((middle, above, below, torch.ones(1)))
     codes = unpack(quantize(x, double_quantized=False, scheme=scheme).packed, 45).view(3, 15)
@@ -189,11 +189,12 @@ def test_a_network(network, parity):
 
 
 def test_maps(parity):
-    pairs = {f"{scheme.upper()}: map": (CODES[scheme](), functional.get_4bit_type(scheme, device="cpu")) for scheme in CODES}
+    theirs = {scheme: functional.get_4bit_type(scheme, device="cpu") for scheme in CODEBOOKS}
+    pairs = {f"{scheme.upper()}: map": (CODEBOOKS[scheme](), theirs[scheme]) for scheme in CODEBOOKS}
     pairs |= {f"dynamic map: {s}": (dynamic_map(s), functional.create_dynamic_map(s)) for s in (True, False)}
     for name, (own, other) in pairs.items():
         parity(name, LIBRARY, differing({"map": other}, {"map": own}, name)["map"], 0, REASON)
-    gap = (CODES["nf4"]().double() - torch.tensor(PAPER, dtype=torch.float64)).abs().max()
+    gap = (CODEBOOKS["nf4"]().double() - torch.tensor(PAPER, dtype=torch.float64)).abs().max()
     parity("NF4: map, printed", "QLoRA, appendix E", gap, 5e-8, "7 digits")
 
 
@@ -207,7 +208,7 @@ def test_zeros_byte_by_byte():
 
 
 def pieces(whole: bool, short: bool) -> Callable:
-    """`quantize_piece` block by block: which are divided, rather than multiplied by the reciprocal."""
+    """`quantize_chunk` block by block: which are divided, rather than multiplied by the reciprocal."""
 
     def piece(x: Tensor, block_size: int, scheme: str) -> tuple[Tensor, Tensor]:
         z, absmax = [], []
@@ -217,7 +218,7 @@ def pieces(whole: bool, short: bool) -> Callable:
             full = len(block) == block_size
             z.append(block / divisor if (whole if full else short) else block * (1 / divisor))
             absmax.append(largest if full else divisor)
-        middle, order = bounds(scheme)
+        middle, order = decision_boundaries(scheme)
         return order[torch.bucketize(torch.cat(z), middle, out_int32=True)], torch.stack(absmax)
 
     return piece
@@ -225,7 +226,7 @@ def pieces(whole: bool, short: bool) -> Callable:
 
 def shifted(to: float) -> Callable:
     """The boundaries, an ulp aside."""
-    return lambda scheme: (torch.nextafter(bounds(scheme)[0], torch.tensor(to)), bounds(scheme)[1])
+    return lambda scheme: (torch.nextafter(decision_boundaries(scheme)[0], torch.tensor(to)), decision_boundaries(scheme)[1])
 
 
 def swapped(codes: Tensor, scheme: str = "nf4") -> Tensor:
@@ -238,16 +239,17 @@ def padded(codes: Tensor, scheme: str = "nf4") -> Tensor:
     return codes[::2] << 4 | codes[1::2]
 
 
+BOUNDARIES, ORDER = decision_boundaries, torch.arange(16).byte()
 MUTANTS = {  # name: (what is replaced, by what, the scheme and the part that show it)
-    "ties to the upper value": (nf4, "bounds", shifted(-2), "nf4", "packed"),
-    "ties to the upper value, FP4": (nf4, "bounds", shifted(-2), "fp4", "packed"),
-    "a boundary an ulp too high": (nf4, "bounds", shifted(2), "nf4", "packed"),
-    "whole blocks divided": (nf4, "quantize_piece", pieces(True, True), "nf4", "packed"),
-    "the last block multiplied": (nf4, "quantize_piece", pieces(False, False), "nf4", "packed"),
+    "ties to the upper value": (nf4, "decision_boundaries", shifted(-2), "nf4", "packed"),
+    "ties to the upper value, FP4": (nf4, "decision_boundaries", shifted(-2), "fp4", "packed"),
+    "a boundary an ulp too high": (nf4, "decision_boundaries", shifted(2), "nf4", "packed"),
+    "whole blocks divided": (nf4, "quantize_chunk", pieces(True, True), "nf4", "packed"),
+    "the last block multiplied": (nf4, "quantize_chunk", pieces(False, False), "nf4", "packed"),
     "nibbles swapped": (nf4, "pack", swapped, "nf4", "packed"),
     "padded with code 0": (nf4, "pack", padded, "nf4", "packed"),
     "zeros without care": (nf4, "SMALLEST", 0.0, "nf4", "packed"),
-    "codes in the order of values": (nf4, "bounds", lambda s: (bounds(s)[0], torch.arange(16).byte()), "fp4", "packed"),
+    "codes in the order of values": (nf4, "decision_boundaries", lambda s: (BOUNDARIES(s)[0], ORDER), "fp4", "packed"),
     "no offset": (Tensor, "mean", lambda absmax: torch.zeros(()), "nf4", "offset"),
     "scales to the nearest": (nf4, "nearest_on_grid", nearest, "nf4", "absmax"),
     "scales in blocks of 64": (nf4, "NESTED_BLOCK", 64, "nf4", "nested absmax"),

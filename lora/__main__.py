@@ -60,7 +60,7 @@ def merge(options: Merge) -> None:
     from tqdm import tqdm
 
     from lora.merge_folder import give_back_freed_memory, merge_folder
-    from model.commands.try_it import try_it
+    from model.commands.try_it import example_command
     from train.runs.checkpoint import resolve
 
     give_back_freed_memory()
@@ -81,7 +81,7 @@ def merge(options: Merge) -> None:
     written = sum(file.stat().st_size for file in files)
     what = counted(len(files), "file")
     print(f"written: {options.out}: {written / 1e6:.1f} MB of weights in {what}")
-    print(f"try it:  {try_it(options.out)}")
+    print(f"try it:  {example_command(options.out)}")
 
 
 def main(arguments: list[str]) -> int:

@@ -10,10 +10,10 @@ from lora.config import AdapterError
 from lora.peft_read import VOCABULARY, Copy
 from lora.vocabulary import tensor
 from model.config import ModelConfig
-from model.finite import non_finite, not_computable
+from model.finite import non_finite, non_finite_message
 from model.folders import HubError
 from model.hub import match_weights, quantized_weights
-from model.init import empty
+from model.init import empty_network
 from model.rope import interleaved_to_halves
 from model.safetensors_file import WeightFile
 from model.weights import Weight, published_names, published_shape, weight_table
@@ -35,7 +35,7 @@ class Base:
         self.table, self.names = weight_table(config), published_names(config)
         wide = any(file.dtype(name) == torch.float64 for file in files for name in file.names)
         self.dtype = torch.float64 if wide else torch.float32
-        own, by_path = empty(config, device="meta"), {file.path: file for file in files}
+        own, by_path = empty_network(config, device="meta"), {file.path: file for file in files}
         self.small = quantized_weights(folder, files, own, asked)
         found = match_weights(folder, by_path, own, self.small, asked=new_head)
         # of another head; a quantized one cannot be copied as it is
@@ -55,7 +55,7 @@ class Base:
                 raise HubError(f"{published!r} differs from {original!r}, though config.json says that the two are tied")
 
     def build(self) -> None:
-        self.network = empty(self.config, device="meta", dtype=self.dtype)
+        self.network = empty_network(self.config, device="meta", dtype=self.dtype)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in self.network.named_parameters()}
         self.shapes |= {"head.weight": self.shapes["body.embedding.weight"]} if self.tied else {}
 
@@ -108,7 +108,7 @@ class Base:
         value = torch.empty(file.shape(published), dtype=self.dtype)
         file.read(published, value)
         if broken := non_finite(value):
-            raise HubError(not_computable(file.path, published, broken))
+            raise HubError(non_finite_message(file.path, published, broken))
         return self.in_our_layout(value, row)
 
     def in_our_layout(self, value: Tensor, row: Weight) -> Tensor:

@@ -19,7 +19,7 @@ from lora.layer import AdaptedHead, AdaptedLayer, Holder, LayerName, ModulesToSa
 from lora.methods import LAYER_METHODS, LINEAR, VIRTUAL_TOKEN_METHODS
 from lora.targets import adaptable, matching, published_modules
 from model.heads import LanguageHead
-from model.init import noise
+from model.init import parameter_generator
 from model.linear import Linear
 from quant.layer import QuantizedLinear
 from quant.linear import dense_weight, quantized_layers, quantized_part
@@ -61,7 +61,7 @@ def add_adapters(network: Network, config: object, name: str = "default", *, see
         attach_parts(network, config, name, targets, modules_to_save)
         for path, part in parts(network, name).items():
             if isinstance(part, Part):
-                part.reset_parameters(noise(seed, path))
+                part.reset_parameters(parameter_generator(seed, path))
         network.adapters = adapters(network) | {name: config}
         if trains_biases(config):
             network.biases = Biases([(bias, bias.clone()) for bias in map(network.get_parameter, biases(network, name))])

@@ -21,10 +21,11 @@ from lora.fused import lora_linear
 from lora.layer import LayerName, Part
 from lora.targets import by_pattern
 from model.linear import Linear
-from model.mlp import Down
+from model.mlp import DownProjection
 from quant.layer import QuantizedLinear
 
-PLAIN = (nn.Linear, Linear, Down, QuantizedLinear)  # what they give is a product of x, in the weight's format, and no more
+# what they give is a product of x, in the weight's format, and no more
+PLAIN = (nn.Linear, Linear, DownProjection, QuantizedLinear)
 
 
 def lora_reference(x: Tensor, y: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:

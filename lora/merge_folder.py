@@ -34,9 +34,9 @@ from lora.vocabulary import resized_weights, vocabulary_of
 from model.config import ModelConfig
 from model.config_json import write_config
 from model.finite import non_finite, refuse_tensor
-from model.folders import INDEX, SINGLE, weight_files, written_whole
+from model.folders import INDEX, SINGLE, atomic_folder, weight_files
 from model.hub import read_config
-from model.safetensors_file import WeightFile, WeightFileError, memory_of
+from model.safetensors_file import WeightFile, WeightFileError, bytes_view
 from model.weights import head_spec, published_copies, published_prefix, to_published
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
@@ -91,7 +91,7 @@ def merge_folder(
     at the most, instead of files as the base has them.
     Errors: AdapterError (a method that is no change of weights, a sum that is not finite, another base), HubError.
     """
-    with written_whole(out) as partial, ExitStack() as opened:
+    with atomic_folder(out) as partial, ExitStack() as opened:
         try:
             source, merged = open_both(opened, base, adapter, *config_to_write(base, adapter, head, labels, any_base=any_base))
             written = source.config if (end := merged.torn()) is None and not untie else untied_config(source, end, untie)
@@ -235,7 +235,7 @@ def content(item: Item, merged: Merged) -> Iterator[bytes | memoryview]:
         dtype = str(item.dtype).removeprefix("torch.")
         raise AdapterError(f"{item.name}: the merged weight is not finite in {dtype}: {non_finite(cast)}")
     del value
-    yield memory_of(cast)
+    yield bytes_view(cast)
 
 
 def copied(file: WeightFile, name: str) -> Iterator[bytes]:

@@ -12,7 +12,7 @@ from lora.layer import AdaptedLayer, Holder, ModulesToSave, Part
 from lora.peft_names import Entry, plain
 from lora.peft_read import Read
 from lora.vocabulary import same_change
-from model.words import listed
+from model.words import join_names
 
 ENDS = ("body.embedding", "head")  # of a tied matrix
 
@@ -46,9 +46,9 @@ class Account:
     def close(self) -> None:
         """An error unless all is accounted for."""
         if lost := sorted(set(self.file.names) - set(self.landed)):
-            raise AdapterError(f"{self.file.path}: into no weight have come: {listed(lost)}")
+            raise AdapterError(f"{self.file.path}: into no weight have come: {join_names(lost)}")
         if self.unwritten:
-            raise AdapterError(f"not written: {listed(sorted(self.unwritten))}")
+            raise AdapterError(f"not written: {join_names(sorted(self.unwritten))}")
 
 
 class Merged:

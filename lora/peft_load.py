@@ -22,10 +22,10 @@ from lora.peft_names import BEFORE, Entry, bias_key, entries, exactly, linear_mo
 from lora.peft_read import VOCABULARY, Copy, Read, read_keys, ties
 from lora.targets import adaptable
 from lora.vocabulary import first_rows, refuse_unknown_rows, resized_weights, same_change, tensor, vocabulary_of
-from model.finite import non_finite, not_computable
+from model.finite import non_finite, non_finite_message
 from model.safetensors_file import WeightFile
 from model.weights import head_spec, published_prefix, to_published, weight_table
-from model.words import listed
+from model.words import join_names
 from quant.folder import tensors
 from quant.layer import QuantizedLinear
 from quant.linear import dense_weight, quantized_layers
@@ -168,7 +168,7 @@ def expect_all_that_is_meant(network: nn.Module, given: dict, read: Read) -> Non
         fitting = (module for module in spelled if re.match(rf"(^|.*\.){name}($|\..*)", module))
         lacking += [module for module in fitting if not inside(spelled[module], read.whole)]
     if lacking:
-        raise AdapterError(f"{read.file.path} lacks the tensors of what {CONFIG} names: {listed(lacking)}")
+        raise AdapterError(f"{read.file.path} lacks the tensors of what {CONFIG} names: {join_names(lacking)}")
 
 
 def inside(module: str, others: Collection[str]) -> bool:
@@ -230,11 +230,11 @@ def fill(network: nn.Module, name: str, given: dict, read: Read, base: Own) -> N
 def expect_all_places(read: Read, places: Mapping[str, Entry]) -> None:
     """Of a module that was trained whole the file may hold some weights alone."""
     if left := sorted(set(read.keys) - set(places)):
-        raise AdapterError(f"{read.file.path} holds tensors that this network has no place for: {listed(left)}")
+        raise AdapterError(f"{read.file.path} holds tensors that this network has no place for: {join_names(left)}")
     have = {places[key].module for key in read.keys}
     missing = [key for key, entry in places.items() if key not in read.keys and not (entry.whole and entry.module not in have)]
     if missing:
-        raise AdapterError(f"{read.file.path} lacks {listed(missing)}")
+        raise AdapterError(f"{read.file.path} lacks {join_names(missing)}")
 
 
 def value_of(network: nn.Module, given: dict, read: Read, key: str, entry: Entry) -> Tensor:
@@ -242,7 +242,7 @@ def value_of(network: nn.Module, given: dict, read: Read, key: str, entry: Entry
     value = torch.empty(read.file.shape(there), dtype=entry.parameter.dtype)
     read.file.read(there, value)
     if broken := non_finite(value):
-        raise AdapterError(not_computable(read.file.path, there, broken))
+        raise AdapterError(non_finite_message(read.file.path, there, broken))
     value = as_peft_computes(value, there, given, network)
     if tuple(value.shape) != entry.shape:
         shape = read.file.shape(there)

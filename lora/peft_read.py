@@ -17,7 +17,7 @@ from torch import nn
 
 from lora.config import AdapterError
 from lora.peft_names import BEFORE, KEYS, PREFIX, PREFIX_BEFORE, bias_key, module_of
-from model.config import ModelConfig, family
+from model.config import ModelConfig, load_family
 from model.heads import is_tied
 from model.safetensors_file import WeightFile
 from model.weights import Weight, head_spec, published_names, published_prefix, weight_table
@@ -161,7 +161,7 @@ def ties(config: ModelConfig, given: Mapping) -> bool:
 def of_another_head(config: ModelConfig, left: Iterable[str], own: str) -> str:
     """Which other head these tensors are of, if they are of one: what to say after their names."""
     modules = [WRAPPED.sub("", there.removeprefix(own)) for there in left]
-    for head in family(config.family).HEADS:
+    for head in load_family(config.family).HEADS:
         names = published_names(config.replace(head=head))
         endings = {name: next((key for key in KEYS if name.endswith(f".{key}")), "") for name in modules}
         if all(names.knows(name.removesuffix(end) + "weight" if end else name) for name, end in endings.items()):

@@ -5,7 +5,7 @@ import shutil
 import warnings
 from pathlib import Path
 
-from model.folders import copy_beside
+from model.folders import copy_auxiliary_files
 
 VOCABULARIES = (  # a tokenizer is one of these, and what the others say beside it
     *("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt"),
@@ -22,7 +22,7 @@ def copy_side_files(base: Path, adapter: Path, out: Path) -> None:
     own = [name for name in (*VOCABULARIES, *BESIDE) if (adapter / name).is_file()]
     for name in own:
         shutil.copyfile(adapter / name, out / name)
-    copied = copy_beside(base, out)
+    copied = copy_auxiliary_files(base, out)
     if any(name in VOCABULARIES for name in own):
         for name in copied:
             if name in (*VOCABULARIES, *BESIDE):

@@ -7,7 +7,7 @@ from torch import nn
 
 from lora.config import AdapterError
 from lora.layer import AdaptedLayer, LayerName, ModulesToSave
-from model.parameters import TARGETS, adapted
+from model.parameters import TARGETS, adapted_matrices
 from model.weights import weight_table
 
 
@@ -47,7 +47,7 @@ def matching(network: nn.Module, targets: str, what: str = "targets") -> list[st
     """
     layers, published = adaptable(network), published_modules(network)
     if targets in TARGETS:
-        return [p.name.removesuffix(".weight") for p in adapted(network.config, targets)]
+        return [p.name.removesuffix(".weight") for p in adapted_matrices(network.config, targets)]
     try:
         pattern = re.compile(targets)
     except re.error as error:

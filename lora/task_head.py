@@ -16,7 +16,7 @@ from model.config import ModelConfig
 from model.folders import weight_files
 from model.heads import CLASSIFIERS, HEADS
 from model.hub import read_config
-from model.init import empty
+from model.init import empty_network
 from model.safetensors_file import WeightFile
 from model.weights import published_names, published_shape, weight_table
 
@@ -69,7 +69,7 @@ def lacking(base: Path, config: ModelConfig) -> list[str]:
     with ExitStack() as opened:
         files = [opened.enter_context(WeightFile(path)) for path in weight_files(base)]
         stored = {names.rows.get(names.canonical(each)): file.shape(each) for file in files for each in file.names}
-    own = {name: tuple(value.shape) for name, value in empty(config, device="meta").named_parameters()}
+    own = {name: tuple(value.shape) for name, value in empty_network(config, device="meta").named_parameters()}
     head = {name: published_shape(table[name], shape) for name, shape in own.items() if name.startswith("head.")}
     return [name for name, shape in head.items() if stored.get(name) != shape]
 

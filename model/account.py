@@ -70,7 +70,7 @@ def title(config: ModelConfig) -> str:
     return (
         f"{config.family} {config.architecture} · head {config.head} · layers {depth} · width {config.width:,} · {heads} · "
         f"mlp {config.mlp_width:,}\nvocabulary {config.vocab_size:,} · context {config.context:,} · "
-        f"weights {amount(4 * total)} in float32, {amount(2 * total)} in bfloat16"
+        f"weights {format_bytes(4 * total)} in float32, {format_bytes(2 * total)} in bfloat16"
     )
 
 
@@ -82,7 +82,7 @@ def parameter_table(config: ModelConfig, training: Training) -> str:
     rows += [("trainable", f"{trained:,}", f"{trained / total:.1%}")] if trained != total else []
     added = adapter_parameters(config, training.rank, training.targets)
     rows.append((f"LoRA r={training.rank}", f"{added:,}", f"{added / total:.2%}"))
-    return "parameters" + (" (the head's matrix is the embedding)" if is_tied(config) else "") + "\n" + columns(rows)
+    return "parameters" + (" (the head's matrix is the embedding)" if is_tied(config) else "") + "\n" + align_columns(rows)
 
 
 def flops_table(config: ModelConfig, training: Training) -> str:
@@ -93,21 +93,21 @@ def flops_table(config: ModelConfig, training: Training) -> str:
             for recompute in (False, True)
         )
         values = (kept.forward, kept.matrices, kept.scores, kept.backward, again.backward)
-        rows.append((label, *map(operations, values)))
+        rows.append((label, *map(format_flops, values)))
     two = ", of the input and of the output together" if config.decoder_depth is not None else ""
-    return f"operations a token{two}, at {training.context:,} tokens\n" + columns(rows)
+    return f"operations a token{two}, at {training.context:,} tokens\n" + align_columns(rows)
 
 
 def cache_text(config: ModelConfig, context: int) -> str:
     cache = cache_bytes(config, context)
     if not cache.token:
         return "key/value cache: none, an encoder does not generate"
-    text = f"key/value cache, bfloat16: {amount(cache.token)} a token"
-    text += f", {amount(cache.source_token)} a token of the input" if cache.source_token else ""
+    text = f"key/value cache, bfloat16: {format_bytes(cache.token)} a token"
+    text += f", {format_bytes(cache.source_token)} a token of the input" if cache.source_token else ""
     for at in sorted({context, config.context}):
         cache = cache_bytes(config, at)
-        text += f"; {amount(cache.full)} at {at:,} tokens"
-        text += f", of which the windows reach {amount(cache.in_reach)}" if cache.in_reach < cache.full else ""
+        text += f"; {format_bytes(cache.full)} at {at:,} tokens"
+        text += f", of which the windows reach {format_bytes(cache.in_reach)}" if cache.in_reach < cache.full else ""
     return textwrap.fill(text, 110, subsequent_indent="  ")
 
 
@@ -120,11 +120,11 @@ def memory_table(config: ModelConfig, chosen: Training) -> str:
             for precision in COLUMNS
             for kind in ("none", "blocks")
         ]
-        rows.append((label, *(amount(training_memory(config, way).peak) for way in ways)))
+        rows.append((label, *(format_bytes(training_memory(config, way).peak) for way in ways)))
     kind = KINDS[chosen.recompute] + f", every {chosen.recompute_every}. block" * (chosen.recompute_every > 1)
     detail = parts_of(training_memory(config, chosen))
     heading = f"\n\nof {LABELS[chosen.method]}, {chosen.precision} {kind} (not all at one time)\n"
-    return "memory of a training step at its highest\n" + columns(rows) + heading + columns(detail)
+    return "memory of a training step at its highest\n" + align_columns(rows) + heading + align_columns(detail)
 
 
 def parts_of(memory: MemoryEstimate) -> list[tuple[str, str]]:
@@ -137,7 +137,7 @@ def parts_of(memory: MemoryEstimate) -> list[tuple[str, str]]:
         ("logits", memory.logits),
         ("at its highest", memory.peak),
     )
-    return [(name, amount(size)) for name, size in named if size]
+    return [(name, format_bytes(size)) for name, size in named if size]
 
 
 def assumptions(config: ModelConfig, training: Training) -> str:
@@ -158,7 +158,7 @@ def assumptions(config: ModelConfig, training: Training) -> str:
     return textwrap.fill(how, 110, subsequent_indent="  ")
 
 
-def columns(rows: list[tuple[str, ...]]) -> str:
+def align_columns(rows: list[tuple[str, ...]]) -> str:
     """The first column to the left, the others to the right."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = []
@@ -168,7 +168,7 @@ def columns(rows: list[tuple[str, ...]]) -> str:
     return "\n".join(lines)
 
 
-def amount(size: float) -> str:
+def format_bytes(size: float) -> str:
     """
     >>> amount(36_864), amount(500_000_000), amount(16 * 2**30)
     ('36.0 KiB', '476.8 MiB', '16.00 GiB')
@@ -179,7 +179,7 @@ def amount(size: float) -> str:
     return f"{size:.0f} B"
 
 
-def operations(count: float) -> str:
+def format_flops(count: float) -> str:
     """
     >>> operations(266_000_000), operations(1.6e10)
     ('266.0 M', '16.00 G')

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from model.config import LayerSpec, ModelConfig
 from model.heads import HEADS, POOLED_HEADS, TIED_HEADS, MaskedHead, is_tied
-from model.parameters import Parameter, adapted, in_training
+from model.parameters import Parameter, adapted_matrices, parameters_in_training
 from model.training import KERNELS, WIDE, Training
 
 INDEX = 8  # bytes of an id
@@ -84,9 +84,9 @@ class Recorder:
         self.kernels, self.size, self.wide = KERNELS[training.device], training.itemsize, training.stored
         self.texts, self.rows = training.batch_size, training.batch_size * training.context
         self.widens = self.wide != WIDE and not self.kernels.fused_rms_norm  # such a norm keeps float32 of what comes in
-        self.weights = in_training(config, training.frozen)
+        self.weights = parameters_in_training(config, training.frozen)
         self.full = training.method == "full"
-        self.adapted = set() if self.full else {p.name for p in adapted(config, training.targets)}
+        self.adapted = set() if self.full else {p.name for p in adapted_matrices(config, training.targets)}
         self.stream = self.rows * config.width * self.wide
         self.tied = is_tied(config)
         self.ops: list[Op] = []

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from model.config import ConfigError
 from model.constraints import Constraints
-from model.decoding import Decoding, evaluating, seen
+from model.decoding import Decoding, eval_mode, seen_tokens
 from model.sampling import penalize
 from model.stopping import Stop
 
@@ -83,7 +83,7 @@ def beam_search(
     options = {"max_new_tokens": max_new_tokens, "use_cache": use_cache, "copies": beams}
     finished = [Finished(beams, length_penalty, early_stopping) for _ in range(rows)]
     width = min(max(2, 1 + len(stop.ids)) * beams, beams * vocab_size)  # enough of them run on, even if every text may stop
-    with evaluating(network):
+    with eval_mode(network):
         text = Decoding(network, input_ids, attention_mask, **options)
         first_B1 = torch.arange(rows, device=device)[:, None] * beams  # each input's first row in the batch
         running_Bk = torch.full((rows, beams), -torch.inf, device=device)
@@ -92,7 +92,7 @@ def beam_search(
             logits_NV = text.next_logits()  # N = B k
             log_p_NV = logits_NV.log_softmax(-1, dtype=torch.promote_types(logits_NV.dtype, torch.float32))
             if repetition_penalty != 1:
-                log_p_NV = penalize(log_p_NV, seen(text, vocab_size), repetition_penalty)
+                log_p_NV = penalize(log_p_NV, seen_tokens(text, vocab_size), repetition_penalty)
             if constraints is not None:
                 log_p_NV = constraints.apply(log_p_NV, text, stop.ids, last=length == max_new_tokens)
             total_BkV = running_Bk[..., None] + log_p_NV.unflatten(0, (rows, beams))

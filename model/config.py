@@ -217,7 +217,7 @@ class ModelConfig:
         return cls(**table[name]).replace(**changes)
 
 
-def family(name: str) -> ModuleType:
+def load_family(name: str) -> ModuleType:
     """The table of one published family (`model/families/<name>.py`)."""
     if name not in FAMILIES:
         raise ConfigError(f"model_type {name!r} is not supported; supported: {', '.join(FAMILIES)}")
@@ -225,4 +225,4 @@ def family(name: str) -> ModuleType:
 
 
 def presets() -> dict[str, dict]:
-    return {name: values for key in FAMILIES for name, values in family(key).PRESETS.items()}
+    return {name: values for key in FAMILIES for name, values in load_family(key).PRESETS.items()}

@@ -4,11 +4,11 @@ import json
 import shlex
 from pathlib import Path
 
-from model.config import ModelConfig, family
-from model.folders import HubError, refuse_pointer
+from model.config import ModelConfig, load_family
+from model.folders import HubError, refuse_lfs_pointer
 from model.heads import CLASSIFIERS
 from model.safetensors_file import WeightFileError
-from model.ties import as_the_files_tie
+from model.ties import resolve_tied_embeddings
 from model.weights import head_spec
 
 NAMES_OF_LABELS = ("id2label", "label2id", "problem_type")
@@ -38,7 +38,7 @@ def read_config(folder: str | Path, *, any_head: bool = False) -> ModelConfig:
     if not path.is_file():
         raise HubError(f"{folder} is not a model folder: it holds no config.json")
     try:
-        published = json.loads(refuse_pointer(path).read_text(encoding="utf-8"))
+        published = json.loads(refuse_lfs_pointer(path).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise HubError(f"{path} is not JSON: {error}") from None
     if not isinstance(published, dict):
@@ -48,7 +48,7 @@ def read_config(folder: str | Path, *, any_head: bool = False) -> ModelConfig:
     if other := published.get("transformers_weights"):
         raise HubError(f"{path}: transformers_weights={other!r} names another file of weights, which is not read")
     try:
-        rules = family(published["model_type"])
+        rules = load_family(published["model_type"])
         values = rules.read_config(published) | {"head": _read_head(published, rules.HEADS, any_head), "extra": published}
         if values["head"] in CLASSIFIERS:
             values["labels"] = int(published.get("num_labels") or len(published.get("id2label") or ()) or 2)
@@ -56,7 +56,7 @@ def read_config(folder: str | Path, *, any_head: bool = False) -> ModelConfig:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise HubError(f"{path}: {error if isinstance(error, ValueError) else repr(error)}") from None
     try:
-        return as_the_files_tie(config, Path(folder))
+        return resolve_tied_embeddings(config, Path(folder))
     except WeightFileError as error:
         raise HubError(str(error)) from None
 
@@ -83,7 +83,7 @@ def write_config(config: ModelConfig, dtype: str, **settings: object) -> str:
     What it held when it was read and no field of ours says is written back, names of labels too as long as there are as many.
     `head` is ours: it says what no class says, a head of our own or a body without one. `settings`: further entries.
     """
-    rules, architecture = family(config.family), head_spec(config).architecture
+    rules, architecture = load_family(config.family), head_spec(config).architecture
     written = {"model_type": rules.MODEL_TYPE, "dtype": dtype, "architectures": [architecture] if architecture else []}
     if config.head == "none" or architecture is None:
         written["head"] = config.head

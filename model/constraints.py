@@ -35,31 +35,31 @@ class Constraints:
         """logits B V of the token that comes next; what it may not be becomes -inf. last: no other may follow it."""
         new = text.end - text.prompt
         if self.no_repeat_ngram:
-            logits_BV = logits_BV.masked_fill(repeating(text, self.no_repeat_ngram, logits_BV.size(-1)), -torch.inf)
+            logits_BV = logits_BV.masked_fill(repeated_ngrams(text, self.no_repeat_ngram, logits_BV.size(-1)), -torch.inf)
         if text.end < self.min_length or new < self.min_new_tokens:
-            logits_BV = forbidden(logits_BV, stop_ids)
+            logits_BV = forbid(logits_BV, stop_ids)
         if self.forced_first is not None and text.end == 1:
-            logits_BV = only(logits_BV, (self.forced_first,))
+            logits_BV = force(logits_BV, (self.forced_first,))
         if self.forced_last and last:
-            logits_BV = only(logits_BV, self.forced_last)
-        logits_BV = forbidden(logits_BV, self.suppressed)
-        return forbidden(logits_BV, self.suppressed_first) if not new else logits_BV
+            logits_BV = force(logits_BV, self.forced_last)
+        logits_BV = forbid(logits_BV, self.suppressed)
+        return forbid(logits_BV, self.suppressed_first) if not new else logits_BV
 
 
-def forbidden(logits_BV: Tensor, ids: tuple[int, ...]) -> Tensor:
+def forbid(logits_BV: Tensor, ids: tuple[int, ...]) -> Tensor:
     if not ids:
         return logits_BV
     place_I = torch.tensor([i for i in ids if i < logits_BV.size(-1)], dtype=torch.long, device=logits_BV.device)
     return logits_BV.index_fill(-1, place_I, -torch.inf)
 
 
-def only(logits_BV: Tensor, ids: tuple[int, ...]) -> Tensor:
+def force(logits_BV: Tensor, ids: tuple[int, ...]) -> Tensor:
     """All others -inf, these 0, so that whatever is drawn from it is one of them."""
     place_I = torch.tensor(ids, dtype=torch.long, device=logits_BV.device)
     return torch.full_like(logits_BV, -torch.inf).index_fill(-1, place_I, 0.0)
 
 
-def repeating(text: Decoding, n: int, vocab_size: int) -> Tensor:
+def repeated_ngrams(text: Decoding, n: int, vocab_size: int) -> Tensor:
     """bool B V: would this token end n tokens that the text holds already? Pads count as they stand, as in transformers."""
     repeats = torch.zeros(text.ids_BT.size(0), vocab_size, dtype=torch.bool, device=text.ids_BT.device)
     for row, ids in enumerate(text.ids_BT[:, : text.end].tolist()):

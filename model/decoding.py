@@ -99,14 +99,14 @@ class Decoding:
         return self.ids_BT[:, self.prompt : self.end]
 
 
-def seen(text: Decoding, vocab_size: int) -> Tensor:
+def seen_tokens(text: Decoding, vocab_size: int) -> Tensor:
     """bool B V: which ids the texts hold so far, pads aside."""
     ids_BT, real_BT = text.ids_BT[:, : text.end], text.mask_BT[:, : text.end].long()
     return ids_BT.new_zeros(ids_BT.size(0), vocab_size).scatter_add_(1, ids_BT, real_BT) > 0
 
 
 @contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
+def eval_mode(network: nn.Module) -> Iterator[None]:
     """Without dropout and without gradients; the network's mode is given back."""
     was_training = network.training
     network.eval()

@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from model.config import ConfigError
-from model.decoding import evaluating
+from model.decoding import eval_mode
 from model.heads import MaskedHead
 
 
@@ -26,7 +26,7 @@ def fill(network: nn.Module, input_ids: Tensor, mask_id: int, *, top: int = 5) -
     place_N = (input_ids[0] == mask_id).nonzero()[:, 0]
     if not len(place_N):
         raise ConfigError("the text has no gap: write [MASK] (or the tokenizer's own mask token) where one is")
-    with evaluating(network):
+    with eval_mode(network):
         logits_NV = network(input_ids).logits[0, place_N].float()
         if not bool(logits_NV.isfinite().all()):
             raise ConfigError("the network's logits are not finite: there is no best guess")

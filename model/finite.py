@@ -45,8 +45,8 @@ def refuse_tensor(file: WeightFile, name: str) -> None:
     value = torch.empty(file.shape(name), dtype=file.dtype(name))
     file.read(name, value)
     if found := non_finite(value):
-        raise HubError(not_computable(file.path, name, found))
+        raise HubError(non_finite_message(file.path, name, found))
 
 
-def not_computable(path: Path, name: str, found: str) -> str:
+def non_finite_message(path: Path, name: str, found: str) -> str:
     return f"{path}: in {name!r} {found}: a network computes nothing with it. Take a checkpoint from before it broke"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from model.config import ModelConfig
 from model.heads import POOLED_HEADS, is_tied
-from model.parameters import Parameter, adapted, parameters
+from model.parameters import Parameter, adapted_matrices, parameters
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def flops_per_token(
     base = {p.name: 2 * matrix_rows(config, p, context, scored) * p.size for p in matrices(config)}
     added = 0.0
     if rank:
-        added = sum(2 * matrix_rows(config, p, context) * rank * sum(p.shape) for p in adapted(config, targets))
+        added = sum(2 * matrix_rows(config, p, context) * rank * sum(p.shape) for p in adapted_matrices(config, targets))
     forward = sum(base.values()) + added
     scores = score_flops(config, context, skip_masked=skip_masked)
     backward = sum(base.values()) * (1 if rank else 2) + 2 * added
@@ -90,15 +90,15 @@ def score_flops(config: ModelConfig, context: int, *, skip_masked: bool = True) 
     causal = config.architecture != "encoder"
     total = 0
     for layer in config.decoder_layers if causal else config.layers:
-        total += pairs(context, causal, layer.window) if skip_masked else context**2
+        total += allowed_pairs(context, causal, layer.window) if skip_masked else context**2
     if config.architecture == "encoder-decoder":
         for layer in config.layers:
-            total += pairs(context, False, layer.window) if skip_masked else context**2
+            total += allowed_pairs(context, False, layer.window) if skip_masked else context**2
         total += len(config.decoder_layers) * context**2  # across
     return 4 * config.heads * config.head_width * total / context
 
 
-def pairs(length: int, causal: bool, window: int | None) -> int:
+def allowed_pairs(length: int, causal: bool, window: int | None) -> int:
     """How many (query t, key s) are allowed: s <= t if causal, t - s < window.
 
     >>> pairs(4, True, None), pairs(4, True, 2), pairs(4, False, None), pairs(4, False, 2)

@@ -21,8 +21,9 @@ WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5",
 # Of a tokenizer, beside the files that it is made from: what an adapter's folder takes along.
 EXTRAS = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 EXTRAS += ("added_tokens.json", "vocab.json", "merges.txt")
-# What is made anew, is of a checkpoint alone, or tells of a quantization.
-OWN = ("config.json", "manifest.json", "state.json", "tensors.json", "base.json", "adapter_config.json", "quantization.png")
+# Files that are not copied: written anew, a checkpoint's own, or about a quantization.
+NOT_COPIED = ("config.json", "manifest.json", "state.json", "tensors.json", "base.json", "adapter_config.json")
+NOT_COPIED += ("quantization.png",)
 
 
 class HubError(ValueError):
@@ -34,9 +35,9 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / SINGLE).is_file():
         if (folder / INDEX).is_file():
             warnings.warn(f"{folder}: {SINGLE} is read, as transformers reads it, not what {INDEX} names", stacklevel=2)
-        return [refuse_pointer(folder / SINGLE)]
+        return [refuse_lfs_pointer(folder / SINGLE)]
     if (folder / INDEX).is_file():
-        return [refuse_pointer(path) for path in indexed_files(folder)]
+        return [refuse_lfs_pointer(path) for path in indexed_files(folder)]
     if parts := sorted(path.name for path in folder.glob("*-of-*.safetensors")):
         raise HubError(f"{folder} holds shards ({parts[0]} …) and no {INDEX}, which says how they belong together")
     if sorted(folder.glob("pytorch_model*.bin")):
@@ -50,7 +51,7 @@ def weight_files(folder: Path) -> list[Path]:
 def indexed_files(folder: Path) -> list[Path]:
     """The shards that the index names; each must be there."""
     try:
-        weight_map = dict(json.loads(refuse_pointer(folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
+        weight_map = dict(json.loads(refuse_lfs_pointer(folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
         names = sorted({str(file) for file in weight_map.values()})
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, HubError):
@@ -64,7 +65,7 @@ def indexed_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def refuse_pointer(path: Path) -> Path:
+def refuse_lfs_pointer(path: Path) -> Path:
     """The path, unless what lies there only says where Git LFS keeps the file."""
     with open(path, "rb") as file:
         if file.read(len(LFS)) == LFS:
@@ -72,7 +73,7 @@ def refuse_pointer(path: Path) -> Path:
     return path
 
 
-def remove_other_weights(folder: Path, files: list[str]) -> None:
+def remove_stale_weights(folder: Path, files: list[str]) -> None:
     """Of an earlier network in the same folder: its files would be read instead of `files`, or beside them."""
     index = [] if len(files) == 1 else [INDEX]
     for path in (folder / SINGLE, folder / INDEX, *folder.glob("model-*-of-*.safetensors")):
@@ -90,7 +91,7 @@ def make_folder(path: Path) -> Path:
 
 
 @contextmanager
-def written_whole(out: Path) -> Iterator[Path]:
+def atomic_folder(out: Path) -> Iterator[Path]:
     """A folder beside `out`, which takes its name when all that stands in it is whole; else nothing stays. `out` must be empty,
     or not there yet (HubError)."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -106,11 +107,11 @@ def written_whole(out: Path) -> Iterator[Path]:
         raise
 
 
-def copy_beside(source: Path, out: Path, *, only: tuple[str, ...] | None = None) -> list[str]:
+def copy_auxiliary_files(source: Path, out: Path, *, only: tuple[str, ...] | None = None) -> list[str]:
     """Copy what lies beside the weights and does not depend on them: tokenizer, chat templates, generation_config.json, label
     files, licence …; a file that `out` has already stays. only: names, where not all are wanted. Returns the names."""
     copied = []
-    for path in beside(source):
+    for path in auxiliary_files(source):
         target = out / path.relative_to(source)
         wanted = only is None or path.relative_to(source).parts[0] in only
         if wanted and not target.exists():
@@ -120,7 +121,7 @@ def copy_beside(source: Path, out: Path, *, only: tuple[str, ...] | None = None)
     return copied
 
 
-def beside(folder: Path) -> list[Path]:
+def auxiliary_files(folder: Path) -> list[Path]:
     """The files that travel: those of the folder itself, and of the subfolders that transformers (further chat templates) and
     sentence-transformers (the modules after the network) look into."""
     found = [*folder.iterdir(), *(folder / "additional_chat_templates").glob("*.jinja")]
@@ -133,7 +134,7 @@ def beside(folder: Path) -> list[Path]:
         and path.stat().st_size <= LARGEST_COPY
         and not path.name.startswith(".")
         and not path.name.endswith(WEIGHTS)
-        and not (path.parent == folder and path.name in OWN)
+        and not (path.parent == folder and path.name in NOT_COPIED)
     )
 
 

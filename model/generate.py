@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from model.constraints import Constraints
-from model.decoding import Decoding, evaluating, seen
+from model.decoding import Decoding, eval_mode, seen_tokens
 from model.sampling import Sampling
 from model.stopping import Stop
 
@@ -42,10 +42,10 @@ def generate(
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     stop = Stop(eos_id, stop_ids, stop_strings, decode)
-    with evaluating(network):
+    with eval_mode(network):
         text = Decoding(network, input_ids, attention_mask, max_new_tokens=max_new_tokens, use_cache=use_cache)
         fill = stop.fill(network.config.pad_id)
-        seen_BV = seen(text, network.config.vocab_size) if repetition_penalty != 1 else None
+        seen_BV = seen_tokens(text, network.config.vocab_size) if repetition_penalty != 1 else None
         done_B = torch.zeros(input_ids.size(0), dtype=torch.bool, device=input_ids.device)
         for left in range(max_new_tokens, 0, -1):
             logits_BV = text.next_logits()

@@ -29,9 +29,9 @@ NUMBERS = {  # theirs -> ours: defaults that a caller may override
 }
 LIMITS = {"min_length": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0}
 LISTS = ("suppress_tokens", "begin_suppress_tokens")
-READ = {*IDS, *NUMBERS, *LIMITS, *LISTS, "do_sample"}
+SUPPORTED = {*IDS, *NUMBERS, *LIMITS, *LISTS, "do_sample"}
 # Other settings that choose tokens, and the values at which they do nothing.
-OTHERS = {
+UNSUPPORTED = {
     "typical_p": (1.0,),
     "epsilon_cutoff": (0.0,),
     "eta_cutoff": (0.0,),
@@ -80,7 +80,7 @@ class GenerationConfig:
     decoder_start_id: int | None = None
     constraints: Constraints = field(default_factory=Constraints)
     defaults: Mapping[str, float] = field(default_factory=dict)
-    unread: tuple[str, ...] = ()
+    unsupported: tuple[str, ...] = ()
     raw: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -95,15 +95,15 @@ def read_generation_config(folder: str | Path, config: ModelConfig) -> Generatio
         if not isinstance(said, dict):
             raise HubError(f"{path} is not a JSON object")
     else:
-        path, known = Path(folder) / "config.json", READ | OTHERS.keys()
+        path, known = Path(folder) / "config.json", SUPPORTED | UNSUPPORTED.keys()
         said = {key: value for key, value in config.extra.items() if key in known}
     try:
-        return understood({key: value for key, value in said.items() if value is not None}, config, said)
+        return parse_generation_config({key: value for key, value in said.items() if value is not None}, config, said)
     except (ValueError, TypeError) as error:
         raise HubError(f"{path}: {error}") from None
 
 
-def understood(said: dict, config: ModelConfig, raw: dict) -> GenerationConfig:
+def parse_generation_config(said: dict, config: ModelConfig, raw: dict) -> GenerationConfig:
     defaults = {ours: number(said, theirs) for theirs, ours in NUMBERS.items() if theirs in said}
     if said.get("do_sample") is False:
         defaults = {name: value for name, value in defaults.items() if name not in ("top_k", "top_p", "min_p")}
@@ -124,14 +124,14 @@ def understood(said: dict, config: ModelConfig, raw: dict) -> GenerationConfig:
         decoder_start_id=(*ids(said, "decoder_start_token_id"), config.decoder_start_id)[0],
         constraints=constraints,
         defaults=defaults,
-        unread=tuple(unread(said)),
+        unsupported=tuple(unsupported_settings(said)),
         raw=raw,
     )
 
 
-def unread(said: dict) -> Iterator[str]:
+def unsupported_settings(said: dict) -> Iterator[str]:
     """What is asked for, would change a text, and is not obeyed."""
-    yield from (key for key, idle in OTHERS.items() if key in said and said[key] not in idle)
+    yield from (key for key, idle in UNSUPPORTED.items() if key in said and said[key] not in idle)
     if said.get("early_stopping") == "never":
         yield "early_stopping 'never'"
     if said.get("do_sample") and number(said, "num_beams", 1) > 1:

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.config_json import read_config, write_config
 from model.finite import non_finite, refuse_tensor
-from model.folders import INDEX, SINGLE, HubError, remove_other_weights, weight_files
+from model.folders import INDEX, SINGLE, HubError, remove_stale_weights, weight_files
 from model.generation_config import FILE as GENERATION
 from model.generation_config import generation_json, read_generation_config
 from model.init import initialize
 from model.network import Network
 from model.rope import interleaved_to_halves
-from model.safetensors_file import Room, WeightFile, save_file
+from model.safetensors_file import ScratchMemory, WeightFile, save_file
 from model.weights import (
     Weight,
     published_constants,
@@ -35,7 +35,7 @@ from model.weights import (
     to_published,
     weight_table,
 )
-from model.words import listed
+from model.words import join_names
 
 if TYPE_CHECKING:
     from quant.config import FourBit, Int8
@@ -83,7 +83,7 @@ def save(network: Network, folder: str | Path, *, shard_bytes: int = 5_000_000_0
         if shard is shards[0]:
             tensors |= published_constants(config)
         save_file(tensors, folder / file, metadata={"format": "pt"})
-    remove_other_weights(folder, files)
+    remove_stale_weights(folder, files)
     if total > 1:
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         weight_map |= dict.fromkeys(published_constants(config), files[0])
@@ -167,7 +167,7 @@ def load(
     try:
         with ExitStack() as opened:
             files = {path: opened.enter_context(WeightFile(path)) for path in weight_files(folder)}
-            small, room = quantized_weights(folder, list(files.values()), network, quantization, inputs, watch), Room()
+            small, room = quantized_weights(folder, list(files.values()), network, quantization, inputs, watch), ScratchMemory()
             found = match_weights(folder, files, network, small, asked=asked)
             for name, empty in list(network.named_parameters()):
                 if name in found.missing:
@@ -225,7 +225,7 @@ def match_weights(
     found = _match(files, network.config, parameters, small.others if small else (), asked=asked)
     found.missing = sorted(set(parameters) - set(found.sources))
     if any(not (asked and name.startswith("head.")) for name in found.missing):
-        raise HubError(f"{folder} lacks {listed(table[name].published for name in found.missing)}")
+        raise HubError(f"{folder} lacks {join_names(table[name].published for name in found.missing)}")
     if small and (bare := [name for name in small.stored if name not in small.places]):
         raise HubError(f"{folder} holds parts of {bare[0]!r}, which is not there")
     for name, (path, published) in found.sources.items():

@@ -60,10 +60,10 @@ def initial_value(config: ModelConfig, name: str, role: str, shape: torch.Size, 
     if role == "norm":
         return torch.ones(shape)
     std = INITS[config.init](config, name, role, shape)
-    return torch.empty(shape).normal_(0.0, std, generator=noise(seed, name))
+    return torch.empty(shape).normal_(0.0, std, generator=parameter_generator(seed, name))
 
 
-def noise(seed: int, name: str) -> torch.Generator:
+def parameter_generator(seed: int, name: str) -> torch.Generator:
     """What a parameter's first values are drawn from, on the CPU: another one for every (seed, name)."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -78,7 +78,7 @@ def initialize(network: nn.Module, seed: int, *, names: Collection[str] | None =
             parameter.copy_(initial_value(network.config, name, table[name].role, parameter.shape, seed))
 
 
-def empty(config: ModelConfig, *, device="cpu", dtype=torch.float32, attention: str = "sdpa") -> Network:
+def empty_network(config: ModelConfig, *, device="cpu", dtype=torch.float32, attention: str = "sdpa") -> Network:
     """A network whose weights are still to be filled in: made without memory on the meta device, then given some."""
     with torch.device("meta"):
         network = Network(config, attention)
@@ -86,8 +86,8 @@ def empty(config: ModelConfig, *, device="cpu", dtype=torch.float32, attention: 
     return network
 
 
-def build(config: ModelConfig, *, seed: int, device="cpu", dtype=torch.float32, attention: str = "sdpa") -> Network:
+def build_network(config: ModelConfig, *, seed: int, device="cpu", dtype=torch.float32, attention: str = "sdpa") -> Network:
     """A new network, filled from the seed."""
-    network = empty(config, device=device, dtype=dtype, attention=attention)
+    network = empty_network(config, device=device, dtype=dtype, attention=attention)
     initialize(network, seed)
     return network

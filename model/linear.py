@@ -4,11 +4,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-FEW = 8  # rows; measured: up to here the other way is faster, at 2 to 4 rows three times
-LARGE = 1 << 16  # numbers in a matrix; below, the steps around the product take longer than it
+MAX_FEW_ROWS = 8  # rows; measured: up to here the other way is faster, at 2 to 4 rows three times
+MIN_MATRIX_SIZE = 1 << 16  # numbers in a matrix; below, the steps around the product take longer than it
 
 
-def few_rows(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, parts: int) -> Tensor:
+def linear_few_rows(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, parts: int) -> Tensor:
     """x Wᵀ + b, taken as (W xᵀ)ᵀ, with the rows of W in as many parts as there are threads: one each.
 
     A text that is generated a token at a time multiplies one row by every matrix, and the time is that of reading the
@@ -26,12 +26,12 @@ def few_rows(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, parts: int)
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """x Wᵀ + b over the last axis; by `few_rows` in inference mode, in float32 on a CPU. Training never takes that way."""
+    """x Wᵀ + b over the last axis; by `linear_few_rows` in inference mode, in float32 on a CPU; never in training."""
     # A compiled block cannot ask for the mode: the question alone would cut its graph in two at every matrix.
     inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-    if inference and weight_OI.numel() > LARGE and x.numel() <= FEW * x.size(-1):
+    if inference and weight_OI.numel() > MIN_MATRIX_SIZE and x.numel() <= MAX_FEW_ROWS * x.size(-1):
         if x.dtype == weight_OI.dtype == torch.float32 and x.device.type == "cpu":
-            y_NO = few_rows(x.flatten(0, -2), weight_OI, bias_O, torch.get_num_threads())
+            y_NO = linear_few_rows(x.flatten(0, -2), weight_OI, bias_O, torch.get_num_threads())
             return y_NO.unflatten(0, x.shape[:-1])
     return F.linear(x, weight_OI, bias_O)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from model.activations import Segment, activation_bytes, tape
 from model.config import ModelConfig
-from model.parameters import adapted, adapter_parameters, in_training
+from model.parameters import adapted_matrices, adapter_parameters, parameters_in_training
 from model.training import HALF, OPTIMIZERS, WIDE, Training
 
 # As in train.adamw8bit: tensors of fewer numbers have float32 moments; the others codes of a byte, and a float32 scale a block.
@@ -52,7 +52,7 @@ def training_memory(config: ModelConfig, training: Training) -> MemoryEstimate:
     True
     """
     segments = tape(config, training)
-    weights, gradients, optimizer = standing(config, training)
+    weights, gradients, optimizer = static_bytes(config, training)
     kept = activation_bytes(config, training)
     copies = sum(segment.copies for segment in segments if not segment.entry)
     last = segments[-1].ops
@@ -65,9 +65,9 @@ def training_memory(config: ModelConfig, training: Training) -> MemoryEstimate:
     return MemoryEstimate(weights, gradients, optimizer, kept - logits, 3 * logits or workspace, copies, forward, peak)
 
 
-def standing(config: ModelConfig, training: Training) -> tuple[float, float, float]:
+def static_bytes(config: ModelConfig, training: Training) -> tuple[float, float, float]:
     """Bytes of weights, of all gradients, and of the optimizer's state with the averages."""
-    everything, stored = in_training(config, training.frozen).values(), training.stored
+    everything, stored = parameters_in_training(config, training.frozen).values(), training.stored
     average = WIDE if training.ema else 0
     if training.method == "full":
         trained = [p for p in everything if p.trained]
@@ -133,18 +133,18 @@ def update_workspace(config: ModelConfig, training: Training) -> float:
 def trained_sizes(config: ModelConfig, training: Training) -> list[int]:
     """Numbers in each trained tensor."""
     if training.method == "full":
-        return [p.size for p in in_training(config, training.frozen).values() if p.trained]
-    return [training.rank * side for p in adapted(config, training.targets) for side in p.shape]
+        return [p.size for p in parameters_in_training(config, training.frozen).values() if p.trained]
+    return [training.rank * side for p in adapted_matrices(config, training.targets) for side in p.shape]
 
 
 def muon_workspace(config: ModelConfig, training: Training) -> float:
     """The averaged update of every matrix, then for those of one shape a float32 stack of these, and in the iteration's
     format (bfloat16 on a GPU) the iterate and the next one, with two squares."""
     if training.method == "full":
-        trained = (p for p in in_training(config, training.frozen).values() if p.trained)
+        trained = (p for p in parameters_in_training(config, training.frozen).values() if p.trained)
         shapes = [p.shape for p in trained if p.role == "matrix" and len(p.shape) == 2]
     else:
-        sides = (p.shape for p in adapted(config, training.targets))
+        sides = (p.shape for p in adapted_matrices(config, training.targets))
         shapes = [shape for out, into in sides for shape in ((training.rank, into), (out, training.rank))]
     size, highest, before = 2 if training.device == "cuda" else WIDE, 0, 0
     for (out, into), count in Counter(shapes).items():

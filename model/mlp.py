@@ -32,7 +32,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Down(Linear):
+class DownProjection(Linear):
     """The matrix back to the model's width. It may be wider in dtype than the rest: T5's overflows float16, so that
     `model.hub.load` keeps it in float32, and the residual stream becomes float32 with it."""
 
@@ -46,7 +46,7 @@ class Mlp(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.up = Linear(config.width, config.mlp_width, config.mlp_bias)
-        self.down = Down(config.mlp_width, config.width, config.mlp_bias)
+        self.down = DownProjection(config.mlp_width, config.width, config.mlp_bias)
         self.activation = ACTIVATIONS[config.activation]
         self.dropout = config.mlp_dropout
 
@@ -61,7 +61,7 @@ class GatedMlp(nn.Module):
         super().__init__()
         self.gate = Linear(config.width, config.mlp_width, config.mlp_bias)
         self.up = Linear(config.width, config.mlp_width, config.mlp_bias)
-        self.down = Down(config.mlp_width, config.width, config.mlp_bias)
+        self.down = DownProjection(config.mlp_width, config.width, config.mlp_bias)
         self.activation = ACTIVATIONS[config.activation]
         self.dropout = config.mlp_dropout
 

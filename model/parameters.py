@@ -65,7 +65,7 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
     }
 
 
-def in_training(config: ModelConfig, frozen: frozenset[str] = frozenset()) -> dict[str, Parameter]:
+def parameters_in_training(config: ModelConfig, frozen: frozenset[str] = frozenset()) -> dict[str, Parameter]:
     """The same, where some more are constants."""
     found = parameters(config)
     if unknown := sorted(frozen - found.keys()):
@@ -97,7 +97,7 @@ def parameters_by_part(config: ModelConfig) -> dict[str, int]:
     return {part: size for part, size in sizes.items() if size}
 
 
-def adapted(config: ModelConfig, targets: str) -> tuple[Parameter, ...]:
+def adapted_matrices(config: ModelConfig, targets: str) -> tuple[Parameter, ...]:
     """The matrices of the blocks that an adapter stands beside; never the head's."""
     if targets not in TARGETS:
         raise ConfigError(f"unknown targets={targets!r}; targets: {', '.join(TARGETS)}")
@@ -116,7 +116,7 @@ def adapter_parameters(config: ModelConfig, rank: int, targets: str = "all-linea
     """
     if rank < 1:
         raise ConfigError(f"rank={rank} must be at least 1")
-    return sum(rank * sum(p.shape) for p in adapted(config, targets))
+    return sum(rank * sum(p.shape) for p in adapted_matrices(config, targets))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ def positions_from_mask(attention_mask_BS: Tensor) -> Tensor:
     return (attention_mask_BS.long().cumsum(-1) - 1).clamp_min(0)
 
 
-class Learned(nn.Embedding):
+class LearnedPositions(nn.Embedding):
     """A vector for each position: row `position_offset` of the table is position 0 (RoBERTa and BART begin at 2)."""
 
     def __init__(self, config: ModelConfig):
@@ -43,7 +43,7 @@ def sinusoid(position_BT: Tensor, width: int) -> Tensor:
     return torch.stack((phase_BTD.sin(), phase_BTD.cos()), dim=-1).flatten(-2)
 
 
-class Sinusoidal(nn.Module):
+class SinusoidalPositions(nn.Module):
     """`sinusoid` as a part without parameters."""
 
     def __init__(self, config: ModelConfig):
@@ -58,7 +58,7 @@ def no_embedding(config: ModelConfig) -> None:
     """For families that tell positions elsewhere: rotary ones in attention, relative ones in its scores."""
 
 
-POSITIONS = {"learned": Learned, "sinusoidal": Sinusoidal, "rope": no_embedding, "relative": no_embedding}
+POSITIONS = {"learned": LearnedPositions, "sinusoidal": SinusoidalPositions, "rope": no_embedding, "relative": no_embedding}
 
 
 def relative_bucket(distance: Tensor, buckets: int, farthest: int, bidirectional: bool) -> Tensor:

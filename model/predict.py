@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ConfigError
-from model.decoding import evaluating
+from model.decoding import eval_mode
 
 MULTI_LABEL = "multi_label_classification"  # problem_type of config.json
 
@@ -44,9 +44,9 @@ def probabilities(
     order = sorted(range(len(texts)), key=lambda place: -len(texts[place].ids))  # the longest first: memory fails early
     batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
     device, several, found = next(network.parameters()).device, is_multi_label(network), {}
-    with evaluating(network):
+    with eval_mode(network):
         for batch in progress(batches):
-            inputs = padded([texts[place] for place in batch], pad_id, types=network.config.token_types > 1)
+            inputs = pad_batch([texts[place] for place in batch], pad_id, types=network.config.token_types > 1)
             logits_BC = network(**{name: value.to(device) for name, value in inputs.items()}).logits
             logits_BC = logits_BC.to(torch.promote_types(logits_BC.dtype, torch.float32))
             probability_BC = logits_BC.sigmoid() if several else logits_BC.softmax(-1)
@@ -54,7 +54,7 @@ def probabilities(
     return torch.stack([found[place] for place in range(len(texts))])
 
 
-def padded(texts: Sequence[Text], pad_id: int, *, types: bool) -> dict[str, Tensor]:
+def pad_batch(texts: Sequence[Text], pad_id: int, *, types: bool) -> dict[str, Tensor]:
     """input_ids, attention_mask and, where asked for, token_type_ids, B T, padded at the end."""
     length = max(len(text.ids) for text in texts)
     ids_BT = torch.full((len(texts), length), pad_id)

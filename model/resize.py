@@ -20,16 +20,16 @@ def resize_vocabulary(network: Network, vocab_size: int) -> Network:
     if vocab_size < 1:
         raise ConfigError(f"vocab_size={vocab_size} must be at least 1")
     embedding, head = network.body.embedding, network.head
-    embedding.weight = nn.Parameter(resized(embedding.weight, vocab_size), requires_grad=embedding.weight.requires_grad)
+    embedding.weight = nn.Parameter(resize_rows(embedding.weight, vocab_size), requires_grad=embedding.weight.requires_grad)
     embedding.num_embeddings = vocab_size
     if isinstance(head, LanguageHead):
         if not isinstance(head.weight, nn.Parameter):
             raise ConfigError("the head's weights are quantized: resize the folder that it was made from")
         if not network.config.tie_embeddings:
-            head.weight = nn.Parameter(resized(head.weight, vocab_size), requires_grad=head.weight.requires_grad)
+            head.weight = nn.Parameter(resize_rows(head.weight, vocab_size), requires_grad=head.weight.requires_grad)
         if head.bias is not None:
             constant = network.config.family == "bart"  # its bias is a constant, 0 for new tokens there too
-            bias = resized(head.bias[:, None], vocab_size)[:, 0]
+            bias = resize_rows(head.bias[:, None], vocab_size)[:, 0]
             bias = bias.clone() if not constant else torch.cat((head.bias, head.bias.new_zeros(vocab_size)))[:vocab_size]
             head.bias = nn.Parameter(bias, requires_grad=head.bias.requires_grad)
         head.out_features = vocab_size
@@ -42,7 +42,7 @@ def resize_vocabulary(network: Network, vocab_size: int) -> Network:
     return network
 
 
-def resized(weight_VD: Tensor, rows: int) -> Tensor:
+def resize_rows(weight_VD: Tensor, rows: int) -> Tensor:
     """The first `rows` rows, and below them as many means of all as are missing."""
     if rows <= len(weight_VD):
         return weight_VD[:rows].clone()

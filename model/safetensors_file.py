@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-LONGEST_HEADER = 100_000_000  # bytes; the format's own limit, so that a damaged length cannot ask for all memory
+MAX_HEADER_BYTES = 100_000_000  # bytes; the format's own limit, so that a damaged length cannot ask for all memory
 CHUNK_BYTES = 2**20  # stays in the cache: 16 MiB pieces were slower to transpose
 
 DTYPES = {
@@ -44,7 +44,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-MOST_BYTES = max(dtype.itemsize for dtype in DTYPES.values())
+MAX_ITEMSIZE = max(dtype.itemsize for dtype in DTYPES.values())
 
 
 class WeightFileError(ValueError):
@@ -86,7 +86,7 @@ class WeightFile:
     """
 
     def __init__(self, path: str | Path, *, chunk_bytes: int = CHUNK_BYTES):
-        self.path, self.chunk_bytes = Path(path), max(chunk_bytes, MOST_BYTES)
+        self.path, self.chunk_bytes = Path(path), max(chunk_bytes, MAX_ITEMSIZE)
         self._staging: Tensor | None = None
         try:
             self._file = open(path, "rb", buffering=0)
@@ -149,14 +149,14 @@ class WeightFile:
     def _fill(self, target: Tensor, name: str, dtype: torch.dtype, offset: int) -> None:
         """Straight into the target's own memory where the bytes are the same, else by way of a piece of `chunk_bytes`."""
         if target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous():
-            self._read_bytes(memory_of(target), offset, repr(name))
+            self._read_bytes(bytes_view(target), offset, repr(name))
             return
         size = target.numel() * dtype.itemsize
         if size <= self.chunk_bytes:
             if self._staging is None:  # kept: one for each tensor leaves holes in the heap, measured as 1.4 times the weights
                 self._staging = torch.empty(self.chunk_bytes, dtype=torch.uint8)
             piece = self._staging[:size]
-            self._read_bytes(memory_of(piece), offset, repr(name))
+            self._read_bytes(bytes_view(piece), offset, repr(name))
             target.copy_(piece.view(dtype).view(target.shape))
             return
         rows = self.chunk_bytes * len(target) // size
@@ -184,7 +184,7 @@ class WeightFile:
         length = bytearray(8)
         self._read_bytes(memoryview(length), 0, "the header's length")
         header_size = int.from_bytes(length, "little")
-        longest = min(LONGEST_HEADER, size - 8)
+        longest = min(MAX_HEADER_BYTES, size - 8)
         if header_size > longest:
             raise self._error(f"the header's length is given as {header_size} bytes, {longest} are possible")
         text = bytearray(header_size)
@@ -242,7 +242,7 @@ class WeightFile:
         return WeightFileError(f"{self.path}: {what}")
 
 
-class Room:
+class ScratchMemory:
     """Makes tensors, each in the memory of the one before it: for weights of which one at a time is needed. New memory for each
     leaves holes in the heap between what is kept, measured as two to five times that."""
 
@@ -257,7 +257,7 @@ class Room:
         return self.memory[:size].view(dtype).view(shape)
 
 
-def memory_of(tensor: Tensor) -> memoryview:
+def bytes_view(tensor: Tensor) -> memoryview:
     """A contiguous tensor's own bytes, writable; as uint8, for numpy knows neither bfloat16 nor float8."""
     return memoryview(tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy())
 

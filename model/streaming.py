@@ -39,15 +39,15 @@ class TextStream:
         if self.stopped:
             return
         self.waiting += text
-        cut = before_stop(self.waiting, self.stop_strings)
+        cut = stop_position(self.waiting, self.stop_strings)
         self.stopped = cut < len(self.waiting)
-        settled = cut if self.stopped else len(self.waiting) - unsettled(self.waiting, self.stop_strings)
+        settled = cut if self.stopped else len(self.waiting) - possible_stop_length(self.waiting, self.stop_strings)
         if settled:
             self.write(self.waiting[:settled])
         self.waiting = self.waiting[settled:]
 
 
-def before_stop(text: str, stop_strings: Sequence[str]) -> int:
+def stop_position(text: str, stop_strings: Sequence[str]) -> int:
     """How much of `text` stands before the first stop string in it; all of it, where there is none.
 
     >>> before_stop("one two", ["two", "e t"])
@@ -56,7 +56,7 @@ def before_stop(text: str, stop_strings: Sequence[str]) -> int:
     return min((text.find(string) for string in stop_strings if string in text), default=len(text))
 
 
-def unsettled(text: str, stop_strings: Sequence[str]) -> int:
+def possible_stop_length(text: str, stop_strings: Sequence[str]) -> int:
     """How many of the last characters may be the beginning of a stop string.
 
     >>> unsettled("one tw", ["two", "word"])

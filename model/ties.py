@@ -11,16 +11,16 @@ from pathlib import Path
 
 import torch
 
-from model.config import ModelConfig, family
+from model.config import ModelConfig, load_family
 from model.folders import INDEX, SINGLE, weight_files
 from model.heads import TIED_HEADS
 from model.safetensors_file import WeightFile
 from model.weights import head_spec, published_names
 
 
-def as_the_files_tie(config: ModelConfig, folder: Path) -> ModelConfig:
+def resolve_tied_embeddings(config: ModelConfig, folder: Path) -> ModelConfig:
     """The config of a folder, with `tie_embeddings` as its files have it; of a folder without weights as config.json has it."""
-    may_tie = getattr(family(config.family), "FILE_TIES", False)
+    may_tie = getattr(load_family(config.family), "FILE_TIES", False)
     if config.head not in TIED_HEADS or not (config.tie_embeddings or may_tie):
         return config
     if not ((folder / SINGLE).is_file() or (folder / INDEX).is_file()):
@@ -33,14 +33,14 @@ def as_the_files_tie(config: ModelConfig, folder: Path) -> ModelConfig:
             files = [opened.enter_context(WeightFile(path)) for path in weight_files(folder)]
         names = published_names(tied)
         stored = {names.canonical(name): (file, name) for file in files for name in file.names}
-        embedding = next(row[1] for row in family(config.family).weights(tied) if row[0] == "body.embedding.weight")
+        embedding = next(row[1] for row in load_family(config.family).weights(tied) if row[0] == "body.embedding.weight")
         if head not in stored or embedding not in stored:
             return tied
         if not config.tie_embeddings or are_equal(*stored[head], *stored[embedding]):
             return config
     untied = replace(config, tie_embeddings=False)
     try:
-        family(config.family).write_config(untied)
+        load_family(config.family).write_config(untied)
     except ValueError:  # a family without a place for two: `load` refuses the folder
         return config
     if not may_tie:  # of T5 the flag says nothing

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from model.config import HeadSpec, ModelConfig, family
+from model.config import HeadSpec, ModelConfig, load_family
 from model.heads import HEADS
 from model.rope import halves_to_interleaved, rope_tables
 
@@ -22,7 +22,7 @@ class Weight:
 
 def head_spec(config: ModelConfig) -> HeadSpec:
     """The head as the family publishes it, or one of ours: the last token speaks for a text that is read causally."""
-    published = family(config.family).HEADS
+    published = load_family(config.family).HEADS
     if config.head in published:
         return published[config.head]
     return replace(HEADS[config.head].own_spec, pool="first" if config.architecture == "encoder" else "last")
@@ -45,14 +45,14 @@ def rows(config: ModelConfig, table: tuple[tuple, ...], body: str) -> Iterator[W
 def weight_table(config: ModelConfig) -> dict[str, Weight]:
     """Every parameter that a network of this config may have, by our name."""
     spec = head_spec(config)
-    table = family(config.family).weights(config) + spec.weights
+    table = load_family(config.family).weights(config) + spec.weights
     return {row.name: row for row in rows(config, table, published_prefix(config, spec))}
 
 
 def published_prefix(config: ModelConfig, spec: HeadSpec) -> str:
     if HEADS[config.head].is_part_of_body:
         return ""
-    return family(config.family).PREFIX if spec.prefix is None else spec.prefix
+    return load_family(config.family).PREFIX if spec.prefix is None else spec.prefix
 
 
 def to_published(row: Weight, value: Tensor, config: ModelConfig) -> Tensor:
@@ -79,13 +79,13 @@ CONSTANTS = {"sines_then_cosines": sines_then_cosines}
 
 def published_constants(config: ModelConfig) -> dict[str, Tensor]:
     body = published_prefix(config, head_spec(config))
-    table = family(config.family).CONSTANTS
+    table = load_family(config.family).CONSTANTS
     return {name.replace("{body}", body): CONSTANTS[kind](config) for name, kind in table.items()}
 
 
 def published_copies(config: ModelConfig) -> dict[str, str]:
     """Names under which a weight is written once more, for readers that would not tie it; published name -> ours."""
-    rules, names = family(config.family), published_names(config)
+    rules, names = load_family(config.family), published_names(config)
     copies = () if config.tie_embeddings else getattr(rules, "COPIES_UNTIED", ())
     body = published_prefix(config, head_spec(config))
     return {name.replace("{body}", body): names.rows[names.aliases[name]] for name in copies}
@@ -118,7 +118,7 @@ class PublishedNames:
 
 def published_names(config: ModelConfig, *, heads: bool = False) -> PublishedNames:
     """The names of one network's weights; with `heads`, those of all of its family's heads instead."""
-    rules, body = family(config.family), "{body}"
+    rules, body = load_family(config.family), "{body}"
     specs = [head_spec(config)]
     table = rules.weights(config) + specs[0].weights
     if heads:

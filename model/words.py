@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 
-def listed(names: Iterable[str], most: int = 5) -> str:
+def join_names(names: Iterable[str], most: int = 5) -> str:
     """
     >>> listed("abc"), listed("abc", most=1), listed(["a"])
     ('a, b, c', 'a and 2 more', 'a')

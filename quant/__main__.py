@@ -48,9 +48,9 @@ def quantize(options: Options, scheme: str) -> None:
     import model.hub
     from eval.commands import held_out
     from lora.merge_folder import give_back_freed_memory
-    from model.account import columns
-    from model.commands.try_it import try_it
-    from model.folders import copy_beside, written_whole
+    from model.account import align_columns
+    from model.commands.try_it import example_command
+    from model.folders import atomic_folder, copy_auxiliary_files
     from quant.report import account, amount, described, normal_error, score_line, score_table, table, together
     from train.runs.checkpoint import resolve
     from train.setup import checked_device
@@ -65,20 +65,20 @@ def quantize(options: Options, scheme: str) -> None:
     paths = matrices(config, settings, folder)
     task = text_of(options, config, folder, options.corpus) if options.perplexity else "--no-perplexity"
 
-    with written_whole(options.out) as making:
+    with atomic_folder(options.out) as making:
         inputs = observed(options, config, folder, settings, device) if isinstance(options, Int8Static) else None
         network, layers = quantized(folder, settings, device, paths, inputs)
         kept = parts(network)
         with warnings.catch_warnings(record=True) as notes:  # they are shown at the end, where they are read
             warnings.simplefilter("always")
             model.hub.save(network, making)
-        copy_beside(folder, making)
+        copy_auxiliary_files(folder, making)
         files, normal = (bytes_of_weights(folder), bytes_of_weights(making)), normal_error(settings)
         how, what = f"{described(settings)}, {together('', layers).bits:.3f} bits a weight", f"{settings.bits}-bit matrices"
         print(f"{how} (error: ‖W − Ŵ‖ / ‖W‖, cosine: of W and Ŵ)")
-        print(columns(table(layers, per_layer=options.per_layer)))
+        print(align_columns(table(layers, per_layer=options.per_layer)))
         print(f"  the error of normally distributed numbers: {normal:.4f}\n")
-        print(columns(account(what, layers, kept, files)) + "\n")
+        print(align_columns(account(what, layers, kept, files)) + "\n")
         if isinstance(task, str):
             said = f"perplexity not measured: {task}"
             print(said)
@@ -89,13 +89,13 @@ def quantize(options: Options, scheme: str) -> None:
             before = held_out.score(model.hub.load(folder, device=device, finite=True), task, "before")
             said = score_line(before, after)
             exact = "" if dtype == "float32" else f", computed in {dtype}"
-            print(f"held-out text: {held_out.described(task)}{exact}\n{columns(score_table(before, after, scheme))}\n")
+            print(f"held-out text: {held_out.described(task)}{exact}\n{align_columns(score_table(before, after, scheme))}\n")
         title = f"{options.folder.absolute().name}: {how} · {amount(files[0])} → {amount(files[1])}"
         print(drawn(layers, kept, making, options.out, what=what, title=title, caption=said, normal=normal))
     for note in notes:
         print(f"note: {note.message}")
     print(f"written: {options.out}: {amount(files[1])} of weights, was {amount(files[0])}")
-    print(f"try it:  {try_it(options.out)}")
+    print(f"try it:  {example_command(options.out)}")
 
 
 def check_values(options: Options) -> None:
@@ -125,13 +125,13 @@ def refuse_quantized(folder: Path) -> None:
 def matrices(config: "ModelConfig", settings: FourBit | Int8, folder: Path) -> dict[str, str]:
     """Our path -> published name, of the layers that will be quantized, told from a network without memory, before any text or
     weight is read."""
-    from model.init import empty
+    from model.init import empty_network
     from model.weights import weight_table
     from quant.linear import quantizable_layers
 
     table = [row for row in weight_table(config).values() if row.layout != "wide"]
     names = {row.name.removesuffix(".weight"): row.published.removesuffix(".weight") for row in table}
-    found = quantizable_layers(empty(config, device="meta"), settings.skip, names).keys() & names.keys()
+    found = quantizable_layers(empty_network(config, device="meta"), settings.skip, names).keys() & names.keys()
     if not found:
         raise QuantError(f"{folder}: no matrix is left to quantize, with --skip {shlex.join(settings.skip)}")
     return {path: name for path, name in names.items() if path in found}

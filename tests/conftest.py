@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from model.config import ModelConfig, Rope
-from model.init import build
+from model.init import build_network
 from tests.runs import _halfway, finished, halfway, options, uninterrupted  # noqa: F401, fixtures
 from tests.texts import documents, stdlib_docs  # noqa: F401, fixtures
 
@@ -95,7 +95,7 @@ def tiny_config(family: str, **changes) -> ModelConfig:
 
 def randomized(config: ModelConfig, *, seed: int = 0, dtype: torch.dtype = torch.float64, attention: str = "sdpa"):
     """A network whose every parameter is random, norms and biases too: at initialisation a wrong bias is invisible."""
-    network = build(config, seed=seed, dtype=dtype, attention=attention)
+    network = build_network(config, seed=seed, dtype=dtype, attention=attention)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():

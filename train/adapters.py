@@ -12,7 +12,7 @@ from lora.config import AdapterError, LoraConfig
 from lora.inject import add_adapters, parts
 from lora.layer import Place, Whole
 from lora.targets import by_pattern, published_modules
-from model.account import columns
+from model.account import align_columns
 from model.parameters import TARGETS
 from model.weights import role_of, weight_table
 from quant.linear import count_parameters
@@ -68,7 +68,7 @@ def table(network: nn.Module) -> str:
     rows += [(kind, f"{len(each)}", f"{sum(each):,}") for kind, each in sizes.items()]
     trained, total = sum(map(sum, sizes.values())), count_parameters(network)
     rows.append((f"in all, of {total:,}", f"{sum(map(len, sizes.values()))}", f"{trained:,} ({trained / total:.2%})"))
-    return columns(rows)
+    return align_columns(rows)
 
 
 @torch.no_grad()

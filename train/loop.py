@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from data.prefetch import Prefetcher
 from data.shell import command, quote
 from data.words import counted
-from model.folders import EXTRAS, copy_beside
+from model.folders import EXTRAS, copy_auxiliary_files
 from quant.qat import converted
 from train.allocator import keep_freed_memory
 from train.config import TrainConfig, TrainError, mesh_sizes
@@ -306,7 +306,7 @@ class Run:
             if self.ranks.main:
                 self.tokenizer.save(folder)
                 if self.beside is not None:
-                    copy_beside(self.beside, folder, only=EXTRAS if self.config.method is not None else None)
+                    copy_auxiliary_files(self.beside, folder, only=EXTRAS if self.config.method is not None else None)
                 state = {key: getattr(self, key) for key in ADVANCES} | {"format": STATE_FORMAT, "text": self.task.identity()}
                 state |= {"engine": self.engine.state(), "source": self.source.state_dict()}
                 (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")

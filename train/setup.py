@@ -17,9 +17,9 @@ from data.tokenizer.base import Tokenizer, load_tokenizer
 from lora.adalora import RankAllocator
 from lora.base import check_base
 from model.block import Block
-from model.config import ModelConfig, family, presets
+from model.config import ModelConfig, load_family, presets
 from model.heads import CLASSIFIERS
-from model.init import build, empty
+from model.init import build_network, empty_network
 from model.training import USUAL_CONTEXT
 from quant.config import FourBit
 from quant.linear import follow_autocast, quantized_layers
@@ -159,7 +159,7 @@ def network_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
         changes["kv_heads"] = asked.heads
     if asked.depth is not None and base.decoder_depth is not None:
         changes["decoder_depth"] = asked.depth
-    changes |= dict.fromkeys(family(base.family).DROPOUTS, asked.dropout)
+    changes |= dict.fromkeys(load_family(base.family).DROPOUTS, asked.dropout)
     pad_id = tokenizer.pad_id
     if base.architecture != "decoder":
         pad_id = tokenizer.unknown_id if pad_id is None else pad_id  # such a family's config.json has one always
@@ -218,15 +218,15 @@ def open_network(
     common = {"dtype": dtype, "device": device, "attention": config.speed.attention}
     if checkpoint is not None and config.method is None:
         if (checkpoint / IN_PARTS).is_file():
-            return empty(model.hub.read_config(checkpoint), **common)
+            return empty_network(model.hub.read_config(checkpoint), **common)
         if run.qat == "none":
             return model.hub.load(checkpoint, **common)
-        network = empty(model.hub.read_config(checkpoint), **common)  # what is trained stands beside what is published
+        network = empty_network(model.hub.read_config(checkpoint), **common)  # what is trained stands beside what is published
         for parameter in network.parameters():
             parameter.data.zero_()
         return qat.put_on(config, network)
     if run.init is None:
-        network = build(task.network(config, network_config(config, data.tokenizer), data), seed=run.seed, **common)
+        network = build_network(task.network(config, network_config(config, data.tokenizer), data), seed=run.seed, **common)
         return network if run.qat == "none" else qat.put_on(config, network)
     folder = resolve(run.init)
     found = model.hub.read_config(folder)

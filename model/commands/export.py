@@ -18,8 +18,8 @@ class Export:
 
 
 def export(options: Export) -> None:
-    from model.commands.try_it import try_it
+    from model.commands.try_it import example_command
     from train.runs.export import export
 
     print(f"written: {export(options.run, options.out)}")
-    print(f"try it:  {try_it(options.out)}")
+    print(f"try it:  {example_command(options.out)}")

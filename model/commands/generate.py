@@ -183,7 +183,7 @@ def window(network: "Network") -> int | None:
 def write(network, input_ids, tokenizer: "Tokenizer", opening: str, stop: tuple[str, ...], stream: bool, **settings) -> int:
     """Print the text, while it is made or at the end; returns of how many tokens it is."""
     from model.generate import generate
-    from model.streaming import TextStream, before_stop
+    from model.streaming import TextStream, stop_position
 
     shown = TextStream(lambda text: print(text, end="", flush=True), tokenizer.bytes_of, stop)
     begun = False
@@ -202,7 +202,7 @@ def write(network, input_ids, tokenizer: "Tokenizer", opening: str, stop: tuple[
         print()
     else:
         text = tokenizer.decode(new[0].tolist())
-        print(opening + text[: before_stop(text, stop)])
+        print(opening + text[: stop_position(text, stop)])
     return new.size(1)
 
 
@@ -242,8 +242,9 @@ def chosen(options: Generate, said: "GenerationConfig", *, prompt: int, written:
     if taken:
         words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in taken.items())
         print(f"note: the folder's own settings: {words}; options override them", file=sys.stderr)
-    if said.unread:
-        print(f"note: the folder's generation_config.json also asks for {', '.join(said.unread)}: not obeyed", file=sys.stderr)
+    if said.unsupported:
+        names = ", ".join(said.unsupported)
+        print(f"note: the folder's generation_config.json also asks for {names}: not obeyed", file=sys.stderr)
     settings = usual | own | asked
     settings["top_k"] = settings["top_k"] or None
     return settings

@@ -25,8 +25,8 @@ class Resize:
 def resize(options: Resize) -> None:
     from data.config import DataError
     from data.tokenizer.base import load_tokenizer
-    from model.commands.try_it import try_it
-    from model.folders import copy_beside, written_whole
+    from model.commands.try_it import example_command
+    from model.folders import atomic_folder, copy_auxiliary_files
     from model.hub import load, save
     from model.resize import resize_vocabulary
     from train.runs.checkpoint import resolve
@@ -36,11 +36,11 @@ def resize(options: Resize) -> None:
     before = network.config.vocab_size
     if options.vocab_size == before:
         raise ConfigError(f"--vocab-size {before}: the network has as many rows already")
-    with written_whole(options.out) as making:
+    with atomic_folder(options.out) as making:
         save(resize_vocabulary(network, options.vocab_size), making)
-        copy_beside(folder, making)
+        copy_auxiliary_files(folder, making)
     print(f"written: {options.out}: {before:,} rows became {options.vocab_size:,}")
-    print(f"try it:  {try_it(options.out)}")
+    print(f"try it:  {example_command(options.out)}")
     try:
         count = len(load_tokenizer(folder).bytes_of)
     except DataError:

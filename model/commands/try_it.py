@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 PROMPTS = ("The", "the", "A", "a", "1")
 
 
-def try_it(folder: Path) -> str:
+def example_command(folder: Path) -> str:
     from data.config import DataError
     from data.shell import command
     from data.tokenizer.base import load_tokenizer

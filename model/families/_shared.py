@@ -79,10 +79,10 @@ def read_rope(hf: dict, named: int, base: float) -> tuple[Rope, int]:
         rope |= {"slow": float(values.get("beta_slow") or 1), "fast": float(values.get("beta_fast") or 32)}
         rope |= {"attention_factor": values.get("attention_factor"), "truncate": values.get("truncate", True)}
     made = Rope(**rope, trained_context=trained)
-    return made, reach(made, named)
+    return made, extended_context(made, named)
 
 
-def reach(rope: Rope, named: int) -> int:
+def extended_context(rope: Rope, named: int) -> int:
     """The longest text of a network whose config.json has max_position_embeddings = `named`: factor times what it was trained
     with, unless more is named. llama3's files name the extended length always.
 
@@ -94,12 +94,12 @@ def reach(rope: Rope, named: int) -> int:
     return named if rope.kind in ("plain", "llama3") else max(named, int(rope.factor * rope.trained_context))
 
 
-def named_context(config) -> int:
+def published_context(config) -> int:
     """max_position_embeddings: as it was read, where that still says `context`; else what says it, if anything does."""
     rope, said = config.rope, config.extra.get("max_position_embeddings")
     if rope.kind == "dynamic":
         return rope.trained_context
-    same = type(said) is int and said >= rope.trained_context and reach(rope, said) == config.context
+    same = type(said) is int and said >= rope.trained_context and extended_context(rope, said) == config.context
     return said if same else config.context
 
 

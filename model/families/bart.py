@@ -5,7 +5,7 @@ Source: Lewis et al. 2019, arXiv 1910.13461; names as in fairseq's weights that 
 
 from model.config import HeadSpec
 from model.families._shared import activation, published_activation, refuse_unless, token_ids, write_token_ids
-from model.families.bert import both
+from model.families.bert import affine
 
 MODEL_TYPE = "bart"
 
@@ -95,7 +95,7 @@ def write_config(config) -> dict:
 
 def _attention(ours: str, published: str) -> tuple[tuple, ...]:
     names = (("project.query", "q_proj"), ("project.key", "k_proj"), ("project.value", "v_proj"), ("out", "out_proj"))
-    rows = (both(f"{ours}.{mine}", f"{published}.{theirs}", "matrix") for mine, theirs in names)
+    rows = (affine(f"{ours}.{mine}", f"{published}.{theirs}", "matrix") for mine, theirs in names)
     return tuple(row for pair in rows for row in pair)
 
 
@@ -103,17 +103,17 @@ def _stack(ours: str, published: str, layer: str) -> tuple[tuple, ...]:
     block, bart_block = f"body.{ours}.blocks.{{{layer}}}", f"{{body}}{published}.layers.{{{layer}}}"
     rows = (
         (f"body.{ours}.position.weight", f"{{body}}{published}.embed_positions.weight", "position"),
-        *both(f"body.{ours}.embedding_norm", f"{{body}}{published}.layernorm_embedding", "norm"),
+        *affine(f"body.{ours}.embedding_norm", f"{{body}}{published}.layernorm_embedding", "norm"),
         *_attention(f"{block}.attention", f"{bart_block}.self_attn"),
-        *both(f"{block}.attention_norm", f"{bart_block}.self_attn_layer_norm", "norm"),
-        *both(f"{block}.mlp.up", f"{bart_block}.fc1", "matrix"),
-        *both(f"{block}.mlp.down", f"{bart_block}.fc2", "matrix"),
-        *both(f"{block}.mlp_norm", f"{bart_block}.final_layer_norm", "norm"),
+        *affine(f"{block}.attention_norm", f"{bart_block}.self_attn_layer_norm", "norm"),
+        *affine(f"{block}.mlp.up", f"{bart_block}.fc1", "matrix"),
+        *affine(f"{block}.mlp.down", f"{bart_block}.fc2", "matrix"),
+        *affine(f"{block}.mlp_norm", f"{bart_block}.final_layer_norm", "norm"),
     )
     if ours == "encoder":
         return rows
     cross = _attention(f"{block}.cross", f"{bart_block}.encoder_attn")
-    return (*rows, *cross, *both(f"{block}.cross_norm", f"{bart_block}.encoder_attn_layer_norm", "norm"))
+    return (*rows, *cross, *affine(f"{block}.cross_norm", f"{bart_block}.encoder_attn_layer_norm", "norm"))
 
 
 WEIGHTS = (
@@ -129,13 +129,13 @@ def weights(config) -> tuple[tuple, ...]:
 
 _LM = (("head.weight", "lm_head.weight", "head"), ("head.bias", "final_logits_bias", "bias", "row"))
 _SEQUENCE = (
-    *both("head.dense", "classification_head.dense", "matrix"),
-    *both("head.out", "classification_head.out_proj", "head"),
+    *affine("head.dense", "classification_head.dense", "matrix"),
+    *affine("head.out", "classification_head.out_proj", "head"),
 )
 HEADS = {
     "lm": HeadSpec("BartForConditionalGeneration", _LM),
     "sequence": HeadSpec("BartForSequenceClassification", _SEQUENCE, pool="last", dense=True),
-    "qa": HeadSpec("BartForQuestionAnswering", both("head.out", "qa_outputs", "head")),
+    "qa": HeadSpec("BartForQuestionAnswering", affine("head.out", "qa_outputs", "head")),
     "none": HeadSpec("BartModel"),
 }
 ALIASES = {

@@ -96,7 +96,7 @@ def write_config(config) -> dict:
     } | write_token_ids(config)
 
 
-def both(ours: str, published: str, role: str) -> tuple[tuple, ...]:
+def affine(ours: str, published: str, role: str) -> tuple[tuple, ...]:
     return ((f"{ours}.weight", f"{published}.weight", role), (f"{ours}.bias", f"{published}.bias", "bias"))
 
 
@@ -105,15 +105,15 @@ WEIGHTS = (
     ("body.embedding.weight", "{body}embeddings.word_embeddings.weight", "embedding"),
     ("body.position.weight", "{body}embeddings.position_embeddings.weight", "position"),
     ("body.token_type.weight", "{body}embeddings.token_type_embeddings.weight", "embedding"),
-    *both("body.embedding_norm", "{body}embeddings.LayerNorm", "norm"),
-    *both(f"{_BLOCK}.attention.project.query", f"{_LAYER}.attention.self.query", "matrix"),
-    *both(f"{_BLOCK}.attention.project.key", f"{_LAYER}.attention.self.key", "matrix"),
-    *both(f"{_BLOCK}.attention.project.value", f"{_LAYER}.attention.self.value", "matrix"),
-    *both(f"{_BLOCK}.attention.out", f"{_LAYER}.attention.output.dense", "matrix"),
-    *both(f"{_BLOCK}.attention_norm", f"{_LAYER}.attention.output.LayerNorm", "norm"),
-    *both(f"{_BLOCK}.mlp.up", f"{_LAYER}.intermediate.dense", "matrix"),
-    *both(f"{_BLOCK}.mlp.down", f"{_LAYER}.output.dense", "matrix"),
-    *both(f"{_BLOCK}.mlp_norm", f"{_LAYER}.output.LayerNorm", "norm"),
+    *affine("body.embedding_norm", "{body}embeddings.LayerNorm", "norm"),
+    *affine(f"{_BLOCK}.attention.project.query", f"{_LAYER}.attention.self.query", "matrix"),
+    *affine(f"{_BLOCK}.attention.project.key", f"{_LAYER}.attention.self.key", "matrix"),
+    *affine(f"{_BLOCK}.attention.project.value", f"{_LAYER}.attention.self.value", "matrix"),
+    *affine(f"{_BLOCK}.attention.out", f"{_LAYER}.attention.output.dense", "matrix"),
+    *affine(f"{_BLOCK}.attention_norm", f"{_LAYER}.attention.output.LayerNorm", "norm"),
+    *affine(f"{_BLOCK}.mlp.up", f"{_LAYER}.intermediate.dense", "matrix"),
+    *affine(f"{_BLOCK}.mlp.down", f"{_LAYER}.output.dense", "matrix"),
+    *affine(f"{_BLOCK}.mlp_norm", f"{_LAYER}.output.LayerNorm", "norm"),
 )
 
 
@@ -121,21 +121,21 @@ def weights(config) -> tuple[tuple, ...]:
     return WEIGHTS
 
 
-_POOLER = both("head.dense", "{body}pooler.dense", "matrix")
+_POOLER = affine("head.dense", "{body}pooler.dense", "matrix")
 _WORDS = (
-    *both("head.dense", "cls.predictions.transform.dense", "matrix"),
-    *both("head.norm", "cls.predictions.transform.LayerNorm", "norm"),
+    *affine("head.dense", "cls.predictions.transform.dense", "matrix"),
+    *affine("head.norm", "cls.predictions.transform.LayerNorm", "norm"),
     ("head.weight", "cls.predictions.decoder.weight", "head"),
     ("head.bias", "cls.predictions.bias", "bias"),
 )
-_PAIR = (*both("head.pair.dense", "{body}pooler.dense", "matrix"), *both("head.pair.out", "cls.seq_relationship", "head"))
+_PAIR = (*affine("head.pair.dense", "{body}pooler.dense", "matrix"), *affine("head.pair.out", "cls.seq_relationship", "head"))
 HEADS = {
     "mlm": HeadSpec("BertForMaskedLM", _WORDS),
-    "nsp": HeadSpec("BertForNextSentencePrediction", _POOLER + both("head.out", "cls.seq_relationship", "head"), dense=True),
+    "nsp": HeadSpec("BertForNextSentencePrediction", _POOLER + affine("head.out", "cls.seq_relationship", "head"), dense=True),
     "pretraining": HeadSpec("BertForPreTraining", _WORDS + _PAIR, dense=True),
-    "sequence": HeadSpec("BertForSequenceClassification", _POOLER + both("head.out", "classifier", "head"), dense=True),
-    "token": HeadSpec("BertForTokenClassification", both("head.out", "classifier", "head")),
-    "qa": HeadSpec("BertForQuestionAnswering", both("head.out", "qa_outputs", "head")),
+    "sequence": HeadSpec("BertForSequenceClassification", _POOLER + affine("head.out", "classifier", "head"), dense=True),
+    "token": HeadSpec("BertForTokenClassification", affine("head.out", "classifier", "head")),
+    "qa": HeadSpec("BertForQuestionAnswering", affine("head.out", "qa_outputs", "head")),
     "pooler": HeadSpec("BertModel", _POOLER, dense=True),
     "none": HeadSpec("BertModel"),
 }

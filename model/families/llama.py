@@ -6,7 +6,7 @@ split, not interleaved (see `model.rope`).
 """
 
 from model.config import HeadSpec, Rope
-from model.families._shared import activation, named_context, read_rope, token_ids, write_rope, write_token_ids
+from model.families._shared import activation, published_context, read_rope, token_ids, write_rope, write_token_ids
 
 MODEL_TYPE = "llama"
 
@@ -112,14 +112,14 @@ def write_common(config) -> dict:
             "num_key_value_heads": config.kv_heads,
             "head_dim": config.head_width,
             "intermediate_size": config.mlp_width,
-            "max_position_embeddings": named_context(config),
+            "max_position_embeddings": published_context(config),
             "rms_norm_eps": config.norm_eps,
             "hidden_act": config.activation,
             "tie_word_embeddings": config.tie_embeddings,
             "attention_dropout": config.attention_dropout,
             "initializer_range": config.init_std,
         }
-        | write_rope(config.rope, named_context(config))
+        | write_rope(config.rope, published_context(config))
         | write_token_ids(config)
     )
 

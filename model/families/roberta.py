@@ -5,7 +5,7 @@ Source: Liu et al. 2019, arXiv 1907.11692; names as in fairseq's weights that tr
 
 from model.config import HeadSpec
 from model.families import bert
-from model.families.bert import both
+from model.families.bert import affine
 
 MODEL_TYPE = "roberta"
 _FAMILY = bert.FAMILY | {"family": MODEL_TYPE}
@@ -34,20 +34,20 @@ def write_config(config) -> dict:
 weights, RENAMED, IGNORED, DROPOUTS = bert.weights, bert.RENAMED, bert.IGNORED, bert.DROPOUTS
 PREFIX = "roberta."
 _WORDS = (
-    *both("head.dense", "lm_head.dense", "matrix"),
-    *both("head.norm", "lm_head.layer_norm", "norm"),
+    *affine("head.dense", "lm_head.dense", "matrix"),
+    *affine("head.norm", "lm_head.layer_norm", "norm"),
     ("head.weight", "lm_head.decoder.weight", "head"),
     ("head.bias", "lm_head.bias", "bias"),
 )
-_DENSE = both("head.dense", "classifier.dense", "matrix")
+_DENSE = affine("head.dense", "classifier.dense", "matrix")
 HEADS = {
     "mlm": HeadSpec("RobertaForMaskedLM", _WORDS),
     "sequence": HeadSpec(
-        "RobertaForSequenceClassification", _DENSE + both("head.out", "classifier.out_proj", "head"), dense=True
+        "RobertaForSequenceClassification", _DENSE + affine("head.out", "classifier.out_proj", "head"), dense=True
     ),
-    "token": HeadSpec("RobertaForTokenClassification", both("head.out", "classifier", "head")),
-    "qa": HeadSpec("RobertaForQuestionAnswering", both("head.out", "qa_outputs", "head")),
-    "pooler": HeadSpec("RobertaModel", both("head.dense", "{body}pooler.dense", "matrix"), dense=True),
+    "token": HeadSpec("RobertaForTokenClassification", affine("head.out", "classifier", "head")),
+    "qa": HeadSpec("RobertaForQuestionAnswering", affine("head.out", "qa_outputs", "head")),
+    "pooler": HeadSpec("RobertaModel", affine("head.dense", "{body}pooler.dense", "matrix"), dense=True),
     "none": HeadSpec("RobertaModel"),
 }
 ALIASES = {

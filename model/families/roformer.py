@@ -7,7 +7,7 @@ of each head: their q and k are put in the order of halves when they are read ("
 from model.config import HeadSpec, Rope
 from model.families import bert
 from model.families._shared import refuse_unless
-from model.families.bert import both
+from model.families.bert import affine
 
 MODEL_TYPE = "roformer"
 _FAMILY = bert.FAMILY | {"family": MODEL_TYPE, "position": "rope", "rope": Rope()}
@@ -49,12 +49,12 @@ HEADS = {
     "mlm": HeadSpec("RoFormerForMaskedLM", _WORDS),
     "sequence": HeadSpec(
         "RoFormerForSequenceClassification",
-        both("head.dense", "classifier.dense", "matrix") + both("head.out", "classifier.out_proj", "head"),
+        affine("head.dense", "classifier.dense", "matrix") + affine("head.out", "classifier.out_proj", "head"),
         dense=True,
         own_activation=True,
     ),
-    "token": HeadSpec("RoFormerForTokenClassification", both("head.out", "classifier", "head")),
-    "qa": HeadSpec("RoFormerForQuestionAnswering", both("head.out", "qa_outputs", "head")),
+    "token": HeadSpec("RoFormerForTokenClassification", affine("head.out", "classifier", "head")),
+    "qa": HeadSpec("RoFormerForQuestionAnswering", affine("head.out", "qa_outputs", "head")),
     "none": HeadSpec("RoFormerModel"),
 }
 ALIASES, RENAMED, DROPOUTS = bert.ALIASES, bert.RENAMED, bert.DROPOUTS

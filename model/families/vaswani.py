@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 from model.config import HeadSpec
 from model.families._shared import token_ids, write_token_ids
-from model.families.bert import both
+from model.families.bert import affine
 
 MODEL_TYPE = "vaswani"
 
@@ -63,7 +63,7 @@ def _attention(name: str) -> tuple[tuple, ...]:
 
 
 def _same(name: str, role: str) -> tuple[tuple, ...]:
-    return both(name, name.replace("body.", "{body}", 1), role)
+    return affine(name, name.replace("body.", "{body}", 1), role)
 
 
 def _stack(block: str) -> tuple[tuple, ...]:

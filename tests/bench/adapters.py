@@ -17,7 +17,7 @@ import model.hub
 from lora.config import LoraConfig
 from lora.inject import add_adapters
 from model.config import ModelConfig
-from model.init import build
+from model.init import build_network
 from tests.bench.loss import peak_bytes
 from tests.bench.shown import bench_shown
 from tests.bench.timing import alternate, ratio, table
@@ -35,7 +35,7 @@ R, ALPHA, RATE = 8, 16, 1e-4
 
 
 def our_step(config: ModelConfig, batch: dict[str, Tensor]) -> tuple[Callable[[], float], nn.Module]:
-    network = add_adapters(build(config, seed=0), LoraConfig(r=R, alpha=ALPHA))
+    network = add_adapters(build_network(config, seed=0), LoraConfig(r=R, alpha=ALPHA))
     rows = batch["labels"].numel()
     objective = Objective(network, LOSSES[choose_loss(rows, config.vocab_size, torch.device("cpu"))]).train()
     optimizers = build_optimizer("adamw", network.named_parameters(), lambda name: "matrix", lr=RATE)
@@ -44,7 +44,7 @@ def our_step(config: ModelConfig, batch: dict[str, Tensor]) -> tuple[Callable[[]
 
 def peft_step(config: ModelConfig, batch: dict[str, Tensor]) -> tuple[Callable[[], float], nn.Module]:
     with tempfile.TemporaryDirectory() as folder:
-        model.hub.save(build(config, seed=0), folder)
+        model.hub.save(build_network(config, seed=0), folder)
         network = transformers.AutoModelForCausalLM.from_pretrained(folder)
     asked = peft.LoraConfig(r=R, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     network = peft.get_peft_model(network, asked).train()

@@ -13,7 +13,7 @@ import torch
 
 from model.config import ModelConfig
 from model.flops import flops_per_token, matrices
-from model.init import build
+from model.init import build_network
 from model.weights import role_of
 from tests.bench.timing import alternate, ratio, table
 from tests.bench.train import SHAPES, STILL, transformers_step
@@ -51,7 +51,7 @@ def step_of(
     attention: str = "sdpa",
     recomputed: str = "none",
 ) -> Callable[[], object]:
-    network = recompute(build(config, seed=0, attention=attention), recomputed)
+    network = recompute(build_network(config, seed=0, attention=attention), recomputed)
     if compiled and not compile_blocks(network, print):
         raise SystemExit("torch.compile does not work here")
     objective = Objective(network, LOSSES[loss]).train()

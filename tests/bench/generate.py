@@ -14,7 +14,7 @@ import transformers
 import model.hub
 from model.config import ModelConfig
 from model.generate import generate
-from model.init import build
+from model.init import build_network
 from tests.bench.timing import alternate, ratio, table
 
 COMMON = {"context": 512, "dropout": 0.0, "attention_dropout": 0.0, "bos_id": 1, "eos_id": 2}
@@ -33,7 +33,7 @@ def sides(family: str, size: dict, batch_size: int) -> dict:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     preset, wider = FAMILIES[family]
     config = ModelConfig.preset(preset, **COMMON, **size, mlp_width=wider * size["width"])
-    network = build(config, seed=0, device=device, dtype=dtype).eval()
+    network = build_network(config, seed=0, device=device, dtype=dtype).eval()
     with tempfile.TemporaryDirectory() as folder:
         model.hub.save(network, folder)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()

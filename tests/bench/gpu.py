@@ -14,7 +14,7 @@ import torch
 from lora.fused import products_in_place, triton_product
 from model.config import ModelConfig
 from model.flops import flops_per_token
-from model.init import build
+from model.init import build_network
 from tests.bench.gpu_quant import bench_gpu_quant
 from tests.bench.timing import alternate, ratio, table
 from tests.bench.train import STILL, transformers_step
@@ -102,7 +102,7 @@ def engine_of(
         optimizer=OptimizerConfig(batch_size=batch_size, optimizer="adamw", lr=1e-4),
         speed=SpeedConfig(precision=precision, compile=compiled, loss=loss),
     )
-    ranks, network = Ranks(), build(config, seed=0, device=device)
+    ranks, network = Ranks(), build_network(config, seed=0, device=device)
     settings = resolve_network(settings, ranks, network)
     task = SimpleNamespace(objective=Objective, networks=lambda network, initial: network)
     engine, _ = open_engine(settings, ranks, device, task, network, print)

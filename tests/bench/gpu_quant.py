@@ -18,7 +18,7 @@ import model.hub
 from lora.config import LoraConfig
 from lora.inject import add_adapters
 from model.config import ModelConfig
-from model.init import empty
+from model.init import empty_network
 from quant.layer import QuantizedLinear
 from quant.linear import QUANTIZE, quantizable_layers
 from quant.nf4 import QuantizedTensor
@@ -196,7 +196,7 @@ def whole_numbers(device: torch.device, rounds: int, size: int = 4096) -> None:
 def random_network(config: ModelConfig, device: torch.device) -> nn.Module:
     """In four bits from the start: one matrix at a time is made, on the device, and rounded."""
     generator = torch.Generator(device).manual_seed(0)
-    network = empty(config, device="meta", dtype=torch.bfloat16)
+    network = empty_network(config, device="meta", dtype=torch.bfloat16)
 
     def drawn(parameter: Tensor) -> Tensor:
         return torch.empty_like(parameter, device=device).normal_(std=0.02, generator=generator)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.generate import generate
-from model.init import build
+from model.init import build_network
 from quant import int8, int8_product, llm_int8
 from quant.calibrate import observe
 from quant.int8_linear import Int8Linear
@@ -58,12 +58,13 @@ def bench_int8(rounds: int) -> None:
 
 def networks(size: dict) -> dict[str, nn.Module]:
     config = ModelConfig.preset("tiny", **COMMON, **size)
-    made = {"bfloat16": build(config, seed=0, dtype=torch.bfloat16).eval(), "float32": build(config, seed=0).eval()}
+    dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+    made = {name: build_network(config, seed=0, dtype=dtype).eval() for name, dtype in dtypes.items()}
     ids = torch.randint(3, config.vocab_size, (4, 16, PROMPT + NEW), generator=torch.Generator().manual_seed(0))
     inputs = observe(made["float32"], ids, lambda network, ids: network(ids))
     for scheme in SCHEMES:
         observed = inputs if scheme == "int8-static" else None
-        made[scheme] = quantize_linears(build(config, seed=0).eval(), scheme, inputs=observed)
+        made[scheme] = quantize_linears(build_network(config, seed=0).eval(), scheme, inputs=observed)
     return made
 
 

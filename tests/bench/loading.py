@@ -20,7 +20,7 @@ import torch
 
 import model.hub
 from model.config import ModelConfig
-from model.init import build
+from model.init import build_network
 from tests.bench.timing import table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,8 +87,8 @@ def bench_loading(rounds: int) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as parent:
         for family, (preset, settings) in SHAPES.items():
-            model.hub.save(build(ModelConfig.preset(preset, **settings), seed=0), Path(parent, family))
-            model.hub.save(build(ModelConfig.preset(preset, **settings | SMALL), seed=0), Path(parent, f"{family}-small"))
+            for name, changes in ((family, settings), (f"{family}-small", settings | SMALL)):
+                model.hub.save(build_network(ModelConfig.preset(preset, **changes), seed=0), Path(parent, name))
         for family, dtype in CASES:
             turns = [{side: fresh(side, Path(parent), family, dtype) for side in SIDES} for _ in range(max(1, rounds // 5))]
             ratios = [statistics.median(turn[side]["peak"] / turn[side]["weights"] for turn in turns) for side in SIDES]

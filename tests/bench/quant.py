@@ -13,7 +13,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from model.config import ModelConfig
-from model.init import empty
+from model.init import empty_network
 from quant.linear import quantizable_layers
 from quant.nf4 import dequantize, quantize
 from quant.product import linear_4bit
@@ -71,7 +71,7 @@ def both(layer, x: torch.Tensor) -> None:
 
 def bench_llama(rounds: int) -> None:
     """Llama-3-8B's linear layers, random weights, one made and rounded at a time. `rounds` is not used: it is measured once."""
-    network = empty(ModelConfig.preset("llama-3-8b"), device="meta")
+    network = empty_network(ModelConfig.preset("llama-3-8b"), device="meta")
     shapes = [tuple(layer.weight.shape) for layer in quantizable_layers(network).values()]
     generator, kept, before = torch.Generator().manual_seed(0), [], resident()
     for shape in shapes:

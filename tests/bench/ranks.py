@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from model.config import ModelConfig
-from model.init import build
+from model.init import build_network
 from model.weights import role_of
 from tests.bench.timing import alternate, ratio, table
 from tests.bench.train import SHAPES, STILL
@@ -33,7 +33,7 @@ def step_of(name: str, mesh: str, ranks: Ranks):
     ids = torch.randint(0, config.vocab_size, (batch_size, context + 1), generator=torch.Generator().manual_seed(0))
     batch = share({"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}, ranks)
     cpu = torch.device("cpu")
-    objective = spread(Objective(build(config, seed=0)).train(), lay_out(mesh, ranks, cpu), cpu)
+    objective = spread(Objective(build_network(config, seed=0)).train(), lay_out(mesh, ranks, cpu), cpu)
     named = [(name.removeprefix("module."), parameter) for name, parameter in objective.named_parameters()]
     named = [(name.removeprefix("network."), parameter) for name, parameter in named]
     optimizers = build_optimizer("adamw", named, lambda name: role_of(config, name), lr=1e-4)

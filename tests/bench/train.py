@@ -13,7 +13,7 @@ import transformers
 
 import model.hub
 from model.config import ModelConfig
-from model.init import build
+from model.init import build_network
 from model.weights import role_of
 from tests.bench.timing import alternate, ratio, table
 from train.objective import Objective
@@ -32,7 +32,7 @@ def sides(shape: dict, batch_size: int, context: int) -> dict:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cast = autocast(device, "bf16" if device.type == "cuda" else "fp32")
     config = ModelConfig.preset("gpt2", **shape, **STILL, kv_heads=shape["heads"], context=context)
-    network = build(config, seed=0, device=device)
+    network = build_network(config, seed=0, device=device)
     ids = torch.randint(0, config.vocab_size, (batch_size, context + 1), device=device)
     inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
@@ -56,7 +56,7 @@ def transformers_step(
 ) -> Callable[[], None]:
     """The loop that one would write: the first weights are those that ours have."""
     with tempfile.TemporaryDirectory() as folder:
-        model.hub.save(build(config, seed=0, device=inputs.device), folder)
+        model.hub.save(build_network(config, seed=0, device=inputs.device), folder)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).to(inputs.device).train()
     call = torch.compile(theirs) if compiled else theirs
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)

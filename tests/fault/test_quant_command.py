@@ -116,7 +116,7 @@ def test_a_place_that_is_taken_meanwhile(place):
         (place / "out").mkdir()
         (place / "out" / "mine").write_text("keep this")
 
-    with patch("model.folders.copy_beside", side_effect=take):
+    with patch("model.folders.copy_auxiliary_files", side_effect=take):
         assert_one_clear_line(quantized(place), "not empty")
     assert [path.name for path in (place / "out").iterdir()] == ["mine"]
     assert sorted(path.name for path in place.iterdir()) == ["in", "out"]

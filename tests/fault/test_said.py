@@ -26,8 +26,8 @@ from data.tokenizer.base import load_tokenizer
 from data.transforms.masked import unigram_baseline
 from lora.config import LoraConfig
 from lora.inject import add_adapters
-from model.commands.try_it import try_it
-from model.generation_config import HARMLESS, OTHERS, READ, understood
+from model.commands.try_it import example_command
+from model.generation_config import HARMLESS, SUPPORTED, UNSUPPORTED, parse_generation_config
 from tests.conftest import randomized, tiny_config
 from tests.fault.test_command import assert_one_clear_line
 from tests.folders import byte_level, llama, write_tokenizer
@@ -341,18 +341,18 @@ def test_the_printed_prompt_has_rows(tmp_path):
     special = ["<s>", "</s>"]
     write_tokenizer(tmp_path / "whole", byte_level(special), special, bos_token="<s>", eos_token="</s>")
     llama(tmp_path / "whole")
-    assert try_it(tmp_path / "whole").endswith("--prompt The")
+    assert example_command(tmp_path / "whole").endswith("--prompt The")
     letter = load_tokenizer(tmp_path / "whole").encode("A")[0]
     for rows, expected in ((letter + 1, "--prompt A"), (letter, "--prompt 1"), (2, f"model info {tmp_path / 'small-2'}")):
         small = tmp_path / f"small-{rows}"
         said = command("resize", tmp_path / "whole", "--vocab-size", rows, "--out", small, main=model.__main__.main)
-        assert said.code == 0 and try_it(small).endswith(expected), rows
+        assert said.code == 0 and example_command(small).endswith(expected), rows
 
 
 def test_every_key_of_a_generation_config_is_obeyed_listed_or_harmless():
     keys = set(vars(transformers.GenerationConfig()))
-    assert keys <= READ | OTHERS.keys() | HARMLESS, keys - READ - OTHERS.keys() - HARMLESS
-    assert not (READ & OTHERS.keys() or READ & HARMLESS or OTHERS.keys() & HARMLESS)
+    assert keys <= SUPPORTED | UNSUPPORTED.keys() | HARMLESS, keys - SUPPORTED - UNSUPPORTED.keys() - HARMLESS
+    assert not (SUPPORTED & UNSUPPORTED.keys() or SUPPORTED & HARMLESS or UNSUPPORTED.keys() & HARMLESS)
 
 
 @pytest.mark.parametrize(
@@ -365,4 +365,4 @@ def test_every_key_of_a_generation_config_is_obeyed_listed_or_harmless():
     ],
 )
 def test_what_is_not_obeyed_is_listed(said, unread):
-    assert understood(said, tiny_config("llama"), said).unread == unread
+    assert parse_generation_config(said, tiny_config("llama"), said).unsupported == unread

@@ -10,7 +10,7 @@ import model.hub
 import train.__main__
 from model.attention import attention_reference, attention_sdpa
 from model.generate import generate
-from model.init import build
+from model.init import build_network
 from model.mask import Mask
 from model.weights import role_of
 from tests.conftest import TINY_FAMILIES, randomized, tiny_config
@@ -39,7 +39,7 @@ def test_a_step_on_the_card_is_the_step_on_the_cpu(optimizer):
     config, after = tiny_config("llama"), []
     ids = torch.randint(0, 61, (4, 33))
     for device in ("cpu", "cuda"):
-        network = build(config, seed=0, device=device, dtype=torch.float32)
+        network = build_network(config, seed=0, device=device, dtype=torch.float32)
         groups = build_optimizer(
             optimizer, network.named_parameters(), lambda n: role_of(config, n), lr=1e-3, matrix_lr=1e-3
         )

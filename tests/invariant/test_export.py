@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import model.__main__
 import model.hub
-from model.init import build
+from model.init import build_network
 from model.weights import to_published, weight_table
 from tests.runs import command, last_checkpoint
 
@@ -37,7 +37,7 @@ def assert_holds(out: Path, checkpoint: Path, expected: dict[str, Tensor]) -> No
     assert written.keys() == published.keys()
     for name, value in published.items():
         assert value.dtype == written[name].dtype and torch.equal(value, written[name]), name
-    twin, ids = build(config, seed=0, dtype=value.dtype).eval(), torch.arange(3, 35).view(2, 16)
+    twin, ids = build_network(config, seed=0, dtype=value.dtype).eval(), torch.arange(3, 35).view(2, 16)
     with torch.no_grad():
         for name, parameter in twin.named_parameters():
             parameter.copy_(expected[name])

@@ -275,7 +275,7 @@ def stream_differs(trials: int = 300) -> bool:
 def test_a_stream_says_what_the_whole_text_says(monkeypatch):
     assert not stream_differs()
     with monkeypatch.context() as patch:  # the mutant shows the beginning of a stop string
-        patch.setattr("model.streaming.unsettled", lambda text, stops: 0)
+        patch.setattr("model.streaming.possible_stop_length", lambda text, stops: 0)
         assert stream_differs()
     monkeypatch.setattr(TextStream, "add", lambda self, i: self._take(self.bytes_of[i].decode(errors="replace")))
     assert stream_differs()  # the mutant decodes each token by itself

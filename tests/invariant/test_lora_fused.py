@@ -241,8 +241,8 @@ def test_the_start_is_the_base_bit_for_bit(dtype, calls):
 
 
 def test_inference_keeps_the_way_of_few_rows(monkeypatch):
-    taken, real = [], model.linear.few_rows
-    monkeypatch.setattr(model.linear, "few_rows", lambda *given: taken.append(1) or real(*given))
+    taken, real = [], model.linear.linear_few_rows
+    monkeypatch.setattr(model.linear, "linear_few_rows", lambda *given: taken.append(1) or real(*given))
     inputs = made((2, 1), torch.float32, trained="", sizes=(300, 290, 4))
     expected = composed(**inputs)
     with torch.inference_mode():

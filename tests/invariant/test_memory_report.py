@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.config import ModelConfig
-from model.init import build
+from model.init import build_network
 from model.memory import training_memory
 from model.training import Training
 from tests.conftest import tiny_config
@@ -23,7 +23,7 @@ GPT2 = ModelConfig.preset("gpt2", dropout=0.0, attention_dropout=0.0)
 
 def measured(config: ModelConfig, training: Training) -> Measured:
     """The second step of a masked-language run, 15 % of whose labels are scored."""
-    network = recompute(build(config, seed=0), training.recompute).train()
+    network = recompute(build_network(config, seed=0), training.recompute).train()
     objective = MaskedObjective(network)
     optimizers = build_optimizer("adamw", network.named_parameters(), lambda name: "matrix", lr=1e-4)
     ids = torch.randint(3, 61, (training.batch_size, training.context))

@@ -11,7 +11,7 @@ import model.mask
 from data.transforms.causal import clm_batch
 from model.cache import Cache
 from model.config import ConfigError, ModelConfig
-from model.init import build
+from model.init import build_network
 from tests.conftest import randomized, tiny_config
 
 FAMILIES = ["gpt2", "llama", "mistral", "qwen2", "qwen3"]
@@ -151,7 +151,7 @@ def test_fast_and_plain_attention_agree_in_gradients(family):
 
 def test_loss_at_start_is_ln_v():
     config = ModelConfig.preset("tiny")
-    network = build(config, seed=0)
+    network = build_network(config, seed=0)
     ids = torch.randint(0, config.vocab_size, (8, 257))
     with torch.no_grad():
         loss = F.cross_entropy(network(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten()).item()
@@ -161,7 +161,7 @@ def test_loss_at_start_is_ln_v():
 def test_loss_of_gpt2_at_start():
     """With random weights the logits are N(0, std² D), and E log Σ exp = ln V + std² D / 2: 1.4 % above ln V at D = 768."""
     config = ModelConfig.preset("gpt2", depth=2, dropout=0.0, attention_dropout=0.0)
-    network = build(config, seed=0)
+    network = build_network(config, seed=0)
     ids = torch.randint(0, config.vocab_size, (2, 129))
     with torch.no_grad():
         loss = F.cross_entropy(network(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten()).item()
@@ -170,8 +170,8 @@ def test_loss_of_gpt2_at_start():
 
 def test_first_weights_are_a_function_of_seed_and_name():
     config = tiny_config("gpt2")
-    one, same, other = (build(config, seed=seed).state_dict() for seed in (1, 1, 2))
-    deeper = build(config.replace(depth=2, vocab_size=61), seed=1).state_dict()
+    one, same, other = (build_network(config, seed=seed).state_dict() for seed in (1, 1, 2))
+    deeper = build_network(config.replace(depth=2, vocab_size=61), seed=1).state_dict()
     torch.manual_seed(99)  # the global state plays no part
     assert all(torch.equal(one[name], same[name]) and torch.equal(one[name], deeper[name]) for name in one)
     assert not torch.equal(one["head.weight"], other["head.weight"])

@@ -13,7 +13,7 @@ from torch import nn
 
 import model.__main__ as model_command
 import model.hub
-from model.init import empty
+from model.init import empty_network
 from quant import int8
 from quant.config import QatConfig
 from quant.int8 import AFFINE, EPS
@@ -129,7 +129,7 @@ def test_the_checkpoint_is_the_network_in_whole_numbers(way, made):
         has = raw | {name: averages.get(f"averages.{name}", value) for name, value in raw.items()}
         assert not any(torch.equal(raw[name], has[name]) for name in raw if name.endswith("weight"))
     layers = quantized_layers(network)
-    assert set(layers) == set(quantizable_layers(empty(network.config)))
+    assert set(layers) == set(quantizable_layers(empty_network(network.config)))
     assert all(type(each) is Int8Linear for each in layers.values())
     for part in parts:
         assert sum(name.endswith(part) for name in published) == len(layers)
@@ -158,7 +158,7 @@ def test_float_weights_are_there(way, made):
     """raw.safetensors fills the network that was never rounded, and what it holds is not on any grid."""
     run, _ = made(way)
     folder = last_checkpoint(run)
-    network, has = empty(model.hub.read_config(folder)), weights(folder)
+    network, has = empty_network(model.hub.read_config(folder)), weights(folder)
     names = {name for name, _ in network.named_parameters()}
     layers, asked = quantized_layers(model.hub.load(folder)), read_settings(run).qat
     static = asked.inputs == "static"

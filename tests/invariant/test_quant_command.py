@@ -28,7 +28,7 @@ from data.sources.shards import prepare
 from data.tokenizer.base import load_tokenizer
 from data.transforms.masked import VALIDATION, mlm_batch
 from eval.commands import held_out
-from model.account import columns
+from model.account import align_columns
 from quant import nf4, report
 from quant.config import FourBit
 from quant.layer import QuantizedLinear
@@ -452,7 +452,7 @@ def test_help_needs_no_torch(line, words):
 def test_rows_are_columns():
     one = report.measure("h.0.x.weight", torch.ones(2, 64), quantize(torch.ones(2, 64)))
     rows = report.table([one])
-    assert len({len(row) for row in rows}) == 1 and "h.0.x" in columns(rows)
+    assert len({len(row) for row in rows}) == 1 and "h.0.x" in align_columns(rows)
     assert [len(report.table([one] * count)) for count in (32, 33)] == [1 + 32 + 1, 1 + 1 + 1]  # above 32, a row for each kind
     assert FourBit().block_size == 64 and 0.09 < report.normal_error(FourBit()) < 0.1 < report.normal_error(FourBit("fp4"))
     assert report.normal_error(FourBit(block_size=4096)) > 0.1 > report.normal_error(FourBit(double_quantized=False))

@@ -13,7 +13,7 @@ from torch import nn
 
 import model.hub
 from model.config import ModelConfig
-from model.init import build, empty
+from model.init import build_network, empty_network
 from model.rope import interleaved_to_halves
 from quant.config import FourBit, QuantError
 from quant.layer import QuantizedLinear, ReorderedLinear
@@ -291,7 +291,7 @@ def test_memory_is_that_of_the_result_and_one_weight(tmp_path, record_property):
     """Far below the network: 222 MB of float32, the largest weight 12.6 MB, the result 32 MB. Writing it needs no more."""
     model.hub.save(tiny("llama"), tmp_path / "small")
     sizes = {"width": 1024, "depth": 4, "mlp_width": 3072, "heads": 8, "kv_heads": 8, "vocab_size": 500, "context": 64}
-    network = build(ModelConfig.preset("tiny", **sizes, tie_embeddings=False), seed=0)
+    network = build_network(ModelConfig.preset("tiny", **sizes, tie_embeddings=False), seed=0)
     largest, whole = (f(4 * each.numel() for each in network.parameters()) for f in (max, sum))
     model.hub.save(network, tmp_path / "dense")
     paths = [str(tmp_path / name) for name in ("dense", "small", "out")]
@@ -314,7 +314,7 @@ def test_published_names_are_skipped_too():
 
 def test_a_network_without_values_is_refused():
     with pytest.raises(QuantError, match="no values yet"):
-        quantize_linears(empty(tiny_config("llama"), device="meta"))
+        quantize_linears(empty_network(tiny_config("llama"), device="meta"))
 
 
 def test_state_of_another_scheme_is_refused():

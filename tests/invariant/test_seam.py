@@ -111,23 +111,23 @@ def test_names_are_the_files():
 
 
 def test_a_key_that_nobody_reads_raises():
-    from model.init import build
+    from model.init import build_network
     from tests.conftest import tiny_config
     from train.objective import Objective
 
     ids = torch.ones(1, 4, dtype=torch.long)
     with pytest.raises(ValueError, match=r"the batch has weights, which neither Objective \(labels\) nor the network"):
-        Objective(build(tiny_config("llama"), seed=0))({"input_ids": ids, "labels": ids, "weights": ids})
+        Objective(build_network(tiny_config("llama"), seed=0))({"input_ids": ids, "labels": ids, "weights": ids})
 
 
 def test_a_reference_has_neither_dropout_nor_gradient():
     """Whatever mode the objective is put into, and whatever else it trains."""
-    from model.init import build
+    from model.init import build_network
     from tests.conftest import tiny_config
     from train.objective import Objective
 
     config = tiny_config("gpt2", dropout=0.5)
-    objective = Objective({"policy": build(config, seed=0), "reference": build(config, seed=1)}).train()
+    objective = Objective({"policy": build_network(config, seed=0), "reference": build_network(config, seed=1)}).train()
     reference, ids = objective.frozen["reference"], torch.randint(3, 61, (2, 9))
     assert objective.network.training and not any(module.training for module in reference.modules())
     assert torch.equal(reference(ids).logits, reference(ids).logits)

@@ -9,7 +9,7 @@ import torch
 import model.hub
 from data.config import DataConfig
 from data.sources.shards import prepare
-from model.init import build
+from model.init import build_network
 from tests.conftest import randomized, tiny_config
 from tests.runs import torch_as_it_was, write_corpus
 from train.config import OptimizerConfig, RunConfig, SpeedConfig, TrainConfig, TrainError
@@ -101,7 +101,7 @@ def engine_with(optimizer: dict, speed: dict, **run):
     settings = OptimizerConfig(optimizer="muon", lr=1e-3, matrix_lr=4e-2, weight_decay=0.1, **optimizer)
     config = TrainConfig(run=RunConfig(steps=100, mesh="replicate", **run), optimizer=settings, speed=asked)
     task = SimpleNamespace(objective=Objective, networks=lambda network, initial: network)
-    return open_engine(config, Ranks(), torch.device("cpu"), task, build(tiny_config("gpt2"), seed=0), print)[0]
+    return open_engine(config, Ranks(), torch.device("cpu"), task, build_network(tiny_config("gpt2"), seed=0), print)[0]
 
 
 def test_an_engine_has_what_was_asked_for(monkeypatch):

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from model.init import build
+from model.init import build_network
 from model.weights import role_of
 from tests.conftest import randomized, tiny_config
 from train.evaluate import evaluate
@@ -101,7 +101,7 @@ def test_evaluation_does_not_depend_on_the_batch():
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_overfits_one_batch(family, optimizer):
     config = tiny_config(family)
-    network = build(config, seed=0)
+    network = build_network(config, seed=0)
     ids = torch.randint(3, 61, (4, 25))
     batch = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
     rates = {"lr": 1e-2, "matrix_lr": 2e-2, "weight_decay": 0.0}
@@ -116,7 +116,7 @@ def test_overfits_one_batch(family, optimizer):
 def test_every_parameter_is_trained_and_decayed_by_role():
     for family in ("gpt2", "llama"):
         config = tiny_config(family)
-        network = build(config, seed=0)
+        network = build_network(config, seed=0)
         optimizers = build_optimizer(
             "muon", network.named_parameters(), partial(role_of, config), lr=1e-3, matrix_lr=1e-2, weight_decay=0.1
         )

@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import model.hub
 from model.account import info
 from model.cache import Cache
-from model.config import ConfigError, ModelConfig, family, presets
+from model.config import ConfigError, ModelConfig, load_family, presets
 from model.flops import flops_per_token
-from model.init import build
+from model.init import build_network
 from model.memory import training_memory
 from model.parameters import PARTS, adapter_parameters, cache_bytes, parameters, parameters_by_part
 from model.training import Training
@@ -48,7 +48,7 @@ def test_published_adapters():
 @pytest.mark.parametrize("preset", [name for name, values in presets().items() if values["family"] != "vaswani"])
 def test_every_preset_has_the_library_s_count(preset, parity):
     config = ModelConfig.preset(preset)
-    rules = family(config.family)
+    rules = load_family(config.family)
     kind = getattr(transformers, head_spec(config).architecture)
     with torch.device("meta"):
         theirs = kind(kind.config_class(**rules.write_config(config)))
@@ -77,7 +77,7 @@ def test_vaswani_by_hand():
 
 def test_every_head_of_every_family_has_a_part_for_each_parameter():
     for name in ("bert-base", "gpt2", "bart-base", "t5-small", "tiny", "roberta-base"):
-        for head in (*family(ModelConfig.preset(name).family).HEADS, "value"):
+        for head in (*load_family(ModelConfig.preset(name).family).HEADS, "value"):
             config = ModelConfig.preset(name, head=head)
             assert set(parameters_by_part(config)) <= set(PARTS)
             training_memory(config, Training(context=16))
@@ -99,7 +99,7 @@ def run_counted(network: nn.Module, batch: dict) -> tuple[int, int]:
 def test_operations(name, parity):
     """The counter sees matrix products alone, as ours does, and the plain attention computes every score."""
     config = tiny_config(name)
-    forward, backward = run_counted(build(config, seed=0, attention="reference"), batch_of(3, 20))
+    forward, backward = run_counted(build_network(config, seed=0, attention="reference"), batch_of(3, 20))
     ours = flops_per_token(config, 20, skip_masked=False)
     error = max(abs(ours.forward * 60 / forward - 1), abs(ours.backward * 60 / backward - 1))
     parity(f"operations a token: {name}", f"{TORCH} FlopCounterMode", error, 1e-12, "a count")
@@ -109,7 +109,7 @@ def test_operations(name, parity):
 
 def test_operations_of_adapters(parity):
     config = tiny_config("llama")
-    network = adapt(build(config, seed=0, attention="reference"), 4, "all-linear")
+    network = adapt(build_network(config, seed=0, attention="reference"), 4, "all-linear")
     # The account counts a gradient for every matrix's input, also below the first adapter.
     network.body.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
     forward, backward = run_counted(network, batch_of(3, 20))
@@ -120,7 +120,7 @@ def test_operations_of_adapters(parity):
 
 def test_a_head_that_reads_few_positions():
     """A masked-language objective: 15 of 60 positions are scored."""
-    network, batch = build(tiny_config("bert"), seed=0, attention="reference").train(), batch_of(3, 20)
+    network, batch = build_network(tiny_config("bert"), seed=0, attention="reference").train(), batch_of(3, 20)
     batch["labels"].flatten()[15:] = -100
     with FlopCounterMode(display=False) as counter:
         MaskedObjective(network)(batch)
@@ -130,7 +130,7 @@ def test_a_head_that_reads_few_positions():
 
 def test_recomputation_is_one_more_forward_of_the_blocks():
     config = tiny_config("gpt2")
-    network = recompute(build(config, seed=0, attention="reference"), "blocks").train()
+    network = recompute(build_network(config, seed=0, attention="reference"), "blocks").train()
     forward, backward = run_counted(network, batch_of(3, 20))
     ours = flops_per_token(config, 20, recompute=True, skip_masked=False)
     assert ours.backward * 60 == pytest.approx(backward, rel=0.06)  # the last product of a block need not run again
@@ -143,7 +143,7 @@ def test_recomputation_is_one_more_forward_of_the_blocks():
 @pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "t5", "bart"])
 def test_cache(name):
     config = tiny_config(name)
-    cache, network = Cache(config, 1, 24), build(config, seed=0).eval()
+    cache, network = Cache(config, 1, 24), build_network(config, seed=0).eval()
     ids = torch.randint(3, 61, (1, 24))
     network(ids, cache=cache, **({"decoder_input_ids": ids} if config.decoder_depth else {}))
     own = [x for layer in cache.layers for x in (layer.key_BGSK, layer.value_BGSK)]
@@ -189,7 +189,7 @@ def test_the_page_of_one_way():
 
 
 def test_the_page_of_a_folder(tmp_path):
-    network = build(tiny_config("llama"), seed=0)
+    network = build_network(tiny_config("llama"), seed=0)
     model.hub.save(network, tmp_path)
     (tmp_path / "model.safetensors").unlink()  # weights are not read
     assert f"{sum(p.numel() for p in network.parameters()):,}" in info(model.hub.read_config(tmp_path), context=16)

@@ -9,7 +9,7 @@ from lora.config import AdapterError, DoraConfig, Ia3Config, LoraConfig
 from lora.dora import Dora, EmbeddingDora, dora_reference
 from lora.inject import activate, add_adapters, merge
 from lora.layer import AdaptedLayer
-from model.init import noise
+from model.init import parameter_generator
 from tests.conftest import randomized, tiny_config
 from tests.oracle.adapter_twins import (
     FAMILIES,
@@ -68,7 +68,7 @@ def adapted(base: nn.Module, config: DoraConfig, kind: type[Dora] = Dora, random
     """The layer with a part beside it, alone."""
     layer, part = AdaptedLayer(base), kind(base, config, config.r, config.alpha)
     layer.parts["default"] = part.to(torch.promote_types(base.weight.dtype, torch.float32))
-    part.reset_parameters(noise(0, "default"))
+    part.reset_parameters(parameter_generator(0, "default"))
     layer.active = ("default",)
     if random:
         for value in part.parameters():

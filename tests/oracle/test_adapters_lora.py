@@ -13,7 +13,7 @@ from lora.inject import activate, adapters, add_adapters, parts, remove
 from lora.layer import LayerName
 from lora.targets import by_pattern, matching, published_modules
 from model.config import ModelConfig
-from model.init import empty
+from model.init import empty_network
 from tests.conftest import randomized, tiny_config
 from tests.oracle.adapter_twins import (
     FAMILIES,
@@ -150,7 +150,8 @@ def test_dropout_is_on_what_a_reads(tmp_path):
 
 
 def empty_with_one(preset: str):
-    return add_adapters(empty(ModelConfig.preset(preset), device="meta"), LoraConfig(r=8, targets=r"blocks\.0\..*query"))
+    network = empty_network(ModelConfig.preset(preset), device="meta")
+    return add_adapters(network, LoraConfig(r=8, targets=r"blocks\.0\..*query"))
 
 
 def test_published_counts():
@@ -159,7 +160,7 @@ def test_published_counts():
         ("llama-2-7b", LoraConfig(r=8, targets="query-value"), 4_194_304),
         ("llama-3-8b", LoraConfig(r=16), 41_943_040),
     ):
-        network = empty(ModelConfig.preset(preset), device="meta")
+        network = empty_network(ModelConfig.preset(preset), device="meta")
         add_adapters(network, config)
         assert sum(p.numel() for p in trained(network).values()) == count
     one = parts(empty_with_one("llama-2-7b"), "default")["body.blocks.0.attention.project.query.parts.default"]

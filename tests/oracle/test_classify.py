@@ -15,7 +15,7 @@ import model.__main__
 import model.hub
 from data.tokenizer.base import load_tokenizer
 from data.transforms.framing import Framer
-from model.predict import Text, padded, probabilities
+from model.predict import Text, pad_batch, probabilities
 from model.weights import head_spec, to_published, weight_table
 from tests.conftest import randomized, tiny_config
 from tests.folders import byte_level, write_tokenizer
@@ -237,5 +237,5 @@ def test_a_decoders_last_token_is_found_by_its_pad(family, tmp_path, parity):
     ).eval())
     texts = [Text([5, 7, 2]), Text([9, 8, 7, 6, 5]), Text([4])]
     with torch.no_grad():
-        other = theirs(**padded(texts, 0, types=False)).logits.softmax(-1)
+        other = theirs(**pad_batch(texts, 0, types=False)).logits.softmax(-1)
     parity(f"{family}: classification, padded", LIBRARY, gap(probabilities(network, texts), other), *ROUNDING)

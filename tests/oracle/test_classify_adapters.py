@@ -15,7 +15,7 @@ from data.tokenizer.base import load_tokenizer
 from data.transforms.framing import Framer, pad_id
 from lora.config import CONFIGS
 from lora.methods import VIRTUAL_TOKEN_METHODS
-from model.predict import Text, padded
+from model.predict import Text, pad_batch
 from tests.conftest import randomized, tiny_config
 from tests.folders import byte_level, write_tokenizer
 from tests.oracle.test_classify import EOS, SPECIALS, template, word_piece, write_labelled
@@ -91,7 +91,7 @@ def test_peft_opens_the_run(method, family, tmp_path, parity):
     # PEFT's prompts hide pads from a decoder
     batches = [[text] for text in texts] if method in VIRTUAL_TOKEN_METHODS else [texts]
     with torch.no_grad():
-        inputs = [padded(batch, pad_id(tokenizer, framer.ends_with), types=False) for batch in batches]
+        inputs = [pad_batch(batch, pad_id(tokenizer, framer.ends_with), types=False) for batch in batches]
         other = torch.cat([theirs(**each).logits.softmax(-1) for each in inputs])
     error = (other - own).abs().max()
     parity(f"classification run: {method} {family}", f"peft {peft.__version__}", error, 1e-5, "float32 rounding")

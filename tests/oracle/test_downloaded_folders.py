@@ -17,8 +17,8 @@ from data.sources.shards import prepare
 from data.tokenizer.base import load_tokenizer
 from model.beam import beam_search
 from model.config import ConfigError
-from model.config import family as rules_of
-from model.folders import beside, copy_beside
+from model.config import load_family as rules_of
+from model.folders import auxiliary_files, copy_auxiliary_files
 from model.generate import generate
 from model.generation_config import read_generation_config
 from model.hub import HubError
@@ -205,7 +205,7 @@ def test_generation_config_read_and_written(tmp_path):
     (tmp_path / "base" / "generation_config.json").write_text(json.dumps(raw))
     network = model.hub.load(tmp_path / "base")
     said = read_generation_config(tmp_path / "base", network.config)
-    assert (said.stop_ids, said.pad_id, said.unread) == ((331, 5), 7, ("typical_p",))
+    assert (said.stop_ids, said.pad_id, said.unsupported) == ((331, 5), 7, ("typical_p",))
     assert said.defaults == {"temperature": 0.6, "top_p": 0.9} and not said.constraints.no_repeat_ngram
     model.hub.save(network, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == raw
@@ -407,10 +407,10 @@ def test_every_file_beside_the_weights_travels(tmp_path):
         (tmp_path / "base" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "base" / name).write_text("x")
     (tmp_path / "base" / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}, {"path": "../base"}]')
-    assert {str(path.relative_to(tmp_path / "base")) for path in beside(tmp_path / "base")} == set(kept)
+    assert {str(path.relative_to(tmp_path / "base")) for path in auxiliary_files(tmp_path / "base")} == set(kept)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "README.md").write_text("mine")
-    copied = copy_beside(tmp_path / "base", tmp_path / "out")
+    copied = copy_auxiliary_files(tmp_path / "base", tmp_path / "out")
     assert set(copied) == set(kept) - {"README.md"} and (tmp_path / "out" / "README.md").read_text() == "mine"
     assert (tmp_path / "out" / "1_Pooling" / "config.json").read_text() == "x"
     shutil.rmtree(tmp_path / "base")

@@ -16,9 +16,9 @@ import train.optimizers.muon
 import train.optimizers.named_optimizer
 from model.activations import activation_bytes
 from model.config import ModelConfig
-from model.init import build
-from model.memory import standing, training_memory
-from model.parameters import adapted, adapter_parameters, parameters
+from model.init import build_network
+from model.memory import static_bytes, training_memory
+from model.parameters import adapted_matrices, adapter_parameters, parameters
 from model.training import Training
 from model.weights import role_of
 from tests.conftest import tiny_config
@@ -69,7 +69,7 @@ class Adapted(nn.Module):
 
 def adapt(network: nn.Module, rank: int, targets: str) -> nn.Module:
     network.requires_grad_(False)
-    for parameter in adapted(network.config, targets):
+    for parameter in adapted_matrices(network.config, targets):
         owner, _, leaf = parameter.name.removesuffix(".weight").rpartition(".")
         parent = network.get_submodule(owner)
         setattr(parent, leaf, Adapted(getattr(parent, leaf), rank))
@@ -115,7 +115,7 @@ def shaped(name: str, shape: str, **changes) -> tuple[ModelConfig, int, int]:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_activations(name, dropped, mixed, parity):
     config, batch_size, length = shaped(name, "small", **(DROPPED if dropped else {}))
-    measured = kept_bytes(build(config, seed=0), batch_of(batch_size, length), mixed)
+    measured = kept_bytes(build_network(config, seed=0), batch_of(batch_size, length), mixed)
     training = Training(batch_size, length, precision="bf16" if mixed else "fp32", device="cpu")
     # BERT's head: on a CPU autocast leaves its norm in 16 bits, on a GPU it widens what comes in, which is counted.
     tolerance = (0.03, "the norm in the head") if name == "bert" and mixed else (1e-4, "a mask of a scalar or two")
@@ -130,7 +130,7 @@ def test_activations(name, dropped, mixed, parity):
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_activations_at_other_shapes(name, shape, parity):
     config, batch_size, length = shaped(name, shape)
-    measured = kept_bytes(build(config, seed=0), batch_of(batch_size, length), False)
+    measured = kept_bytes(build_network(config, seed=0), batch_of(batch_size, length), False)
     error = abs(activation_bytes(config, Training(batch_size, length, device="cpu")) / measured - 1)
     parity(f"activations: {name} {shape}", f"{TORCH} saved tensors", error, 1e-4, "a scalar or two")
 
@@ -139,7 +139,7 @@ def test_activations_at_other_shapes(name, shape, parity):
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
 def test_activations_of_adapters(name, targets, parity):
     config, batch_size, length = shaped(name, "small")
-    measured = kept_bytes(adapt(build(config, seed=0), 8, targets), batch_of(batch_size, length), False)
+    measured = kept_bytes(adapt(build_network(config, seed=0), 8, targets), batch_of(batch_size, length), False)
     training = Training(batch_size, length, method="lora", rank=8, targets=targets, device="cpu")
     error = abs(activation_bytes(config, training) / measured - 1)
     parity(f"activations with adapters: {name}, {targets}", f"{TORCH} saved tensors", error, *ALLOCATED)
@@ -253,13 +253,13 @@ def test_peak_of_an_update_in_8_bits(precision, parity, monkeypatch):
     assert ours.optimizer < 0.27 * training_memory(config, replace(training, precision="fp32", optimizer="adamw")).optimizer
     monkeypatch.setattr(train.optimizers.adamw8bit, "PIECE", {"cpu": 4096})
     dtype = torch.bfloat16 if precision == "bf16-pure" else torch.float32
-    assert measured_step(build(config, seed=0, dtype=dtype), training).peak < 0.7 * highest
+    assert measured_step(build_network(config, seed=0, dtype=dtype), training).peak < 0.7 * highest
 
 
 def check_peak(config: ModelConfig, training: Training, label: str, parity, tolerance=ALLOCATED[0], why=ALLOCATED[1]):
     """The account against the allocator, part by part; returns (the account, bytes measured at the highest moment)."""
     dtype = torch.bfloat16 if training.precision == "bf16-pure" else torch.float32
-    network = build(config, seed=0, dtype=dtype)
+    network = build_network(config, seed=0, dtype=dtype)
     for parameter_name in training.frozen:
         network.get_parameter(parameter_name).requires_grad_(False)
     measured = measured_step(network, training)
@@ -301,7 +301,7 @@ def test_peak_with_frozen_weights(name, pattern, parity):
 def test_peak_with_adapters(name, targets, recompute, parity):
     config, batch_size, length = shaped(name, "small")
     training = Training(batch_size, length, "lora", recompute=recompute, rank=8, targets=targets, device="cpu")
-    measured = measured_step(adapt(build(config, seed=0), 8, targets), training)
+    measured = measured_step(adapt(build_network(config, seed=0), 8, targets), training)
     ours = training_memory(config, training)
     assert ours.weights == measured.weights
     assert ours.gradients == 4 * adapter_parameters(config, 8, targets) == measured.gradients
@@ -314,7 +314,7 @@ def test_peak_with_adapters(name, targets, recompute, parity):
 def test_one_recomputation_is_not_taken_for_another(kind, every):
     config, batch_size, length = shaped("llama", "deep")
     training = Training(batch_size, length, recompute=kind, recompute_every=every, device="cpu")
-    measured = measured_step(build(config, seed=0), training)
+    measured = measured_step(build_network(config, seed=0), training)
     for other, others_every in (("none", 1), ("blocks", 1), ("blocks", 2), ("selective", 1)):
         account = training_memory(config, replace(training, recompute=other, recompute_every=others_every))
         assert (abs(account.forward / measured.forward - 1) < 0.03) == ((other, others_every) == (kind, every))
@@ -324,16 +324,16 @@ def test_one_recomputation_is_not_taken_for_another(kind, every):
 @pytest.mark.parametrize("name", ["gpt2", "bart"])
 def test_averages(name, precision):
     config, training = tiny_config(name), Training(precision=precision, ema=True)
-    network = build(config, seed=0, dtype=torch.bfloat16 if precision == "bf16-pure" else torch.float32)
+    network = build_network(config, seed=0, dtype=torch.bfloat16 if precision == "bf16-pure" else torch.float32)
     averages = EMA(network.named_parameters(), 0.999).averages
-    without, with_them = (standing(config, replace(training, ema=ema)) for ema in (False, True))
+    without, with_them = (static_bytes(config, replace(training, ema=ema)) for ema in (False, True))
     assert with_them[2] - without[2] == sum(average.nbytes for average in averages.values())
     assert with_them[:2] == without[:2]
 
 
 def test_a_quantized_base_has_the_paper_s_bits():
     config = ModelConfig.preset("llama-2-7b")
-    weights, gradients, state = standing(config, Training(method="qlora", rank=8, targets="query-value", precision="bf16"))
+    weights, gradients, state = static_bytes(config, Training(method="qlora", rank=8, targets="query-value", precision="bf16"))
     packed, others = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 2 * 32000 * 4096 + 65 * 4096
     assert weights == pytest.approx(packed * (4 + 0.127) / 8 + 2 * others + 4 * 4_194_304, rel=1e-4)
     assert gradients == state / 2 == 4 * 4_194_304
@@ -355,6 +355,6 @@ def test_sizes_are_the_trainer_s():
 def test_peak_on_a_gpu(name, way, parity):
     sizes = {"width": 512, "depth": 6, "heads": 8, "kv_heads": 8, "mlp_width": 2048, "vocab_size": 8000, "context": 512}
     config, training = tiny_config(name, **sizes), Training(4, 512, device="cuda", **WAYS[way])
-    measured = measured_step(build(config, seed=0, device="cuda"), training)
+    measured = measured_step(build_network(config, seed=0, device="cuda"), training)
     ours = training_memory(config, training)
     parity(f"memory of a step on a GPU: {name}, {way}", f"{TORCH} allocator", abs(ours.peak / measured.peak - 1), *ALLOCATED)

@@ -18,7 +18,7 @@ from lora.config import AdapterConfig, AdapterError, LoraConfig, PromptConfig
 from lora.inject import add_adapters
 from lora.merge_folder import merge_folder
 from model.config import ModelConfig
-from model.init import build
+from model.init import build_network
 from tests.conftest import randomized, tiny_config
 from tests.oracle.test_model import CLASSES
 from tests.oracle.test_peft_folders import inputs, peft_folder, shake
@@ -256,7 +256,7 @@ def test_memory_is_that_of_one_weight_and_one_file(tmp_path, record_property):
     model.hub.save(randomized(tiny_config("llama"), dtype=torch.float32), tmp_path / "small")
     peft_io.save(add_adapters(model.hub.load(tmp_path / "small"), LoraConfig(r=8)), tmp_path / "small adapter")
     sizes = {"width": 1024, "depth": 4, "mlp_width": 3072, "heads": 8, "kv_heads": 8, "vocab_size": 3000, "context": 64}
-    network = build(ModelConfig.preset("tiny", **sizes, tie_embeddings=False), seed=0)
+    network = build_network(ModelConfig.preset("tiny", **sizes, tie_embeddings=False), seed=0)
     model.hub.save(network, tmp_path / "base", shard_bytes=42_000_000)
     largest = max(parameter.numel() * 4 for parameter in network.parameters())
     shard = max(path.stat().st_size for path in (tmp_path / "base").glob("*.safetensors"))

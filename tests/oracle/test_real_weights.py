@@ -77,7 +77,7 @@ def test_paraphrases_come_first(folder, network):
     unit_BD = torch.nn.functional.normalize(mean_BD, dim=-1)
     similarity = (unit_BD @ unit_BD.T).fill_diagonal_(-1)
     assert similarity.argmax(-1).tolist() == [1, 0, 3, 2, 5, 4, 7, 6]
-    untrained = model.init.build(network.config, seed=0).eval()  # it is the weights that know
+    untrained = model.init.build_network(network.config, seed=0).eval()  # it is the weights that know
     hidden_BTD = untrained(ids, mask).hidden
     unit_BD = torch.nn.functional.normalize((hidden_BTD * weight_BT1).sum(1) / weight_BT1.sum(1), dim=-1)
     assert (unit_BD @ unit_BD.T).fill_diagonal_(-1).argmax(-1).tolist() != [1, 0, 3, 2, 5, 4, 7, 6]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import model.hub
-from model.init import build
+from model.init import build_network
 from model.position import sinusoid
 from tests.conftest import randomized, tiny_config
 from tests.oracle.test_model import ROUNDING
@@ -123,7 +123,7 @@ def gradients(ours, theirs: nn.MultiheadAttention) -> list[tuple[torch.Tensor, t
 
 
 def test_folder_round_trip_and_first_weights(tmp_path):
-    network = build(tiny_config("vaswani", width=64, mlp_width=256), seed=3)
+    network = build_network(tiny_config("vaswani", width=64, mlp_width=256), seed=3)
     model.hub.save(network, tmp_path)
     loaded = model.hub.load(tmp_path)
     assert loaded.config == network.config and loaded.head.weight is loaded.body.embedding.weight

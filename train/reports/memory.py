@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from model.account import amount, columns
+from model.account import align_columns, format_bytes
 from model.config import ModelConfig
 from model.memory import training_memory
 from model.parameters import TARGETS
@@ -115,12 +115,13 @@ def report(config: ModelConfig, training: Training | None, measured: Measured) -
     }
     if training is None:
         rows = [("memory of a step", "measured")]
-        return columns(rows + [(words, amount(getattr(measured, name))) for name, words in parts.items()])
+        return align_columns(rows + [(words, format_bytes(getattr(measured, name))) for name, words in parts.items()])
     predicted = training_memory(config, training)
     rows = [("memory of a step", "predicted", "measured")]
-    rows += [(words, amount(getattr(predicted, name)), amount(getattr(measured, name))) for name, words in parts.items()]
+    for name, words in parts.items():
+        rows.append((words, format_bytes(getattr(predicted, name)), format_bytes(getattr(measured, name))))
     off = predicted.peak / measured.peak - 1
-    return f"{columns(rows)}\n  the prediction is {abs(off):.1%} {'above' if off > 0 else 'below'} what was measured"
+    return f"{align_columns(rows)}\n  the prediction is {abs(off):.1%} {'above' if off > 0 else 'below'} what was measured"
 
 
 def what_would_fit(config: ModelConfig, training: Training, budget: float, ranks: int = 1) -> str:
@@ -139,15 +140,15 @@ def what_would_fit(config: ModelConfig, training: Training, budget: float, ranks
     """
     needed = training_memory(config, training)
     start = (
-        f"A step needs {amount(needed.peak)}, of which weights and the optimizer's state are "
-        f"{amount(needed.weights + needed.optimizer)}; there are {amount(budget)}."
+        f"A step needs {format_bytes(needed.peak)}, of which weights and the optimizer's state are "
+        f"{format_bytes(needed.weights + needed.optimizer)}; there are {format_bytes(budget)}."
     )
     if needed.peak * (1 + SPARE) <= budget:
         return f"{start} By this account it fits: something else holds memory, or it is in pieces too small to use."
     for way in sorted(ways(training), key=cost):
         memory = training_memory(config, way)
         if memory.peak * (1 + SPARE) <= budget:
-            return f"{start} This would fit, in about {amount(memory.peak)}: {options(training, way, ranks)}"
+            return f"{start} This would fit, in about {format_bytes(memory.peak)}: {options(training, way, ranks)}"
     return (
         f"{start} Nothing of this would fit: micro-batches of one text, --recompute blocks, --loss chunked. "
         "A smaller --context or network would need less."

@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from model.account import amount
+from model.account import format_bytes
 from model.flops import Flops
 
 SIZES = (256, 512, 1024, 2048, 4096, 8192)
@@ -89,7 +89,7 @@ def ending(
     lines = [
         f"speed    {tokens_per_s:,.0f} tokens/s · MFU {share:.1%}".replace("%", " %")
         + f" of the {operations_per_s(rate)} that this machine reaches in matrix products",
-        f"memory   {amount(size)} at its highest ({what})",
+        f"memory   {format_bytes(size)} at its highest ({what})",
     ]
     rest = total - sum(seconds.values())
     rows = seconds | ({"the rest": rest} if rest > 0 else {})

@@ -8,7 +8,7 @@ A checkpoint is a folder of safetensors and JSON; nothing in it can run code:
     optimizer.safetensors            every optimizer slot, by parameter name
     averages.safetensors, raw…       with --ema: the averages, and the weights they follow (model.safetensors has averages);
                                      of an adapter raw.safetensors is always there: all that is trained, as it is
-    what lay beside --init's weights chat template, generation_config.json, label files … (`model.folders.copy_beside`)
+    what lay beside --init's weights chat template, generation_config.json, label files … (`model.folders.copy_auxiliary_files`)
     state.json                       step, tokens, loss scale, best validation …
     manifest.json                    format version; size and SHA-256 of each file above
 

@@ -9,10 +9,10 @@ import model.hub
 from data.shell import command
 from data.tokenizer.base import load_tokenizer
 from model.config_json import base_of_adapter
-from model.finite import non_finite, not_computable, refuse_non_finite
-from model.folders import copy_beside, make_folder
+from model.finite import non_finite, non_finite_message, refuse_non_finite
+from model.folders import copy_auxiliary_files, make_folder
 from model.generation_config import read_generation_config
-from model.init import empty
+from model.init import empty_network
 from train.engine import FILES
 from train.runs.checkpoint import IN_PARTS, MANIFEST, CheckpointError, checkpoint_of
 from train.runs.sharded import Parts
@@ -36,20 +36,20 @@ def export(path: Path, out: Path) -> Path:
         for file in folder.iterdir():
             if file.is_file() and file.name not in {*FILES.values(), MANIFEST, "state.json"}:
                 shutil.copyfile(file, out / file.name)
-        copy_beside(folder, out)
+        copy_auxiliary_files(folder, out)
         return out
     stored = Parts(folder)
     kind = "averages" if any(name.startswith("averages.") for name in stored) else "weights"
     names = [name for name in stored if name.startswith("weights.")]
-    network = empty(model.hub.read_config(folder), dtype=stored[names[-1]].dtype)
+    network = empty_network(model.hub.read_config(folder), dtype=stored[names[-1]].dtype)
     network.generation = read_generation_config(folder, network.config).raw
     for name, parameter in network.named_parameters():
         there = f"{kind}.{name}" if f"{kind}.{name}" in stored.entries else f"weights.{name}"
         parameter.copy_(stored[there])
         if broken := non_finite(parameter):
-            raise CheckpointError(not_computable(folder, there, broken))
+            raise CheckpointError(non_finite_message(folder, there, broken))
     make_folder(out)
     model.hub.save(network, out)
     load_tokenizer(folder, network.config.vocab_size).save(out)
-    copy_beside(folder, out)
+    copy_auxiliary_files(folder, out)
     return out

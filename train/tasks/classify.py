@@ -192,7 +192,7 @@ class ClassifyTask(RecordTask):
 
     def _classes(self) -> str:
         """How often each class comes, and what it weighs."""
-        from model.account import columns
+        from model.account import align_columns
 
         train, held_out = len(self.data.train), self.baseline.texts
         rows = [("label", "trained on", "", "held out", "")]
@@ -205,7 +205,7 @@ class ClassifyTask(RecordTask):
         rest = len(self.labels) + 1 - len(rows)
         more = f"  and {rest} more, of {min(self.train_counts):,} to {max(self.train_counts):,} records each\n" if rest else ""
         what = "labels, any number a text" if self.settings.multi else "classes"
-        return f"labels   {len(self.labels)} {what}, in the column {self.settings.label!r}\n{columns(rows)}\n{more}"
+        return f"labels   {len(self.labels)} {what}, in the column {self.settings.label!r}\n{align_columns(rows)}\n{more}"
 
     def _shortened(self) -> str:
         """How many texts were too long; known when the epoch's lengths are."""
@@ -269,7 +269,7 @@ class ClassifyTask(RecordTask):
 
     def _confusion(self, scores: Scores) -> str:
         """True classes down, predicted ones across."""
-        from model.account import columns
+        from model.account import align_columns
 
         if "confusion" not in scores:
             return ""
@@ -277,7 +277,7 @@ class ClassifyTask(RecordTask):
         for name, counts, id in zip(self.labels, scores["confusion"], range(len(self.labels)), strict=True):
             recall = f"{counts[id] / sum(counts):.1%}" if sum(counts) else "–"
             rows.append((name, *(f"{count:,}" for count in counts), recall))
-        return f"\n{columns(rows)}"
+        return f"\n{align_columns(rows)}"
 
     def sample(self, network: "nn.Module", device: "torch.device") -> tuple[str, str]:
         from data.transforms.labels import label_names

@@ -102,13 +102,13 @@ class MaskedTask(TokenTask):
         """Every sixth token of a held-out opening is masked; what is guessed stands in brackets, beside what was there."""
         import torch
 
-        from model.decoding import evaluating
+        from model.decoding import eval_mode
 
         tokenizer, ids = self.tokenizer, self.opening(SAMPLE_TOKENS)[: self.config.network.context]
         places = [i for i in range(SAMPLE_EVERY // 2, len(ids), SAMPLE_EVERY) if ids[i] not in tokenizer.special_ids]
         masked = torch.tensor([ids], device=device)
         masked[0, places] = tokenizer.mask_id
-        with evaluating(network):
+        with eval_mode(network):
             guesses = network(masked).logits[0].argmax(-1).tolist()
         shown = b""  # put together from bytes: a character may need several tokens
         for place, there in enumerate(ids):

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lora.config import AdapterError
-from lora.inject import adapters, add_adapters, parts
+from lora.inject import add_adapters
+from lora.installed import adapters, parts
 from lora.lora import Lora
 
 Change = tuple[float, Tensor, Tensor]  # w s, A, B of one adapter in one layer

@@ -1,5 +1,8 @@
-"""What an adapter is told: one frozen dataclass a method, behind `python -m train --adapter METHOD --METHOD.FIELD …`.
-Standard library only."""
+"""Adapter settings: one frozen dataclass per method, behind `python -m train --adapter METHOD --METHOD.FIELD …`.
+
+A class registers itself in `CONFIGS` by its `method`, which is also the file that implements it: `lora.METHOD`.
+Standard library only.
+"""
 
 import math
 import re
@@ -8,16 +11,24 @@ from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 
 
 class AdapterError(ValueError):
-    """An adapter that cannot be made, put on a network, or read; the message names what is wrong and what there is."""
+    """An adapter cannot be built, added to a network, merged or read; the message names the value and the alternatives."""
 
 
-class Checked:
-    """Refuses values that no adapter can have; each message names the field and its value."""
+CONFIGS: dict[str, type] = {}  # method -> config class, in the order of their definition
+
+
+class MethodConfig:
+    """Base class of the configs: registers them, and refuses invalid values by field name and value (AdapterError)."""
 
     method: ClassVar[str]
-    mergeable: ClassVar[bool] = False  # whether what it does is a change of the layers' weights
-    LEAST: ClassVar[dict[str, float]] = {}  # field -> the smallest value that it may have
-    SHARES: ClassVar[tuple[str, ...]] = ()  # fields from 0 to below 1
+    mergeable: ClassVar[bool] = False  # the method changes the layers' weights, so that it can be merged into them
+    has_adapter_weight: ClassVar[bool] = False  # `lora.inject.activate` may multiply its change by a number
+    MINIMUM: ClassVar[dict[str, float]] = {}  # field -> smallest valid value
+    FRACTIONS: ClassVar[tuple[str, ...]] = ()  # fields with values from 0 to below 1
+
+    def __init_subclass__(cls) -> None:
+        if "method" in vars(cls):
+            CONFIGS[cls.method] = cls
 
     def __post_init__(self) -> None:
         known = {entry.name for entry in fields(self)}
@@ -26,10 +37,10 @@ class Checked:
             if name in known and get_origin(hint) is Literal and value not in get_args(hint):
                 raise AdapterError(f"{self.method}: {name}={value!r} must be one of {', '.join(get_args(hint))}")
             if name in known and hint is int and type(value) is not int:
-                raise AdapterError(f"{self.method}: {name}={value!r} must be a whole number")
+                raise AdapterError(f"{self.method}: {name}={value!r} must be an integer")
             if name in ("targets", "feedforward") and not (isinstance(value, str) and value):
                 raise AdapterError(f"{self.method}: {name}={value!r} must be one text, such as 'q_proj|v_proj'")
-        for name, least in self.LEAST.items():
+        for name, least in self.MINIMUM.items():
             value = getattr(self, name)
             if name in known and not (isinstance(value, int | float) and least <= value < math.inf):
                 raise AdapterError(f"{self.method}: {name}={value!r} must be a number, at least {least}")
@@ -41,74 +52,77 @@ class Checked:
                     raise AdapterError(f"{self.method}: {name}: {pattern!r} is not a regular expression: {error}") from None
                 if not (isinstance(value, int | float) and least <= value < math.inf):
                     raise AdapterError(f"{self.method}: {name}: {pattern!r} = {value!r} must be a number, at least {least}")
-        for name in self.SHARES:
+        for name in self.FRACTIONS:
             if name in known and not 0 <= getattr(self, name) < 1:
                 raise AdapterError(f"{self.method}: {name}={getattr(self, name)!r} must be at least 0 and below 1")
 
 
 @dataclass(frozen=True)
-class LoraConfig(Checked):
-    """W' = W + s B A, with A of r × I and B of O × r. Source: Hu et al. 2021, arXiv 2106.09685."""
+class LoraConfig(MethodConfig):
+    """Low-rank adaptation: W' = W + s B A, with A r × I and B O × r. Source: Hu et al. 2021, arXiv 2106.09685."""
 
     method: ClassVar[str] = "lora"
     mergeable: ClassVar[bool] = True
-    LEAST: ClassVar = {"r": 1, "alpha": 0, "b_lr_ratio": 0}
-    SHARES: ClassVar = ("dropout",)
+    has_adapter_weight: ClassVar[bool] = True
+    MINIMUM: ClassVar = {"r": 1, "alpha": 0, "b_lr_ratio": 0}
+    FRACTIONS: ClassVar = ("dropout",)
 
     r: int = 8
     """The rank."""
     alpha: float = 16.0
     """The update's scale: s = alpha / r."""
     targets: str = "all-linear"
-    """Which layers: all-linear, attention, query-value, or a regular expression that is searched in the layers' names, ours or
-    the family's published ones."""
+    """The layers to adapt: all-linear, attention, query-value, or a regular expression, searched in each layer's name (ours and
+    the family's published one)."""
     dropout: float = 0.0
-    """Of what A reads. (Above 0 a layer and its LoRA are no longer one operation: a slower step.)"""
+    """Dropout on the input of A. (Above 0 the layer and its LoRA are not fused: a slower step.)"""
     rank_stabilized: bool = False
     """rsLoRA: s = alpha / √r."""
     bias: Literal["none", "all", "adapted"] = "none"
-    """Which biases of the network are trained too: none, all, or those of the adapted layers."""
+    """The network's biases to train as well: none, all, or those of the adapted layers."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Another r for layers whose name ends so: a regular expression → r."""
+    """Regular expression → r, for layers whose name ends with a match."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """Another alpha, likewise."""
+    """Regular expression → alpha, likewise."""
     train_whole: tuple[str, ...] = ()
-    """Modules (regular expressions, as targets) that are trained whole, such as a new head."""
+    """Modules to train in full, such as a new head (PEFT's modules_to_save): regular expressions, as targets."""
     b_lr_ratio: float = 1.0
     """LoRA+: the learning rate of B, as a multiple of A's; 16 is the paper's. Source: Hayou et al. 2024, arXiv 2402.12354."""
 
 
 @dataclass(frozen=True)
 class DoraConfig(LoraConfig):
-    """W' = m (W + s B A) / ‖W + s B A‖, a norm an output row. Source: Liu et al. 2024, arXiv 2402.09353."""
+    """Weight-decomposed LoRA: W' = m (W + s B A) / ‖W + s B A‖, one norm per output row. Source: Liu et al. 2024, arXiv
+    2402.09353."""
 
     method: ClassVar[str] = "dora"
+    has_adapter_weight: ClassVar[bool] = False  # its norm is no linear function of the change
 
 
 @dataclass(frozen=True)
 class AdaloraConfig(LoraConfig):
-    """W' = W + s P Λ Q, whose ranks are shared out among the layers while it trains. Source: Zhang et al. 2023, 2303.10512."""
+    """Adaptive ranks: W' = W + s P Λ Q, ranks allocated to layers during training. Source: Zhang et al. 2023, 2303.10512."""
 
     method: ClassVar[str] = "adalora"
-    LEAST: ClassVar = LoraConfig.LEAST | {"initial_r": 1, "warmup": 0, "final": 0, "every": 1, "orthogonality": 0}
-    SHARES: ClassVar = ("dropout", "beta1", "beta2")
+    MINIMUM: ClassVar = LoraConfig.MINIMUM | {"initial_r": 1, "warmup": 0, "final": 0, "every": 1, "orthogonality": 0}
+    FRACTIONS: ClassVar = ("dropout", "beta1", "beta2")
 
     r: int = 8
-    """The mean rank of a layer at the end."""
+    """Mean rank per layer at the end."""
     alpha: float = 16.0
     """The update's scale: s = alpha / initial_r."""
     initial_r: int = 12
-    """The rank of every layer at the start."""
+    """Rank of every layer at the start."""
     warmup: float = 0.1
-    """Steps before ranks begin to go, as a fraction of all."""
+    """Steps before the ranks begin to shrink, as a fraction of all."""
     final: float = 0.3
-    """Steps at the end, in which ranks stay, as a fraction of all."""
+    """Steps at the end with constant ranks, as a fraction of all."""
     every: int = 10
     """Steps between two allocations."""
     beta1: float = 0.85
-    """Decay of the mean of the sensitivity."""
+    """Decay of the running mean of the sensitivity."""
     beta2: float = 0.85
-    """Decay of the mean of its uncertainty."""
+    """Decay of the running mean of its uncertainty."""
     orthogonality: float = 0.5
     """Weight of the penalty that keeps P and Q orthogonal."""
 
@@ -117,14 +131,14 @@ class AdaloraConfig(LoraConfig):
         if self.r > self.initial_r:
             raise AdapterError(f"adalora: r={self.r}, the mean rank at the end, is above initial_r={self.initial_r}")
         if self.warmup + self.final >= 1:
-            raise AdapterError(f"adalora: warmup={self.warmup} and final={self.final} leave no steps in which ranks can go")
+            raise AdapterError(f"adalora: warmup={self.warmup} and final={self.final} leave no steps in which ranks can shrink")
         for name in ("rank_stabilized", "rank_pattern", "alpha_pattern"):
             if getattr(self, name):
-                raise AdapterError(f"adalora: {name}={getattr(self, name)!r} has no meaning here: it shares ranks out itself")
+                raise AdapterError(f"adalora: {name}={getattr(self, name)!r} has no meaning here: it allocates ranks itself")
 
 
 @dataclass(frozen=True)
-class Ia3Config(Checked):
+class Ia3Config(MethodConfig):
     """Keys, values and the feed-forward's inner activations, each times a learned vector. Source: Liu et al. 2022,
     arXiv 2205.05638."""
 
@@ -132,32 +146,32 @@ class Ia3Config(Checked):
     mergeable: ClassVar[bool] = True
 
     targets: str = r"project\.(key|value|qkv)$|mlp\.down$"
-    """Which layers: as for lora."""
+    """The layers to adapt, as for lora."""
     feedforward: str = r"mlp\.down$"
-    """Which of them have their input scaled rather than their output: a regular expression."""
+    """Those among them whose input is scaled rather than their output: a regular expression."""
     train_whole: tuple[str, ...] = ()
-    """Modules that are trained whole."""
+    """Modules to train in full."""
 
 
 @dataclass(frozen=True)
-class AdapterConfig(Checked):
-    """A small feed-forward layer after a sublayer: y + f(y Wdownᵀ) Wupᵀ. Source: Houlsby et al. 2019, arXiv 1902.00751."""
+class AdapterConfig(MethodConfig):
+    """Bottleneck adapter after a sublayer: y + f(y Wdownᵀ) Wupᵀ. Source: Houlsby et al. 2019, arXiv 1902.00751."""
 
     method: ClassVar[str] = "adapter"
-    LEAST: ClassVar = {"width": 1}
-    SHARES: ClassVar = ("dropout",)
+    MINIMUM: ClassVar = {"width": 1}
+    FRACTIONS: ClassVar = ("dropout",)
 
     width: int = 16
-    """Of the bottleneck."""
+    """Width of the bottleneck."""
     placement: Literal["houlsby", "pfeiffer"] = "houlsby"
     """houlsby: after attention (also to an encoder) and after the feed-forward; pfeiffer: after the feed-forward alone
     (arXiv 2005.00247)."""
     activation: Literal["relu", "gelu", "gelu_tanh", "silu"] = "gelu"
-    """f."""
+    """The activation f."""
     dropout: float = 0.0
-    """Of the inner activations."""
+    """Dropout on the inner activations."""
     train_whole: tuple[str, ...] = ()
-    """Modules that are trained whole."""
+    """Modules to train in full."""
 
     @property
     def targets(self) -> str:
@@ -165,20 +179,20 @@ class AdapterConfig(Checked):
 
 
 @dataclass(frozen=True)
-class PromptConfig(Checked):
-    """Learned vectors before the embedded text. Source: Lester et al. 2021, arXiv 2104.08691."""
+class PromptConfig(MethodConfig):
+    """Prompt tuning: learned virtual tokens before the embedded text. Source: Lester et al. 2021, arXiv 2104.08691."""
 
     method: ClassVar[str] = "prompt"
-    LEAST: ClassVar = {"tokens": 1}
+    MINIMUM: ClassVar = {"tokens": 1}
 
     tokens: int = 20
-    """How many."""
+    """Number of virtual tokens."""
     text: str | None = None
-    """Start from the embeddings of this text, repeated or cut to `tokens`, rather than from random tokens' embeddings."""
+    """Initialize from the embeddings of this text, repeated or cut to `tokens`, instead of random tokens' embeddings."""
     ids: tuple[int, ...] = ()
-    """The same, of these token ids: what a tokenizer makes of a text."""
+    """The same, from token ids."""
     train_whole: tuple[str, ...] = ()
-    """Modules that are trained whole."""
+    """Modules to train in full."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -187,45 +201,30 @@ class PromptConfig(Checked):
 
 
 @dataclass(frozen=True)
-class PtuningConfig(Checked):
-    """Such vectors as a small network makes them from embeddings of its own. Source: Liu et al. 2021, arXiv 2103.10385."""
+class PtuningConfig(MethodConfig):
+    """P-tuning: virtual tokens that an MLP computes from embeddings of its own. Source: Liu et al. 2021, arXiv 2103.10385."""
 
     method: ClassVar[str] = "ptuning"
-    LEAST: ClassVar = {"tokens": 1, "width": 1}
+    MINIMUM: ClassVar = {"tokens": 1, "width": 1}
 
     tokens: int = 20
-    """How many."""
+    """Number of virtual tokens."""
     width: int = 128
-    """Of the hidden layers of the encoder, an MLP of three layers."""
+    """Width of the two hidden layers of the MLP."""
     train_whole: tuple[str, ...] = ()
-    """Modules that are trained whole."""
+    """Modules to train in full."""
 
 
 @dataclass(frozen=True)
-class PrefixConfig(Checked):
-    """Learned keys and values before each layer's own. Source: Li and Liang 2021, arXiv 2101.00190."""
+class PrefixConfig(MethodConfig):
+    """Prefix tuning: learned keys and values before each layer's own. Source: Li and Liang 2021, arXiv 2101.00190."""
 
     method: ClassVar[str] = "prefix"
-    LEAST: ClassVar = {"tokens": 1, "width": 0}
+    MINIMUM: ClassVar = {"tokens": 1, "width": 0}
 
     tokens: int = 20
-    """How many."""
+    """Number of virtual tokens."""
     width: int = 0
-    """Of the MLP that makes them from embeddings while training, as in the paper; 0: they are parameters themselves."""
+    """Width of the MLP that computes them from embeddings during training, as in the paper; 0: they are parameters."""
     train_whole: tuple[str, ...] = ()
-    """Modules that are trained whole."""
-
-
-CONFIGS: dict[str, type] = {
-    config.method: config
-    for config in (
-        LoraConfig,
-        DoraConfig,
-        AdaloraConfig,
-        Ia3Config,
-        AdapterConfig,
-        PromptConfig,
-        PtuningConfig,
-        PrefixConfig,
-    )
-}
+    """Modules to train in full."""

@@ -1,53 +1,74 @@
-"""A frozen layer with small trainable parts beside it."""
+"""A frozen layer with the parts of its adapters beside it.
+
+    Part             the parameters of one adapter at one layer
+    AdaptedLayer     `base`, frozen, and the parts; AdaptedHead: the same for a language head
+    ModulesToSave    a module of which each adapter trains a full copy
+"""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lora.config import AdapterError
+from lora.foreign import is_conv1d, weight_of
+from model.heads import LanguageHead
+from model.linear import Linear
 from model.stack import Output
+from quant.layer import QuantizedLinear
+from quant.linear import quantized_part
 
 
 class LayerName(NamedTuple):
-    """A layer's name: ours, and the family's published one."""
+    """A layer's name in this project, and the one that its family publishes."""
 
     name: str
     published: str
 
 
-class Part(nn.Module):
-    """What one adapter adds to one layer: it may change what the layer reads, and what it gives.
+class PeftName(NamedTuple):
+    """PEFT's name of one parameter of a part."""
 
-    `adapter_weight` is how much of it counts, where several adapters are active at once.
+    key: str  # after the module's name
+    has_output_rows: bool = False  # the first axis is the layer's output: rows of q and k are ordered as the layer's own
+    shape: tuple[int, ...] | None = None  # in the file, with one -1; None: as the parameter
+
+
+class Part(nn.Module):
+    """The parameters of one adapter at one layer. It may change the layer's input, its output, or both.
+
+    adapter_weight: the factor of its change, for a weighted sum of several active adapters.
     """
 
     adapter_weight: float = 1.0
+    PEFT_NAMES: ClassVar[dict[str, PeftName]] = {}  # parameter -> its name in an adapter's file
 
-    def reset_parameters(self, generator: torch.Generator) -> None:
-        """Fill the parameters with their first values, drawn on the CPU in float32 from the generator."""
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Initialize the parameters, drawn on the CPU in float32 from the generator (None: torch's global one)."""
         raise NotImplementedError
 
     def pre_forward(self, x: Tensor) -> Tensor:
-        """Before the layer: x, ... × I."""
+        """Change the layer's input x, ... × I."""
         return x
 
     def post_forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        """After it: x as it was read, y = base(x), ... × O."""
+        """Change the layer's output y = base(x), ... × O; x is the input after `pre_forward`."""
         return y
 
     def forward_with(self, x: Tensor, base: nn.Module) -> Tensor:
-        """The layer with this part alone beside it: where there is a faster way than one after the other, it stands here."""
+        """Compute the layer with this part alone; a method overrides it where one fused operation is faster."""
         x = self.pre_forward(x)
         return self.post_forward(x, base(x), base)
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The layer's own weight and bias as they must be to give the same without this part."""
-        raise NotImplementedError(f"{type(self).__name__} cannot be merged: it is not a change of the layer's weight")
+    def merge_into(self, weight_OI: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the weight and bias with which the layer alone computes the same as with this part."""
+        raise AdapterError(f"{type(self).__name__} cannot be merged: it is not a change of the layer's weight")
 
 
 class Holder(nn.Module):
-    """`parts`, one an adapter; those whose names are in `active` take part, in that order."""
+    """`parts`, one per adapter; those named in `active` are computed, in that order."""
 
     def __init__(self):
         super().__init__()
@@ -56,27 +77,27 @@ class Holder(nn.Module):
 
 
 class AdaptedLayer(Holder):
-    """`base`, frozen, and the parts beside it. Names of parameters: `….base.weight`, `….parts.default.A`."""
+    """`base`, frozen, and the parts beside it. Parameters are named `….base.weight`, `….parts.default.A`."""
 
     def __init__(self, base: nn.Module):
         super().__init__()
         self.base = base
-        self.restore_base: Callable[[], None] | None = None  # while merged: what puts the base back as it was
+        self.restore_base: Callable[[], None] | None = None  # while merged: undoes the merge
 
     @property
-    def merged(self) -> bool:
+    def is_merged(self) -> bool:
         return self.restore_base is not None
 
     def active_parts(self) -> list[Part]:
-        """The parts that are to be computed: none while they are merged into the base."""
-        return [self.parts[name] for name in self.active] if not self.merged else []
+        """The parts to compute: none while they are merged into the base."""
+        return [self.parts[name] for name in self.active] if not self.is_merged else []
 
     def forward(self, x: Tensor) -> Tensor:
         parts = self.active_parts()
         if len(parts) == 1:
             return parts[0].forward_with(x, self.base)
         inputs = []
-        for part in reversed(parts):  # (IA)³, then LoRA: LoRA stands around both, as when they are merged in turn
+        for part in reversed(parts):  # the last part is the outermost, as when parts are merged in turn
             x = part.pre_forward(x)
             inputs.append(x)
         y = self.base(x)
@@ -84,15 +105,71 @@ class AdaptedLayer(Holder):
             y = part.post_forward(inputs.pop(), y, self.base)
         return y
 
+    def merged(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (O × I; of an embedding V × D) and bias of a layer that computes the same, dropout aside.
+
+        A quantized weight is dequantized, and the sum is in float32 or wider.
+        """
+        base, bias = self.base, getattr(self.base, "bias", None)
+        packed = quantized_part(base)
+        if packed is None and not base.weight.is_floating_point():
+            raise AdapterError(f"a {type(base).__name__} with a weight of {base.weight.dtype} cannot be merged into")
+        wide = torch.promote_types(base.weight.dtype, torch.float32) if packed is not None else None
+        weight = weight_of(base, wide)
+        for part in self.active_parts():
+            weight, bias = part.merge_into(weight, bias)
+        return weight, bias
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the active parts to the base's weight and bias. `unmerge` restores both bit for bit.
+
+        A quantized base gets its weight dequantized, in the format that it had before it was quantized. Errors (AdapterError):
+        a part that cannot be merged; a sum that is not finite.
+        """
+        if self.is_merged:
+            raise AdapterError("adapters are merged already")
+        base, dtype, packed = self.base, self.base.weight.dtype, quantized_part(self.base)
+        weight, bias = self.merged()
+        weight = weight.to(dtype)
+        if not all(bool(value.isfinite().all()) for value in (weight, bias) if value is not None):
+            raise AdapterError(f"the merged weight is not finite in {dtype}")
+        if packed is None:
+            own = getattr(base, "bias", None)
+            self.restore_base = partial(set_weight, base, base.weight.data, None if own is None else own.data)
+            set_weight(base, weight.data.T if is_conv1d(base) else weight.data, None if bias is None else bias.data)
+        elif isinstance(base, LanguageHead):
+            self.restore_base = partial(base.pack, packed)
+            base.packed, base.weight = None, nn.Parameter(weight, requires_grad=False)
+        else:
+            self.restore_base = partial(setattr, self, "base", base)
+            self.base = dequantized_linear(base, weight, bias)
+
+    def unmerge(self) -> None:
+        """Restore the base's weight and bias as they were before `merge`; nothing to do where they are not merged."""
+        if self.restore_base is not None:
+            self.restore_base()
+            self.restore_base = None
+
+    @property
+    def weight(self) -> Tensor:
+        """`merged()`'s weight, for modules that read it instead of calling the layer (`nn.MultiheadAttention`, HF's T5)."""
+        weight = self.merged()[0] if self.active_parts() else weight_of(self.base)
+        return weight.T if is_conv1d(self.base) else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.merged()[1] if self.active_parts() else getattr(self.base, "bias", None)
+
 
 class AdaptedHead(AdaptedLayer):
-    """A language head: a loss may ask for `features`, `weight` and `bias` instead of logits, so a low-rank part widens the two:
-    logits = [f, s drop(f) Aᵀ] [W, B]ᵀ."""
+    """A language head. A loss may read `features`, `weight` and `bias` instead of logits; a low-rank part extends the first
+    two: logits = [f, s drop(f) Aᵀ] [W, B]ᵀ."""
 
     def features(self, hidden: Tensor) -> Tensor:
         features = self.base.transform(hidden)
-        more = (part.low_rank_features(features) for part in self.active_parts())
-        return torch.cat((self.base.rounded(features), *more), dim=-1)
+        low_rank = (part.low_rank_features(features) for part in self.active_parts())
+        return torch.cat((self.base.rounded(features), *low_rank), dim=-1)
 
     @property
     def weight(self) -> Tensor:
@@ -115,13 +192,15 @@ class AdaptedHead(AdaptedLayer):
 
 
 class ModulesToSave(Holder):
-    """A module of which each adapter trains a copy of its own, its part; the one that is active stands in for it. (Of two at a
-    time none could: `lora.inject.activate` refuses that, and shares.)"""
+    """A module of which each adapter trains a full copy, its part, as PEFT's `modules_to_save`; the active copy replaces it.
+
+    `lora.inject.activate` refuses two active copies, and a weight other than 1.
+    """
 
     def __init__(self, base: nn.Module):
         super().__init__()
         self.base = base
-        self.merged = False  # then the active copy stays when adapters are taken off
+        self.is_merged = False  # then the active copy stays when adapters are removed
 
     @property
     def active_module(self) -> nn.Module:
@@ -131,11 +210,25 @@ class ModulesToSave(Holder):
         return self.active_module(*inputs, **options)
 
     def __getattr__(self, name: str):
-        """What a head offers beside `forward`: the current one's."""
+        """Attributes of the active module, such as a head's `features`."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.active_module, name)
+
+
+def set_weight(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+    layer.weight.data = weight
+    if bias is not None:
+        layer.bias.data = bias
+
+
+def dequantized_linear(layer: QuantizedLinear, weight: Tensor, bias: Tensor | None) -> Linear:
+    """Build an ordinary linear layer to replace a quantized one."""
+    new = Linear(layer.in_features, layer.out_features, bias is not None, device="meta")
+    new.weight = nn.Parameter(weight, requires_grad=False)
+    new.bias = None if bias is None else nn.Parameter(bias.data, requires_grad=False)
+    return new.train(layer.training)
 
 
 Place, Whole = LayerName, ModulesToSave  # their names of before, for one version

@@ -1,40 +1,35 @@
-"""LoRA: a frozen matrix and a low-rank change of it beside it.
+"""LoRA: a frozen linear layer and a trainable low-rank change of its weight.
 
-W' = W + s B A with s = α / r, or α / √r where it is rank-stabilized. A begins uniform in ±1/√I (Kaiming), B at zero: at the
-start the network is, bit for bit, what it was.
-Source: Hu et al. 2021, arXiv 2106.09685, section 4.1; Kalajdzievski 2023, arXiv 2312.03732 (rsLoRA). The paper's A begins
-normal; uniform is what its authors' code and PEFT do. As in PEFT, dropout is on what A reads, and an embedding's A begins at
-zero, its B normal.
+    y = W x + b + s B A drop(x),  s = α / r        A: R × I,  B: O × R
 
-`forward_with` is taken where one part stands alone, `pre_forward` and `post_forward` where there are several; a loss that reads
-a head without its logits takes `low_rank_features` and `extended_weight`.
+With rank stabilization s = α / √r. A is initialized uniform in ±1/√I (Kaiming), B to zero, so that at first the network
+computes bit for bit what it did. Source: Hu et al. 2021, arXiv 2106.09685, section 4.1; Kalajdzievski 2023, arXiv 2312.03732
+(rsLoRA). The paper draws A from a normal distribution; uniform is what its authors' code and PEFT do. Dropout on A's input, and
+an embedding's A = 0 with a normal B, follow PEFT.
 """
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora.config import AdapterError, LoraConfig
-from lora.fused import lora_linear
-from lora.layer import LayerName, Part
+from lora.foreign import in_out, is_linear
+from lora.fused import fusible, lora_linear
+from lora.layer import AdaptedLayer, LayerName, Part, PeftName
+from lora.methods import layer_method
 from lora.targets import by_pattern
-from model.linear import Linear
-from model.mlp import DownProjection
-from quant.layer import QuantizedLinear
-
-# what they give is a product of x, in the weight's format, and no more
-PLAIN = (nn.Linear, Linear, DownProjection, QuantizedLinear)
 
 
-def lora_reference(x: Tensor, y: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
-    """y + s · (x Aᵀ) Bᵀ: what the others are compared with."""
-    return y + scale * (x @ A_RI.T) @ B_OR.T
+def lora_reference(x: Tensor, W_OI: Tensor, b_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
+    """y = x Wᵀ + b + s (x Aᵀ) Bᵀ: the plain twin of every other form. x: ... × I, in any dtype."""
+    return F.linear(x, W_OI, b_O) + scale * (x @ A_RI.T) @ B_OR.T
 
 
-def add_low_rank(x: Tensor, y: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
-    """The same; the scaled product is added to y while it is made, rather than in two more passes over ... × O."""
+def add_low_rank(y: Tensor, x: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
+    """y + s (x Aᵀ) Bᵀ, the product added to y as it is computed: two passes over ... × O fewer."""
     h = F.linear(x.to(A_RI.dtype), A_RI)
     if y.dtype != h.dtype and not torch.is_autocast_enabled(y.device.type):  # float32 adapters on a 16-bit base
         return y + (scale * F.linear(h, B_OR)).to(y.dtype)
@@ -42,54 +37,75 @@ def add_low_rank(x: Tensor, y: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float)
 
 
 class Lora(Part):
-    """Beside a linear layer. A: R × I, B: O × R."""
+    """A and B beside a linear layer."""
 
-    def __init__(self, base: nn.Linear, config: LoraConfig, rank: int, alpha: float):
+    PEFT_NAMES: ClassVar = {"A": PeftName("lora_A.weight"), "B": PeftName("lora_B.weight", has_output_rows=True)}
+
+    def __init__(self, base: nn.Module, config: LoraConfig, rank: int, alpha: float):
         super().__init__()
-        self.A = nn.Parameter(torch.empty(rank, base.in_features))
-        self.B = nn.Parameter(torch.empty(base.out_features, rank))
-        self.rank, self.scale = rank, scaling(config, rank, alpha)
-        self.dropout = config.dropout
+        ins, outs = in_out(base)
+        self.A = nn.Parameter(torch.empty(rank, ins))
+        self.B = nn.Parameter(torch.empty(outs, rank))
+        self.rank, self.scale, self.dropout = rank, scaling(config, rank, alpha), config.dropout
 
-    def reset_parameters(self, generator: torch.Generator) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         bound = 1 / math.sqrt(self.A.size(1))
         self.A.data.copy_(torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator))
         self.B.data.zero_()
 
+    def forward_with(self, x: Tensor, base: nn.Module) -> Tensor:
+        """y = W x + b + s B A drop(x)."""
+        return self.post_forward(x, base(x), base)
+
+    def post_forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        """y + s B A drop(x), where y = W x + b, or what another adapter has made of it."""
+        return add_low_rank(y, self.drop(x), self.A, self.B, self.s)
+
+    @property
+    def s(self) -> float:
+        """α / r (or α / √r), times the adapter's weight where several adapters are summed."""
+        return self.adapter_weight * self.scale
+
     def drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
 
-    def post_forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        return add_low_rank(self.drop(x), y, self.A, self.B, self.adapter_weight * self.scale)
-
     def delta(self) -> Tensor:
         """s B A: O × I."""
-        return self.adapter_weight * self.scale * (self.B @ self.A)
+        return self.s * (self.B @ self.A)
 
-    def merged(self, weight_OI: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merge_into(self, weight_OI: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """W + s B A, added in the wider of the two formats, in the weight's format."""
         return (weight_OI + self.delta()).to(weight_OI.dtype), bias_O
 
+    # A loss that reads a head without its logits: [f, s drop(f) Aᵀ] [W, B]ᵀ (`lora.layer.AdaptedHead`)
+
     def low_rank_features(self, features: Tensor) -> Tensor:
+        """s drop(f) Aᵀ: ... × R."""
         h = F.linear(self.drop(features).to(self.A.dtype), self.A)
-        return (self.adapter_weight * self.scale * h).to(features.dtype)
+        return (self.s * h).to(features.dtype)
 
     def extended_weight(self, weight_VD: Tensor) -> Tensor:
+        """[W, B]: V × (D + R)."""
         return torch.cat((weight_VD, self.B.to(weight_VD.dtype)), dim=-1)
 
 
 class FusedLora(Lora):
-    """The same in one operation with the layer, where nothing else is there: no other part, no dropout, no format of the
-    layer's own. A class of its own, for a method that builds on `Lora` and changes `post_forward` must not get it."""
+    """LoRA as one operation with its layer (`lora.fused`), where the layer allows it and no dropout is active.
+
+    A class of its own: a method that subclasses `Lora` and overrides `post_forward` must not inherit the fused form.
+    """
 
     def forward_with(self, x: Tensor, base: nn.Module) -> Tensor:
-        if type(base) not in PLAIN or (self.dropout and self.training) or getattr(base, "compute", None) is not None:
+        """y = W x + b + s B A drop(x), fused."""
+        if not fusible(base) or (self.dropout and self.training):
             return super().forward_with(x, base)
-        return lora_linear(x, base.weight, base.bias, self.A, self.B, self.adapter_weight * self.scale)
+        return lora_linear(x, base.weight, base.bias, self.A, self.B, self.s)
 
 
 class EmbeddingLora(Lora):
-    """Beside an embedding. A: R × V, a column for each word; B: D × R. Ids cannot be dropped: there is no dropout."""
+    """A and B beside an embedding: y = E[x] + s (B A)ᵀ[x]. A: R × V, one column per token; B: D × R. No dropout on ids."""
+
+    PEFT_NAMES: ClassVar = {"A": PeftName("lora_embedding_A"), "B": PeftName("lora_embedding_B")}
 
     def __init__(self, base: nn.Embedding, config: LoraConfig, rank: int, alpha: float):
         Part.__init__(self)
@@ -97,30 +113,84 @@ class EmbeddingLora(Lora):
         self.B = nn.Parameter(torch.empty(base.embedding_dim, rank))
         self.rank, self.scale, self.dropout = rank, scaling(config, rank, alpha), 0.0
 
-    def reset_parameters(self, generator: torch.Generator) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         self.A.data.zero_()
         self.B.data.copy_(torch.empty(self.B.shape).normal_(generator=generator))
 
     def post_forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        return y + (self.adapter_weight * self.scale * F.embedding(x, self.A.T) @ self.B.T).to(y.dtype)
+        return y + (self.s * F.embedding(x, self.A.T) @ self.B.T).to(y.dtype)
 
     def delta(self) -> Tensor:
-        return self.adapter_weight * self.scale * (self.B @ self.A).T  # V × D
+        """s (B A)ᵀ: V × D."""
+        return self.s * (self.B @ self.A).T
+
+
+class LoraLinear(AdaptedLayer):
+    """A linear layer with LoRA, to be used by itself: y = W x + b + s B A drop(x), s = α / r, or α / √r if `rank_stabilized`.
+
+    W and b are frozen; A (R × I) and B (O × R) are trained, in float32, or float64 beside a float64 weight. B = 0 at first, so
+    that y = W x + b. x may have any leading axes. `merge()` adds s B A to W and `unmerge()` restores W bit for bit.
+    `lora.inject.add_adapters` puts the same pair, an `AdaptedLayer` and its `FusedLora`, in place of each layer of a network.
+
+    linear: nn.Linear, transformers' Conv1D, or a quantized layer of `quant`. generator: of A's initial values.
+    Errors (AdapterError): r < 1, a dropout outside [0, 1), a layer that is not linear.
+
+    >>> layer = LoraLinear(nn.Linear(6, 4), r=2, alpha=4.0)
+    >>> [(name, tuple(value.shape)) for name, value in layer.named_parameters() if value.requires_grad]
+    [('parts.default.A', (2, 6)), ('parts.default.B', (4, 2))]
+    >>> x = torch.randn(3, 6)
+    >>> torch.equal(layer(x), layer.base(x))
+    True
+    """
+
+    def __init__(
+        self,
+        linear: nn.Module,
+        r: int = 8,
+        alpha: float = 16.0,
+        *,
+        dropout: float = 0.0,
+        rank_stabilized: bool = False,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__(linear.requires_grad_(False))
+        if not is_linear(linear):
+            raise AdapterError(f"LoraLinear: a linear layer is expected, not a {type(linear).__name__}")
+        config = LoraConfig(r=r, alpha=alpha, dropout=dropout, rank_stabilized=rank_stabilized)
+        lora = FusedLora(linear, config, r, alpha)
+        lora.reset_parameters(generator)
+        wide = torch.float64 if linear.weight.dtype == torch.float64 else torch.float32
+        self.parts["default"] = lora.to(linear.weight.device, wide)
+        self.active = ("default",)
+
+    @property
+    def lora(self) -> Lora:
+        return self.parts["default"]
+
+    @property
+    def A(self) -> nn.Parameter:
+        return self.lora.A
+
+    @property
+    def B(self) -> nn.Parameter:
+        return self.lora.B
 
 
 def scaling(config: LoraConfig, rank: int, alpha: float) -> float:
-    """
+    """Return α / r, or α / √r if rank-stabilized.
+
     >>> scaling(LoraConfig(alpha=16), 4, 16), scaling(LoraConfig(rank_stabilized=True), 4, 16)
     (4.0, 8.0)
     """
     return alpha / math.sqrt(rank) if config.rank_stabilized else alpha / rank
 
 
-def lora(base: nn.Module, config: LoraConfig, place: LayerName) -> Lora:
-    """The part for a layer of this kind."""
-    rank, alpha = by_pattern(config.rank_pattern, place, config.r), by_pattern(config.alpha_pattern, place, config.alpha)
+@layer_method(LoraConfig)
+def lora(base: nn.Module, config: LoraConfig, name: LayerName) -> Lora:
+    """Build the part for a linear layer or an embedding, with its own rank and alpha where a pattern matches its name."""
+    rank, alpha = by_pattern(config.rank_pattern, name, config.r), by_pattern(config.alpha_pattern, name, config.alpha)
     if isinstance(base, nn.Embedding):
         return EmbeddingLora(base, config, rank, alpha)
-    if hasattr(base, "in_features"):
+    if is_linear(base):
         return FusedLora(base, config, rank, alpha)
-    raise AdapterError(f"{place.name}: LoRA has no form for a {type(base).__name__}: linear layers and embeddings have one")
+    raise AdapterError(f"{name.name}: LoRA has no form for a {type(base).__name__}: linear layers and embeddings have one")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lora.base_weights import Base
 from lora.config import AdapterError
-from lora.inject import holders
+from lora.installed import holders
 from lora.layer import AdaptedLayer, Holder, ModulesToSave, Part
 from lora.peft_names import Entry, plain
 from lora.peft_read import Read
@@ -61,7 +61,7 @@ class Merged:
             if not isinstance(holder, AdaptedLayer | ModulesToSave):
                 raise AdapterError("a prompt or prefix is no change of weights: it cannot be merged")
             for part in holder.parts.values():
-                if isinstance(part, Part) and type(part).merged is Part.merged:
+                if isinstance(part, Part) and type(part).merge_into is Part.merge_into:
                     raise AdapterError(f"{path}: a {type(part).__name__.lower()} is no change of weights: it cannot be merged")
         self.filled = {id(places[key].parameter) for key in read.keys}
         own = {plain(path): value for path, value in network.named_parameters() if ".parts." not in path}
@@ -136,7 +136,7 @@ class Merged:
             layer.base.bias = nn.Parameter(bias, requires_grad=False)
         try:
             for part in layer.active_parts():
-                weight, bias = part.merged(weight, bias)
+                weight, bias = part.merge_into(weight, bias)
                 used += part.parameters()
         finally:
             layer.base.weight = own[0]

@@ -22,9 +22,9 @@ from lora.config import (
     PrefixConfig,
     PromptConfig,
 )
-from lora.inject import adapters, parts
+from lora.installed import adapters, parts
 from lora.layer import LayerName
-from lora.methods import VIRTUAL_TOKEN_METHODS
+from lora.methods import uses_virtual_tokens
 from lora.peft_names import CLASSIFIER_MODULES, CLASSIFIERS, Entry, endings, linear_modules, plain
 from lora.targets import by_pattern
 from model.weights import weight_table
@@ -205,7 +205,7 @@ def write_config(network: nn.Module, name: str, base: str | None, entries: dict[
     two_stacks = network.config.architecture == "encoder-decoder"
     if two_stacks and (kind == "PREFIX_TUNING" or "body.embedding" in adapted):
         kind = OURS + kind  # PEFT computes another thing: see `refuse_what_peft_ignores`; of a prefix it reads another layer's
-    elif config.method in VIRTUAL_TOKEN_METHODS and (task_type is None or (two_stacks and task_type in TASKS.values())):
+    elif uses_virtual_tokens(config) and (task_type is None or (two_stacks and task_type in TASKS.values())):
         kind = OURS + kind  # PEFT has no class for the head, and its general one leaves out what stands before the text
     inside = [module for module in whole if f"{module}.".startswith(CLASSIFIER_MODULES)]  # all of them: `whole_head`
     saved = [*endings(whole - {"", *inside}, known), *sorted({module.partition(".")[0] for module in inside})]

@@ -22,7 +22,7 @@ from torch import nn
 import model.hub
 from lora.base import read_base, write_base
 from lora.config import AdapterError
-from lora.inject import adapters
+from lora.installed import adapters
 from lora.peft_config import write_config
 from lora.peft_load import CONFIG, TENSORS, put, read_json, tensor_file
 from lora.peft_names import entries, whole_head

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from lora.base import check_base, read_base
 from lora.config import AdapterError
-from lora.inject import active_adapters, adapters, add_adapters, biases, discard_adapter, holders, parts, trains_biases
+from lora.inject import add_adapters, discard_adapter
+from lora.installed import active_adapters, adapters, holders, parts, trained_biases, trains_biases
 from lora.peft_config import Layers, meant, read_config, refuse_unknown, refuse_what_peft_ignores
 from lora.peft_names import BEFORE, Entry, bias_key, entries, exactly, linear_modules, plain
 from lora.peft_read import VOCABULARY, Copy, Read, read_keys, ties
-from lora.targets import adaptable
+from lora.targets import adaptable_layers
 from lora.vocabulary import first_rows, refuse_unknown_rows, resized_weights, same_change, tensor, vocabulary_of
 from model.finite import non_finite, non_finite_message
 from model.safetensors_file import WeightFile
@@ -144,7 +145,7 @@ def understood(network: nn.Module, given: dict, file: WeightFile, base: "Own") -
 
 def layers_of(network: nn.Module, read: Read) -> Layers:
     """Regular expressions for exactly the modules that the tensors name."""
-    every = adaptable(network)
+    every = adaptable_layers(network)
     whole = {module for module in read.whole if not any(module.startswith(f"{other}.") for other in read.whole)}
     if strange := sorted(whole - set(every)):
         raise AdapterError(f"modules_to_save: only linear layers and embeddings can be trained whole here, not {strange[0]}")
@@ -178,7 +179,7 @@ def inside(module: str, others: Collection[str]) -> bool:
 def make_real(network: nn.Module, name: str) -> None:
     for part in parts(network, name).values():
         part.to_empty(device="cpu")
-    for path in biases(network, name) if trains_biases(adapters(network)[name]) else ():
+    for path in trained_biases(network, name) if trains_biases(adapters(network)[name]) else ():
         owner, empty = network.get_submodule(path.rpartition(".")[0]), network.get_parameter(path)
         owner.bias = nn.Parameter(torch.empty_like(empty, device="cpu"))
 

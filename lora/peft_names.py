@@ -11,24 +11,19 @@ PEFT has no bottleneck adapters: `adapter_down.weight` and its like are ours.
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lora.adalora import Adalora
-from lora.adapter import Adapter
 from lora.config import AdapterError
-from lora.dora import Dora, EmbeddingDora
-from lora.ia3 import ScaledInput, ScaledOutput
-from lora.inject import adapters, biases, holders, trains_biases
-from lora.layer import AdaptedLayer, ModulesToSave, Part
-from lora.lora import EmbeddingLora, Lora
-from lora.methods import VIRTUAL_TOKEN_METHODS
-from lora.prefix import Prefix
+from lora.installed import adapters, holders, trained_biases, trains_biases
+from lora.layer import AdaptedLayer, ModulesToSave, Part, PeftName
+from lora.methods import load_methods, uses_virtual_tokens
 from lora.prompt import VirtualTokenAdapters
-from lora.targets import adaptable
+from lora.targets import adaptable_layers
 from model.config import ModelConfig
 from model.rope import interleaved_to_halves
 from model.weights import Weight, published_names, published_shape, to_published, weight_table
@@ -36,37 +31,21 @@ from model.weights import Weight, published_names, published_shape, to_published
 PREFIX, PREFIX_BEFORE = "base_model.model.", "base_model."  # of the network's own names: a prompt has no tuner around it
 
 
-@dataclass(frozen=True)
-class Leaf:
-    """One parameter of a part."""
-
-    key: str  # after its module's name
-    rows: bool = False  # its first axis is the layer's output, so that rows of q and k lie as theirs do
-    shape: tuple[int, ...] | None = None  # in the file, -1 for all there is; None: ours
-
-
-LOW_RANK = {"A": Leaf("lora_A.weight"), "B": Leaf("lora_B.weight", rows=True)}
-LOW_RANK_OF_ROWS = {"A": Leaf("lora_embedding_A"), "B": Leaf("lora_embedding_B")}
-MAGNITUDE = {"magnitude": Leaf("lora_magnitude_vector", rows=True)}
-LEAVES: dict[type[Part], dict[str, Leaf]] = {  # a class without an entry of its own has its nearest ancestor's
-    Lora: LOW_RANK,
-    EmbeddingLora: LOW_RANK_OF_ROWS,
-    Dora: LOW_RANK | MAGNITUDE,
-    EmbeddingDora: LOW_RANK_OF_ROWS | MAGNITUDE,
-    Adalora: {"A": Leaf("lora_A"), "E": Leaf("lora_E"), "B": Leaf("lora_B", rows=True)},
-    ScaledInput: {"scale_I": Leaf("ia3_l", shape=(1, -1))},
-    ScaledOutput: {"scale_O": Leaf("ia3_l", rows=True, shape=(-1, 1))},
-    Adapter: {
-        "down": Leaf("adapter_down.weight"),
-        "down_bias": Leaf("adapter_down.bias"),
-        "up": Leaf("adapter_up.weight"),
-        "up_bias": Leaf("adapter_up.bias"),
-    },
-}
 BEFORE = "prompt_embeddings"
 CLASSIFIERS = ("sequence", "token", "qa")
 CLASSIFIER_MODULES = ("classifier.", "score.", "qa_outputs.")  # what PEFT trains whole, asked or not, where its task says so
-KEYS = sorted({leaf.key for leaves in LEAVES.values() for leaf in leaves.values()}, key=len, reverse=True)
+
+
+@cache
+def peft_keys() -> list[str]:
+    """Return PEFT's names of every method's parameters, the longest first."""
+    load_methods()
+    kinds, found = [Part], set()
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        found |= {name.key for name in kind.PEFT_NAMES.values()}
+    return sorted(found, key=lambda key: (-len(key), key))
 
 
 class Entry(NamedTuple):
@@ -104,7 +83,7 @@ def plain(path: str) -> str:
 def entries(network: nn.Module, name: str) -> dict[str, Entry]:
     """PEFT's key -> where it belongs, for all that the adapter `name` has on this network."""
     table, found = weight_table(network.config), {}
-    prefix = prefix_of(adapters(network)[name].method)
+    prefix = prefix_of(adapters(network)[name])
     for path, holder in holders(network).items():
         if name not in holder.parts:
             continue
@@ -115,16 +94,16 @@ def entries(network: nn.Module, name: str) -> dict[str, Entry]:
                 shape = published_shape(row, tuple(parameter.shape))
                 found[prefix + row.published] = Entry(parameter, row, shape, whole=True)
         elif isinstance(holder, VirtualTokenAdapters):
-            value = before_the_text(part)
+            value = part.table()
             found[BEFORE] = Entry(value, None, tuple(value.shape))
         else:
             row = table[f"{ours}.weight"]
             for leaf, parameter in part.named_parameters():
-                rule = leaves(part)[leaf]
-                own = replace(row, layout="interleaved" if rule.rows and row.layout == "interleaved" else "")
+                rule = peft_names(part)[leaf]
+                own = replace(row, layout="interleaved" if rule.has_output_rows and row.layout == "interleaved" else "")
                 shape = tuple(parameter.shape if rule.shape is None else parameter.view(rule.shape).shape)
                 found[f"{PREFIX}{module_of(row)}.{rule.key}"] = Entry(parameter, own, shape)
-    for path in biases(network, name) if trains_biases(adapters(network)[name]) else ():
+    for path in trained_biases(network, name) if trains_biases(adapters(network)[name]) else ():
         holder = network.get_submodule(path.removesuffix(".bias").removesuffix(".base"))
         saved = (place for place, other in holders(network).items() if isinstance(other, ModulesToSave))
         if not any(path.startswith(f"{place}.base.") for place in saved):
@@ -134,8 +113,8 @@ def entries(network: nn.Module, name: str) -> dict[str, Entry]:
     return found
 
 
-def prefix_of(method: str) -> str:
-    return PREFIX_BEFORE if method in VIRTUAL_TOKEN_METHODS else PREFIX
+def prefix_of(config: object) -> str:
+    return PREFIX_BEFORE if uses_virtual_tokens(config) else PREFIX
 
 
 def whole_head(network: nn.Module, name: str) -> dict[str, Entry]:
@@ -145,7 +124,7 @@ def whole_head(network: nn.Module, name: str) -> dict[str, Entry]:
     before the text: such an adapter is written without a task.
     """
     config, table = network.config, weight_table(network.config)
-    prefix = prefix_of(adapters(network)[name].method)
+    prefix = prefix_of(adapters(network)[name])
     own = (holder for path, holder in holders(network).items() if path.startswith("head") and name in holder.parts)
     is_saved = any(isinstance(holder, ModulesToSave) for holder in own)
     if config.head not in CLASSIFIERS or not (prefix == PREFIX_BEFORE or is_saved):
@@ -165,18 +144,10 @@ def bias_key(config: ModelConfig, bias: str) -> str:
     return f"{PREFIX}{module_of(matrix)}.base_layer.bias" if known else PREFIX + table[bias].published
 
 
-def leaves(part: Part) -> dict[str, Leaf]:
-    kind = next((kind for kind in type(part).__mro__ if kind in LEAVES), None)
-    if kind is None:
+def peft_names(part: Part) -> dict[str, PeftName]:
+    if not part.PEFT_NAMES:
         raise AdapterError(f"a {type(part).__name__} has no name in an adapter's file")
-    return LEAVES[kind]
-
-
-def before_the_text(part: Part) -> Tensor:
-    """What the part gives, as one table of P rows; of what made it nothing is kept, as in PEFT."""
-    if isinstance(part, Prefix):
-        return part.embedding if isinstance(part.mlp, nn.Identity) else part.mlp(part.embedding)
-    return part()
+    return part.PEFT_NAMES
 
 
 def module_of(row: Weight) -> str:
@@ -186,7 +157,7 @@ def module_of(row: Weight) -> str:
 def linear_modules(network: nn.Module) -> dict[str, str]:
     """Published module -> ours, of all layers that PEFT and `lora` can put something beside."""
     table = weight_table(network.config)
-    return {module_of(table[f"{path}.weight"]): path for path in adaptable(network) if f"{path}.weight" in table}
+    return {module_of(table[f"{path}.weight"]): path for path in adaptable_layers(network) if f"{path}.weight" in table}
 
 
 # ---- which modules, as short as it can be said

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from torch import nn
 
 from lora.config import AdapterError
-from lora.peft_names import BEFORE, KEYS, PREFIX, PREFIX_BEFORE, bias_key, module_of
+from lora.peft_names import BEFORE, PREFIX, PREFIX_BEFORE, bias_key, module_of, peft_keys
 from model.config import ModelConfig, load_family
 from model.heads import is_tied
 from model.safetensors_file import WeightFile
@@ -95,7 +95,7 @@ def read_keys(network: nn.Module, file: WeightFile, given: Mapping) -> Read:
             read.keep(BEFORE, there)
             continue
         inner = there.removeprefix(own)
-        ending = next((key for key in KEYS if inner.endswith(f".{key}")), None)
+        ending = next((key for key in peft_keys() if inner.endswith(f".{key}")), None)
         # a part beside one end of a tied matrix is none beside the other
         row = weight(inner.removesuffix(ending) + "weight", {}) if ending is not None else None
         if row is not None:
@@ -163,7 +163,7 @@ def of_another_head(config: ModelConfig, left: Iterable[str], own: str) -> str:
     modules = [WRAPPED.sub("", there.removeprefix(own)) for there in left]
     for head in load_family(config.family).HEADS:
         names = published_names(config.replace(head=head))
-        endings = {name: next((key for key in KEYS if name.endswith(f".{key}")), "") for name in modules}
+        endings = {name: next((key for key in peft_keys() if name.endswith(f".{key}")), "") for name in modules}
         if all(names.knows(name.removesuffix(end) + "weight" if end else name) for name, end in endings.items()):
             labels = " --labels N" if head in ("sequence", "token") else ""
             return f"; they are of the head {head!r}: --head {head}{labels} (head=…, labels=…)"

@@ -1,10 +1,10 @@
-"""P-tuning: vectors before the embedded text, as in prompt tuning, made by a small network from embeddings of its own.
+"""P-tuning: virtual tokens before the embedded text, as in prompt tuning, computed by an MLP from embeddings of its own.
 
-    P = relu(relu(E W1ᵀ + b1) W2ᵀ + b2) W3ᵀ + b3, with E of P × D, W1 of width × D, W2 of width × width, W3 of D × width
+    P = relu(relu(E W1ᵀ + b1) W2ᵀ + b2) W3ᵀ + b3,  E: P × D,  W1: width × D,  W2: width × width,  W3: D × width
 
-What they are learned through helps the optimizer; afterwards only the P × D vectors count.
+The reparameterization helps the optimizer; after training only the P × D vectors are needed.
 Source: Liu et al. 2021, arXiv 2103.10385, section 3. The paper has an LSTM before the MLP; this is PEFT's default, "MLP".
-Where the vectors stand: `lora.prompt`.
+`lora.prompt` says where the virtual tokens stand.
 """
 
 import torch
@@ -13,13 +13,14 @@ from torch.nn.utils import skip_init
 
 from lora.config import PtuningConfig
 from lora.layer import Part
-from lora.prompt import PromptAdapters, attach_virtual_tokens, text_stack
+from lora.methods import virtual_token_method
+from lora.prompt import PromptAdapters, attach_virtual_tokens, input_stack
 
 
-def reset_embedding_and_mlp(module: nn.Module, embedding: nn.Parameter, generator: torch.Generator) -> None:
-    """torch's own first values: embeddings N(0, 1), matrices and biases of linear layers uniform in ±1/√I."""
+def reset_embedding_and_mlp(mlp: nn.Module, embedding: nn.Parameter, generator: torch.Generator | None) -> None:
+    """Initialize as torch does: the embedding N(0, 1), weights and biases of linear layers uniform in ±1/√I."""
     embedding.data.copy_(torch.empty(embedding.shape).normal_(generator=generator))
-    for layer in module.modules():
+    for layer in mlp.modules():
         if isinstance(layer, nn.Linear):
             bound = layer.in_features**-0.5
             for parameter in (layer.weight, layer.bias):
@@ -27,7 +28,7 @@ def reset_embedding_and_mlp(module: nn.Module, embedding: nn.Parameter, generato
 
 
 class Ptuning(Part):
-    """`embedding` P D and `mlp`: three linear layers."""
+    """`embedding`, P × D, and `mlp`, three linear layers."""
 
     def __init__(self, config: PtuningConfig, width: int):
         super().__init__()
@@ -40,7 +41,7 @@ class Ptuning(Part):
             skip_init(nn.Linear, config.width, width),
         )
 
-    def reset_parameters(self, generator: torch.Generator) -> None:
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         reset_embedding_and_mlp(self.mlp, self.embedding, generator)
 
     @property
@@ -50,6 +51,13 @@ class Ptuning(Part):
     def forward(self) -> Tensor:
         return self.mlp(self.embedding)  # P D
 
+    def table(self) -> Tensor:
+        """The tensor that an adapter's file holds: P rows. As in PEFT, the MLP is not saved."""
+        return self()
 
+
+@virtual_token_method(PtuningConfig)
 def ptuning(network: nn.Module, config: PtuningConfig, name: str) -> None:
-    attach_virtual_tokens(network, text_stack(network), PromptAdapters, Ptuning(config, network.config.width), name)
+    """Attach the vectors to the stack that reads the text."""
+    stack = input_stack(network)
+    attach_virtual_tokens(network, stack, PromptAdapters, Ptuning(config, network.config.width), name)

@@ -86,7 +86,7 @@ FAULTS = {  # name: (what happens to the folder, what is said)
     "no settings": (lambda f: (f / CONFIG).unlink(), f"is not an adapter's folder: it holds no {CONFIG}"),
     "half of the settings": (lambda f: (f / CONFIG).write_text("{"), f"{CONFIG} cannot be read"),
     "settings that are a list": (lambda f: (f / CONFIG).write_text("[]"), f"{CONFIG} is not a JSON object"),
-    "no rank": (lambda f: say(f, r=None), f"{CONFIG}: lora: r=None must be a whole number"),
+    "no rank": (lambda f: say(f, r=None), f"{CONFIG}: lora: r=None must be an integer"),
     "unknown method": (lambda f: say(f, peft_type="VERA"), f"{CONFIG}: peft_type='VERA' is not supported; supported: LORA, "),
     "layers repeated": (lambda f: say(f, layer_replication=[[0, 2]]), r"layer_replication=\[\[0, 2\]\] is not supported"),
     "biases of adapters": (lambda f: say(f, lora_bias=True), "lora_bias=True is not supported"),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora.inject import add_adapters, merge, unmerge
-from lora.targets import matching, published_modules
+from lora.targets import match_layers, published_modules
 from model.network import Network
 from model.weights import to_published, weight_table
 from tests.conftest import randomized, tiny_config
@@ -85,7 +85,7 @@ def published_name(network: Network, theirs: nn.Module, name: str) -> str:
 def target_names(network: Network, targets: str) -> list[str]:
     """What a PEFT config's `target_modules` must be to mean the layers that our `targets` means: their full names."""
     modules = published_modules(network)
-    return [modules[path] for path in matching(network, targets)]
+    return [modules[path] for path in match_layers(network, targets)]
 
 
 @torch.no_grad()
@@ -200,7 +200,7 @@ def check_merging(family: str, config: object, **changes) -> None:
         assert gap(plain, beside) > 1e-2  # the adapter does something
         assert gap(merge(network)(**ours).logits, beside) <= tolerance
         changed = [name for name, value in network.state_dict().items() if not torch.equal(value, weights[name])]
-        assert len([name for name in changed if name.endswith("weight")]) == len(matching(network, config.targets))
+        assert len([name for name in changed if name.endswith("weight")]) == len(match_layers(network, config.targets))
         back = unmerge(network).state_dict()
         assert back.keys() == weights.keys() and all(torch.equal(back[name], weights[name]) for name in weights)
         assert torch.equal(network(**ours).logits, beside)

@@ -5,10 +5,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from lora.adapter import adapter
 from lora.config import AdapterConfig, AdapterError
 from lora.inject import activate, add_adapters, merge, remove
 from lora.layer import LayerName
-from lora.methods import LAYER_METHODS
 from model.generate import generate
 from tests.conftest import randomized, tiny_config
 from tests.oracle.test_model import ROUNDING, gap, inputs, published
@@ -126,4 +126,4 @@ def test_dropout_formats_and_what_cannot_be():
     assert {value.dtype for value in own(half).values()} == {torch.float32}
     assert half(ids).logits.dtype == torch.bfloat16
     with pytest.raises(AdapterError, match="stands behind a linear layer, this is a Embedding"):
-        LAYER_METHODS["adapter"](nn.Embedding(3, 4), AdapterConfig(), LayerName("body.embedding", "wte"))
+        adapter(nn.Embedding(3, 4), AdapterConfig(), LayerName("body.embedding", "wte"))

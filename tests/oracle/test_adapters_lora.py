@@ -11,7 +11,7 @@ from lora.combine import combine
 from lora.config import AdapterError, LoraConfig
 from lora.inject import activate, adapters, add_adapters, parts, remove
 from lora.layer import LayerName
-from lora.targets import by_pattern, matching, published_modules
+from lora.targets import by_pattern, match_layers, published_modules
 from model.config import ModelConfig
 from model.init import empty_network
 from tests.conftest import randomized, tiny_config
@@ -282,7 +282,7 @@ def test_a_pattern_is_the_end_of_a_name():
 def test_targets_by_either_name():
     network = randomized(tiny_config("llama"))
     for targets in (r"\.query$", "q_proj", "self_attn.q_proj$"):
-        assert matching(network, targets) == [f"body.blocks.{number}.attention.project.query" for number in range(2)]
+        assert match_layers(network, targets) == [f"body.blocks.{number}.attention.project.query" for number in range(2)]
 
 
 def test_targets_that_match_nothing():

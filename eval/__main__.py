@@ -357,7 +357,7 @@ def failures() -> tuple[type[Exception], ...]:
         return EvalError, ValueError, OSError
     from safetensors import SafetensorError
 
-    from train.runs.checkpoint import CheckpointError
+    from train.runs.errors import CheckpointError
 
     return EvalError, ValueError, OSError, SafetensorError, CheckpointError
 

@@ -61,7 +61,7 @@ def merge(options: Merge) -> None:
 
     from lora.merge_folder import give_back_freed_memory, merge_folder
     from model.commands.try_it import example_command
-    from train.runs.checkpoint import resolve
+    from train.runs.open import resolve
 
     give_back_freed_memory()
 
@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> int:
 def failures() -> tuple[type[Exception], ...]:
     from model.config import ConfigError
     from model.hub import HubError
-    from train.runs.checkpoint import CheckpointError
+    from train.runs.errors import CheckpointError
 
     return AdapterError, ConfigError, HubError, CheckpointError, OSError
 

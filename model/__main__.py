@@ -42,8 +42,7 @@ def failures() -> tuple[type[Exception], ...]:
     from data.config import DataError
     from lora.config import AdapterError
     from model.hub import HubError
-    from train.config import TrainError
-    from train.runs.checkpoint import CheckpointError
+    from train.runs.errors import CheckpointError, TrainError
 
     return ConfigError, DataError, AdapterError, HubError, CheckpointError, TrainError, OSError
 

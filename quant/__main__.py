@@ -52,8 +52,7 @@ def quantize(options: Options, scheme: str) -> None:
     from model.commands.try_it import example_command
     from model.folders import atomic_folder, copy_auxiliary_files
     from quant.report import account, amount, described, normal_error, score_line, score_table, table, together
-    from train.runs.checkpoint import resolve
-    from train.setup import checked_device
+    from train.runs.open import checked_device, resolve
 
     give_back_freed_memory()
     if options.threads:
@@ -260,8 +259,7 @@ def failures() -> tuple[type[Exception], ...]:
     from data.config import DataError
     from model.config import ConfigError
     from model.hub import HubError
-    from train.config import TrainError
-    from train.runs.checkpoint import CheckpointError
+    from train.runs.errors import CheckpointError, TrainError
 
     return QuantError, DataError, ConfigError, HubError, CheckpointError, TrainError, SafetensorError, OSError
 

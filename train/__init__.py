@@ -7,7 +7,7 @@ minimised), `engine` (the state that a step advances, and its files), `loop` (th
     command_line shared by all command lines: messages, notes, options that would have no effect
     overrides    options that a resume may change
     start loop   a run begins or goes on; the run around the steps; `interrupt`: Ctrl-C and SIGTERM
-    setup        from options to objects: data, network, optimizers, machine
+    resolve setup   every "auto" decided; from settings to objects: data, network, optimizers
     engine step objective   the network with its optimizers; one step; the loss of a batch
     task registry   the interface of an objective; the objectives by name, ours and a user's own files
     tasks/       one file an objective: its batches, its scores beside a baseline, an example of what was learned

@@ -16,11 +16,13 @@ from lora.config import CONFIGS, AdapterError
 from model.config import ConfigError, ModelConfig
 from quant.config import QuantError
 from train.command_line import FAILED, STOPPED, given_options, notes, refuse_idle, refuse_unreadable, spelled
-from train.config import RunConfig, TrainConfig, TrainError, mesh_sizes
+from train.config import RunConfig, TrainConfig
 from train.config_toml import from_plain, objective_in
 from train.needs import NEEDS
 from train.overrides import OVERRIDES, overrides
+from train.parallel.mesh_sizes import mesh_sizes
 from train.registry import config_type, load, name_of, summaries
+from train.runs.errors import TrainError
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -89,7 +91,7 @@ def main(arguments: list[str]) -> int:
     try:
         from model.hub import HubError
         from train.parallel.ranks import OtherRankError
-        from train.runs.checkpoint import CheckpointError
+        from train.runs.errors import CheckpointError
         from train.start import resume, start
     except KeyboardInterrupt:
         return STOPPED

@@ -1,4 +1,4 @@
-"""A run that trains an adapter: the network's weights come from --init and stay as they are."""
+"""Runs that train an adapter: the weights of --init are frozen."""
 
 import re
 from collections import defaultdict
@@ -21,8 +21,8 @@ from train.config import TrainConfig
 NAME = "default"
 
 
-def put_on(config: TrainConfig, network: nn.Module, tokenizer: Tokenizer, *, new_head: bool) -> None:
-    """The adapter that was asked for; a head that --init does not have is trained whole, or nothing could be read off it."""
+def add_adapter(config: TrainConfig, network: nn.Module, tokenizer: Tokenizer, *, new_head: bool) -> None:
+    """Add the adapter of --adapter. A head that --init lacks is random, so all of its weights are trained."""
     method = config.method
     if config.run.adapter == "prompt" and method.text:
         method = replace(method, text=None, ids=tuple(tokenizer.encode(method.text)))
@@ -40,8 +40,8 @@ def put_on(config: TrainConfig, network: nn.Module, tokenizer: Tokenizer, *, new
 
 
 def role(network: nn.Module, name: str) -> str:
-    """By which trained parameters decay: an adapter's matrices do, its vectors, prompts and prefixes do not. Of the network's
-    own biases, and of a copy of a module, the family's table knows."""
+    """The role that decides weight decay: "matrix" for an adapter's matrices, "bias" for its vectors, prompts and prefixes.
+    For the network's own biases, and for trained copies of its modules, the role in the family's table."""
     path, found, leaf = name.partition(f".parts.{NAME}.")
     if found and not isinstance(network.get_submodule(path), Whole):
         return "matrix" if leaf in MATRICES else "bias"
@@ -49,16 +49,16 @@ def role(network: nn.Module, name: str) -> str:
     return role_of(network.config, own.replace(".base.", "."))
 
 
-MATRICES = ("A", "B", "down", "up")  # of LoRA and its kin, and of a bottleneck
+MATRICES = ("A", "B", "down", "up")  # of LoRA and its variants, and of a bottleneck adapter
 
 
 def rate(config: TrainConfig, name: str) -> float:
-    """The multiple of --lr: LoRA+ has B learn faster than A."""
+    """The parameter's learning rate as a multiple of --lr: LoRA+ trains B faster than A."""
     return getattr(config.method, "b_lr_ratio", 1.0) if name.endswith(f".parts.{NAME}.B") else 1.0
 
 
 def table(network: nn.Module) -> str:
-    """What is trained, by kind of layer, and its share of all parameters."""
+    """A table of the trainable parameters by kind of layer, and their share of all parameters."""
     sizes: dict[str, list[int]] = defaultdict(list)
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
@@ -72,9 +72,10 @@ def table(network: nn.Module) -> str:
 
 
 @torch.no_grad()
-def narrow(network: nn.Module, dtype: torch.dtype | None) -> None:
-    """The frozen weights in autocast's 16-bit format: rounded once, for nothing updates them; norms and embeddings too, and so
-    the stream between the blocks. What is trained stays in float32. (T5's wide matrix overflows float16, and stays too.)"""
+def cast_frozen_weights(network: nn.Module, dtype: torch.dtype | None) -> None:
+    """Cast the frozen weights to autocast's 16-bit dtype, once, as nothing updates them. Norms and embeddings are cast too, and
+    with them the residual stream. Trainable parameters stay in float32, and so does T5's wide matrix, which overflows
+    float16."""
     if dtype is None:
         return
     wide = {row.name for row in weight_table(network.config).values() if row.layout == "wide" and dtype == torch.float16}
@@ -83,8 +84,8 @@ def narrow(network: nn.Module, dtype: torch.dtype | None) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def accounted(config: TrainConfig) -> bool:
-    """Whether `model.memory`'s account is of this run: of adapters it knows LoRA on the matrices of the blocks."""
+def has_memory_estimate(config: TrainConfig) -> bool:
+    """True where `model.memory` can estimate this run: without an adapter, or with plain LoRA on the matrices of the blocks."""
     if config.run.qat != "none":
         return False
     if config.method is None:
@@ -93,8 +94,8 @@ def accounted(config: TrainConfig) -> bool:
     return config.run.adapter == "lora" and config.lora == plain and config.lora.targets in TARGETS
 
 
-def kept(network: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint must hold of such a network: all that is trained, and the averages that AdaLoRA goes by."""
+def trainable_state(network: nn.Module) -> dict[str, Tensor]:
+    """The tensors of such a network that a checkpoint holds: trainable parameters, and the buffers of AdaLoRA's averages."""
     found = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
     for path, part in parts(network, NAME).items():
         found |= {f"{path}.{name}": buffer for name, buffer in part.named_buffers()}

@@ -26,6 +26,7 @@ from train.optimizers.precision import PRECISIONS
 from train.optimizers.registry import optimizer_names
 from train.optimizers.schedule import SCHEDULES
 from train.recompute import MODES
+from train.runs.errors import TrainError
 
 # Where nothing else is asked for, whatever the objective (what each has of its own, its task says): measured, see LOG.md.
 DEFAULT_MATRIX_LR = 4e-2
@@ -45,14 +46,6 @@ ADAPTER_LR = {
     "ptuning": 5e-3,
     "prefix": 1e-1,
 }
-
-MESH_AXES = ("replicate", "shard")
-MESH_LATER = ("tensor", "pipeline")  # names that are kept for what they mean everywhere
-
-
-class TrainError(ValueError):
-    """Something the user can put right; the command line prints the message without a traceback."""
-
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -330,31 +323,3 @@ class TrainConfig:
 def optimizer_of(config: TrainConfig) -> str:
     """The one that is asked for, else the default."""
     return config.optimizer.optimizer or ("muon" if config.method is None else "adamw")
-
-
-def mesh_sizes(text: str, world: int) -> dict[str, int]:
-    """The size of each axis of `--mesh` on so many ranks; one axis may be without a number: it takes what is left.
-
-    >>> mesh_sizes("shard", 8), mesh_sizes("replicate=2,shard", 8)
-    ({'replicate': 1, 'shard': 8}, {'replicate': 2, 'shard': 4})
-    """
-    sizes, free = dict.fromkeys(MESH_AXES, 1), None
-    for part in text.split(","):
-        name, _, number = part.strip().partition("=")
-        if name in MESH_LATER:
-            raise TrainError(f"--mesh {text}: the axis {name!r} is not built yet; those that are: {', '.join(MESH_AXES)}")
-        if name not in MESH_AXES or (number and not (number.isdecimal() and int(number))):
-            raise TrainError(f"--mesh {text}: {part!r} is not AXIS or AXIS=SIZE; the axes are {', '.join(MESH_AXES)}")
-        if number:
-            sizes[name] = int(number)
-        elif free is not None:
-            raise TrainError(f"--mesh {text}: {free} and {name} both lack a size; one may")
-        else:
-            free = name
-    rest, left = divmod(world, math.prod(sizes.values()))
-    if free is not None and not left:
-        sizes[free] = rest
-    if math.prod(sizes.values()) != world:
-        ranks = f"{world} rank" + "s" * (world > 1)
-        raise TrainError(f"--mesh {text} does not fit {ranks}; how many there are, torchrun --nproc-per-node says")
-    return sizes

@@ -14,8 +14,9 @@ from urllib.parse import quote, unquote_to_bytes
 
 from data.config import BUILT_IN, Entry, read_entry
 from lora.config import CONFIGS
-from train.config import RunConfig, TrainConfig, TrainError
+from train.config import RunConfig, TrainConfig
 from train.registry import config_type, file_hash, is_file, name_of
+from train.runs.errors import TrainError
 
 URI = "file:"
 

@@ -1,6 +1,6 @@
-"""What trains: the network with its optimizers, scaler, averages and place on the mesh; one step, and its state on disk.
+"""The network with its optimizers, gradient scaler, averages and mesh: one step, and the state on disk.
 
-Nothing here knows of text, screens or folders of runs: `train.loop` does.
+Text, the screen and the run's folder are the concern of `train.loop`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,30 +18,27 @@ from lora.inject import adapters
 from model.safetensors_file import WeightFile, save_file
 from quant.qat import converted
 from train import qat
-from train.adapters import kept
+from train.adapters import trainable_state
 from train.optimizers.ema import EMA
 from train.optimizers.named_optimizer import Optimizers
 from train.optimizers.scaler import GradScaler
-from train.parallel.ranks import Mesh, Ranks, unwrapped
-from train.parallel.shard import copy_, local
+from train.parallel.mesh import Mesh
+from train.parallel.parallelize import unwrapped
+from train.parallel.ranks import Ranks
+from train.parallel.shard import copy_
 from train.qat import Observers
-from train.runs.checkpoint import CheckpointError
-from train.runs.sharded import INDEX, Parts, part_like, read_tensor, write_part
+from train.runs.checkpoint import SHARDED_INDEX, TENSOR_FILES
+from train.runs.errors import CheckpointError
+from train.runs.sharded import ShardedTensors, local, read_tensor, shard_like, write_shard
 from train.step import StepResult, train_step
-
-# In a checkpoint that is not in parts, beside the files of `model.hub`; the second only where there are averages, the last
-# where model.safetensors has something else than what is trained: these, or whole numbers (`train.qat`). Of a network with an
-# adapter the last one always is there, and holds what is trained alone; beside it, in the place of `model.hub`'s files, stand
-# `lora.peft_io`'s.
-FILES = {"optimizer": "optimizer.safetensors", "averages": "averages.safetensors", "weights": "raw.safetensors"}
 
 
 class Engine:
-    """A step trains `objective` (as `train.parallel.ranks.spread` made it) and is a function of the state and the batch.
+    """One step trains `objective` (wrapped by `parallelize`), as a function of the state and the batch alone.
 
     factor(update) is the schedule. Dropout's noise is a function of (seed, step, rank), and rounding's of (seed, step), so
-    that no random state has to be kept. A step that is skipped, as its loss or gradients are not numbers, moves neither
-    weights, moments, averages nor schedule; only `step`, by which batches are counted.
+    that no random state is saved. A step with a non-finite loss or gradient is skipped: weights, moments, averages and schedule
+    stay; only `step`, which counts batches, advances.
     """
 
     def __init__(
@@ -65,8 +62,8 @@ class Engine:
         self.factor, self.max_norm, self.autocast = factor, max_norm, autocast
         self.ranks, self.mesh, self.seed = ranks or Ranks(), mesh or Mesh(), seed
         self.step, self.skipped = 0, 0
-        self.allocator = allocator  # AdaLoRA's: after each update it decides which ranks stay
-        self.observers = observers  # of quantization-aware training: after each update their ranges move
+        self.allocator = allocator  # AdaLoRA's: it prunes singular values after each update
+        self.observers = observers  # of quantization-aware training: ranges are updated after each step
         self.rounding = torch.Generator(next(objective.parameters()).device)
         optimizers.set_rounding(self.rounding)
 
@@ -76,11 +73,11 @@ class Engine:
 
     @property
     def rate(self) -> float:
-        """The schedule's factor of the next update."""
+        """The schedule's factor for the next update."""
         return self.factor(self.step - self.skipped)
 
     def train(self, micro_batches: list[dict[str, Tensor]], phase: Callable = lambda name: nullcontext()) -> StepResult:
-        """One step on this rank's rows."""
+        """Take one step on this rank's rows."""
         torch.manual_seed(noise_seed("dropout", self.seed, self.step, self.ranks.rank))
         self.rounding.manual_seed(noise_seed("rounding", self.seed, self.step))
         self.optimizers.set_lr(self.rate)
@@ -108,80 +105,80 @@ class Engine:
         return result
 
     def _updated(self) -> None:
-        """The gradients are still there."""
+        """Run after an update, before the gradients are cleared."""
         if self.allocator is not None:
             self.allocator.after_update()
         if self.observers is not None:
             self.observers.after_update(self.step)
 
     def begin(self, batch: dict[str, Tensor]) -> None:
-        """Before the first step, with a batch that is the same on all ranks: what has to have seen one."""
+        """Initialise the observers, before the first step, with a batch that is the same on all ranks."""
         if self.observers is not None:
             objective = unwrapped(self.objective).eval()
             self.observers.begin(lambda: objective(batch), self.autocast)
 
     @property
-    def apart(self) -> bool:
-        """Whether what is trained is something else than what model.safetensors has."""
+    def saves_raw_weights(self) -> bool:
+        """True where model.safetensors differs from the trained weights, which are then saved too."""
         return bool(adapters(self.network)) or self.averages is not None or self.observers is not None
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The averaged weights in the network, where there are any; the raw ones again afterwards."""
+        """A block in which the network has its averaged weights, if the run keeps any; then the raw ones again."""
         with self.averages.applied(self.objective) if self.averages is not None else nullcontext():
             yield
 
-    def finite(self) -> bool:
-        """Whether every weight, of all ranks, is a number."""
+    def is_finite(self) -> bool:
+        """True where every weight, on all ranks, is finite."""
         total = sum(local(weight.detach()).sum(dtype=torch.float64) for weight in self.network.parameters())
         return not self.ranks.any(not bool(total.isfinite()))
 
     # ---- state
 
     def weights(self) -> dict[str, Tensor]:
-        """All of the network, with observed ranges; where it has an adapter, what is trained."""
+        """All parameters and observed ranges; with an adapter, the trainable ones alone."""
         if adapters(self.network):
-            return kept(self.network)
-        return dict(self.network.named_parameters()) | qat.kept(self.network)
+            return trainable_state(self.network)
+        return dict(self.network.named_parameters()) | qat.buffers(self.network)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that advances and is a tensor: `weights.…`, `optimizer.…`, `averages.…`."""
+        """The tensors of the state: `weights.…`, `optimizer.…`, `averages.…`."""
         named = {"weights": self.weights(), "optimizer": self.optimizers.named_state()}
         named["averages"] = self.averages.named_state() if self.averages is not None else {}
         return {f"{kind}.{name}": value for kind, values in named.items() for name, value in values.items()}
 
     def state(self) -> dict:
-        """The rest, as JSON can say it."""
+        """The rest of the state, as JSON."""
         allocator = {"allocator": self.allocator.state_dict()} if self.allocator is not None else {}
         return {"step": self.step, "skipped": self.skipped, "scaler": self.scaler.state_dict()} | allocator
 
     def save(self, folder: Path) -> None:
-        """This rank's share of a checkpoint: in parts where weights are in parts, else all of it, by rank 0."""
+        """Write this rank's shard of a checkpoint; without sharding rank 0 writes all of it."""
         if self.mesh.shard > 1:
-            if self.mesh.writes:
-                write_part(folder, self.tensors(), self.mesh.part, self.mesh.shard)
-            if self.ranks.main:
+            if self.mesh.is_writer:
+                write_shard(folder, self.tensors(), self.mesh.shard_index, self.mesh.shard)
+            if self.ranks.is_main:
                 model.hub.write_settings(self.network, folder)
-        elif self.ranks.main:
+        elif self.ranks.is_main:
             with self.averaged(), converted(self.network):
                 (lora.peft_io if adapters(self.network) else model.hub).save(self.network, folder)
-            wanted = {"optimizer": True, "averages": self.averages is not None, "weights": self.apart}
-            for kind, name in FILES.items():
+            wanted = {"optimizer": True, "averages": self.averages is not None, "weights": self.saves_raw_weights}
+            for kind, name in TENSOR_FILES.items():
                 if wanted[kind]:
                     values = {k: v.detach().contiguous().cpu() for k, v in self.tensors().items() if k.startswith(kind)}
                     save_file(values, folder / name)
 
     def load(self, folder: Path, state: Mapping) -> None:
-        """All that advances, from a checkpoint by any number of ranks; the network of one that is not in parts has its
-        weights already (`model.hub.load`). Whatever does not fit is a CheckpointError that names the folder."""
+        """Load the state from a checkpoint of any number of ranks. The weights of an unsharded one are loaded before, by
+        `model.hub.load`. Errors (CheckpointError, naming the folder): a state that does not fit."""
         try:
             stored, parameters = stored_tensors(folder), self.weights()
             read: dict[str, dict[str, Tensor]] = {"weights": {}, "optimizer": {}, "averages": {}}
             for key in stored:
                 kind, name = key.split(".", 1)
                 owner = parameters.get(name.rsplit(".", 1)[0] if kind == "optimizer" else name)
-                read[kind][name] = part_like(stored, key, owner, self.mesh.part, self.mesh.shard)
-            if (read["weights"] or self.apart) and (differ := read["weights"].keys() ^ parameters.keys()):
+                read[kind][name] = shard_like(stored, key, owner, self.mesh.shard_index, self.mesh.shard)
+            if (read["weights"] or self.saves_raw_weights) and (differ := read["weights"].keys() ^ parameters.keys()):
                 raise KeyError(f"not the same weights: {sorted(differ)[:3]}")
             for name, value in read["weights"].items():
                 if value.shape != parameters[name].shape:
@@ -200,11 +197,11 @@ class Engine:
 
 
 def stored_tensors(folder: Path) -> Mapping[str, Tensor]:
-    """What a checkpoint holds under the names of `Engine.tensors`, in parts or not."""
-    if (folder / INDEX).is_file():
-        return Parts(folder)
+    """The tensors of a checkpoint, sharded or not, under the names of `Engine.tensors`."""
+    if (folder / SHARDED_INDEX).is_file():
+        return ShardedTensors(folder)
     found: dict[str, Tensor] = {}
-    for name in FILES.values():
+    for name in TENSOR_FILES.values():
         if (folder / name).is_file():
             with WeightFile(folder / name) as file:
                 found |= {key: read_tensor(file, key) for key in file.names}
@@ -212,7 +209,7 @@ def stored_tensors(folder: Path) -> Mapping[str, Tensor]:
 
 
 def noise_seed(*parts: object) -> int:
-    """A seed for each (what, seed, step, rank), unlike any other's.
+    """A seed for each (purpose, seed, step, rank), by SHA-256.
 
     >>> noise_seed("dropout", 0, 7, 1) == noise_seed("dropout", 0, 7, 1) != noise_seed("dropout", 0, 8, 1)
     True

@@ -1,21 +1,18 @@
-"""Weights that stay as they are, by patterns of their names: no gradient, no moments, no decay."""
+"""Freeze weights by a pattern of their names: no gradient, no moments, no decay."""
 
 import re
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from model.weights import weight_table
-from train.config import TrainError
-
-if TYPE_CHECKING:
-    from train.loop import Run
+from train.runs.errors import TrainError
 
 
 def freeze(network: nn.Module, pattern: str) -> list[str]:
-    """Freeze the parameters in whose name, ours or the published one, the regular expression is found; returns their names.
+    """Freeze the parameters whose name, ours or the published one, matches the regular expression (re.search); return their
+    names.
 
-    A tied matrix has two names, and either freezes it. Errors: nothing is found, or nothing is left to train (TrainError).
+    A tied matrix has two names, and either freezes it. Errors (TrainError): no match, or no trainable parameter left.
     """
     try:
         search = re.compile(pattern).search
@@ -38,8 +35,8 @@ def freeze(network: nn.Module, pattern: str) -> list[str]:
     return frozen
 
 
-def frozen_of(run: "Run") -> frozenset[str]:
-    """What --freeze has frozen, for the account of memory."""
-    if run.config.run.freeze is None:
+def frozen_names(network: nn.Module, pattern: str | None) -> frozenset[str]:
+    """The parameters that --freeze has frozen; none where `pattern` is None."""
+    if pattern is None:
         return frozenset()
-    return frozenset(name for name, parameter in run.engine.network.named_parameters() if not parameter.requires_grad)
+    return frozenset(name for name, parameter in network.named_parameters() if not parameter.requires_grad)

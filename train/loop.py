@@ -17,37 +17,33 @@ from data.words import counted
 from model.folders import EXTRAS, copy_auxiliary_files
 from quant.qat import converted
 from train.allocator import keep_freed_memory
-from train.config import TrainConfig, TrainError, mesh_sizes
+from train.config import TrainConfig
+from train.config_toml import to_plain, with_absolute_paths
 from train.evaluate import evaluate
 from train.interrupt import StopRequest
 from train.objective import ids_of
-from train.parallel.ranks import Ranks, gathered, lost, share, unwrapped
+from train.parallel.mesh_sizes import mesh_sizes
+from train.parallel.parallelize import unsharded, unwrapped
+from train.parallel.ranks import Ranks, is_connection_error, own_rows
 from train.registry import load
 from train.reports.log import Console, Metrics, cut_back
 from train.reports.phases import Phases
-from train.reports.step_profiler import Watch
+from train.reports.step_profiler import StepProfiler
 from train.reports.summary import Session, comparable, conclude, introduction, out_of_memory
+from train.resolve import resolve_data, resolve_network, resolve_steps
 from train.runs.checkpoint import (
     STATE_FORMAT,
-    CheckpointError,
-    latest_whole,
-    point,
+    latest_verified,
     prune,
     read_state,
-    repoint,
+    restore_pointers,
     step_of,
     write_checkpoint,
+    write_pointer,
     write_settings,
 )
-from train.setup import (
-    open_data,
-    open_engine,
-    open_network,
-    own_device,
-    resolve_data,
-    resolve_network,
-    resolve_steps,
-)
+from train.runs.errors import CheckpointError, TrainError
+from train.setup import open_data, open_engine, open_network, own_device
 from train.step import StepResult
 
 ADVANCES = ("tokens", "best", "bad_evaluations")  # beside what the engine holds
@@ -60,7 +56,7 @@ class Run:
 
     def __init__(self, config: TrainConfig, ranks: Ranks, *, resume: bool, defaulted: tuple[str, ...] = ()):
         self.out, self.ranks, self.defaulted = config.run.out, ranks, defaulted
-        self.console = Console(config.report.verbose and ranks.main)
+        self.console = Console(config.report.verbose and ranks.is_main)
         info = self.console.info
         checkpoint = self._latest() if resume else None
         self.device = own_device(config, ranks)
@@ -86,14 +82,14 @@ class Run:
         if checkpoint is not None:
             self._load(checkpoint)
 
-        if ranks.main:
+        if ranks.is_main:
             self.out.mkdir(parents=True, exist_ok=True)
             if not resume:
-                write_settings(self.out, self.config, f"begun on {comparable(self)}")
+                write_settings(self.out, to_plain(with_absolute_paths(self.config)), f"begun on {comparable(self)}")
             if checkpoint is not None:
-                repoint(self.out, checkpoint, self.best)
+                restore_pointers(self.out, checkpoint, self.best)
             cut_back(self.out / "metrics.jsonl", self.step)
-        self.metrics = Metrics(self.out / "metrics.jsonl" if ranks.main else None)
+        self.metrics = Metrics(self.out / "metrics.jsonl" if ranks.is_main else None)
         info(introduction(self))
 
     @property
@@ -104,7 +100,7 @@ class Run:
         """The checkpoint to go on from, the same on every rank."""
 
         def name() -> str | None:
-            found = latest_whole(self.out, print)
+            found = latest_verified(self.out, print)
             return found.name if found is not None else None
 
         found = self.ranks.from_main(name)
@@ -123,7 +119,7 @@ class Run:
         except torch.OutOfMemoryError as error:
             raise TrainError(out_of_memory(self, error)) from error
         except RuntimeError as error:
-            if not (self.ranks.world > 1 and lost(error)):
+            if not (self.ranks.world > 1 and is_connection_error(error)):
                 raise
             raise TrainError(
                 f"rank {self.ranks.rank}: at step {self.step + 1} another rank was gone ({str(error).splitlines()[0]}). The "
@@ -139,7 +135,7 @@ class Run:
             self.metrics.close()
         steps, tokens = self.step - first_step, self.tokens - first_tokens
         session = Session(time.monotonic() - began, steps, tokens, round(self.positions), self.rows)
-        if self.ranks.main:
+        if self.ranks.is_main:
             conclude(self, stopped, session)
         return self.signal
 
@@ -148,7 +144,7 @@ class Run:
         config, report, console, phase = self.config, self.config.report, self.console, self.phases
         objective = unwrapped(self.engine.objective)
         tokens, seconds, stopped = 0, 0.0, self._early()
-        watched = Watch(self)
+        watched = StepProfiler(self)
         with StopRequest() as request, self._source() as source:
             while self.step < config.run.steps and not stopped:
                 clock_start, rate = time.monotonic(), self.engine.rate
@@ -161,7 +157,7 @@ class Run:
                         if not self.step:
                             self.engine.begin(self._to_device(micro_batches[0]))
                         self.engine.objective.train()
-                    mine = [self._to_device(share(batch, self.ranks)) for batch in micro_batches]
+                    mine = [self._to_device(own_rows(batch, self.ranks)) for batch in micro_batches]
                 result = watched.step(mine, phase)
                 self.tokens, tokens = self.tokens + count, tokens + count
                 for batch in micro_batches:  # of an encoder-decoder the mean of both its texts
@@ -202,7 +198,7 @@ class Run:
                     with phase("samples"):
                         self._sample()
                 stopped = self._early()
-                if number := self.ranks.most(request.number):  # a signal need not reach all ranks before the same step
+                if number := self.ranks.max(request.number):  # a signal need not reach all ranks before the same step
                     self.signal, stopped = number, f"on {signal.Signals(number).name}"
                 if improved or stopped or last or self.step % report.save_every == 0:
                     with phase("saving"):
@@ -255,7 +251,7 @@ class Run:
 
     def _scores(self) -> dict[str, float]:
         """Of the validation batches."""
-        batches = (self._to_device(share(batch, self.ranks)) for batch in self.task.validation)
+        batches = (self._to_device(own_rows(batch, self.ranks)) for batch in self.task.validation)
         with self.engine.averaged():
             how = {"autocast": self.engine.autocast, "ranks": self.ranks, "sources": self.task.validation_sources}
             totals = evaluate(unwrapped(self.engine.objective), batches, **how)
@@ -287,7 +283,7 @@ class Run:
         compiled = self.config.speed.compile == "on"
         # Lengths vary: compiling for each would take longer. (Where nothing is compiled, its machinery stays unloaded.)
         eager = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-        with eager, gathered(self.engine.objective), converted(self.engine.network):
+        with eager, unsharded(self.engine.objective), converted(self.engine.network):
             yield
 
     def _sample(self) -> None:
@@ -303,7 +299,7 @@ class Run:
 
         def write(folder: Path) -> None:
             self.engine.save(folder)
-            if self.ranks.main:
+            if self.ranks.is_main:
                 self.tokenizer.save(folder)
                 if self.beside is not None:
                     copy_auxiliary_files(self.beside, folder, only=EXTRAS if self.config.method is not None else None)
@@ -311,18 +307,18 @@ class Run:
                 state |= {"engine": self.engine.state(), "source": self.source.state_dict()}
                 (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
-        if not self.engine.finite():  # a finite loss may have ruined the weights in the update after it
+        if not self.engine.is_finite():  # a finite loss may have ruined the weights in the update after it
             raise TrainError(
                 f"the weights are inf or NaN after step {self.step}; nothing was saved since the last checkpoint in "
                 f"{self.out}. Try a lower --lr and --matrix-lr, or --precision fp32"
             )
         self.metrics.sync()
-        folder = write_checkpoint(self.out, self.step, write, self.ranks)
+        folder = write_checkpoint(self.out, self.step, write, together=self.ranks.together, is_main=self.ranks.is_main)
         self.beside = folder if self.beside is not None else None  # what was copied from --init, which may go
-        if self.ranks.main:
+        if self.ranks.is_main:
             if improved:
-                point(self.out, "best", folder, **{k: v for k, v in self.best.items() if k != "step"})
-            point(self.out, "last", folder)
+                write_pointer(self.out, "best", folder, **{k: v for k, v in self.best.items() if k != "step"})
+            write_pointer(self.out, "last", folder)
             prune(self.out, self.config.report.keep)
 
     def _load(self, folder: Path) -> None:

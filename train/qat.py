@@ -1,5 +1,5 @@
-"""A run with quantization-aware training: the weights are trained as numbers, and every step computes with what they will
-be as whole numbers. A checkpoint's model.safetensors holds these, raw.safetensors what is trained."""
+"""Runs with quantization-aware training: floating-point weights are trained, and every step computes with them rounded to
+integers. A checkpoint's model.safetensors holds the integer weights, raw.safetensors the trained ones."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from model.weights import role_of
 from quant.config import QuantError
 from quant.qat import prepare, qat_layers
-from train.config import TrainConfig, TrainError
+from train.config import TrainConfig
 from train.parallel.ranks import Ranks
+from train.runs.errors import TrainError
 
 BITS = {"int8": 8, "int4": 4}
 
 
-def put_on(config: TrainConfig, network: nn.Module) -> nn.Module:
-    """The network with layers that round as was asked for."""
+def prepare_network(config: TrainConfig, network: nn.Module) -> nn.Module:
+    """Replace the network's linear layers by layers that round by --qat. Errors (TrainError): a layer that cannot."""
     try:
         return prepare(network, config.qat, BITS[config.run.qat])
     except QuantError as error:
@@ -26,25 +27,26 @@ def put_on(config: TrainConfig, network: nn.Module) -> nn.Module:
 
 
 def role(network: nn.Module, name: str) -> str:
-    """Learned scales do not decay."""
+    """The role that decides weight decay: "bias", without decay, for learned scales."""
     return "bias" if name.rpartition(".")[2] in ("weight_log_scale", "input_log_scale") else role_of(network.config, name)
 
 
-def kept(network: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint must hold beside the parameters: ranges, zero points, and whether they change."""
+def buffers(network: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a checkpoint holds beside the parameters: ranges, zero points, and whether they are frozen."""
     layers = qat_layers(network).items()
     return {f"{path}.{name}": buffer for path, layer in layers for name, buffer in layer.named_buffers()}
 
 
 class Observers:
-    """Of static inputs: each optimizer step's numbers, of all micro-batches and ranks, move the ranges once, until `freeze`."""
+    """Ranges of statically quantized inputs. The inputs of an optimizer step, over all micro-batches and ranks, update each
+    range once, until step `freeze`."""
 
     def __init__(self, network: nn.Module, freeze: int, ranks: Ranks):
         self.layers, self.freeze, self.ranks = list(qat_layers(network).values()), freeze, ranks
 
     @torch.no_grad()
     def begin(self, forward: Callable[[], object], context: Callable[[], AbstractContextManager]) -> None:
-        """A forward of what is the same batch on all ranks: the first ranges. Dropout is off, so that all see one."""
+        """Initialise the ranges by a forward of one batch, the same on all ranks, without dropout."""
         if all(layer.observer is None for layer in self.layers):
             return
         for layer in self.layers:
@@ -56,7 +58,7 @@ class Observers:
 
     @torch.no_grad()
     def after_update(self, step: int) -> None:
-        """step: how many there were before this one."""
+        """Update the ranges; `step` counts the steps before this one."""
         if step >= self.freeze:  # the step that should have frozen them was skipped, or there was none
             for layer in self.layers:
                 layer.freeze()
@@ -72,12 +74,13 @@ class Observers:
                 layer.freeze()
 
     def after_skip(self) -> None:
-        """Of a step that moved nothing, ranges learn nothing either."""
+        """Discard the inputs of a skipped step."""
         for layer in self.layers:
             layer.pending = None
 
 
 def observers(config: TrainConfig, network: nn.Module, ranks: Ranks) -> Observers | None:
+    """The observers of a run; None without --qat."""
     if config.run.qat == "none":
         return None
     return Observers(network, round(config.qat.freeze * (config.recorded.scheduled_steps or config.run.steps)), ranks)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from data.sources.record_files import FORMATS
 from data.words import counted
-from train.config import TrainError
 from train.registry import settings_of
+from train.runs.errors import TrainError
 from train.task import Info, Task
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.config import TrainConfig, TrainError
+from train.config import TrainConfig
+from train.runs.errors import TrainError
 
 if TYPE_CHECKING:
     from train.task import Task

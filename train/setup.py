@@ -1,10 +1,6 @@
-"""From options to objects: the machine, the data, the network, the optimizers. Every "auto" is decided here, once."""
+"""From settings to objects: the data, the network, the optimizers, the engine."""
 
-import importlib.util
-import math
-import os
 import sys
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,100 +16,31 @@ from model.block import Block
 from model.config import ModelConfig, load_family, presets
 from model.heads import CLASSIFIERS
 from model.init import build_network, empty_network
-from model.training import USUAL_CONTEXT
 from quant.config import FourBit
 from quant.linear import follow_autocast, quantized_layers
 from train import qat
-from train.adapters import NAME, narrow, put_on, rate, role, table
+from train.adapters import NAME, add_adapter, cast_frozen_weights, rate, role, table
 from train.config import (
-    ADAPTER_LR,
-    DEFAULT_DECAY,
-    DEFAULT_MATRIX_LR,
-    FURTHER,
-    WIDTH,
-    OptimizerConfig,
     TrainConfig,
-    TrainError,
-    mesh_sizes,
-    optimizer_of,
 )
 from train.engine import Engine
 from train.freeze import freeze
-from train.losses.choose import LOSSES, choose_loss
+from train.losses.choose import LOSSES
 from train.optimizers.build import build_optimizer
 from train.optimizers.ema import EMA
 from train.optimizers.named_optimizer import Optimizers
-from train.optimizers.precision import PRECISIONS, autocast, choose_precision
+from train.optimizers.precision import PRECISIONS, autocast
 from train.optimizers.scaler import GradScaler
 from train.optimizers.schedule import SCHEDULES
-from train.parallel.ranks import Ranks, lay_out, spread, unwrapped
+from train.parallel.mesh import build_mesh
+from train.parallel.parallelize import parallelize, unwrapped
+from train.parallel.ranks import Ranks
 from train.recompute import recompute
-from train.registry import file_hash, load, names
-from train.runs.checkpoint import IN_PARTS, resolve
-from train.runs.lock import unused
+from train.registry import load, names
+from train.runs.checkpoint import SHARDED_INDEX
+from train.runs.errors import TrainError
+from train.runs.open import checked_device, resolve
 from train.task import Info, Task
-
-
-def resolve_machine(config: TrainConfig, ranks: Ranks) -> TrainConfig:
-    """Device, threads, mesh, run folder; and the process-wide switches that follow from them."""
-    run, speed = config.run, config.speed
-    device = run.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = checked_device(device).type
-    if run.threads:
-        torch.set_num_threads(run.threads)
-    deterministic = speed.deterministic
-    if deterministic == "auto":
-        deterministic = "on" if kind == "cpu" else "off"
-    if deterministic == "on":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with this
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over memory
-    mesh, on_nonfinite = run.mesh or "replicate", run.on_nonfinite or "stop"
-    mesh_sizes(mesh, ranks.world)
-    if config.optimizer.batch_size < ranks.world:
-        raise TrainError(
-            f"--batch-size {config.optimizer.batch_size}: {ranks.world} ranks share its sequences, and each needs one at least"
-        )
-    network = replace(config.network, preset=config.network.preset or load(run.objective).defaults.preset)
-    out = Path(ranks.agree(str(run.out or unused(Path("runs") / f"{network.preset}-{time.strftime('%Y%m%d-%H%M%S')}"))))
-    threads = torch.get_num_threads()
-    run = replace(run, device=device, threads=threads, out=out, mesh=mesh, on_nonfinite=on_nonfinite)
-    recorded = replace(config.recorded, objective_sha256=file_hash(run.objective))
-    speed = replace(speed, deterministic=deterministic)
-    chosen = {"optimizer": resolve_rates(config), "speed": speed, "recorded": recorded}
-    return replace(config, run=run, network=network, **chosen)
-
-
-def resolve_steps(config: TrainConfig, task: Task) -> TrainConfig:
-    """--epochs in steps; how often a run of so many is validated and saved."""
-    run, report, recorded = config.run, config.report, config.recorded
-    if run.epochs is not None:
-        recorded = replace(recorded, epochs=run.epochs)
-        run = replace(run, steps=max(1, math.ceil(run.epochs / task.epochs(1) - 1e-9)), epochs=None)
-    eval_every = report.eval_every or max(1, min(100, run.steps // 6))
-    report = replace(report, eval_every=eval_every, save_every=report.save_every or eval_every)
-    return replace(config, run=run, report=report, recorded=recorded)
-
-
-def resolve_rates(config: TrainConfig) -> OptimizerConfig:
-    """The optimizer, its rates and its decay, where they are not asked for: by the objective, by the adapter's method, or lower
-    and by the width where the weights of --init are trained further."""
-    asked, run, adapted = config.optimizer, config.run, config.method is not None
-    usual = load(run.objective).defaults
-    lr, matrix_lr = (usual.adapter_lr or ADAPTER_LR)[run.adapter] if adapted else usual.lr, DEFAULT_MATRIX_LR
-    if run.init is not None and not adapted:
-        width = model.hub.read_config(resolve(run.init)).width if asked.lr is None else WIDTH
-        lr, matrix_lr = float(f"{lr / FURTHER * min(1.0, WIDTH / width):.2g}"), matrix_lr / FURTHER
-    decay = 0.0 if adapted else DEFAULT_DECAY
-    return replace(
-        asked,
-        optimizer=optimizer_of(config),
-        lr=lr if asked.lr is None else asked.lr,
-        matrix_lr=matrix_lr if asked.matrix_lr is None else asked.matrix_lr,
-        weight_decay=decay if asked.weight_decay is None else asked.weight_decay,
-    )
 
 
 def own_device(config: TrainConfig, ranks: Ranks) -> torch.device:
@@ -123,20 +50,6 @@ def own_device(config: TrainConfig, ranks: Ranks) -> torch.device:
         device = checked_device(f"cuda:{ranks.local}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    return device
-
-
-def checked_device(name: str) -> torch.device:
-    """The device of that name, if this machine has it."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise TrainError(f"--device {name}: not a device; cpu, cuda, cuda:1 … are") from None
-    if device.type not in ("cpu", "cuda"):
-        raise TrainError(f"--device {name}: cpu and cuda are supported")
-    found = torch.cuda.device_count() if device.type == "cuda" else 1
-    if (device.index or 0) >= found:
-        raise TrainError(f"--device {name}: torch {torch.__version__} sees {found} {device.type} devices here")
     return device
 
 
@@ -197,13 +110,6 @@ def open_data(config: TrainConfig, checkpoint: Path | None, info: Info) -> objec
     return task.open_data(config, tokenizer, info, progress=progress)
 
 
-def resolve_data(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
-    """Write back into the settings what separates documents, and the size of a vocabulary that was made of them."""
-    separator = None if tokenizer.affixes.prefix else tokenizer.name_of(tokenizer.bos_id)
-    vocab_size = tokenizer.vocab_size if config.run.init is None else config.data.vocab_size
-    return replace(config, data=replace(config.data, separator=separator, vocab_size=vocab_size))
-
-
 def open_network(
     config: TrainConfig, data: object, checkpoint: Path | None, device: torch.device, info: Info = print
 ) -> nn.Module:
@@ -217,17 +123,17 @@ def open_network(
     dtype = asked_for.parameters if asked_for else torch.float32
     common = {"dtype": dtype, "device": device, "attention": config.speed.attention}
     if checkpoint is not None and config.method is None:
-        if (checkpoint / IN_PARTS).is_file():
+        if (checkpoint / SHARDED_INDEX).is_file():
             return empty_network(model.hub.read_config(checkpoint), **common)
         if run.qat == "none":
             return model.hub.load(checkpoint, **common)
         network = empty_network(model.hub.read_config(checkpoint), **common)  # what is trained stands beside what is published
         for parameter in network.parameters():
             parameter.data.zero_()
-        return qat.put_on(config, network)
+        return qat.prepare_network(config, network)
     if run.init is None:
         network = build_network(task.network(config, network_config(config, data.tokenizer), data), seed=run.seed, **common)
-        return network if run.qat == "none" else qat.put_on(config, network)
+        return network if run.qat == "none" else qat.prepare_network(config, network)
     folder = resolve(run.init)
     found = model.hub.read_config(folder)
     wanted = task.network(config, found.replace(head=task.head), data)
@@ -251,11 +157,11 @@ def open_network(
     if config.method is not None:
         if checkpoint is not None:
             check_base(checkpoint, folder)
-        put_on(config, network, data.tokenizer, new_head=found.head != task.head or task.head in CLASSIFIERS)
+        add_adapter(config, network, data.tokenizer, new_head=found.head != task.head or task.head in CLASSIFIERS)
         info(table(network))
     else:
         also_end_with(network, data.tokenizer.eos_id)
-    return network if run.qat == "none" else qat.put_on(config, network)
+    return network if run.qat == "none" else qat.prepare_network(config, network)
 
 
 def also_end_with(network: nn.Module, eos_id: int) -> None:
@@ -269,39 +175,6 @@ def also_end_with(network: nn.Module, eos_id: int) -> None:
         network.config = config.replace(stop_ids=(*config.stop_ids, eos_id))
     if network.generation is not None and (said := network.generation.get("eos_token_id")) is not None:
         network.generation |= {"eos_token_id": [*(said if isinstance(said, list) else [said]), eos_id]}
-
-
-def resolve_network(config: TrainConfig, ranks: Ranks, network: nn.Module) -> TrainConfig:
-    """Write what the network is and what speed will be used back into the settings."""
-    has, speed = network.config, config.speed
-    before = max(network.body.num_virtual_tokens, getattr(network.body, "prompt_length", 0))  # of either stack
-    room = has.context if has.position == "relative" else has.context - before
-    # A network that reads 131,072 tokens is not meant to be trained on so many at a time unless that is asked for.
-    context = config.network.context or (room if config.run.init is None else min(room, USUAL_CONTEXT))
-    if before and context > room:
-        what = f"{before} positions before the text exceed {has.context}"
-        raise TrainError(f"--context {context} and {what}: --context {room} fits")
-    asked = replace(config.network, context=context, width=has.width, depth=has.depth, heads=has.heads, mlp_width=has.mlp_width)
-    precision = speed.precision
-    if precision == "auto":
-        precision = ranks.agree(choose_precision(torch.device(config.run.device), has.width))
-    if torch.device(config.run.device).type == "cuda":
-        torch.set_float32_matmul_precision(PRECISIONS[precision].matmul)
-    compiled = speed.compile
-    if compiled == "auto":
-        compiled = "on" if torch.device(config.run.device).type == "cuda" else "off"
-    loss = speed.loss
-    if loss == "auto":
-        rows = -(-config.optimizer.batch_size // ranks.world) * context
-        loss = choose_loss(rows, has.vocab_size, torch.device(config.run.device))
-    if loss == "triton" and (torch.device(config.run.device).type != "cuda" or not importlib.util.find_spec("triton")):
-        raise TrainError("--loss triton needs a CUDA device and triton; --loss chunked computes the same without")
-    return replace(
-        config,
-        network=asked,
-        recorded=replace(config.recorded, decoder_start_id=has.decoder_start_id),
-        speed=replace(speed, precision=precision, compile=compiled, loss=loss),
-    )
 
 
 def compile_blocks(network: nn.Module, info: Info) -> bool:
@@ -327,7 +200,7 @@ def open_engine(
     loss = LOSSES[speed.loss]
     learned = partial(loss, smoothing=asked.label_smoothing, z_loss=asked.z_loss)
     if config.method is not None:
-        narrow(network, policy.autocast)
+        cast_frozen_weights(network, policy.autocast)
     if config.run.freeze is not None:
         freeze(network, config.run.freeze)
     initial = partial(open_network, config, getattr(task, "data", None), None, device, info=lambda line: None)
@@ -335,8 +208,8 @@ def open_engine(
     recompute(network, speed.recompute, speed.recompute_every)
     if speed.compile == "on" and ranks.any(not compile_blocks(network, info)):
         config = replace(config, speed=replace(speed, compile="off"))
-    mesh = lay_out(config.run.mesh, ranks, device)
-    objective = spread(objective, mesh, device, compute=policy.autocast, reshard=speed.reshard == "on")
+    mesh = build_mesh(config.run.mesh, ranks, device)
+    objective = parallelize(objective, mesh, device, compute=policy.autocast, reshard=speed.reshard == "on")
     network = unwrapped(objective).network
     planned = config.recorded.scheduled_steps or config.run.steps
     warmup = round(asked.warmup * planned)

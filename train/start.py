@@ -7,15 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from data.shell import quote
-from train.config import TrainConfig, TrainError
-from train.config_toml import read_settings
+from train.config import TrainConfig
+from train.config_toml import read_settings, to_plain, with_absolute_paths
 from train.loop import Run
 from train.optimizers.schedule import ENDLESS, SCHEDULES
 from train.overrides import differing, override
 from train.parallel.ranks import Ranks, connected
-from train.runs.checkpoint import resolve, write_settings
+from train.resolve import resolve_machine
+from train.runs.checkpoint import write_settings
+from train.runs.errors import TrainError
 from train.runs.lock import locked, refuse_taken
-from train.setup import resolve_machine
+from train.runs.open import resolve
 
 
 def start(config: TrainConfig) -> int:
@@ -37,7 +39,7 @@ def start(config: TrainConfig) -> int:
             raise TrainError(f"--out {out} is a file")
         with held(out, ranks):
             with ranks.together():
-                if ranks.main:
+                if ranks.is_main:
                     refuse_taken(out)
             if config.run.init is not None:  # a run's best checkpoint may be another one by the time of a resume
                 config = replace(config, run=replace(config.run, init=resolve(config.run.init)))
@@ -62,9 +64,10 @@ def resume(folder: Path, given: dict[str, dict] | None = None) -> int:
     with connected() as ranks, held(folder, ranks):
         config = resolve_machine(replace(config, run=replace(config.run, out=folder)), ranks)
         run = Run(config, ranks, resume=True)
-        if longer != stored and ranks.main:
+        if longer != stored and ranks.is_main:
             first = (folder / "config.toml").read_text(encoding="utf-8").splitlines()[0]
-            write_settings(folder, longer, first.removeprefix("# ") if first.startswith("# ") else "begun by an older version")
+            begun = first.removeprefix("# ") if first.startswith("# ") else "begun by an older version"
+            write_settings(folder, to_plain(with_absolute_paths(longer)), begun)
         return run.train()
 
 
@@ -102,6 +105,6 @@ def held(folder: Path, ranks: Ranks) -> Iterator[None]:
     """The lock on a run's folder: rank 0 has it, for all."""
     with ExitStack() as stack:
         with ranks.together():
-            if ranks.main:
+            if ranks.is_main:
                 stack.enter_context(locked(folder))
         yield

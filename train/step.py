@@ -11,7 +11,8 @@ from train.objective import Metric, Objective
 from train.optimizers.clip import clip_grad_norm_
 from train.optimizers.named_optimizer import Optimizers
 from train.optimizers.scaler import GradScaler
-from train.parallel.ranks import Ranks, kept_local, unwrapped
+from train.parallel.parallelize import no_grad_sync, unwrapped
+from train.parallel.ranks import Ranks
 
 
 class StepResult(NamedTuple):
@@ -48,7 +49,7 @@ def train_step(
     total = {name: ranks.sum(sum(count[name] for count in counts)) for name in counts[0]}
     loss, metrics = 0.0, {}
     for number, batch in enumerate(micro_batches, 1):
-        with nullcontext() if number == len(micro_batches) else kept_local(objective):
+        with nullcontext() if number == len(micro_batches) else no_grad_sync(objective):
             with phase("forward"), autocast():
                 terms, logged = objective(batch)
             if terms.keys() != total.keys():

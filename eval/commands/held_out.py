@@ -12,11 +12,12 @@ from data.config import DataConfig, DataError
 from data.tokenizer.base import load_tokenizer
 from data.words import counted
 from model.config import ModelConfig
-from train.config import NetworkConfig, OptimizerConfig, ReportConfig, RunConfig, TrainConfig, TrainError
+from train.config import NetworkConfig, OptimizerConfig, ReportConfig, RunConfig, TrainConfig
 from train.config_toml import read_settings
 from train.evaluate import evaluate
 from train.losses.choose import LOSSES, choose_loss
 from train.registry import load, names
+from train.runs.errors import TrainError
 from train.task import Scores, Task
 
 WINDOW = 2048  # tokens of a text that is scored, at the most

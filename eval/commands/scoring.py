@@ -17,9 +17,8 @@ from data.sources.files import BadText, ReadReport, decode
 from data.tokenizer.base import Tokenizer, load_tokenizer
 from eval.commands.held_out import objective_of, open_text
 from model.network import Network
-from train.config import TrainError
-from train.runs.checkpoint import resolve
-from train.setup import checked_device
+from train.runs.errors import TrainError
+from train.runs.open import checked_device, resolve
 
 
 class Opened(NamedTuple):

@@ -33,8 +33,7 @@ def fill(options: Fill) -> None:
 
     from data.tokenizer.base import load_tokenizer
     from model.fill import fill
-    from train.runs.checkpoint import resolve
-    from train.setup import checked_device
+    from train.runs.open import checked_device, resolve
 
     device = checked_device(options.device)
     folder = resolve(options.run)

@@ -90,8 +90,7 @@ def generate(options: Generate) -> None:
 
     from data.tokenizer.base import load_tokenizer
     from model.generation_config import read_generation_config
-    from train.runs.checkpoint import resolve
-    from train.setup import checked_device
+    from train.runs.open import checked_device, resolve
 
     device = checked_device(options.device)
     folder = resolve(options.run)

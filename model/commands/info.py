@@ -63,7 +63,7 @@ def info(options: Info) -> None:
 
     from model.account import info
     from model.hub import read_config
-    from train.runs.checkpoint import resolve
+    from train.runs.open import resolve
 
     values = vars(options).copy()
     name = values.pop("network")

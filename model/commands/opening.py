@@ -19,7 +19,7 @@ LOOKS_LIKE_CONTROL = re.compile(r"<\|[^\s|<>]{1,40}\|>|</?s>|<(?:start|end)_of_t
 
 def open_network(folder: Path, device: "torch.device", base: Path | None) -> "Network":
     """The network of a model folder; of an adapter's, its base with it."""
-    from train.runs.checkpoint import resolve
+    from train.runs.open import resolve
 
     if (folder / "adapter_config.json").is_file():
         from lora.peft_io import open_network

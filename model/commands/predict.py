@@ -67,8 +67,7 @@ def predict(options: Predict) -> None:
     from data.tokenizer.base import load_tokenizer
     from data.transforms.framing import Framer, pad_id
     from model.predict import Text, check_classifier, is_multi_label, predicted_labels, probabilities
-    from train.runs.checkpoint import resolve
-    from train.setup import checked_device
+    from train.runs.open import checked_device, resolve
 
     check(options)
     device, folder = checked_device(options.device), resolve(options.run)
@@ -131,9 +130,9 @@ def check(options: Predict) -> None:
 
 def asked_of(options: Predict, folder: Path) -> "ClassifySettings":
     """The columns and the length: of the options, else of the training of the run that `folder` is a checkpoint of."""
-    from train.config import TrainError
     from train.config_toml import read_settings
     from train.registry import settings_of
+    from train.runs.errors import TrainError
     from train.tasks.classify import ClassifySettings
 
     run, settings = folder.absolute().parent.parent, ClassifySettings()

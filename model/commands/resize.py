@@ -29,7 +29,7 @@ def resize(options: Resize) -> None:
     from model.folders import atomic_folder, copy_auxiliary_files
     from model.hub import load, save
     from model.resize import resize_vocabulary
-    from train.runs.checkpoint import resolve
+    from train.runs.open import resolve
 
     folder = resolve(options.folder)
     network = load(folder, finite=True)

@@ -17,7 +17,7 @@ import model.hub
 from quant.blockwise import split_into_blocks
 from quant.nf4 import quantize
 from tests.bench.timing import table
-from train.runs.checkpoint import resolve
+from train.runs.open import resolve
 
 BLOCK = 64
 

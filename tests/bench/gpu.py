@@ -24,7 +24,8 @@ from train.objective import Objective
 from train.optimizers.precision import autocast
 from train.parallel.ranks import Ranks
 from train.reports.rate import matmul_rate
-from train.setup import open_engine, resolve_network
+from train.resolve import resolve_network
+from train.setup import open_engine
 
 BATCH_SIZE, CONTEXT = 16, 1024
 LORA = ((8192, 768, 768), (8192, 4096, 4096), (8192, 4096, 11008))  # N, I, O

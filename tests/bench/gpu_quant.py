@@ -24,7 +24,7 @@ from quant.linear import QUANTIZE, quantizable_layers
 from quant.nf4 import QuantizedTensor
 from quant.product import linear_4bit
 from tests.bench.timing import alternate, ratio, table
-from train.adapters import narrow
+from train.adapters import cast_frozen_weights
 from train.losses.choose import LOSSES
 from train.objective import Objective
 from train.optimizers.build import build_optimizer
@@ -217,7 +217,7 @@ def our_step(folder: Path, batch: dict[str, Tensor], device: torch.device) -> Ca
         if isinstance(module, QuantizedLinear):
             module.compute = None
     add_adapters(network, LoraConfig(r=RANK, alpha=RANK))
-    narrow(network, torch.bfloat16)
+    cast_frozen_weights(network, torch.bfloat16)
     objective = Objective(network, LOSSES["triton" if device.type == "cuda" else "chunked"]).train()
     recompute(network, "blocks", 1)
     optimizers = build_optimizer("adamw8bit", network.named_parameters(), lambda name: "matrix", lr=RATE)

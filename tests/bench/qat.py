@@ -25,7 +25,7 @@ from quant.calibrate import observe
 from quant.int8_linear import StaticInput
 from quant.linear import quantize_linears
 from tests.bench.timing import table
-from train.runs.checkpoint import resolve
+from train.runs.open import resolve
 from train.task import Task
 
 SEEDS, BAR = (0, 1, 2), 0.50

@@ -25,7 +25,7 @@ from train.evaluate import evaluate
 from train.objective import Objective
 from train.optimizers.build import build_optimizer
 from train.optimizers.schedule import cosine
-from train.runs.checkpoint import resolve
+from train.runs.open import resolve
 from train.step import train_step
 
 BASES = {"LoRA, bfloat16": None, "QLoRA, NF4": FourBit("nf4"), "QLoRA, FP4": FourBit("fp4")}

@@ -20,7 +20,9 @@ from tests.bench.train import SHAPES, STILL
 from train.allocator import keep_freed_memory
 from train.objective import Objective
 from train.optimizers.build import build_optimizer
-from train.parallel.ranks import Ranks, lay_out, share, spread
+from train.parallel.mesh import build_mesh
+from train.parallel.parallelize import parallelize
+from train.parallel.ranks import Ranks, own_rows
 from train.step import train_step
 
 NAME = "6 × 384, V 8,192"
@@ -31,9 +33,9 @@ def step_of(name: str, mesh: str, ranks: Ranks):
     shape, batch_size, context = SHAPES[name]
     config = ModelConfig.preset("gpt2", **shape, **STILL, kv_heads=shape["heads"], context=context)
     ids = torch.randint(0, config.vocab_size, (batch_size, context + 1), generator=torch.Generator().manual_seed(0))
-    batch = share({"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}, ranks)
+    batch = own_rows({"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}, ranks)
     cpu = torch.device("cpu")
-    objective = spread(Objective(build_network(config, seed=0)).train(), lay_out(mesh, ranks, cpu), cpu)
+    objective = parallelize(Objective(build_network(config, seed=0)).train(), build_mesh(mesh, ranks, cpu), cpu)
     named = [(name.removeprefix("module."), parameter) for name, parameter in objective.named_parameters()]
     named = [(name.removeprefix("network."), parameter) for name, parameter in named]
     optimizers = build_optimizer("adamw", named, lambda name: role_of(config, name), lr=1e-4)

@@ -31,7 +31,7 @@ from train.evaluate import bits_per_byte, evaluate
 from train.objective import Objective
 from train.optimizers.build import build_optimizer
 from train.optimizers.schedule import cosine
-from train.runs.checkpoint import resolve
+from train.runs.open import resolve
 from train.step import train_step
 
 OLD, NEW = "stdlib-docs", "stdlib-code"

@@ -13,19 +13,20 @@ from safetensors.torch import save_file
 import train.runs.checkpoint
 from tests.runs import assert_same_end, command, last_checkpoint, nothing_half_made, steps_of
 from train.runs.checkpoint import (
-    CheckpointError,
+    SHARDED_INDEX,
     checkpoints,
-    latest_whole,
-    point,
-    pointed,
+    latest_verified,
     prune,
-    repoint,
-    resolve,
+    read_pointer,
+    restore_pointers,
     verify,
+    write_atomically,
     write_checkpoint,
-    write_whole,
+    write_pointer,
 )
-from train.runs.sharded import INDEX, Parts, file_name, rows
+from train.runs.errors import CheckpointError
+from train.runs.open import resolve
+from train.runs.sharded import ShardedTensors, file_name, shard_rows
 
 FILES = [
     "config.json",
@@ -68,7 +69,7 @@ def test_damage_is_named_and_passed_over(halfway, name, damage):
     with pytest.raises(CheckpointError, match=name):
         verify(latest)
     said = []
-    assert latest_whole(halfway, said.append) == before
+    assert latest_verified(halfway, said.append) == before
     assert len(said) == 1 and latest.name in said[0] and name in said[0]
 
 
@@ -105,7 +106,7 @@ def test_manifest_of_another_kind(tmp_path, manifest, message):
 
 
 def test_what_a_command_opens_is_verified(halfway):
-    best = pointed(halfway, "best")
+    best = read_pointer(halfway, "best")
     assert resolve(halfway) == best and resolve(best) == best
     flip(best / "model.safetensors")
     for path in (halfway, best):
@@ -127,19 +128,19 @@ def test_pointers_never_lead_out_of_the_run(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "best.json").write_text('{"checkpoint": "../elsewhere", "step": 1}')
-    assert pointed(tmp_path / "run", "best") is None
+    assert read_pointer(tmp_path / "run", "best") is None
 
 
 def test_repoint(tmp_path):
     folder = write_checkpoint(tmp_path, 4, small)
-    repoint(tmp_path, folder, {"step": 4, "loss": 2.0})
+    restore_pointers(tmp_path, folder, {"step": 4, "loss": 2.0})
     assert json.loads((tmp_path / "best.json").read_text()) == {
         "checkpoint": "checkpoints/step-4",
         "step": 4,
         "loss": 2.0,
     }
-    repoint(tmp_path, folder, {"step": 3, "loss": 1.0})  # no such checkpoint any more
-    assert not (tmp_path / "best.json").exists() and pointed(tmp_path, "last") == folder
+    restore_pointers(tmp_path, folder, {"step": 3, "loss": 1.0})  # no such checkpoint any more
+    assert not (tmp_path / "best.json").exists() and read_pointer(tmp_path, "last") == folder
 
 
 def test_what_the_pointers_name_stays(tmp_path):
@@ -147,7 +148,7 @@ def test_what_the_pointers_name_stays(tmp_path):
     for step in (2, 4, 6, 8):
         folder = write_checkpoint(tmp_path, step, small)
         if step < 6:
-            point(tmp_path, "best" if step == 2 else "last", folder)
+            write_pointer(tmp_path, "best" if step == 2 else "last", folder)
     prune(tmp_path, keep=1)
     assert steps_of(tmp_path) == [8, 4, 2]
 
@@ -155,14 +156,14 @@ def test_what_the_pointers_name_stays(tmp_path):
 @pytest.mark.parametrize("readers", range(1, 8))
 def test_any_number_of_ranks_reads_its_rows(readers, tmp_path):
     """Five rows by four ranks, the last of which had none; some of those that read get none too."""
-    value, cuts = torch.arange(10.0).view(5, 2), [rows(5, part, 4) for part in range(4)]
+    value, cuts = torch.arange(10.0).view(5, 2), [shard_rows(5, part, 4) for part in range(4)]
     for part, (start, stop) in enumerate(cuts):
         save_file({"x": value[start:stop].clone()}, tmp_path / file_name(part, 4))
-    (tmp_path / INDEX).write_text(json.dumps({"parts": 4, "tensors": {"x": {"shape": [5, 2], "rows": cuts}}}))
-    stored = Parts(tmp_path)
-    read = [stored.rows("x", *rows(5, part, readers)) for part in range(readers)]
+    (tmp_path / SHARDED_INDEX).write_text(json.dumps({"parts": 4, "tensors": {"x": {"shape": [5, 2], "rows": cuts}}}))
+    stored = ShardedTensors(tmp_path)
+    read = [stored.rows("x", *shard_rows(5, part, readers)) for part in range(readers)]
     assert torch.equal(torch.cat(read), value) and torch.equal(stored["x"], value)
-    assert [len(part) for part in read] == [stop - start for start, stop in (rows(5, p, readers) for p in range(readers))]
+    assert [len(part) for part in read] == [stop - start for start, stop in (shard_rows(5, p, readers) for p in range(readers))]
 
 
 # Crashes. What follows a crash is nothing: every later call raises too, `except` and `finally` notwithstanding.
@@ -215,8 +216,8 @@ def small(folder):
 def save(run, step, *, best):
     folder = write_checkpoint(run, step, small)
     if best:
-        point(run, "best", folder, loss=1.0)
-    point(run, "last", folder)
+        write_pointer(run, "best", folder, loss=1.0)
+    write_pointer(run, "last", folder)
     prune(run, keep=1)
 
 
@@ -251,7 +252,7 @@ def test_a_crash_at_any_call_leaves_a_whole_checkpoint(make, tmp_path, monkeypat
         if not crashed:
             break  # that was the last call
         crashes += 1
-        latest = latest_whole(run, lambda _: None)
+        latest = latest_verified(run, lambda _: None)
         found.add(latest.name)
         assert latest.name in ("step-2", "step-3")
         verify(resolve(run))  # best, or last where best is not there
@@ -261,9 +262,9 @@ def test_a_crash_at_any_call_leaves_a_whole_checkpoint(make, tmp_path, monkeypat
         if latest.name == "step-2":  # what a resume does: step 3 once more
             save(run, 3, best=True)
         else:
-            repoint(run, latest, {"step": 3, "loss": 1.0})
+            restore_pointers(run, latest, {"step": 3, "loss": 1.0})
         save(run, 4, best=False)
-        assert steps_of(run) == [4, 3] and pointed(run, "best").name == "step-3"
+        assert steps_of(run) == [4, 3] and read_pointer(run, "best").name == "step-3"
         assert nothing_half_made(run)
     assert crashes >= 20 and found == {"step-2", "step-3"}
 
@@ -298,8 +299,8 @@ def test_an_error_while_saving_leaves_nothing_half_made(call, tmp_path, monkeypa
     assert steps_of(run) == [2, 1] and nothing_half_made(run)
     with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
         patched.setattr(os, "fsync", full)
-        write_whole(run / "last.json", "{}")
-    assert pointed(run, "last").name == "step-2" and nothing_half_made(run)
+        write_atomically(run / "last.json", "{}")
+    assert read_pointer(run, "last").name == "step-2" and nothing_half_made(run)
 
 
 def test_files_in_subfolders_are_of_the_checkpoint(tmp_path):

@@ -15,7 +15,8 @@ from tests.conftest import randomized, tiny_config
 from tests.folders import byte_level, write_tokenizer
 from tests.oracle.test_classify import SPECIALS, template, write_labelled
 from tests.runs import command
-from train.config import OptimizerConfig, TrainConfig, TrainError
+from train.config import OptimizerConfig, TrainConfig
+from train.runs.errors import TrainError
 
 GOOD = [{"text": f"text {n} of {label}", "label": label} for n in range(12) for label in ("a", "b")]
 BASE = ["--objective", "classify", "--device", "cpu", "--threads", 1, "--steps", 2]

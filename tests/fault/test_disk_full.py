@@ -12,12 +12,8 @@ import pytest
 from safetensors import SafetensorError
 
 from tests.runs import assert_same_end, command, nothing_half_made, steps_of
-from train.runs.checkpoint import (
-    checkpoints,
-    pointed,
-    resolve,
-    verify,
-)
+from train.runs.checkpoint import checkpoints, read_pointer, verify
+from train.runs.open import resolve
 
 
 def test_a_safetensors_error_is_a_full_disk_too(halfway, monkeypatch):
@@ -53,7 +49,7 @@ def assert_full_and_then_room(run, finished, no_room):
     assert steps_of(run) == before and nothing_half_made(run)
     for folder in checkpoints(run):
         verify(folder)
-    assert resolve(run) == pointed(run, "best")
+    assert resolve(run) == read_pointer(run, "best")
     said = command("--resume", run)
     assert said.code == 0, said.err
     assert_same_end(run, finished)

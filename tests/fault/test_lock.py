@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from tests.runs import assert_same_end, command, process, wait_for_step
-from train.config import TrainError
+from train.runs.errors import TrainError
 from train.runs.lock import locked
 
 

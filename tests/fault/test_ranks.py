@@ -23,10 +23,12 @@ import model.hub
 from tests.ranks import in_two_ranks
 from tests.runs import ROOT, STEPS, arguments, assert_same_end, command, further, last_checkpoint, steps_of, wait_for_step
 from train.engine import Engine
-from train.parallel.ranks import Mesh, OtherRankError, Ranks, replicated, share
+from train.parallel.mesh import Mesh
+from train.parallel.parallelize import replicated
+from train.parallel.ranks import OtherRankError, Ranks, own_rows
 from train.reports.log import read_metrics
 from train.runs.checkpoint import step_of
-from train.runs.sharded import Parts
+from train.runs.sharded import ShardedTensors
 
 CHANGES = {"optimizer": "adamw", "lr": "1e-3", "dropout": "0.0", "save-every": "20"}
 
@@ -173,7 +175,7 @@ def test_a_signal_saves_in_parts_which_become_one_folder(options, tmp_path, caps
     assert model_command.main(["export", str(last_checkpoint(run)), "--out", str(folder)]) == 0
     assert model_command.main(["generate", str(folder), "--prompt", "the", "--max-new-tokens", "5"]) == 0
     network = model.hub.load(folder)
-    stored = Parts(last_checkpoint(run))
+    stored = ShardedTensors(last_checkpoint(run))
     assert all(torch.equal(parameter, stored[f"averages.{name}"]) for name, parameter in network.named_parameters())
     assert any(not torch.equal(parameter, stored[f"weights.{name}"]) for name, parameter in network.named_parameters())
     for name in ("config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
@@ -203,8 +205,8 @@ def meet(rank: int, folder: Path) -> None:
     with pytest.raises(OSError if rank else OtherRankError), ranks.together():
         if rank:
             raise OSError("no space left on this rank")
-    assert ranks.most(rank) == 1 and ranks.any(rank == 1) and not ranks.any(False)
-    assert ranks.agree({"rank": rank, "name": "ä" * (rank + 1)}) == {"rank": 0, "name": "ä"}
+    assert ranks.max(rank) == 1 and ranks.any(rank == 1) and not ranks.any(False)
+    assert ranks.broadcast({"rank": rank, "name": "ä" * (rank + 1)}) == {"rank": 0, "name": "ä"}
 
     def make() -> bool:
         made = not (folder / "made").exists()
@@ -214,7 +216,7 @@ def meet(rank: int, folder: Path) -> None:
     assert ranks.local_first(make) == (rank == 0)
     network = nn.Linear(1, 1)
     nn.init.constant_(network.weight, torch.nan if rank else 1.0)
-    assert not Engine.finite(SimpleNamespace(network=network, ranks=ranks))  # or the other would save alone
+    assert not Engine.is_finite(SimpleNamespace(network=network, ranks=ranks))  # or the other would save alone
     layer = nn.Linear(3, 1, bias=False, dtype=torch.bfloat16)
     wrapped = replicated(layer, Mesh(replicate=2), torch.device("cpu"))
     wrapped(torch.full((1, 3), 1.0 + 2 * rank, dtype=torch.bfloat16)).sum().backward()
@@ -222,11 +224,11 @@ def meet(rank: int, folder: Path) -> None:
     dist.barrier()
 
 
-def test_what_ranks_say_to_one_another(tmp_path):
+def test_values_that_ranks_exchange(tmp_path):
     in_two_ranks(meet, tmp_path)
 
 
 @pytest.mark.parametrize("world", range(1, 6))
 def test_every_rank_has_rows_and_every_row_a_rank(world):
-    parts = [share({"rows": torch.arange(5)}, Ranks(rank, world))["rows"] for rank in range(world)]
+    parts = [own_rows({"rows": torch.arange(5)}, Ranks(rank, world))["rows"] for rank in range(world)]
     assert torch.equal(torch.cat(parts), torch.arange(5)) and {5 // world, -(-5 // world)} >= {len(part) for part in parts}

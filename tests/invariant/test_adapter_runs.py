@@ -24,15 +24,17 @@ from model.weights import weight_table
 from tests.conftest import randomized, tiny_config
 from tests.oracle.adapter_twins import randomize, trained
 from tests.runs import arguments, assert_same_end, command, further, last_checkpoint, metrics, stopped_at
-from train.adapters import accounted, narrow, put_on
-from train.config import ADAPTER_LR, OptimizerConfig, RunConfig, TrainConfig, TrainError
+from train.adapters import add_adapter, cast_frozen_weights, has_memory_estimate
+from train.config import ADAPTER_LR, OptimizerConfig, RunConfig, TrainConfig
 from train.config_toml import from_plain, to_plain
 from train.engine import Engine
 from train.objective import Objective
 from train.parallel.ranks import Ranks
 from train.recompute import recompute
+from train.resolve import resolve_network
 from train.runs.checkpoint import step_of
-from train.setup import open_optimizers, resolve_network
+from train.runs.errors import TrainError
+from train.setup import open_optimizers
 
 STEPS = 48
 SMALL = {"steps": STEPS, "eval-every": 16, "save-every": 12}
@@ -255,9 +257,9 @@ def test_what_decays_and_how_fast_it_learns(method):
 @pytest.mark.parametrize(("family", "dtype"), [("bert", torch.bfloat16), ("t5", torch.bfloat16), ("t5", torch.float16)])
 def test_frozen_weights_are_narrowed_and_trained_ones_are_not(family, dtype):
     network = add_adapters(randomized(tiny_config(family), dtype=torch.float32), LoraConfig(r=2, bias="all"))
-    narrow(network, None)
+    cast_frozen_weights(network, None)
     assert {value.dtype for value in network.parameters()} == {torch.float32}
-    narrow(network, dtype)
+    cast_frozen_weights(network, dtype)
     wide = {row.name for row in weight_table(network.config).values() if row.layout == "wide" and dtype == torch.float16}
     assert bool(wide) == (dtype == torch.float16)
     for name, value in network.named_parameters():
@@ -285,7 +287,7 @@ def test_an_adapter_begins_by_the_seed_and_a_prompt_by_its_text(base):
         tokenizer = load_tokenizer(base, network.config.vocab_size)
         config = TrainConfig(run=RunConfig(adapter=method, seed=3))
         config = replace(config, prompt=replace(config.prompt, tokens=9, text="the value")) if method == "prompt" else config
-        put_on(config, network, tokenizer, new_head=False)
+        add_adapter(config, network, tokenizer, new_head=False)
         first |= parts(network, "default")
     wanted = parts(add_adapters(model.hub.load(base), LoraConfig(), seed=3), "default")
     assert all(torch.equal(part.A, first[path].A) for path, part in wanted.items())
@@ -321,10 +323,10 @@ def test_the_room_that_a_prefix_leaves():
 
 def test_memory_is_foretold_of_what_the_account_knows():
     for method in METHODS:
-        assert accounted(TrainConfig(run=RunConfig(adapter=method))) == (method == "lora")
+        assert has_memory_estimate(TrainConfig(run=RunConfig(adapter=method))) == (method == "lora")
     known, unknown = {"r": 2, "targets": "attention", "b_lr_ratio": 4.0}, ({"targets": "query"}, {"dropout": 0.1}, WHOLE)
     for changes in (known, *unknown):
-        assert accounted(TrainConfig(run=RunConfig(adapter="lora"), lora=LoraConfig(**changes))) == (changes is known)
+        assert has_memory_estimate(TrainConfig(run=RunConfig(adapter="lora"), lora=LoraConfig(**changes))) == (changes is known)
 
 
 def test_patterns_in_a_runs_settings():

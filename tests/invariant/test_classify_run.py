@@ -24,7 +24,7 @@ from tests.invariant.test_classify_steps import task_of
 from tests.oracle.test_classify import word_piece, write_labelled
 from tests.runs import arguments, assert_same_end, command, last_checkpoint, metrics, stopped_at
 from train.reports.log import read_metrics
-from train.runs.checkpoint import resolve
+from train.runs.open import resolve
 
 SETTINGS = {
     "objective": "classify",

@@ -15,7 +15,7 @@ from train.config import NetworkConfig, OptimizerConfig, RunConfig, TrainConfig
 from train.evaluate import evaluate
 from train.label_objective import LabelObjective
 from train.label_scores import baseline, class_scores
-from train.parallel.ranks import Ranks, share
+from train.parallel.ranks import Ranks, own_rows
 from train.registry import config_type
 from train.step import train_step
 from train.tasks.classify import ClassifySettings, ClassifyTask
@@ -64,7 +64,7 @@ def test_four_times_two_is_eight(several, place):
     (batch,), total = whole.source.batches(3), 0
     objective = whole.objective(network, None).train()
     for rank in range(2):
-        total = total + objective(share(batch, Ranks(rank, 2))).terms["loss"].sum
+        total = total + objective(own_rows(batch, Ranks(rank, 2))).terms["loss"].sum
     objective.zero_grad()
     (total / 8).backward()
     assert largest([parameter.grad for parameter in network.parameters()], gradients[0]) < 1e-12

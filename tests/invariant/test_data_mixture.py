@@ -19,10 +19,11 @@ from data.sources.files import Document
 from data.sources.shards import prepare
 from tests.runs import arguments, assert_same_end, command, last_checkpoint, metrics, stopped_at
 from tests.texts import prose
-from train.config import OptimizerConfig, ReportConfig, TrainConfig, TrainError
+from train.config import OptimizerConfig, ReportConfig, TrainConfig
 from train.config_toml import from_plain, to_plain, with_absolute_paths
 from train.record_task import RecordTask
 from train.reports.summary import said_of_text
+from train.runs.errors import TrainError
 from train.tasks.clm import CausalTask
 from train.token_task import validation_parts
 

@@ -8,7 +8,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.conftest import randomized, tiny_config
 from tests.invariant.test_step import Recorder, split, uneven_batch
 from train.objective import Objective
-from train.parallel.ranks import Mesh, OtherRankError, Ranks, average_in_float32, kept_local, share, spread
+from train.parallel.mesh import Mesh
+from train.parallel.parallelize import average_in_float32, no_grad_sync, parallelize
+from train.parallel.ranks import OtherRankError, Ranks, own_rows
 from train.step import train_step
 
 CPU = torch.device("cpu")
@@ -54,7 +56,7 @@ def test_parts_exchange_once_a_step():
             self.asked += (flag,)
 
     module = Sharded()
-    with pytest.raises(ZeroDivisionError), kept_local(module):
+    with pytest.raises(ZeroDivisionError), no_grad_sync(module):
         assert module.asked == (False,)
         raise ZeroDivisionError
     assert module.asked == (False, True)
@@ -62,7 +64,7 @@ def test_parts_exchange_once_a_step():
 
 def test_one_process_is_left_alone():
     objective = Objective(randomized(tiny_config("gpt2")))
-    assert spread(objective, Mesh(), CPU) is objective
+    assert parallelize(objective, Mesh(), CPU) is objective
 
 
 def test_sixteen_bit_gradients_are_averaged_in_float32(group, monkeypatch):
@@ -83,16 +85,16 @@ def test_sixteen_bit_gradients_are_averaged_in_float32(group, monkeypatch):
 
 def test_rows_are_shared_without_rest():
     batch = {"input_ids": torch.arange(14).view(7, 2), "labels": torch.arange(14).view(7, 2) + 1}
-    parts = [share(batch, Ranks(rank, 3)) for rank in range(3)]
+    parts = [own_rows(batch, Ranks(rank, 3)) for rank in range(3)]
     assert [len(part["labels"]) for part in parts] == [3, 2, 2]
     for name, whole in batch.items():
         assert torch.equal(torch.cat([part[name] for part in parts]), whole)
-    assert share(batch, Ranks()) is batch
+    assert own_rows(batch, Ranks()) is batch
 
 
 def test_a_failure_on_another_rank_is_one_here(monkeypatch):
     ranks = Ranks(1, 2)
-    monkeypatch.setattr(Ranks, "most", lambda self, value: 1)
+    monkeypatch.setattr(Ranks, "max", lambda self, value: 1)
     with pytest.raises(OtherRankError), ranks.together():
         pass
     with pytest.raises(KeyError), ranks.together():

@@ -11,15 +11,16 @@ import model.hub
 from model.weights import role_of
 from tests.conftest import randomized, tiny_config
 from tests.runs import STEPS, arguments, assert_same_end, command, last_checkpoint, stopped_at
-from train.config import TrainError, mesh_sizes
 from train.engine import Engine
 from train.evaluate import evaluate
 from train.objective import Objective
 from train.optimizers.build import build_optimizer
 from train.optimizers.ema import EMA
 from train.optimizers.scaler import GradScaler
+from train.parallel.mesh_sizes import mesh_sizes
 from train.parallel.ranks import Ranks
 from train.reports.log import read_metrics
+from train.runs.errors import TrainError
 from train.tasks.clm import CausalTask
 from train.token_task import BlockBatches
 
@@ -240,7 +241,7 @@ def test_a_checkpoint_in_parts_has_both_files_of_settings(tmp_path):
     """generation_config.json too, which an export hands on."""
     network = randomized(tiny_config("llama"), dtype=torch.float32)
     network.generation = {"eos_token_id": [2, 5], "top_k": 7}
-    engine = SimpleNamespace(network=network, mesh=SimpleNamespace(shard=2, writes=False), ranks=Ranks())
+    engine = SimpleNamespace(network=network, mesh=SimpleNamespace(shard=2, is_writer=False), ranks=Ranks())
     Engine.save(engine, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "generation_config.json"}
     assert json.loads((tmp_path / "generation_config.json").read_text()) == network.generation

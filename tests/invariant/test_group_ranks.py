@@ -14,8 +14,10 @@ from tests.conftest import randomized, tiny_config
 from tests.ranks import in_two_ranks
 from train.losses.choose import LOSSES
 from train.objective import MaskedObjective, Objective, Result, Term
-from train.parallel.ranks import Ranks, lay_out, share, spread, unwrapped
-from train.parallel.shard import local_grad, whole
+from train.parallel.mesh import build_mesh
+from train.parallel.parallelize import parallelize, unwrapped
+from train.parallel.ranks import Ranks, own_rows
+from train.parallel.shard import full_tensor, local_grad
 from train.step import train_step
 
 
@@ -58,12 +60,12 @@ def batch_of(sizes, seed=0):
 )
 def test_no_group_is_cut(sizes, world, expected):
     batch = batch_of(sizes)
-    parts = [share(batch, Ranks(rank, world)) for rank in range(world)]
+    parts = [own_rows(batch, Ranks(rank, world)) for rank in range(world)]
     assert [len(part["group"]) for part in parts] == expected
     for key, value in batch.items():
         assert torch.equal(torch.cat([part[key] for part in parts]), value)
     ungrouped = {key: value for key, value in batch.items() if key != "group"}
-    sizes = [len(share(ungrouped, Ranks(rank, world))["labels"]) for rank in range(world)]
+    sizes = [len(own_rows(ungrouped, Ranks(rank, world))["labels"]) for rank in range(world)]
     assert sizes == [len(part) for part in batch["labels"].tensor_split(world)]
 
 
@@ -72,7 +74,7 @@ def test_groups_of_any_sizes_on_any_ranks(seed):
     draw = np.random.default_rng(seed)
     sizes, world = draw.integers(1, 5, draw.integers(1, 9)).tolist(), int(draw.integers(1, 7))
     group = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    parts = [share({"group": group, "row": torch.arange(len(group))}, Ranks(rank, world)) for rank in range(world)]
+    parts = [own_rows({"group": group, "row": torch.arange(len(group))}, Ranks(rank, world)) for rank in range(world)]
     assert torch.equal(torch.cat([part["row"] for part in parts]), torch.arange(len(group)))
     held = [set(part["group"].tolist()) for part in parts]
     assert sum(map(len, held)) == len(sizes) and max(map(len, held)) - min(map(len, held)) <= 1
@@ -102,7 +104,7 @@ class Kept:
 
     def step(self):
         named = unwrapped(self.objective).network.named_parameters()
-        self.gradients = {name: whole(local_grad(parameter), parameter).clone() for name, parameter in named}
+        self.gradients = {name: full_tensor(local_grad(parameter), parameter).clone() for name, parameter in named}
 
     def zero_grad(self, set_to_none=True):
         self.objective.zero_grad(set_to_none=set_to_none)
@@ -113,7 +115,7 @@ MICRO_BATCHES = [[(2,)], [(2, 3, 2)], [(2,), (3,)], [(2, 2), (4,)]]  # a step's 
 
 def step_of(objective, sizes, ranks):
     kept = Kept(objective)
-    micro_batches = [share(batch_of(each, seed), ranks) for seed, each in enumerate(sizes)]
+    micro_batches = [own_rows(batch_of(each, seed), ranks) for seed, each in enumerate(sizes)]
     result = train_step(objective, micro_batches, kept, ranks=ranks)
     return result, kept.gradients
 
@@ -123,7 +125,7 @@ def in_ranks(rank: int, folder: Path) -> None:
     ranks, cpu = Ranks(rank, 2, rank), torch.device("cpu")
     for mesh in ("replicate", "shard"):
         alone = Compared(randomized(tiny_config("llama"))).train()
-        objective = spread(Compared(randomized(tiny_config("llama"))).train(), lay_out(mesh, ranks, cpu), cpu)
+        objective = parallelize(Compared(randomized(tiny_config("llama"))).train(), build_mesh(mesh, ranks, cpu), cpu)
         for sizes in MICRO_BATCHES:
             expected, theirs = step_of(alone, sizes, Ranks())
             result, ours = step_of(objective, sizes, ranks)

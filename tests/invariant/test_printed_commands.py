@@ -31,7 +31,7 @@ from tests.invariant.test_export import shard
 from tests.runs import SETTINGS, Said, arguments, at_step, command, last_checkpoint, stopped_at, write_corpus
 from train.config_toml import read_settings
 from train.reports.summary import following
-from train.runs.checkpoint import IN_PARTS, point, seal
+from train.runs.checkpoint import SHARDED_INDEX, commit, write_pointer
 
 MAIN: dict[str, Callable[[list[str]], int]] = {
     "train": train.__main__.main,
@@ -180,10 +180,10 @@ def test_of_a_run_in_parts():
     whole = last_checkpoint(Path("parted"))
     shutil.rmtree("FOLDER", ignore_errors=True)
     shard(whole, making := whole.with_name(".step-9"), averages=False, dtype=torch.float32)
-    seal(making, parts := whole.with_name("step-9"))
+    commit(making, parts := whole.with_name("step-9"))
     for pointer in ("best", "last"):
-        point(Path("parted"), pointer, parts)
-    assert (parts / IN_PARTS).is_file()
+        write_pointer(Path("parted"), pointer, parts)
+    assert (parts / SHARDED_INDEX).is_file()
     answer = command("generate", "parted", "--prompt", "the", main=model.__main__.main)
     assert answer.code == 2
     all_work(answer, "model export parted --out FOLDER")

@@ -31,7 +31,9 @@ from train.losses.choose import LOSSES
 from train.objective import Objective
 from train.optimizers.build import build_optimizer
 from train.optimizers.precision import autocast
-from train.parallel.ranks import Mesh, Ranks, replicated, share
+from train.parallel.mesh import Mesh
+from train.parallel.parallelize import replicated
+from train.parallel.ranks import Ranks, own_rows
 from train.qat import Observers
 from train.registry import load
 from train.setup import open_data, open_network, open_optimizers
@@ -344,7 +346,7 @@ def steps_with(objective: nn.Module, ranks: Ranks, observer: str) -> dict[str, t
     engine.begin(batches[0])
     objective.train()
     for batch in batches:
-        engine.train([share(batch, ranks)])
+        engine.train([own_rows(batch, ranks)])
     return {f"{path}.{end}": value for path, layer in qat_layers(network).items() for end, value in layer.named_buffers()}
 
 

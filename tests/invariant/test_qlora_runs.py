@@ -19,7 +19,8 @@ from tests.bench.qlora import SEEDS, in_16_bits, learned
 from tests.bench.shown import open_task
 from tests.fault.test_ranks import torchrun
 from tests.runs import arguments, assert_same_end, command, further, last_checkpoint, metrics, stopped_at
-from train.runs.checkpoint import resolve, step_of
+from train.runs.checkpoint import step_of
+from train.runs.open import resolve
 
 STEPS = 16
 SMALL = {"steps": STEPS, "eval-every": 8, "save-every": 6, "lr": "1e-2", "precision": "fp32", "lora.r": 2}

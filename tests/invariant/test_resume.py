@@ -24,7 +24,7 @@ from tests.runs import (
     write_corpus,
 )
 from train.reports.log import read_metrics
-from train.runs.checkpoint import MANIFEST, checkpoints, seal, step_of, verify
+from train.runs.checkpoint import MANIFEST, checkpoints, commit, step_of, verify
 
 BATCH, CONTEXT = 4, 32
 
@@ -78,7 +78,7 @@ def rewrite_state(folder, state):
     (folder / MANIFEST).unlink()
     copy = folder.with_name("copy")
     folder.rename(copy)
-    seal(copy, folder)
+    commit(copy, folder)
 
 
 def test_killed_before_the_first_save_starts_again(options, finished, tmp_path):

@@ -12,11 +12,15 @@ from data.sources.shards import prepare
 from model.init import build_network
 from tests.conftest import randomized, tiny_config
 from tests.runs import torch_as_it_was, write_corpus
-from train.config import OptimizerConfig, RunConfig, SpeedConfig, TrainConfig, TrainError
+from train.config import OptimizerConfig, RunConfig, SpeedConfig, TrainConfig
 from train.objective import Objective
-from train.parallel.ranks import Mesh, Ranks, spread
+from train.parallel.mesh import Mesh
+from train.parallel.parallelize import parallelize
+from train.parallel.ranks import Ranks
 from train.registry import load
-from train.setup import also_end_with, network_config, open_engine, open_network, resolve_machine, resolve_rates
+from train.resolve import resolve_machine, resolve_rates
+from train.runs.errors import TrainError
+from train.setup import also_end_with, network_config, open_engine, open_network
 from train.tasks.clm import CausalTask
 from train.token_task import validation_ids
 
@@ -112,7 +116,7 @@ def test_an_engine_has_what_was_asked_for(monkeypatch):
     speed = {"loss": "chunked", "precision": "fp16", "recompute": "blocks", "recompute_every": 2}
     given = []
     with monkeypatch.context() as patched:
-        patched.setattr("train.setup.spread", lambda objective, *_, **asked: given.append(asked) or objective)
+        patched.setattr("train.setup.parallelize", lambda objective, *_, **asked: given.append(asked) or objective)
         engine = engine_with(settings, speed | {"reshard": "off"}, seed=5)
     assert given == [{"compute": torch.float16, "reshard": False}]
     objective = engine.objective.train()
@@ -137,7 +141,7 @@ def test_blocks_are_sharded_as_asked(dtype, reduced, monkeypatch):
     monkeypatch.setattr("torch.distributed.fsdp.fully_shard", lambda module, **asked: calls.append((module, asked)) or module)
     objective = Objective(randomized(tiny_config("gpt2"), dtype=dtype))
     mesh = Mesh(shard=2, devices={"shard": "the ranks that share"})
-    spread(objective, mesh, torch.device("cpu"), compute=torch.bfloat16, reshard=False)
+    parallelize(objective, mesh, torch.device("cpu"), compute=torch.bfloat16, reshard=False)
     blocks = objective.network.body.blocks
     norms = [[block.attention_norm, block.mlp_norm] for block in blocks]
     assert [module for module, _ in calls] == [norms[0], blocks[0], norms[1], blocks[1], objective]
@@ -149,7 +153,7 @@ def test_blocks_are_sharded_as_asked(dtype, reduced, monkeypatch):
 def test_a_run_that_is_not_named_has_a_name_of_its_own(made, tmp_path, monkeypatch):
     """Also where another one began in the same second."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("train.setup.time.strftime", lambda form: "20260102-030405")
+    monkeypatch.setattr("train.resolve.time.strftime", lambda form: "20260102-030405")
     for name in ("tiny-20260102-030405", "tiny-20260102-030405-2", "tiny-20260102-030405-3"):
         with torch_as_it_was():
             out = resolve_machine(made[0], Ranks()).run.out

@@ -27,7 +27,8 @@ from train.optimizers.named_optimizer import Optimizers
 from train.optimizers.rounding import stochastic_round_
 from train.optimizers.scaler import GradScaler
 from train.optimizers.sgd import SGD
-from train.parallel.shard import copy_, cut_along, is_sharded, local, part_of, whole
+from train.parallel.shard import copy_, full_tensor, shard_groups, shard_of
+from train.runs.sharded import is_sharded, local
 
 RANKS = 2
 TORCH = f"torch {torch.__version__.split('+')[0]}"
@@ -132,7 +133,7 @@ def check_mutant_of_muon() -> list:
     try:
         ((_, _, error, _, _),) = check_optimizer("Muon batched")
     finally:
-        train.optimizers.muon.whole, train.optimizers.muon.part_of = whole, part_of
+        train.optimizers.muon.whole, train.optimizers.muon.part_of = full_tensor, shard_of
     assert error > 1e-3
     return []
 
@@ -172,8 +173,8 @@ def check_moments_in_8_bits() -> list:
 def check_parts() -> list:
     _, both = pair_of_networks()
     for param in both.parameters():
-        every = whole(local(param.detach()), param)
-        assert torch.equal(every, full(param)) and torch.equal(part_of(every, param), local(param.detach()))
+        every = full_tensor(local(param.detach()), param)
+        assert torch.equal(every, full(param)) and torch.equal(shard_of(every, param), local(param.detach()))
     assert local(both.out.weight).numel() == (5 if dist.get_rank() == 0 else 0)  # this is what an empty part is
     return []
 
@@ -223,7 +224,7 @@ def check_scaler() -> list:
     optimizer.step()
     assert difference(dict(one.named_parameters()), dict(both.named_parameters())) < 1e-5
 
-    train.optimizers.scaler.cut_along = lambda grad: ()
+    train.optimizers.scaler.shard_groups = lambda grad: ()
     try:
         scaler = GradScaler()
         for param in both.parameters():
@@ -232,7 +233,7 @@ def check_scaler() -> list:
             local(both.middle.weight.grad)[0, 0] = math.inf
         assert bool(scaler.unscale_(both.parameters())) == (dist.get_rank() == 1)
     finally:
-        train.optimizers.scaler.cut_along = cut_along
+        train.optimizers.scaler.shard_groups = shard_groups
 
     alone = nn.Parameter(torch.ones(2))  # not sharded: ranks agree where they are told to
     for group, expected in ((dist.group.WORLD, True), (None, dist.get_rank() == 0)):
@@ -303,11 +304,11 @@ def check_clip() -> list:
             norm = clip_grad_norm_(params, 1.0, foreach=foreach)
             worst = max((full(p.grad) - v / (exact + 1e-6)).abs().max().item() for p, v in zip(params, values, strict=True))
             assert abs(norm.item() / exact - 1) < 1e-14 and worst < 1e-15
-        train.optimizers.clip.cut_along = lambda grad: (dist.group.WORLD,)  # the mutant: over all ranks, copies too
+        train.optimizers.clip.shard_groups = lambda grad: (dist.group.WORLD,)  # the mutant: over all ranks, copies too
         try:
             assert train.optimizers.clip.total_norm([param.grad for param in params]).item() > 1.1
         finally:
-            train.optimizers.clip.cut_along = cut_along
+            train.optimizers.clip.shard_groups = shard_groups
     return rows
 
 

@@ -20,7 +20,7 @@ from tests.conftest import randomized, tiny_config
 from tests.folders import byte_level, write_tokenizer
 from tests.oracle.test_classify import EOS, SPECIALS, template, word_piece, write_labelled
 from tests.runs import command
-from train.runs.checkpoint import resolve
+from train.runs.open import resolve
 
 METHODS = {
     "lora": ["--lora.r", 2],

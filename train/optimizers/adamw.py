@@ -5,7 +5,7 @@ from torch import Tensor
 
 from train.optimizers.named_optimizer import NamedOptimizer
 from train.optimizers.registry import BuildSettings, OptimizerEntry
-from train.parallel.shard import local
+from train.runs.sharded import local
 
 
 def adamw_update(

@@ -15,7 +15,7 @@ from torch import Tensor
 from quant.blockwise import BLOCK, dequantize_8bit, dynamic_map, quantize_8bit
 from train.optimizers.named_optimizer import NamedOptimizer
 from train.optimizers.registry import BuildSettings, OptimizerEntry
-from train.parallel.shard import is_sharded
+from train.runs.sharded import is_sharded
 
 SMALLEST = 4096  # numbers of a tensor whose moments have 8 bits: there is nothing to save in norms and biases
 # Numbers at a time, whole blocks: what a core's cache holds; on a GPU enough to fill it.

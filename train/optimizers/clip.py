@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from train.parallel.shard import cut_along, local, whole
+from train.parallel.shard import full_tensor, shard_groups
+from train.runs.sharded import local
 
 NONFINITE = ("keep", "error")
 
@@ -60,7 +61,7 @@ def total_norm(tensors: list[Tensor]) -> Tensor:
         return torch.zeros(())
     cut: dict[tuple, list[Tensor]] = {}
     for tensor in tensors:
-        cut.setdefault(cut_along(tensor), []).append(local(tensor))
+        cut.setdefault(shard_groups(tensor), []).append(local(tensor))
     device, norms = local(tensors[0]).device, []
     for groups, parts in cut.items():
         part_norms = [
@@ -82,7 +83,7 @@ def _norm_over(groups: tuple[dist.ProcessGroup, ...], part_norms: list[Tensor]) 
 def total_norm_reference(tensors: list[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros(())
-    wide = [whole(local(tensor), tensor) for tensor in tensors]
+    wide = [full_tensor(local(tensor), tensor) for tensor in tensors]
     wide = [tensor.to(wide[0].device, torch.promote_types(tensor.dtype, torch.float32)) for tensor in wide]
     return torch.stack([tensor.square().sum() for tensor in wide]).sum().sqrt()
 

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from train.parallel.shard import copy_, local
+from train.parallel.shard import copy_
+from train.runs.sharded import local
 
 UPDATES = "updates"  # the key of their count
 

@@ -12,7 +12,7 @@ from train.optimizers.adamw import AdamW
 from train.optimizers.groups import select_parameters
 from train.optimizers.named_optimizer import NamedOptimizer
 from train.optimizers.registry import BuildSettings, OptimizerEntry
-from train.parallel.shard import part_of, whole
+from train.parallel.shard import full_tensor, shard_of
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steepest slope at 0 whose iterates stay near 1 (Jordan et al. 2024)
 NORM_FLOOR = 1e-7  # a zero matrix stays zero
@@ -133,9 +133,9 @@ class Muon(NamedOptimizer):
             average = state["momentum"]
             average.lerp_(grad, 1 - momentum)
             update = grad.lerp(average, momentum) if self.nesterov else average
-            direction = orthogonalize(whole(update, owner), self.ns_steps, self.iteration_dtype(param))
+            direction = orthogonalize(full_tensor(update, owner), self.ns_steps, self.iteration_dtype(param))
             param.mul_(1 - lr * group["weight_decay"])
-            param.add_(part_of(direction, owner), alpha=-lr * self.lr_adjustment(*owner.shape))
+            param.add_(shard_of(direction, owner), alpha=-lr * self.lr_adjustment(*owner.shape))
 
     def _update_batched(self, params, grads, states, group, owners) -> None:
         lr, momentum = group["lr"], group["momentum"]
@@ -151,9 +151,9 @@ class Muon(NamedOptimizer):
             size = max(1, BATCH_ELEMENTS // shape.numel())
             for start in range(0, len(rows), size):
                 same_params, same_updates, same_owners = zip(*rows[start : start + size], strict=True)
-                update_BOI = torch.stack(list(map(whole, same_updates, same_owners)))
+                update_BOI = torch.stack(list(map(full_tensor, same_updates, same_owners)))
                 direction_BOI = orthogonalize_batch(update_BOI, self.ns_steps, self.iteration_dtype(same_params[0]))
-                parts = list(map(part_of, direction_BOI.unbind(), same_owners))
+                parts = list(map(shard_of, direction_BOI.unbind(), same_owners))
                 torch._foreach_add_(list(same_params), parts, alpha=rate)
 
 

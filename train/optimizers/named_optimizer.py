@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from train.optimizers.rounding import stochastic_round_
-from train.parallel.shard import copy_, is_sharded, local, local_grad
+from train.parallel.shard import copy_, local_grad
+from train.runs.sharded import is_sharded, local
 
 WIDENED_ELEMENTS = 1 << 24  # of parameters that are float32 at one time (64 MiB, and as much for each slot)
 

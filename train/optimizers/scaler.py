@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from train.optimizers.named_optimizer import Optimizers
-from train.parallel.shard import cut_along, local
+from train.parallel.shard import shard_groups
+from train.runs.sharded import local
 
 SMALLEST_SCALE = 2.0**-24  # float16's largest number over this is 10^12: larger gradients are no rounding matter
 
@@ -72,7 +73,7 @@ class GradScaler:
         alike: dict[tuple, list[Tensor]] = {}
         for grad in grads:
             part = local(grad)
-            alike.setdefault((part.device, part.dtype, cut_along(grad)), []).append(part)
+            alike.setdefault((part.device, part.dtype, shard_groups(grad)), []).append(part)
         found = torch.zeros((), dtype=torch.float32, device=local(grads[0]).device)
         for (_, _, groups), parts in alike.items():
             # What is neither inf nor NaN is so after the multiplication; and a factor that overflows is found as well.

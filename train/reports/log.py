@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from train.runs.checkpoint import write_whole
+from train.runs.checkpoint import write_atomically
 
 QUIET_SECONDS = 5.0  # without a terminal, lines of progress come no more often
 
@@ -117,4 +117,4 @@ def read_metrics(path: Path) -> list[dict]:
 def cut_back(path: Path, step: int) -> None:
     """Drop lines of later steps than the checkpoint that a resume goes on from."""
     rows = [row for row in read_metrics(path) if row["step"] <= step]
-    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -2,30 +2,27 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from data.transforms.causal import IGNORE
 from quant.linear import packed_tensors
-from train.adapters import accounted
-from train.freeze import frozen_of
+from train.adapters import has_memory_estimate
+from train.freeze import frozen_names
 from train.objective import ids_of
 from train.reports.memory import measure_step, report, training_of
 from train.reports.profiler import Profiler
+from train.reports.view import RunView
 from train.step import StepResult
 
-if TYPE_CHECKING:
-    from train.loop import Run
 
-
-class Watch:
+class StepProfiler:
     """Takes the steps of a run, and tells what was seen."""
 
-    def __init__(self, run: "Run"):
+    def __init__(self, run: RunView):
         self.run, self.taken, asked = run, 0, run.config.report
-        self.memory = asked.memory_report and run.ranks.main
-        self.profiler = Profiler(run.out / "profile", run.device) if asked.profile and run.ranks.main else None
+        self.memory = asked.memory_report and run.ranks.is_main
+        self.profiler = Profiler(run.out / "profile", run.device) if asked.profile and run.ranks.is_main else None
 
     def step(self, micro_batches: list[dict[str, Tensor]], phase: Callable) -> StepResult:
         self.taken += 1
@@ -41,11 +38,11 @@ class Watch:
             measured = measure_step(observed, self.run.device, weights, state)
             scored = sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches)
             scored /= sum(batch["labels"].numel() for batch in micro_batches)
-            packed, frozen = bool(packed_tensors(engine.network)), frozen_of(self.run)
+            packed, frozen = bool(packed_tensors(engine.network)), frozen_names(engine.network, self.run.config.run.freeze)
             training = training_of(self.run.config, self.run.ranks, scored, packed=packed, frozen=frozen)
             longest = max(ids.size(1) for batch in micro_batches for ids in ids_of(batch))
             training = replace(training, context=longest)  # rows of records are as long as these
-            if engine.mesh.shard > 1 or not accounted(self.run.config):  # the account knows one device with all weights
+            if engine.mesh.shard > 1 or not has_memory_estimate(self.run.config):  # on one device
                 training = None
             self.run.console.info(report(engine.network.config, training, measured))
             return results[0]

@@ -15,30 +15,30 @@ from model.flops import flops_per_token
 from quant.linear import count_parameters, quantized_layers
 from quant.qat import qat_layers
 from train.config import FURTHER, WIDTH, RunConfig, TrainConfig
-from train.freeze import frozen_of
+from train.freeze import frozen_names
 from train.optimizers.precision import PRECISIONS
 from train.registry import name_of, settings_of
 from train.reports.curves import plot
 from train.reports.log import clock, read_metrics
 from train.reports.memory import training_of, what_would_fit
 from train.reports.rate import ending, matmul_rate, peak_memory
-from train.runs.checkpoint import IN_PARTS, pointed
+from train.reports.view import RunView
+from train.runs.checkpoint import SHARDED_INDEX, read_pointer
 
 LIBRARIES = 2**30  # bytes of a GPU that the CUDA context and the libraries' workspaces take, about
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
-    from train.loop import Run
 
 
-def introduction(run: "Run") -> str:
+def introduction(run: RunView) -> str:
     """What is trained on, the network, the machine, the run: lines before the first step."""
     config, has = run.config, run.engine.network.config
     parameters = count_parameters(run.engine.network)
     trained = sum(parameter.numel() for parameter in run.engine.network.parameters() if parameter.requires_grad)
     adapter = f", {trained:,} of them trained ({config.run.adapter})" if config.method is not None else ""
     if config.run.freeze is not None:
-        frozen = counted(len(frozen_of(run)), "tensor")
+        frozen = counted(len(frozen_names(run.engine.network, run.config.run.freeze)), "tensor")
         adapter = f", {trained:,} of them trained: {frozen} frozen (--freeze {config.run.freeze})"
     small = [layer.weight for layer in quantized_layers(run.engine.network).values()]
     bits = 8 * sum(weight.nbytes for weight in small) / max(1, sum(weight.numel() for weight in small))
@@ -62,7 +62,7 @@ def introduction(run: "Run") -> str:
     )
 
 
-def rates(run: "Run") -> str:
+def rates(run: RunView) -> str:
     """The rates that nobody asked for, where weights are trained further, and why they are so."""
     config, width = run.config, run.engine.network.config.width
     taken = [name for name in run.defaulted if name == "lr" or config.optimizer.optimizer == "muon"]
@@ -73,7 +73,7 @@ def rates(run: "Run") -> str:
     return f"rates    {shown}: 1/{FURTHER} of pretraining's, as --init has weights that are trained further{wide}\n"
 
 
-def comparable(run: "Run") -> str:
+def comparable(run: RunView) -> str:
     """What two runs of the same settings must have in common to give the same numbers, to the last bit."""
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else processor()
     threads, ranks = counted(run.config.run.threads, "thread"), f", {run.ranks.world} ranks" * (run.ranks.world > 1)
@@ -108,7 +108,7 @@ class Session(NamedTuple):
     rows: int
 
 
-def speed(run: "Run", session: Session) -> str:
+def speed(run: RunView, session: Session) -> str:
     """Rates, memory, time by phase. Positions per second in the steps alone are what the machine's own rate is compared with;
     of several ranks' machines each is taken to be like this one."""
     config, unit = run.config, run.task.unit
@@ -131,7 +131,7 @@ def speed(run: "Run", session: Session) -> str:
     )
 
 
-def conclude(run: "Run", stopped: str, session: Session) -> None:
+def conclude(run: RunView, stopped: str, session: Session) -> None:
     """What was reached, how fast, the curves, and what to type next."""
     say, out, has, config = print, run.out, run.engine.network.config, run.config
     if not session.steps:
@@ -158,14 +158,14 @@ def conclude(run: "Run", stopped: str, session: Session) -> None:
         say(f"  {line}")
 
 
-def following(run: "Run", stopped: str) -> Iterator[str]:
+def following(run: RunView, stopped: str) -> Iterator[str]:
     """Commands to go on with."""
     out, config = run.out, run.config
     folder, model = out, out.with_name(f"{out.name}-model")
     if stopped.startswith("on"):
         yield command("train", "--resume", out)
-    opened = pointed(out, "best") or pointed(out, "last")
-    if opened is not None and (opened / IN_PARTS).is_file():  # what other commands open is one folder, not parts
+    opened = read_pointer(out, "best") or read_pointer(out, "last")
+    if opened is not None and (opened / SHARDED_INDEX).is_file():  # what other commands open is one folder, not parts
         yield command("model", "export", out, "--out", model)
         folder = model
     yield run.task.try_it(folder)
@@ -210,7 +210,7 @@ def said_of_text(data: DataConfig) -> list[str | Path]:
     return words
 
 
-def scored(run: "Run") -> float:
+def scored(run: RunView) -> float:
     """The share of positions with a label, in the first micro-batch that was seen."""
     return run.scored or 1.0
 
@@ -220,12 +220,13 @@ def memory_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).total_memory
 
 
-def out_of_memory(run: "Run", error: Exception) -> str:
+def out_of_memory(run: RunView, error: Exception) -> str:
     """A GPU had no room: what the step needs, and what to type so that it fits. (The account knows no weights in parts.)"""
     what = f"out of memory at step {run.step + 1} ({str(error).splitlines()[0]}). The checkpoints in {run.out} are untouched. "
     if run.engine.mesh.shard > 1:
         return what + "Less is needed with a smaller --batch-size (and more --accumulate), --recompute blocks, --loss chunked."
     packed = bool(quantized_layers(run.engine.network))
-    training = training_of(run.config, run.ranks, scored(run), packed=packed, frozen=frozen_of(run))
+    frozen = frozen_names(run.engine.network, run.config.run.freeze)
+    training = training_of(run.config, run.ranks, scored(run), packed=packed, frozen=frozen)
     advice = what_would_fit(run.engine.network.config, training, memory_of(run.device) - LIBRARIES, ranks=run.ranks.world)
     return what + advice

@@ -1,22 +1,22 @@
-"""A run's state on disk. At every moment a checkpoint is whole or is not there.
+"""A run's state on disk. A checkpoint is complete or absent, at every moment.
 
 A checkpoint is a folder of safetensors and JSON; nothing in it can run code:
 
-    config.json, model.safetensors   the network in the Hugging Face layout (`model.hub`); where an adapter is trained,
-    adapter_config.json, adapter_…   that instead, as PEFT writes it, and base.json: on which network (`lora.peft_io`)
-    tokenizer.model                  the tokenizer; tokenizer.json and tokenizer_config.json say it to transformers
+    config.json, model.safetensors   the network in the Hugging Face layout (`model.hub`); of a run with an adapter instead
+    adapter_config.json, adapter_…   the adapter as PEFT writes it, and base.json, which names its base (`lora.peft_io`)
+    tokenizer.model                  the tokenizer; tokenizer.json and tokenizer_config.json hold it for transformers
     optimizer.safetensors            every optimizer slot, by parameter name
     averages.safetensors, raw…       with --ema: the averages, and the weights they follow (model.safetensors has averages);
-                                     of an adapter raw.safetensors is always there: all that is trained, as it is
-    what lay beside --init's weights chat template, generation_config.json, label files … (`model.folders.copy_auxiliary_files`)
+                                     with an adapter raw.safetensors always exists: the trainable parameters
+    files that lay beside --init     chat template, generation_config.json, label files … (`model.folders.copy_auxiliary_files`)
     state.json                       step, tokens, loss scale, best validation …
     manifest.json                    format version; size and SHA-256 of each file above
 
-Where ranks hold weights in parts, `train.runs.sharded`'s files take the place of all those with tensors. Random states
-are not kept: every draw is a function of the seed and the step.
+When ranks hold sharded weights, the files of `train.runs.sharded` replace all files with tensors. Random states are not
+saved: every draw is a function of the seed and the step.
 
-It is written to a temporary folder, synced, then renamed; so a crash leaves the previous one untouched. Loading checks
-every file against the manifest before anything is believed.
+A checkpoint is written to a temporary folder, synced, then renamed, so that a crash leaves the previous one untouched. Loading
+checks every file against the manifest first.
 """
 
 import hashlib
@@ -25,66 +25,73 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import tomli_w
 
-from data.shell import command
 from data.words import counted
-from train.config import TrainConfig
-from train.config_toml import to_plain, with_absolute_paths
-from train.parallel.ranks import Ranks
+from train.runs.errors import CheckpointError
 
 FORMAT = 2
-MANIFEST = "manifest.json"
+MANIFEST, SETTINGS = "manifest.json", "config.toml"
 STATE, STATE_FORMAT = "state.json", 2
-IN_PARTS = "tensors.json"  # the index of train.runs.sharded
+SHARDED_INDEX = "tensors.json"  # of a checkpoint with sharded weights, see train.runs.sharded
+# The other files with tensors, beside those of `model.hub`. "averages" exists with --ema. "weights" exists where
+# model.safetensors differs from the trained weights: with averages, integer weights (`train.qat`), or an adapter.
+TENSOR_FILES = {"optimizer": "optimizer.safetensors", "averages": "averages.safetensors", "weights": "raw.safetensors"}
 _NAME = re.compile(r"step-(\d+)")
 
 
-class CheckpointError(RuntimeError):
-    """A checkpoint that is not what was written; the message names the file and what is wrong with it."""
 
+def write_checkpoint(
+    run: Path,
+    step: int,
+    write: Callable[[Path], None],
+    *,
+    together: Callable[[], AbstractContextManager] = nullcontext,
+    is_main: bool = True,
+) -> Path:
+    """Call `write(folder)` on a temporary folder, then commit it as `run/checkpoints/step-N` in one rename.
 
-def write_checkpoint(run: Path, step: int, write: Callable[[Path], None], ranks: Ranks | None = None) -> Path:
-    """Call `write(folder)` on a temporary folder, seal it, and make it `run/checkpoints/step-N` in one rename.
-
-    Every rank writes its share into the same folder; rank 0 makes it and seals it. An OSError (a full disk) on any of them
-    removes the temporary folder and leaves the earlier checkpoints as they were.
+    Of several ranks each writes its shard into the same folder; the main one makes and commits it. `together()` is a block that
+    all ranks enter and leave together, and that fails on all where it fails on one (`Ranks.together`). An OSError (a full disk)
+    on any of them removes the temporary folder and leaves the earlier checkpoints unchanged.
     """
-    ranks, parent = ranks or Ranks(), run / "checkpoints"
-    target, making = parent / f"step-{step}", parent / f".making-step-{step}"
+    parent = run / "checkpoints"
+    target, temporary = parent / f"step-{step}", parent / f".making-step-{step}"
     try:
-        with ranks.together():
-            if ranks.main:
+        with together():
+            if is_main:
                 parent.mkdir(parents=True, exist_ok=True)
-                for left in parent.glob(".*-step-*"):  # by a kill, at this step or at another
-                    shutil.rmtree(left)
-                making.mkdir()
-        with ranks.together():
-            write(making)
-        with ranks.together():
-            if ranks.main:
-                seal(making, target)
+                for abandoned in parent.glob(".*-step-*"):  # by a kill, at this step or at another
+                    shutil.rmtree(abandoned)
+                temporary.mkdir()
+        with together():
+            write(temporary)
+        with together():
+            if is_main:
+                commit(temporary, target)
     except BaseException:
-        if ranks.main:
-            shutil.rmtree(making, ignore_errors=True)
+        if is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
     return target
 
 
-def seal(making: Path, target: Path) -> None:
-    files = sorted(path for path in making.rglob("*") if path.is_file())
-    folders = [path for path in making.rglob("*") if path.is_dir()]
-    names = {path: path.relative_to(making).as_posix() for path in files}
+def commit(temporary: Path, target: Path) -> None:
+    """Write the manifest, sync every file and folder to disk, and rename the folder to its final name."""
+    files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    folders = [path for path in temporary.rglob("*") if path.is_dir()]
+    names = {path: path.relative_to(temporary).as_posix() for path in files}
     entries = {names[path]: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
     manifest = json.dumps({"format": FORMAT, "files": entries}, indent=2)
-    (making / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
-    for path in (*files, *folders, making / MANIFEST, making):
+    (temporary / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
+    for path in (*files, *folders, temporary / MANIFEST, temporary):
         sync(path)
-    if target.exists():  # a broken one, which a resume passed over
+    if target.exists():  # a damaged one, which a resume skipped
         _remove(target)
-    making.rename(target)
+    temporary.rename(target)
     sync(target.parent)
 
 
@@ -113,7 +120,7 @@ def verify(folder: Path) -> None:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The run's checkpoints, latest first; what a kill left half-made is not among them."""
+    """The run's complete checkpoints, latest first."""
     folders = [path for path in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name)]
     return sorted(folders, key=step_of, reverse=True)
 
@@ -122,28 +129,28 @@ def step_of(folder: Path) -> int:
     return int(_NAME.fullmatch(folder.name)[1])
 
 
-def latest_whole(run: Path, say: Callable[[str], None]) -> Path | None:
-    """The latest checkpoint that verifies; each broken one is named. None if there is no checkpoint at all."""
+def latest_verified(run: Path, info: Callable[[str], None]) -> Path | None:
+    """The latest checkpoint that verifies; `info` is told of each damaged one. None if there is no checkpoint at all."""
     folders = checkpoints(run)
     for folder in folders:
         try:
             verify(folder)
             return folder
         except CheckpointError as error:
-            say(f"skipping checkpoint {folder.name}: {error}")
+            info(f"skipping checkpoint {folder.name}: {error}")
     if folders:
         raise CheckpointError(f"none of {counted(len(folders), 'checkpoint')} in {run / 'checkpoints'} is whole")
     return None
 
 
-def point(run: Path, name: str, folder: Path, **values: object) -> None:
+def write_pointer(run: Path, name: str, folder: Path, **values: object) -> None:
     """Write the pointer `best.json` or `last.json` in one rename."""
     entry = {"checkpoint": f"checkpoints/{folder.name}", "step": step_of(folder), **values}
-    write_whole(run / f"{name}.json", json.dumps(entry) + "\n")
+    write_atomically(run / f"{name}.json", json.dumps(entry) + "\n")
 
 
-def pointed(run: Path, name: str) -> Path | None:
-    """The checkpoint that a pointer names, if both are there."""
+def read_pointer(run: Path, name: str) -> Path | None:
+    """The checkpoint that a pointer names; None unless both exist."""
     path = run / f"{name}.json"
     if not path.is_file():
         return None
@@ -155,67 +162,36 @@ def pointed(run: Path, name: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def repoint(run: Path, last: Path, best: dict | None) -> None:
-    """Make the pointers say what the checkpoint `last` says, from which a resume goes on.
+def restore_pointers(run: Path, last: Path, best: dict | None) -> None:
+    """Set both pointers to the state of the checkpoint `last`, from which a run resumes.
 
-    A kill between a checkpoint and its pointers leaves them behind it; a broken checkpoint leaves them ahead.
+    A kill between a checkpoint and its pointers leaves them behind it; a damaged checkpoint leaves them ahead.
     """
-    point(run, "last", last)
+    write_pointer(run, "last", last)
     folder = run / "checkpoints" / f"step-{best['step']}" if best else None
     if folder is not None and folder.is_dir():
-        point(run, "best", folder, **{key: value for key, value in best.items() if key != "step"})
+        write_pointer(run, "best", folder, **{key: value for key, value in best.items() if key != "step"})
     else:
         (run / "best.json").unlink(missing_ok=True)
 
 
-def checkpoint_of(path: str | Path) -> Path:
-    """What a command given RUN opens: a run's best checkpoint, then its last; or a checkpoint, model or adapter folder itself.
-
-    A checkpoint is verified; a model folder of other origin has no manifest to verify it by.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise CheckpointError(f"{path.absolute()} does not exist")
-    if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
-        if (path / MANIFEST).exists():
-            verify(path)
-        return path
-    for name in ("best", "last"):
-        folder = pointed(path, name)
-        if folder is not None:
-            verify(folder)
-            return folder
-    raise CheckpointError(f"{path} is neither a run (no best.json, no last.json) nor a model folder (no config.json)")
-
-
-def resolve(path: str | Path) -> Path:
-    """The same, but for a checkpoint in parts, of which the network must be put together first."""
-    folder = checkpoint_of(path)
-    if (folder / IN_PARTS).is_file():
-        raise CheckpointError(
-            f"{folder} holds its weights in parts, as the ranks that wrote it did. Put them together first: "
-            f"{command('model', 'export', path, '--out', 'FOLDER')}"
-        )
-    return folder
-
-
 def prune(run: Path, keep: int) -> None:
     """Remove all but the latest `keep` checkpoints and those that best.json and last.json name."""
-    named = {pointed(run, "best"), pointed(run, "last")}
+    named = {read_pointer(run, "best"), read_pointer(run, "last")}
     for folder in checkpoints(run)[keep:]:
         if folder not in named:
             _remove(folder)
 
 
 def _remove(folder: Path) -> None:
-    """Out of sight in one rename, then file by file: a kill leaves no half of a checkpoint."""
+    """Rename, then delete file by file: a kill leaves no half of a checkpoint under its name."""
     old = folder.with_name(f".old-{folder.name}")
     folder.rename(old)
     shutil.rmtree(old)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """A small file in one rename: a crash or a full disk leaves what stood there before."""
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file in one rename: a crash or a full disk leaves the earlier file."""
     making = path.with_name(f".{path.name}")
     try:
         making.write_text(text, encoding="utf-8")
@@ -227,14 +203,13 @@ def write_whole(path: Path, text: str) -> None:
     sync(path.parent)
 
 
-def write_settings(folder: Path, config: TrainConfig, begun: str) -> None:
-    """config.toml, below a comment that says where the run began."""
-    settings = tomli_w.dumps(to_plain(with_absolute_paths(config)))
-    write_whole(folder / "config.toml", f"# {begun}\n\n{settings}")
+def write_settings(folder: Path, settings: dict, begun: str) -> None:
+    """Write config.toml: tables of plain values below a comment that says where the run began."""
+    write_atomically(folder / SETTINGS, f"# {begun}\n\n{tomli_w.dumps(settings)}")
 
 
 def sync(path: Path) -> None:
-    """Ask the disk to hold what was written: a file's bytes, or a folder's entries."""
+    """Flush a file's bytes, or a folder's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -248,7 +223,7 @@ def _sha256(path: Path) -> str:
 
 
 def read_state(folder: Path) -> dict:
-    """state.json as it is written today, from what older runs wrote: format 1 had no number and no source."""
+    """Read state.json; that of an older run is brought to today's format (format 1 had no number and no source)."""
     state = json.loads((folder / STATE).read_text(encoding="utf-8"))
     if state.get("format", 1) > STATE_FORMAT:
         raise ValueError(f"{STATE} has format {state['format']}, and this reads up to {STATE_FORMAT}")

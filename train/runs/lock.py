@@ -1,15 +1,16 @@
-"""One live run a folder: two that write into one would each spoil what the other keeps."""
+"""A lock on a run's folder: two live runs in one folder would overwrite each other's files."""
 
 import errno
 import itertools
 import os
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from data.shell import command
-from train.config import TrainError
-from train.config_toml import read_settings
+from train.runs.checkpoint import SETTINGS
+from train.runs.errors import TrainError
 
 try:
     import fcntl
@@ -17,28 +18,34 @@ except ImportError:  # not on Windows
     fcntl = None
 
 
-LEFT = {".config.toml"}  # by a run that was killed while it wrote its first file
+LEFTOVERS = {".config.toml"}  # of a run that was killed while it wrote its first file
 
 
 def refuse_taken(out: Path) -> None:
-    """Refuse a folder that a new run cannot have: another run's, or one with any files."""
-    if all(path.name in LEFT for path in out.iterdir()):
+    """Refuse a new run's folder that has another run or other files in it (TrainError)."""
+    if all(path.name in LEFTOVERS for path in out.iterdir()):
         return
-    try:
-        read_settings(out)
-    except TrainError:
-        raise TrainError(f"--out {out} is there already, and is not an empty folder") from None
+    if not is_run(out):
+        raise TrainError(f"--out {out} is there already, and is not an empty folder")
     raise TrainError(f"{out} already holds a run: go on, `{command('train', '--resume', out)}`, or choose another --out")
+
+
+def is_run(folder: Path) -> bool:
+    """True where config.toml can be read and has a table [run]."""
+    try:
+        return isinstance(tomllib.loads((folder / SETTINGS).read_text(encoding="utf-8")).get("run"), dict)
+    except (OSError, ValueError):
+        return False
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder, made if need be, for this process. The kernel lets go of it however the process ends.
+    """Create the folder if need be, and lock it for this process. The kernel releases the lock however the process ends.
 
-    A folder that was made for this and is still empty afterwards goes again. Where a file system has no locks (some
-    network ones), nothing is held.
+    A folder that was created here and is still empty at the end is removed. On a file system without locks (some network
+    ones) nothing is locked.
     """
-    made = not folder.exists()
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -58,11 +65,11 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         if fcntl:
             os.close(descriptor)
-        if made and not any(folder.iterdir()):
+        if is_new and not any(folder.iterdir()):
             folder.rmdir()
 
 
 def unused(path: Path) -> Path:
-    """The path, or where a run of the same second has it, one with a number."""
+    """The path itself; with a number appended where it exists, as of a run of the same second."""
     numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
     return path if not path.exists() else next(other for other in numbered if not other.exists())

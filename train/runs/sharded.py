@@ -1,12 +1,13 @@
-"""The tensors of a checkpoint that several ranks hold in parts: one safetensors file a part, and a JSON index.
+"""Sharded tensors of a checkpoint: one safetensors file a shard, and a JSON index.
 
-    tensors-00001-of-00002.safetensors    rows of every spread tensor; in the first, all that is not spread
+    tensors-00001-of-00002.safetensors    rows of every sharded tensor; the first file also holds the tensors that are not
+    sharded
     tensors.json                          {"parts": 2, "tensors": {name: {"shape": [12, 8], "rows": [[0, 6], [6, 12]]}}}
 
-A name without "rows" stands whole in the first file. Names: `weights.NAME`, `optimizer.NAME.SLOT`, `averages.KEY`, where NAME
-is a parameter's in this project (`model.weights` knows its published one). Rows are of the first dimension, cut as
-`torch.chunk` cuts; a part may have none. Because rows can be read from anywhere, any number of ranks can read what any
-other number wrote.
+A tensor without "rows" lies complete in the first file. Names: `weights.NAME`, `optimizer.NAME.SLOT`, `averages.KEY`, where
+NAME is a parameter's name in this project (`model.weights` knows its published one). Rows are of the first dimension, split as
+`torch.chunk` splits; a shard may have none. Any rows can be read from any file, so that any number of ranks can read what
+another number wrote.
 """
 
 import json
@@ -17,57 +18,66 @@ import torch
 from torch import Tensor
 
 from model.safetensors_file import WeightFile, save_file
-from train.parallel.shard import is_sharded, local
-from train.runs.checkpoint import IN_PARTS as INDEX
-from train.runs.checkpoint import CheckpointError
+from train.runs.checkpoint import SHARDED_INDEX
+from train.runs.errors import CheckpointError
 
 
-def file_name(part: int, parts: int) -> str:
-    return f"tensors-{part + 1:05}-of-{parts:05}.safetensors"
+def is_sharded(tensor: Tensor) -> bool:
+    """True of a DTensor, recognised by its method: importing the class takes 0.7 s, which most runs need not spend."""
+    return hasattr(tensor, "to_local")
 
 
-def rows(length: int, part: int, parts: int) -> tuple[int, int]:
-    """First row of a part, and the first after it: equal parts but the last ones, which have fewer or none.
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard: it shares memory with `tensor`, so that writing to it writes to the sharded tensor."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
-    >>> [rows(5, part, 4) for part in range(4)]
+
+def file_name(shard: int, shards: int) -> str:
+    return f"tensors-{shard + 1:05}-of-{shards:05}.safetensors"
+
+
+def shard_rows(length: int, shard: int, shards: int) -> tuple[int, int]:
+    """First row of a shard, and the row after its last: equal shards, except that the last ones have fewer rows or none.
+
+    >>> [shard_rows(5, shard, 4) for shard in range(4)]
     [(0, 2), (2, 4), (4, 5), (5, 5)]
     """
-    each = -(-length // parts)
-    return min(length, part * each), min(length, (part + 1) * each)
+    each = -(-length // shards)
+    return min(length, shard * each), min(length, (shard + 1) * each)
 
 
-def write_part(folder: Path, tensors: Mapping[str, Tensor], part: int, parts: int) -> None:
-    """This rank's part, and from the first one the index. What is not a sharded tensor is the same on every rank."""
-    mine = {name: local(value).detach() for name, value in tensors.items() if is_sharded(value) or part == 0}
-    save_file({name: value.contiguous().cpu() for name, value in mine.items()}, folder / file_name(part, parts))
-    if part == 0:
+def write_shard(folder: Path, tensors: Mapping[str, Tensor], shard: int, shards: int) -> None:
+    """Write this rank's file; the first shard also writes the index. Unsharded tensors are equal on every rank."""
+    own = {name: local(value).detach() for name, value in tensors.items() if is_sharded(value) or shard == 0}
+    save_file({name: value.contiguous().cpu() for name, value in own.items()}, folder / file_name(shard, shards))
+    if shard == 0:
         entries = {name: {"shape": list(value.shape)} for name, value in tensors.items()}
         for name, value in tensors.items():
             if is_sharded(value):
-                entries[name]["rows"] = [rows(value.size(0), p, parts) for p in range(parts)]
-        index = {"parts": parts, "tensors": entries}
-        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+                entries[name]["rows"] = [shard_rows(value.size(0), each, shards) for each in range(shards)]
+        index = {"parts": shards, "tensors": entries}
+        (folder / SHARDED_INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
 def read_tensor(file: WeightFile, name: str) -> Tensor:
-    """One tensor as it was saved. (The library's own reader opens no file of a name that is not UTF-8.)"""
+    """Read one tensor in its saved dtype. (The library's own reader opens no file whose name is not UTF-8.)"""
     value = torch.empty(file.shape(name), dtype=file.dtype(name))
     file.read(name, value)
     return value
 
 
-class Parts(Mapping[str, Tensor]):
-    """The tensors of such a folder by name, each read when it is asked for; `rows` reads a few of its rows.
+class ShardedTensors(Mapping[str, Tensor]):
+    """The tensors of a sharded checkpoint by name, each read on access; `rows` reads some of its rows.
 
-    A folder that is not what its index says is a CheckpointError that names the file.
+    Errors (CheckpointError, naming the file): a folder that differs from its index.
     """
 
     def __init__(self, folder: Path):
         self.folder, self._open = folder, {}
-        path = folder / INDEX
+        path = folder / SHARDED_INDEX
         try:
             index = json.loads(path.read_text(encoding="utf-8"))
-            self.parts, self.entries = int(index["parts"]), dict(index["tensors"])
+            self.shards, self.entries = int(index["parts"]), dict(index["tensors"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
 
@@ -86,39 +96,39 @@ class Parts(Mapping[str, Tensor]):
         return self._read(0, name, None)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows start … stop - 1, put together from the parts that hold them."""
+        """Rows start … stop - 1, joined from the shards that hold them."""
         if "rows" not in self.entries[name]:
             return self[name][start:stop]
         found = []
-        for part, (first, end) in enumerate(self.entries[name]["rows"]):
+        for shard, (first, end) in enumerate(self.entries[name]["rows"]):
             low, high = max(start, first), min(stop, end)
-            if low < high or (start == stop and part == 0):
-                found.append(self._read(part, name, slice(low - first, high - first)))
+            if low < high or (start == stop and shard == 0):
+                found.append(self._read(shard, name, slice(low - first, high - first)))
         return torch.cat(found)
 
-    def _read(self, part: int, name: str, where: slice | None) -> Tensor:
-        path = self.folder / file_name(part, self.parts)
+    def _read(self, shard: int, name: str, rows: slice | None) -> Tensor:
+        path = self.folder / file_name(shard, self.shards)
         try:
             if path not in self._open:
                 self._open[path] = WeightFile(path)
             value = read_tensor(self._open[path], name)
-            return value if where is None else value[where]
+            return value if rows is None else value[rows]
         except (OSError, ValueError, IndexError) as error:
             raise CheckpointError(f"{path}: {name}: {error}") from error
 
 
-def part_like(stored: Mapping[str, Tensor], name: str, like: Tensor | None, part: int, parts: int) -> Tensor:
-    """A stored tensor as `like` is cut: this rank's rows of it as a sharded tensor; else the whole."""
+def shard_like(stored: Mapping[str, Tensor], name: str, like: Tensor | None, shard: int, shards: int) -> Tensor:
+    """A stored tensor sharded as `like` is: this rank's rows as a DTensor; the complete tensor where `like` is not sharded."""
     if like is None or not is_sharded(like):
         return stored[name]
-    shape = stored.shape(name) if isinstance(stored, Parts) else tuple(stored[name].shape)
+    shape = stored.shape(name) if isinstance(stored, ShardedTensors) else tuple(stored[name].shape)
     if shape != tuple(like.shape):  # such as a count of steps
         return stored[name]
     from torch.distributed.tensor import DTensor
 
-    start, stop = rows(like.size(0), part, parts)
-    mine = stored.rows(name, start, stop) if isinstance(stored, Parts) else stored[name][start:stop]
+    start, stop = shard_rows(like.size(0), shard, shards)
+    own = stored.rows(name, start, stop) if isinstance(stored, ShardedTensors) else stored[name][start:stop]
     mesh = like.device_mesh
     return DTensor.from_local(
-        mine.to(mesh.device_type), mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        own.to(mesh.device_type), mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )

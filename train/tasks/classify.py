@@ -313,7 +313,7 @@ def framer_of(settings: ClassifySettings, tokenizer: "Tokenizer", context: int):
 
 
 def check_settings(settings: ClassifySettings, config: "TrainConfig") -> None:
-    from train.config import TrainError
+    from train.runs.errors import TrainError
 
     usual, asked = ClassifySettings(), config.optimizer
     if not settings.multi and settings.separator != usual.separator:
@@ -331,7 +331,8 @@ def names_before(config: "TrainConfig") -> tuple[str, ...] | None:
     from data.transforms.labels import names_in_config
     from model.folders import HubError
     from model.hub import read_config
-    from train.runs.checkpoint import checkpoints, resolve
+    from train.runs.checkpoint import checkpoints
+    from train.runs.open import resolve
 
     if config.run.init is None:
         return None

@@ -11,9 +11,10 @@ from data.sources.find import shortened
 from data.words import counted
 from model.config import ConfigError
 from train.command_line import Needs
-from train.config import TrainConfig, TrainError
+from train.config import TrainConfig
 from train.record_task import RecordTask
 from train.registry import settings_of
+from train.runs.errors import TrainError
 from train.task import Defaults, Scores, Totals
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from tests.conftest import randomized, tiny_config
 from train.config import OptimizerConfig, RunConfig, SpeedConfig, TrainConfig
 from train.engine import Engine
 from train.objective import Objective
-from train.parallel.ranks import Ranks, share
+from train.parallel.ranks import Ranks, own_rows
 from train.setup import open_engine
 
 CURVE = Path(__file__).parent / "curve.json"
@@ -143,7 +143,7 @@ def follow(engine: Engine, way: Way, last: int = STEPS) -> dict[int, float]:
         micro_batches = [
             {name: value.chunk(way.accumulate)[number] for name, value in whole.items()} for number in range(way.accumulate)
         ]
-        result = engine.train([share(batch, engine.ranks) for batch in micro_batches])
+        result = engine.train([own_rows(batch, engine.ranks) for batch in micro_batches])
         losses[engine.step] = float(result.loss)
     return losses
 
@@ -157,7 +157,7 @@ def leg(way: Way, name: str, number: int, ranks: Ranks, checkpoint: Path) -> dic
         with ranks.together():
             checkpoint.mkdir(parents=True, exist_ok=True)
             engine.save(checkpoint)
-            if ranks.main:
+            if ranks.is_main:
                 (checkpoint / "state.json").write_text(json.dumps(engine.state()))
     return losses
 
@@ -176,7 +176,7 @@ def walk(rank: int, folder: Path) -> None:
             while begun[name, way] < len(way.legs) and way.legs[begun[name, way]][0] == world:
                 if world == 2 or number % 2 == rank:
                     new = leg(way, name, begun[name, way], ranks, folder / f"{name}-{number}")
-                    losses[f"{name} {way}"] |= new if ranks.main else {}
+                    losses[f"{name} {way}"] |= new if ranks.is_main else {}
                 begun[name, way] += 1
         if world == 2:
             dist.barrier()

@@ -1,0 +1,29 @@
+"""The parts of a run that its reports read; `train.loop.Run` has them."""
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from train.config import TrainConfig
+from train.engine import Engine
+from train.parallel.ranks import Ranks
+from train.reports.log import Console
+from train.reports.phases import Phases
+from train.task import Task
+
+
+class RunView(Protocol):
+    config: TrainConfig
+    out: Path
+    device: torch.device
+    ranks: Ranks
+    task: Task
+    engine: Engine
+    console: Console
+    phases: Phases
+    step: int
+    tokens: int  # scored labels since step 0
+    best: dict | None  # the best validation
+    scored: float | None  # the share of positions with a label, in the first micro-batch of this session
+    defaulted: tuple[str, ...]  # the learning rates that no option gave

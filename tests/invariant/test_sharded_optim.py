@@ -129,11 +129,11 @@ def check_optimizer(kind: str) -> list:
 
 def check_mutant_of_muon() -> list:
     """Each rank orthogonalises its own rows only."""
-    train.optimizers.muon.whole = train.optimizers.muon.part_of = lambda tensor, like: tensor
+    train.optimizers.muon.full_tensor = train.optimizers.muon.shard_of = lambda tensor, like: tensor
     try:
         ((_, _, error, _, _),) = check_optimizer("Muon batched")
     finally:
-        train.optimizers.muon.whole, train.optimizers.muon.part_of = full_tensor, shard_of
+        train.optimizers.muon.full_tensor, train.optimizers.muon.shard_of = full_tensor, shard_of
     assert error > 1e-3
     return []
 

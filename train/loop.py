@@ -172,7 +172,7 @@ class Run:
                 if result.updated and (self.step % report.log_every == 0 or self.step == 1 or last):
                     loss = float(result.loss)
                     seconds += time.monotonic() - clock_start
-                    scale = {"loss_scale": self.engine.scaler.factor} if self.engine.scaler.enabled else {}
+                    scale = {"loss_scale": self.engine.scaler.get_scale()} if self.engine.scaler.is_enabled() else {}
                     self.metrics.write(
                         step=self.step,
                         split="train",
@@ -211,7 +211,7 @@ class Run:
         """A step whose loss or gradients were inf or NaN; nothing has moved. fp16 lowers its scale and goes on."""
         loss, step = float(result.loss), self.step - 1
         self.in_a_row += 1
-        if self.engine.scaler.enabled and math.isfinite(loss) and self.in_a_row <= MOST_SKIPPED:
+        if self.engine.scaler.is_enabled() and math.isfinite(loss) and self.in_a_row <= MOST_SKIPPED:
             return
         origin = self.source.origin(step)
         named = ", ".join(origin[:12]) + (f" and {len(origin) - 12} more" if len(origin) > 12 else "")

@@ -122,13 +122,13 @@ def test_an_engine_has_what_was_asked_for(monkeypatch):
     objective = engine.objective.train()
     assert objective.loss(None, None, None, None) == ("chunked", {"smoothing": 0.1, "z_loss": 1e-4})
     assert objective.eval().loss(None, None, None, None) == ("chunked", {})
-    assert engine.averages.decay == 0.9 and engine.scaler.enabled and engine.max_norm is None and engine.seed == 5
+    assert engine.averages.decay == 0.9 and engine.scaler.is_enabled() and engine.max_norm is None and engine.seed == 5
     assert [engine.factor(step) for step in (0, 24, 100)] == pytest.approx([0.2, 0.9, 0.5])  # five steps of warm-up
     assert ["forward" in vars(block) for block in engine.network.body.blocks] == [True, False]
     with engine.autocast():
         assert torch.get_autocast_dtype("cpu") == torch.float16
     plain = engine_with({}, {})
-    assert plain.averages is None and not plain.scaler.enabled and plain.max_norm == 1.0
+    assert plain.averages is None and not plain.scaler.is_enabled() and plain.max_norm == 1.0
     assert plain.objective.train().loss(None, None, None, None)[0] == "plain"
     assert not any("forward" in vars(block) for block in plain.network.body.blocks)
 

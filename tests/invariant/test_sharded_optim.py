@@ -200,7 +200,7 @@ def check_rounding() -> list:
 def check_scaler() -> list:
     """An infinity in one rank's rows stops both; without the exchange, the mutant, the ranks would part."""
     one, both = pair_of_networks(torch.float32)
-    optimizers, scaler = optimizers_of("AdamW fused", both), GradScaler(2.0**8)
+    optimizers, scaler = optimizers_of("AdamW fused", both), GradScaler(init_scale=2.0**8)
     before = {name: full(param).clone() for name, param in both.named_parameters()}
 
     def step(number: int, infinite_on: int | None) -> tuple[bool, bool]:
@@ -209,7 +209,9 @@ def check_scaler() -> list:
             local(both.middle.weight.grad)[0, 0] = math.inf
         found = bool(scaler.unscale_(both.parameters()))
         norm = clip_grad_norm_(both.parameters(), None)
-        stepped = scaler.step(optimizers)
+        raw = local(both.middle.weight.detach()).clone()
+        scaler.step(optimizers)
+        stepped = not torch.equal(raw, local(both.middle.weight.detach()))
         scaler.update()
         optimizers.zero_grad()
         assert found == (not stepped) == (not bool(norm.isfinite()))
@@ -218,7 +220,7 @@ def check_scaler() -> list:
     for rank in range(RANKS):
         assert step(0, rank) == (False, True)
     assert difference(before, dict(both.named_parameters())) == 0 and optimizers.named_state() == {}
-    assert scaler.factor == 2.0**6 and step(1, None) == (True, False)
+    assert scaler.get_scale() == 2.0**6 and step(1, None) == (True, False)
     one(batch(1, torch.float32)).square().mean().backward()
     optimizer = optimizers_of("AdamW fused", one)
     optimizer.step()

@@ -325,3 +325,72 @@ def test_torch_schedulers_and_scalers_accept_ours():
     optimizer.step()
     schedule.step()
     assert optimizer.param_groups[0]["lr"] == 0.05
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_adamw_takes_what_torch_takes(parity, fused):
+    """Closures, pairs, groups with settings of their own, `maximize`, several schedulers: whole weights in float64."""
+    start = weights({"a": (7, 3), "b": (3,), "c": (4, 5)})
+    x = torch.randn(32, 7, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    target = torch.randn(32, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    ends, losses = [], []
+    for kind in (AdamW, torch.optim.AdamW):
+        p = {name: nn.Parameter(value.detach().clone()) for name, value in start.items()}
+        groups = [
+            {"params": [("a", p["a"]), ("b", p["b"])], "betas": (0.7, 0.9), "eps": 1e-5},
+            {"params": [("c", p["c"])], "lr": 0.3, "weight_decay": 0.2, "maximize": True},
+        ]
+        optimizer = kind(groups, lr=0.05, fused=fused)
+        schedulers = [
+            torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=[0.1, 0.2], total_steps=30),
+            torch.optim.lr_scheduler.MultiplicativeLR(optimizer, lambda step: 0.99),
+        ]
+
+        def closure(p=p, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = ((x @ p["a"] + p["b"] - target) ** 2).mean() - p["c"].cosh().reciprocal().sum()
+            loss.backward()
+            return loss
+
+        trace = []
+        for _ in range(30):
+            trace.append(optimizer.step(closure).detach())
+            for scheduler in schedulers:
+                scheduler.step()
+        ends.append(p)
+        losses.append(torch.stack(trace))
+    part = f"AdamW: closures, groups, schedulers, {'fused' if fused else 'plain twin'}"
+    parity(part, f"{TORCH} AdamW", difference(*ends), 1e-12, "float64, rounding of 30 steps")
+    assert (losses[0] - losses[1]).abs().max() < 1e-12 and losses[0][-1] != losses[0][0]
+
+
+def test_adamw_states_travel_to_torch_and_back():
+    ours, theirs, again = (weights(MATRICES) for _ in range(3))
+    kinds = [(AdamW, ours, {}), (torch.optim.AdamW, theirs, {"foreach": False}), (AdamW, again, {"fused": False})]
+    first, second, third = (kind(params.items(), lr=0.02, **options) for kind, params, options in kinds)
+    train(first, ours, range(9))
+    for source, target, params in ((first, second, theirs), (second, third, again)):
+        target.load_state_dict(copy.deepcopy(source.state_dict()))  # torch would share the tensors
+        for name, value in ours.items():
+            params[name].data.copy_(value.data)
+    for optimizer, params in ((first, ours), (second, theirs), (third, again)):
+        train(optimizer, params, range(9, 20))
+    assert difference(ours, theirs) < 1e-13 and difference(ours, again) < 1e-13
+    assert third.named_state().keys() == first.named_state().keys() and third.param_groups[0]["base_lr"] > 0
+
+
+def test_optimizers_step_with_one_closure_and_amsgrad_is_refused():
+    params, calls = weights({"a": (3, 2), "b": (2,)}), []
+
+    def closure():
+        calls.append(1)
+        optimizers.zero_grad()
+        loss = params["a"].square().sum() + params["b"].square().sum()
+        loss.backward()
+        return loss
+
+    optimizers = Optimizers([Muon({"a": params["a"]}.items()), AdamW({"b": params["b"]}.items())])
+    first, second = optimizers.step(closure), optimizers.step(closure)
+    assert len(calls) == 2 and second < first
+    with pytest.raises(ValueError, match="amsgrad=True is not supported"):
+        AdamW([params["b"]], amsgrad=True)

@@ -126,7 +126,7 @@ class AdamW8bit(NamedOptimizer):
             "step": step,
         }
 
-    def update(self, params, grads, states, group, owners) -> None:
+    def update(self, params, grads, states, group, network_params) -> None:
         settings = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
         for param, grad, state in zip(params, grads, states, strict=True):
             state["step"] += 1

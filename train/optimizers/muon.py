@@ -127,33 +127,33 @@ class Muon(NamedOptimizer):
     # a step sends every such matrix once, as gathering the weights for one forward does, and the iteration is repeated on
     # each rank: it does not get faster with more of them.
 
-    def _update_plain(self, params, grads, states, group, owners) -> None:
+    def _update_plain(self, params, grads, states, group, network_params) -> None:
         lr, momentum = group["lr"], group["momentum"]
-        for param, grad, state, owner in zip(params, grads, states, owners, strict=True):
+        for param, grad, state, network_param in zip(params, grads, states, network_params, strict=True):
             average = state["momentum"]
             average.lerp_(grad, 1 - momentum)
             update = grad.lerp(average, momentum) if self.nesterov else average
-            direction = orthogonalize(full_tensor(update, owner), self.ns_steps, self.iteration_dtype(param))
+            direction = orthogonalize(full_tensor(update, network_param), self.ns_steps, self.iteration_dtype(param))
             param.mul_(1 - lr * group["weight_decay"])
-            param.add_(shard_of(direction, owner), alpha=-lr * self.lr_adjustment(*owner.shape))
+            param.add_(shard_of(direction, network_param), alpha=-lr * self.lr_adjustment(*network_param.shape))
 
-    def _update_batched(self, params, grads, states, group, owners) -> None:
+    def _update_batched(self, params, grads, states, group, network_params) -> None:
         lr, momentum = group["lr"], group["momentum"]
         averages = [state["momentum"] for state in states]
         torch._foreach_lerp_(averages, grads, 1 - momentum)
         updates = torch._foreach_lerp(grads, averages, momentum) if self.nesterov else averages
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         alike: dict[tuple, list[tuple[Tensor, Tensor, Tensor]]] = {}
-        for param, update, owner in zip(params, updates, owners, strict=True):
-            alike.setdefault((owner.shape, param.dtype, param.device), []).append((param, update, owner))
+        for param, update, network_param in zip(params, updates, network_params, strict=True):
+            alike.setdefault((network_param.shape, param.dtype, param.device), []).append((param, update, network_param))
         for (shape, _, _), rows in alike.items():
             rate = -lr * self.lr_adjustment(*shape)
             size = max(1, BATCH_ELEMENTS // shape.numel())
             for start in range(0, len(rows), size):
-                same_params, same_updates, same_owners = zip(*rows[start : start + size], strict=True)
-                update_BOI = torch.stack(list(map(full_tensor, same_updates, same_owners)))
+                same_params, same_updates, same_network_params = zip(*rows[start : start + size], strict=True)
+                update_BOI = torch.stack(list(map(full_tensor, same_updates, same_network_params)))
                 direction_BOI = orthogonalize_batch(update_BOI, self.ns_steps, self.iteration_dtype(same_params[0]))
-                parts = list(map(shard_of, direction_BOI.unbind(), same_owners))
+                parts = list(map(shard_of, direction_BOI.unbind(), same_network_params))
                 torch._foreach_add_(list(same_params), parts, alpha=rate)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,126 +12,217 @@ from train.optimizers.named_optimizer import Optimizers
 from train.parallel.shard import shard_groups
 from train.runs.sharded import local
 
-SMALLEST_SCALE = 2.0**-24  # float16's largest number over this is 10^12: larger gradients are no rounding matter
+MIN_SCALE = 2.0**-24  # float16's largest number over this is 10^12: larger gradients are no rounding matter
 
 
 class GradScaler:
-    """Dynamic scaling of the loss, which keeps float16 gradients between underflow and overflow.
+    """Dynamic loss scaling, which keeps float16 gradients between underflow and overflow; called as torch.amp.GradScaler.
 
-        scale(loss).backward();  unscale_(parameters);  clip;  step(optimizer);  update()
+        scale(loss).backward();  unscale_(optimizer);  clip;  step(optimizer);  update()
 
-        a gradient is inf or NaN:                  the step is skipped, scale = scale * backoff
-        `growth_interval` steps without, in a row:                      scale = scale * growth
+        a gradient is inf or NaN:                           the step is skipped, scale = scale * backoff_factor
+        `growth_interval` steps without one, in a row:                          scale = scale * growth_factor
 
-    A skipped step moves nothing, neither parameters nor moments nor their step count; `step` says so, that the caller can
-    hold averages and schedule too. Clipping stands after `unscale_`, or it would clip to max_norm / scale.
-    A gradient that is sharded is looked at on all its ranks; whatever else differs between ranks is agreed on in `group`.
-    `enabled=False` lets everything through untouched. The state is two numbers; what is set here is not part of it.
-    Source: Micikevicius et al. 2018, arXiv 1710.03740, section 3.2. Scales, skipped steps and parameters are those of
-    torch.amp.GradScaler, but that a scale under 2^-24 raises: gradients are NaN then, or too large for any scale.
+    A skipped step changes nothing: no parameter, moment or step count. Clip after `unscale_`, or it would clip to
+    max_norm / scale. Parameters of any shape, gradients in float32 or wider. `device` is accepted for the sake of the call:
+    the scale is a Python number, and a missing GPU disables nothing. A gradient that is sharded is checked on all its ranks;
+    whatever else differs between ranks is agreed on in `group`. `enabled=False` passes everything through untouched.
+
+    Errors: settings out of range (ValueError); gradients in float16, or none at all, at `unscale_` (ValueError); a second
+    `unscale_` or `step` before `update`, and an `update` without either (RuntimeError).
+
+    Source: Micikevicius et al. 2018, arXiv 1710.03740, section 3.2. Scales, skipped steps, parameters and `state_dict` are
+    those of torch.amp.GradScaler. Three things differ: `unscale_` also takes parameters, and returns if one was not finite;
+    and a scale under 2^-24 raises a RuntimeError in `update`: the gradients are NaN then, or too large for any scale.
+
+    >>> scaler, weight = GradScaler("cpu", init_scale=8.0), torch.ones((), requires_grad=True)
+    >>> scaler.scale(3 * weight).backward()
+    >>> weight.grad.item(), scaler.unscale_([weight]).item(), weight.grad.item()
+    (24.0, False, 3.0)
     """
 
     def __init__(
         self,
+        device: str | torch.device = "cuda",
         init_scale: float = 2.0**16,
-        *,
-        growth: float = 2.0,
-        backoff: float = 0.5,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
         growth_interval: int = 2000,
         enabled: bool = True,
+        *,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        if not (init_scale > 0 and growth > 1 and 0 < backoff < 1 and growth_interval > 0):
+        if not (init_scale > 0 and growth_factor > 1 and 0 < backoff_factor < 1 and growth_interval > 0):
             raise ValueError(
-                f"need init_scale, growth_interval > 0, growth > 1 and backoff in (0, 1): init_scale={init_scale}, "
-                f"growth_interval={growth_interval}, growth={growth}, backoff={backoff}"
+                "need init_scale, growth_interval > 0, growth_factor > 1 and backoff_factor in (0, 1): "
+                f"init_scale={init_scale}, growth_factor={growth_factor}, backoff_factor={backoff_factor}, "
+                f"growth_interval={growth_interval}"
             )
-        self.enabled, self.group = enabled, group
-        self.growth, self.backoff, self.growth_interval = growth, backoff, growth_interval
-        self.factor = init_scale if enabled else 1.0  # what `scale` multiplies by
-        self.steps_since_change = 0
-        self.looked: list[tuple[set[int], Tensor]] = []  # since the last update: whose gradients, and whether one was inf
+        self.device, self.group = torch.device(device), group
+        self._enabled, self._scale, self._growth_tracker = enabled, float(init_scale), 0
+        self._growth_factor, self._backoff_factor, self._growth_interval = growth_factor, backoff_factor, growth_interval
+        # Since the last update:
+        self._checked: list[tuple[set[int], Tensor]] = []  # ids of parameters whose gradients were unscaled, and found_inf
+        self._stepped: set[int] = set()  # ids of optimizers
 
-    def scale(self, loss: Tensor) -> Tensor:
-        return loss * self.factor if self.enabled else loss
+    def scale(self, outputs: Any) -> Any:
+        """Multiply a loss, or every tensor of an iterable, by the scale."""
+        if not self._enabled:
+            return outputs
+        if isinstance(outputs, Tensor):
+            return outputs * self._scale
+        if isinstance(outputs, Iterable):
+            scaled = map(self.scale, outputs)
+            return type(outputs)(scaled) if isinstance(outputs, list | tuple) else scaled
+        raise ValueError(f"scale takes a tensor or an iterable of tensors, not {type(outputs).__name__}")
 
     @torch.no_grad()
-    def unscale_(self, parameters: Iterable[Tensor]) -> Tensor:
-        """Divide the gradients by the scale, in place; whether one of any rank was inf or NaN: bool, of no dimensions."""
-        if not self.enabled:
+    def unscale_(self, target: torch.optim.Optimizer | Optimizers | Tensor | Iterable[Tensor]) -> Tensor:
+        """Divide the gradients of an optimizer or of parameters by the scale, in place; once a step.
+
+        Returns found_inf: if one, on any rank, was inf or NaN; bool, no dimensions, on the first gradient's device.
+        """
+        if not self._enabled:
             return torch.zeros((), dtype=torch.bool)
-        own = {id(param): param.grad for param in parameters if param.grad is not None}
-        if any(own.keys() & seen for seen, _ in self.looked):
+        if id(target) in self._stepped:
+            raise RuntimeError("unscale_ comes before step: this optimizer has stepped since the last update")
+        grads_by_id = {id(param): param.grad for param in parameters_of(target) if param.grad is not None}
+        if any(grads_by_id.keys() & checked for checked, _ in self._checked):
             raise RuntimeError("unscale_ was called twice in one step: gradients would be divided by the scale twice")
-        grads = list(own.values())
+        grads = list(grads_by_id.values())
         if not grads:
             raise ValueError("unscale_ found no gradients: it comes after the backward")
         if any(grad.dtype == torch.float16 for grad in grads):
             raise ValueError(
-                "gradients in float16 cannot be unscaled, they would underflow: whatever is trained must be kept in float32, "
+                "gradients in float16 cannot be unscaled, they would underflow: trainable parameters must be kept in float32, "
                 "where autocast computes in float16 (frozen weights may be float16)"
             )
-        alike: dict[tuple, list[Tensor]] = {}
+        shards_by_kind: dict[tuple, list[Tensor]] = {}
         for grad in grads:
-            part = local(grad)
-            alike.setdefault((part.device, part.dtype, shard_groups(grad)), []).append(part)
+            shard = grad._values() if grad.is_sparse else local(grad)
+            shards_by_kind.setdefault((shard.device, shard.dtype, shard_groups(grad)), []).append(shard)
         found = torch.zeros((), dtype=torch.float32, device=local(grads[0]).device)
-        for (_, _, groups), parts in alike.items():
-            # What is neither inf nor NaN is so after the multiplication; and a factor that overflows is found as well.
-            torch._foreach_mul_(parts, 1.0 / self.factor)
-            largest = [torch.zeros((), device=parts[0].device)]
-            if parts := [part for part in parts if part.numel()]:  # a rank's share of few rows may be none
-                largest += torch._foreach_norm(parts, math.inf, dtype=torch.promote_types(parts[0].dtype, torch.float32))
+        for (_, _, groups), shards in shards_by_kind.items():
+            # inf and NaN stay so under the multiplication, and a gradient that overflows in it is found as well.
+            torch._foreach_mul_(shards, 1.0 / self._scale)
+            largest = [torch.zeros((), device=shards[0].device)]
+            if shards := [shard for shard in shards if shard.numel()]:  # a rank's shard of few rows may be empty
+                largest += torch._foreach_norm(shards, math.inf, dtype=torch.promote_types(shards[0].dtype, torch.float32))
             found_here = (~torch.stack(largest).isfinite()).any().float()
             for group in groups:
                 dist.all_reduce(found_here, dist.ReduceOp.MAX, group)
             found = torch.maximum(found, found_here.to(found.device))
         if self.group is not None:
             dist.all_reduce(found, dist.ReduceOp.MAX, self.group)
-        self.looked.append((set(own), found > 0))
+        self._checked.append((set(grads_by_id), found > 0))
         return found > 0
 
-    def step(self, optimizer: torch.optim.Optimizer | Optimizers) -> bool:
-        """`optimizer.step()`, unless one of its gradients was inf or NaN; whether it stepped. Unscales what nobody has."""
-        if self.enabled:
-            params = [param for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
-            own, seen = set(map(id, params)), set().union(*(seen for seen, _ in self.looked))
-            if new := [param for param in params if id(param) not in seen]:
-                self.unscale_(new)
-            if any(bool(found) for seen, found in self.looked if seen & own):  # waits: a step cannot be taken back
-                return False
-        optimizer.step()
-        return True
+    def step(self, optimizer: torch.optim.Optimizer | Optimizers, *args: Any, **kwargs: Any) -> Any:
+        """Call `optimizer.step(*args, **kwargs)` and return its value; skip it, and return None, after a non-finite gradient.
 
-    def update(self) -> None:
-        """The scale of the next step; once a step, after it."""
-        if not self.enabled:
+        Gradients that were not unscaled yet are unscaled first. A closure would see scaled losses, and is refused.
+        """
+        if not self._enabled:
+            return optimizer.step(*args, **kwargs)
+        if "closure" in kwargs:
+            raise RuntimeError("a closure does not go with a gradient scaler that is enabled")
+        if id(optimizer) in self._stepped:
+            raise RuntimeError("step was called twice: update comes between two steps of an optimizer")
+        params = [param for param in parameters_of(optimizer) if param.grad is not None]
+        checked = set().union(*(checked for checked, _ in self._checked))
+        if unchecked := [param for param in params if id(param) not in checked]:
+            self.unscale_(unchecked)
+        self._stepped.add(id(optimizer))
+        ids = set(map(id, params))
+        if any(bool(found) for checked, found in self._checked if checked & ids):  # waits: a step cannot be taken back
+            return None
+        return optimizer.step(*args, **kwargs)
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        """Set the scale of the next step by the gradients of this one, or to `new_scale`; once a step, after all optimizers."""
+        if not self._enabled:
             return
-        if not self.looked:
+        if new_scale is not None:
+            if not float(new_scale) > 0:
+                raise ValueError(f"new_scale={float(new_scale)} must be above 0")
+            self._scale = rounded_to_float32(float(new_scale))
+        elif not self._checked:
             raise RuntimeError("update has nothing to go by: unscale_ or step comes first")
-        if any(bool(found) for _, found in self.looked):
-            self.factor, self.steps_since_change = _as_float32(self.factor * self.backoff), 0
-        elif self.steps_since_change + 1 == self.growth_interval:
-            larger = _as_float32(self.factor * self.growth)
-            self.factor, self.steps_since_change = larger if math.isfinite(larger) else self.factor, 0
+        elif any(bool(found) for _, found in self._checked):
+            self._scale, self._growth_tracker = rounded_to_float32(self._scale * self._backoff_factor), 0
+        elif self._growth_tracker + 1 == self._growth_interval:
+            larger = rounded_to_float32(self._scale * self._growth_factor)
+            self._scale, self._growth_tracker = larger if math.isfinite(larger) else self._scale, 0
         else:
-            self.steps_since_change += 1
-        self.looked.clear()
-        if self.factor < SMALLEST_SCALE:
+            self._growth_tracker += 1
+        self._checked.clear()
+        self._stepped.clear()
+        if self._scale < MIN_SCALE:
             raise RuntimeError(
-                f"every step is skipped, down to a scale of {self.factor:g}: the gradients are NaN, or too large for float16"
+                f"every step is skipped, down to a scale of {self._scale:g}: the gradients are NaN, or too large for float16"
             )
 
+    def is_enabled(self) -> bool:
+        return self._enabled
+
+    def get_scale(self) -> float:
+        """Return the scale of the next loss; 1.0 where scaling is disabled."""
+        return self._scale if self._enabled else 1.0
+
+    def get_growth_factor(self) -> float:
+        return self._growth_factor
+
+    def set_growth_factor(self, new_factor: float) -> None:
+        self._growth_factor = new_factor
+
+    def get_backoff_factor(self) -> float:
+        return self._backoff_factor
+
+    def set_backoff_factor(self, new_factor: float) -> None:
+        self._backoff_factor = new_factor
+
+    def get_growth_interval(self) -> int:
+        return self._growth_interval
+
+    def set_growth_interval(self, new_interval: int) -> None:
+        self._growth_interval = new_interval
+
     def state_dict(self) -> dict[str, float | int]:
-        return {"scale": self.factor, "steps_since_change": self.steps_since_change} if self.enabled else {}
+        """Return the entries of torch.amp.GradScaler; `_growth_tracker` counts the finite steps since the scale changed."""
+        if not self._enabled:
+            return {}
+        return {
+            "scale": self._scale,
+            "growth_factor": self._growth_factor,
+            "backoff_factor": self._backoff_factor,
+            "growth_interval": self._growth_interval,
+            "_growth_tracker": self._growth_tracker,
+        }
 
-    def load_state_dict(self, state: dict[str, float | int]) -> None:
-        if state.keys() != self.state_dict().keys():
-            raise ValueError(f"a scaler's state has {sorted(self.state_dict())}, not {sorted(state)}")
-        if self.enabled:
-            self.factor, self.steps_since_change = float(state["scale"]), int(state["steps_since_change"])
+    def load_state_dict(self, state_dict: dict[str, float | int]) -> None:
+        """Load a `state_dict`, of torch.amp.GradScaler too; a disabled scaler takes nothing.
+
+        Errors (ValueError): other keys. Checkpoints from before this format have `scale` and `steps_since_change` alone.
+        """
+        if not self._enabled:
+            return
+        if state_dict.keys() == {"scale", "steps_since_change"}:
+            state_dict = self.state_dict() | {"scale": state_dict["scale"], "_growth_tracker": state_dict["steps_since_change"]}
+        if state_dict.keys() != self.state_dict().keys():
+            raise ValueError(f"a scaler's state has {sorted(self.state_dict())}, not {sorted(state_dict)}")
+        self._scale, self._growth_tracker = float(state_dict["scale"]), int(state_dict["_growth_tracker"])
+        self._growth_factor, self._backoff_factor = state_dict["growth_factor"], state_dict["backoff_factor"]
+        self._growth_interval = int(state_dict["growth_interval"])
 
 
-def _as_float32(value: float) -> float:
+def parameters_of(target: torch.optim.Optimizer | Optimizers | Tensor | Iterable[Tensor]) -> list[Tensor]:
+    if isinstance(target, Tensor):
+        return [target]
+    if hasattr(target, "param_groups"):
+        return [param for group in target.param_groups for param in group["params"]]
+    return list(target)
+
+
+def rounded_to_float32(value: float) -> float:
     """torch's scale is a float32; one that is not a power of two rounds."""
     return torch.tensor(value, dtype=torch.float32).item()

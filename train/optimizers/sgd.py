@@ -67,7 +67,7 @@ class SGD(NamedOptimizer):
     def new_state(self, param: Tensor) -> dict[str, Tensor]:
         return {slot: torch.zeros_like(param) for slot in self.slots}
 
-    def _update_plain(self, params, grads, states, group, owners) -> None:
+    def _update_plain(self, params, grads, states, group, network_params) -> None:
         settings = {"lr": group["lr"], "weight_decay": group["weight_decay"], "nesterov": self.nesterov}
         for param, grad, state in zip(params, grads, states, strict=True):
             old = state.get("momentum_sum", torch.zeros_like(param))
@@ -75,7 +75,7 @@ class SGD(NamedOptimizer):
             param.copy_(new_param)
             old.copy_(new_sum)
 
-    def _update_foreach(self, params, grads, states, group, owners) -> None:
+    def _update_foreach(self, params, grads, states, group, network_params) -> None:
         steps = torch._foreach_add(grads, params, alpha=group["weight_decay"]) if group["weight_decay"] else grads
         if self.momentum:
             sums = [state["momentum_sum"] for state in states]

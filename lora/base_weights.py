@@ -50,7 +50,7 @@ class Base:
         self.stand_ins: dict[str, tuple[WeightFile, Copy]] = {}
         self.build()
         for path, published, name in found.copies:
-            if not by_path[path].holds(published, self.stored(*self.sources[name])):
+            if not by_path[path].equals(published, self.stored(*self.sources[name])):
                 original = self.sources[name][1]
                 raise HubError(f"{published!r} differs from {original!r}, though config.json says that the two are tied")
 

@@ -257,7 +257,7 @@ def check_copies(
     """What repeats a trained tensor must be it; what is the base's own must be that, as far as the base has it."""
     file, table = read.file, weight_table(network.config)
     for key, there in read.again:
-        if key not in values or not file.holds(there, values[key]):
+        if key not in values or not file.equals(there, values[key]):
             raise AdapterError(f"{file.path}: {there!r} is another one than {read.keys.get(key)!r}, of which PEFT has it")
     for copy in read.base:
         if copy.weight in stand_ins and not copy.frozen:
@@ -265,7 +265,7 @@ def check_copies(
         row = table[copy.weight]
         keys = (read.own + row.published, bias_key(network.config, copy.weight) if row.role == "bias" else "")
         trained = next((values[key] for key in keys if key in values), None)
-        if trained is not None and (file.holds(copy.there, trained) or copy.weight in base.missing):
+        if trained is not None and (file.equals(copy.there, trained) or copy.weight in base.missing):
             continue  # of a trained bias PEFT saves copies; a head that the base lacks had first values too
         if not is_the_bases(network, copy, read, base):
             raise AdapterError(f"{file.path}: {copy.there!r} is not this base's own, and there is no place for another one")
@@ -306,7 +306,7 @@ def is_the_bases(network: nn.Module, copy: Copy, read: Read, base: Own) -> bool:
         return layer is not None and same_parts(file, copy.there, read.parts[copy.there], tensors(layer, None))
     own = to_published(weight_table(config)[copy.weight], base.read(copy.weight), config)
     if copy.weight not in VOCABULARY or getattr(network, "resized_from", None) is None:
-        return file.holds(copy.there, own)
+        return file.equals(copy.there, own)
     size = min(config.vocab_size, network.resized_from)
     return torch.equal(first_rows(tensor(file, copy.there), size).to(own.dtype), first_rows(own, size))
 
@@ -321,6 +321,6 @@ def same_parts(file: WeightFile, weight: str, parts: Mapping[str, str], own: Map
         if ".quant_state." in there:
             if json.loads(bytes(tensor(file, there).tolist())) != json.loads(bytes(mine.tolist())):
                 return False
-        elif not file.holds(there, mine):
+        elif not file.equals(there, mine):
             return False
     return True

@@ -88,7 +88,7 @@ def resized_weights(network: nn.Module, read: Read) -> dict[str, Copy]:
 
 
 def same(read: Read, one: str, other: str) -> bool:
-    return read.file.holds(other, tensor(read.file, one))
+    return read.file.equals(other, tensor(read.file, one))
 
 
 def tensor(file: WeightFile, there: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a network costs, as one page of text: the table to read before renting a GPU."""
+"""The cost of a network as one page of text: the table to read before renting a GPU."""
 
 import textwrap
 from dataclasses import replace
@@ -11,7 +11,7 @@ from model.parameters import adapter_parameters, cache_bytes, parameters, parame
 from model.training import USUAL_CONTEXT, Training
 
 LABELS = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
-COLUMNS = ("fp32", "bf16")  # of the table of all ways
+COLUMNS = ("fp32", "bf16")  # of the table of all methods
 KINDS = {"none": "kept", "blocks": "recomputed", "selective": "recomputed but for products"}
 
 
@@ -32,11 +32,11 @@ def info(
     targets: str = "all-linear",
     device: str = "cuda",
 ) -> str:
-    """Parameters by part, operations and cache a token, and the memory of every way to train; one way in detail.
+    """Describe a network: parameters by part, operations and cache a token, and the memory of each training method.
 
     context: tokens of each text (default: the config's, at most `USUAL_CONTEXT`). `method`, `precision`, `recompute` and
-    `recompute_every` choose the way whose parts are listed; the rest holds for all. A value that is not possible raises
-    ConfigError and names the option.
+    `recompute_every` choose the method that is listed in detail; the rest holds for all. Errors: an impossible value
+    (ConfigError, which names the option).
     """
     if context is None:
         context = min(config.context, USUAL_CONTEXT)
@@ -57,7 +57,7 @@ def info(
         targets=targets,
         device=device,
     )
-    adapter_parameters(config, rank, targets)  # raises on targets that are none, before anything is said
+    adapter_parameters(config, rank, targets)  # raises on unknown targets
     parts = (title(config), parameter_table(config, training), flops_table(config, training), cache_text(config, context))
     return "\n\n".join((*parts, memory_table(config, training), assumptions(config, training)))
 
@@ -88,11 +88,11 @@ def parameter_table(config: ModelConfig, training: Training) -> str:
 def flops_table(config: ModelConfig, training: Training) -> str:
     rows = [("", "forward", "matrices", "scores", "backward", "recomputed")]
     for label, rank in (("full", 0), ("LoRA", training.rank)):
-        kept, again = (
+        plain, recomputed = (
             flops_per_token(config, training.context, rank=rank, targets=training.targets, recompute=recompute)
             for recompute in (False, True)
         )
-        values = (kept.forward, kept.matrices, kept.scores, kept.backward, again.backward)
+        values = (plain.forward, plain.matrices, plain.scores, plain.backward, recomputed.backward)
         rows.append((label, *map(format_flops, values)))
     two = ", of the input and of the output together" if config.decoder_depth is not None else ""
     return f"operations a token{two}, at {training.context:,} tokens\n" + align_columns(rows)
@@ -112,7 +112,7 @@ def cache_text(config: ModelConfig, context: int) -> str:
 
 
 def memory_table(config: ModelConfig, chosen: Training) -> str:
-    """The highest moment of a step for every way to train, then what the chosen one's consists of."""
+    """Return the peak memory of a step for every method, then the parts of the chosen one."""
     rows = [("", *(f"{precision} {KINDS[kind]}" for precision in COLUMNS for kind in ("none", "blocks")))]
     for method, label in LABELS.items():
         ways = [
@@ -159,7 +159,7 @@ def assumptions(config: ModelConfig, training: Training) -> str:
 
 
 def align_columns(rows: list[tuple[str, ...]]) -> str:
-    """The first column to the left, the others to the right."""
+    """Align rows of cells: the first column to the left, the others to the right."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:
@@ -169,8 +169,9 @@ def align_columns(rows: list[tuple[str, ...]]) -> str:
 
 
 def format_bytes(size: float) -> str:
-    """
-    >>> amount(36_864), amount(500_000_000), amount(16 * 2**30)
+    """Format a number of bytes.
+
+    >>> format_bytes(36_864), format_bytes(500_000_000), format_bytes(16 * 2**30)
     ('36.0 KiB', '476.8 MiB', '16.00 GiB')
     """
     for unit, digits, bytes_each in (("GiB", 2, 2**30), ("MiB", 1, 2**20), ("KiB", 1, 2**10)):
@@ -180,8 +181,9 @@ def format_bytes(size: float) -> str:
 
 
 def format_flops(count: float) -> str:
-    """
-    >>> operations(266_000_000), operations(1.6e10)
+    """Format a number of operations.
+
+    >>> format_flops(266_000_000), format_flops(1.6e10)
     ('266.0 M', '16.00 G')
     """
     return f"{count / 1e9:,.2f} G" if count >= 1e9 else f"{count / 1e6:,.1f} M"

@@ -1,4 +1,4 @@
-"""Beam search: the k most probable beginnings go on together, and the best of what has ended is returned."""
+"""Beam search: continue the k most probable texts together, and return the best that have ended."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,18 +14,17 @@ from model.stopping import Stop
 
 
 class Beams(NamedTuple):
-    """The best texts of each input, best first."""
+    """The result of a beam search: the best texts of each input, best first."""
 
-    tokens: Tensor  # B R N: the new tokens of R texts, filled as by `generate`
-    scores: Tensor  # B R
+    tokens: Tensor  # B R N: the new tokens of R texts, padded as by `generate`
+    scores: Tensor  # B R: log p(text) / length^penalty
 
 
 class Finished:
-    """The k best texts of one input that have ended: score = log p(text) / length^penalty, length without the prompt.
+    """The k best ended texts of one input: score = log p(text) / length^penalty, length without the prompt.
 
-    `closed` says that no later text can enter: by the first k (early stopping), or by the rule of transformers, that even
-    the best running text, ended as it is, would not score above the worst of the k. With a penalty above 0 a longer text
-    might: it is a heuristic.
+    `closed`: no later text can enter, as k have ended (early stopping), or by transformers' rule, as even the best running
+    text, ended now, would not score above the worst of the k. With a penalty above 0 a longer text might: a heuristic.
     """
 
     def __init__(self, beams: int, length_penalty: float, early_stopping: bool):
@@ -34,14 +33,17 @@ class Finished:
         self.closed = False
 
     def score(self, log_probability: float, length: int) -> float:
+        """Return the length-normalized score."""
         return log_probability / length**self.length_penalty
 
     def add(self, log_probability: float, tokens: list[int]) -> None:
+        """Add an ended text, and drop the worst above k."""
         self.texts.append((self.score(log_probability, len(tokens)), tokens))
         self.texts.sort(key=lambda text: text[0], reverse=True)
         del self.texts[self.beams :]
 
     def close_if_settled(self, best_running: float, length: int) -> None:
+        """Set `closed` where the best running text cannot enter."""
         if len(self.texts) == self.beams:
             worst = self.texts[-1][0]
             self.closed |= self.early_stopping or self.score(best_running, length) <= worst
@@ -63,14 +65,14 @@ def beam_search(
     num_return: int = 1,
     use_cache: bool = True,
 ) -> Beams:
-    """Of each input (as for `generate`) the `num_return` best texts that `beams` running ones, k, come to.
+    """Return the `num_return` best texts of each input (as for `generate`) by a search with k = `beams` running texts.
 
-    At each step the k running texts have k · V continuations. Of the best 2k (more where several ids stop), those that
-    stop leave, as finished texts if they are among the best k; the best k of the others run on. At max_new_tokens all
-    stop. length_penalty above 0 favours long texts. repetition_penalty and constraints act on log-probabilities, not on
-    logits. Equal to transformers' `generate(num_beams=k, do_sample=False)`.
+    At each step the k running texts have k · V continuations. Of the best 2k (more with several stop ids), those that stop
+    leave, and are kept if among the best k; the best k of the others continue. At max_new_tokens all stop. length_penalty
+    above 0 favours long texts. repetition_penalty and constraints act on log-probabilities, not on logits. Equal to
+    transformers' `generate(num_beams=k, do_sample=False)`. Errors: a setting out of range (ConfigError).
     Source: Graves 2012, arXiv 1211.3711, section 2.5; the length penalty as in Sutskever et al. 2014, arXiv 1409.3215, and
-    Wu et al. 2016, arXiv 1609.08144, section 7, of whose form transformers keeps the power.
+    Wu et al. 2016, arXiv 1609.08144, section 7, of whose formula transformers has the power.
     """
     if beams < 1 or not 1 <= num_return <= beams:
         raise ConfigError(f"beams={beams} must be at least 1, num_return={num_return} from 1 to that")
@@ -82,12 +84,12 @@ def beam_search(
     rows, vocab_size, device = input_ids.size(0), network.config.vocab_size, input_ids.device
     options = {"max_new_tokens": max_new_tokens, "use_cache": use_cache, "copies": beams}
     finished = [Finished(beams, length_penalty, early_stopping) for _ in range(rows)]
-    width = min(max(2, 1 + len(stop.ids)) * beams, beams * vocab_size)  # enough of them run on, even if every text may stop
+    width = min(max(2, 1 + len(stop.ids)) * beams, beams * vocab_size)  # enough continue, even if every text may stop
     with eval_mode(network):
         text = Decoding(network, input_ids, attention_mask, **options)
         first_B1 = torch.arange(rows, device=device)[:, None] * beams  # each input's first row in the batch
         running_Bk = torch.full((rows, beams), -torch.inf, device=device)
-        running_Bk[:, 0] = 0  # the beams of an input begin as copies: only one of them counts
+        running_Bk[:, 0] = 0  # the beams of an input begin as copies: only one counts
         for length in range(1, max_new_tokens + 1):
             logits_NV = text.next_logits()  # N = B k
             log_p_NV = logits_NV.log_softmax(-1, dtype=torch.promote_types(logits_NV.dtype, torch.float32))
@@ -121,7 +123,7 @@ def _finish(
     stops_BC: Tensor,
     beams: int,
 ) -> None:
-    """Put away the texts that stop among the best k candidates. (Those behind them were only there to run on.)"""
+    """Add the texts that stop among the best k candidates to the finished ones."""
     best, token = best_BC.tolist(), token_BC.tolist()
     source = (first_B1 + beam_BC).tolist()
     for b, c in stops_BC[:, :beams].nonzero().tolist():
@@ -130,6 +132,7 @@ def _finish(
 
 
 def _best(finished: list[Finished], num_return: int, fill: int, device: torch.device) -> Beams:
+    """Collect the best texts of all inputs, padded with `fill`."""
     texts = [one.texts[:num_return] for one in finished]
     longest = max(len(tokens) for row in texts for _, tokens in row)
     tokens = [[[*tokens, *[fill] * (longest - len(tokens))] for _, tokens in row] for row in texts]

@@ -1,4 +1,4 @@
-"""`config.json`, read and written: by its family's table, and with every field that no table knows kept as it is."""
+"""Read and write `config.json` by its family's table; a field that the table does not know is kept unchanged."""
 
 import json
 import shlex
@@ -12,12 +12,12 @@ from model.ties import resolve_tied_embeddings
 from model.weights import head_spec
 
 NAMES_OF_LABELS = ("id2label", "label2id", "problem_type")
-# Older spellings of what is written, and what is said of weights that are no longer those.
+# Older spellings of written fields, and fields about weights that have changed.
 REPLACED = ("torch_dtype", "num_labels", "head", "quantization_config", "transformers_version")
 
 
 def base_of_adapter(folder: Path) -> str:
-    """Where an adapter's settings say that its base is; "BASE" where there is nothing."""
+    """Return the base folder that an adapter's settings name; "BASE" if it is not there."""
     try:
         named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -26,8 +26,8 @@ def base_of_adapter(folder: Path) -> str:
 
 
 def read_config(folder: str | Path, *, any_head: bool = False) -> ModelConfig:
-    """`config.json` -> ModelConfig, by its `model_type`; the head by its `architectures`. `any_head`: one that is not
-    known becomes "unknown" rather than an error, for a caller who wants the body."""
+    """Read `config.json` into a ModelConfig: the family by `model_type`, the head by `architectures`. `any_head`: an unknown
+    head becomes "unknown" instead of an error, for a caller who wants the body. Errors: HubError."""
     path = Path(folder) / "config.json"
     if (Path(folder) / "adapter_config.json").is_file() and not path.is_file():
         base, name = base_of_adapter(Path(folder)), shlex.quote(str(folder))
@@ -62,7 +62,7 @@ def read_config(folder: str | Path, *, any_head: bool = False) -> ModelConfig:
 
 
 def _read_head(published: dict, heads: dict, any_head: bool) -> str:
-    """`head`, which we write where no class of transformers says it; else the architecture; else the family's first."""
+    """Return the head: by our own field `head`, else by the architecture, else the family's first."""
     if "head" in published:
         return published["head"]
     names = published.get("architectures") or [next(iter(heads.values())).architecture]
@@ -78,22 +78,22 @@ def _read_head(published: dict, heads: dict, any_head: bool) -> str:
 
 
 def write_config(config: ModelConfig, dtype: str, **settings: object) -> str:
-    """`config.json` as the family publishes it, with the class that opens it in transformers where there is one.
+    """Return `config.json` as the family publishes it, with the class that opens it in transformers where there is one.
 
-    What it held when it was read and no field of ours says is written back, names of labels too as long as there are as many.
-    `head` is ours: it says what no class says, a head of our own or a body without one. `settings`: further entries.
+    Unknown fields of the file that was read are written back, label names too while their number is unchanged. The field
+    `head` is ours, for a head of our own or a body without one. `settings`: further entries.
     """
     rules, architecture = load_family(config.family), head_spec(config).architecture
     written = {"model_type": rules.MODEL_TYPE, "dtype": dtype, "architectures": [architecture] if architecture else []}
     if config.head == "none" or architecture is None:
         written["head"] = config.head
     written |= rules.write_config(config)
-    kept = {key: value for key, value in config.extra.items() if key not in REPLACED}
-    if config.head in CLASSIFIERS and len(kept.get("id2label") or ()) != config.labels:
+    extra = {key: value for key, value in config.extra.items() if key not in REPLACED}
+    if config.head in CLASSIFIERS and len(extra.get("id2label") or ()) != config.labels:
         for name in NAMES_OF_LABELS:
-            kept.pop(name, None)
+            extra.pop(name, None)
         names = [f"LABEL_{label}" for label in range(config.labels)]
         written["id2label"] = {str(label): name for label, name in enumerate(names)}
         written["label2id"] = {name: label for label, name in enumerate(names)}
         written |= {"problem_type": "regression"} if config.labels == 1 else {}
-    return json.dumps(kept | written | settings, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(extra | written | settings, indent=2, ensure_ascii=False) + "\n"

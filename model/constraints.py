@@ -1,4 +1,4 @@
-"""What may not, or must, come next, whatever the network says: as transformers' logits processors of the same names decide."""
+"""Constraints on the next token: forced and forbidden ids, as in transformers' logits processors of the same names."""
 
 from dataclasses import dataclass
 
@@ -11,11 +11,11 @@ from model.decoding import Decoding
 
 @dataclass(frozen=True)
 class Constraints:
-    """Ids that are forced or forbidden at a place in the text.
+    """Ids that are forced or forbidden at some positions.
 
-    min_length, min_new_tokens: no text ends before it has so many tokens, its prompt counted or not. no_repeat_ngram: no n
-    tokens come twice in a text (0: they may). forced_first: what a text of one token goes on with (BART's <s> after </s>).
-    forced_last: what the last token that may come is one of. suppressed: never; suppressed_first: not as the first new token.
+    min_length, min_new_tokens: the fewest tokens of a text, with and without its prompt. no_repeat_ngram: no n-gram occurs
+    twice (0: off). forced_first: the id after a text's first token (BART's <s> after </s>). forced_last: the ids of which the
+    last possible token is one. suppressed: forbidden everywhere; suppressed_first: forbidden as the first new token.
     """
 
     min_length: int = 0
@@ -32,8 +32,8 @@ class Constraints:
                 raise ConfigError(f"{name}={getattr(self, name)} must not be negative")
 
     def apply(self, logits_BV: Tensor, text: Decoding, stop_ids: tuple[int, ...], *, last: bool) -> Tensor:
-        """logits B V of the token that comes next; what it may not be becomes -inf. last: no other may follow it."""
-        new = text.end - text.prompt
+        """Set the logits B V of forbidden next tokens to -inf. last: no further token may follow."""
+        new = text.end - text.prompt_length
         if self.no_repeat_ngram:
             logits_BV = logits_BV.masked_fill(repeated_ngrams(text, self.no_repeat_ngram, logits_BV.size(-1)), -torch.inf)
         if text.end < self.min_length or new < self.min_new_tokens:
@@ -47,6 +47,7 @@ class Constraints:
 
 
 def forbid(logits_BV: Tensor, ids: tuple[int, ...]) -> Tensor:
+    """Set the logits of the ids to -inf."""
     if not ids:
         return logits_BV
     place_I = torch.tensor([i for i in ids if i < logits_BV.size(-1)], dtype=torch.long, device=logits_BV.device)
@@ -54,13 +55,13 @@ def forbid(logits_BV: Tensor, ids: tuple[int, ...]) -> Tensor:
 
 
 def force(logits_BV: Tensor, ids: tuple[int, ...]) -> Tensor:
-    """All others -inf, these 0, so that whatever is drawn from it is one of them."""
+    """Set the logits of the ids to 0 and all others to -inf."""
     place_I = torch.tensor(ids, dtype=torch.long, device=logits_BV.device)
     return torch.full_like(logits_BV, -torch.inf).index_fill(-1, place_I, 0.0)
 
 
 def repeated_ngrams(text: Decoding, n: int, vocab_size: int) -> Tensor:
-    """bool B V: would this token end n tokens that the text holds already? Pads count as they stand, as in transformers."""
+    """Return bool B V: the tokens that would complete an n-gram of the text. Pads count as tokens, as in transformers."""
     repeats = torch.zeros(text.ids_BT.size(0), vocab_size, dtype=torch.bool, device=text.ids_BT.device)
     for row, ids in enumerate(text.ids_BT[:, : text.end].tolist()):
         if len(ids) >= n:

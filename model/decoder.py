@@ -1,4 +1,4 @@
-"""The decoder: a stack in which no position sees a later one. Alone it is a GPT; with `cross` it reads an encoder."""
+"""The decoder: a stack with causal attention. Alone it is a GPT; with `cross` it attends to an encoder's output."""
 
 from torch import nn
 
@@ -7,7 +7,7 @@ from model.stack import Stack
 
 
 class Decoder(Stack):
-    """ids → hidden states, each of them a function of the tokens up to its own. Source: Radford et al. 2018."""
+    """ids → hidden states, each a function of the tokens up to its own. Source: Radford et al. 2018."""
 
     def __init__(
         self, config: ModelConfig, attention: str = "sdpa", *, cross: bool = False, embedding: nn.Embedding | None = None

@@ -1,4 +1,4 @@
-"""A batch of texts that grow by one token at a time, and what a network says comes next; `generate` and `beam` build on it."""
+"""Autoregressive decoding: the state of a batch of texts that grow a token at a time, for `generate` and `beam`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,15 +11,15 @@ from model.config import ConfigError
 
 
 class Decoding:
-    """The texts so far, and the cache of what has been read of them: `next_logits`, `append`, `reorder`.
+    """The texts so far, with their key-value cache: `next_logits`, `append`, `reorder`.
 
-    input_ids B S, attention_mask B S: 1 real, 0 pad (a decoder's prompt is padded on the left). A decoder goes on from
-    them; an encoder-decoder encodes them once, and its text begins with config.decoder_start_id. Each row is held `copies`
-    times, one after the other, as beams need it.
+    input_ids B S, attention_mask B S: 1 real, 0 pad (a decoder's prompt is left-padded). A decoder continues them; an
+    encoder-decoder encodes them once, and its text begins with config.decoder_start_id. Each row is repeated `copies` times,
+    adjacent, for beams.
 
-    A cache holds no more than the text can come to. Past the network's context a row's window slides: its last half is read
-    again, and the text goes on from there. Each row's slides when it would if the row were alone, though all are read again
-    then. Relative positions (T5) know no such end.
+    The cache is no larger than the text can become. Beyond the network's context a row's window slides: its last half is read
+    again, and the text continues from there. A row's window slides when it would if the row were alone, but all rows are then
+    read again. Relative positions (T5) have no such limit.
     """
 
     def __init__(
@@ -47,26 +47,26 @@ class Decoding:
         rest = input_ids.new_zeros(input_ids.size(0), max_new_tokens)
         self.ids_BT = torch.cat((input_ids, rest), dim=1).repeat_interleave(copies, 0)
         self.mask_BT = torch.cat((mask_BS, torch.ones_like(rest)), dim=1).repeat_interleave(copies, 0)
-        self.prompt = self.end = input_ids.size(1)  # positions that are given, and that are filled
+        self.prompt_length = self.end = input_ids.size(1)  # given tokens, and all tokens so far
         self.limit = config.context - network.body.num_virtual_tokens if config.position != "relative" else self.ids_BT.size(1)
-        first_B1 = (mask_BS != 0).int().argmax(dim=1, keepdim=True).repeat_interleave(copies, 0)  # behind a row's pads
-        self.first_B1 = first_B1.clamp(min=self.end - self.limit)  # where a row's window begins; beams of an input agree
-        self.start = int(self.first_B1.min())  # of the window that is read
-        self.read = self.start  # up to here the cache holds the window
+        first_B1 = (mask_BS != 0).int().argmax(dim=1, keepdim=True).repeat_interleave(copies, 0)  # the first real token
+        self.first_B1 = first_B1.clamp(min=self.end - self.limit)  # first column of a row's window; equal for beams of an input
+        self.start = int(self.first_B1.min())  # first column of the batch's window
+        self.cached_end = self.start  # the cache holds the window up to here
         self.cache: Cache | None = None
 
     def next_logits(self) -> Tensor:
-        """logits B V of the token that comes next."""
-        if self.end - self.start > self.limit:  # slide: halve what is read, so that this happens once in limit / 2 tokens
+        """Return the logits B V of the next token. Errors: non-finite logits (ConfigError)."""
+        if self.end - self.start > self.limit:  # slide by half a window, once in limit / 2 tokens
             full_B1 = self.end - self.first_B1 > self.limit
             self.first_B1 = self.first_B1.masked_fill(full_B1, self.end - (self.limit // 2 or 1))
-            self.start = self.read = int(self.first_B1.min())
+            self.start = self.cached_end = int(self.first_B1.min())
             self.cache = None
         if self.cache is None and self.use_cache:
             stack = getattr(self.network.body, "decoder", self.network.body)
             embedded, capacity = stack.embed_tokens(self.ids_BT[:1, :1]), min(self.limit, self.ids_BT.size(1))
             self.cache = Cache(self.config, self.ids_BT.size(0), capacity, embedded.dtype, embedded.device)
-        unread_BT = self.ids_BT[:, self.read : self.end]
+        unread_BT = self.ids_BT[:, self.cached_end : self.end]
         mask_BT = None
         if self.padded:
             column_T = torch.arange(self.start, self.end, device=self.first_B1.device)
@@ -77,37 +77,38 @@ class Decoding:
             options = {"decoder_input_ids": unread_BT, "encoder_hidden": self.encoder_hidden, "cache": self.cache}
             hidden_BTD = self.network.body(None, self.encoder_mask, **options).hidden
         if self.use_cache:
-            self.read = self.end
+            self.cached_end = self.end
         logits_BV = self.network.head(hidden_BTD[:, -1])
-        if not bool(logits_BV.amax(-1).isfinite().all()):  # the highest: -inf is a token of no probability
+        if not bool(logits_BV.amax(-1).isfinite().all()):  # the maximum: -inf is a token of probability 0
             raise ConfigError(f"the network's logits are not finite (in {str(logits_BV.dtype).removeprefix('torch.')})")
         return logits_BV
 
     def append(self, token_B: Tensor) -> None:
+        """Append a token to each row."""
         self.ids_BT[:, self.end] = token_B
         self.end += 1
 
     def reorder(self, row_B: Tensor) -> None:
-        """Row b goes on from what row row_B[b] was; both belong to the same input."""
+        """Replace row b by row row_B[b] of the same input."""
         self.ids_BT = self.ids_BT[row_B]
         if self.cache is not None:
             self.cache.reorder(row_B)
 
     @property
     def new_BT(self) -> Tensor:
-        """What has been appended so far."""
-        return self.ids_BT[:, self.prompt : self.end]
+        """The appended tokens so far, B N."""
+        return self.ids_BT[:, self.prompt_length : self.end]
 
 
 def seen_tokens(text: Decoding, vocab_size: int) -> Tensor:
-    """bool B V: which ids the texts hold so far, pads aside."""
+    """Return bool B V: the ids that the texts hold so far, without pads."""
     ids_BT, real_BT = text.ids_BT[:, : text.end], text.mask_BT[:, : text.end].long()
     return ids_BT.new_zeros(ids_BT.size(0), vocab_size).scatter_add_(1, ids_BT, real_BT) > 0
 
 
 @contextmanager
 def eval_mode(network: nn.Module) -> Iterator[None]:
-    """Without dropout and without gradients; the network's mode is given back."""
+    """Turn off dropout and gradients; the network's mode is restored afterwards."""
     was_training = network.training
     network.eval()
     try:
@@ -120,11 +121,11 @@ def eval_mode(network: nn.Module) -> Iterator[None]:
 def _check(network: nn.Module, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int) -> None:
     config = network.config
     if config.architecture == "encoder":
-        raise ConfigError(f"{config.family} of this config is an encoder alone: it fills gaps, and cannot go on from a text")
+        raise ConfigError(f"{config.family} of this config is an encoder: it fills gaps, and cannot continue a text")
     if config.head != "lm":
-        raise ConfigError(f"a network with the head {config.head!r} makes no text; it needs the head 'lm'")
+        raise ConfigError(f"a network with the head {config.head!r} generates no text; it needs the head 'lm'")
     if config.architecture == "encoder-decoder" and config.decoder_start_id is None:
-        raise ConfigError("this encoder-decoder has no decoder_start_id: what its output begins with is unknown")
+        raise ConfigError("this encoder-decoder has no decoder_start_id: the first id of its output is unknown")
     if max_new_tokens < 0:
         raise ConfigError(f"max_new_tokens={max_new_tokens} must not be negative")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:

@@ -1,4 +1,4 @@
-"""The encoder: a stack in which every position sees every other."""
+"""The encoder: a stack with bidirectional attention."""
 
 from torch import nn
 
@@ -7,7 +7,7 @@ from model.stack import Stack
 
 
 class Encoder(Stack):
-    """ids → hidden states, each of them a function of the whole text. Source: Devlin et al. 2018, arXiv 1810.04805."""
+    """ids → hidden states, each a function of the whole text. Source: Devlin et al. 2018, arXiv 1810.04805."""
 
     def __init__(self, config: ModelConfig, attention: str = "sdpa", *, embedding: nn.Embedding | None = None):
         super().__init__(config, config.layers, attention, causal=False, embedding=embedding)

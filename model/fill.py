@@ -1,4 +1,4 @@
-"""What a masked-language model reads into the gaps of a text."""
+"""Mask filling by a masked-language model."""
 
 from typing import NamedTuple
 
@@ -10,14 +10,16 @@ from model.heads import MaskedHead
 
 
 class Guess(NamedTuple):
+    """A token for a gap, with its probability."""
+
     id: int
     probability: float
 
 
 def fill(network: nn.Module, input_ids: Tensor, mask_id: int, *, top: int = 5) -> list[list[Guess]]:
-    """For each gap (mask_id) of one text, input_ids 1 T with its first and last token: the best `top` guesses, best first.
+    """Return the `top` most probable tokens of each gap (mask_id) of one text, input_ids 1 T with special tokens.
 
-    Several gaps are filled each by itself, the others still open. Without a gap, or with another head: ConfigError.
+    Each gap is filled while the others stay masked. Errors: no gap, or another head (ConfigError).
     """
     if not isinstance(network.head, MaskedHead):
         raise ConfigError(f"a network with the head {network.config.head!r} fills no gaps: a masked-language model does")

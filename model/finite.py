@@ -1,7 +1,7 @@
-"""Weights that are inf or NaN: one such number makes all that a network computes with it meaningless.
+"""Detection of inf and NaN in weights: one such value makes every output of a network meaningless.
 
-`non_finite` adds up a tensor first, for a sum is finite only if each number is: that is one pass over memory, and no second
-tensor. Only where the sum is not (numbers may be large) each number is looked at.
+`non_finite` computes a tensor's sum first, which is finite only if each value is: one pass over memory, and no second tensor.
+Only where the sum is not finite (values may be large) it looks at each value.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ def non_finite(value: Tensor) -> str | None:
     if not value.is_floating_point() or value.device.type == "meta":
         return None
     value = value.detach()
-    value = value.float() if value.element_size() == 1 else value  # 8-bit floats know no arithmetic
+    value = value.float() if value.element_size() == 1 else value  # 8-bit floats have no arithmetic
     if bool(value.sum(dtype=torch.promote_types(value.dtype, torch.float32)).isfinite()):
         return None
     is_bad = ~value.isfinite()
@@ -33,7 +33,7 @@ def non_finite(value: Tensor) -> str | None:
 
 
 def refuse_non_finite(folder: Path) -> None:
-    """Raise HubError for the first tensor of a model folder that holds inf or NaN; one tensor is in memory at a time."""
+    """Raise HubError for the first tensor of a model folder with inf or NaN; one tensor is in memory at a time."""
     for path in weight_files(folder):
         with WeightFile(path) as file:
             for name in file.names:
@@ -41,7 +41,7 @@ def refuse_non_finite(folder: Path) -> None:
 
 
 def refuse_tensor(file: WeightFile, name: str) -> None:
-    """Raise HubError where a tensor holds inf or NaN as it is in its file, before any cast."""
+    """Raise HubError where a tensor in a file has inf or NaN, before any cast."""
     value = torch.empty(file.shape(name), dtype=file.dtype(name))
     file.read(name, value)
     if found := non_finite(value):
@@ -49,4 +49,5 @@ def refuse_tensor(file: WeightFile, name: str) -> None:
 
 
 def non_finite_message(path: Path, name: str, found: str) -> str:
+    """Return the error message for a non-finite value."""
     return f"{path}: in {name!r} {found}: a network computes nothing with it. Take a checkpoint from before it broke"

@@ -1,4 +1,4 @@
-"""Floating-point operations a token: what the matrices and the attention scores of one training step cost.
+"""Floating-point operations a token, of the matrices and the attention scores in one training step.
 
 A multiply-add counts as 2. Norms, activations, softmax and the loss are left out (a few per cent of a small network,
 less of a large one), as in the papers on scaling.
@@ -14,9 +14,9 @@ from model.parameters import Parameter, adapted_matrices, parameters
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations a token, forward and backward, matrices and attention scores apart.
+    """Operations a token, forward and backward, of matrices and of attention scores.
 
-    Of an encoder-decoder: of one token of the output with one of the input, the two texts being of one length.
+    For an encoder-decoder: of one output token and one input token together, with texts of equal length.
     """
 
     matrices: float
@@ -26,10 +26,12 @@ class Flops:
 
     @property
     def forward(self) -> float:
+        """All operations of the forward pass."""
         return self.matrices + self.scores
 
     @property
     def backward(self) -> float:
+        """All operations of the backward pass."""
         return self.backward_matrices + self.backward_scores
 
 
@@ -43,15 +45,14 @@ def flops_per_token(
     skip_masked: bool = True,
     scored: float = 1.0,
 ) -> Flops:
-    """forward = 2 · Σ O · I + 4 · H · K · pairs / T over all layers; backward = 2 · forward.
+    """Count operations a token: forward = 2 · Σ O · I + 4 · H · K · pairs / T over all layers; backward = 2 · forward.
 
-    `pairs` counts the (query, key) pairs that the mask allows: the causal half, and of windowed layers what the window
-    reaches, which is what a kernel that skips the masked blocks computes. `skip_masked=False`: all T · S of them.
-    The backward of a matrix is one product for its input and one for its weight. With adapters of `rank` > 0 the base
-    is frozen: its inputs' gradients remain (counted everywhere, though below the first adapter none is needed), its weights'
-    do not. `scored`: the share of positions that the head reads, where it leaves out those without a label.
-    `recompute`: the blocks' forward once more, as part of the backward. A kernel that also computes the scores
-    anew in its backward (flash attention) does a quarter more there, which is not counted.
+    pairs: the (query, key) pairs that the mask allows (causal, window), as a kernel computes that skips masked blocks;
+    `skip_masked=False`: all T · S. The backward of a matrix is one product for its input and one for its weight. With adapters
+    of `rank` > 0 the base is frozen: its inputs' gradients remain (counted everywhere, although none is needed below the first
+    adapter), its weights' do not. `scored`: the share of positions with a label, which alone the head reads. `recompute`:
+    the blocks' forward once more, as part of the backward. A kernel that recomputes the scores in its backward (flash
+    attention) does a quarter more there, which is not counted.
 
     >>> flops = flops_per_token(ModelConfig.preset("gpt2"), 1024)
     >>> round(flops.matrices / 1e6), round(flops.scores / 1e6)
@@ -69,7 +70,7 @@ def flops_per_token(
 
 
 def matrices(config: ModelConfig) -> tuple[Parameter, ...]:
-    """Every weight that a token is multiplied with; the head's also where it is the embedding."""
+    """Return all weights that multiply a token; the head's also where it is the embedding."""
     found = [p for p in parameters(config).values() if len(p.shape) == 2 and p.role in ("matrix", "head")]
     if is_tied(config):
         shape = (config.vocab_size, config.width)
@@ -78,7 +79,7 @@ def matrices(config: ModelConfig) -> tuple[Parameter, ...]:
 
 
 def matrix_rows(config: ModelConfig, matrix: Parameter, context: int, scored: float = 1.0) -> float:
-    """How many rows a matrix multiplies for each token: 1, the head's `scored`, or if it reads one token of the text 1 / T."""
+    """Return the rows that a matrix multiplies per token: 1; for the head `scored`, or 1 / T if it pools one token."""
     pooled = matrix.name.startswith("head.pair.") or (matrix.part == "head" and config.head in POOLED_HEADS)
     if pooled:
         return 1 / context
@@ -86,7 +87,7 @@ def matrix_rows(config: ModelConfig, matrix: Parameter, context: int, scored: fl
 
 
 def score_flops(config: ModelConfig, context: int, *, skip_masked: bool = True) -> float:
-    """q kᵀ and weights v: 4 · H · K for each pair of query and key, a token, over the layers of all stacks."""
+    """Count the operations a token of q kᵀ and weights v: 4 · H · K for each pair, over the layers of all stacks."""
     causal = config.architecture != "encoder"
     total = 0
     for layer in config.decoder_layers if causal else config.layers:
@@ -94,14 +95,14 @@ def score_flops(config: ModelConfig, context: int, *, skip_masked: bool = True) 
     if config.architecture == "encoder-decoder":
         for layer in config.layers:
             total += allowed_pairs(context, False, layer.window) if skip_masked else context**2
-        total += len(config.decoder_layers) * context**2  # across
+        total += len(config.decoder_layers) * context**2  # cross-attention
     return 4 * config.heads * config.head_width * total / context
 
 
 def allowed_pairs(length: int, causal: bool, window: int | None) -> int:
-    """How many (query t, key s) are allowed: s <= t if causal, t - s < window.
+    """Count the allowed pairs of query t and key s: s <= t if causal, t - s < window.
 
-    >>> pairs(4, True, None), pairs(4, True, 2), pairs(4, False, None), pairs(4, False, 2)
+    >>> allowed_pairs(4, True, None), allowed_pairs(4, True, 2), allowed_pairs(4, False, None), allowed_pairs(4, False, 2)
     (10, 7, 16, 13)
     """
     far = max(length - window, 0) if window is not None else 0

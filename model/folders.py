@@ -1,7 +1,7 @@
-"""What lies in a model folder: which files hold its weights, and what else is to travel with them.
+"""The files of a model folder: its weights, and the auxiliary files that are copied with them.
 
-Where a folder is ambiguous, the files are those that transformers reads: `model.safetensors` alone where it is there, whatever
-an index beside it says.
+Where a folder is ambiguous, its files are those that transformers reads: `model.safetensors` alone if present, whatever an
+index beside it says.
 """
 
 import json
@@ -14,11 +14,11 @@ from pathlib import Path
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-LFS = b"version https://git-lfs.github.com/spec/"  # what a pointer begins with, in place of the file
-LARGEST_COPY = 100_000_000  # bytes of a file that travels
-# Weights in any form, which are others once the network has changed; and an adapter's.
+LFS = b"version https://git-lfs.github.com/spec/"  # the first bytes of a pointer in place of the file
+LARGEST_COPY = 100_000_000  # bytes of an auxiliary file
+# Weights in any format, which are stale once the network has changed; and an adapter's.
 WEIGHTS = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf")
-# Of a tokenizer, beside the files that it is made from: what an adapter's folder takes along.
+# Further files of a tokenizer, which an adapter's folder gets too.
 EXTRAS = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 EXTRAS += ("added_tokens.json", "vocab.json", "merges.txt")
 # Files that are not copied: written anew, a checkpoint's own, or about a quantization.
@@ -31,7 +31,7 @@ class HubError(ValueError):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold weights: the one, or those that the index names."""
+    """Return the weight files: the single one, or those that the index names. Errors: HubError."""
     if (folder / SINGLE).is_file():
         if (folder / INDEX).is_file():
             warnings.warn(f"{folder}: {SINGLE} is read, as transformers reads it, not what {INDEX} names", stacklevel=2)
@@ -49,7 +49,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def indexed_files(folder: Path) -> list[Path]:
-    """The shards that the index names; each must be there."""
+    """Return the shards that the index names; each must exist (HubError)."""
     try:
         weight_map = dict(json.loads(refuse_lfs_pointer(folder / INDEX).read_text(encoding="utf-8"))["weight_map"])
         names = sorted({str(file) for file in weight_map.values()})
@@ -66,7 +66,7 @@ def indexed_files(folder: Path) -> list[Path]:
 
 
 def refuse_lfs_pointer(path: Path) -> Path:
-    """The path, unless what lies there only says where Git LFS keeps the file."""
+    """Return the path; HubError where it holds a Git LFS pointer instead of the file."""
     with open(path, "rb") as file:
         if file.read(len(LFS)) == LFS:
             raise HubError(f"{path} is a Git LFS pointer, not the file: fetch it, `git lfs pull` in {path.parent}")
@@ -74,7 +74,7 @@ def refuse_lfs_pointer(path: Path) -> Path:
 
 
 def remove_stale_weights(folder: Path, files: list[str]) -> None:
-    """Of an earlier network in the same folder: its files would be read instead of `files`, or beside them."""
+    """Delete the weight files of an earlier network in the folder, which would be read instead of `files` or beside them."""
     index = [] if len(files) == 1 else [INDEX]
     for path in (folder / SINGLE, folder / INDEX, *folder.glob("model-*-of-*.safetensors")):
         if path.name not in (*files, *index):
@@ -82,7 +82,7 @@ def remove_stale_weights(folder: Path, files: list[str]) -> None:
 
 
 def make_folder(path: Path) -> Path:
-    """A new folder for what a command writes. Error: none can be made there (HubError)."""
+    """Create a command's output folder. Error: it cannot be created (HubError)."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -92,8 +92,8 @@ def make_folder(path: Path) -> Path:
 
 @contextmanager
 def atomic_folder(out: Path) -> Iterator[Path]:
-    """A folder beside `out`, which takes its name when all that stands in it is whole; else nothing stays. `out` must be empty,
-    or not there yet (HubError)."""
+    """Yield a temporary folder beside `out` that is renamed to `out` on success and deleted on an error. `out` must be empty or
+    absent (HubError)."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise HubError(f"--out {out} is there already, and is not an empty folder")
     out = out.resolve()
@@ -108,8 +108,8 @@ def atomic_folder(out: Path) -> Iterator[Path]:
 
 
 def copy_auxiliary_files(source: Path, out: Path, *, only: tuple[str, ...] | None = None) -> list[str]:
-    """Copy what lies beside the weights and does not depend on them: tokenizer, chat templates, generation_config.json, label
-    files, licence …; a file that `out` has already stays. only: names, where not all are wanted. Returns the names."""
+    """Copy the files that do not depend on the weights: tokenizer, chat templates, generation_config.json, label files,
+    licence …; files that exist in `out` stay. only: the names to copy (default: all). Returns the copied names."""
     copied = []
     for path in auxiliary_files(source):
         target = out / path.relative_to(source)
@@ -122,8 +122,8 @@ def copy_auxiliary_files(source: Path, out: Path, *, only: tuple[str, ...] | Non
 
 
 def auxiliary_files(folder: Path) -> list[Path]:
-    """The files that travel: those of the folder itself, and of the subfolders that transformers (further chat templates) and
-    sentence-transformers (the modules after the network) look into."""
+    """Return the files to copy: of the folder itself, and of the subfolders that transformers (further chat templates) and
+    sentence-transformers (the modules after the network) read."""
     found = [*folder.iterdir(), *(folder / "additional_chat_templates").glob("*.jinja")]
     for name in module_folders(folder):
         found += (folder / name).iterdir()
@@ -139,7 +139,7 @@ def auxiliary_files(folder: Path) -> list[Path]:
 
 
 def module_folders(folder: Path) -> list[str]:
-    """Of a sentence-transformers folder: where its modules.json has settings of what follows the network."""
+    """Return the subfolders with settings of a sentence-transformers folder's modules, by its modules.json."""
     try:
         modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
         names = [str(module["path"]) for module in modules if module["path"]]

@@ -1,4 +1,4 @@
-"""Text out: choose the next token, append it, go on."""
+"""Text generation by sampling or greedy decoding: choose the next token, append it, repeat."""
 
 from collections.abc import Callable, Sequence
 
@@ -33,12 +33,12 @@ def generate(
 ) -> Tensor:
     """Continue each row of input_ids (B T, left-padded where attention_mask is 0); returns the new tokens alone, B N.
 
-    An encoder-decoder reads input_ids (padded on either side) and writes a text of its own. How a token is chosen:
-    `model.sampling`; temperature 0 takes the best. A row ends with eos_id or one of stop_ids, or when the text of its new
-    tokens, by `decode`, holds one of stop_strings, wherever in a token that begins or ends. Behind its end a row is filled
-    with the config's pad_id, else with its eos_id or first stop id, else 0; all rows at their end stop the loop.
-    constraints: what is forced or forbidden on the way. on_token(token_B) is called with each step's tokens. Past the
-    network's context the window slides: `model.decoding`.
+    An encoder-decoder reads input_ids (padded on either side) and generates a separate text. Sampling: `model.sampling`;
+    temperature 0 is greedy. A row ends with eos_id or one of stop_ids, or when the text of its new tokens, by `decode`,
+    contains one of stop_strings, wherever in a token that begins or ends. After its end a row is filled with the config's
+    pad_id, else its eos_id or first stop id, else 0; the loop ends when all rows have ended. constraints: forced and forbidden
+    ids. on_token(token_B) is called with each step's tokens. Beyond the network's context the window slides
+    (`model.decoding`). Errors: a setting out of range, or a network that generates no text (ConfigError).
     """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     stop = Stop(eos_id, stop_ids, stop_strings, decode)
@@ -64,4 +64,4 @@ def generate(
                 if done_B.all():
                     break
         new_BN = text.new_BT
-    return new_BN.clone()  # made out here it is a tensor that training may use, as those of inference mode are not
+    return new_BN.clone()  # cloned outside inference mode, so that training may use it

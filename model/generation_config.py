@@ -1,7 +1,7 @@
-"""`generation_config.json`: which ids end, fill or are forced into a text, and how its tokens are chosen where nobody asks.
+"""`generation_config.json`: the ids that end, pad or are forced into a text, and the default settings of generation.
 
-A folder of transformers 4 may have no such file and say the same in config.json. What is not read here, and would change a
-text, is in `unread`, for a command to tell.
+A folder of transformers 4 may have these fields in config.json instead. Settings that would change a text and are not
+supported are listed in `GenerationConfig.unsupported`, for a command to report.
 """
 
 import json
@@ -15,7 +15,7 @@ from model.folders import HubError
 
 FILE = "generation_config.json"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
-NUMBERS = {  # theirs -> ours: defaults that a caller may override
+NUMBERS = {  # transformers' name -> ours: defaults that a caller may override
     "temperature": "temperature",
     "top_k": "top_k",
     "top_p": "top_p",
@@ -30,7 +30,7 @@ NUMBERS = {  # theirs -> ours: defaults that a caller may override
 LIMITS = {"min_length": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0}
 LISTS = ("suppress_tokens", "begin_suppress_tokens")
 SUPPORTED = {*IDS, *NUMBERS, *LIMITS, *LISTS, "do_sample"}
-# Other settings that choose tokens, and the values at which they do nothing.
+# Other settings that choose tokens, and their values without effect.
 UNSUPPORTED = {
     "typical_p": (1.0,),
     "epsilon_cutoff": (0.0,),
@@ -57,12 +57,12 @@ UNSUPPORTED = {
     "token_healing": (False,),
     "num_return_sequences": (1,),
 }
-# What changes no text: how fast it is made, in how much memory, and what is returned beside it.
+# Settings that change no text: of speed, memory and further outputs.
 HARMLESS = {
     *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "low_memory", "prefill_chunk_size"),
     *("compile_config", "disable_compile", "continuous_batching_config"),
     *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
-    # of a second network, or of a lookup, that proposes tokens which the network accepts or not
+    # of speculative decoding, by a second network or a lookup
     *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
     *("assistant_early_exit", "assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight"),
     *("prompt_lookup_num_tokens", "max_matching_ngram_size", "speculation_type", "use_mtp"),
@@ -72,8 +72,8 @@ HARMLESS = {
 
 @dataclass(frozen=True)
 class GenerationConfig:
-    """What a folder says of generating. `defaults`: of the names in `NUMBERS`, those that it gives (temperature 0 where it says
-    that nothing is drawn); `raw`: the file as it was read."""
+    """The generation settings of a folder. `defaults`: the names of `NUMBERS` that it sets (temperature 0 for do_sample false);
+    `unsupported`: settings that would change a text and are ignored; `raw`: the file as it was read."""
 
     stop_ids: tuple[int, ...] = ()
     pad_id: int | None = None
@@ -85,7 +85,7 @@ class GenerationConfig:
 
 
 def read_generation_config(folder: str | Path, config: ModelConfig) -> GenerationConfig:
-    """Of a model folder; ids that it does not say are those of config.json."""
+    """Read a model folder's generation settings; missing ids come from config.json. Errors: HubError."""
     path = Path(folder) / FILE
     if path.is_file():
         try:
@@ -104,6 +104,7 @@ def read_generation_config(folder: str | Path, config: ModelConfig) -> Generatio
 
 
 def parse_generation_config(said: dict, config: ModelConfig, raw: dict) -> GenerationConfig:
+    """Convert transformers' fields to a GenerationConfig. Errors: a value of a wrong kind (ValueError)."""
     defaults = {ours: number(said, theirs) for theirs, ours in NUMBERS.items() if theirs in said}
     if said.get("do_sample") is False:
         defaults = {name: value for name, value in defaults.items() if name not in ("top_k", "top_p", "min_p")}
@@ -130,7 +131,7 @@ def parse_generation_config(said: dict, config: ModelConfig, raw: dict) -> Gener
 
 
 def unsupported_settings(said: dict) -> Iterator[str]:
-    """What is asked for, would change a text, and is not obeyed."""
+    """Yield the settings that would change a text and are ignored."""
     yield from (key for key, idle in UNSUPPORTED.items() if key in said and said[key] not in idle)
     if said.get("early_stopping") == "never":
         yield "early_stopping 'never'"
@@ -139,14 +140,16 @@ def unsupported_settings(said: dict) -> Iterator[str]:
 
 
 def ids(said: dict, key: str) -> tuple[int, ...]:
+    """Return a field's ids: one, a list, or none."""
     value = said.get(key, ())
     value = (value,) if type(value) is int else value
     if not isinstance(value, list | tuple) or not all(type(i) is int for i in value):
-        raise ValueError(f"{key}={value!r} is no id, nor a list of ids")
-    return tuple(i for i in value if i >= 0)  # Whisper's -1 is none
+        raise ValueError(f"{key}={value!r} is neither an id nor a list of ids")
+    return tuple(i for i in value if i >= 0)  # Whisper writes -1 for none
 
 
 def number(said: dict, key: str, default: float = 0.0) -> float:
+    """Return a field's number."""
     value = said.get(key, default)
     if not isinstance(value, int | float) and not (key == "early_stopping" and value == "never"):
         raise ValueError(f"{key}={value!r} is not a number")
@@ -154,7 +157,7 @@ def number(said: dict, key: str, default: float = 0.0) -> float:
 
 
 def generation_json(config: ModelConfig, raw: Mapping[str, object]) -> str:
-    """The file of a network: as it was read (`raw`), or what config.json says of ids, for tools that look here alone."""
+    """Return the file of a network: as it was read (`raw`), else with the ids of config.json, for tools that read only it."""
     ends = [i for i in (config.eos_id, *config.stop_ids) if i is not None]
     own = {
         "bos_token_id": config.bos_id,

@@ -188,7 +188,7 @@ def load(
             network.tie_weights()
             named = dict(network.named_parameters())
             for path, published, name in found.copies:
-                if not files[path].holds(published, named[name]):
+                if not files[path].equals(published, named[name]):
                     original = table[name].published
                     raise HubError(f"{published!r} differs from {original!r}, though config.json says that the two are tied")
     except HubError:

@@ -1,4 +1,4 @@
-"""First weights: a pure function of (seed, parameter name), so that any part can be made alone, on any device."""
+"""Initialization: a pure function of (seed, parameter name), so that any part can be initialized alone, on any device."""
 
 import hashlib
 import math
@@ -11,22 +11,22 @@ from model.config import ModelConfig
 from model.network import Network
 from model.weights import weight_table
 
-# What these matrices produce is added to the residual stream, 2 L times in all.
+# The outputs of these matrices are added to the residual stream, 2 L times in all.
 _RESIDUAL = ("attention.out.weight", "mlp.down.weight")
 
 
 def depth_scaled(config: ModelConfig, name: str, role: str, shape: torch.Size) -> float:
-    """init_std, smaller by √(2L) for what is added to the residual stream. Source: Radford et al. 2019, section 2.3."""
+    """Return init_std, over √(2L) for what is added to the residual stream. Source: Radford et al. 2019, section 2.3."""
     return config.init_std / (math.sqrt(2 * config.depth) if name.endswith(_RESIDUAL) else 1)
 
 
 def same(config: ModelConfig, name: str, role: str, shape: torch.Size) -> float:
-    """init_std everywhere. Source: Devlin et al. 2018, its published code."""
+    """Return init_std for every weight. Source: Devlin et al. 2018, its published code."""
     return config.init_std
 
 
 def fan_in(config: ModelConfig, name: str, role: str, shape: torch.Size) -> float:
-    """T5: 1/√(in features) · init_std, q smaller by √K because its scores are not scaled, embeddings init_std itself.
+    """T5: return init_std / √(in features), for q also divided by √K as its scores are not scaled; init_std for embeddings.
 
     Source: Raffel et al. 2020, its published code (Mesh TensorFlow).
     """
@@ -38,7 +38,7 @@ def fan_in(config: ModelConfig, name: str, role: str, shape: torch.Size) -> floa
 
 
 def xavier(config: ModelConfig, name: str, role: str, shape: torch.Size) -> float:
-    """√(2 / (in + out)) (Glorot and Bengio 2010); embeddings 1/√D, which the scale √D then makes 1."""
+    """Return √(2 / (in + out)) (Glorot and Bengio 2010); 1/√D for embeddings, which the scale √D then makes 1."""
     return config.width**-0.5 if role in ("embedding", "position") else math.sqrt(2 / (shape[0] + shape[1]))
 
 
@@ -51,7 +51,7 @@ INITS: dict[str, Callable[[ModelConfig, str, str, torch.Size], float]] = {
 
 
 def initial_value(config: ModelConfig, name: str, role: str, shape: torch.Size, seed: int) -> Tensor:
-    """norms 1, biases 0, all else N(0, std²) with std by `INITS[config.init]`.
+    """Return a parameter's first value: norms 1, biases 0, all else N(0, std²) with std by `INITS[config.init]`.
 
     Drawn on the CPU in float32, so that it is the same on every device.
     """
@@ -64,14 +64,14 @@ def initial_value(config: ModelConfig, name: str, role: str, shape: torch.Size, 
 
 
 def parameter_generator(seed: int, name: str) -> torch.Generator:
-    """What a parameter's first values are drawn from, on the CPU: another one for every (seed, name)."""
+    """Return the generator of a parameter's first value, on the CPU, seeded by (seed, name)."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 @torch.no_grad()
 def initialize(network: nn.Module, seed: int, *, names: Collection[str] | None = None) -> None:
-    """Fill every parameter of a network in place, or those of the given names."""
+    """Initialize every parameter of a network in place, or those of the given names."""
     table = weight_table(network.config)
     for name, parameter in network.named_parameters():  # a tied parameter comes once, under its first name
         if names is None or name in names:
@@ -79,7 +79,7 @@ def initialize(network: nn.Module, seed: int, *, names: Collection[str] | None =
 
 
 def empty_network(config: ModelConfig, *, device="cpu", dtype=torch.float32, attention: str = "sdpa") -> Network:
-    """A network whose weights are still to be filled in: made without memory on the meta device, then given some."""
+    """Return a network with uninitialized weights: built without memory on the meta device, then allocated."""
     with torch.device("meta"):
         network = Network(config, attention)
     network.to(dtype).to_empty(device=device).tie_weights()
@@ -87,7 +87,7 @@ def empty_network(config: ModelConfig, *, device="cpu", dtype=torch.float32, att
 
 
 def build_network(config: ModelConfig, *, seed: int, device="cpu", dtype=torch.float32, attention: str = "sdpa") -> Network:
-    """A new network, filled from the seed."""
+    """Return a new network, initialized from the seed."""
     network = empty_network(config, device=device, dtype=dtype, attention=attention)
     initialize(network, seed)
     return network

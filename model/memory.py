@@ -1,8 +1,8 @@
-"""The memory that training takes: weights, gradients, optimizer state, and the highest point of a step.
+"""Training memory: weights, gradients, optimizer state, and the peak of a step.
 
-The step is walked on the tape of `model.activations`: forward, then backward operation by operation, each of which frees
-what it kept and leaves its weights' gradients; then the update. What stands still plus the highest moment is the answer.
-It leaves out what no tensor holds: the CUDA context (0.3 to 0.6 GiB), workspaces of libraries, fragmentation.
+The estimate walks the tape of `model.activations`: the forward, the backward operation by operation, each of which frees its
+saved tensors and leaves its weights' gradients, then the update. The peak is the static memory plus the highest moment. Not
+included is memory outside tensors: the CUDA context (0.3 to 0.6 GiB), workspaces of libraries, fragmentation.
 """
 
 from collections import Counter
@@ -13,39 +13,38 @@ from model.config import ModelConfig
 from model.parameters import adapted_matrices, adapter_parameters, parameters_in_training
 from model.training import HALF, OPTIMIZERS, WIDE, Training
 
-# As in train.adamw8bit: tensors of fewer numbers have float32 moments; the others codes of a byte, and a float32 scale a block.
+# As in train.optimizers.adamw8bit: smaller tensors have float32 moments; others 8-bit codes and a float32 scale a block.
 SMALLEST, BLOCK, PIECE = 4096, 256, {"cpu": 1 << 18, "cuda": 1 << 22}
-PIECE_BYTES = 29  # a number of the piece that is updated at one time: both moments in float32, and what quantizes one of them
+PIECE_BYTES = 29  # per element of the piece that is updated at a time: both moments in float32, and the quantization of one
 # NF4 in blocks of 64 whose scales are 8-bit in blocks of 256 (Dettmers et al. 2023, arXiv 2305.14314, section 3).
 BITS = 4 + 8 / 64 + 32 / (64 * 256)
-ROUNDING = 10  # bytes a number of a weight that is rounded at random: the random bits, and tests for inf and NaN
-WIDENED_ELEMENTS = 1 << 24  # as in train.optimizers.named_optimizer: of 16-bit weights that are float32 at one time
-BATCH_ELEMENTS = 1 << 27  # as in train.optimizers.muon: numbers that are orthogonalised together
+ROUNDING = 10  # bytes per element of a weight with stochastic rounding: random bits, and tests for inf and NaN
+WIDENED_ELEMENTS = 1 << 24  # as in train.optimizers.named_optimizer: elements of 16-bit weights that are float32 at a time
+BATCH_ELEMENTS = 1 << 27  # as in train.optimizers.muon: elements that are orthogonalised together
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes. What stands through the step, what the forward leaves for the backward, and the highest moment of all."""
+    """An estimate of one training step's memory, in bytes: by part, after the first forward, and at the peak."""
 
     weights: float
     gradients: float
     optimizer: float
-    activations: float  # logits not among them
-    logits: float  # log-probabilities in float32, and at the highest moment their two gradients; or of one chunk
+    activations: float  # without logits
+    logits: float  # log-probabilities in float32, and at the peak their two gradients; or those of one chunk
     copies: float  # autocast's 16-bit copies of weights
-    forward: float  # what the forward of the first micro-batch has added when it ends
+    forward: float  # added by the forward of the first micro-batch
     peak: float
 
 
 def training_memory(config: ModelConfig, training: Training) -> MemoryEstimate:
-    """What one device needs to train the whole network.
+    """Estimate the memory that one device needs to train the whole network; errors: an unknown option (ConfigError).
 
-    `full`: float32 weights and gradients, of AdamW two moments (of "adamw8bit" in 8 bits), of SGD one, of Muon one for the
-    blocks' matrices; under autocast a 16-bit copy of each matrix lives from its forward to its backward; in "bf16-pure" all
-    have 16 bits, but not moments of 8. `lora`: the base is frozen, in float32, or 16 bits where training is mixed (nothing
-    updates it); adapters, their gradients and moments are float32. `qlora`: so too, and the blocks' matrices have 4.127 bits.
-    Gradients are freed after each update; with one micro-batch a step they grow while the activations go, with
-    several they stand beside them.
+    `full`: float32 weights and gradients, two moments for AdamW (in 8 bits for "adamw8bit"), one for SGD, one for the blocks'
+    matrices for Muon; under autocast a 16-bit copy of each matrix lives from its forward to its backward; "bf16-pure": all in
+    16 bits, except 8-bit moments. `lora`: the base is frozen, in float32, or in 16 bits with mixed precision; adapters, their
+    gradients and moments are float32. `qlora`: likewise, with the blocks' matrices in 4.127 bits. Gradients are freed after
+    each update; with one micro-batch a step they grow while activations are freed, with several they exist beside them.
 
     >>> memory = training_memory(ModelConfig.preset("gpt2"), Training(batch_size=8))
     >>> memory.weights == memory.gradients == memory.optimizer / 2 == 4 * 124439808
@@ -53,21 +52,21 @@ def training_memory(config: ModelConfig, training: Training) -> MemoryEstimate:
     """
     segments = tape(config, training)
     weights, gradients, optimizer = static_bytes(config, training)
-    kept = activation_bytes(config, training)
+    saved = activation_bytes(config, training)
     copies = sum(segment.copies for segment in segments if not segment.entry)
     last = segments[-1].ops
-    logits = sum(op.kept for op in last if op.name == "logits")
+    logits = sum(op.saved for op in last if op.name == "logits")
     workspace = sum(op.workspace for op in last)
     waiting = gradients if training.accumulate > 1 else 0.0
     moments = forward_peak(segments) + waiting, backward_peak(segments, waiting)
     peak = weights + optimizer + max(*moments, gradients + update_workspace(config, training))
-    forward = kept + copies + sum(op.early for op in last)
-    return MemoryEstimate(weights, gradients, optimizer, kept - logits, 3 * logits or workspace, copies, forward, peak)
+    forward = saved + copies + sum(op.forward_grads for op in last)
+    return MemoryEstimate(weights, gradients, optimizer, saved - logits, 3 * logits or workspace, copies, forward, peak)
 
 
 def static_bytes(config: ModelConfig, training: Training) -> tuple[float, float, float]:
-    """Bytes of weights, of all gradients, and of the optimizer's state with the averages."""
-    everything, stored = parameters_in_training(config, training.frozen).values(), training.stored
+    """Return the bytes of weights, of all gradients, and of the optimizer's state with the weight averages."""
+    everything, stored = parameters_in_training(config, training.frozen).values(), training.param_itemsize
     average = WIDE if training.ema else 0
     if training.method == "full":
         trained = [p for p in everything if p.trained]
@@ -84,62 +83,62 @@ def static_bytes(config: ModelConfig, training: Training) -> tuple[float, float,
 
 
 def moment_bytes(config: ModelConfig, training: Training) -> float:
-    """Of every trained tensor, where all are updated alike."""
+    """Return the bytes of the moments, for optimizers that update all tensors alike."""
     sizes = trained_sizes(config, training)
     if training.optimizer == "adamw8bit":
         return sum(2 * size + 2 * WIDE * -(-size // BLOCK) if size >= SMALLEST else 2 * WIDE * size for size in sizes)
-    return OPTIMIZERS[training.optimizer] * training.stored * sum(sizes)
+    return OPTIMIZERS[training.optimizer] * training.param_itemsize * sum(sizes)
 
 
 def forward_peak(segments: list[Segment]) -> float:
-    """When the logits are made: everything kept, and the logits beside their log-probabilities (which are kept).
+    """Return the peak of the forward, at the logits: everything saved (log-probabilities too), and the logits.
 
-    Autocast holds its copies of the weights to the end of the forward, also those of blocks that are to run again.
+    Autocast holds its copies of the weights to the end of the forward, also those of recomputed blocks.
     """
-    held = sum(segment.held + (segment.copies if segment.entry else 0) for segment in segments)
-    return held + sum(op.workspace + op.early for op in segments[-1].ops)
+    held = sum(segment.retained + (segment.copies if segment.entry else 0) for segment in segments)
+    return held + sum(op.workspace + op.forward_grads for op in segments[-1].ops)
 
 
 def backward_peak(segments: list[Segment], waiting: float) -> float:
-    """The highest moment of the backward. `waiting`: gradients of earlier micro-batches."""
-    live, grads, highest = sum(segment.held for segment in segments), waiting, 0.0
+    """Return the peak of the backward. `waiting`: gradients of earlier micro-batches."""
+    live, grads, highest = sum(segment.retained for segment in segments), waiting, 0.0
     for segment in reversed(segments):
         again = bool(segment.entry)
-        if again:  # what it kept is used up by the second forward, which leaves all that the backward needs
-            live += segment.kept - segment.shared - segment.made
+        if again:  # the second forward replaces its results by all saved tensors
+            live += segment.saved - segment.shared - segment.results
         for op in reversed(segment.ops):
-            highest = max(highest, live + grads + segment.stream + op.moving + op.grads + op.pending)
-            live += op.pending - op.kept - op.copies
+            highest = max(highest, live + grads + segment.stream + op.transient + op.grads + op.pending)
+            live += op.pending - op.saved - op.copies
             grads += 0 if waiting else op.grads
         live -= segment.entry - segment.shared if again else 0
     return highest
 
 
 def update_workspace(config: ModelConfig, training: Training) -> float:
-    """What the update needs beside gradients and state: AdamW's kernel nothing, with moments in 8 bits a piece of them, SGD the
-    decayed gradients, Muon its iteration; and weights in 16 bits their float32 copies."""
+    """Return the update's workspace beside gradients and state: nothing for AdamW's kernel, a piece of the moments with 8 bits,
+    the decayed gradients for SGD, the iteration for Muon; and float32 copies of 16-bit weights."""
     sizes, eight_bit = trained_sizes(config, training), training.optimizer == "adamw8bit"
     widened = piece = float(PIECE_BYTES * min(max(sizes), PIECE[training.device]) if eight_bit else 0)
-    if training.stored == HALF:
-        # Weight, gradient and moments of a few weights in float32; with them SGD's step, or what rounds one weight.
+    if training.param_itemsize == HALF:
+        # Weight, gradient and moments of a few weights in float32; beside them SGD's step, or the rounding of one weight.
         few, slots = max(min(sum(sizes), WIDENED_ELEMENTS), max(sizes)), 0 if eight_bit else OPTIMIZERS[training.optimizer]
         passing = max(few * WIDE if training.optimizer == "sgd" else 0, max(sizes) * ROUNDING, piece)
         widened = few * WIDE * (2 + slots) + passing
     if training.optimizer == "muon":
         return widened + muon_workspace(config, training)
-    return widened + (sum(sizes) * training.stored if training.optimizer == "sgd" and not widened else 0.0)
+    return widened + (sum(sizes) * training.param_itemsize if training.optimizer == "sgd" and not widened else 0.0)
 
 
 def trained_sizes(config: ModelConfig, training: Training) -> list[int]:
-    """Numbers in each trained tensor."""
+    """Return the size of each trained tensor."""
     if training.method == "full":
         return [p.size for p in parameters_in_training(config, training.frozen).values() if p.trained]
     return [training.rank * side for p in adapted_matrices(config, training.targets) for side in p.shape]
 
 
 def muon_workspace(config: ModelConfig, training: Training) -> float:
-    """The averaged update of every matrix, then for those of one shape a float32 stack of these, and in the iteration's
-    format (bfloat16 on a GPU) the iterate and the next one, with two squares."""
+    """Return Muon's workspace: the averaged update of every matrix; for those of one shape a float32 stack of them, and in the
+    iteration's format (bfloat16 on a GPU) the iterate, the next one, and two squares."""
     if training.method == "full":
         trained = (p for p in parameters_in_training(config, training.frozen).values() if p.trained)
         shapes = [p.shape for p in trained if p.role == "matrix" and len(p.shape) == 2]
@@ -151,5 +150,5 @@ def muon_workspace(config: ModelConfig, training: Training) -> float:
         stack = min(count, max(1, BATCH_ELEMENTS // (out * into)))
         numbers, squares = stack * out * into, stack * min(out, into) ** 2
         highest = max(highest, before + numbers * (WIDE + 2 * size) + 2 * squares * size)
-        before = numbers * size  # this stack's result is there while the next one begins
+        before = numbers * size  # this stack's result exists while the next one begins
     return sum(out * into for out, into in shapes) * WIDE + highest

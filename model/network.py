@@ -17,14 +17,15 @@ BODIES = {"decoder": Decoder, "encoder": Encoder, "encoder-decoder": EncoderDeco
 
 
 class Network(nn.Module):
-    """`body` turns ids into hidden states, `head` these into what `config.head` says (`model.heads`).
+    """A network: `body` turns ids into hidden states, `head` turns these into logits (`model.heads`, by `config.head`).
 
-    With tied embeddings the matrix of a language or masked-language head is the embedding's.
+    With tied embeddings the matrix of a language or masked-language head is the embedding's. forward takes what the body's
+    takes: input_ids B T, attention_mask B T (1 real, 0 pad), … (`model.stack`, `model.encoder_decoder`) → `Output`.
     """
 
-    source: Path | None = None  # the folder that it was loaded from
+    source: Path | None = None  # the folder it was loaded from
     generation: Mapping[str, object] | None = None  # that folder's generation_config.json, if it has one
-    quantization: object | None = None  # how its weights were rounded when they were read (quant.config.FourBit), if they were
+    quantization: object | None = None  # the quantization at loading (quant.config.FourBit), if any
 
     def __init__(self, config: ModelConfig, attention: str = "sdpa"):
         super().__init__()
@@ -36,19 +37,19 @@ class Network(nn.Module):
         self.tie_weights()
 
     def published(self) -> dict[str, str]:
-        """Our name of each linear layer -> the family's."""
+        """Map our name of each linear layer to the family's."""
         names = {row.name: row.published.removesuffix(".weight") for row in weight_table(self.config).values()}
         linear = (path for path, module in self.named_modules() if isinstance(module, nn.Linear))
         return {path: names[f"{path}.weight"] for path in linear if f"{path}.weight" in names}
 
     def tie_weights(self) -> None:
-        """Make the head and the embedding one parameter, where the config says so (again after loading). A quantized head has
-        codes of its own."""
+        """Share one parameter between head and embedding, where the config says so (again after loading). A quantized head
+        has its own codes."""
         if is_tied(self.config) and self.head.packed is None:
             self.head.weight = self.body.embedding.weight
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options) -> Output:
-        """As the body's forward, with logits."""
+        """Return the body's output with logits; options: those of the body's forward."""
         output = self.body(input_ids, attention_mask, **options)
-        own = options.get("decoder_input_ids") is not None  # else the output is the input, and shares its mask
+        own = options.get("decoder_input_ids") is not None  # else the decoder reads the input ids, and shares their mask
         return self.head.read(output, options.get("decoder_attention_mask") if own else attention_mask)

@@ -1,4 +1,4 @@
-"""Normalization of the last axis, D: each position by itself."""
+"""Normalization over the last axis, D."""
 
 import torch
 from torch import Tensor, nn
@@ -6,8 +6,9 @@ from torch.nn import functional as F
 
 
 def layer_norm_reference(x: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
-    """y = (x - mean) / sqrt(var + eps) * weight + bias, with the biased variance, over the last axis.
+    """Layer norm over the last axis: y = (x - mean) / sqrt(var + eps) * weight + bias, with the biased variance.
 
+    x … D, weight and bias D → … D; any dtype.
     Source: Ba et al. 2016, arXiv 1607.06450.
     """
     centred = x - x.mean(-1, keepdim=True)
@@ -16,10 +17,10 @@ def layer_norm_reference(x: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps
 
 
 def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """y = x / sqrt(mean(x²) + eps) * weight, over the last axis.
+    """Root-mean-square norm over the last axis: y = x / sqrt(mean(x²) + eps) * weight; x … D, weight D → … D.
 
-    The statistics are taken in float32 or wider, then cast back to x's dtype before the weight, as LLaMA's own code
-    does. transformers takes them in float32 even where x is float64; this does not.
+    The statistics are computed in float32 or wider, and the result is cast back to x's dtype before the weight, as in LLaMA's
+    own code. transformers computes them in float32 even for a float64 x; this does not.
     Source: Zhang and Sennrich 2019, arXiv 1910.07467.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -27,7 +28,7 @@ def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 class LayerNorm(nn.Module):
-    """`layer_norm_reference` by torch's fused kernel."""
+    """Layer norm, `layer_norm_reference`, by torch's fused kernel."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -40,9 +41,9 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm_reference` by torch's own operator (fused on a GPU); the result has the weight's dtype.
+    """RMS norm, `rms_norm_reference`, by torch's own operator (fused on a GPU); the result has the weight's dtype.
 
-    (A residual stream that is wider than the weights, as T5's in float16, is narrowed here.)
+    (A residual stream in a wider dtype than the weights, as T5's in float16, is cast down here.)
     """
 
     def __init__(self, width: int, eps: float):

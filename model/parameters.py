@@ -1,6 +1,6 @@
-"""How many parameters a network has, by part; which of them are trained; and what its cache of keys and values holds.
+"""Parameter counts of a network by part, its trainable parameters, and the size of its key-value cache.
 
-Counted on the meta device, from the network itself: nothing is allocated, and no formula can drift from the modules.
+Counted from the network itself on the meta device: nothing is allocated, and no formula can drift from the modules.
 """
 
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from model.config import ConfigError, ModelConfig
 from model.network import Network
 from model.weights import role_of
 
-# The first that a parameter's name contains says its part; norms before what they normalize.
+# The first key that a parameter's name contains determines its part; norms before what they normalize.
 _PARTS = (
     ("head.", "head"),
     ("norm.", "norms"),
@@ -27,7 +27,7 @@ _PARTS = (
 )
 PARTS = ("embedding", "positions", "attention", "cross-attention", "mlp", "norms", "head")
 
-# Which matrices of the blocks get an adapter. A fused projection holds q and v, so that it is adapted whole, as in PEFT.
+# The blocks' matrices that get an adapter. A fused projection holds q and v, so all of it is adapted, as in PEFT.
 TARGETS = {
     "all-linear": (".attention.", ".cross.", ".mlp."),
     "attention": (".attention.", ".cross."),
@@ -37,13 +37,13 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a network, with its place in the account. A tied one comes once, under its first name."""
+    """One parameter of a network. A tied one comes once, under its first name."""
 
     name: str
     shape: tuple[int, ...]
     part: str  # of PARTS
     role: str  # of the family's table (`model/families/__init__.py`)
-    trained: bool  # False: the network holds it as a constant (BART's bias of the head)
+    trained: bool  # False: a constant (BART's bias of the head)
 
     @property
     def size(self) -> int:
@@ -56,7 +56,7 @@ class Parameter:
 
 @cache
 def parameters(config: ModelConfig) -> dict[str, Parameter]:
-    """name -> Parameter, in the network's order."""
+    """Return all parameters by name, in the network's order."""
     with torch.device("meta"):
         network = Network(config)
     return {
@@ -66,7 +66,7 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
 
 
 def parameters_in_training(config: ModelConfig, frozen: frozenset[str] = frozenset()) -> dict[str, Parameter]:
-    """The same, where some more are constants."""
+    """Return all parameters, with the given ones frozen. Error: an unknown name (ConfigError)."""
     found = parameters(config)
     if unknown := sorted(frozen - found.keys()):
         raise ConfigError(f"no parameter is called {unknown[0]!r}")
@@ -74,7 +74,8 @@ def parameters_in_training(config: ModelConfig, frozen: frozenset[str] = frozens
 
 
 def part_of(name: str) -> str:
-    """
+    """Return the part, of `PARTS`, that a parameter belongs to.
+
     >>> part_of("body.blocks.3.attention_norm.weight"), part_of("body.decoder.blocks.0.cross.project.key.weight")
     ('norms', 'cross-attention')
     """
@@ -85,7 +86,7 @@ def part_of(name: str) -> str:
 
 
 def parameters_by_part(config: ModelConfig) -> dict[str, int]:
-    """part -> number of parameters, for the parts that the network has.
+    """Count the parameters of each part that the network has.
 
     >>> counts = parameters_by_part(ModelConfig.preset("gpt2"))  # its head is the embedding
     >>> counts["embedding"], counts["positions"], sum(counts.values())
@@ -98,7 +99,7 @@ def parameters_by_part(config: ModelConfig) -> dict[str, int]:
 
 
 def adapted_matrices(config: ModelConfig, targets: str) -> tuple[Parameter, ...]:
-    """The matrices of the blocks that an adapter stands beside; never the head's."""
+    """Return the blocks' matrices that get an adapter; never the head's."""
     if targets not in TARGETS:
         raise ConfigError(f"unknown targets={targets!r}; targets: {', '.join(TARGETS)}")
     keys = TARGETS[targets]
@@ -107,7 +108,9 @@ def adapted_matrices(config: ModelConfig, targets: str) -> tuple[Parameter, ...]
 
 
 def adapter_parameters(config: ModelConfig, rank: int, targets: str = "all-linear") -> int:
-    """R · (O + I) for each adapted matrix: W + B A, with A of R × I and B of O × R. Source: Hu et al. 2021, 2106.09685.
+    """Count LoRA's parameters: R · (O + I) for each adapted matrix, W + B A with A R × I and B O × R.
+
+    Source: Hu et al. 2021, arXiv 2106.09685.
 
     >>> adapter_parameters(ModelConfig.preset("llama-2-7b"), 8, "query-value")
     4194304
@@ -121,16 +124,17 @@ def adapter_parameters(config: ModelConfig, rank: int, targets: str = "all-linea
 
 @dataclass(frozen=True)
 class CacheBytes:
-    """Bytes that generation keeps for one text."""
+    """Bytes of the key-value cache of one text."""
 
-    token: int  # for each token that is read or written
+    token: int  # for each token of the decoder
     source_token: int  # for each token of an encoder-decoder's input
-    full: int  # at a context: what `model.cache.Cache` allocates, and the input's share of an encoder-decoder
-    in_reach: int  # of `full`: what the layers' windows still look at
+    full: int  # at a context: allocated by `model.cache.Cache`, and the input's share of an encoder-decoder
+    in_reach: int  # of `full`: within the layers' windows
 
 
 def cache_bytes(config: ModelConfig, context: int, itemsize: int = 2) -> CacheBytes:
-    """2 · L · G · K numbers a token, of `itemsize` bytes; in an encoder-decoder as many again for a token of the input.
+    """Return the size of the cache: 2 · L · G · K numbers a token, of `itemsize` bytes; in an encoder-decoder as many again
+    for each token of the input.
 
     >>> cache_bytes(ModelConfig.preset("llama-3-8b"), 8192)
     CacheBytes(token=131072, source_token=0, full=1073741824, in_reach=1073741824)

@@ -1,6 +1,6 @@
-"""Where a token stands: positions from the mask, and what is added for them to embeddings or to attention scores.
+"""Positions: position ids from the mask, position embeddings, and relative attention biases.
 
-Rotary positions, which turn queries and keys instead, are in `model.rope`.
+Rotary positions, which rotate queries and keys instead, are in `model.rope`.
 """
 
 import math
@@ -12,7 +12,7 @@ from model.config import ModelConfig
 
 
 def positions_from_mask(attention_mask_BS: Tensor) -> Tensor:
-    """position = number of real tokens before this one: left-padded rows count from their first real token.
+    """Return position ids B S: the number of real tokens before each one, so that left-padded rows count from their first.
 
     attention_mask: 1 for a real token, 0 for a pad. Pads before the first token get position 0.
 
@@ -23,7 +23,7 @@ def positions_from_mask(attention_mask_BS: Tensor) -> Tensor:
 
 
 class LearnedPositions(nn.Embedding):
-    """A vector for each position: row `position_offset` of the table is position 0 (RoBERTa and BART begin at 2)."""
+    """Learned position embedding: row `position_offset` of the table is position 0 (RoBERTa and BART begin at 2)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config.context + config.position_offset, config.width)
@@ -34,7 +34,7 @@ class LearnedPositions(nn.Embedding):
 
 
 def sinusoid(position_BT: Tensor, width: int) -> Tensor:
-    """PE(p, 2i) = sin(p / 10000^(2i / D)), PE(p, 2i + 1) = cos of the same; float64, to be cast where it is added.
+    """Sinusoidal position embedding: PE(p, 2i) = sin(p / 10000^(2i / D)), PE(p, 2i + 1) = cos of the same; B T D, float64.
 
     Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.5.
     """
@@ -44,7 +44,7 @@ def sinusoid(position_BT: Tensor, width: int) -> Tensor:
 
 
 class SinusoidalPositions(nn.Module):
-    """`sinusoid` as a part without parameters."""
+    """Sinusoidal position embedding, `sinusoid`, as a module without parameters."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -55,20 +55,20 @@ class SinusoidalPositions(nn.Module):
 
 
 def no_embedding(config: ModelConfig) -> None:
-    """For families that tell positions elsewhere: rotary ones in attention, relative ones in its scores."""
+    """Return None, for families without position embeddings: positions are rotary or relative."""
 
 
 POSITIONS = {"learned": LearnedPositions, "sinusoidal": SinusoidalPositions, "rope": no_embedding, "relative": no_embedding}
 
 
 def relative_bucket(distance: Tensor, buckets: int, farthest: int, bidirectional: bool) -> Tensor:
-    """The bucket of distance = key - query: near ones have one each, far ones share, in steps of equal ratio.
+    """Bucket of the relative position distance = key - query, as T5 counts: exact when near, logarithmic when far.
 
     With n buckets and e = n / 2 exact ones, -distance = d < e has bucket d; above that
-    bucket = e + floor(ln(d / e) / ln(farthest / e) · (n - e)), at most n - 1. Where keys may stand after the query, each
-    direction has half the buckets, the keys after it the second half; else these count as distance 0.
-    Source: Raffel et al. 2020, arXiv 1910.10683, section 2.1, and its code. The logarithm is float32 as there: rounding
-    decides the bucket of a distance that is a border.
+    bucket = e + floor(ln(d / e) / ln(farthest / e) · (n - e)), at most n - 1. bidirectional: half of the buckets for each
+    direction, later keys in the second half; otherwise later keys count as distance 0.
+    Source: Raffel et al. 2020, arXiv 1910.10683, section 2.1, and its code. The logarithm is float32 as there, as
+    rounding decides the bucket at a border.
 
     >>> relative_bucket(torch.tensor([-40, -9, -3, 0, 3]), 32, 128, bidirectional=False).tolist()
     [23, 9, 3, 0, 0]
@@ -87,7 +87,7 @@ def relative_bucket(distance: Tensor, buckets: int, farthest: int, bidirectional
 
 
 class RelativeBias(nn.Module):
-    """A number a head and bucket, added to the scores of all layers: score_BHTS + bias_1HTS."""
+    """Relative position bias of all layers' attention scores, score_BHTS + bias_1HTS: one number a head and bucket."""
 
     def __init__(self, config: ModelConfig, bidirectional: bool):
         super().__init__()
@@ -95,7 +95,7 @@ class RelativeBias(nn.Module):
         self.farthest, self.bidirectional = config.relative_distance, bidirectional
 
     def forward(self, queries: int, keys: int) -> Tensor:
-        """The queries are the last of the keys."""
+        """Return the bias 1 H T S; the queries are the last of the keys."""
         device = self.weight.device
         distance_TS = torch.arange(keys, device=device) - torch.arange(keys - queries, keys, device=device)[:, None]
         bucket_TS = relative_bucket(distance_TS, self.weight.size(0), self.farthest, self.bidirectional)

@@ -1,4 +1,4 @@
-"""Probabilities of classes for many texts: batches of about one length, results in the order of the texts."""
+"""Class probabilities of many texts, in batches of similar length; results in the order of the texts."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -13,18 +13,19 @@ MULTI_LABEL = "multi_label_classification"  # problem_type of config.json
 
 
 class Text(NamedTuple):
-    """Ids, with the control tokens around them, and token types."""
+    """One tokenized text: ids with its special tokens, and token types."""
 
     ids: Sequence[int]
     types: Sequence[int] | None = None
 
 
 def is_multi_label(network: nn.Module) -> bool:
+    """Return True where the classes of a text are independent labels."""
     return network.config.extra.get("problem_type") == MULTI_LABEL
 
 
 def check_classifier(network: nn.Module, name: str) -> None:
-    """Raise ConfigError where a network's head does not give one class, or several, for a whole text."""
+    """Raise ConfigError where a network does not classify whole texts."""
     config = network.config
     if config.head != "sequence":
         raise ConfigError(f"{name} has the head {config.head!r}, which classifies no texts: train one, --objective classify")
@@ -40,8 +41,8 @@ def probabilities(
     pad_id: int = 0,
     progress: Callable[[list], Iterable] = iter,
 ) -> Tensor:
-    """probability N C, on the CPU: softmax over classes, or the sigmoid of each label where the network has several a text."""
-    order = sorted(range(len(texts)), key=lambda place: -len(texts[place].ids))  # the longest first: memory fails early
+    """Return the probabilities N C, on the CPU: softmax over classes, or the sigmoid of each label if multi-label."""
+    order = sorted(range(len(texts)), key=lambda place: -len(texts[place].ids))  # the longest first: out of memory fails early
     batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
     device, several, found = next(network.parameters()).device, is_multi_label(network), {}
     with eval_mode(network):
@@ -55,7 +56,7 @@ def probabilities(
 
 
 def pad_batch(texts: Sequence[Text], pad_id: int, *, types: bool) -> dict[str, Tensor]:
-    """input_ids, attention_mask and, where asked for, token_type_ids, B T, padded at the end."""
+    """Return a batch of input_ids, attention_mask and, with `types`, token_type_ids, B T, right-padded."""
     length = max(len(text.ids) for text in texts)
     ids_BT = torch.full((len(texts), length), pad_id)
     mask_BT, type_BT = torch.zeros_like(ids_BT), torch.zeros_like(ids_BT)
@@ -70,7 +71,7 @@ def pad_batch(texts: Sequence[Text], pad_id: int, *, types: bool) -> dict[str, T
 def predicted_labels(
     labels: Sequence[str], probability_C: Tensor, *, multi: bool, threshold: float = 0.5
 ) -> tuple[str, ...]:
-    """The most probable class, or all labels that are more probable than the threshold."""
+    """Return the most probable class, or with `multi` all labels more probable than the threshold."""
     if multi:
         return tuple(name for name, chance in zip(labels, probability_C.tolist(), strict=True) if chance > threshold)
     return (labels[int(probability_C.argmax())],)

@@ -1,4 +1,4 @@
-"""Another size of vocabulary: rows of the embedding and of the head added, or taken away at the end."""
+"""Resizing of the vocabulary: rows of the embedding and of the head are added or removed at the end."""
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +10,12 @@ from model.network import Network
 
 @torch.no_grad()
 def resize_vocabulary(network: Network, vocab_size: int) -> Network:
-    """The same network with `vocab_size` rows in the embedding and in a language head, tied or not, its bias too.
+    """Resize the embedding and a language head, tied or not, with its bias, to `vocab_size` rows; returns the network.
 
-    New rows are the mean of the old ones, taken in float32: a new token is then no likelier than others on average, where rows
-    drawn anew give it logits near zero, often above those of all trained ones. Source: Hewitt 2021, "Initializing new word
+    New rows are the mean of the old ones, computed in float32: a new token is then no likelier than others on average, while
+    random rows give it logits near zero, often above all trained ones. Source: Hewitt 2021, "Initializing new word
     embeddings for pretrained language models", https://nlp.stanford.edu/~johnhew/vocab-expansion.html; transformers'
-    resize_token_embeddings draws around the same mean. Errors (ConfigError): a head of packed weights.
+    resize_token_embeddings draws around the same mean. Errors (ConfigError): a quantized head.
     """
     if vocab_size < 1:
         raise ConfigError(f"vocab_size={vocab_size} must be at least 1")
@@ -28,7 +28,7 @@ def resize_vocabulary(network: Network, vocab_size: int) -> Network:
         if not network.config.tie_embeddings:
             head.weight = nn.Parameter(resize_rows(head.weight, vocab_size), requires_grad=head.weight.requires_grad)
         if head.bias is not None:
-            constant = network.config.family == "bart"  # its bias is a constant, 0 for new tokens there too
+            constant = network.config.family == "bart"  # a constant bias, 0 for new tokens
             bias = resize_rows(head.bias[:, None], vocab_size)[:, 0]
             bias = bias.clone() if not constant else torch.cat((head.bias, head.bias.new_zeros(vocab_size)))[:vocab_size]
             head.bias = nn.Parameter(bias, requires_grad=head.bias.requires_grad)
@@ -43,7 +43,7 @@ def resize_vocabulary(network: Network, vocab_size: int) -> Network:
 
 
 def resize_rows(weight_VD: Tensor, rows: int) -> Tensor:
-    """The first `rows` rows, and below them as many means of all as are missing."""
+    """Return the first `rows` rows, or all rows and copies of their mean below them."""
     if rows <= len(weight_VD):
         return weight_VD[:rows].clone()
     mean_D = weight_VD.to(torch.promote_types(weight_VD.dtype, torch.float32)).mean(0).to(weight_VD.dtype)

@@ -1,14 +1,13 @@
-"""The safetensors format, read by hand: each tensor goes from the file into memory that is already there.
+"""A reader of the safetensors format that fills tensors which are already allocated.
 
     bytes 0 to 7     N, little-endian, unsigned: the length of the header
     N bytes          JSON, {name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}, "__metadata__": {str: str}}
-    the rest         the tensors, row by row, little-endian; offsets count from here, and no byte is left over or used twice
+    the rest         the tensors, row-major, little-endian; offsets count from here, and every byte belongs to one tensor
 
-The library's own reader maps the whole file into memory, where its pages are resident beside the tensors made from them: a
-network then needs twice its size. Reading by offset needs each tensor once, and `chunk_bytes` where one is cast, moved or
-transposed on the way.
+The library's own reader maps the whole file, whose pages are resident beside the tensors made from them: a network then needs
+twice its size. Reading by offset needs each tensor once, and `chunk_bytes` where one is cast, moved or transposed.
 
-Source: the format's description, https://huggingface.co/docs/safetensors. For machines that are little-endian.
+Source: the format's description, https://huggingface.co/docs/safetensors. For little-endian machines.
 """
 
 import json
@@ -21,8 +20,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-MAX_HEADER_BYTES = 100_000_000  # bytes; the format's own limit, so that a damaged length cannot ask for all memory
-CHUNK_BYTES = 2**20  # stays in the cache: 16 MiB pieces were slower to transpose
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit; a corrupt length cannot ask for all memory
+CHUNK_BYTES = 2**20  # fits the CPU cache: 16 MiB chunks were slower to transpose
 
 DTYPES = {
     "F64": torch.float64,
@@ -48,12 +47,12 @@ MAX_ITEMSIZE = max(dtype.itemsize for dtype in DTYPES.values())
 
 
 class WeightFileError(ValueError):
-    """A file that is not whole safetensors, or a tensor that does not fit; the message names the file and the tensor."""
+    """Raised for a damaged safetensors file or a tensor that does not fit; the message names the file and the tensor."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies."""
+    """The place of one tensor in a file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -62,7 +61,7 @@ class Entry:
 
 
 def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a file by the library, with the permissions of any new file: its own ones are for the owner alone."""
+    """Write a file by the library, with the default permissions of new files (the library's are for the owner alone)."""
     path.touch()
     mode = path.stat().st_mode
     safetensors.torch.save_file(tensors, path, metadata=metadata)
@@ -70,9 +69,9 @@ def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] |
 
 
 class WeightFile:
-    """One open safetensors file; its header is read and checked at once, its tensors when asked for.
+    """An open safetensors file; its header is read and checked on opening, a tensor by `read`. Not thread-safe.
 
-    `names` are in the order of the data, which is the fastest order to read them in. Not for several threads at a time.
+    `names` are in the order of the data, which is the fastest order to read them in. Errors: WeightFileError.
 
     >>> import tempfile
     >>> header = b'{"w": {"dtype": "I16", "shape": [2], "data_offsets": [0, 4]}}'
@@ -105,35 +104,39 @@ class WeightFile:
         self.close()
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     @property
     def names(self) -> list[str]:
+        """The tensors' names, in the order of the data."""
         return list(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape."""
         return self._entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's dtype."""
         return self._entry(name).dtype
 
     def read(self, name: str, out: Tensor, *, transposed: bool = False) -> None:
-        """Fill `out` in place, cast to its dtype and moved to its device; `transposed` if the file holds `out.T`.
+        """Read a tensor into `out`, cast to its dtype and moved to its device; `transposed` if the file holds `out.T`.
 
-        Errors: another shape; a cast to a lesser kind, such as float to int (`torch.can_cast`); a file cut meanwhile.
+        Errors: another shape; a cast such as float to int (`torch.can_cast`); a file truncated meanwhile.
         """
         entry = self._entry(name)
         if transposed and out.ndim != 2:
             raise self._error(f"{name!r} can be transposed into two dimensions only, not into {tuple(out.shape)}")
-        target = out.detach().T if transposed else out.detach()  # a view of `out` in the file's order
+        target = out.detach().T if transposed else out.detach()  # a view of `out` in the file's layout
         if tuple(target.shape) != entry.shape:
             raise self._error(f"{name!r} has shape {entry.shape}, {tuple(target.shape)} is expected")
         if not torch.can_cast(entry.dtype, out.dtype):
             raise self._error(f"{name!r} is {entry.dtype}, which cannot be cast to {out.dtype}")
         self._fill(target, name, entry.dtype, self._data_start + entry.begin)
 
-    def holds(self, name: str, value: Tensor) -> bool:
-        """Whether the tensor in the file is `value`, but for its dtype; read a piece at a time."""
+    def equals(self, name: str, value: Tensor) -> bool:
+        """Return True where the tensor in the file equals `value`, cast to its dtype; reads a chunk at a time."""
         entry = self._entry(name)
         if entry.shape != tuple(value.shape):
             return False
@@ -147,20 +150,20 @@ class WeightFile:
         return True
 
     def _fill(self, target: Tensor, name: str, dtype: torch.dtype, offset: int) -> None:
-        """Straight into the target's own memory where the bytes are the same, else by way of a piece of `chunk_bytes`."""
+        """Read directly into the target's memory where the bytes are the same, else through a buffer of `chunk_bytes`."""
         if target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous():
             self._read_bytes(bytes_view(target), offset, repr(name))
             return
         size = target.numel() * dtype.itemsize
         if size <= self.chunk_bytes:
-            if self._staging is None:  # kept: one for each tensor leaves holes in the heap, measured as 1.4 times the weights
+            if self._staging is None:  # reused: a buffer a tensor fragments the heap, measured 1.4 times the weights
                 self._staging = torch.empty(self.chunk_bytes, dtype=torch.uint8)
             piece = self._staging[:size]
             self._read_bytes(bytes_view(piece), offset, repr(name))
             target.copy_(piece.view(dtype).view(target.shape))
             return
         rows = self.chunk_bytes * len(target) // size
-        for part in target.split(rows) if rows else target.unbind():  # unbind: one row alone is longer than a chunk
+        for part in target.split(rows) if rows else target.unbind():  # unbind: one row is longer than a chunk
             self._fill(part, name, dtype, offset)
             offset += part.numel() * dtype.itemsize
 
@@ -177,7 +180,7 @@ class WeightFile:
             raise self._error(f"{what} cannot be read: {error.strerror}") from None
 
     def _read_header(self) -> tuple[dict[str, Entry], dict[str, str], int]:
-        """The entries by offset, the metadata, and where the data starts."""
+        """Return the entries by offset, the metadata, and the offset of the data."""
         size = os.fstat(self._file.fileno()).st_size
         if size < 8:
             raise self._error(f"too short for safetensors, of size {size}")
@@ -206,7 +209,7 @@ class WeightFile:
             raise self._error(f"the header is not JSON: {error}") from None
 
     def _checked(self, name: str, value: object) -> Entry:
-        """One tensor's entry, if it makes sense by itself."""
+        """Parse and check one tensor's entry."""
         if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
             raise self._error(f"{name!r} is not described by dtype, shape and data_offsets: {value!r}")
         code, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -222,7 +225,7 @@ class WeightFile:
         return Entry(dtype, tuple(shape), begin, end)
 
     def _gapless(self, entries: dict[str, Entry], size: int) -> dict[str, Entry]:
-        """Sorted by offset, if each tensor starts where the one before it ends, and the last ends with the file."""
+        """Sort the entries by offset; each must start where the one before it ends, and the last must end with the file."""
         ordered = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
         reached = 0
         for name, entry in ordered.items():
@@ -243,8 +246,8 @@ class WeightFile:
 
 
 class ScratchMemory:
-    """Makes tensors, each in the memory of the one before it: for weights of which one at a time is needed. New memory for each
-    leaves holes in the heap between what is kept, measured as two to five times that."""
+    """A scratch buffer: makes tensors, each in the memory of the previous one, for weights that are needed one at a time. New
+    memory for each fragments the heap, measured as two to five times the retained weights."""
 
     def __init__(self):
         self.memory = torch.empty(0, dtype=torch.uint8)
@@ -252,26 +255,26 @@ class ScratchMemory:
     def __call__(self, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device | str) -> Tensor:
         size = math.prod(shape) * dtype.itemsize
         if size > self.memory.numel():
-            self.memory = torch.empty(0, dtype=torch.uint8)  # first: the old one is given back
+            self.memory = torch.empty(0, dtype=torch.uint8)  # free the old buffer first
             self.memory = torch.empty(size, dtype=torch.uint8, device=device)
         return self.memory[:size].view(dtype).view(shape)
 
 
 def bytes_view(tensor: Tensor) -> memoryview:
-    """A contiguous tensor's own bytes, writable; as uint8, for numpy knows neither bfloat16 nor float8."""
+    """Return a writable view of a contiguous tensor's bytes; as uint8, since numpy lacks bfloat16 and float8."""
     return memoryview(tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy())
 
 
 def _is_sizes(value: object) -> bool:
-    """A list of non-negative 64-bit integers; `True` is an int in Python, but not here."""
+    """Return True for a list of non-negative 64-bit integers; `True` is no integer here."""
     return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
 
 
 def _without_duplicates(pairs: list[tuple[str, object]]) -> dict:
-    """A name that stands twice would drop a tensor in silence."""
+    """Build a dict; a duplicate name raises, since it would drop a tensor silently."""
     values: dict = {}
     for name, value in pairs:
         if name in values:
-            raise ValueError(f"{name!r} stands twice")
+            raise ValueError(f"{name!r} occurs twice")
         values[name] = value
     return values

@@ -1,6 +1,6 @@
-"""The next token from its logits: penalize what was said, then temperature, top-k, top-p, min-p, and draw.
+"""Sampling of the next token from its logits: repetition penalty, temperature, top-k, top-p, min-p, draw.
 
-Order and edges are those of transformers' processors.
+Order and edge cases are those of transformers' processors.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from model.config import ConfigError
 
 
 def penalize(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
-    """Of tokens already in the text: logit / penalty where it is positive, logit · penalty where it is negative.
+    """Penalize tokens already in the text (seen_BV, bool): logit / penalty if positive, logit · penalty if negative.
 
     Source: Keskar et al. 2019, arXiv 1909.05858, section 4.1, which divides always; by sign as in its code since then.
 
@@ -23,7 +23,7 @@ def penalize(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:
 
 
 def keep_top_k(logits_BV: Tensor, k: int) -> Tensor:
-    """All but the k best become -inf; ties at the k-th place all stay. Source: Fan et al. 2018, arXiv 1805.04833."""
+    """Set all but the k largest logits to -inf; ties at the k-th place all stay. Source: Fan et al. 2018, arXiv 1805.04833."""
     if k >= logits_BV.size(-1):
         return logits_BV
     least_B1 = logits_BV.topk(k).values[:, -1:]
@@ -31,11 +31,11 @@ def keep_top_k(logits_BV: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
-    """All but the nucleus become -inf: the smallest set of best tokens whose probabilities reach p.
+    """Set all logits outside the nucleus to -inf: the smallest set of best tokens whose probabilities sum to at least p.
 
-    From the least probable up, tokens go while their mass is at most 1 - p; the best one always stays. Of equally probable
-    tokens at the edge those of larger ids stay. (transformers sorts without an order of equals: there it is the processor's
-    choice.) Source: Holtzman et al. 2019, arXiv 1904.09751.
+    From the least probable up, tokens are dropped while their mass is at most 1 - p; the best one always stays. Of equally
+    probable tokens at the edge those of larger ids stay. (transformers' sort is not stable: there it depends on the machine.)
+    Source: Holtzman et al. 2019, arXiv 1904.09751.
 
     >>> keep_top_p(torch.tensor([[2.0, 1.0, 1.0, 1.0]]), p=0.6).tolist()
     [[2.0, -inf, -inf, 1.0]]
@@ -49,7 +49,10 @@ def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
 
 
 def keep_min_p(logits_BV: Tensor, p: float) -> Tensor:
-    """Tokens less probable than p times the most probable one become -inf. Source: Nguyen et al. 2024, arXiv 2407.01082."""
+    """Set logits to -inf for tokens less probable than p times the most probable one.
+
+    Source: Nguyen et al. 2024, arXiv 2407.01082.
+    """
     probability_BV = logits_BV.softmax(-1)
     return logits_BV.masked_fill(probability_BV < p * probability_BV.amax(-1, keepdim=True), -torch.inf)
 
@@ -57,7 +60,7 @@ def keep_min_p(logits_BV: Tensor, p: float) -> Tensor:
 def filter_logits(
     logits_BV: Tensor, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None = None
 ) -> Tensor:
-    """Divide by the temperature, then keep the k best, then the nucleus, then what min-p leaves; all else becomes -inf.
+    """Divide by the temperature, then apply top-k, top-p and min-p; dropped logits become -inf.
 
     >>> filter_logits(torch.tensor([[2.0, 1.0, 0.0]]), temperature=1.0, top_k=2, top_p=None).tolist()
     [[2.0, 1.0, -inf]]
@@ -74,7 +77,7 @@ def filter_logits(
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. temperature 0 takes the best one; the rest is then idle but for the penalty."""
+    """The settings of sampling. temperature 0 is greedy: of the others only the repetition penalty then matters."""
 
     temperature: float = 1.0
     top_k: int | None = None
@@ -95,9 +98,9 @@ class Sampling:
             raise ConfigError(f"repetition_penalty={self.repetition_penalty} must be above 0 (1: none)")
 
     def choose(self, logits_BV: Tensor, seen_BV: Tensor | None, generator: torch.Generator | None) -> Tensor:
-        """A token a row. seen_BV: which ids the text holds; None where nothing is penalized.
+        """Choose a token for each row, B. seen_BV: ids that the text holds, bool; None: no penalty.
 
-        Logits of 16 bits are widened first, as in transformers: penalized as they are, unequal ones would become equal.
+        16-bit logits are cast to float32 first, as in transformers: penalized in 16 bits, unequal ones could become equal.
         """
         logits_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
         if seen_BV is not None:

@@ -1,4 +1,4 @@
-"""Where a generated text ends."""
+"""Stopping criteria of generated texts."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,7 +9,7 @@ from model.config import ConfigError
 
 
 class Stop:
-    """Where a text ends: with one of some ids, or once it holds one of some strings.
+    """A stopping criterion: a text ends with one of the ids, or as soon as it contains one of the strings.
 
     >>> stop = Stop(None, [7], ["b!"], lambda ids: "".join({1: "a", 2: "ab", 3: "!?", 7: ""}[i] for i in ids))
     >>> [stop.reached(torch.tensor([ids])).item() for ids in ([1, 2], [2, 3], [1, 7])]
@@ -32,14 +32,14 @@ class Stop:
             raise ConfigError("a stop string is empty: every text holds it")
 
     def among(self, token: Tensor) -> Tensor:
-        """bool of token's shape: is it one that stops?"""
+        """Return True for each token that is a stop id; bool of token's shape."""
         stops = torch.zeros_like(token, dtype=torch.bool)
         for stop_id in self.ids:
             stops |= token == stop_id
         return stops
 
     def reached(self, new_BT: Tensor) -> Tensor:
-        """bool B: does the row end with its last token? (The whole text is decoded: what a tail says may depend on it.)"""
+        """Return bool B: rows that end with their last token. (Each whole text is decoded: a tail may depend on its start.)"""
         reached_B = self.among(new_BT[:, -1])
         if self.strings:
             texts = [self.decode(ids) for ids in new_BT.tolist()]
@@ -48,5 +48,5 @@ class Stop:
         return reached_B
 
     def fill(self, pad_id: int | None) -> int:
-        """What stands behind the end of a row."""
+        """Return the id that fills a row after its end: pad_id, else the first stop id, else 0."""
         return next((i for i in (pad_id, *self.ids) if i is not None), 0)

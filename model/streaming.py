@@ -1,14 +1,14 @@
-"""A text shown as its tokens come."""
+"""Streaming output of a text while its tokens are generated."""
 
 import codecs
 from collections.abc import Callable, Sequence
 
 
 class TextStream:
-    """Writes text as soon as it is settled: a character once all its bytes are there, a stop string never.
+    """Writes text as soon as it is final: a character once all its bytes are known, a stop string never.
 
-    `bytes_of` says what each id stands for in UTF-8. What may turn out to be the beginning of a stop string waits; at
-    the first one the text is cut, and all that follows is dropped. Bytes that are no UTF-8 become U+FFFD.
+    `bytes_of`: the UTF-8 bytes of each id. A possible beginning of a stop string is held back; the text ends before the
+    first stop string, and later tokens are dropped. Invalid UTF-8 becomes U+FFFD.
 
     >>> shown = []
     >>> stream = TextStream(shown.append, [b"caf", b"\\xc3", b"\\xa9", b"END", b" EN", b"d"], stop_strings=["END"])
@@ -26,10 +26,11 @@ class TextStream:
         self.stopped = False
 
     def add(self, token: int) -> None:
+        """Add the next token."""
         self._take(self.decoder.decode(self.bytes_of[token]))
 
     def close(self) -> None:
-        """No more will come: write what waits."""
+        """Write the text that was held back."""
         self._take(self.decoder.decode(b"", final=True))
         if not self.stopped and self.waiting:
             self.write(self.waiting)
@@ -48,18 +49,18 @@ class TextStream:
 
 
 def stop_position(text: str, stop_strings: Sequence[str]) -> int:
-    """How much of `text` stands before the first stop string in it; all of it, where there is none.
+    """Return the position of the first stop string in the text; its length where there is none.
 
-    >>> before_stop("one two", ["two", "e t"])
+    >>> stop_position("one two", ["two", "e t"])
     2
     """
     return min((text.find(string) for string in stop_strings if string in text), default=len(text))
 
 
 def possible_stop_length(text: str, stop_strings: Sequence[str]) -> int:
-    """How many of the last characters may be the beginning of a stop string.
+    """Return the number of last characters that may begin a stop string.
 
-    >>> unsettled("one tw", ["two", "word"])
+    >>> possible_stop_length("one tw", ["two", "word"])
     2
     """
     lengths = range(max(map(len, stop_strings), default=0), 0, -1)

@@ -1,7 +1,7 @@
-"""Whether head and embedding are one matrix: config.json has a flag, and the files of weights may contradict it.
+"""Tied embeddings: config.json has a flag, and the weight files may contradict it.
 
-As transformers 5 reads them: a head that the files do not hold is the embedding where the flag says so (of T5 always), and two
-matrices that differ are two, whatever the flag says.
+As in transformers 5: a head that the files lack is the embedding where the flag says so (in T5 always), and two different
+matrices are untied, whatever the flag says.
 """
 
 import warnings
@@ -19,7 +19,7 @@ from model.weights import head_spec, published_names
 
 
 def resolve_tied_embeddings(config: ModelConfig, folder: Path) -> ModelConfig:
-    """The config of a folder, with `tie_embeddings` as its files have it; of a folder without weights as config.json has it."""
+    """Return a folder's config with `tie_embeddings` as its weight files have it, if there are any."""
     may_tie = getattr(load_family(config.family), "FILE_TIES", False)
     if config.head not in TIED_HEADS or not (config.tie_embeddings or may_tie):
         return config
@@ -29,7 +29,7 @@ def resolve_tied_embeddings(config: ModelConfig, folder: Path) -> ModelConfig:
     head = next(row[1] for row in head_spec(config).weights if row[0] == "head.weight")
     with ExitStack() as opened:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # `load` tells about files
+            warnings.simplefilter("ignore")  # `load` warns about files
             files = [opened.enter_context(WeightFile(path)) for path in weight_files(folder)]
         names = published_names(tied)
         stored = {names.canonical(name): (file, name) for file in files for name in file.names}
@@ -41,18 +41,18 @@ def resolve_tied_embeddings(config: ModelConfig, folder: Path) -> ModelConfig:
     untied = replace(config, tie_embeddings=False)
     try:
         load_family(config.family).write_config(untied)
-    except ValueError:  # a family without a place for two: `load` refuses the folder
+    except ValueError:  # a family that cannot have two: `load` refuses the folder
         return config
-    if not may_tie:  # of T5 the flag says nothing
-        told = "config.json says that head and embedding are one matrix, and the files hold two that differ: both are read"
-        warnings.warn(f"{folder}: {told}", stacklevel=3)
+    if not may_tie:  # T5's flag means nothing
+        note = "config.json says that head and embedding are one matrix, and the files hold two that differ: both are read"
+        warnings.warn(f"{folder}: {note}", stacklevel=3)
     return untied
 
 
 def are_equal(file: WeightFile, name: str, other_file: WeightFile, other: str) -> bool:
-    """Whether two tensors of files hold the same numbers. A quantized one differs from one that is not."""
+    """Return True where two tensors in files are equal. A quantized one never equals one that is not."""
     if file.shape(name) != other_file.shape(other) or not file.dtype(name).is_floating_point:
         return False
     value = torch.empty(file.shape(name), dtype=file.dtype(name))
     file.read(name, value)
-    return other_file.dtype(other).is_floating_point and other_file.holds(other, value)
+    return other_file.dtype(other).is_floating_point and other_file.equals(other, value)

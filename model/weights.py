@@ -1,4 +1,4 @@
-"""A family's table of weights, read for one network: our name -> published name, role, layout."""
+"""The weight table of one network, from its family's: our name -> published name, role, layout."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,6 +14,8 @@ from model.rope import halves_to_interleaved, rope_tables
 
 @dataclass(frozen=True)
 class Weight:
+    """One row of the weight table."""
+
     name: str  # ours
     published: str
     role: str
@@ -21,7 +23,7 @@ class Weight:
 
 
 def head_spec(config: ModelConfig) -> HeadSpec:
-    """The head as the family publishes it, or one of ours: the last token speaks for a text that is read causally."""
+    """Return the head as the family publishes it, else our own, which pools the last token of a causal body."""
     published = load_family(config.family).HEADS
     if config.head in published:
         return published[config.head]
@@ -29,7 +31,7 @@ def head_spec(config: ModelConfig) -> HeadSpec:
 
 
 def rows(config: ModelConfig, table: tuple[tuple, ...], body: str) -> Iterator[Weight]:
-    """A table's rows, one a layer; `{body}` in published names becomes the given prefix."""
+    """Yield a family table's rows for every layer; `{body}` in published names becomes the given prefix."""
     for name, published, role, *layout in table:
         depth, key = 1, "layer"
         if "{layer}" in published:
@@ -41,22 +43,23 @@ def rows(config: ModelConfig, table: tuple[tuple, ...], body: str) -> Iterator[W
             yield Weight(name.format(**fill), published.format(**fill), role, *layout)
 
 
-@cache  # asked once a parameter by role_of
+@cache  # role_of looks it up for every parameter
 def weight_table(config: ModelConfig) -> dict[str, Weight]:
-    """Every parameter that a network of this config may have, by our name."""
+    """Return the rows of all parameters that a network of this config may have, by our name."""
     spec = head_spec(config)
     table = load_family(config.family).weights(config) + spec.weights
     return {row.name: row for row in rows(config, table, published_prefix(config, spec))}
 
 
 def published_prefix(config: ModelConfig, spec: HeadSpec) -> str:
+    """Return the prefix of the body's published names; empty where the body is published alone."""
     if HEADS[config.head].is_part_of_body:
         return ""
     return load_family(config.family).PREFIX if spec.prefix is None else spec.prefix
 
 
 def to_published(row: Weight, value: Tensor, config: ModelConfig) -> Tensor:
-    """A parameter (or its gradient) in the layout that the family publishes."""
+    """Convert a parameter (or its gradient) to the published layout."""
     if row.layout == "transposed":
         return value.T
     if row.layout == "row":
@@ -65,11 +68,12 @@ def to_published(row: Weight, value: Tensor, config: ModelConfig) -> Tensor:
 
 
 def published_shape(row: Weight, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Convert a parameter's shape to the published layout."""
     return {"transposed": shape[::-1], "row": (1, *shape)}.get(row.layout, shape)
 
 
 def sines_then_cosines(config: ModelConfig) -> Tensor:
-    """RoFormer's rotary table, positions × K: sin(p f_i), then cos(p f_i)."""
+    """Return RoFormer's rotary table, positions × K: sin(p f_i), then cos(p f_i)."""
     cos_B1TK, sin_B1TK = rope_tables(torch.arange(config.context)[None], config.head_width, config.rope, torch.float64)
     return torch.cat((sin_B1TK, cos_B1TK), dim=-1)[0, 0].float()
 
@@ -78,13 +82,14 @@ CONSTANTS = {"sines_then_cosines": sines_then_cosines}
 
 
 def published_constants(config: ModelConfig) -> dict[str, Tensor]:
+    """Return the published tensors that are no parameters, by published name."""
     body = published_prefix(config, head_spec(config))
     table = load_family(config.family).CONSTANTS
     return {name.replace("{body}", body): CONSTANTS[kind](config) for name, kind in table.items()}
 
 
 def published_copies(config: ModelConfig) -> dict[str, str]:
-    """Names under which a weight is written once more, for readers that would not tie it; published name -> ours."""
+    """Return further published names of weights, for readers that do not tie them: published name -> ours."""
     rules, names = load_family(config.family), published_names(config)
     copies = () if config.tie_embeddings else getattr(rules, "COPIES_UNTIED", ())
     body = published_prefix(config, head_spec(config))
@@ -93,16 +98,16 @@ def published_copies(config: ModelConfig) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class PublishedNames:
-    """What a file's tensors may be called, and what they then are. `{body}` stands for the prefix, whatever it is."""
+    """The published names of a network's weights, with `{body}` for any prefix; each method takes a name in a file."""
 
     rows: dict[str, str]  # published name -> ours
-    aliases: dict[str, str]  # published name -> the published name of which it is a copy
+    aliases: dict[str, str]  # published name -> published name of the weight that it repeats
     ignored: frozenset[str]
     prefixes: tuple[str, ...]  # of the body's names, the longest first
     renamed: tuple[tuple[str, str], ...]
 
     def canonical(self, published: str) -> str:
-        """The spelling that `rows`, `aliases` and `ignored` have, if any: the file's may lack the prefix, or be old."""
+        """Return the spelling of `rows`, `aliases` and `ignored`, if any: a file's name may lack the prefix, or be old."""
         for old, new in self.renamed:
             published = published.removesuffix(old) + new if published.endswith(old) else published
         for prefix in self.prefixes:
@@ -112,12 +117,13 @@ class PublishedNames:
         return published
 
     def knows(self, published: str) -> bool:
+        """Return True where the name belongs to a weight."""
         spelled = self.canonical(published)
         return spelled in self.rows or spelled in self.aliases
 
 
 def published_names(config: ModelConfig, *, heads: bool = False) -> PublishedNames:
-    """The names of one network's weights; with `heads`, those of all of its family's heads instead."""
+    """Return the names of one network's weights; with `heads`, those of all heads of its family."""
     rules, body = load_family(config.family), "{body}"
     specs = [head_spec(config)]
     table = rules.weights(config) + specs[0].weights
@@ -138,7 +144,7 @@ def published_names(config: ModelConfig, *, heads: bool = False) -> PublishedNam
 
 
 def role_of(config: ModelConfig, name: str) -> str:
-    """`embedding`, `position`, `matrix`, `head`, `norm` or `bias`; a name without a row raises.
+    """Return a parameter's role: `embedding`, `position`, `matrix`, `head`, `norm` or `bias`; KeyError without a row.
 
     >>> role_of(ModelConfig.preset("gpt2"), "body.blocks.3.mlp.up.weight")
     'matrix'

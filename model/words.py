@@ -1,11 +1,12 @@
-"""Names in messages."""
+"""Lists of names in messages."""
 
 from collections.abc import Iterable
 
 
 def join_names(names: Iterable[str], most: int = 5) -> str:
-    """
-    >>> listed("abc"), listed("abc", most=1), listed(["a"])
+    """Join the first names, and count the others.
+
+    >>> join_names("abc"), join_names("abc", most=1), join_names(["a"])
     ('a, b, c', 'a and 2 more', 'a')
     """
     names = list(names)

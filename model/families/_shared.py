@@ -86,9 +86,9 @@ def extended_context(rope: Rope, named: int) -> int:
     """The longest text of a network whose config.json has max_position_embeddings = `named`: factor times what it was trained
     with, unless more is named. llama3's files name the extended length always.
 
-    >>> reach(Rope(kind="linear", factor=4.0, trained_context=4096), 4096)  # the trained length is named
+    >>> extended_context(Rope(kind="linear", factor=4.0, trained_context=4096), 4096)  # the trained length is named
     16384
-    >>> reach(Rope(kind="yarn", factor=40.0, trained_context=4096), 163840)  # the extended one
+    >>> extended_context(Rope(kind="yarn", factor=40.0, trained_context=4096), 163840)  # the extended one
     163840
     """
     return named if rope.kind in ("plain", "llama3") else max(named, int(rope.factor * rope.trained_context))

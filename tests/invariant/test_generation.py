@@ -224,8 +224,8 @@ def test_generation_keeps_mode_and_checks_its_options():
     with pytest.raises(ConfigError, match="a stop string is empty"):
         generate(network, ids, max_new_tokens=3, stop_strings=[""], decode=spell)
     for config, message in (
-        (tiny_config("bert"), "an encoder alone"),
-        (tiny_config("gpt2", head="sequence"), "the head 'sequence' makes no text"),
+        (tiny_config("bert"), "is an encoder"),
+        (tiny_config("gpt2", head="sequence"), "the head 'sequence' generates no text"),
         (tiny_config("bart", decoder_start_id=None), "no decoder_start_id"),
     ):
         with pytest.raises(ConfigError, match=message):

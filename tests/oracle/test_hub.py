@@ -260,8 +260,8 @@ def test_the_body_of_an_unknown_architecture_can_be_had(folder):
     ("changes", "message"),
     [
         ({"rope_parameters": "x"}, "AttributeError"),
-        ({"hidden_size": 48.0}, "width=48.0 is not a whole number"),
-        ({"num_hidden_layers": True}, "depth=True is not a whole number"),
+        ({"hidden_size": 48.0}, "width=48.0 is not an integer"),
+        ({"num_hidden_layers": True}, "depth=True is not an integer"),
         ({"eos_token_id": "</s>"}, "eos_id='</s>' is not an id"),
         ({"tie_word_embeddings": "false"}, "tie_embeddings='false' is neither"),
         ({"rms_norm_eps": "1e-5"}, "norm_eps='1e-5' is not a number"),

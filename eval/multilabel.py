@@ -1,8 +1,8 @@
-"""Scores of label matrices, (N, C) of 0 and 1: an example has some of C labels, each of which is a column.
+"""Multilabel metrics of indicator matrices (N, C) of 0 and 1: column c says if an example has label c.
 
-Precision, recall and F1 of a column count its ones, and are averaged over columns by "micro", "macro" or "weighted"
-(`eval.rates`), or over examples by "samples", where each example has those of its own labels. The accuracy is that of subsets:
-an example is right if all of its labels are. Flattened, the zeros that both sides share would be right answers of a class 0.
+Precision, recall and F1 of a column count its ones. They are averaged over columns ("micro", "macro" or "weighted",
+`eval.rates`), or over examples ("samples"), each with the rates of its own labels. Accuracy is subset accuracy: an example is
+correct if all its labels are. (A flattened matrix would count the common zeros as correct predictions of a class 0.)
 
 N examples, C columns. Values and conventions are scikit-learn's.
 """
@@ -14,18 +14,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eval.rates import AVERAGES, RATES, averaged, check_rates, rates
-from eval.score import Proportion, Score, corpus_value, exact_mean, ratio
+from eval.rates import AVERAGES, RATES, average_rates, check_rates, precision_recall_f1
+from eval.score import Proportion, Score, corpus_value, exact_mean, ratio, signature_of
 
 MATRIX_AVERAGES = (*AVERAGES, "samples")
 
 
 @dataclass(frozen=True)
 class Multilabel:
-    """One score of label matrices: `value` is "accuracy" (of subsets), or "precision", "recall" or "f1" with an `average`.
+    """One multilabel metric: `value` is "accuracy" (of subsets), or "precision", "recall" or "f1" with an `average`; 0 to 1.
 
-    `classes` names the columns, or is their number. Statistics of an example: 1, whether all its labels are right, then for
-    each column correct, predicted, true ones: 2 + 3 C columns.
+    `average` is "micro", "macro", "weighted" or "samples". `classes` names the columns, or is their number. Errors: an unknown
+    name, no column, average "samples" with zero_division NaN (ValueError).
+    Statistics of an example, 2 + 3 C columns: 1, 1 if all its labels are correct, then correct, predicted and true ones of each
+    column.
     """
 
     classes: tuple | int
@@ -39,7 +41,7 @@ class Multilabel:
             raise ValueError(f"value={self.value!r}: one of {', '.join(('accuracy', *RATES))}")
         if self.columns < 1:
             raise ValueError(f"classes={self.classes}: there is one at least")
-        if self.mean and math.isnan(self.zero_division):
+        if self.is_mean and math.isnan(self.zero_division):
             raise ValueError("average='samples' with zero_division=nan: an example may have no score, and each is to have one")
 
     @property
@@ -47,7 +49,7 @@ class Multilabel:
         return self.classes if isinstance(self.classes, int) else len(self.classes)
 
     @property
-    def mean(self) -> bool:
+    def is_mean(self) -> bool:
         return self.value != "accuracy" and self.average == "samples"
 
     @property
@@ -55,7 +57,7 @@ class Multilabel:
         return f"{self.average} {self.value}" if self.value in RATES else "subset accuracy"
 
     def statistics(self, hypotheses: Sequence | Tensor, references: Sequence) -> Tensor:
-        """(N, 2 + 3 C) of a matrix of predictions and one stream of labels. Errors: other shapes, cells that are not 0 or 1."""
+        """Compute the statistics (N, 2 + 3 C). Errors: several streams of labels, other shapes, cells other than 0 and 1."""
         if len(references) != 1:
             raise ValueError(f"{len(references)} streams of labels: a matrix is one")
         predicted_NC, true_NC = label_matrix(hypotheses, "predictions"), label_matrix(references[0], "labels")
@@ -63,9 +65,9 @@ class Multilabel:
             shapes = f"{tuple(predicted_NC.shape)}, labels {tuple(true_NC.shape)}"
             raise ValueError(f"predictions have the shape {shapes}: (N, {self.columns}) are wanted, a column for each class")
         true_NC = true_NC.to(predicted_NC.device)
-        right_N1 = (predicted_NC == true_NC).all(1, keepdim=True).long()
+        correct_N1 = (predicted_NC == true_NC).all(1, keepdim=True).long()
         count_NC3 = torch.stack([predicted_NC * true_NC, predicted_NC, true_NC], 2)
-        return torch.cat([torch.ones_like(right_N1), right_N1, count_NC3.flatten(1)], 1)
+        return torch.cat([torch.ones_like(correct_N1), correct_N1, count_NC3.flatten(1)], 1)
 
     def scores(self, statistics_XK: Tensor) -> Tensor:
         if self.value == "accuracy":
@@ -73,26 +75,26 @@ class Multilabel:
         if self.average == "samples":
             return self.examples(statistics_XK)
         count_XC3 = statistics_XK[..., 2:].unflatten(-1, (-1, 3))
-        return averaged(count_XC3, self.average, self.zero_division)[..., RATES.index(self.value)]
+        return average_rates(count_XC3, self.average, self.zero_division)[..., RATES.index(self.value)]
 
     def examples(self, statistics_XK: Tensor) -> Tensor:
-        """Whether all labels of an example are right, or precision, recall or F1 of its own labels."""
+        """Score each example: subset accuracy, or precision, recall or F1 of its own labels."""
         if self.value == "accuracy":
             return ratio(statistics_XK[..., 1], statistics_XK[..., 0])
-        return self._of_examples(statistics_XK)[..., RATES.index(self.value)]
+        return self._example_rates(statistics_XK)[..., RATES.index(self.value)]
 
     def proportion(self, statistics_BK: Tensor) -> Proportion | None:
-        """Of subset accuracy."""
-        right, trials = int(statistics_BK[:, 1].sum()), len(statistics_BK)
-        return Proportion(right, trials, 1.0) if self.value == "accuracy" else None
+        """Return the proportion of correct examples for subset accuracy, else None."""
+        correct, trials = int(statistics_BK[:, 1].sum()), len(statistics_BK)
+        return Proportion(correct, trials, 1.0) if self.value == "accuracy" else None
 
-    def _of_examples(self, statistics_XK: Tensor) -> Tensor:
-        """Precision, recall and F1 of each example's labels."""
-        return rates(statistics_XK[..., 2:].unflatten(-1, (-1, 3)).sum(-2), self.zero_division)
+    def _example_rates(self, statistics_XK: Tensor) -> Tensor:
+        """Precision, recall and F1 of each example's labels, (..., 3)."""
+        return precision_recall_f1(statistics_XK[..., 2:].unflatten(-1, (-1, 3)).sum(-2), self.zero_division)
 
     def score(self, statistics_BK: Tensor) -> Score:
-        """Parts: subset accuracy, Hamming loss (the share of wrong cells), precision, recall, f1 and support of each column,
-        and the four averages of the three."""
+        """Score the corpus. Parts: accuracy (of subsets), hamming_loss (fraction of wrong cells), lists precision, recall, f1,
+        support per column; micro, macro, weighted, samples: averages {precision, recall, f1}."""
         count_C3 = statistics_BK[:, 2:].sum(0).view(-1, 3)
         correct, predicted, true = count_C3.sum(0).tolist()
         parts = {
@@ -101,22 +103,22 @@ class Multilabel:
             "classes": tuple(range(self.columns)) if isinstance(self.classes, int) else tuple(self.classes),
             "support": count_C3[:, 2].tolist(),
         }
-        parts |= dict(zip(RATES, rates(count_C3, self.zero_division).T.tolist(), strict=True))
+        parts |= dict(zip(RATES, precision_recall_f1(count_C3, self.zero_division).T.tolist(), strict=True))
         for average in AVERAGES:
-            parts[average] = dict(zip(RATES, averaged(count_C3, average, self.zero_division).tolist(), strict=True))
-        columns = self._of_examples(statistics_BK).unbind(1)
+            parts[average] = dict(zip(RATES, average_rates(count_C3, average, self.zero_division).tolist(), strict=True))
+        columns = self._example_rates(statistics_BK).unbind(1)
         means = [exact_mean(rate_B[~rate_B.isnan()]) if bool((~rate_B.isnan()).any()) else math.nan for rate_B in columns]
         parts["samples"] = dict(zip(RATES, means, strict=True))
         return Score(self.name, corpus_value(self, statistics_BK), parts, self.signature(statistics_BK))
 
-    def signature(self, statistics_BK: Tensor, **resampled: object) -> str:
-        said = {"examples": int(statistics_BK[:, 0].sum())} | resampled | {"columns": self.columns, "value": self.value}
-        said |= {"average": self.average} if self.value in RATES else {}
-        return "|".join(f"{name}:{value}" for name, value in (said | {"zero_division": f"{self.zero_division:g}"}).items())
+    def signature(self, statistics_BK: Tensor, **resampling: object) -> str:
+        settings = {"examples": int(statistics_BK[:, 0].sum())} | resampling | {"columns": self.columns, "value": self.value}
+        settings |= {"average": self.average} if self.value in RATES else {}
+        return signature_of(settings | {"zero_division": f"{self.zero_division:g}"})
 
 
 def label_matrix(values: Sequence | Tensor, name: str) -> Tensor:
-    """(N, C) int64. Errors: another shape, cells that are neither 0 nor 1 (the cell is named)."""
+    """Convert to an indicator matrix (N, C) int64. Errors: another shape, a cell other than 0 and 1 (with its place)."""
     try:
         value_NC = torch.as_tensor(values)
     except (TypeError, ValueError) as error:
@@ -131,7 +133,7 @@ def label_matrix(values: Sequence | Tensor, name: str) -> Tensor:
 
 
 def is_label_matrix(prediction_X: Tensor, label_X: Tensor, classes: Sequence | int | None) -> bool:
-    """Whether these may be label matrices: of 0 and 1 alone, with as many columns as there are classes, two at least."""
+    """True if these may be indicator matrices: only 0 and 1, with at least two columns, as many as there are classes."""
     if prediction_X.ndim != 2 or label_X.shape[1] < 2 or not len(label_X):
         return False
     count = classes if isinstance(classes, int) or classes is None else len(classes)
@@ -142,7 +144,12 @@ def is_label_matrix(prediction_X: Tensor, label_X: Tensor, classes: Sequence | i
 def multilabel_scores(
     predictions: Sequence | Tensor, labels: Sequence | Tensor, *, classes: Sequence | int | None = None, **settings: object
 ) -> Score:
-    """Scores of label matrices (N, C), by column, over columns and over examples; settings: `Multilabel`'s.
+    """Subset accuracy, precision, recall and F1 of indicator matrices (N, C) of 0 and 1, with scikit-learn's values.
+
+        precision = correct / predicted      recall = correct / true      F1 = 2 correct / (predicted + true)
+
+    `classes` names the columns. The value is chosen by `value` and `average` (see `Multilabel`); the others, rates per column
+    and the Hamming loss are parts. Errors: those of `Multilabel.statistics`; no example (ValueError).
 
     >>> true, predicted = [[1, 0, 0], [0, 0, 1], [0, 1, 0]], [[1, 0, 0], [0, 0, 0], [0, 1, 1]]
     >>> print(multilabel_scores(predicted, true, value="f1", average="micro"))  # two of three ones are right, on either side

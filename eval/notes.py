@@ -1,8 +1,8 @@
-"""Notes: what is said of texts or settings that a score does not fit, once, in however many batches they come.
+"""Notes about texts or settings that do not suit a metric, reported once however many batches they come in.
 
-A metric hands `notice` what it has counted in a call, and a function that makes a sentence of counts, or None of those that
-need none. Counts add up with `+`. Without `Notes` the sentence is a warning (UserWarning) at the caller's line; with them it is
-kept until all batches are there: `python -m eval` prints it as `note: …`.
+A metric passes `note_or_warn` the counts of one call and a function from counts to a sentence, or to None if there is nothing
+to report. Counts add up with `+`. Without `Notes` the sentence is a UserWarning at the caller's line; with `Notes` it is
+collected until the last batch, and `python -m eval` prints it as `note: …`.
 """
 
 import sys
@@ -14,7 +14,14 @@ Counts = TypeVar("Counts")
 
 
 class Notes:
-    """What several calls have counted, each kind by its name."""
+    """Counts of several calls, added up by the name of the note.
+
+    >>> notes = Notes()
+    >>> for blank in (1, 2):
+    ...     note_or_warn("blank", "{} texts are blank".format, blank, notes)
+    >>> notes.sentences()
+    {'blank': '3 texts are blank'}
+    """
 
     def __init__(self) -> None:
         self.found: dict[str, tuple[Callable, object]] = {}
@@ -23,30 +30,23 @@ class Notes:
         before = [self.found[name][1]] if name in self.found else []
         self.found[name] = sentence, sum(before, start=counts)
 
-    def said(self) -> dict[str, str]:
-        """Name -> sentence, of those that have one."""
+    def sentences(self) -> dict[str, str]:
+        """Return name → sentence of the notes whose counts need one."""
         sentences = {name: sentence(counts) for name, (sentence, counts) in self.found.items()}
         return {name: text for name, text in sentences.items() if text}
 
 
-def said_once(notes: Mapping[str, Notes]) -> list[str]:
-    """Each note of several systems once, with the name of the first one that it is true of."""
-    told: dict[str, str] = {}
+def distinct_sentences(notes: Mapping[str, Notes]) -> list[str]:
+    """Return each note of several systems once, prefixed with the first system that it applies to."""
+    distinct: dict[str, str] = {}
     for system, each in notes.items():
-        for name, text in each.said().items():
-            told.setdefault(name, f"{system}: {text}" if system else text)
-    return list(told.values())
+        for name, text in each.sentences().items():
+            distinct.setdefault(name, f"{system}: {text}" if system else text)
+    return list(distinct.values())
 
 
-def notice(name: str, sentence: Callable[[Counts], str | None], counts: Counts, notes: Notes | None = None) -> None:
-    """Add to the notes, or, where there are none, warn if these counts need a sentence.
-
-    >>> notes = Notes()
-    >>> for blank in (1, 2):
-    ...     notice("blank", "{} texts are blank".format, blank, notes)
-    >>> notes.said()
-    {'blank': '3 texts are blank'}
-    """
+def note_or_warn(name: str, sentence: Callable[[Counts], str | None], counts: Counts, notes: Notes | None = None) -> None:
+    """Add the counts to `notes`; without `notes`, warn if the counts need a sentence."""
     if notes is not None:
         notes.add(name, sentence, counts)
     elif text := sentence(counts):

@@ -1,4 +1,4 @@
-"""Batches of texts that differ in length: which go together, and where their tokens stand among those of all.
+"""Padded batches of texts of different lengths: grouping by length, and indices into the flattened tokens.
 
 B rows of a batch, T positions, P rows in all, U texts.
 """
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 
-def batches(length_P: Tensor, tokens: int) -> Iterator[Tensor]:
-    """All places, shortest first, in batches of at most `tokens` once padded (or of one).
+def padded_batches(length_P: Tensor, tokens: int) -> Iterator[Tensor]:
+    """Yield the indices of all rows, shortest first, in batches of at most `tokens` after padding (or of one row).
 
-    >>> [batch.tolist() for batch in batches(torch.tensor([2, 9, 3, 2]), 6)]
+    >>> [batch.tolist() for batch in padded_batches(torch.tensor([2, 9, 3, 2]), 6)]
     [[0, 3], [2], [1]]
     """
     ordered_P, order_P = length_P.sort(stable=True)
@@ -24,10 +24,10 @@ def batches(length_P: Tensor, tokens: int) -> Iterator[Tensor]:
     yield order_P[start:]
 
 
-def places(start_U: Tensor, length_U: Tensor, some_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the tokens of some texts stand among all, padded with the last one to the longest text (B, T), and which are real.
+def padded_indices(start_U: Tensor, length_U: Tensor, some_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return flat indices (B, T) of the tokens of some texts, padded by repeating the last token, and a mask of real tokens.
 
-    >>> places(torch.tensor([0, 2]), torch.tensor([2, 3]), torch.tensor([1, 0]))[0]
+    >>> padded_indices(torch.tensor([0, 2]), torch.tensor([2, 3]), torch.tensor([1, 0]))[0]
     tensor([[2, 3, 4],
             [0, 1, 1]])
     """

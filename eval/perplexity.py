@@ -1,23 +1,23 @@
-"""Perplexity: how well a language model guesses a text, token by token, and what that is per byte, character and word.
+"""Perplexity of a language model per token, byte, character and word, in strided windows; pseudo-perplexity of a masked model.
 
-    perplexity = exp(1/n Σ -log p(target | the tokens before it))        over the n targets of all documents
+    perplexity = exp(1/n Σ -log p(target | the preceding tokens))        over the n targets of all documents
 
-A network reads at most `context` tokens at once, in windows that advance by `stride`; a window scores the targets that none
-before it has scored, so that each counts once. With context 5 and stride 3:
+A network reads windows of at most `context` tokens that advance by `stride`. A window scores the targets that no earlier window
+has scored, so each counts once. With context 5 and stride 3:
 
-    document        a b c d e f g h i        i is a target only, and without a bos, a is none
+    document        a b c d e f g h i        i is only a target; without a bos, a is no target
     first window    a b c d e                scores b c d e f
-    second                d e f g h          scores g h i, which have at least context - stride + 1 = 3 tokens before them
+    second                d e f g h          scores g h i, each after at least context - stride + 1 = 3 tokens
 
-A bos, where there is one, stands at the document's start and is a token as others are. With a bos in every window it takes the
-place of each window's first token, so that windows and their targets stay, and all but the first see one token less:
+A bos is an ordinary token at the start of the document. A bos in every window replaces the first token of each window, so
+windows and targets are the same, and all targets but those of the first window see one token less:
 
     document        <s> a b c d e f g h i
     first window    <s> a b c d              scores a b c d e
-    second                <s> d e f g        scores f g h, which have <s> and context - stride = 2 tokens before them, or more
+    second                <s> d e f g        scores f g h, each after <s> and at least context - stride = 2 tokens
     third                       <s> g h      scores i
 
-Perplexity per token compares models of one tokenizer; per byte, character or word it compares models of any.
+Perplexity per token compares models with the same tokenizer; per byte, character or word it compares any models.
 Source: Jelinek et al. 1977; for masked language models Salazar et al. 2020, arXiv 1910.14659.
 """
 
@@ -31,32 +31,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eval.score import Score, corpus_value, exact_sum
-from eval.targets import IGNORE, SIZES, Ids, Reader, Row, batches, evaluating, framed, sized
+from eval.score import Score, corpus_value, exact_sum, signature_of
+from eval.targets import IGNORE, SIZES, Ids, Row, TargetScorer, add_special_tokens, evaluation_mode, row_batches, with_sizes
 
-ROWS = 1024  # read ahead and sorted by length, so that few positions of a batch are padding
+ROWS = 1024  # rows read ahead and sorted by length, so that batches have little padding
 BOS_AT = ("document", "every-window")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenScores(ABC):
-    """Scores of targets, however a document is made into them.
+    """Base of `Perplexity` and `PseudoPerplexity`: sums over the targets of documents; subclasses define the rows.
 
-    Statistics of an example, float64: references (1), nats, targets, bytes, characters, words, documents; how many targets are
-    the best guess, and among the best k for each further k; then of all bins of confidence the targets, Σ confidence, and how
-    many are the best guess. All but nats and confidences are whole numbers.
+    Statistics of an example, float64: references (1), nats, targets, bytes, characters, words, documents; correct targets for
+    each k of `top_k` (from 1); then per confidence bin the targets, Σ confidence, and the targets that are the best guess. All
+    but nats and confidences are integers.
     """
 
     bos_id: int | None = None
     eos_id: int | None = None
     top_k: Sequence[int] = (1, 5)
     bins: int = 15
-    dtype: str = ""  # of the network, for the signature: log-probabilities are computed in float32 at the least
+    dtype: str = ""  # the network's, for the signature; log-probabilities are computed in float32 or higher
 
     name: ClassVar[str]
-    mean: ClassVar[bool] = False
-    architecture: ClassVar[str]  # of the networks that it is for
-    padded: ClassVar[bool]  # whether rows of several lengths may be read at once
+    is_mean: ClassVar[bool] = False
+    architecture: ClassVar[str]  # the network's, for which the metric is defined
+    is_padded: ClassVar[bool]  # rows of different lengths may share a batch
 
     def __post_init__(self) -> None:
         if self.bins < 1 or min(self.top_k, default=1) < 1:
@@ -65,24 +65,24 @@ class TokenScores(ABC):
 
     @abstractmethod
     def rows(self, id_M: np.ndarray) -> Iterator[Row]:
-        """A document, with its bos and eos, in rows."""
+        """Yield the rows of a document, given its ids with bos and eos."""
 
     def statistics(
         self, network: Callable, documents: Iterable[Ids], *, texts: Iterable[str] | None = None,
         bytes: Iterable[int] | None = None, characters: Iterable[int] | None = None, words: Iterable[int] | None = None,
         unit: str | None = None, batch_size: int | None = None, device: str | None = None, progress: bool = False,
     ) -> Tensor:  # fmt: skip
-        """Statistics (B, K) of documents of token ids, which are read as they come: a generator will do.
+        """Compute the statistics (B, K) of documents of token ids; `documents` may be a generator.
 
-        `network(input_ids B T)` is logits B T V, or has them as `.logits`. Of `texts` the bytes (UTF-8), characters (code
-        points) and words (between white space) are counted, or these counts are given. Examples are documents, or with
-        `unit` "window" windows: so by default where there is one document, for a bootstrap needs something to draw. A document
-        without a target (empty, or one token without bos) is zeros, its size too. Statistics of parts of a set, joined, sum to
-        those of the set but for rounding in the network; with `batch_size` 1 to the last bit.
+        `network(input_ids)` maps (B, T) ids to logits (B, T, V), or returns an object with `.logits`. `bytes` (UTF-8),
+        `characters` (code points) and `words` (between whitespace) are given, or counted from `texts`. Examples are documents,
+        or windows with `unit` "window", the default for a single document, since a bootstrap needs several examples. A document
+        without a target (empty, or one token without bos) has all zeros, its sizes too. Statistics of subsets sum to those of
+        the set up to rounding in the network; with `batch_size` 1 exactly.
 
-        Errors: ids that are no whole numbers (TypeError); ids outside the vocabulary, a bos or an eos that is there already,
-        more documents than texts or fewer, a target whose log-probability is not finite (ValueError: document and token).
-        A logit of -inf is a probability of 0, which only a target must not have.
+        Errors: non-integer ids (TypeError); ids outside the vocabulary, a document that already has bos or eos, unequal numbers
+        of documents and texts, a target with a non-finite log-probability (ValueError with document and token). A logit of
+        -inf is allowed for tokens that are not targets.
         """
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
@@ -90,22 +90,22 @@ class TokenScores(ABC):
             raise ValueError(f"unit={unit!r}: one of 'document', 'window'")
         config = getattr(network, "config", None)
         if (kind := getattr(config, "architecture", self.architecture)) != self.architecture:
-            raise ValueError(f"{self.name} is of a network of architecture {self.architecture!r}, this is {kind!r}")
+            raise ValueError(f"{self.name} needs a network of architecture {self.architecture!r}, this is {kind!r}")
         from tqdm import tqdm
 
         counts = {name: values for name, values in zip(SIZES, (bytes, characters, words), strict=True) if values is not None}
         first_WK, parts = None, [torch.zeros(0, 7 + len(self.top_k) + 3 * self.bins, dtype=torch.float64)]
-        with evaluating(network), tqdm(unit=" targets", unit_scale=True, leave=False, disable=not progress) as bar:
-            read = Reader(network, device, getattr(config, "vocab_size", None))
-            for rows in self._groups(sized(documents, texts, counts), read.vocabulary):
-                statistics_WK = self._score(read, rows, batch_size, bar.update)
+        with evaluation_mode(network), tqdm(unit=" targets", unit_scale=True, leave=False, disable=not progress) as bar:
+            scorer = TargetScorer(network, device, getattr(config, "vocab_size", None))
+            for rows in self._row_groups(with_sizes(documents, texts, counts), scorer.vocabulary):
+                statistics_WK = self._row_statistics(scorer, rows, batch_size, bar.update)
                 first_WK = statistics_WK if first_WK is None else first_WK
-                parts.append(statistics_WK if unit == "window" else by_document(statistics_WK, rows))
+                parts.append(statistics_WK if unit == "window" else sum_by_document(statistics_WK, rows))
         statistics_BK = torch.cat(parts)
         return first_WK if unit is None and len(statistics_BK) == 1 else statistics_BK
 
-    def _groups(self, documents: Iterable[tuple[Ids, Sequence[int]]], vocabulary: int) -> Iterator[list[Row]]:
-        """`ROWS` rows or more at a time, all of a document together: they then add up in one order, whatever comes with it."""
+    def _row_groups(self, documents: Iterable[tuple[Ids, Sequence[int]]], vocabulary: int) -> Iterator[list[Row]]:
+        """Yield groups of at least `ROWS` rows, a document never split, so its rows are always summed in the same order."""
         for name, value in vars(self).items():
             if name.endswith("_id") and value is not None and not 0 <= value < vocabulary:
                 raise ValueError(f"{name}={value} is outside the vocabulary of {vocabulary}")
@@ -114,20 +114,22 @@ class TokenScores(ABC):
             if len(rows) >= ROWS:
                 yield rows
                 rows = []
-            id_M = framed(document, place, vocabulary, self.bos_id, self.eos_id)
+            id_M = add_special_tokens(document, place, vocabulary, self.bos_id, self.eos_id)
             found = list(self.rows(id_M)) or [Row(0, id_M[:0], id_M[:0])]
             done_W = np.cumsum([0, *((row.label_T != IGNORE).sum() for row in found)])
-            share_W3 = np.diff(np.array(size) * done_W[:, None] // max(1, done_W[-1]), axis=0)
-            rows += [row._replace(document=place, size=share_W3[i], opens=i == 0) for i, row in enumerate(found)]
+            size_W3 = np.diff(np.array(size) * done_W[:, None] // max(1, done_W[-1]), axis=0)
+            rows += [row._replace(document=place, size=size_W3[i], is_first=i == 0) for i, row in enumerate(found)]
         if rows:
             yield rows
 
-    def _score(self, read: Reader, rows: Sequence[Row], batch_size: int | None, advance: Callable[[int], object]) -> Tensor:
-        """Statistics (W, K) of rows."""
+    def _row_statistics(
+        self, scorer: TargetScorer, rows: Sequence[Row], batch_size: int | None, advance: Callable[[int], object]
+    ) -> Tensor:
+        """Compute the statistics (W, K) of W rows."""
         edges = torch.arange(1, self.bins, dtype=torch.float64) / self.bins  # a bin is (low, high], as in eval/calibration.py
         found_WK = torch.zeros(len(rows), 2 + len(self.top_k) + 3 * self.bins, dtype=torch.float64)
-        for batch in batches(rows, read.vocabulary, batch_size, padded=self.padded):
-            row_N, place_N, nll_N, rank_N, confidence_N = read([rows[i] for i in batch])
+        for batch in row_batches(rows, scorer.vocabulary, batch_size, padded=self.is_padded):
+            row_N, place_N, nll_N, rank_N, confidence_N = scorer([rows[i] for i in batch])
             for n in (~nll_N.isfinite()).nonzero()[:1, 0].tolist():
                 where = f"document {rows[batch[int(row_N[n])]].document}, token {int(place_N[n])}"
                 raise ValueError(f"{where}: -log p = {float(nll_N[n])} is not finite")
@@ -136,20 +138,20 @@ class TokenScores(ABC):
             bins = [cell_N.bincount(value, len(batch) * self.bins) for value in (one_N, confidence_N, (rank_N == 0).double())]
             found_WK[batch] = torch.cat([torch.stack(sums, 1), *(value.view(-1, self.bins) for value in bins)], 1)
             advance(len(row_N))
-        counted_W5 = torch.tensor(np.array([(1, *row.size, row.opens) for row in rows]))
-        return torch.cat([counted_W5[:, :1], found_WK[:, :2], counted_W5[:, 1:], found_WK[:, 2:]], 1)
+        size_W5 = torch.tensor(np.array([(1, *row.size, row.is_first) for row in rows]))
+        return torch.cat([size_W5[:, :1], found_WK[:, :2], size_W5[:, 1:], found_WK[:, 2:]], 1)
 
     def scores(self, statistics_XK: Tensor) -> Tensor:
-        """Perplexity per token; infinite past float64, NaN where there is no target."""
+        """Perplexity per token of each row, (..., K) to (...,); infinite beyond float64, NaN without a target."""
         return (statistics_XK[..., 1] / statistics_XK[..., 2]).exp()
 
     def examples(self, statistics_BK: Tensor) -> Tensor:
         return self.scores(statistics_BK)
 
     def score(self, statistics_BK: Tensor) -> Score:
-        """Parts: loss (nats per token), bits_per_token, accuracy, top_k_accuracy {k: …}, the expected calibration_error (to 1);
-        targets, documents, skipped (documents without a target); and where bytes, characters or words are known, their number,
-        bits_per_byte … and perplexity_per_byte … Errors: no target at all (ValueError).
+        """Score the corpus. Parts: loss (nats per token), bits_per_token, accuracy, top_k_accuracy {k: …}, the expected
+        calibration_error (0 to 1); targets, documents, skipped (documents without a target); and for known bytes, characters
+        and words their number, bits_per_byte … and perplexity_per_byte …. Errors: no target at all (ValueError).
         """
         sums_K = exact_sum(statistics_BK)
         _, nats, targets, *sizes, documents = sums_K[:7].tolist()
@@ -168,29 +170,31 @@ class TokenScores(ABC):
         for name, size in zip(SIZES, sizes, strict=True):
             if size:
                 per = f"per_{name.removesuffix('s')}"
-                whole = torch.tensor(nats / size, dtype=torch.float64).exp()
-                parts |= {name: int(size), f"bits_{per}": nats / math.log(2) / size, f"perplexity_{per}": float(whole)}
+                perplexity_per_unit = torch.tensor(nats / size, dtype=torch.float64).exp()
+                parts |= {name: int(size), f"bits_{per}": nats / math.log(2) / size}
+                parts[f"perplexity_{per}"] = float(perplexity_per_unit)
         return Score(self.name, corpus_value(self, statistics_BK), parts, self.signature(statistics_BK))
 
-    def signature(self, statistics_BK: Tensor, **resampled: object) -> str:
+    def signature(self, statistics_BK: Tensor, **resampling: object) -> str:
         settings = {name.removesuffix("_id"): value for name, value in vars(self).items()}
-        if settings.get("bos_at") == "document":  # where a bos stands unless it is told otherwise
+        if settings.get("bos_at") == "document":  # the default
             del settings["bos_at"]
         del settings["dtype"]
-        said = {"per": "token"} | resampled | settings | {"top_k": ",".join(map(str, self.top_k))}
-        said |= {"dtype": self.dtype} if self.dtype else {}
-        return "|".join(f"{name}:{'none' if value is None else value}" for name, value in said.items())
+        settings = {"per": "token"} | resampling | settings | {"top_k": ",".join(map(str, self.top_k))}
+        settings |= {"dtype": self.dtype} if self.dtype else {}
+        return signature_of({name: "none" if value is None else value for name, value in settings.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity(TokenScores):
-    """Of a causal language model. N tokens have N - 1 targets, one more with a bos (the first token), and one more with an eos.
+    """Perplexity of a causal language model. N tokens have N - 1 targets, one more with a bos, one more with an eos.
 
-    By default `stride` is half the context: no target but a document's first ones sees less than that, at twice the cost of
-    stride = context. A bos stands at the document's start, or with `bos_at` "every-window" at every window's, in place of the
-    token there. In training's validation, too, a target sees its own document alone, but blocks of `context` tokens are cut at
-    fixed places of the whole stream (data.packing.blocks.sequential), in the midst of documents, where windows begin with a
-    document: at stride = context the values differ a little.
+    `stride` is half the context by default: every target except the first ones of a document sees at least context / 2 tokens,
+    at twice the cost of stride = context. The bos is at the start of the document, or with `bos_at` "every-window" in place of
+    the first token of every window. Validation during training also keeps targets within their document, but cuts blocks of
+    `context` tokens at fixed positions of the stream (`sequential` in data's packing of blocks), not at document starts: at
+    stride = context the values differ slightly.
+    Errors: context below 2, stride outside 1 … context, an unknown `bos_at`, every-window without a bos_id (ValueError).
     """
 
     context: int
@@ -199,7 +203,7 @@ class Perplexity(TokenScores):
 
     name: ClassVar[str] = "perplexity"
     architecture: ClassVar[str] = "decoder"
-    padded: ClassVar[bool] = True  # on the right, where no target looks
+    is_padded: ClassVar[bool] = True  # on the right, which no target attends to
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -230,9 +234,9 @@ class Perplexity(TokenScores):
 
 @dataclass(frozen=True, kw_only=True)
 class PseudoPerplexity(TokenScores):
-    """Of a masked language model: every token but bos and eos is a target, guessed from all others of its document.
+    """Pseudo-perplexity of a masked language model: each token except bos and eos is predicted from all others.
 
-    A document of N tokens is read N times, each time with another one masked: the cost is N². It must fit into the network.
+    A document of N tokens is read N times, with one token masked each time: the cost is N². It must fit into the context.
     Source: Salazar et al. 2020, arXiv 1910.14659, section 2.
     """
 
@@ -240,7 +244,7 @@ class PseudoPerplexity(TokenScores):
 
     name: ClassVar[str] = "pseudo-perplexity"
     architecture: ClassVar[str] = "encoder"
-    padded: ClassVar[bool] = False  # every token looks at all others
+    is_padded: ClassVar[bool] = False  # every token attends to all others
 
     def rows(self, id_M: np.ndarray) -> Iterator[Row]:
         first = int(self.bos_id is not None)
@@ -250,9 +254,9 @@ class PseudoPerplexity(TokenScores):
             yield Row(-first, input_T, label_T)
 
 
-def by_document(statistics_WK: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Each document's rows, summed in order."""
-    index_W = torch.tensor([row.opens for row in rows]).cumsum(0) - 1
+def sum_by_document(statistics_WK: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Sum the statistics of each document's rows, in order."""
+    index_W = torch.tensor([row.is_first for row in rows]).cumsum(0) - 1
     summed_BK = statistics_WK.new_zeros(int(index_W[-1]) + 1, statistics_WK.size(1)).index_add_(0, index_W, statistics_WK)
     summed_BK[:, 0] = 1
     return summed_BK
@@ -262,7 +266,13 @@ def perplexity_score(
     network: Callable, documents: Iterable[Ids], *, context: int, stride: int | None = None, bos_id: int | None = None,
     bos_at: str = "document", eos_id: int | None = None, top_k: Sequence[int] = (1, 5), bins: int = 15, **reading: object,
 ) -> Score:  # fmt: skip
-    """Perplexity per token of documents: settings as in `Perplexity`; `reading`, errors as in its `statistics`.
+    """Perplexity per token of a causal language model: exp(1/n Σ -log p(target | the preceding tokens)).
+
+    `network` maps ids (B, T) to logits (B, T, V) or an object with `.logits`; `documents` are sequences of ids. Settings are
+    those of `Perplexity`; `reading` are arguments of its `statistics`: texts or bytes, characters, words; unit, batch_size,
+    device, progress. Parts: loss (nats), bits_per_token, accuracy, top_k_accuracy, calibration_error, and per byte, character
+    and word bits and perplexity. Errors: those of both.
+    Source: Jelinek et al. 1977.
 
     >>> coin = lambda input_ids: torch.zeros(*input_ids.shape, 2, dtype=torch.float64)
     >>> score = perplexity_score(coin, [[0, 1, 1]], context=2, texts=["abba"])
@@ -278,7 +288,11 @@ def pseudo_perplexity(
     network: Callable, documents: Iterable[Ids], *, mask_id: int, bos_id: int | None = None, eos_id: int | None = None,
     top_k: Sequence[int] = (1, 5), bins: int = 15, **reading: object,
 ) -> Score:  # fmt: skip
-    """Pseudo-perplexity per token of documents: settings as in `PseudoPerplexity`; `reading`, errors as in its `statistics`."""
+    """Pseudo-perplexity per token of a masked language model: exp(1/n Σ -log p(token | all other tokens of its document)).
+
+    Arguments, parts and errors are those of `perplexity_score`, without windows; `mask_id` replaces the predicted token.
+    Source: Salazar et al. 2020, arXiv 1910.14659, section 2.
+    """
     metric = PseudoPerplexity(mask_id=mask_id, bos_id=bos_id, eos_id=eos_id, top_k=top_k, bins=bins)
     return metric.score(metric.statistics(network, documents, **reading))
 

@@ -1,23 +1,23 @@
-"""Porter's stemmer: English endings come off in five steps, each asked of what would remain of the word.
+"""Porter stemmer: five steps remove or replace English suffixes under conditions on the remaining stem.
 
-A word is consonants c and vowels v, and its measure m how often a vowel is followed by a consonant: [c] (vc)^m [v]. A rule
+A word is a sequence of consonants c and vowels v, and its measure m counts vowel-consonant sequences: [c] (vc)^m [v]. A rule
 
-    (m > 0) ATIONAL -> ATE            relational -> relate, rational stays
+    (m > 0) ATIONAL -> ATE            relational -> relate, rational is unchanged
 
-holds where the part before the ending has such a measure. Of a step's rules only that with the longest ending of the word is
-asked, and where its condition fails, the word stays.
+applies if the part before the suffix satisfies the condition. In each step only the rule with the longest matching suffix is
+tried; if its condition fails, the word is unchanged.
 Source: Porter 1980, "An algorithm for suffix stripping", Program 14(3).
 
 Stems are those of NLTK's default mode (NLTK_EXTENSIONS), which departs from the paper:
-- a dozen words have a stem of their own, and words of one or two characters stay
-- 1a, 1b: -IES and -IED of a word of four letters become -IE (dies, died -> die), and any -IED else becomes -I (spied -> spi)
-- 1c: Y becomes I after any consonant but the word's first letter, and after nothing else (fly -> fli; enjoy and by stay)
-- 2: BLI -> BLE for ABLI -> ABLE, FULLI -> FUL and LOGI -> LOG are new, the L of the last one counted in the measure; what
-  ALLI -> AL makes goes through the step again
-- *o holds too for a vowel and a consonant alone (1b: using -> use; 5a: ice stays)
-- 1b: a rest that ends in the two characters *d loses the star
+- a dozen irregular words have fixed stems; words of one or two characters are unchanged
+- 1a, 1b: -IES and -IED of a four-letter word become -IE (dies, died -> die), any other -IED becomes -I (spied -> spi)
+- 1c: Y becomes I after a consonant that is not the word's first letter (fly -> fli; enjoy and by are unchanged)
+- 2: BLI -> BLE replaces ABLI -> ABLE; FULLI -> FUL and LOGI -> LOG are added, the L of the latter counted in the measure; the
+  result of ALLI -> AL goes through step 2 again
+- *o also holds for a vowel followed by a consonant (1b: using -> use; 5a: ice is unchanged)
+- 1b: a stem that ends in the two characters *d loses the star
 
-Any character that is no vowel is a consonant, digits and other scripts as well.
+Any character that is no vowel is a consonant, including digits and other scripts.
 """
 
 from collections.abc import Mapping
@@ -78,7 +78,9 @@ STEP_4 = dict.fromkeys(
 
 @lru_cache(1 << 18)
 def stem(word: str) -> str:
-    """The stem of a word, in lower case.
+    """Return the Porter stem of a word, in lower case.
+
+    Source: Porter 1980, "An algorithm for suffix stripping", Program 14(3); equal to NLTK's default mode.
 
     >>> [stem(word) for word in "Relational hopping flies dies generalizations sky".split()]
     ['relat', 'hop', 'fli', 'die', 'gener', 'sky']
@@ -92,7 +94,7 @@ def stem(word: str) -> str:
 
 
 def shape(word: str) -> str:
-    """Its consonants c and vowels v. A Y is a vowel after a consonant.
+    """Map letters to consonants c and vowels v; Y is a vowel after a consonant.
 
     >>> shape("toy"), shape("syzygy")
     ('cvc', 'cvcvcv')
@@ -105,7 +107,7 @@ def shape(word: str) -> str:
 
 
 def measure(word: str) -> int:
-    """m of [c] (vc)^m [v].
+    """Porter's measure: m of [c] (vc)^m [v].
 
     >>> [measure(word) for word in ("tree", "trouble", "troubles")]
     [0, 1, 2]
@@ -114,7 +116,7 @@ def measure(word: str) -> int:
 
 
 def _replace(word: str, endings: Mapping[str, str], above: int) -> str:
-    """By the rule (m > above) of the longest ending that the word has."""
+    """Replace the word's longest suffix among `endings`, if the rest has m > above."""
     if not word.endswith((*endings,)):
         return word
     ending = max(filter(word.endswith, endings), key=len)
@@ -125,7 +127,7 @@ def _replace(word: str, endings: Mapping[str, str], above: int) -> str:
 def _step_1a(word: str) -> str:
     if len(word) == 4 and word.endswith("ies"):
         return word[:-1]
-    return _replace(word, STEP_1A, -1)  # -1: without a condition
+    return _replace(word, STEP_1A, -1)  # -1: unconditional
 
 
 def _step_1b(word: str) -> str:
@@ -136,12 +138,12 @@ def _step_1b(word: str) -> str:
     for ending in ("ed", "ing"):
         rest = word.removesuffix(ending)
         if rest != word and "v" in shape(rest):
-            return _mend(rest)
+            return _restore(rest)
     return word
 
 
-def _mend(rest: str) -> str:
-    """What -ED or -ING was taken off gets its E back, or loses the second of two consonants."""
+def _restore(rest: str) -> str:
+    """Restore a final E after removing -ED or -ING, or drop the second of two equal consonants."""
     if rest.endswith(("at", "bl", "iz")):
         return rest + "e"
     if rest[-1] == rest[-2:-1] and shape(rest)[-1] == "c":
@@ -152,7 +154,7 @@ def _mend(rest: str) -> str:
 
 
 def _ends_cvc(word: str) -> bool:
-    """*o: the end is consonant, vowel, consonant, and that is no W, X or Y; or the word is a vowel and any consonant."""
+    """Condition *o: the word ends in consonant, vowel, consonant other than W, X, Y; or it is a vowel and a consonant."""
     letters = shape(word)
     return (letters[-3:] == "cvc" and word[-1] not in "wxy") or letters == "vc"
 

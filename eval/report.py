@@ -11,7 +11,7 @@ from torch import Tensor
 from eval.bootstrap import Interval, confidence_interval
 from eval.notes import Notes
 from eval.score import Metric, Score
-from eval.significance import Comparison, approximate_randomisation, examples_needed, paired_bootstrap, why_no_p
+from eval.significance import Comparison, approximate_randomisation, examples_needed, paired_bootstrap, reason_without_p_value
 
 CONFIDENCE = 0.95
 TESTS = {"bootstrap": paired_bootstrap, "randomisation": approximate_randomisation}
@@ -71,7 +71,7 @@ def _row_as_json(row: Row) -> dict[str, object]:
     if row.paired:
         near = row.paired.interval
         found |= {"difference": row.paired.difference} | ends("difference_interval", near if near.has_width else None)
-        found |= {"p_value": p_value(row.paired), "no_p_value": why_no_p(row.paired), "test": tested(row.paired)}
+        found |= {"p_value": p_value(row.paired), "no_p_value": reason_without_p_value(row.paired), "test": tested(row.paired)}
         found["examples_needed"] = row.needed
     return found | {"signature": score.signature}
 
@@ -82,7 +82,7 @@ def ends(name: str, interval: Interval | None) -> dict[str, list | None]:
 
 def p_value(comparison: Comparison) -> float | None:
     """None where too few examples differ for a p: sacrebleu's tests often give their smallest there."""
-    return None if why_no_p(comparison) else comparison.p_value
+    return None if reason_without_p_value(comparison) else comparison.p_value
 
 
 def finite(value: object) -> object:
@@ -194,7 +194,7 @@ def table(rows: Sequence[Row]) -> list[str]:
         aligned = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
         lines.append("   ".join((first.ljust(widths[0]), *aligned)).rstrip())
     lines += [f"  {score.signature}", f"  p: {tested(rows[1].paired)}, against {rows[0].system}"]
-    return lines + [f"  p of {row.system}: – {why}" for row in rows[1:] if (why := why_no_p(row.paired))]
+    return lines + [f"  p of {row.system}: – {why}" for row in rows[1:] if (why := reason_without_p_value(row.paired))]
 
 
 def tested(comparison: Comparison) -> str:

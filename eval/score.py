@@ -1,8 +1,8 @@
-"""What every metric is: whole-number statistics of each example, a score of their sum (or of each), and all settings said.
+"""The interface of a metric: integer statistics per example, a score of their sum or mean, and a signature of all settings.
 
-A metric here is a frozen dataclass of its settings with the three parts of `Metric`. Whoever scores a corpus in pieces, on
-several ranks or out of a stream, keeps the statistics and joins them: sums of whole numbers are the same in any order, and
-means of examples are rounded once (`math.fsum`), so any split of a corpus gives the same score, to the last bit.
+A metric is a frozen dataclass of its settings that implements `Metric`. To score a corpus in pieces, on several ranks or from a
+stream, keep the statistics and concatenate them: integer sums do not depend on the order, and means over examples are rounded
+once (`math.fsum`), so any split of a corpus gives the same score, to the last bit.
 """
 
 import math
@@ -13,15 +13,21 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-SACREBLEU = "2.6.0"  # whose values and signatures BLEU and chrF have
+SACREBLEU_VERSION = "2.6.0"  # BLEU and chrF reproduce its values and signatures
 
 
 @dataclass(frozen=True)
 class Score:
-    """A score, what it is made of, and the settings that it holds under.
+    """A metric's value with its parts and its signature.
 
-    `interval` is a confidence interval (low, high) where one was asked for, `digits` what is shown after the point. Parts are
-    attributes too: `score.precisions`.
+    - `value`: in the metric's own range, stated by the metric (BLEU and chrF 0 to 100, ROUGE 0 to 1)
+    - `parts`: the quantities behind it, also attributes: `score.precisions`. An unknown part raises AttributeError
+    - `signature`: every setting, in sacrebleu's form `name:value|name:value`
+    - `interval`: a confidence interval (low, high), if one was computed
+    - `digits`: decimals that `str` prints
+
+    >>> print(Score("F1", 0.5, {"recall": 0.25}, "average:macro", interval=(0.4, 0.6)))
+    F1 = 0.5000 [0.4000, 0.6000] average:macro
     """
 
     name: str
@@ -43,51 +49,54 @@ class Score:
 
 
 class Proportion(NamedTuple):
-    """A score that counts examples: so many are right, of so many; and what it is where all are."""
+    """A score that is a proportion of correct examples: value = scale · correct / trials."""
 
-    right: int
+    correct: int
     trials: int
-    best: float
+    scale: float
 
 
 class Metric(Protocol):
-    """`statistics` gives a row for each example, whose column 0 is its number of references; `mean` says how rows become the
-    score of a corpus: the mean of their `scores`, or `scores` of their sum. A score that counts right examples has a method
-    `proportion(statistics_BK)` too, which gives a `Proportion`, or None for settings by which it is another score."""
+    """Protocol of a metric. B examples, R references, K statistics, X any leading dimensions.
+
+    The corpus score is the mean of the examples' `scores` if `is_mean`, else `scores` of the summed statistics. A metric that
+    can be a proportion of correct examples also has `proportion(statistics_BK)`: a `Proportion`, or None under other settings.
+    """
 
     name: str
-    mean: bool
+    is_mean: bool
 
     def statistics(self, hypotheses: Sequence[str], references: Sequence[Sequence[str | None]]) -> Tensor:
-        """Statistics (B, K) of B examples; references in streams, one for each of the R references, each B long.
+        """Compute the statistics (B, K) of B examples; column 0 is the number of references. References come as R streams of
+        length B: `references[r][b]`.
 
-        Metrics of texts warn of those that do not fit them, or with `notes` add what they count of these (`eval.notes`).
+        Text metrics warn about texts that do not suit them; with `notes` they add their counts there instead (`eval.notes`).
         """
 
     def scores(self, statistics_XK: Tensor) -> Tensor:
-        """The score of each row, float64, over any leading dimensions."""
+        """Score each row, (..., K) to (...,) float64."""
 
     def examples(self, statistics_BK: Tensor) -> Tensor:
-        """The score of each example as a text of its own, (B,) float64."""
+        """Score each example as a corpus of one, (B,) float64."""
 
     def score(self, statistics_BK: Tensor) -> Score:
-        """The score of the corpus, with its parts and signature."""
+        """Score the corpus: value, parts and signature."""
 
-    def signature(self, statistics_BK: Tensor, **resampled: object) -> str:
-        """All settings; `resampled` are those of an interval or a test, such as bs=1000, seed=12345."""
+    def signature(self, statistics_BK: Tensor, **resampling: object) -> str:
+        """Return all settings as one string; `resampling` adds those of an interval or a test: bs=1000, seed=12345."""
 
 
 def corpus_value(metric: Metric, statistics_BK: Tensor) -> float:
-    """One number for a corpus, whatever the order of its examples. Of no example it is 0."""
+    """Score of a corpus, independent of the order of its examples; 0 for an empty corpus."""
     if not len(statistics_BK):
         return 0.0
-    if metric.mean:
+    if metric.is_mean:
         return exact_mean(metric.scores(statistics_BK))
     return float(metric.scores(exact_sum(statistics_BK)))
 
 
 def exact_sum(statistics_BK: Tensor) -> Tensor:
-    """Σ over examples, the same in every order: floating-point columns are rounded once."""
+    """Sum over examples, (B, K) to (K,), independent of their order: floating-point columns are rounded once."""
     if statistics_BK.is_floating_point():
         columns = statistics_BK.double().T.tolist()
         return torch.tensor([math.fsum(column) for column in columns], dtype=torch.float64)
@@ -95,54 +104,72 @@ def exact_sum(statistics_BK: Tensor) -> Tensor:
 
 
 def exact_mean(values_B: Tensor) -> float:
-    """Σ v / B with one rounding of the sum: the same in every order."""
+    """Mean of (B,), independent of the order: the sum is rounded once."""
     return math.fsum(values_B.double().tolist()) / max(1, values_B.numel())
 
 
 def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """numerator / denominator in float64, 0 where the denominator is."""
+    """numerator / denominator in float64, and 0 where the denominator is 0."""
     numerator, denominator = numerator.double(), denominator.double()
     return torch.where(denominator == 0, torch.zeros_like(denominator), numerator / denominator.where(denominator != 0, 1.0))
 
 
 def f_measure(precision: Tensor, recall: Tensor, beta: float = 1.0) -> Tensor:
-    """(1 + β²) P R / (β² P + R), 0 where both are: recall weighs β times as much as precision."""
+    """F-measure: (1 + β²) P R / (β² P + R), 0 where P = R = 0. Recall weighs β times as much as precision."""
     return ratio((1 + beta**2) * precision * recall, beta**2 * precision + recall)
 
 
-def sacrebleu_signature(statistics_BK: Tensor, settings: Mapping[str, object], **resampled: object) -> str:
-    """`nrefs:1|bs:1000|seed:12345|case:mixed|…|version:2.6.0`: sacrebleu's form, its version that the values are equal to.
+def sacrebleu_signature(statistics_BK: Tensor, settings: Mapping[str, object], **resampling: object) -> str:
+    """Return a signature in sacrebleu's form: `nrefs:1|bs:1000|seed:12345|case:mixed|…|version:2.6.0`.
 
-    Column 0 of the statistics tells how many references each example has.
+    The number of references is column 0 of the statistics; the version is the one whose values are reproduced.
     """
-    counts = statistics_BK[:, 0].unique().tolist()
-    said = {"nrefs": counts[0] if len(counts) == 1 else "var"} | resampled | dict(settings) | {"version": SACREBLEU}
-    return "|".join(f"{name}:{value}" for name, value in said.items())
+    return signature_of(
+        {"nrefs": reference_count(statistics_BK)} | resampling | dict(settings) | {"version": SACREBLEU_VERSION}
+    )
 
 
-def check_each_has_one(references: Sequence[Sequence]) -> None:
-    """Errors: an example all of whose references are None (ValueError names it)."""
+def signature_of(settings: Mapping[str, object]) -> str:
+    """Join settings to a signature.
+
+    >>> signature_of({"nrefs": 1, "case": "mixed"})
+    'nrefs:1|case:mixed'
+    """
+    return "|".join(f"{name}:{value}" for name, value in settings.items())
+
+
+def reference_count(statistics_BK: Tensor) -> int | str:
+    """Return the number of references that every example has, or "var"."""
+    counts = statistics_BK[:, 0].long().unique().tolist()
+    return counts[0] if len(counts) == 1 else "var"
+
+
+def check_has_reference(references: Sequence[Sequence]) -> None:
+    """Raise ValueError with the index of an example whose references are all None."""
     for place, found in enumerate(zip(*references, strict=True)):
         if all(reference is None for reference in found):
             raise ValueError(f"example {place} has no reference")
 
 
-def one_of_each(references: Sequence) -> list[list]:
-    """The references of one example as streams. Errors: one text in place of a list of them (TypeError)."""
+def single_example_streams(references: Sequence) -> list[list]:
+    """Wrap the references of one example as streams of length 1. Raise TypeError for a bare string."""
     if isinstance(references, str):
         raise TypeError("references are a list of texts, got one string: put it into a list")
     return [[reference] for reference in references]
 
 
 def check_streams(hypotheses: Sequence, references: Sequence[Sequence]) -> None:
-    """Errors: no stream of references, one of another length than the hypotheses (ValueError says both), a bare string, a
-    hypothesis that is None (TypeError)."""
+    """Check the form of hypotheses and reference streams.
+
+    Errors: no stream, a stream whose length differs from that of the hypotheses (ValueError with both lengths); a bare string
+    in place of a sequence, a hypothesis that is None (TypeError).
+    """
     if isinstance(hypotheses, str):
         raise TypeError("hypotheses are a sequence of texts, got one string: put it into a list")
     if isinstance(references, str) or any(isinstance(stream, str) for stream in references):
         raise TypeError("references are streams, [[first of example 0, first of example 1, …], …]: got a string among them")
     if missing := [place for place, hypothesis in enumerate(hypotheses) if hypothesis is None]:
-        raise TypeError(f"hypothesis {missing[0]} is None: a text that is not there has no score, an empty one has")
+        raise TypeError(f"hypothesis {missing[0]} is None: a missing text has no score; an empty string has one")
     if not len(references):
         raise ValueError("there is no stream of references")
     for number, stream in enumerate(references):

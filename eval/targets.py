@@ -1,10 +1,9 @@
-"""Which tokens are scored, and what a network says of them.
+"""Targets of a language model: rows of documents, batches of rows, and the network's log-probabilities.
 
-Documents of token ids, between their bos and eos, become rows, each with the label of every position; rows are read in batches;
-of each target the answer is -log p, its rank among all guesses, and how sure the best guess is. What is a row, and what becomes
-of the answers, eval/perplexity.py says.
+A document's ids, with bos and eos, become rows with a label per position. Rows are batched, and each target gets -log p, its
+rank among all tokens, and the largest probability. `eval.perplexity` defines the rows and sums the results.
 
-B rows of a batch, T positions, V vocabulary, N targets; in a document N ids.
+B rows of a batch, T positions, V vocabulary, N targets, or N ids of a document.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,8 +16,8 @@ import torch
 from torch import Tensor
 
 IGNORE = -100  # a label that is not scored
-LOGITS, TOKENS = 1 << 26, 1 << 14  # of a batch at most, where its size is not given: 256 MiB of float32
-SOFTMAX = 1 << 24  # logits that become probabilities at a time
+LOGITS, TOKENS = 1 << 26, 1 << 14  # upper bounds of a batch if its size is not given: 256 MiB of float32
+SOFTMAX = 1 << 24  # logits in one softmax
 SIZES = ("bytes", "characters", "words")
 MISSING = object()
 
@@ -26,47 +25,47 @@ Ids = Sequence[int] | np.ndarray | Tensor
 
 
 class Row(NamedTuple):
-    """What the network reads at once, and what is scored: label_T[t] is the target of position t, or -100."""
+    """One input sequence and its labels: label_T[t] is the target of position t, or -100."""
 
-    place: int  # in the document, of label_T[0]
+    place: int  # index of label_T[0] in the document
     input_T: np.ndarray
     label_T: np.ndarray
     document: int = 0
-    size: Sequence[int] = (0, 0, 0)  # of the document's bytes, characters and words the share of the row's targets
-    opens: bool = False  # the first row of its document
+    size: Sequence[int] = (0, 0, 0)  # bytes, characters and words of the document, in proportion to the row's targets
+    is_first: bool = False  # the first row of its document
 
 
-def sized(documents: Iterable[Ids], texts: Iterable[str] | None, counts: Mapping[str, Iterable[int]]) -> Iterator[tuple]:
-    """Each document with its bytes, characters and words; 0 where they are not known."""
+def with_sizes(documents: Iterable[Ids], texts: Iterable[str] | None, counts: Mapping[str, Iterable[int]]) -> Iterator[tuple]:
+    """Yield each document with its numbers of bytes, characters and words; 0 if unknown."""
     if isinstance(texts, str) or (texts is not None and counts):
         raise TypeError(f"texts are counted: either a text for each document, or {', '.join(SIZES)}; got one string, or both")
     given = counts if texts is None else {"texts": texts}
     for place, (document, *found) in enumerate(zip_longest(documents, *given.values(), fillvalue=MISSING)):
-        there = {name: one is not MISSING for name, one in zip(("documents", *given), (document, *found), strict=True)}
-        if not all(there.values()):
-            ended, more = (" and ".join(name for name in there if there[name] is known) for known in (False, True))
+        has_more = {name: one is not MISSING for name, one in zip(("documents", *given), (document, *found), strict=True)}
+        if not all(has_more.values()):
+            ended, more = (" and ".join(name for name in has_more if has_more[name] is state) for state in (False, True))
             raise ValueError(f"there are {place} {ended} but more {more}")
-        known = dict(zip(given, found, strict=True))
-        if text := known.get("texts"):
-            known = {"bytes": len(text.encode()), "characters": len(text), "words": len(text.split())}
-        yield document, [known.get(name, 0) for name in SIZES]
+        sizes = dict(zip(given, found, strict=True))
+        if text := sizes.get("texts"):
+            sizes = {"bytes": len(text.encode()), "characters": len(text), "words": len(text.split())}
+        yield document, [sizes.get(name, 0) for name in SIZES]
 
 
-def framed(document: Ids, place: int, vocabulary: int, bos_id: int | None, eos_id: int | None) -> np.ndarray:
-    """A document's ids between its bos and its eos."""
+def add_special_tokens(document: Ids, place: int, vocabulary: int, bos_id: int | None, eos_id: int | None) -> np.ndarray:
+    """Check a document's ids and put them between bos and eos, int64."""
     id_N = document.detach().cpu().numpy() if isinstance(document, Tensor) else np.asarray(document)
     if id_N.ndim != 1 or (id_N.size and id_N.dtype.kind not in "iu"):
         raise TypeError(f"document {place} is not a sequence of token ids: {document!r:.60}")
     for n in np.flatnonzero((id_N < 0) | (id_N >= vocabulary))[:1]:
         raise ValueError(f"document {place}, token {n}: id {id_N[n]} is outside the vocabulary of {vocabulary}")
     if len(id_N) and (id_N[0] == bos_id or id_N[-1] == eos_id):
-        raise ValueError(f"document {place} has its bos_id={bos_id} or eos_id={eos_id} already: it would stand there twice")
+        raise ValueError(f"document {place} has its bos_id={bos_id} or eos_id={eos_id} already: it would be doubled")
     bos, eos = ([] if id is None else [id] for id in (bos_id, eos_id))
     return np.concatenate([bos, id_N, eos]).astype(np.int64)
 
 
-def batches(rows: Sequence[Row], vocabulary: int, batch_size: int | None, *, padded: bool) -> Iterator[list[int]]:
-    """Which rows are read at once, the longest first; unless `padded`, those of one length."""
+def row_batches(rows: Sequence[Row], vocabulary: int, batch_size: int | None, *, padded: bool) -> Iterator[list[int]]:
+    """Yield batches of row indices, longest rows first; rows of a batch have equal length unless `padded`."""
     order = sorted((i for i, row in enumerate(rows) if len(row.input_T)), key=lambda i: -len(rows[i].input_T))
     start = 0
     while start < len(order):
@@ -77,8 +76,8 @@ def batches(rows: Sequence[Row], vocabulary: int, batch_size: int | None, *, pad
         yield batch
 
 
-class Reader:
-    """Asks the network about the targets of some rows."""
+class TargetScorer:
+    """Runs the network on batches of rows and scores their targets."""
 
     def __init__(self, network: Callable, device: str | None, vocabulary: int | None):
         parameters = network.parameters() if hasattr(network, "parameters") else ()
@@ -86,7 +85,7 @@ class Reader:
         self.vocabulary = vocabulary or self.logits(torch.zeros(1, 1, dtype=torch.int64)).size(-1)
 
     def __call__(self, rows: Sequence[Row]) -> tuple[Tensor, ...]:
-        """Of each target its row, its place in the document, -log p, how many tokens are likelier, and the highest p."""
+        """Return for each target its row, its place in the document, -log p, its rank (0 is best), and the largest p."""
         shape = len(rows), max(len(row.input_T) for row in rows)
         input_BT, label_BT = torch.zeros(shape, dtype=torch.int64), torch.full(shape, IGNORE)
         for index, row in enumerate(rows):
@@ -94,7 +93,8 @@ class Reader:
             label_BT[index, : len(row.label_T)] = torch.from_numpy(row.label_T)
         logits_BTV, (row_N, position_N) = self.logits(input_BT), (label_BT != IGNORE).nonzero(as_tuple=True)
         column_3N = torch.stack([row_N, position_N, label_BT[row_N, position_N]]).to(self.device)
-        parts = [guesses(logits_BTV[b, t], label) for b, t, label in column_3N.split(max(1, SOFTMAX // self.vocabulary), 1)]
+        chunks = column_3N.split(max(1, SOFTMAX // self.vocabulary), 1)
+        parts = [score_targets(logits_BTV[b, t], label) for b, t, label in chunks]
         nll_N, rank_N, confidence_N = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
         place_N = torch.tensor([row.place for row in rows])[row_N] + position_N
         return row_N, place_N, nll_N.double(), rank_N, confidence_N.double()
@@ -107,12 +107,11 @@ class Reader:
         return logits_BTV
 
 
-def guesses(logits_NV: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """-log p of the label, how many ids are guessed before it, and the highest p, in float32 or wider.
+def score_targets(logits_NV: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return -log p and rank of each label, and the largest p, (N,) each, in float32 or wider; of equal logits the lower id
+    ranks first, on every device.
 
-    Of equal logits the lower id comes first, on every device.
-
-    >>> guesses(torch.tensor([[0.0, 1.0, 1.0]]), torch.tensor([2]))
+    >>> score_targets(torch.tensor([[0.0, 1.0, 1.0]]), torch.tensor([2]))
     (tensor([0.8620]), tensor([1]), tensor([0.4223]))
     """
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
@@ -124,8 +123,8 @@ def guesses(logits_NV: Tensor, label_N: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 @contextmanager
-def evaluating(network: Callable) -> Iterator[None]:
-    """Without dropout and gradients."""
+def evaluation_mode(network: Callable) -> Iterator[None]:
+    """Disable dropout and gradients, and restore the training mode."""
     training = getattr(network, "training", False)
     if training:
         network.eval()

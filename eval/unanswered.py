@@ -1,6 +1,7 @@
-"""Answers that say in words that there is none: "unanswerable", "N/A", where SQuAD 2.0 has the empty answer.
+"""Notes about answers that express "no answer" in words ("unanswerable", "N/A") instead of SQuAD 2.0's empty answer.
 
-To SQuAD's script they are words like others, and so they are here. A note counts the questions that are wrong by that alone.
+SQuAD's script treats them as ordinary words, and so does `eval.answers`. The note counts the questions that are wrong for that
+reason alone.
 """
 
 import shlex
@@ -8,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from eval.notes import Notes, notice
+from eval.notes import Notes, note_or_warn
 
 # As eval.answers.normalise leaves them.
 NO_ANSWERS = {
@@ -22,42 +23,43 @@ MANY = 0.05  # of the hypotheses
 
 
 @dataclass(frozen=True)
-class InWords:
-    """Hypotheses, those that say "no answer" in words, questions without an answer that are wrong by words alone; the words."""
+class NoAnswerCounts:
+    """Counts of hypotheses, of those that express "no answer" in words, of unanswerable questions that are wrong only because
+    of such words, and of the phrases."""
 
     hypotheses: int = 0
-    said: int = 0
+    no_answers: int = 0
     wrong: int = 0
     phrases: Counter[str] = field(default_factory=Counter)
 
-    def __add__(self, other: "InWords") -> "InWords":
-        return InWords(*(one + more for one, more in zip(vars(self).values(), vars(other).values(), strict=True)))
+    def __add__(self, other: "NoAnswerCounts") -> "NoAnswerCounts":
+        return NoAnswerCounts(*(one + more for one, more in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
-def notice_in_words(sides: Sequence[Sequence[list[str] | None]], notes: Notes | None) -> None:
-    """Count among normalised hypotheses, and streams of right answers, those that say "no answer" in words."""
-    said, wrong, phrases = 0, 0, Counter()
+def note_no_answers(sides: Sequence[Sequence[list[str] | None]], notes: Notes | None) -> None:
+    """Note normalised hypotheses, and right answers in streams, that express "no answer" in words."""
+    no_answers, wrong, phrases = 0, 0, Counter()
     for answer, *rights in zip(*sides, strict=True):
         answer = " ".join(answer)
         rights = {" ".join(right) for right in rights if right} or {""}
         if answer in NONE and answer not in rights:
             is_wrong = rights <= NONE
-            said, wrong = said + (answer != ""), wrong + is_wrong
+            no_answers, wrong = no_answers + (answer != ""), wrong + is_wrong
             phrases.update((rights | {answer} if is_wrong else {answer}) - {""})
-    notice("no answer", describe, InWords(len(sides[0]), said, wrong, phrases), notes)
+    note_or_warn("no answer", describe, NoAnswerCounts(len(sides[0]), no_answers, wrong, phrases), notes)
 
 
-def describe(found: InWords) -> str | None:
-    """The sentence of a note, where a question is wrong by words alone, or many hypotheses are such words.
+def describe(found: NoAnswerCounts) -> str | None:
+    """Return the note if a question is wrong because of such words alone, or if many hypotheses are such words.
 
-    >>> describe(InWords(9, 3, 2, Counter({"unanswerable": 2, "na": 1})))
+    >>> describe(NoAnswerCounts(9, 3, 2, Counter({"unanswerable": 2, "na": 1})))
     "'unanswerable', 'na' are words, not the empty answer: 3 of 9 hypotheses say so, and 2 questions ..."
     """
-    if not found.wrong and found.said <= MANY * found.hypotheses:
+    if not found.wrong and found.no_answers <= MANY * found.hypotheses:
         return None
     shown = sorted(found.phrases, key=lambda phrase: (-found.phrases[phrase], phrase))[:3]
     return (
-        f"{', '.join(map(repr, shown))} are words, not the empty answer: {found.said:,} of {found.hypotheses:,} hypotheses say "
-        f"so, and {found.wrong:,} questions without an answer are wrong by that alone. no_answer={shown} "
+        f"{', '.join(map(repr, shown))} are words, not the empty answer: {found.no_answers:,} of {found.hypotheses:,} "
+        f"hypotheses say so, and {found.wrong:,} questions without an answer are wrong by that alone. no_answer={shown} "
         f"(--no-answer {shlex.join(shown)}) takes such words for it"
     )

@@ -1,20 +1,20 @@
-"""WordNet's synonyms, read from a folder of its database files (of Debian's package wordnet-base, say).
+"""WordNet synonyms, read from a folder of its database files (for example of Debian's package wordnet-base).
 
     index.noun   lemma  pos  synsets  pointers [symbols]  senses  tagged  offset …     one line a lemma
     data.noun    offset  file  type  words (hexadecimal)  lemma id  lemma id …  | …    one line a synset, at that byte
     noun.exc     irregular form  lemma …
 
-and the same of verb, adj and adv. A word is looked up as it is and in its base forms: those of the exceptions where it is one
-of them, else what the rules of detachment (men -> man) leave of it.
-Source: the manual pages wndb(5WN) and morphy(7WN); Miller 1995. Which forms and synsets a word has is NLTK's
-`WordNetCorpusReader.synsets`: an exception stands in place of the rules, and a form given twice has its last line.
+and likewise for verb, adj and adv. A word is looked up unchanged and in its base forms: from the exception list if it is in it,
+else by the detachment rules (men -> man).
+Source: the manual pages wndb(5WN) and morphy(7WN); Miller 1995. Forms and synsets are those of NLTK's
+`WordNetCorpusReader.synsets`: an exception replaces the rules, and the last line of a repeated form counts.
 """
 
 import re
 from functools import cached_property
 from pathlib import Path
 
-# A part of speech in file names: its letter, and the endings that detachment replaces.
+# Part of speech in file names: its letter, and the suffix replacements of the detachment rules.
 PARTS = {
     "noun": ("n", "s: ses:s ves:f xes:x zes:z ches:ch shes:sh men:man ies:y"),
     "verb": ("v", "s: ies:y es:e es: ed:e ed: ing:e ing:"),
@@ -22,15 +22,15 @@ PARTS = {
     "adv": ("r", ""),
 }
 FILES = tuple(name.format(part) for part in PARTS for name in ("index.{}", "data.{}", "{}.exc"))
-MARKER = re.compile(r"\([^()]*\)$")  # an adjective's place, as in afraid(p)
+MARKER = re.compile(r"\([^()]*\)$")  # syntactic marker of an adjective, as in afraid(p)
 VERSION = re.compile(r"WordNet (\d+(?:\.\d+)?\+?) Copyright")
 
 
 class WordNet:
-    """A database folder. Indexes are read when a word is first asked for, synsets from their offsets.
+    """A WordNet database folder; indexes are read on first use, synsets at their byte offsets.
 
-    Errors: a file that the folder lacks (FileNotFoundError names both); a line that is not as it should be (ValueError names
-    the file, and the line of an index or the byte of a synset).
+    Errors: a missing file (FileNotFoundError with folder and file); a malformed line (ValueError with the file, and the line
+    of an index or the byte of a synset).
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -40,20 +40,20 @@ class WordNet:
         self._parts = [_Part(self.folder, name, letter, endings) for name, (letter, endings) in PARTS.items()]
 
     def synonyms(self, word: str) -> frozenset[str]:
-        """Lemmas of all synsets of the word, of any part of speech, and the word; those of several words are left out."""
+        """Return the word and the single-word lemmas of all its synsets, of any part of speech."""
         form = word.lower()
         return frozenset((word,)).union(*(part.lemmas(form) for part in self._parts))
 
     @cached_property
     def version(self) -> str:
-        """As the licence at the head of data.adj has it, or "?"."""
+        """WordNet version in the licence at the head of data.adj, or "?"."""
         with open(self.folder / "data.adj", encoding="utf-8", errors="replace") as file:
             head = "".join(line for line, _ in zip(file, range(30), strict=False))
         return found[1] if (found := VERSION.search(head)) else "?"
 
 
 class _Part:
-    """One part of speech."""
+    """Index, exceptions and synsets of one part of speech."""
 
     def __init__(self, folder: Path, name: str, letter: str, endings: str) -> None:
         self.folder, self.name, self.letter = folder, name, letter
@@ -62,7 +62,7 @@ class _Part:
 
     @cached_property
     def index(self) -> dict[str, tuple[int, str]]:
-        """Of each lemma the line and its number. A licence stands before them, indented."""
+        """Lemma → (line number, line) of the index; the indented licence at its head is skipped."""
         lines = _lines(self.folder / f"index.{self.name}")
         return {line.split(None, 1)[0]: (place, line) for place, line in lines if line.strip() and line[0] != " "}
 
@@ -75,7 +75,7 @@ class _Part:
         return [name for base in self.bases(form) for offset in self.offsets(base) for name in self.synset(offset)]
 
     def bases(self, form: str) -> set[str]:
-        """The form and those that it may be an inflection of, where they are lemmas."""
+        """Return the form and its possible base forms that are lemmas."""
         detached = [form[: -len(old)] + new for old, new in self.endings if form.endswith(old)]
         return {form, *self.exceptions.get(form, detached)} & self.index.keys()
 
@@ -91,7 +91,7 @@ class _Part:
             raise ValueError(f"{self.folder / f'index.{self.name}'}, line {place}: damaged: {line!r:.80}") from None
 
     def synset(self, offset: int) -> list[str]:
-        """Lemmas of the synset at this byte, but for those of several words."""
+        """Read the single-word lemmas of the synset at this byte offset."""
         if offset not in self.synsets:
             path = self.folder / f"data.{self.name}"
             with open(path, "rb") as file:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from data.transforms.causal import IGNORE
-from eval.classification import from_confusion
+from eval.classification import scores_from_confusion
 from eval.multilabel import Multilabel
 from train.label_objective import whole_text
 from train.task import Batch, Scores
@@ -47,7 +47,7 @@ def baseline(validation: Sequence[Batch], train_counts: Sequence[int], total: in
 def class_scores(confusion_CC: "Tensor", baseline: float) -> Scores:
     """Of the classes that come on either side, as scikit-learn has it."""
     met = (confusion_CC.sum(0) + confusion_CC.sum(1) > 0).nonzero()[:, 0]
-    score = from_confusion(confusion_CC[met][:, met])
+    score = scores_from_confusion(confusion_CC[met][:, met])
     found = {"accuracy": score.accuracy, "baseline_accuracy": baseline, "f1": score.macro["f1"], "mcc": score.mcc}
     return found | ({"confusion": confusion_CC.tolist()} if len(confusion_CC) <= SHOWN_CLASSES else {})
 

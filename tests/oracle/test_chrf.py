@@ -177,9 +177,9 @@ def test_mutants_are_seen(monkeypatch):
             return abs(corpus_chrf(hypotheses, references, word_order=2).value - expected)
 
     assert off() <= 1e-9
-    assert off(words=lambda texts: [text.split() for text in texts]) > 1e-3  # punctuation kept on words
-    assert off(totals=lambda lengths, order: lengths[:, None].expand(-1, order)) > 1e-3  # as many n-grams as characters
-    kept = chrf.matches_each
-    assert off(matches_each=lambda one, two, order: kept(one, two, order).cumsum(2) // 2) > 1e-3  # other counts
-    points = chrf.code_points
-    assert off(code_points=lambda sides, whitespace: points(sides, whitespace=True)) > 1e-3  # blanks among the characters
+    assert off(split_words=lambda texts: [text.split() for text in texts]) > 1e-3  # punctuation kept on words
+    assert off(ngram_counts=lambda lengths, order: lengths[:, None].expand(-1, order)) > 1e-3  # as many n-grams as characters
+    kept = chrf.clipped_matches_each
+    assert off(clipped_matches_each=lambda one, two, order: kept(one, two, order).cumsum(2) // 2) > 1e-3  # other counts
+    points = chrf.encode_characters
+    assert off(encode_characters=lambda sides, whitespace: points(sides, whitespace=True)) > 1e-3  # blanks among the characters

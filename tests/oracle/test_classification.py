@@ -16,8 +16,8 @@ from eval.classification import (
     Classification,
     classification_scores,
     confusion_matrix,
-    from_confusion,
-    in_top_k,
+    is_in_top_k,
+    scores_from_confusion,
     top_k_accuracy,
 )
 from eval.multilabel import MATRIX_AVERAGES, Multilabel, multilabel_scores
@@ -83,7 +83,7 @@ def test_the_oracle_catches_mutants(monkeypatch):
     with pytest.raises(AssertionError):
         assert worst(0.0) <= 1e-12
     monkeypatch.setattr(rating, "divide", divide)
-    monkeypatch.setattr(module, "correlation", lambda counts: ratio(counts[..., 0].sum(-1), counts[..., 2].sum(-1)))
+    monkeypatch.setattr(module, "matthews_correlation", lambda counts: ratio(counts[..., 0].sum(-1), counts[..., 2].sum(-1)))
     with pytest.raises(AssertionError):
         assert worst(0.0) <= 1e-12
 
@@ -93,7 +93,7 @@ def test_any_split_and_any_kind_of_input_are_one():
     names = [f"class {place:02}" for place in range(count)]
     whole = classification_scores(predictions, labels, classes=count)
     cut = [confusion_matrix(predictions[part::3], labels[part::3], count) for part in range(3)]
-    assert from_confusion(sum(cut)).parts == whole.parts
+    assert scores_from_confusion(sum(cut)).parts == whole.parts
     words = classification_scores([names[p] for p in predictions], [names[p] for p in labels], classes=names)
     assert {**words.parts, "classes": whole.classes} == whole.parts
     assert classification_scores(torch.tensor(predictions).int(), labels.tolist(), classes=count).parts == whole.parts
@@ -165,12 +165,12 @@ def test_label_matrices_equal_scikit_learn(parity, zero_division):
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_oracle_of_matrices_catches_mutants(monkeypatch):
-    whole, averaged = Multilabel._of_examples, rating.averaged
-    monkeypatch.setattr(Multilabel, "_of_examples", lambda self, rows: whole(self, rows.sum(0, keepdim=True)))  # micro
+    whole, average_rates = Multilabel._example_rates, rating.average_rates
+    monkeypatch.setattr(Multilabel, "_example_rates", lambda self, rows: whole(self, rows.sum(0, keepdim=True)))  # micro
     with pytest.raises(AssertionError):
         assert worst_of_matrices(0.0) <= 1e-12
-    monkeypatch.setattr(Multilabel, "_of_examples", whole)
-    monkeypatch.setattr("eval.multilabel.averaged", lambda *given: averaged(*given, only_met=True))
+    monkeypatch.setattr(Multilabel, "_example_rates", whole)
+    monkeypatch.setattr("eval.multilabel.average_rates", lambda *given: average_rates(*given, only_met=True))
     with pytest.raises(AssertionError):
         assert worst_of_matrices(0.0) <= 1e-12
 
@@ -190,7 +190,7 @@ def test_a_matrix_of_0_and_1_is_not_flattened_in_silence():
     }
     for predicted, true, classes in undecided.values():
         for call in (classification_scores, confusion_matrix):
-            with pytest.raises(ValueError, match=r"matrices of 0 and 1, \(4, 4\): say multilabel=True if each column"):
+            with pytest.raises(ValueError, match=r"matrices of 0 and 1, \(4, 4\): set multilabel=True if each column"):
                 call(predicted, true, classes=classes)
             assert call(predicted, true, classes=classes, multilabel=False) is not None
     with pytest.raises(ValueError, match="multilabel=True"):
@@ -237,13 +237,13 @@ def test_top_k_equals_scikit_learn(parity):
             # scikit-learn puts the higher id first among equal scores: with the classes turned round that is ours.
             theirs = oracle.top_k_accuracy_score(6 - labels, scores[:, ::-1], k=k, labels=range(7))
             ours = top_k_accuracy(torch.tensor(scores), torch.tensor(labels), k)
-            parity(f"top-k accuracy: {k}, ties {ties}", LIBRARY, abs(ours.value - theirs), 1e-15, "a ratio of whole numbers")
+            parity(f"top-k accuracy: {k}, ties {ties}", LIBRARY, abs(ours.value - theirs), 1e-15, "a ratio of integers")
         best_N = torch.tensor(scores.argmax(1) == labels)
-        assert torch.equal(in_top_k(torch.tensor(scores), torch.tensor(labels), 1), best_N)
+        assert torch.equal(is_in_top_k(torch.tensor(scores), torch.tensor(labels), 1), best_N)
     other = oracle.top_k_accuracy_score(labels, scores, k=2, labels=range(7))  # the mutant: the other way of ties
     assert other != top_k_accuracy(torch.tensor(scores), torch.tensor(labels), 2).value
     scores = torch.tensor([[1.0, 2.0], [math.nan, 0.0], [3.0, -math.inf]])
-    assert in_top_k(scores, torch.tensor([1, -100, 1]), 1).tolist() == [True, False, False]
+    assert is_in_top_k(scores, torch.tensor([1, -100, 1]), 1).tolist() == [True, False, False]
     assert top_k_accuracy(scores, torch.tensor([1, -100, 1]), 2).parts == {"correct": 2, "count": 2}
 
 
@@ -301,12 +301,12 @@ def test_top_k_equals_scikit_learn(parity):
         (lambda: classification_scores([0], [0], zero_division=0.5), ValueError, r"zero_division=0\.5"),
         (lambda: Classification(2).statistics([0], [[0], [0]]), ValueError, "2 streams"),
         (lambda: Classification(()), ValueError, "there is one at least"),
-        (lambda: from_confusion(torch.ones(2, 3, dtype=torch.int64)), ValueError, r"\(2, 3\)"),
-        (lambda: in_top_k(torch.ones(2, 3), torch.tensor([0, 3]), 1), ValueError, r"label 3 of row 1 is not in 0 … 2"),
-        (lambda: in_top_k(torch.tensor([[1.0], [math.nan]]), torch.tensor([0, 0]), 1), ValueError, "row 1 .* NaN"),
-        (lambda: in_top_k(torch.ones(2, 3), torch.tensor([0, 1]), 4), ValueError, "k=4 of 3 classes"),
-        (lambda: in_top_k(torch.ones(2, 3), torch.tensor([0]), 1), ValueError, r"\(2, 3\) with labels \(1,\)"),
-        (lambda: in_top_k(torch.ones(1, 3), torch.tensor([0.0]), 1), TypeError, "float32"),
+        (lambda: scores_from_confusion(torch.ones(2, 3, dtype=torch.int64)), ValueError, r"\(2, 3\)"),
+        (lambda: is_in_top_k(torch.ones(2, 3), torch.tensor([0, 3]), 1), ValueError, r"label 3 of row 1 is not in 0 … 2"),
+        (lambda: is_in_top_k(torch.tensor([[1.0], [math.nan]]), torch.tensor([0, 0]), 1), ValueError, "row 1 .* NaN"),
+        (lambda: is_in_top_k(torch.ones(2, 3), torch.tensor([0, 1]), 4), ValueError, "k=4 of 3 classes"),
+        (lambda: is_in_top_k(torch.ones(2, 3), torch.tensor([0]), 1), ValueError, r"\(2, 3\) with labels \(1,\)"),
+        (lambda: is_in_top_k(torch.ones(1, 3), torch.tensor([0.0]), 1), TypeError, "float32"),
         (lambda: top_k_accuracy(torch.ones(1, 3), torch.tensor([-100]), 1), ValueError, "no label to score"),
     ],
 )

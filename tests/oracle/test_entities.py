@@ -100,7 +100,7 @@ def test_the_report_has_the_same_names():
 
 def test_the_oracle_catches_mutants(monkeypatch):
     predicted, true = corpus(100)
-    spans = module.spans
+    spans = module.entity_spans
     mutants = {
         "modes exchanged": lambda kind, kinds, row, *, strict: spans(kind, kinds, row, strict=not strict),
         "types may change inside": lambda kind, kinds, row, *, strict: spans(kind, -(kind == 0).long(), row, strict=strict),
@@ -108,7 +108,7 @@ def test_the_oracle_catches_mutants(monkeypatch):
         "B- goes on": lambda kind, kinds, row, *, strict: spans(kind.sign() * 2, kinds, row, strict=False),
     }
     for name, mutant in mutants.items():
-        monkeypatch.setattr(module, "spans", mutant)
+        monkeypatch.setattr(module, "entity_spans", mutant)
         for mode in ("lenient", "strict"):
             try:
                 caught = error(predicted, true, mode) > 1e-6
@@ -162,7 +162,7 @@ def test_ignored_tokens_are_taken_out_of_both_sides():
         (lambda: entity_scores([["BPER"]], [["O"]]), ValueError, "tag 'BPER' is none of IOB2"),
         (lambda: entity_scores(["O"], [["O"]]), TypeError, "a string"),
         (lambda: entity_scores([[0]], [[0]]), TypeError, "hold ids, such as 0"),
-        (lambda: entity_scores(torch.zeros(1, 2).long(), torch.zeros(1, 2).long()), TypeError, "say in `tags`"),
+        (lambda: entity_scores(torch.zeros(1, 2).long(), torch.zeros(1, 2).long()), TypeError, "pass their `tags`"),
         (lambda: entity_scores(torch.zeros(1, 2), torch.zeros(1, 2), tags=TAGS), TypeError, "float32"),
         (lambda: entity_scores([[0.5]], [[0]], tags=TAGS), TypeError, "float64"),
         (

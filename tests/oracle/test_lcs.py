@@ -10,7 +10,7 @@ from rouge_score.rouge_scorer import lcs_ind
 
 from eval import lcs
 from eval.lcs import lcs_lengths, lcs_members, lcs_reference, lcs_union, weighted_lcs, weighted_lcs_reference
-from eval.ngram import Ragged, numbered
+from eval.ngram import Ragged, number_tokens
 
 # Budget of a batch, and the size from which a pair goes alone: all in few batches, in many, some alone, all alone.
 PATHS = {"batches": (1 << 22, 1 << 30), "small batches": (2000, 1 << 30), "both": (4000, 300), "alone": (1 << 22, 0)}
@@ -53,30 +53,30 @@ def by_reference(members_N: torch.Tensor, references: list[list]) -> list[list[i
 
 def test_lengths_and_members_equal_the_table(path):
     hypotheses, references = made_up()
-    sides, expected = numbered(hypotheses, references), tables(0)
+    sides, expected = number_tokens(hypotheses, references), tables(0)
     assert lcs_lengths(*sides).tolist() == [len(members) for members in expected]
     assert by_reference(lcs_members(*sides), references) == expected
 
 
 def test_members_are_those_that_rouge_score_reads(parity):
     hypotheses, references = made_up(60, seed=1)
-    found = by_reference(lcs_members(*numbered(hypotheses, references)), references)
+    found = by_reference(lcs_members(*number_tokens(hypotheses, references)), references)
     expected = [lcs_ind(reference, hypothesis) for hypothesis, reference in zip(hypotheses, references, strict=True)]
     unlike = sum(ours != theirs for ours, theirs in zip(found, expected, strict=True))
-    parity("ROUGE: members of subsequences", f"rouge-score {version('rouge_score')}", unlike, 0, "whole numbers")
+    parity("ROUGE: members of subsequences", f"rouge-score {version('rouge_score')}", unlike, 0, "integers")
 
 
 @pytest.mark.parametrize("weight", [1.2, 2.0])
 def test_weighted_equals_the_table(path, weight):
     # The same sums in the same order.
-    assert weighted_lcs(*numbered(*made_up(seed=2)), weight).tolist() == tables(2, weight)
+    assert weighted_lcs(*number_tokens(*made_up(seed=2)), weight).tolist() == tables(2, weight)
 
 
 def test_union_of_several_pairs(path):
     hypotheses, references = made_up(12, seed=3)
     draw = random.Random(0)
     pairs = [(draw.randrange(len(hypotheses)), draw.randrange(len(references))) for _ in range(60)]
-    found = lcs_union(*numbered(hypotheses, references), *torch.tensor(pairs).T)
+    found = lcs_union(*number_tokens(hypotheses, references), *torch.tensor(pairs).T)
     expected = [set() for _ in references]
     for hypothesis, reference in pairs:
         expected[reference].update(lcs_reference(hypotheses[hypothesis], references[reference]))
@@ -84,7 +84,7 @@ def test_union_of_several_pairs(path):
 
 
 def test_a_side_that_is_empty_or_not_there(path):
-    sides = numbered([[], [1], None, [1, 2], []], [[1], [], [2], None, []])
+    sides = number_tokens([[], [1], None, [1, 2], []], [[1], [], [2], None, []])
     assert lcs_lengths(*sides).tolist() == [0] * 5
     assert lcs_members(*sides).tolist() == [False] * 2
     assert weighted_lcs(*sides, 1.2).tolist() == [0.0] * 5

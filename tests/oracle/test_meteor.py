@@ -208,7 +208,7 @@ def test_a_word_is_matched_once(monkeypatch, readers):
     for alignment in ("nltk", "fewest-chunks"):
         row_BK = replace(metric, alignment=alignment).statistics(hypotheses, [references])
         assert (row_BK[:, 1] <= row_BK[:, 3:].amin(1)).all() and (row_BK[:, 2] <= row_BK[:, 1]).all()
-    monkeypatch.setattr(meteor, "_turns", lambda words, groups, pairs: [(words, groups)])  # the mutant: all at once
+    monkeypatch.setattr("eval.meteor_alignment._turns", lambda words, groups, pairs: [(words, groups)])  # mutant: all
     assert (metric.statistics(hypotheses, [references])[:, 1] > 1).any()
 
 

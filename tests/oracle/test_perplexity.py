@@ -415,9 +415,9 @@ def test_bad_input(error, message, given, told):
 
 
 def test_networks_of_another_kind():
-    with pytest.raises(ValueError, match="perplexity is of a network of architecture 'decoder', this is 'encoder'"):
+    with pytest.raises(ValueError, match="perplexity needs a network of architecture 'decoder', this is 'encoder'"):
         perplexity_score(network("bert"), GIVEN, context=8)
-    with pytest.raises(ValueError, match="pseudo-perplexity is of a network of architecture 'encoder', this is 'decoder'"):
+    with pytest.raises(ValueError, match="pseudo-perplexity needs a network of architecture 'encoder', this is 'decoder'"):
         pseudo_perplexity(network(), GIVEN, mask_id=4)
     with pytest.raises(ValueError, match="mask_id=99 is outside"):
         PseudoPerplexity(mask_id=99).statistics(network("bert"), GIVEN)

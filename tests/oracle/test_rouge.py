@@ -17,7 +17,8 @@ from sacrebleu.metrics.bleu import _get_tokenizer
 
 from eval import lcs
 from eval.lcs import weighted_lcs_reference
-from eval.rouge import KINDS, Rouge, aggregate, rouge_scores, rouge_statistics, summary_reference
+from eval.rouge import KINDS, Rouge, rouge_scores, rouge_statistics, summary_lcs_reference
+from eval.rouge_bootstrap import bootstrap_aggregate
 from eval.score import corpus_value
 from eval.tokenize import TOKENIZERS
 from tests.pairs import unicode_pairs, word_pairs
@@ -222,7 +223,7 @@ def test_a_summary_equals_the_plain_twin(monkeypatch):
     draw = random.Random(0)
     texts = [[" ".join(draw.choices("abc\n", k=draw.randint(0, 12))) for _ in range(100)] for _ in range(2)]
     lines = [[[line.split() for line in text.split("\n")] for text in side] for side in texts]
-    expected = [summary_reference(*pair) for pair in zip(*lines, strict=True)]
+    expected = [summary_lcs_reference(*pair) for pair in zip(*lines, strict=True)]
     mixed = [texts[1], [None, *texts[1][1:]]]
     for pairs in (1 << 18, 3):
         monkeypatch.setattr("eval.rouge.SENTENCE_PAIRS", pairs)
@@ -268,7 +269,7 @@ def test_several_kinds_are_each_alone():
 
 @pytest.mark.parametrize("samples, confidence", [(1000, 0.95), (37, 0.5)])
 def test_intervals_equal_the_aggregator(samples, confidence, parity, monkeypatch):
-    monkeypatch.setattr("eval.rouge.CELLS", 4000)  # several blocks of draws
+    monkeypatch.setattr("eval.rouge_bootstrap.CELLS", 4000)  # several blocks of draws
     hypotheses, references = word_pairs(150)
     scorer, theirs = RougeScorer(["rouge1", "rougeL"]), BootstrapAggregator(confidence_interval=confidence, n_samples=samples)
     for hypothesis, reference in zip(hypotheses, references, strict=True):
@@ -277,12 +278,12 @@ def test_intervals_equal_the_aggregator(samples, confidence, parity, monkeypatch
     intervals, random_state = theirs.aggregate(), np.random.RandomState(7)
     for kind in ("rouge1", "rougeL"):
         rows = Rouge(kind).statistics(hypotheses, [references])
-        ours = aggregate(Rouge(kind), rows, samples=samples, confidence=confidence, seed=random_state)
+        ours = bootstrap_aggregate(Rouge(kind), rows, samples=samples, confidence=confidence, seed=random_state)
         error = np.abs(np.array(list(ours.values())) - np.array(intervals[kind])).max()
         parity(f"ROUGE: intervals of {kind}", LIBRARY, error, 1e-12, "the same draws; float64 means")
     rows = Rouge().statistics(hypotheses, [references])
-    assert aggregate(Rouge(), rows, samples=9, seed=3) == aggregate(Rouge(), rows, samples=9, seed=3)
-    assert aggregate(Rouge(), rows, samples=9, seed=3) != aggregate(Rouge(), rows, samples=9, seed=4)
+    assert bootstrap_aggregate(Rouge(), rows, samples=9, seed=3) == bootstrap_aggregate(Rouge(), rows, samples=9, seed=3)
+    assert bootstrap_aggregate(Rouge(), rows, samples=9, seed=3) != bootstrap_aggregate(Rouge(), rows, samples=9, seed=4)
 
 
 def test_signature_says_every_setting():
@@ -315,10 +316,14 @@ def test_signature_says_every_setting():
         (lambda: rouge_scores([["a"]], ["a"]), TypeError, "tokenize is 'ids'"),
         (lambda: rouge_scores([b"a"], ["a"]), TypeError, "is no text"),
         (lambda: rouge_scores(["a"], [[[1]]], tokenize="ids"), TypeError, "tokenize is 'rouge-score'"),
-        (lambda: aggregate(Rouge(), torch.zeros(0, 4)), ValueError, "no example"),
-        (lambda: aggregate(Rouge(), torch.zeros(2, 11)), ValueError, "no statistics of ROUGE: 4 columns wanted, got 11"),
-        (lambda: aggregate(Rouge(), torch.zeros(2, 4), samples=0), ValueError, "samples=0"),
-        (lambda: aggregate(Rouge(), torch.zeros(2, 4), confidence=95), ValueError, "confidence=95"),
+        (lambda: bootstrap_aggregate(Rouge(), torch.zeros(0, 4)), ValueError, "no example"),
+        (
+            lambda: bootstrap_aggregate(Rouge(), torch.zeros(2, 11)),
+            ValueError,
+            "no statistics of ROUGE: 4 columns wanted, got 11",
+        ),
+        (lambda: bootstrap_aggregate(Rouge(), torch.zeros(2, 4), samples=0), ValueError, "samples=0"),
+        (lambda: bootstrap_aggregate(Rouge(), torch.zeros(2, 4), confidence=95), ValueError, "confidence=95"),
     ],
 )
 def test_bad_input_is_named(call, error, words):

@@ -13,7 +13,7 @@ from eval import bootstrap as resampling
 from eval import significance
 from eval.answers import Answers
 from eval.bleu import Bleu
-from eval.bootstrap import bootstrap_interval, confidence_interval, drawn, interval, wilson
+from eval.bootstrap import bootstrap_interval, confidence_interval, draw_counts, percentile_interval, wilson_interval
 from eval.chrf import Chrf
 from eval.classification import Classification
 from eval.multilabel import Multilabel
@@ -21,12 +21,12 @@ from eval.score import corpus_value
 from eval.significance import (
     TESTS,
     approximate_randomisation,
-    coins,
+    draw_coins,
     examples_needed,
-    fewest_examples,
+    min_differing_examples,
     paired_bootstrap,
-    smallest_p,
-    why_no_p,
+    reason_without_p_value,
+    smallest_p_value,
 )
 from tests.pairs import word_pairs
 
@@ -44,7 +44,7 @@ class Mean:
     """A score of each example, with their mean as the corpus score."""
 
     name = "mean"
-    mean = True
+    is_mean = True
 
     def statistics(self, hypotheses, references):
         return torch.tensor([[1.0, float(text)] for text in hypotheses], dtype=torch.float64).view(-1, 2)
@@ -152,7 +152,7 @@ def test_p_values_are_sacrebleus(test, name, parity, monkeypatch):
         parity(f"significance: {test}, {name}, p", LIBRARY, abs(ours.p_value - second.p_value), 0, "the same draws")
         assert (ours.difference, ours.samples, ours.seed) == (ours.system - ours.baseline, 200, seed)
         if name != "mean":
-            assert metric.signature(statistics[0], **ours.resampled) == signature.format()
+            assert metric.signature(statistics[0], **ours.resampling) == signature.format()
         if test == "bs":
             near = bootstrap_interval(metric, statistics[1], samples=200, seed=seed)
             assert max(abs(near.mean - second.mean), abs(near.half_width - second.ci)) <= 1e-4  # float32 of sacrebleu
@@ -168,7 +168,7 @@ def test_the_default_numbers_of_samples():
         signatures, results = theirs()
         ours = TESTS[test](Bleu(), *statistics)
         assert ours.p_value == results["BLEU"][1].p_value and 0.01 < ours.p_value < 0.99
-        assert Bleu().signature(statistics[0], **ours.resampled) == signatures["BLEU"].format()
+        assert Bleu().signature(statistics[0], **ours.resampling) == signatures["BLEU"].format()
         assert ours.samples == samples and f"|{test}:{samples}|seed:12345|" in signatures["BLEU"].format()
 
 
@@ -188,23 +188,23 @@ def test_draws_in_pieces_are_one_draw(monkeypatch):
         for cells in (1, 40, 5000, 2**20):
             monkeypatch.setattr(resampling, "CELLS", cells)
             monkeypatch.setattr(significance, "CELLS", cells)
-            pieces, thrown = [list(found(examples, samples=100, seed=9)) for found in (drawn, coins)]
+            pieces, thrown = [list(found(examples, samples=100, seed=9)) for found in (draw_counts, draw_coins)]
             assert torch.equal(torch.cat(pieces), counts.double()) and torch.equal(torch.cat(thrown), heads)
             assert max(piece.numel() for piece in pieces) <= max(cells, examples)
             assert max(piece.numel() for piece in thrown) <= max(cells, 32 * examples)
     monkeypatch.setattr(significance, "CELLS", 1)
     monkeypatch.setattr(significance, "WORD", 5)  # the mutant: numpy draws 32 coins and forgets the rest
-    assert not torch.equal(torch.cat(list(coins(33, samples=100, seed=9))), torch.cat(thrown)[:, :33])
+    assert not torch.equal(torch.cat(list(draw_coins(33, samples=100, seed=9))), torch.cat(thrown)[:, :33])
 
 
 def test_bounds_at_any_confidence():
     for count in range(1, 400):
         score_X, ordered = torch.randperm(count).double(), range(count)
         for confidence, part in ((0.95, 40), (0.9, 20), (0.99, 200), (0.8, 10), (0.5, 4)):
-            found = interval(score_X, confidence=confidence, seed=0)
+            found = percentile_interval(score_X, confidence=confidence, seed=0)
             assert (found.low, found.high) == (ordered[count // part], ordered[count - count // part - 1])
             assert found.half_width == (found.high - found.low) / 2 and abs(found.mean - (count - 1) / 2) <= 1e-9
-    assert interval(torch.tensor([1.0, 2.0]), confidence=1e-12, seed=0).low == 1
+    assert percentile_interval(torch.tensor([1.0, 2.0]), confidence=1e-12, seed=0).low == 1
 
 
 def samples_of(count: int, mean: float, deviation: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -277,9 +277,9 @@ def test_the_smallest_p_is_that_of_all_outcomes():
         change = torch.arange(1, count + 1) / 8
         signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * count).view(-1, count)
         p_value = float(((signs @ change).abs() >= change.sum()).double().mean())
-        assert p_value == smallest_p(count) and (p_value <= 0.05) == (count >= fewest_examples())
+        assert p_value == smallest_p_value(count) and (p_value <= 0.05) == (count >= min_differing_examples())
     for level in (0.05, 0.01, 0.25, 0.5):
-        assert smallest_p(fewest_examples(level)) <= level < smallest_p(fewest_examples(level) - 1)
+        assert smallest_p_value(min_differing_examples(level)) <= level < smallest_p_value(min_differing_examples(level) - 1)
 
 
 def exactly(differ: int, same: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -303,10 +303,10 @@ def test_too_few_examples_that_differ_have_no_p(test, same):
         else:
             with warnings.catch_warnings(action="error"):
                 found = test(Mean(), *exactly(differ, same), samples=200)
-        assert found.differing == differ and bool(why_no_p(found)) == (differ < 6)
+        assert found.differing == differ and bool(reason_without_p_value(found)) == (differ < 6)
         if test is approximate_randomisation:
             assert found.p_value == 1 / 201  # no shuffle is beyond: ties do not count
-    assert "is at least 0.125, and 0.05 takes 6" in why_no_p(test(Mean(), *exactly(4, same), samples=50))
+    assert "is at least 0.125, and 0.05 takes 6" in reason_without_p_value(test(Mean(), *exactly(4, same), samples=50))
 
 
 def test_a_metric_of_counts_differs_where_its_counts_do():
@@ -325,13 +325,13 @@ def test_wilsons_interval_is_scipys(parity):
         for right in {0, 1, trials // 3, trials - 1, trials}:
             for confidence in (0.5, 0.95, 0.999):
                 near = binomtest(right, trials).proportion_ci(confidence, method="wilson")
-                ours = wilson(right, trials, confidence=confidence)
+                ours = wilson_interval(right, trials, confidence=confidence)
                 worst = max(worst, abs(ours[0] - near.low), abs(ours[1] - near.high))
                 assert 0 <= ours[0] <= right / trials <= ours[1] <= 1
     parity("Wilson's interval", f"scipy {scipy_version}", worst, 1e-12, "float64, the same formula")
     for right, trials, confidence in ((3, 2, 0.9), (-1, 2, 0.9), (0, 0, 0.9), (1, 2, 1)):
         with pytest.raises(ValueError, match=f"{right} right of {trials}, confidence={confidence}"):
-            wilson(right, trials, confidence=confidence)
+            wilson_interval(right, trials, confidence=confidence)
 
 
 def test_intervals_without_width():
@@ -352,11 +352,11 @@ def test_intervals_without_width():
     assert confidence_interval(Bleu(), Bleu().statistics(["a b c d e"] * 9, [["a b c d e"] * 9])) is None
     right = Classification(2)
     rows = right.statistics([0, 1] * 15, [[0, 1] * 14 + [-100] * 2])
-    assert confidence_interval(right, rows).low == wilson(28, 28)[0]  # those that count
+    assert confidence_interval(right, rows).low == wilson_interval(28, 28)[0]  # those that count
     assert confidence_interval(right, right.statistics([[0, 1, 0]] * 5, [[[0, 1, 0]] * 5])) is None  # labels of a row
     assert confidence_interval(Classification(2, "f1"), right.statistics([0, 1] * 20, [[0, 1] * 20])) is None
     columns = Multilabel(2)
-    assert confidence_interval(columns, columns.statistics([[1, 0]] * 9, [[[1, 0]] * 9])).low == wilson(9, 9)[0]
+    assert confidence_interval(columns, columns.statistics([[1, 0]] * 9, [[[1, 0]] * 9])).low == wilson_interval(9, 9)[0]
     assert confidence_interval(Multilabel(2, "f1"), columns.statistics([[1, 0]] * 9, [[[1, 0]] * 9])) is None
 
 

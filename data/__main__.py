@@ -6,7 +6,12 @@ from typing import ClassVar
 
 import tyro
 
+import touchstone
+
+touchstone.refuse_shadowed()  # before a file of the user's is imported in place of ours
+
 from data.config import BUILT_IN, DataConfig, DataError
+from data.shell import program
 from data.sources.find import may_hold_records
 from data.words import counted
 from train.command_line import Needs, refuse_idle, refuse_unreadable, run_command
@@ -55,7 +60,7 @@ def main(arguments: list[str]) -> int:
     def act() -> None:
         refuse_unreadable(arguments, DataError)
         config = tyro.extras.subcommand_cli_from_dict(
-            {"prepare": Prepare}, args=arguments or ["--help"], prog="python -m data", description="Text in, batches out."
+            {"prepare": Prepare}, args=arguments or ["--help"], prog=program("data"), description="Text in, batches out."
         )
         refuse_idle(config, config.NEEDS, arguments, DataError)
         prepare(config)

@@ -5,6 +5,7 @@ import re
 import shlex
 from pathlib import Path
 
+launcher = "python -m"  # how the running command was started; `touchstone` sets its own name
 OPTION = re.compile(r"--[a-z0-9][a-z0-9.-]*")
 
 
@@ -36,4 +37,9 @@ def command(*words: str | Path) -> str:
             typed[-1] += f"={quote(word)}"
         else:
             typed.append(quote(word))
-    return f"python -m {' '.join(typed)}"
+    return f"{launcher} {' '.join(typed)}"
+
+
+def program(name: str) -> str:
+    """A command's name in its help: `python -m train`, or `touchstone train`."""
+    return f"{launcher} {name}"

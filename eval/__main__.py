@@ -18,6 +18,11 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import tyro
 
+import touchstone
+
+touchstone.refuse_shadowed()  # before a file of the user's is imported in place of ours
+
+from data.shell import program
 from data.words import counted
 from eval.commands import options as asked
 from eval.commands.texts import BATCH, HYPOTHESIS_FIELDS, REFERENCE_FIELDS, EvalError, Source, Sources
@@ -343,7 +348,7 @@ def until(found: "Iterator[Document]", tokens: int | None) -> "Iterator[Document
 def main(arguments: list[str]) -> int:
     def act() -> None:
         refuse_unreadable(arguments, EvalError)
-        options = tyro.extras.subcommand_cli_from_dict(asked.KINDS, args=arguments or ["--help"], prog="python -m eval")
+        options = tyro.extras.subcommand_cli_from_dict(asked.KINDS, args=arguments or ["--help"], prog=program("eval"))
         check_values(options)
         refuse_idle(options, options.NEEDS, arguments, EvalError)
         (score_model if isinstance(options, asked.Perplexity) else score_texts)(options)

@@ -8,6 +8,11 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
+import touchstone
+
+touchstone.refuse_shadowed()  # before a file of the user's is imported in place of ours
+
+from data.shell import program
 from data.words import counted
 from lora.config import AdapterError
 from train.command_line import Needs, refuse_idle, refuse_unreadable, run_command
@@ -87,7 +92,7 @@ def merge(options: Merge) -> None:
 def main(arguments: list[str]) -> int:
     def act() -> None:
         refuse_unreadable(arguments, AdapterError)
-        options = tyro.extras.subcommand_cli_from_dict({"merge": Merge}, args=arguments or ["--help"], prog="python -m lora")
+        options = tyro.extras.subcommand_cli_from_dict({"merge": Merge}, args=arguments or ["--help"], prog=program("lora"))
         refuse_idle(options, options.NEEDS, arguments, AdapterError)
         merge(options)
 

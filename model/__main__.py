@@ -6,6 +6,11 @@ from collections.abc import Callable
 
 import tyro
 
+import touchstone
+
+touchstone.refuse_shadowed()  # before a file of the user's is imported in place of ours
+
+from data.shell import program
 from model.commands.export import Export, export
 from model.commands.fill import Fill, fill
 from model.commands.generate import Generate, generate
@@ -31,7 +36,7 @@ def main(arguments: list[str]) -> int:
 
     def act() -> None:
         refuse_unreadable(arguments, ConfigError)
-        options = tyro.extras.subcommand_cli_from_dict(named, args=arguments or ["--help"], prog="python -m model")
+        options = tyro.extras.subcommand_cli_from_dict(named, args=arguments or ["--help"], prog=program("model"))
         refuse_idle(options, getattr(options, "NEEDS", ()), arguments, ConfigError)
         COMMANDS[type(options)](options)
 

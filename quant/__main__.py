@@ -14,6 +14,11 @@ from typing import TYPE_CHECKING
 
 import tyro
 
+import touchstone
+
+touchstone.refuse_shadowed()  # before a file of the user's is imported in place of ours
+
+from data.shell import program
 from quant.commands.options import KINDS, Int8Static, Options
 from quant.config import FourBit, Int8, QuantError
 from train.command_line import refuse_idle, refuse_unreadable, run_command
@@ -246,7 +251,7 @@ def drawn(layers: "list[Layer]", kept: dict[str, tuple[int, int]], making: Path,
 def main(arguments: list[str]) -> int:
     def act() -> None:
         refuse_unreadable(arguments, QuantError)
-        options = tyro.extras.subcommand_cli_from_dict(KINDS, args=arguments or ["--help"], prog="python -m quant")
+        options = tyro.extras.subcommand_cli_from_dict(KINDS, args=arguments or ["--help"], prog=program("quant"))
         refuse_idle(options, options.NEEDS, arguments, QuantError)
         quantize(options, next(name for name, kind in KINDS.items() if type(options) is kind))
 

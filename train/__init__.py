@@ -5,7 +5,7 @@ minimised), `engine` (the state that a step advances, and its files), `loop` (th
 
     config       the options of `python -m train`; `needs`: options that ask for others; `config_toml`: config.toml, both ways
     command_line shared by all command lines: messages, notes, options that would have no effect
-    overrides    options that a resume may change
+    options overrides   a command line read into the settings; options that a resume may change
     start loop   a run begins or goes on; the run around the steps; `interrupt`: Ctrl-C and SIGTERM
     resolve setup   every "auto" decided; from settings to objects: data, network, optimizers
     engine step objective   the network with its optimizers; one step; the loss of a batch

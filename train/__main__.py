@@ -1,73 +1,33 @@
-"""`python -m train`: options in, a run out. Nothing heavy is imported before the options are understood."""
+"""`python -m train`: options in, a run out. Nothing heavy is imported before the options are read."""
 
 import os
 import signal
 import sys
-import tomllib
-from dataclasses import make_dataclass, replace
 from pathlib import Path
-from typing import Annotated, get_type_hints
 
-import tyro
+import touchstone
+
+touchstone.refuse_shadowed()  # before a file of the user's is imported in place of ours
 
 from data.config import DataError
 from data.shell import command, quote
-from lora.config import CONFIGS, AdapterError
+from lora.config import AdapterError
 from model.config import ConfigError, ModelConfig
 from quant.config import QuantError
 from train.command_line import FAILED, STOPPED, given_options, notes, refuse_idle, refuse_unreadable, spelled
-from train.config import RunConfig, TrainConfig
-from train.config_toml import from_plain, objective_in
 from train.needs import NEEDS
+from train.options import read_options, resolve_aliases
 from train.overrides import OVERRIDES, overrides
 from train.parallel.mesh_sizes import mesh_sizes
-from train.registry import config_type, load, name_of, summaries
+from train.registry import load
 from train.runs.errors import TrainError
-
-RECIPES = Path(__file__).parent / "recipes"
-
-def read_recipe(name: str, objective: str | None = None) -> TrainConfig:
-    """Settings from a TOML file, or from `train/recipes/NAME.toml`; what it leaves out keeps its default."""
-    path = Path(name) if name.endswith(".toml") else RECIPES / f"{name}.toml"
-    if not path.is_file():
-        known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.toml")))
-        raise TrainError(f"--recipe {name}: there is no {path}; recipes: {known}; or give a .toml file")
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise TrainError(f"{path} is not TOML: {error}") from None
-    return from_plain(config_type(objective or objective_in(table)), table, str(path))
-
-
-def value_of(option: str, arguments: list[str]) -> str | None:
-    """What `--option VALUE` or `--option=VALUE` says, before the other options are read."""
-    for index, argument in enumerate(arguments):
-        if argument == option and index + 1 < len(arguments):
-            return arguments[index + 1]
-        if argument.startswith(option + "="):
-            return argument.removeprefix(option + "=")
-    return None
-
-
-def read_options(arguments: list[str], default: TrainConfig) -> TrainConfig:
-    """Options have their field's name alone (`--steps`); those of an adapter or of --qat also its name (`--lora.r`)."""
-    hints = {name: kind for name, kind in get_type_hints(type(default)).items() if name != "recorded"}
-    named = (*CONFIGS, "qat", name_of(default.run.objective))
-    bare = {name: kind if name in named else Annotated[kind, tyro.conf.OmitArgPrefixes] for name, kind in hints.items()}
-    options = make_dataclass("Options", [(name, kind, getattr(default, name)) for name, kind in bare.items()], frozen=True)
-    objectives = "\n".join(f"{name}: {text}" for name, text in summaries().items())
-    options.__doc__ = f"{TrainConfig.__doc__}\n\nObjectives (their own options: --objective NAME --help):\n{objectives}"
-    read = tyro.cli(options, args=arguments, prog="python -m train")
-    return type(default)(**{name: getattr(read, name) for name in hints})
 
 
 def main(arguments: list[str]) -> int:
     try:
         refuse_unreadable(arguments, TrainError)
-        recipe, objective = value_of("--recipe", arguments), value_of("--objective", arguments)
-        default = read_recipe(recipe, objective) if recipe else config_type(objective or RunConfig.objective)()
-        default = replace(default, run=replace(default.run, objective=objective or default.run.objective))
-        config = read_options(arguments, default)
+        arguments = resolve_aliases(arguments)
+        config = read_options(arguments)
         folder = config.run.resume
         given = overrides(config, said := given_options(arguments))
         allowed = [name for names in OVERRIDES.values() for name in names]

@@ -47,20 +47,25 @@ ADAPTER_LR = {
     "prefix": 1e-1,
 }
 
+def also(*aliases: str) -> dict[str, tuple[str, ...]]:
+    """Other names of a field's option, known from other trainers."""
+    return {"aliases": aliases}
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """The run: what is trained, where to, for how long."""
 
     objective: str = "clm"
     """What is learned: a file of train/tasks (listed above), or PATH.py, a task's file of your own, which is run."""
-    out: Path | None = None
-    """The run's folder. Default: runs/PRESET-DATE-TIME."""
-    resume: Path | None = None
-    """Go on with the run in this folder, with its own settings; no other option goes with it."""
+    out: Path | None = field(default=None, metadata=also("--output-dir"))
+    """The run's folder. Default: runs/PRESET-DATE-TIME. Also --output-dir."""
+    resume: Path | None = field(default=None, metadata=also("--resume-from-checkpoint"))
+    """Go on with the run in this folder, with its own settings; no other option goes with it. Also --resume-from-checkpoint."""
     recipe: str | None = None
     """Start from the settings in this TOML file, or in train/recipes/NAME.toml; other options still win."""
-    init: Path | None = None
-    """Start from this run's or model folder's weights and tokenizer instead of random weights."""
+    init: Path | None = field(default=None, metadata=also("--model-name-or-path"))
+    """Start from this run's or model folder's weights and tokenizer instead of random weights. Also --model-name-or-path."""
     adapter: Literal["none", *CONFIGS] = "none"
     """Freeze the weights of --init, and train a small part beside them (--lora.r and so on); only that part is saved."""
     quantize: Literal["none", "nf4", "fp4"] = "none"
@@ -68,10 +73,10 @@ class RunConfig:
     qat: Literal["none", "int8", "int4"] = "none"
     """Quantization-aware training: compute every step with weights rounded so and inputs in INT8 (--qat.granularity and so on);
     checkpoints hold the quantized network."""
-    steps: int = 700
-    """Optimizer steps. With --resume more than the run had: it goes on (see --extend)."""
-    epochs: float | None = None
-    """In place of --steps: how often the data are seen."""
+    steps: int = field(default=700, metadata=also("--max-steps"))
+    """Optimizer steps. With --resume more than the run had: it goes on (see --extend). Also --max-steps."""
+    epochs: float | None = field(default=None, metadata=also("--num-train-epochs"))
+    """In place of --steps: how often the data are seen. Also --num-train-epochs."""
     extend: Literal["hold", "replan"] | None = None
     """With --resume and more --steps, where the schedule has come to its end: hold the rate that it ended with, or replan it,
     as if the run had had so many steps from the beginning. A constant rate and inverse_sqrt go on by themselves."""
@@ -110,17 +115,17 @@ class NetworkConfig:
 
     preset: str | None = None
     """A published shape (`python -m model info` lists them) or one of our own. Default: the objective's."""
-    context: int | None = None
+    context: int | None = field(default=None, metadata=also("--max-seq-length"))
     """Tokens in a training sequence, and the longest that the network reads. Default: the preset's; with --init the network's,
-    at most 2,048."""
-    width: int | None = None
-    """D, the width of the hidden state."""
-    depth: int | None = None
-    """Number of layers; of an encoder-decoder of each of its stacks."""
-    heads: int | None = None
-    """Number of attention heads (key/value heads follow)."""
-    mlp_width: int | None = None
-    """F, the width of the feed-forward layer."""
+    at most 2,048. Also --max-seq-length."""
+    width: int | None = field(default=None, metadata=also("--hidden-size"))
+    """D, the width of the hidden state. Also --hidden-size."""
+    depth: int | None = field(default=None, metadata=also("--num-layers"))
+    """Number of layers; of an encoder-decoder of each of its stacks. Also --num-layers."""
+    heads: int | None = field(default=None, metadata=also("--num-heads"))
+    """Number of attention heads (key/value heads follow). Also --num-heads."""
+    mlp_width: int | None = field(default=None, metadata=also("--intermediate-size"))
+    """F, the width of the feed-forward layer. Also --intermediate-size."""
     dropout: float = 0.0
     """Of the embedding, the sublayers (families that have it) and the attention weights."""
 
@@ -131,36 +136,37 @@ class OptimizerConfig:
 
     batch_size: int = 16
     """Sequences in a micro-batch; ranks share them."""
-    accumulate: int = 1
-    """Micro-batches in an optimizer step."""
+    accumulate: int = field(default=1, metadata=also("--gradient-accumulation-steps"))
+    """Micro-batches in an optimizer step. Also --gradient-accumulation-steps."""
     optimizer: Literal[*optimizer_names()] | None = None
     """adamw8bit: AdamW with its moments in 8 bits. muon: hidden matrices by Muon, the rest by AdamW. Default: muon, or adamw
     with an adapter."""
-    lr: float | None = None
+    lr: float | None = field(default=None, metadata=also("--learning-rate"))
     """The learning rate at its height (of AdamW, where Muon has its own). Default: the objective's, for networks as small as
-    the default ones; with --init an eighth, and less the wider the network is; with an adapter by its method."""
+    the default ones; with --init an eighth, and less the wider the network is; with an adapter by its method. Also
+    --learning-rate."""
     matrix_lr: float | None = None
     """Muon's learning rate at its height. Default: 4e-2; with --init an eighth."""
     weight_decay: float | None = None
     """Decoupled; by parameter role: matrices and embeddings, not norms and biases. Default: 0.2, with an adapter 0."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay rates of the two moments."""
-    eps: float = 1e-8
-    """AdamW's epsilon."""
+    eps: float = field(default=1e-8, metadata=also("--adam-epsilon"))
+    """AdamW's epsilon. Also --adam-epsilon."""
     momentum: float = 0.95
     """Muon's and SGD's momentum."""
-    clip: float = 1.0
-    """Largest global gradient norm; 0 turns clipping off."""
+    clip: float = field(default=1.0, metadata=also("--max-grad-norm"))
+    """Largest global gradient norm; 0 turns clipping off. Also --max-grad-norm."""
     label_smoothing: float = 0.0
     """Share of a target's probability that training spreads over the whole vocabulary."""
     z_loss: float = 0.0
     """Weight of (log Σ exp logits)², which keeps logits from drifting; 1e-4 is usual."""
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, which is then what is validated and used; 0: none."""
-    schedule: Literal[*SCHEDULES] = "cosine"
-    """How the learning rate goes from its height to its end."""
-    warmup: float = 0.05
-    """Warm-up, as a fraction of the steps."""
+    schedule: Literal[*SCHEDULES] = field(default="cosine", metadata=also("--lr-scheduler-type"))
+    """The course of the learning rate after its peak. Also --lr-scheduler-type."""
+    warmup: float = field(default=0.05, metadata=also("--warmup-ratio"))
+    """Warm-up, as a fraction of the steps. Also --warmup-ratio."""
     final_lr: float = 0.0
     """The learning rate at the end, as a fraction of its height (cosine, linear, wsd, slanted_triangular)."""
 
@@ -192,18 +198,19 @@ class SpeedConfig:
 class ReportConfig:
     """Reports and checkpoints: how often, how many."""
 
-    log_every: int = 10
-    """Steps between lines of metrics.jsonl."""
-    eval_every: int | None = None
-    """Steps between validations. Default: a sixth of the steps, at most 100."""
+    log_every: int = field(default=10, metadata=also("--logging-steps"))
+    """Steps between lines of metrics.jsonl. Also --logging-steps."""
+    eval_every: int | None = field(default=None, metadata=also("--eval-steps"))
+    """Steps between validations. Default: a sixth of the steps, at most 100. Also --eval-steps."""
     eval_tokens: int = 200_000
     """Validate on at most so many tokens of the validation split."""
     sample_every: int = 200
     """Steps between text samples, and one at the end; 0: none."""
-    save_every: int | None = None
-    """Steps between checkpoints (the best validation and the last step are always saved). Default: as validations."""
-    keep: int = 3
-    """How many of the latest checkpoints stay; the best stays anyway."""
+    save_every: int | None = field(default=None, metadata=also("--save-steps"))
+    """Steps between checkpoints (the best validation and the last step are always saved). Default: as validations. Also
+    --save-steps."""
+    keep: int = field(default=3, metadata=also("--save-total-limit"))
+    """How many of the latest checkpoints stay; the best stays anyway. Also --save-total-limit."""
     early_stop: int = 0
     """Stop after so many validations without a new best; 0: never."""
     verbose: bool = True

@@ -1,12 +1,13 @@
 """The commands themselves: help, a run through the real command, what it leaves, generate, --init, --early-stop."""
 
+import inspect
 import json
 import re
 import signal
 import subprocess
 import sys
 import tomllib
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -15,6 +16,7 @@ import torch
 
 import model.__main__
 import train.__main__
+import train.options
 from model.config import ModelConfig
 from tests.runs import (
     ROOT,
@@ -31,12 +33,14 @@ from tests.runs import (
     write_corpus,
 )
 from train.config import TrainConfig
-from train.config_toml import from_plain
+from train.config_toml import from_plain, read_settings
 from train.evaluate import evaluate
 from train.objective import Objective
 from train.optimizers.schedule import cosine
+from train.options import aliases, option_groups, resolve_aliases
 from train.reports.log import read_metrics
 from train.runs.checkpoint import checkpoints, step_of
+from train.runs.errors import TrainError
 from train.setup import open_data, open_network
 from train.step import train_step
 from train.tasks.clm import CausalTask
@@ -56,7 +60,8 @@ print("loaded:", *sorted({name.partition(".")[0] for name in sys.modules}))
 @pytest.mark.parametrize(
     "line, shown",
     [
-        ("train --help", ["run options", "data options", "network options", "optimizer options", "speed options",
+        ("train --help", ["--resume", "--corpus", "--learning-rate", "--help-all"]),
+        ("train --help-all", ["run options", "data options", "network options", "optimizer options", "speed options",
                           "report options", "--resume", "--corpus", "--preset", "--lr", "--compile", "--save-every"]),
         ("model --help", ["generate"]),
         ("model generate --help", ["--prompt", "--temperature", "--top-k", "--top-p", "--seed"]),
@@ -279,9 +284,9 @@ def test_first_line_of_a_session_is_not_one_more(options, tmp_path):
     assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [1, 10, 20, 20]
 
 
-@pytest.mark.parametrize("recipe", sorted(path.stem for path in train.__main__.RECIPES.glob("*.toml")))
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in train.options.RECIPES.glob("*.toml")))
 def test_every_recipe_is_a_run_that_could_start(recipe):
-    config = train.__main__.read_recipe(recipe)
+    config = train.options.read_recipe(recipe)
     if config.method is not None:  # an adapter's wants weights to stand beside
         config = replace(config, run=replace(config.run, init=Path("folder")))
     config.check()
@@ -307,3 +312,22 @@ def test_a_step_gets_its_rate_its_clip_and_its_micro_batches(options, tmp_path):
     assert all(rest == [3, {4}, 0.25] for _, *rest in given)
     logged = [row["lr"] for row in read_metrics(run / "metrics.jsonl") if row["split"] == "train"]
     assert logged == pytest.approx([8e-3 * factor for factor in factors])
+
+
+def test_options_have_the_names_of_other_trainers_too(options, tmp_path):
+    """Every alias reads as the option itself, stands in its help, and is refused beside it."""
+    others = {alias: (each, group) for group in option_groups() for each in fields(group) for alias in aliases(each)}
+    known = {"--learning-rate", "--max-grad-norm", "--gradient-accumulation-steps", "--max-steps", "--num-train-epochs"}
+    assert known <= set(others)
+    for alias, (each, group) in others.items():
+        name = f"--{each.name.replace('_', '-')}"
+        assert resolve_aliases([alias, "3"]) == [name, "3"]
+        assert resolve_aliases([f"--{alias[2:].replace('-', '_')}=3"]) == [f"{name}=3"]
+        with pytest.raises(TrainError, match="another name"):
+            resolve_aliases([name, "3", alias, "4"])
+        assert f"Also {alias}." in " ".join(inspect.getsource(group).split()), alias
+    run = tmp_path / "run"
+    words = [*options, "--learning-rate", "0.0123", "--gradient_accumulation_steps=2", "--max-grad-norm", "0.5", "--out", run]
+    assert command(*words, *arguments({"steps": 1})).code == 0
+    read = read_settings(run).optimizer
+    assert (read.lr, read.accumulate, read.clip) == (0.0123, 2, 0.5)

@@ -11,7 +11,7 @@ import sys
 import torch
 
 from tests.oracle.triton_apart import registers_and_stack
-from train.losses.chunked import score_rows
+from train.losses.chunked import row_loss_
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SIZES = {  # rows and words: fewer than a block, one word more than a block, several blocks; one of each
@@ -60,10 +60,10 @@ def measure(name: str, device: str = "cpu") -> dict:
     before, inside = memory.clone(), torch.zeros_like(memory, dtype=torch.bool)
     inside.as_strided(logits.shape, logits.stride(), logits.storage_offset()).fill_(True)
     options = {"smoothing": smoothing, "z_loss": z_loss, "scale": 4.0}
-    expected_loss = score_rows(expected, labels, **options)
-    wrong_loss = score_rows(wrong, labels, **options | {"smoothing": smoothing + 0.05, "z_loss": z_loss + 0.005})
-    alone = kernel.score_rows(without.to(logits.dtype), labels, **options | {"scale": None})
-    loss = kernel.score_rows(logits, labels, **options)
+    expected_loss = row_loss_(expected, labels, **options)
+    wrong_loss = row_loss_(wrong, labels, **options | {"smoothing": smoothing + 0.05, "z_loss": z_loss + 0.005})
+    alone = kernel.row_loss_(without.to(logits.dtype), labels, **options | {"scale": None})
+    loss = kernel.row_loss_(logits, labels, **options)
 
     def error(ours: torch.Tensor, right: torch.Tensor) -> float:
         difference = (ours.double() - right).abs().max() / right.abs().max().clamp_min(1e-2)
@@ -101,9 +101,9 @@ def run() -> dict:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     found = {name: measure(name) for name in CASES}
-    found["no class"] = kernel.score_rows(torch.randn(3, 5), torch.tensor([1, 5, -7]), smoothing=0, z_loss=0, scale=None)
+    found["no class"] = kernel.row_loss_(torch.randn(3, 5), torch.tensor([1, 5, -7]), smoothing=0, z_loss=0, scale=None)
     ruled_out = torch.randn(2, 5000).index_fill_(1, torch.arange(4500), -torch.inf)
-    found["ruled out"] = kernel.score_rows(ruled_out, torch.tensor([4600, 4999]), smoothing=0, z_loss=0.1, scale=1.0)
+    found["ruled out"] = kernel.row_loss_(ruled_out, torch.tensor([4600, 4999]), smoothing=0, z_loss=0.1, scale=1.0)
     found["no class"], found["ruled out"] = found["no class"].isnan().tolist(), bool(found["ruled out"].isfinite().all())
     return found | {"whole": whole_loss()}
 
@@ -118,14 +118,14 @@ def compiled() -> dict:
 
     found = {}
     scalars = {"row_stride": "i32", "vocab_size": "i32", "smoothing": "fp32", "z_loss": "fp32", "scale": "fp32"}
-    names = kernel.score_row_kernel.arg_names
+    names = kernel.row_loss_kernel.arg_names
     for card, dtype, (gradient, aligned) in itertools.product(CARDS, DTYPES, [(True, True), (True, False), (False, True)]):
         signature = dict.fromkeys(names, "constexpr") | scalars
         signature |= {"logits_ptr": f"*{dtype}", "labels_ptr": "*i64", "loss_ptr": "*fp32"}
         constants = {"column_stride": 1, "BLOCK": kernel.BLOCK, "GRADIENT": gradient}
         known = ("logits_ptr", "labels_ptr", "loss_ptr", "row_stride", "vocab_size") if aligned else ()
         hints = {(names.index(name),): [["tt.divisibility", 16]] for name in known}
-        source = ASTSource(kernel.score_row_kernel, signature, constants, hints)
+        source = ASTSource(kernel.row_loss_kernel, signature, constants, hints)
         code = triton.compile(source, target=GPUTarget("cuda", card, 32), options={"num_warps": kernel.WARPS})
         name = f"sm_{card}, {dtype}{', aligned' * aligned}{', loss alone' * (not gradient)}"
         found[name] = registers_and_stack(code.asm["cubin"])

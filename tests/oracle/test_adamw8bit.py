@@ -9,7 +9,7 @@ import train.optimizers.adamw8bit
 from quant.blockwise import dynamic_map, nearest, nearest_on_grid
 from tests.runs import assert_same_end, command, stopped_at
 from train.optimizers.adamw import AdamW, adamw_update
-from train.optimizers.adamw8bit import BLOCK, SMALLEST, AdamW8bit, first_places, map_on, nearest_by_table
+from train.optimizers.adamw8bit import BLOCK, MIN_8BIT_SIZE, AdamW8bit, dynamic_map_on, nearest_by_table, nearest_table
 from train.optimizers.build import build_optimizer
 from train.optimizers.named_optimizer import Optimizers
 
@@ -65,15 +65,15 @@ def bits(tensors: dict[str, Tensor]) -> dict[str, list]:
 @pytest.mark.parametrize("signed", [True, False])
 def test_two_look_ups_find_the_nearest_place(signed):
     """At every bound, at its neighbours among the floats, at both ends of each table entry, and in between."""
-    code = map_on(CPU, signed)
-    assert torch.equal(code, dynamic_map(signed)) and map_on(CPU, signed) is code
+    code = dynamic_map_on(CPU, signed)
+    assert torch.equal(code, dynamic_map(signed)) and dynamic_map_on(CPU, signed) is code
     bounds = (code[:-1] + code[1:]) / 2
     ends = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32) << 16
     ends = torch.cat((ends, ends | 0xFFFF, ends + 0x7777)).view(torch.float32)
     around = [bounds, *(bounds.nextafter(torch.tensor(end)) for end in (-2.0, 2.0))]
     z = torch.cat((code, *around, ends[ends.abs() <= 1], torch.rand(100_000) * 2 - 1, torch.randn(100_000) * 1e-6))
     assert torch.equal(nearest_by_table(z, code), nearest(z, code))
-    first, _ = first_places(code)
+    first, _ = nearest_table(code)
     assert not torch.equal(first[(z.view(torch.int32) >> 16) & 0xFFFF].to(torch.uint8), nearest(z, code))  # the mutant: one
 
 
@@ -83,7 +83,7 @@ def test_two_look_ups_find_the_nearest_place(signed):
 @pytest.mark.parametrize("piece", [1 << 18, 4096])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equals_bitsandbytes(parity, monkeypatch, dtype, piece):
-    monkeypatch.setattr(train.optimizers.adamw8bit, "PIECE", {"cpu": piece})
+    monkeypatch.setattr(train.optimizers.adamw8bit, "CHUNK_ELEMENTS", {"cpu": piece})
     ours, theirs = weights(dtype), weights(dtype)
     optimizer = AdamW8bit(groups_of(ours), lr=1e-2, decide=nearest_on_grid)
     oracle = bitsandbytes.optim.AdamW8bit(groups_of(theirs), lr=1e-2)
@@ -136,7 +136,7 @@ def test_state_has_two_bytes_a_parameter_and_eight_a_block():
     state = optimizer.named_state()
     for name, param in params.items():
         own = {slot: state[f"{name}.{slot}"] for slot in optimizer.slots if f"{name}.{slot}" in state}
-        expected = 2 * param.numel() + 8 * -(-param.numel() // BLOCK) if param.numel() >= SMALLEST else 8 * param.numel()
+        expected = 2 * param.numel() + 8 * -(-param.numel() // BLOCK) if param.numel() >= MIN_8BIT_SIZE else 8 * param.numel()
         assert sum(slot.nbytes for slot in own.values()) == expected + 4  # the count of steps
         assert own["exp_avg"].shape == own["exp_avg_sq"].shape == param.shape
     assert sum(state[f"a.{slot}"].nbytes for slot in optimizer.slots[:4]) == (2 + 8 / 256) * params["a"].numel()
@@ -299,7 +299,7 @@ def test_a_run_stopped_and_resumed_ends_in_the_same_bytes(options, tmp_path):
 @pytest.mark.gpu
 def test_a_step_on_the_card_is_the_step_on_the_cpu(monkeypatch):
     """The first step, before a code that fell to the other side of a bound can make a difference; in five pieces."""
-    monkeypatch.setattr(train.optimizers.adamw8bit, "PIECE", {"cpu": 4096, "cuda": 2048})
+    monkeypatch.setattr(train.optimizers.adamw8bit, "CHUNK_ELEMENTS", {"cpu": 4096, "cuda": 2048})
     states, after = [], []
     for device in ("cpu", "cuda"):
         params = {name: nn.Parameter(param.detach().to(device)) for name, param in weights().items()}

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import train.losses.chunked
 from tests.bench.loss import peak_bytes
 from train.losses.choose import CHUNKED_FROM, LOSSES, choose_loss
-from train.losses.chunked import chunked_linear_cross_entropy, score_rows
+from train.losses.chunked import chunked_linear_cross_entropy, row_loss_
 from train.losses.cross_entropy import cross_entropy_reference, linear_cross_entropy
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -170,7 +170,7 @@ def test_what_is_frozen_gets_no_gradient(frozen, monkeypatch):
     for name in frozen.split():
         named[name].requires_grad_(False)
     if "weight" in frozen:  # nor is one computed
-        monkeypatch.setattr(train.losses.chunked, "add_product_", None)
+        monkeypatch.setattr(train.losses.chunked, "add_matmul_", None)
     total, _ = chunked_linear_cross_entropy(named["hidden"], named["weight"], labels, named["bias"], chunk_rows=3)
     total.backward()
     for name, tensor in named.items():
@@ -344,14 +344,15 @@ def test_the_default_chunk_keeps_the_bar():
 
     def spy(logits_RV, labels_R, **options):
         seen.append(len(logits_RV))
-        return score_rows(logits_RV, labels_R, **options)
+        return row_loss_(logits_RV, labels_R, **options)
 
-    chunked_linear_cross_entropy(torch.randn(600, 2), torch.randn(128_256, 2), torch.zeros(600, dtype=torch.long), score=spy)
+    hidden, weight, labels = torch.randn(600, 2), torch.randn(128_256, 2), torch.zeros(600, dtype=torch.long)
+    chunked_linear_cross_entropy(hidden, weight, labels, row_loss_=spy)
     assert seen == [512, 88]
 
 
 @pytest.mark.parametrize("loss", [linear_cross_entropy, chunked_linear_cross_entropy])
 @pytest.mark.parametrize("labels", [torch.zeros(3, dtype=torch.long), torch.zeros(5, dtype=torch.long), torch.zeros(4)])
 def test_labels_must_be_one_a_row(loss, labels):
-    with pytest.raises(ValueError, match="one a row of"):
+    with pytest.raises(ValueError, match="one label for each row of"):
         loss(torch.randn(4, 6), torch.randn(9, 6), labels)

@@ -251,7 +251,7 @@ def test_peak_of_an_update_in_8_bits(precision, parity, monkeypatch):
     training = Training(1, 8, device="cpu", precision=precision, optimizer="adamw8bit")
     ours, highest = check_peak(config, training, f"gpt2, update in 8 bits, {precision}", parity)
     assert ours.optimizer < 0.27 * training_memory(config, replace(training, precision="fp32", optimizer="adamw")).optimizer
-    monkeypatch.setattr(train.optimizers.adamw8bit, "PIECE", {"cpu": 4096})
+    monkeypatch.setattr(train.optimizers.adamw8bit, "CHUNK_ELEMENTS", {"cpu": 4096})
     dtype = torch.bfloat16 if precision == "bf16-pure" else torch.float32
     assert measured_step(build_network(config, seed=0, dtype=dtype), training).peak < 0.7 * highest
 
@@ -343,8 +343,8 @@ def test_sizes_are_the_trainer_s():
     assert model.memory.BATCH_ELEMENTS == train.optimizers.muon.BATCH_ELEMENTS
     assert model.memory.WIDENED_ELEMENTS == train.optimizers.named_optimizer.WIDENED_ELEMENTS
     eight_bit = train.optimizers.adamw8bit
-    assert (model.memory.SMALLEST, model.memory.BLOCK) == (eight_bit.SMALLEST, eight_bit.BLOCK)
-    assert model.memory.PIECE == eight_bit.PIECE
+    assert (model.memory.SMALLEST, model.memory.BLOCK) == (eight_bit.MIN_8BIT_SIZE, eight_bit.BLOCK)
+    assert model.memory.PIECE == eight_bit.CHUNK_ELEMENTS
     assert model.training.CHUNK_BYTES == train.losses.chunked.CHUNK_BYTES
     assert model.training.CHUNK_ROWS == train.losses.chunked.CHUNK_ROWS
 

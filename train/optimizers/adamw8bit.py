@@ -1,8 +1,8 @@
-"""AdamW whose moments have 8 bits: two bytes a parameter, and eight for each 256 of them, where AdamW keeps eight a parameter.
+"""AdamW with 8-bit moments: two bytes a parameter, and eight for each block of 256; AdamW has eight bytes a parameter.
 
-A moment is codes of `quant.blockwise`'s dynamic map, signed for the first and unsigned for the second, and a scale for each 256
-numbers. A step turns both into numbers, updates in float32, and quantizes again; of a large tensor a piece at a time, so that
-its moments never stand in float32 as a whole.
+A moment is stored as codes of `quant.blockwise`'s dynamic map, signed for the first moment, unsigned for the second, and one
+scale per block. A step dequantizes both, updates in float32, and quantizes again; a large tensor is updated in chunks, so its
+moments are never in float32 as a whole.
 """
 
 import math
@@ -17,9 +17,9 @@ from train.optimizers.named_optimizer import NamedOptimizer
 from train.optimizers.registry import BuildSettings, OptimizerEntry
 from train.runs.sharded import is_sharded
 
-SMALLEST = 4096  # numbers of a tensor whose moments have 8 bits: there is nothing to save in norms and biases
-# Numbers at a time, whole blocks: what a core's cache holds; on a GPU enough to fill it.
-PIECE = {"cpu": 1 << 18, "cuda": 1 << 22}
+MIN_8BIT_SIZE = 4096  # elements of the smallest tensor with 8-bit moments: norms and biases have nothing to save
+# Elements updated at a time, whole blocks: as many as a core's cache holds; on a GPU enough to fill it.
+CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 22}
 
 
 def adamw_update_(
@@ -34,7 +34,10 @@ def adamw_update_(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One step of `adamw_update` in place, in bitsandbytes' order of operations. Float32, any shape; `step` counts from 1."""
+    """Update by one step of `adamw_update`, in place, in bitsandbytes' order of operations.
+
+    Float32, any shape; `step` counts from 1.
+    """
     beta1, beta2 = betas
     exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -45,15 +48,15 @@ def adamw_update_(
 
 
 @cache
-def map_on(device: torch.device, signed: bool) -> Tensor:
+def dynamic_map_on(device: torch.device, signed: bool) -> Tensor:
     return dynamic_map(signed).to(device)
 
 
 @cache
-def first_places(code: Tensor) -> tuple[Tensor, Tensor]:
-    """For each upper half of a float32's bits the `nearest` place of its lowest number, int32; and where the next place begins.
+def nearest_table(code: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (`nearest` index of the lowest float32 with each upper 16 bits, int32; upper bound of each index).
 
-    The 65,536 intervals of one upper half are so narrow that at most one bound between two places lies in any.
+    The 65,536 intervals of one upper half are so narrow that each holds at most one bound between two indices.
     """
     bounds = torch.cat(((code[:-1] + code[1:]) / 2, code.new_tensor([torch.inf])))
     lowest = torch.arange(1 << 16, dtype=torch.int32, device=code.device) << 16
@@ -62,30 +65,36 @@ def first_places(code: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nearest_by_table(z: Tensor, code: Tensor) -> Tensor:
-    """`quant.blockwise.nearest`, bit for bit, by two look-ups instead of a search in 256 values; `code` is one of `map_on`."""
-    first, bounds = first_places(code)
+    """Return `quant.blockwise.nearest`, bit for bit, by two look-ups instead of a search in 256 values.
+
+    `code` is a tensor of `dynamic_map_on`.
+    """
+    first, bounds = nearest_table(code)
     z = z.flatten()
-    place = first.index_select(0, (z.view(torch.int32) >> 16).bitwise_and_(0xFFFF))
-    return (place + (z > bounds.index_select(0, place))).to(torch.uint8)
+    index = first.index_select(0, (z.view(torch.int32) >> 16).bitwise_and_(0xFFFF))
+    return (index + (z > bounds.index_select(0, index))).to(torch.uint8)
 
 
 class AdamW8bit(NamedOptimizer):
-    """Adam with decoupled weight decay (`train.optimizers.adamw.adamw_update`), its moments in 8 bits.
+    """Adam with decoupled weight decay (`train.optimizers.adamw.adamw_update`) and 8-bit moments.
 
+        m, v = dequantize(exp_avg), dequantize(exp_avg_sq);   adamw_update in float32;   quantize m and v, block by block
+
+    Called as AdamW: parameters, (name, parameter) pairs or groups, of any shape and floating dtype.
     Slots: `exp_avg` and `exp_avg_sq`, uint8 codes in the parameter's shape; `exp_avg_scale` and `exp_avg_sq_scale`, float32,
-    the largest magnitude of each block of 256 of the flattened parameter, a row of them for each of its rows where these are
-    whole blocks; `step`, float32. Before the first step all are zeros: code 0 stands for -0.993 in the signed map, which times
-    a scale of 0 is 0. A parameter of fewer than 4,096 numbers has float32 moments and no scales; so has a sharded one whose
-    rows are not whole blocks, because ranks are given rows and would have to share blocks. (State of such a parameter does not
-    load from one process into ranks or back: it raises.) The update is in float32, whatever format the parameter has.
+    the largest magnitude of each block of 256 elements of the flattened parameter, shaped rows x blocks where a row is whole
+    blocks; `step`, float32. Before the first step all are zeros: code 0 is -0.993 in the signed map, which times a scale of 0
+    is 0. A parameter of fewer than 4,096 elements has float32 moments and no scales; so has a sharded one whose rows are not
+    whole blocks, because ranks hold rows and would have to share blocks. (The state of such a parameter does not load from one
+    process into ranks or back: it raises.) The update is in float32, whatever format the parameter has.
 
-    `decide` chooses between two values of the map. `nearest_by_table`: an exact zero stays zero.
-    `quant.blockwise.nearest_on_grid`: as bitsandbytes on a CPU, where zero becomes 2.1e-5 of the block's scale, so that a
-    weight whose gradient is zero drifts (the embedding of a word that does not occur, if it shares a block with one that does).
-    A second moment above zero never gets the code of zero: a weight whose gradient ends would move by lr exp_avg / eps. (That
-    is exp_avg_sq / scale below 1.6e-7, so gradients below 4e-4 of the largest in their block. By `nearest_on_grid` it does not
-    occur.)
+    `decide` rounds to a value of the map. `nearest_by_table`: an exact zero stays zero. `quant.blockwise.nearest_on_grid`: as
+    bitsandbytes on a CPU, where zero becomes 2.1e-5 of the block's scale, so that a weight whose gradient is zero drifts (the
+    embedding of a token that does not occur, if it shares a block with one that does). A second moment above zero never gets
+    the code of zero: a weight whose gradient ends would move by lr exp_avg / eps. (That is exp_avg_sq / scale below 1.6e-7, so
+    gradients below 4e-4 of the largest in their block. With `nearest_on_grid` it does not occur.)
 
+    Errors (ValueError): settings out of range.
     Source: Dettmers et al. 2022, arXiv 2110.02861, sections 2.1 and 2.2; its stable embedding layer is not part of this.
     """
 
@@ -114,15 +123,15 @@ class AdamW8bit(NamedOptimizer):
             return torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
 
         param, step = param.detach(), torch.zeros(())
-        rows = param.ndim > 1 and math.prod(param.shape[1:]) % BLOCK == 0
-        if param.numel() < SMALLEST or (is_sharded(param) and not rows):
+        has_whole_blocks = param.ndim > 1 and math.prod(param.shape[1:]) % BLOCK == 0  # in each row
+        if param.numel() < MIN_8BIT_SIZE or (is_sharded(param) and not has_whole_blocks):
             return {"exp_avg": zeros(param, torch.float32), "exp_avg_sq": zeros(param, torch.float32), "step": step}
-        firsts = param.flatten(1)[:, ::BLOCK] if rows else param.flatten()[::BLOCK]  # of each block
+        block_starts = param.flatten(1)[:, ::BLOCK] if has_whole_blocks else param.flatten()[::BLOCK]
         return {
             "exp_avg": zeros(param, torch.uint8),
             "exp_avg_sq": zeros(param, torch.uint8),
-            "exp_avg_scale": zeros(firsts, torch.float32),
-            "exp_avg_sq_scale": zeros(firsts, torch.float32),
+            "exp_avg_scale": zeros(block_starts, torch.float32),
+            "exp_avg_sq_scale": zeros(block_starts, torch.float32),
             "step": step,
         }
 
@@ -141,23 +150,24 @@ class AdamW8bit(NamedOptimizer):
                 param.copy_(dense)
 
     def _update_8bit(self, param: Tensor, grad: Tensor, state: dict[str, Tensor], settings: dict) -> None:
-        signed, unsigned = (map_on(param.device, sign) for sign in (True, False))
-        size, step = PIECE[param.device.type], int(state["step"])
-        numbers = [tensor.reshape(-1).split(size) for tensor in (param, grad, state["exp_avg"], state["exp_avg_sq"])]
+        signed, unsigned = (dynamic_map_on(param.device, sign) for sign in (True, False))
+        size, step = CHUNK_ELEMENTS[param.device.type], int(state["step"])
+        elements = [tensor.reshape(-1).split(size) for tensor in (param, grad, state["exp_avg"], state["exp_avg_sq"])]
         scales = [state[slot].view(-1).split(size // BLOCK) for slot in ("exp_avg_scale", "exp_avg_sq_scale")]
-        for part, slope, mean_code, square_code, mean_scale, square_scale in zip(*numbers, *scales, strict=True):
+        for param_chunk, grad_chunk, mean_code, square_code, mean_scale, square_scale in zip(*elements, *scales, strict=True):
             mean = dequantize_8bit(mean_code, mean_scale, signed)
             square = dequantize_8bit(square_code, square_scale, unsigned)
-            wide = part.float()
-            adamw_update_(wide, slope.float(), mean, square, step, **settings)
-            part.copy_(wide)
+            wide = param_chunk.float()
+            adamw_update_(wide, grad_chunk.float(), mean, square, step, **settings)
+            param_chunk.copy_(wide)
             self._quantize_(mean_code, mean_scale, mean, signed)
             self._quantize_(square_code, square_scale, square, unsigned)
             torch.maximum(square_code, square > 0, out=square_code)
 
     def _quantize_(self, code: Tensor, scale: Tensor, moment: Tensor, values: Tensor) -> None:
-        for kept, new in zip((code, scale), quantize_8bit(moment, values, decide=self.decide), strict=True):
-            kept.copy_(new)
+        new_code, new_scale = quantize_8bit(moment, values, decide=self.decide)
+        code.copy_(new_code)
+        scale.copy_(new_scale)
 
 
 def build(groups: list[dict], settings: BuildSettings) -> list[NamedOptimizer]:

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, kept beside them."""
+"""An exponential moving average (EMA) of the weights."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,17 +9,18 @@ from torch import Tensor, nn
 from train.parallel.shard import copy_
 from train.runs.sharded import local
 
-UPDATES = "updates"  # the key of their count
+UPDATES = "updates"  # the key of the number of updates
 
 
 class EMA:
-    """Averages of all trainable parameters, in float32 or wider, wherever the parameters are.
+    """Exponential moving averages of all trainable parameters, in float32 or wider, on the parameters' devices.
 
         average = decay average + (1 - decay) parameter      after every optimizer step that was taken
 
     They start as copies of the parameters. `warmup` lowers the decay of update t (from 0) to (1 + t) / (10 + t), so that
     early averages do not consist of the initial weights. A tensor under two names is averaged once, under the first. The
-    averages of sharded parameters are sharded alike (build after `fully_shard`).
+    averages of sharded parameters are sharded alike (build after `fully_shard`). Parameters have any shape and floating dtype.
+    Errors: `decay` outside [0, 1], or a parameter called "updates" (ValueError); `update` while `applied` (RuntimeError).
     Source: Polyak & Juditsky 1992; with a constant decay as in Szegedy et al. 2016, arXiv 1512.00567, section 8. The
     warm-up is TensorFlow's tf.train.ExponentialMovingAverage(num_updates=t). Without it: torch.optim.swa_utils'
     AveragedModel with get_ema_multi_avg_fn, whose first update is the copy.
@@ -47,53 +48,53 @@ class EMA:
                 seen.add(id(param))
                 self.parameters[name] = param
         if UPDATES in self.parameters:
-            raise ValueError(f"a parameter is called {UPDATES!r}, which is the key of the count")
-        self.averages = {name: self._wide(param.detach()).clone() for name, param in self.parameters.items()}
-        self._applied = False
+            raise ValueError(f"a parameter is called {UPDATES!r}, which is the key of the number of updates")
+        self.averages = {name: self._widen(param.detach()).clone() for name, param in self.parameters.items()}
+        self._is_applied = False
 
     @staticmethod
-    def _wide(tensor: Tensor) -> Tensor:
+    def _widen(tensor: Tensor) -> Tensor:
         return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
     @torch.no_grad()
     def update(self) -> None:
-        """Once an optimizer step; not at one that was skipped, nor at micro-batches."""
-        if self._applied:
-            raise RuntimeError("the averages stand in the network: updating would average them with themselves")
+        """Update the averages, once after each optimizer step; not after a skipped step, nor after micro-batches."""
+        if self._is_applied:
+            raise RuntimeError("the averages are applied to the network: an update would average them with themselves")
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.warmup else self.decay
-        alike: dict[tuple, tuple[list[Tensor], list[Tensor]]] = {}
+        by_kind: dict[tuple, tuple[list[Tensor], list[Tensor]]] = {}
         for name, param in self.parameters.items():
             average, param = local(self.averages[name]), local(param)
             if param.dtype != average.dtype:
                 average.lerp_(param.to(average.dtype), 1 - decay)  # one widened at a time, not the network
                 continue
-            averages, params = alike.setdefault((param.device, param.dtype), ([], []))
+            averages, params = by_kind.setdefault((param.device, param.dtype), ([], []))
             averages.append(average)
             params.append(param)
-        for averages, params in alike.values():
+        for averages, params in by_kind.values():
             torch._foreach_lerp_(averages, params, 1 - decay)
         self.updates += 1
 
     @contextmanager
     def applied(self, network: nn.Module | None = None) -> Iterator[None]:
-        """The averages in the parameters; afterwards, whatever happened, the raw weights again, bit for bit.
+        """Copy the averages into the parameters inside the context; restore the raw weights after it, bit for bit.
 
-        It copies: the parameters stay the same tensors, for whoever holds them. Under FSDP2 give the network too: blocks
-        that keep their gathered weights after a forward (the outermost does) would compute with the other ones.
+        The parameters stay the same tensors. Under FSDP2 give the network too: blocks that keep their gathered weights after a
+        forward (the outermost does) would compute with the previous ones.
         """
-        if self._applied:
-            raise RuntimeError("the averages stand in the network already")
+        if self._is_applied:
+            raise RuntimeError("the averages are applied to the network already")
         raw = {name: local(param.detach()).clone() for name, param in self.parameters.items()}
-        self._applied = True
+        self._is_applied = True
         try:
-            self._put(self.averages, network)
+            self._copy_into_parameters(self.averages, network)
             yield
         finally:
-            self._put(raw, network)
-            self._applied = False
+            self._copy_into_parameters(raw, network)
+            self._is_applied = False
 
     @torch.no_grad()
-    def _put(self, values: Mapping[str, Tensor], network: nn.Module | None) -> None:
+    def _copy_into_parameters(self, values: Mapping[str, Tensor], network: nn.Module | None) -> None:
         for module in network.modules() if network is not None else ():
             if hasattr(module, "reshard"):  # FSDP2's
                 module.reshard()
@@ -101,13 +102,13 @@ class EMA:
             local(param).copy_(local(values[name]))
 
     def named_state(self) -> dict[str, Tensor]:
-        """The live averages under their parameters' names, and the count of updates under "updates"."""
+        """Return the live averages under their parameters' names, and the number of updates under "updates"."""
         return {**self.averages, UPDATES: torch.tensor(self.updates)}
 
     def load_named_state(self, named_state: Mapping[str, Tensor]) -> None:
-        """Take copies of all of it, bit for bit; on a KeyError or ValueError, which name the key, nothing has changed.
+        """Replace the averages by copies, bit for bit; on a KeyError or ValueError, which name the key, nothing has changed.
 
-        For a sharded parameter a plain tensor is the whole average, of which each rank takes its part.
+        For a sharded parameter a plain tensor is the whole average, and each rank takes its shard.
         """
         if differ := sorted(named_state.keys() ^ self.named_state().keys()):
             raise KeyError(f"the averages are not of the same parameters: {differ}")

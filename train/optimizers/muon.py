@@ -1,6 +1,6 @@
-"""Muon: momentum, orthogonalised, for the hidden matrices of a network.
+"""Muon: orthogonalised momentum, for the hidden matrices of a network.
 
-`orthogonalize` is the plain twin, one matrix at a time; `orthogonalize_batch` does all matrices of one shape together.
+`orthogonalize` is the plain twin, one matrix at a time; `orthogonalize_batch` processes all matrices of one shape together.
 """
 
 import math
@@ -16,7 +16,7 @@ from train.parallel.shard import full_tensor, shard_of
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steepest slope at 0 whose iterates stay near 1 (Jordan et al. 2024)
 NORM_FLOOR = 1e-7  # a zero matrix stays zero
-BATCH_ELEMENTS = 1 << 27  # of one stack: bounds the extra memory (0.25 GiB in bf16, some five such stacks at a time)
+BATCH_ELEMENTS = 1 << 27  # elements of one stack of matrices; some five stacks exist at a time, each 0.25 GiB in bf16
 
 
 def orthogonalize(update_OI: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
@@ -26,7 +26,7 @@ def orthogonalize(update_OI: Tensor, steps: int = 5, dtype: torch.dtype | None =
 
     If G = U S V', the result is U p(S) V', where p applies s -> a s + b s^3 + c s^5 `steps` times to S / ||G||_F: after
     5 steps 0.68 to 1.14 for singular values above 0.03 of the norm (these coefficients trade exactness for speed).
-    Any O x I; the result has `dtype` (default: the input's), in which all of it is computed.
+    Any O x I. `dtype` is that of the computation and of the result (default: the input's).
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/. As there and in torch.optim.Muon, a tall
     matrix is transposed first, so that X X' is the small square.
     """
@@ -42,7 +42,7 @@ def orthogonalize(update_OI: Tensor, steps: int = 5, dtype: torch.dtype | None =
 
 
 def orthogonalize_batch(update_BOI: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
-    """`orthogonalize` of B matrices of one shape, with batched and fused multiply-adds.
+    """Orthogonalize B matrices of one shape (`orthogonalize`), with batched and fused multiply-adds.
 
     The order of operations is torch.optim.Muon's (`addmm` with the additions inside), so bfloat16 rounds as there.
     """
@@ -58,25 +58,26 @@ def orthogonalize_batch(update_BOI: Tensor, steps: int = 5, dtype: torch.dtype |
     return x_BOI
 
 
-# How the rate depends on a matrix's shape. "original" (Jordan) takes larger steps in tall matrices; "match_rms_adamw"
+# The learning rate's factor by a matrix's shape. "original" (Jordan) takes larger steps in tall matrices; "match_rms_adamw"
 # (Liu et al. 2025, arXiv 2502.16982, section 2.2) gives the step the root mean square that AdamW's usually has, so that
-# AdamW's rate and weight decay can be kept.
+# AdamW's learning rate and weight decay can be used.
 LR_ADJUSTMENTS = {
-    "original": lambda out, into: math.sqrt(max(1, out / into)),
-    "match_rms_adamw": lambda out, into: 0.2 * math.sqrt(max(out, into)),
+    "original": lambda rows, columns: math.sqrt(max(1, rows / columns)),
+    "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
 }
 
 
 class Muon(NamedOptimizer):
-    """MomentUm Orthogonalized by Newton-Schulz, for 2-D parameters (anything else raises).
+    """MomentUm Orthogonalized by Newton-Schulz, for 2-D parameters.
 
         M = momentum M + (1 - momentum) G
         update = (1 - momentum) G + momentum M      (Nesterov; without it: M)
         W = W - lr weight_decay W - lr adjust(O, I) orthogonalize(update)
 
+    `params` are parameters, (name, parameter) pairs or groups; `adjust_lr` is a name of `LR_ADJUSTMENTS`.
     Slot: `momentum`, in the parameter's dtype. `ns_dtype` is the dtype of the iteration; None: bfloat16 on CUDA
     (Jordan), elsewhere float32, or the parameter's own where that is wider (bfloat16 products are slow on many CPUs).
-    `batched=False` takes the plain twin.
+    `batched=False` takes the plain twin. Errors (ValueError): a parameter that is not a matrix; settings out of range.
     Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/. The paper's momentum sums gradients (no
     1 - momentum); the orthogonalised update is the same, as it does not depend on the scale. torch.optim.Muon, and
     Jordan's code, average as here. A fused projection (GPT-2's `c_attn`) is orthogonalised as the one matrix it is.
@@ -122,10 +123,10 @@ class Muon(NamedOptimizer):
             return self.ns_dtype
         return torch.bfloat16 if param.is_cuda else torch.promote_types(param.dtype, torch.float32)
 
-    # The iteration needs the whole matrix. Where it is sharded, the momentum, which is element by element, is updated on
-    # this rank's rows; the update is then gathered, every rank orthogonalises all of it, and each applies its own rows. So
-    # a step sends every such matrix once, as gathering the weights for one forward does, and the iteration is repeated on
-    # each rank: it does not get faster with more of them.
+    # The iteration needs the whole matrix. Where it is sharded, the momentum, which is elementwise, is updated on this rank's
+    # rows; then the update is all-gathered, every rank orthogonalises all of it, and each applies its own rows. So a step
+    # sends every such matrix once, as gathering the weights for one forward does, and the iteration is repeated on each rank:
+    # it does not get faster with more ranks.
 
     def _update_plain(self, params, grads, states, group, network_params) -> None:
         lr, momentum = group["lr"], group["momentum"]
@@ -143,18 +144,18 @@ class Muon(NamedOptimizer):
         torch._foreach_lerp_(averages, grads, 1 - momentum)
         updates = torch._foreach_lerp(grads, averages, momentum) if self.nesterov else averages
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
-        alike: dict[tuple, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        by_shape: dict[tuple, list[tuple[Tensor, Tensor, Tensor]]] = {}
         for param, update, network_param in zip(params, updates, network_params, strict=True):
-            alike.setdefault((network_param.shape, param.dtype, param.device), []).append((param, update, network_param))
-        for (shape, _, _), rows in alike.items():
+            by_shape.setdefault((network_param.shape, param.dtype, param.device), []).append((param, update, network_param))
+        for (shape, _, _), rows in by_shape.items():
             rate = -lr * self.lr_adjustment(*shape)
             size = max(1, BATCH_ELEMENTS // shape.numel())
             for start in range(0, len(rows), size):
                 same_params, same_updates, same_network_params = zip(*rows[start : start + size], strict=True)
                 update_BOI = torch.stack(list(map(full_tensor, same_updates, same_network_params)))
                 direction_BOI = orthogonalize_batch(update_BOI, self.ns_steps, self.iteration_dtype(same_params[0]))
-                parts = list(map(shard_of, direction_BOI.unbind(), same_network_params))
-                torch._foreach_add_(list(same_params), parts, alpha=rate)
+                shards = list(map(shard_of, direction_BOI.unbind(), same_network_params))
+                torch._foreach_add_(list(same_params), shards, alpha=rate)
 
 
 def build(groups: list[dict], settings: BuildSettings) -> list[NamedOptimizer]:

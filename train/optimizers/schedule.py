@@ -1,20 +1,20 @@
-"""Learning-rate schedules: pure functions of the step, which give the factor of the base rate.
+"""Learning-rate schedules: pure functions of the step, which return the factor of the base learning rate.
 
 Steps count from 0; the factor of step t is used by the update that leads from weights t to weights t + 1. All take the
-same arguments, so that `SCHEDULES[name](step, warmup=..., total=..., final=...)` serves any of them; nothing is stored,
-so a resumed run needs the step alone.
+same arguments: `SCHEDULES[name](step, warmup=..., total=..., final=...)` calls any of them. Nothing is stored, so a resumed run
+needs the step alone.
 
 Warm-up: factor = (step + warmup_offset) / warmup while step < warmup. The default offset 1 gives the first step
-1 / warmup; offset 0 is transformers' convention, whose first step has the rate 0 and is wasted. The decays count from 0
-in both (progress 0 at step = warmup), so the last step, total - 1, is not wasted either: `final` is reached at
-step = total and kept from there (transformers' cosine rises again). Where transformers has the schedule, offset 0
-equals it.
+1 / warmup; offset 0 is transformers' convention, whose first step has learning rate 0 and is wasted. The decays count from 0
+with either offset (progress 0 at step = warmup), so the last step, total - 1, is not wasted either: `final` is reached at
+step = total and stays from there (transformers' cosine rises again). Where transformers has the schedule, offset 0 equals it.
+Arguments are integers of steps and fractions of the base learning rate; a decay that starts after `total` raises ValueError.
 """
 
 import math
 
 
-def _warm(step: int, warmup: int, warmup_offset: int) -> float:
+def _warmup_factor(step: int, warmup: int, warmup_offset: int) -> float:
     return (step + warmup_offset) / warmup
 
 
@@ -25,12 +25,12 @@ def _progress(step: int, start: int, total: int) -> float:
 
 
 def constant(step: int, *, warmup: int = 0, total: int = 0, final: float = 0.0, warmup_offset: int = 1) -> float:
-    """Warm-up, then 1; `total` and `final` have no effect.
+    """Warm-up, then the factor 1; `total` and `final` have no effect.
 
     >>> [constant(step, warmup=4) for step in range(6)]
     [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     """
-    return _warm(step, warmup, warmup_offset) if step < warmup else 1.0
+    return _warmup_factor(step, warmup, warmup_offset) if step < warmup else 1.0
 
 
 def linear(step: int, *, warmup: int = 0, total: int, final: float = 0.0, warmup_offset: int = 1) -> float:
@@ -42,7 +42,7 @@ def linear(step: int, *, warmup: int = 0, total: int, final: float = 0.0, warmup
     [1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
     if step < warmup:
-        return _warm(step, warmup, warmup_offset)
+        return _warmup_factor(step, warmup, warmup_offset)
     _progress(step, warmup, total)  # the check
     remaining = max(0.0, (total - step) / max(1, total - warmup))
     return final + (1.0 - final) * remaining
@@ -57,7 +57,7 @@ def cosine(step: int, *, warmup: int = 0, total: int, final: float = 0.0, warmup
     [1.0, 0.868, 0.55, 0.232, 0.1, 0.1]
     """
     if step < warmup:
-        return _warm(step, warmup, warmup_offset)
+        return _warmup_factor(step, warmup, warmup_offset)
     half_wave = 0.5 * (1.0 + math.cos(math.pi * _progress(step, warmup, total)))
     return half_wave * (1.0 - final) + final
 
@@ -85,7 +85,7 @@ def wsd(
     [1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
     """
     if step < warmup:
-        return _warm(step, warmup, warmup_offset)
+        return _warmup_factor(step, warmup, warmup_offset)
     decay_start = total - (total // 5 if decay_steps is None else decay_steps)
     if decay_start < warmup:
         raise ValueError(f"warmup={warmup} and the decay from step {decay_start} overlap: total={total}")
@@ -112,7 +112,7 @@ def inverse_sqrt(
     [0.25, 1.0, 0.5, 0.25]
     """
     if step < warmup:
-        return _warm(step, warmup, warmup_offset)
+        return _warmup_factor(step, warmup, warmup_offset)
     timescale = timescale or warmup or 10_000
     return max(final, 1.0 / math.sqrt((step + timescale - warmup) / timescale))
 
@@ -120,22 +120,22 @@ def inverse_sqrt(
 def slanted_triangular(
     step: int, *, warmup: int = 0, total: int, final: float = 0.0, warmup_offset: int = 1, ratio: float = 32.0
 ) -> float:
-    """A short straight rise from 1 / ratio to 1, then a long straight fall back to 1 / ratio.
+    """A short linear rise from 1 / ratio to 1, then a long linear fall back to 1 / ratio.
 
         p = step / warmup                                    while step < warmup (the paper's cut = total · cut_frac)
         p = 1 - (step - warmup) / (total - warmup)           from there (cut · (1 / cut_frac - 1) = total - cut)
         factor = (1 + p (ratio - 1)) / ratio
 
-    So 1 / ratio is what `final` is in the others, but at both ends: a `final` above 0 takes its place, and 0, the default
-    there, means the paper's 1 / 32. The rise starts at p = warmup_offset / warmup; offset 0 is the paper's.
+    1 / ratio is the factor at both ends; a `final` above 0 replaces it, and the default 0 means the paper's 1 / 32.
+    The rise starts at p = warmup_offset / warmup; offset 0 is the paper's.
     Source: Howard & Ruder 2018, arXiv 1801.06146, equation 3, where cut_frac is 0.1.
 
     >>> [slanted_triangular(step, warmup=2, total=6, ratio=4, warmup_offset=0) for step in range(7)]
     [0.25, 0.625, 1.0, 0.8125, 0.625, 0.4375, 0.25]
     """
     lowest = final or 1.0 / ratio
-    rising = step < warmup
-    p = _warm(step, warmup, warmup_offset) if rising else 1.0 - _progress(step, warmup, total)
+    is_rising = step < warmup
+    p = _warmup_factor(step, warmup, warmup_offset) if is_rising else 1.0 - _progress(step, warmup, total)
     return lowest + (1.0 - lowest) * p
 
 

@@ -17,7 +17,7 @@ def sgd_update(
     weight_decay: float = 0.0,
     nesterov: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One step of SGD; returns the new (param, momentum_sum), changes nothing.
+    """Return the (param, momentum_sum) after one step of SGD; changes nothing.
 
         g = g + weight_decay param
         m = momentum m + g
@@ -25,8 +25,8 @@ def sgd_update(
 
     Any shape and floating dtype, all tensors alike; m is 0 before the first step.
     Source: Sutskever et al. 2013, https://proceedings.mlr.press/v28/sutskever13.html, equations 1 to 4. As in
-    torch.optim.SGD the rate stands outside the momentum (in the paper inside), so that a schedule acts at once; the decay
-    is the gradient of an L2 term and goes through the momentum (AdamW's and Muon's does not); and nothing is dampened.
+    torch.optim.SGD the learning rate is outside the momentum (in the paper inside), so that a schedule acts at once; the decay
+    is the gradient of an L2 term and goes through the momentum (AdamW's and Muon's does not); and there is no dampening.
 
     >>> param, momentum_sum = sgd_update(torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([4.0]), lr=0.1, momentum=0.5)
     >>> param.item(), momentum_sum.item()
@@ -38,9 +38,14 @@ def sgd_update(
 
 
 class SGD(NamedOptimizer):
-    """Stochastic gradient descent (`sgd_update`), a few operations over all parameters at a time.
+    """Stochastic gradient descent (`sgd_update`), by multi-tensor operations.
 
+        g = g + weight_decay param;   m = momentum m + g;   param = param - lr m      (Nesterov: lr (g + momentum m))
+
+    `params` are parameters, (name, parameter) pairs or groups, of any shape and floating dtype. Equals torch.optim.SGD.
     Slot: `momentum_sum`, in the parameter's dtype; none without momentum. `foreach=False` takes the plain twin.
+    Errors (ValueError): settings out of range; `nesterov` without momentum.
+    Source: Sutskever et al. 2013, https://proceedings.mlr.press/v28/sutskever13.html.
     """
 
     def __init__(

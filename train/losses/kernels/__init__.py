@@ -1,4 +1,4 @@
-"""Triton twins of the losses. Nothing here is imported until a loss of Triton's is first called.
+"""Triton twins of the losses. Nothing here is imported until a Triton loss is first called.
 
-cross_entropy   a chunk of logits into the rows' losses and, in place, into its own gradient
+cross_entropy   the rows' losses of a chunk of logits, and the gradient of the logits in place
 """

@@ -37,7 +37,7 @@ class Base:
         self.dtype = torch.float64 if wide else torch.float32
         own, by_path = empty_network(config, device="meta"), {file.path: file for file in files}
         self.small = quantized_weights(folder, files, own, asked)
-        found = match_weights(folder, by_path, own, self.small, asked=new_head)
+        found = match_weights(folder, by_path, own, self.small, is_new_head=new_head)
         # of another head; a quantized one cannot be copied as it is
         left_out = [name for name in found.other_heads if new_head or (self.small and name in self.small.stored)]
         self.missing, self.left_out = found.missing, left_out

@@ -1,5 +1,4 @@
-"""`python -m model generate|fill|predict|info|export|resize`: what a network says, reads into gaps, makes of texts, and costs;
-and its folder."""
+"""`python -m model generate|fill|predict|info|export|resize`: the command line of model folders and networks."""
 
 import sys
 from collections.abc import Callable
@@ -32,6 +31,7 @@ COMMANDS: dict[type, Callable[[object], None]] = {
 
 
 def main(arguments: list[str]) -> int:
+    """Run one command; returns the exit status."""
     named = {kind.__name__.lower(): kind for kind in COMMANDS}
 
     def act() -> None:
@@ -44,6 +44,7 @@ def main(arguments: list[str]) -> int:
 
 
 def failures() -> tuple[type[Exception], ...]:
+    """Return the exceptions that are reported in one line."""
     from data.config import DataError
     from lora.config import AdapterError
     from model.hub import HubError
@@ -53,5 +54,5 @@ def failures() -> tuple[type[Exception], ...]:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal without UTF-8, and for names of files that are none
+    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals and file names without UTF-8
     sys.exit(main(sys.argv[1:]))

@@ -27,7 +27,7 @@ NOT_COPIED += ("quantization.png",)
 
 
 class HubError(ValueError):
-    """A folder that cannot be read as a network; the message names the file or the weight."""
+    """Raised for a folder that cannot be read as a network; the message names the file or the weight."""
 
 
 def weight_files(folder: Path) -> list[Path]:

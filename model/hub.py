@@ -1,6 +1,6 @@
-"""Folders in the Hugging Face layout, in and out: `config.json` and `model.safetensors` (or shards with an index).
+"""Load and save model folders in the Hugging Face layout: `config.json` and `model.safetensors` (or shards with an index).
 
-The network only; a tokenizer's files belong to `data.tokenizer.base`. Nothing here reads or writes pickle.
+The network only; `data.tokenizer.base` has the tokenizer's files. Nothing here reads or writes pickle.
 """
 
 import json
@@ -42,11 +42,11 @@ if TYPE_CHECKING:
     from quant.folder import QuantizedWeights, Watch
     from quant.int8_linear import StaticInput
 
-QUANTIZED = re.compile(r"\.quant_state\.|weight_scale$|\.SCB$")  # in a tensor's name: it tells how a weight was quantized
+QUANTIZED = re.compile(r"\.quant_state\.|weight_scale$|\.SCB$")  # in the name of a quantized weight's tensor
 
 
 def config_json(network: Network) -> str:
-    """`config.json` of a network (`model.config_json`), with what says how its layers are quantized."""
+    """Return a network's `config.json` (`model.config_json`), with its `quantization_config` if any."""
     config, settings = network.config, {}
     if _has_quantized(network):
         from quant.config import QuantError
@@ -60,13 +60,14 @@ def config_json(network: Network) -> str:
 
 
 def save(network: Network, folder: str | Path, *, shard_bytes: int = 5_000_000_000) -> None:
-    """Write `config.json`, of a language model `generation_config.json`, and the weights with the published names and layouts;
-    a tied weight is written once. More than `shard_bytes` are spread over several files with an index, as transformers does."""
+    """Save a network as a folder that transformers opens: `config.json`, for a language model `generation_config.json`, and the
+    weights with the published names and layouts. A tied weight is written once; more than `shard_bytes` are sharded over
+    several files with an index. Errors: adapters or fake-quantized layers in the network (HubError)."""
     folder, config = Path(folder), network.config
     if getattr(network, "adapters", None):
         raise HubError("the network has adapters: remove(merge(network)) first (lora.inject), or lora.peft_io.save them alone")
     if any(hasattr(module, "rounded_weight") for module in network.modules()):
-        raise HubError("the network's layers learn to be rounded: quant.qat.convert(network) first, or converted(network)")
+        raise HubError("the network's layers are fake-quantized: quant.qat.convert(network) first, or converted(network)")
     write_settings(network, folder)
     shards, sizes = [{}], [0]
     for name, tensor in _published(network):
@@ -92,8 +93,8 @@ def save(network: Network, folder: str | Path, *, shard_bytes: int = 5_000_000_0
 
 
 def write_settings(network: Network, folder: Path) -> None:
-    """`config.json`, and of a language model `generation_config.json`. What they cannot say is an error before anything is
-    written."""
+    """Write `config.json`, and for a language model `generation_config.json`. A setting that they cannot hold is an error
+    before anything is written."""
     text = config_json(network)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(text, encoding="utf-8")
@@ -102,11 +103,11 @@ def write_settings(network: Network, folder: Path) -> None:
 
 
 def _published(network: Network) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor of a file, by its published name, in its layout."""
+    """Yield each tensor of the files by its published name, in its published layout."""
     table, config = weight_table(network.config), network.config
     for name, parameter in network.named_parameters():
         yield table[name].published, to_published(table[name], parameter.detach(), config)
-    for published, name in published_copies(config).items():  # clones: a file may not hold one memory twice
+    for published, name in published_copies(config).items():  # clones: a file may not hold one storage twice
         yield published, to_published(table[name], network.get_parameter(name).detach(), config).clone()
     if _has_quantized(network):
         from quant.folder import tensors
@@ -119,7 +120,7 @@ def _published(network: Network) -> Iterator[tuple[str, Tensor]]:
 
 
 def _has_quantized(network: Network) -> bool:
-    """Whether a linear layer's weight is no parameter."""
+    """Return True where a linear layer's weight is a quantized module instead of a parameter."""
     return any(hasattr(module, "in_features") and "weight" in module._modules for module in network.modules())
 
 
@@ -136,39 +137,39 @@ def load(
     quantization: "FourBit | Int8 | None" = None,
     inputs: "Mapping[str, StaticInput] | None" = None,
     watch: "Watch | None" = None,
-    finite: bool = False,
+    check_finite: bool = False,
 ) -> Network:
-    """Read a folder into a new network, in the folder's dtype unless one is given, and in eval mode: dropout is off
-    until `network.train()`.
+    """Load a folder into a new network, in the folder's dtype unless one is given, in eval mode: no dropout until
+    `network.train()`.
 
-    The network is made on the meta device; each weight is read from its place in the file into its own new memory, so
-    that nothing is held twice. Every weight must be there, with its shape, and nothing else: what is missing, left over
-    or misshapen is an error. Weights of another head that the family knows are passed over, with a warning where no head
-    was asked for; so are, in silence, the constant buffers that the family's table names. `network.source` is the folder.
+    The network is built on the meta device; each weight is read from the file into its own new memory, so that nothing is held
+    twice. Every weight must be there with its shape, and nothing else: a missing, extra or misshapen one is a HubError.
+    Weights of another head that the family knows are skipped, with a warning unless `head` is given; so are, silently, the
+    constant buffers that the family's table names. `network.source` is the folder.
 
-    head: another one than the folder's (`model.heads.HEADS`), with `labels` classes; those of its weights that the folder
-    does not hold in this shape are then new, from `seed`.
+    head: another head than the folder's (`model.heads.HEADS`), with `labels` classes; weights that the folder lacks in this
+    shape are initialized from `seed`.
 
-    quantization: round the linear layers to few bits as they are read (`quant.config`). Where the folder has them so already,
-    its `quantization_config` says, and they are read as they are; `dtype` is then that of the other weights. inputs: for
-    int8-static, what `quant.calibrate` observed. watch: called with the published name, the weight and what became of it, at
-    each that is rounded.
+    quantization: quantize the linear layers while they are read (`quant.config`). A folder with a `quantization_config` is read
+    as it is; `dtype` is then that of the other weights. inputs: for int8-static, the observations of `quant.calibrate`. watch:
+    called with the published name, the weight and the new layer, for each quantized weight.
 
-    finite: inf or NaN among the numbers is an error that names the tensor and the index. What is rounded is checked always.
+    check_finite: inf or NaN is an error that names the tensor and the index; weights to quantize are always checked.
     """
     folder = Path(folder)
     own = read_config(folder, any_head=head is not None)
     changes = {"head": head, "labels": labels}
     config = own.replace(**{name: value for name, value in changes.items() if value is not None})
-    asked = (config.head, config.labels) != (own.head, own.labels)
+    is_new_head = (config.head, config.labels) != (own.head, own.labels)
     with torch.device("meta"):
         network = Network(config, attention)
     table = weight_table(config)
     try:
         with ExitStack() as opened:
             files = {path: opened.enter_context(WeightFile(path)) for path in weight_files(folder)}
-            small, room = quantized_weights(folder, list(files.values()), network, quantization, inputs, watch), ScratchMemory()
-            found = match_weights(folder, files, network, small, asked=asked)
+            quantized = quantized_weights(folder, list(files.values()), network, quantization, inputs, watch)
+            scratch = ScratchMemory()
+            found = match_weights(folder, files, network, quantized, is_new_head=is_new_head)
             for name, empty in list(network.named_parameters()):
                 if name in found.missing:
                     wanted = dtype or network.body.embedding.weight.dtype
@@ -176,13 +177,13 @@ def load(
                 else:
                     path, published = found.sources[name]
                     read = partial(_read, files[path], published, table[name], empty, config)
-                    if small and small.takes(name, published):
+                    if quantized and quantized.takes(name, published):
                         order = _order(table[name], len(empty), config)
-                        stored = partial(read, None, "cpu", turned=False, new=room)
-                        small.put(name, published, stored, order=order, dtype=dtype, device=device)
+                        stored = partial(read, None, "cpu", reorder=False, new=scratch)
+                        quantized.put(name, published, stored, order=order, dtype=dtype, device=device)
                         continue
                     parameter = read(dtype, device)
-                    if finite and non_finite(parameter):
+                    if check_finite and non_finite(parameter):
                         refuse_tensor(files[path], published)
                 _assign(network, name, parameter, empty.requires_grad)
             network.tie_weights()
@@ -195,9 +196,9 @@ def load(
         raise
     except ValueError as error:  # a WeightFileError, or a QuantError
         raise HubError(str(error)) from None
-    network.quantization = small.settings if small and not small.stored else None
+    network.quantization = quantized.settings if quantized and not quantized.stored else None
     initialize(network, seed, names=found.missing)
-    if found.other_heads and not asked:
+    if found.other_heads and not is_new_head:
         names = ", ".join(found.other_heads[:5]) + (" …" if len(found.other_heads) > 5 else "")
         warnings.warn(f"{folder}: left out of a network with the head {config.head!r}: {names}", stacklevel=2)
     network.source = folder
@@ -208,37 +209,41 @@ def load(
 
 @dataclass
 class Found:
-    """Where each of our weights stands in the files."""
+    """The places of our weights in the files."""
 
     sources: dict[str, tuple[Path, str]] = field(default_factory=dict)  # our name -> file, its name there
-    copies: list[tuple[Path, str, str]] = field(default_factory=list)  # file, name there, our name of what it repeats
+    copies: list[tuple[Path, str, str]] = field(default_factory=list)  # file, name there, our name of the repeated weight
     other_heads: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)  # our names; of a head that was asked for
+    missing: list[str] = field(default_factory=list)  # our names; only of a requested head
 
 
 def match_weights(
-    folder: Path, files: dict[Path, WeightFile], network: Network, small: "QuantizedWeights | None", *, asked: bool
+    folder: Path, files: dict[Path, WeightFile], network: Network, quantized: "QuantizedWeights | None", *, is_new_head: bool
 ) -> Found:
-    """Find each weight of a network in its folder's open files; what is missing, left over or misshapen is an error that names
-    it. `small`: what is quantized. `asked`: the head is not the folder's, which may lack its weights."""
+    """Find each weight of a network in its folder's open files; a missing, extra or misshapen one is an error that names it.
+    `quantized`: the quantized weights. `is_new_head`: the head is not the folder's, which may lack its weights."""
     parameters, table = dict(network.named_parameters()), weight_table(network.config)
-    found = _match(files, network.config, parameters, small.others if small else (), asked=asked)
+    found = _match(files, network.config, parameters, quantized.others if quantized else (), is_new_head=is_new_head)
     found.missing = sorted(set(parameters) - set(found.sources))
-    if any(not (asked and name.startswith("head.")) for name in found.missing):
+    if any(not (is_new_head and name.startswith("head.")) for name in found.missing):
         raise HubError(f"{folder} lacks {join_names(table[name].published for name in found.missing)}")
-    if small and (bare := [name for name in small.stored if name not in small.places]):
+    if quantized and (bare := [name for name in quantized.stored if name not in quantized.places]):
         raise HubError(f"{folder} holds parts of {bare[0]!r}, which is not there")
     for name, (path, published) in found.sources.items():
-        if not (small and published in small.stored):
+        if not (quantized and published in quantized.stored):
             _check(files[path], published, table[name], parameters[name])
     return found
 
 
 def _match(
-    files: dict[Path, WeightFile], config: ModelConfig, parameters: dict[str, Tensor], others: Collection[str], *, asked: bool
+    files: dict[Path, WeightFile],
+    config: ModelConfig,
+    parameters: dict[str, Tensor],
+    others: Collection[str],
+    *,
+    is_new_head: bool,
 ) -> Found:
-    """Find the row of every tensor in the files; what has none raises, naming it. `others` are parts of quantized weights.
-    `asked`: the head is not the folder's."""
+    """Find the row of every tensor in the files; HubError for a tensor without one. `others`: parts of quantized weights."""
     names, heads, found, copies = published_names(config), published_names(config, heads=True), Found(), []
     for path, file in files.items():
         for published in file.names:
@@ -248,8 +253,8 @@ def _match(
             name = names.rows.get(spelled)
             if name in parameters:
                 there = published_shape(weight_table(config)[name], tuple(parameters[name].shape))
-                if asked and name.startswith("head.") and file.shape(published) != there:
-                    continue  # such as a classifier of another number of labels
+                if is_new_head and name.startswith("head.") and file.shape(published) != there:
+                    continue  # such as a classifier with another number of labels
                 if name in found.sources:
                     raise HubError(f"{path.name}: {published!r} and {found.sources[name][1]!r} are both {name}")
                 found.sources[name] = (path, published)
@@ -275,7 +280,7 @@ def quantized_weights(
     inputs: "Mapping[str, StaticInput] | None" = None,
     watch: "Watch | None" = None,
 ) -> "QuantizedWeights | None":
-    """What of a network is quantized in its folder, or is to be when it is read; None: nothing."""
+    """Return the weights that are quantized in the folder, or are to be while they are read; None: none."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     entry = config.get("quantization_config")
     if entry is None and asked is None and not any(QUANTIZED.search(name) for file in files for name in file.names):
@@ -295,7 +300,7 @@ def quantized_weights(
 
 
 def _order(row: Weight, rows: int, config: ModelConfig) -> Tensor | None:
-    """Where in a published matrix each of our rows is; None: at the same place."""
+    """Return the row in the published matrix of each of our rows; None: the same."""
     return interleaved_to_halves(torch.arange(rows), config.head_width) if row.layout == "interleaved" else None
 
 
@@ -308,29 +313,30 @@ def _read(
     dtype: torch.dtype | None,
     device: torch.device | str,
     *,
-    turned: bool = True,
+    reorder: bool = True,
     new: Callable[..., Tensor] = torch.empty,
 ) -> Tensor:
-    """One weight from its place in the file, in our layout; `turned`: its rows too. new: makes room for it."""
+    """Read one weight from its file in our layout; `reorder`: the rows too. new: allocates it."""
     shape, dtype = tuple(empty.shape), dtype or file.dtype(published)
     if row.layout == "wide" and dtype == torch.float16:
         dtype = torch.float32
     out = new(shape, dtype=dtype, device=device)
     file.read(published, out[None] if row.layout == "row" else out, transposed=row.layout == "transposed")
-    return interleaved_to_halves(out, config.head_width) if turned and row.layout == "interleaved" else out
+    return interleaved_to_halves(out, config.head_width) if reorder and row.layout == "interleaved" else out
 
 
 def _check(file: WeightFile, published: str, row: Weight, empty: Tensor) -> None:
-    """A tensor's shape, and that it holds numbers as they are."""
+    """Raise HubError where a tensor has another shape, or is not of floating point."""
     there, stored = published_shape(row, tuple(empty.shape)), file.dtype(published)
     if file.shape(published) != there:
         raise HubError(f"{file.path.name}: {published!r} has shape {file.shape(published)}, {row.name} expects {there}")
     if not stored.is_floating_point:
         kind = str(stored).removeprefix("torch.")
-        raise HubError(f"{file.path.name}: {published!r} is of {kind}, and nothing says what it stands for")
+        raise HubError(f"{file.path.name}: {published!r} is of {kind}: neither floating-point nor a complete quantized weight")
 
 
 def _assign(network: nn.Module, name: str, value: Tensor, requires_grad: bool) -> None:
+    """Set a parameter by its name."""
     owner, _, leaf = name.rpartition(".")
     setattr(network.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=requires_grad))
 

@@ -28,7 +28,7 @@ def rms_norm_reference(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 class LayerNorm(nn.Module):
-    """Layer norm, `layer_norm_reference`, by torch's fused kernel."""
+    """Layer norm by torch's fused kernel; equation, shapes and source: `layer_norm_reference`."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -41,9 +41,9 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """RMS norm, `rms_norm_reference`, by torch's own operator (fused on a GPU); the result has the weight's dtype.
+    """RMS norm by torch's own operator (fused on a GPU); equation, shapes and source: `rms_norm_reference`.
 
-    (A residual stream in a wider dtype than the weights, as T5's in float16, is cast down here.)
+    The result has the weight's dtype. (A residual stream in a wider dtype than the weights, as T5's in float16, is cast down here.)
     """
 
     def __init__(self, width: int, eps: float):

@@ -60,7 +60,7 @@ def keep_min_p(logits_BV: Tensor, p: float) -> Tensor:
 def filter_logits(
     logits_BV: Tensor, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None = None
 ) -> Tensor:
-    """Divide by the temperature, then apply top-k, top-p and min-p; dropped logits become -inf.
+    """Divide logits B V by the temperature, then apply top-k, top-p and min-p; dropped logits become -inf. None: not applied.
 
     >>> filter_logits(torch.tensor([[2.0, 1.0, 0.0]]), temperature=1.0, top_k=2, top_p=None).tolist()
     [[2.0, 1.0, -inf]]

@@ -90,7 +90,7 @@ def quantize(options: Options, scheme: str) -> None:
             dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
             after = held_out.score(network, task, scheme)
             del network  # first: beside it the original might not fit
-            before = held_out.score(model.hub.load(folder, device=device, finite=True), task, "before")
+            before = held_out.score(model.hub.load(folder, device=device, check_finite=True), task, "before")
             said = score_line(before, after)
             exact = "" if dtype == "float32" else f", computed in {dtype}"
             print(f"held-out text: {held_out.described(task)}{exact}\n{align_columns(score_table(before, after, scheme))}\n")
@@ -190,7 +190,7 @@ def observed(
     shown = tqdm(steps, unit="batch", desc="observing", disable=not sys.stderr.isatty(), leave=False)
     made = (batch for step in shown for batch in text.source.batches(step))
     batches = ({name: value.to(device) for name, value in batch.items()} for batch in made)
-    network = load(folder, device=device, finite=True)
+    network = load(folder, device=device, check_finite=True)
     objective = text.objective(network, linear_cross_entropy)
     inputs = observe(
         network,

@@ -141,7 +141,8 @@ def open_network(
     if found.head != task.head:
         info(f"{run.init} has the head {found.head!r}: {task.head!r} takes its place")
     how = None if run.quantize == "none" else FourBit(scheme=run.quantize)
-    network = model.hub.load(folder, head=task.head, labels=labels, seed=run.seed, quantization=how, finite=True, **common)
+    common |= {"head": task.head, "labels": labels, "seed": run.seed}
+    network = model.hub.load(folder, quantization=how, check_finite=True, **common)
     network.config = task.network(config, network.config, data)
     packed = follow_autocast(network)
     if packed and config.method is None:

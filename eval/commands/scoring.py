@@ -45,7 +45,7 @@ def open_folder(path: Path, *, device: str = "cpu", threads: int = 0) -> Opened:
     where, folder = checked_device(device), resolve(path)
     config = model.hub.read_config(folder)
     tokenizer = load_tokenizer(folder, config.vocab_size)
-    return Opened(folder, model.hub.load(folder, finite=True).to(where).eval(), tokenizer)
+    return Opened(folder, model.hub.load(folder, check_finite=True).to(where).eval(), tokenizer)
 
 
 def language_model(opened: Opened) -> str:

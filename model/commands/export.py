@@ -1,4 +1,4 @@
-"""`python -m model export`: a run's network and what belongs to it, as one model folder."""
+"""`python -m model export`: write a run's network and its auxiliary files as one model folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ class Export:
     run: Annotated[Path, tyro.conf.Positional]
     """A run (its best checkpoint, else its last) or one of its checkpoints."""
     out: Path
-    """The folder to write; it must be empty, or not there yet."""
+    """The folder to write; it must be empty, or absent."""
 
 
 def export(options: Export) -> None:

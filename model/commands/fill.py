@@ -1,4 +1,4 @@
-"""`python -m model fill`: the best guesses of a masked-language model for the gaps of a text."""
+"""`python -m model fill`: fill the gaps of a text by a masked-language model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ GAP = "[MASK]"
 
 @dataclass(frozen=True)
 class Fill:
-    """Read words into the gaps of a text: the best guesses of a masked-language model."""
+    """Fill the gaps of a text: the most probable tokens of a masked-language model."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """A run (its best checkpoint, else its last) or a model folder with a tokenizer."""
@@ -23,7 +23,7 @@ class Fill:
     top: int = 5
     """How many guesses for each gap."""
     base: Path | None = None
-    """Of an adapter: its base, where that has moved since it was trained."""
+    """For an adapter: its base, if that has moved since training."""
     device: str = "cpu"
     """cpu, cuda, …"""
 
@@ -40,9 +40,9 @@ def fill(options: Fill) -> None:
     network = open_network(folder, device, options.base)
     tokenizer = load_tokenizer(folder, network.config.vocab_size)
     if tokenizer.mask_id is None:
-        raise ConfigError(f"{folder}: its tokenizer has no mask token, so that no gap can be told")
-    # [MASK] is understood whatever the tokenizer calls its own mask token (RoBERTa: <mask>). A space before it belongs
-    # to the token that is missing: pieces begin with theirs, or (WordPiece) spaces are not kept at all.
+        raise ConfigError(f"{folder}: its tokenizer has no mask token, so no gap can be marked")
+    # [MASK] works for every tokenizer, whatever its own mask token is called (RoBERTa: <mask>). A space before it belongs to
+    # the missing token: pieces begin with their space, or (WordPiece) have no spaces.
     *before, last = options.text.split(GAP)
     texts = [*(part.removesuffix(" ") for part in before), last]
     own = tokenizer.name_of(tokenizer.mask_id)

@@ -1,4 +1,4 @@
-"""`python -m model generate`: a text goes on, or is answered, as generation_config.json says where no option does."""
+"""`python -m model generate`: continue or answer a text; generation_config.json has the defaults of the options."""
 
 import sys
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from model.generation_config import GenerationConfig
     from model.network import Network
 
-# Where neither an option nor the folder says: 200 tokens, drawn from the 50 best, a little sharpened.
+# Without an option and a folder's setting: 200 tokens, sampled from the 50 best, slightly sharpened.
 DEFAULTS = {
     "max_new_tokens": 200,
     "temperature": 0.8,
@@ -26,26 +26,25 @@ DEFAULTS = {
     "beams": 1,
     "length_penalty": 1.0,
 }
-SURE = {"temperature": 0.0, "top_k": 0}  # the same of an answer to --source: the best token each time, as transformers
-DRAWN = ("top_k", "top_p", "min_p")
+GREEDY = {"temperature": 0.0, "top_k": 0}  # likewise for an answer to --source, as in transformers
+SAMPLING = ("top_k", "top_p", "min_p")
 
 
 @dataclass(frozen=True)
 class Generate:
-    """Continue a text; with an encoder-decoder, answer it. Where an option is not given, generation_config.json of the folder
-    says, if it does; stop ids are its own."""
+    """Continue a text; with an encoder-decoder, answer it. Options default to the folder's generation_config.json, which also
+    has the stop ids."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """A run (its best checkpoint, else its last) or a model folder with a tokenizer."""
     prompt: str = ""
     """The text to continue; empty: begin a document."""
     source: tuple[str, ...] = ()
-    """Of an encoder-decoder: the texts that it reads, each answered by one of its own."""
+    """For an encoder-decoder: the texts to answer."""
     specials: bool = True
-    """Read a control token that is written out in --prompt or --source (<|eot_id|>, </s> …) as that token, as transformers
-    does."""
+    """Read a control token in --prompt or --source (<|eot_id|>, </s> …) as that token, as transformers does."""
     max_new_tokens: int | None = None
-    """How many tokens at the most. Default: the folder's, else 200."""
+    """The most new tokens. Default: the folder's, else 200."""
     temperature: float | None = None
     """Below 1 sharper, above 1 flatter; 0: always the best token. Default: the folder's, else 0.8, with --source 0."""
     top_k: int | None = None
@@ -55,28 +54,28 @@ class Generate:
     min_p: float | None = None
     """Choose among tokens that are at least this many times as probable as the best one."""
     repetition_penalty: float | None = None
-    """Above 1: tokens that the text holds already become less probable."""
+    """Above 1: tokens already in the text become less probable."""
     beams: int | None = None
     """More than 1: beam search for the most probable text, instead of choosing token by token."""
     length_penalty: float | None = None
-    """Of beam search: above 0 favours long texts, below 0 short ones. Default: the folder's, else 1."""
+    """For beam search: above 0 favours long texts, below 0 short ones. Default: the folder's, else 1."""
     stop: tuple[str, ...] = ()
     """End before the first of these strings; a control token's name is that token."""
     stream: bool = True
-    """Show the text while it is made (not with beams, which settle at the end)."""
+    """Show the text while it is generated (not with beams, which are final at the end)."""
     seed: int = 0
     """The same seed gives the same text."""
     base: Path | None = None
-    """Of an adapter: its base, where that has moved since it was trained."""
+    """For an adapter: its base, if that has moved since training."""
     device: str = "cpu"
     """cpu, cuda, …"""
     cache: bool = True
-    """Keep the keys and values of earlier tokens, rather than compute them again."""
+    """Cache the keys and values of earlier tokens."""
 
     NEEDS: ClassVar = (
-        Needs(("temperature", *DRAWN), lambda options: options.beams in (None, 1), "--beams draws nothing"),
+        Needs(("temperature", *SAMPLING), lambda options: options.beams in (None, 1), "--beams draws nothing"),
         Needs(("stream",), lambda options: options.beams in (None, 1) or not options.stream, "--beams settle at the end"),
-        Needs(DRAWN, lambda options: options.temperature != 0, "--temperature 0 always takes the best token"),
+        Needs(SAMPLING, lambda options: options.temperature != 0, "--temperature 0 always takes the best token"),
         Needs(
             ("specials",),
             lambda options: bool(options.prompt or options.source),
@@ -99,23 +98,23 @@ def generate(options: Generate) -> None:
     said = read_generation_config(network.source or folder, network.config)
     if said.decoder_start_id != network.config.decoder_start_id:
         network.config = network.config.replace(decoder_start_id=said.decoder_start_id)
-    written = network.config.architecture == "encoder-decoder"  # an answer, not what the prompt goes on with
+    written = network.config.architecture == "encoder-decoder"  # an answer, not a continuation
     check_text(options, network.config)
-    longest = window(network)
-    texts = []  # (what is printed before, ids)
+    longest = context_window(network)
+    texts = []  # (the text to print before, ids)
     for text in options.source if written else (options.prompt,):
         option = "--source" if written else "--prompt"
         note_control_tokens(tokenizer, text, specials=options.specials, option=option)
         ids = encode(tokenizer, text, specials=options.specials, option=option)
         note_unknown(tokenizer, text, ids, option=option)
-        framed = tokenizer.framed(ids) if ids or written else beginning(tokenizer)
+        framed = tokenizer.framed(ids) if ids or written else first_ids(tokenizer)
         texts.append(("" if written else tokenizer.decode(ids), framed))
         note_length(longest, len(framed), option, written)
     if tokenizer.affixes.suffix and not written:
         end = ", ".join(tokenizer.name_of(id) for id in tokenizer.affixes.suffix)
         print(f"note: this folder's tokenizer puts {end} behind each text, and so behind --prompt", file=sys.stderr)
     stop_strings, stop_ids = stops(options.stop, tokenizer)
-    settings = chosen(options, said, prompt=1 if written else len(texts[0][1]), written=written)
+    settings = generation_settings(options, said, prompt=1 if written else len(texts[0][1]), written=written)
     common = {
         "max_new_tokens": int(settings.pop("max_new_tokens")),
         "stop_ids": [*stop_ids, *(said.stop_ids or [i for i in (tokenizer.eos_id,) if i is not None])],
@@ -147,7 +146,7 @@ def generate(options: Generate) -> None:
 
 
 def note_length(longest: int | None, length: int, option: str, written: bool) -> None:
-    """Say how much of a long text is read. An encoder reads all or nothing."""
+    """Print a note where a text is longer than the context; for an encoder this is an error."""
     if longest is not None and length > longest:
         if written:
             raise ConfigError(f"{option} has {length:,} tokens, and this network reads {longest:,} at once: shorten it")
@@ -156,14 +155,14 @@ def note_length(longest: int | None, length: int, option: str, written: bool) ->
 
 
 def note_window(longest: int | None, begun: int, made: int) -> None:
-    """Say that a text grew past the context. `begun`: tokens that it began with; the last one that is made is not read."""
+    """Print a note where a text grew beyond the context. `begun`: its first tokens; the last new one is never read."""
     if longest is not None and min(begun, longest) + made - 1 > longest:
         what = f"the text grew past the {longest:,} tokens of the context"
         print(f"note: {what}: each time its last half was read again, and what stood before was not", file=sys.stderr)
 
 
 def check_text(options: Generate, config: "ModelConfig") -> None:
-    """Refuse what the network does not read: --prompt of an encoder-decoder, --source of a decoder."""
+    """Refuse --prompt with an encoder-decoder, and --source with a decoder."""
     if config.architecture != "encoder-decoder":
         if options.source:
             raise ConfigError(f"--source is of an encoder-decoder; this {config.architecture} goes on: --prompt TEXT")
@@ -172,15 +171,15 @@ def check_text(options: Generate, config: "ModelConfig") -> None:
         raise ConfigError(f"{what}; this is an encoder-decoder, which reads a text and writes another: --source TEXT")
 
 
-def window(network: "Network") -> int | None:
-    """How many tokens are read at once; None where positions are relative, and there is no end."""
+def context_window(network: "Network") -> int | None:
+    """Return the most tokens that are read at once; None for relative positions, which have no limit."""
     if network.config.position == "relative":
         return None
     return network.config.context - network.body.num_virtual_tokens
 
 
 def write(network, input_ids, tokenizer: "Tokenizer", opening: str, stop: tuple[str, ...], stream: bool, **settings) -> int:
-    """Print the text, while it is made or at the end; returns of how many tokens it is."""
+    """Generate and print a text, streamed or at the end; returns its number of tokens."""
     from model.generate import generate
     from model.streaming import TextStream, stop_position
 
@@ -189,7 +188,7 @@ def write(network, input_ids, tokenizer: "Tokenizer", opening: str, stop: tuple[
 
     def show(token_B) -> None:
         nonlocal begun
-        if not begun:  # not earlier: an option might have been refused
+        if not begun:  # not earlier: an option may be refused
             shown.write(opening)
         begun = True
         shown.add(token_B.item())
@@ -205,15 +204,15 @@ def write(network, input_ids, tokenizer: "Tokenizer", opening: str, stop: tuple[
     return new.size(1)
 
 
-def beginning(tokenizer: "Tokenizer") -> list[int]:
-    """What a document begins with, for a text from nothing."""
+def first_ids(tokenizer: "Tokenizer") -> list[int]:
+    """Return the ids at the beginning of a document, for a text without a prompt."""
     if tokenizer.bos_id is None:
         raise ConfigError("this tokenizer has no token that begins or ends a text: give a --prompt to continue")
     return tokenizer.checked([*(tokenizer.affixes.prefix or (tokenizer.bos_id,))])
 
 
 def stops(given: tuple[str, ...], tokenizer: "Tokenizer") -> tuple[tuple[str, ...], list[int]]:
-    """The strings and the ids of --stop. A control token is no text: no decoded text would ever hold it."""
+    """Return the strings and the ids of --stop. A control token becomes an id, as no decoded text contains it."""
     for text in given:
         held = [name for name in tokenizer.controls if name in text]
         if held and text not in tokenizer.controls:
@@ -224,18 +223,18 @@ def stops(given: tuple[str, ...], tokenizer: "Tokenizer") -> tuple[tuple[str, ..
     return tuple(text for text in given if text not in tokenizer.controls), ids
 
 
-def chosen(options: Generate, said: "GenerationConfig", *, prompt: int, written: bool = False) -> dict[str, float]:
-    """How tokens are chosen: by the options, the folder, or `DEFAULTS`. prompt: tokens that max_length counts too; written: an
-    answer, for which the best tokens are taken, where no option asks to draw."""
+def generation_settings(options: Generate, said: "GenerationConfig", *, prompt: int, written: bool = False) -> dict[str, float]:
+    """Merge the settings of the options, the folder and `DEFAULTS`. prompt: tokens that max_length counts too; written: an
+    answer, which is greedy where no option asks to sample."""
     asked = {name: getattr(options, name) for name in (*DEFAULTS, "top_p", "min_p") if getattr(options, name) is not None}
     own, usual = dict(said.defaults), DEFAULTS
-    if written and said.raw.get("do_sample") is not True and not asked.keys() & set(DRAWN):
-        usual, own = DEFAULTS | SURE, {name: value for name, value in own.items() if name not in ("temperature", *DRAWN)}
+    if written and said.raw.get("do_sample") is not True and not asked.keys() & set(SAMPLING):
+        usual, own = DEFAULTS | GREEDY, {name: value for name, value in own.items() if name not in ("temperature", *SAMPLING)}
     if (length := own.pop("max_length", None)) is not None and "max_new_tokens" not in own:
         own["max_new_tokens"] = max(1, int(length) - prompt)
-    if asked.get("temperature") == 0 or asked.get("beams", 1) > 1:  # nothing is drawn: the rest is idle
+    if asked.get("temperature") == 0 or asked.get("beams", 1) > 1:  # nothing is sampled: the rest has no effect
         own = {name: value for name, value in own.items() if name not in ("top_k", "top_p", "min_p")}
-    elif asked.keys() & {"temperature", "top_k", "top_p", "min_p"}:  # a draw is asked for, where the folder might make none
+    elif asked.keys() & {"temperature", "top_k", "top_p", "min_p"}:  # sampling is asked for, where the folder may be greedy
         own = {name: value for name, value in own.items() if name != "beams" and (name, value) != ("temperature", 0)}
     taken = {name: value for name, value in own.items() if name not in asked and DEFAULTS.get(name) != value}
     if taken:

@@ -1,4 +1,4 @@
-"""`python -m model info`: what a network costs, before it is built."""
+"""`python -m model info`: the cost of a network, before it is built."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,27 +21,27 @@ class Info:
     context: int | None = None
     """Tokens of each text. Default: the network's, at most 2,048."""
     accumulate: int = 1
-    """Micro-batches a step; with several, gradients stand beside activations."""
+    """Micro-batches a step; with several, gradients exist beside activations."""
     method: Literal["full", "lora", "qlora"] = "full"
-    """The way of training whose parts are listed."""
+    """The training method that is listed in detail."""
     precision: Literal["fp32", "bf16", "fp16", "bf16-pure"] = "bf16"
     """bf16, fp16: float32 weights and autocast; bf16-pure: weights in 16 bits."""
     recompute: Literal["none", "blocks", "selective"] = "none"
-    """List the parts with blocks run again in the backward; selective: but for their matrix products."""
+    """List it with blocks recomputed in the backward; selective: except their matrix products."""
     recompute_every: int = 1
-    """Only every so many blocks."""
+    """Recompute only every k-th block."""
     loss: Literal["plain", "chunked"] = "plain"
     """All logits at once, or a chunk at a time."""
     optimizer: Literal["adamw", "adamw8bit", "muon", "sgd"] = "adamw"
-    """What keeps state beside the weights."""
+    """The optimizer, with its state."""
     ema: bool = False
     """With averages of the weights."""
     rank: int = 8
-    """Of LoRA's matrices."""
+    """The rank of LoRA's matrices."""
     targets: Literal["all-linear", "attention", "query-value"] = "all-linear"
-    """Which matrices of the blocks get an adapter."""
+    """The blocks' matrices that get an adapter."""
     device: Literal["cuda", "cpu"] = "cuda"
-    """Whose operators: they keep different things."""
+    """The device of the operators, which save different tensors."""
     NEEDS: ClassVar = (
         Needs(
             (

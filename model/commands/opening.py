@@ -1,4 +1,4 @@
-"""What several commands open: a network (an adapter's with its base), its tokenizer, a text from the command line."""
+"""Shared by several commands: opening a network (an adapter with its base), and encoding a text of the command line."""
 
 import re
 import sys
@@ -13,28 +13,28 @@ if TYPE_CHECKING:
     from data.tokenizer.base import Tokenizer
     from model.network import Network
 
-# What control tokens mostly look like; to tell a person that one of another model's is a mere text here.
+# The usual forms of control tokens, to note that another model's control token is ordinary text here.
 LOOKS_LIKE_CONTROL = re.compile(r"<\|[^\s|<>]{1,40}\|>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]|\[(?:CLS|SEP|PAD)\]")
 
 
 def open_network(folder: Path, device: "torch.device", base: Path | None) -> "Network":
-    """The network of a model folder; of an adapter's, its base with it."""
+    """Open the network of a model folder, or of an adapter's folder with its base."""
     from train.runs.open import resolve
 
     if (folder / "adapter_config.json").is_file():
         from lora.peft_io import open_network
 
-        return open_network(folder, device=device, base=None if base is None else resolve(base), finite=True)
+        return open_network(folder, device=device, base=None if base is None else resolve(base), check_finite=True)
     if base is not None:
         raise ConfigError(f"--base {base}: {folder} is a network, not an adapter")
     from model.hub import load
 
-    return load(folder, device=device, finite=True)
+    return load(folder, device=device, check_finite=True)
 
 
 def encode(tokenizer: "Tokenizer", text: str, *, specials: bool = True, option: str = "--prompt") -> list[int]:
-    """The ids of a text, without what the tokenizer puts around it. With `specials`, as transformers reads a text: a control
-    token that is written out is that token; else it is letters."""
+    """Encode a text without the tokenizer's special tokens around it. With `specials`, as in transformers, a control token in
+    the text is that token; otherwise it is spelled in letters."""
     try:
         return tokenizer.encode(text, specials=specials)
     except UnicodeEncodeError:
@@ -42,7 +42,7 @@ def encode(tokenizer: "Tokenizer", text: str, *, specials: bool = True, option: 
 
 
 def note_unknown(tokenizer: "Tokenizer", text: str, ids: list[int], *, option: str) -> None:
-    """Say that some of a text cannot be spelled, so that a network does not see which text it is."""
+    """Print a note about unknown tokens in a text."""
     from data.notes import unknown_notes, unspelled_words
 
     for line in unknown_notes(ids.count(tokenizer.unknown_id), len(ids), tokenizer, f"the tokens of {option}"):
@@ -51,7 +51,7 @@ def note_unknown(tokenizer: "Tokenizer", text: str, ids: list[int], *, option: s
 
 
 def note_control_tokens(tokenizer: "Tokenizer", text: str, *, specials: bool, option: str) -> None:
-    """Say what became of control tokens in a text, and of what looks like one and is none of this tokenizer's."""
+    """Print a note about control tokens in a text, and about text that looks like another tokenizer's control token."""
     known = [name for name in tokenizer.controls if name in text]
     if known and specials:
         is_what = "is read as that control token" if len(known) == 1 else "are read as these control tokens"

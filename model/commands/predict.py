@@ -1,4 +1,4 @@
-"""`python -m model predict`: the label of each text of a file, with the probability of each."""
+"""`python -m model predict`: the label of each text of a file, with all probabilities."""
 
 import csv
 import io
@@ -31,7 +31,7 @@ PREDICTED, PROBABILITIES = "predicted", "probabilities"
 @dataclass(frozen=True)
 class Predict:
     """Classify each text of a file with a network of --objective classify, or any folder with a sequence-classification head.
-    The input's columns stay, and beside them stand the predicted label and the probability of each."""
+    The output has the input's columns, the predicted label and the probability of each label."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """A run (its best checkpoint, else its last), a checkpoint, a model folder or an adapter's."""
@@ -50,11 +50,11 @@ class Predict:
     threshold: float = 0.5
     """With several labels a text: predict those that are more probable than this."""
     max_length: int | None = None
-    """Cut longer texts to so many tokens. Default: what the run was trained with, else the network's context."""
+    """Truncate longer texts to this many tokens. Default: what the run was trained with, else the network's context."""
     batch_size: int = 32
     """Texts at a time; the results do not depend on it."""
     base: Path | None = None
-    """Of an adapter: its base, where that has moved since it was trained."""
+    """For an adapter: its base, if that has moved since training."""
     device: str = "cpu"
     """cpu, cuda, …"""
 
@@ -69,12 +69,12 @@ def predict(options: Predict) -> None:
     from model.predict import Text, check_classifier, is_multi_label, predicted_labels, probabilities
     from train.runs.open import checked_device, resolve
 
-    check(options)
+    check_options(options)
     device, folder = checked_device(options.device), resolve(options.run)
     network = open_network(folder, device, options.base)
     config = network.config
     check_classifier(network, str(options.run))
-    several, labels, asked = is_multi_label(network), names_of_labels(config), asked_of(options, folder)
+    several, labels, asked = is_multi_label(network), label_names_of(config), classify_settings(options, folder)
     if options.threshold != type(options).threshold and not several:
         raise ConfigError("--threshold would have no effect: this network gives each text one class, the most probable one")
     tokenizer = load_tokenizer(folder, config.vocab_size)
@@ -101,7 +101,7 @@ def predict(options: Predict) -> None:
     )
     guesses = [predicted_labels(labels, row_C, multi=several, threshold=options.threshold) for row_C in probability_NC]
     if options.score:
-        said = scored(options, asked, rows, places, labels, guesses, several=several)
+        said = score(options, asked, rows, places, labels, guesses, several=several)
         print(said, file=sys.stderr if options.out is None else sys.stdout)
     results = [
         row | {PREDICTED: list(guess) if several else guess[0], PROBABILITIES: dict(zip(labels, chances, strict=True))}
@@ -114,8 +114,8 @@ def predict(options: Predict) -> None:
     print(f"written: {options.out}: {len(results):,} texts")
 
 
-def check(options: Predict) -> None:
-    """What is refused before anything is opened."""
+def check_options(options: Predict) -> None:
+    """Refuse impossible options before anything is opened."""
     if options.out is not None and options.out.suffix.lower() not in WRITERS:
         raise ConfigError(f"--out {options.out}: written are {', '.join(WRITERS)}")
     if options.out is not None and options.out.exists() and options.file.exists() and options.out.samefile(options.file):
@@ -128,8 +128,8 @@ def check(options: Predict) -> None:
         raise ConfigError(f"--max-length {options.max_length}: must be at least 1")
 
 
-def asked_of(options: Predict, folder: Path) -> "ClassifySettings":
-    """The columns and the length: of the options, else of the training of the run that `folder` is a checkpoint of."""
+def classify_settings(options: Predict, folder: Path) -> "ClassifySettings":
+    """Return the columns and the length: of the options, else of the run whose checkpoint `folder` is."""
     from train.config_toml import read_settings
     from train.registry import settings_of
     from train.runs.errors import TrainError
@@ -141,13 +141,13 @@ def asked_of(options: Predict, folder: Path) -> "ClassifySettings":
             config = read_settings(run)
             settings = settings_of(config) if config.run.objective == "classify" else settings
         except TrainError:
-            pass  # a run of another version: the options say it
+            pass  # a run of another version: the options are complete
     given = {name: getattr(options, name) for name in ("text", "pair", "label", "max_length")}
     return replace(settings, **{name: value for name, value in given.items() if value is not None})
 
 
-def names_of_labels(config: "ModelConfig") -> tuple[str, ...]:
-    """By config.json, else LABEL_0 and so on, as transformers calls them."""
+def label_names_of(config: "ModelConfig") -> tuple[str, ...]:
+    """Return the label names of config.json, else LABEL_0 and so on, as in transformers."""
     from data.transforms.labels import names_in_config
 
     names = names_in_config(config.extra.get("id2label"))
@@ -155,7 +155,7 @@ def names_of_labels(config: "ModelConfig") -> tuple[str, ...]:
 
 
 def read_texts(file: Path) -> tuple[list[str], list[Row]]:
-    """The records of a file, with their places for messages; each line of a .txt is one."""
+    """Read the records of a file, and their places for messages; each line of a .txt is one."""
     from data.sources.files import ReadReport, decode, read_each, read_rows
     from data.sources.find import kind
     from data.sources.record_files import FORMATS
@@ -180,6 +180,7 @@ def read_texts(file: Path) -> tuple[list[str], list[Row]]:
 
 
 def check_columns(rows: Sequence[Row], places: Sequence[str], asked: "ClassifySettings", options: Predict) -> None:
+    """Refuse records without the columns of the texts, or with columns of the output's names."""
     from data.sources.find import kind
     from data.sources.record_files import shown
 
@@ -201,13 +202,14 @@ def check_columns(rows: Sequence[Row], places: Sequence[str], asked: "ClassifySe
 
 
 def frame(framer: "Framer", row: Row, place: str, asked: "ClassifySettings"):
+    """Tokenize the text or texts of a record."""
     try:
         return framer(*(row[column] for column in (asked.text, asked.pair) if column is not None))
     except DataError as error:
         raise DataError(f"{place}: {error}") from None
 
 
-def scored(
+def score(
     options: Predict,
     asked: "ClassifySettings",
     rows: Sequence[Row],
@@ -217,7 +219,7 @@ def scored(
     *,
     several: bool,
 ) -> str:
-    """The predictions beside the labels of the file."""
+    """Compare the predictions with the file's labels; returns one line."""
     import torch
 
     from data.transforms.labels import label_names
@@ -250,11 +252,12 @@ def scored(
 
 
 def json_lines(results: Sequence[Row], labels: Sequence[str], separator: str) -> str:
+    """Format the results as JSON lines."""
     return "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
 
 
 def table(delimiter: str) -> Callable[[Sequence[Row], Sequence[str], str], str]:
-    """A column for each key of the input, in the order in which they come, then the label and the probability of each."""
+    """Return a formatter of a table: the input's columns in order, the label, the probability of each label."""
 
     def written(results: Sequence[Row], labels: Sequence[str], separator: str) -> str:
         from data.transforms.labels import joined
@@ -274,7 +277,7 @@ def table(delimiter: str) -> Callable[[Sequence[Row], Sequence[str], str], str]:
 
 
 def cell(value: object) -> object:
-    """None is empty, a list or an object JSON."""
+    """Format a cell: None empty, a list or an object as JSON."""
     return "" if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
@@ -282,7 +285,7 @@ WRITERS = {".jsonl": json_lines, ".csv": table(","), ".tsv": table("\t")}
 
 
 def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Write a file atomically."""
     making = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         making.write_text(text, encoding="utf-8", newline="")

@@ -1,4 +1,4 @@
-"""`python -m model resize`: a folder whose network knows more tokens, or fewer."""
+"""`python -m model resize`: change the vocabulary size of a model folder."""
 
 import sys
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ class Resize:
     folder: Annotated[Path, tyro.conf.Positional]
     """A model folder, or a run (its best checkpoint, else its last)."""
     out: Path
-    """The folder to write; it must be empty, or not there yet."""
+    """The folder to write; it must be empty, or absent."""
     vocab_size: int
-    """Rows of the new network. (A tokenizer's ids below that are read; those from there on have no row.)"""
+    """Rows of the new network. (Ids of the tokenizer from there on have no row.)"""
 
 
 def resize(options: Resize) -> None:
@@ -32,7 +32,7 @@ def resize(options: Resize) -> None:
     from train.runs.open import resolve
 
     folder = resolve(options.folder)
-    network = load(folder, finite=True)
+    network = load(folder, check_finite=True)
     before = network.config.vocab_size
     if options.vocab_size == before:
         raise ConfigError(f"--vocab-size {before}: the network has as many rows already")

@@ -1,4 +1,4 @@
-"""The command that shows what a model folder can do, to be printed where one was written."""
+"""An example command for a model folder, printed after it was written."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +10,7 @@ PROMPTS = ("The", "the", "A", "a", "1")
 
 
 def example_command(folder: Path) -> str:
+    """Return a command that uses a model folder: generate, fill, predict, else info."""
     from data.config import DataError
     from data.shell import command
     from data.tokenizer.base import load_tokenizer
@@ -19,7 +20,7 @@ def example_command(folder: Path) -> str:
     config, folder = read_config(folder), Path(folder)
     try:
         tokenizer = load_tokenizer(folder, config.vocab_size)
-    except DataError:  # it has none: nothing can be said to it in words
+    except DataError:  # no tokenizer: no text can be given
         return command("model", "info", folder)
     if objective_of(config) == "mlm" and tokenizer.mask_id is not None:
         texts = [*(f"{word} [MASK] statement" for word in PROMPTS), *(f"{word} [MASK]" for word in PROMPTS), "[MASK]"]
@@ -39,7 +40,7 @@ def example_command(folder: Path) -> str:
 
 
 def can_read(tokenizer: "Tokenizer", text: str, others: list[int] = ()) -> bool:
-    """Whether the network has a row for each token of a text, and none of them is the unknown one."""
+    """Return True where the network has a row for each token of a text, and none is the unknown token."""
     from data.config import DataError
 
     try:

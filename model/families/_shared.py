@@ -1,4 +1,4 @@
-"""What several families' config.json have in common: token ids, rotary positions, activations."""
+"""Fields that several families' config.json have in common: token ids, rotary positions, activations."""
 
 from model.config import Rope
 
@@ -14,13 +14,14 @@ ROPE_TYPES = {"default": "plain", "linear": "linear", "dynamic": "dynamic", "yar
 
 
 def refuse_unless(hf: dict, **only) -> None:
-    """Raise where a setting that changes the network has another value than the one that is built here."""
+    """Raise ValueError where a setting that changes the network has another value than the supported one."""
     for key, value in only.items():
         if hf.get(key, value) != value:
             raise ValueError(f"{key}={hf[key]!r} is not supported; supported: {value!r}")
 
 
 def activation(hf: dict, key: str, default: str) -> str:
+    """Return our name of a published activation."""
     name = hf.get(key, default)
     if name not in ACTIVATIONS:
         raise ValueError(f"{key}={name!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
@@ -28,11 +29,12 @@ def activation(hf: dict, key: str, default: str) -> str:
 
 
 def published_activation(name: str) -> str:
+    """Return the published name of an activation."""
     return {"gelu_tanh": "gelu_new"}.get(name, name)
 
 
 def token_ids(hf: dict, bos: int | None = None, eos: int | None = None, pad: int | None = None) -> dict:
-    """bos, eos and pad; a list of ends is one end and further stops."""
+    """Read the ids of bos, eos and pad; a list of eos ids becomes one eos_id and stop_ids."""
     ends = hf.get("eos_token_id", eos)
     first, *others = ends if isinstance(ends, list) and ends else [None if isinstance(ends, list) else ends]
     return {
@@ -44,6 +46,7 @@ def token_ids(hf: dict, bos: int | None = None, eos: int | None = None, pad: int
 
 
 def write_token_ids(config) -> dict:
+    """Return the fields of `token_ids`."""
     return {
         "bos_token_id": config.bos_id,
         "eos_token_id": [config.eos_id, *config.stop_ids] if config.stop_ids else config.eos_id,
@@ -52,10 +55,10 @@ def write_token_ids(config) -> dict:
 
 
 def read_rope(hf: dict, named: int, base: float) -> tuple[Rope, int]:
-    """`rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` before it; and the longest text that it reaches.
+    """Read `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling`; returns them with the longest context.
 
-    `named` is max_position_embeddings, which may name the trained length (vicuna-16k, Qwen2.5 with YaRN) or the extended one
-    (DeepSeek): `reach` says what is then the longest text.
+    `named`: max_position_embeddings, which may be the trained context (vicuna-16k, Qwen2.5 with YaRN) or the extended one
+    (DeepSeek); `extended_context` gives the longest.
     """
     values = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     published = values.get("rope_type", values.get("type", "default"))
@@ -67,7 +70,7 @@ def read_rope(hf: dict, named: int, base: float) -> tuple[Rope, int]:
     if kind == "plain":
         return Rope(base), named
     original = hf.get("original_max_position_embeddings") or values.get("original_max_position_embeddings")
-    trained = named if kind == "dynamic" else int(original or named)  # of dynamic ones transformers takes it so
+    trained = named if kind == "dynamic" else int(original or named)  # as in transformers, for dynamic
     factor = values.get("factor")
     if factor is None and kind != "yarn":
         raise ValueError(f"rope_type={published!r} needs a factor")
@@ -83,10 +86,10 @@ def read_rope(hf: dict, named: int, base: float) -> tuple[Rope, int]:
 
 
 def extended_context(rope: Rope, named: int) -> int:
-    """The longest text of a network whose config.json has max_position_embeddings = `named`: factor times what it was trained
-    with, unless more is named. llama3's files name the extended length always.
+    """Return the longest context of a network with max_position_embeddings = `named`: factor times the trained context, or
+    `named` if larger. llama3's files always name the extended context.
 
-    >>> extended_context(Rope(kind="linear", factor=4.0, trained_context=4096), 4096)  # the trained length is named
+    >>> extended_context(Rope(kind="linear", factor=4.0, trained_context=4096), 4096)  # the trained context is named
     16384
     >>> extended_context(Rope(kind="yarn", factor=40.0, trained_context=4096), 163840)  # the extended one
     163840
@@ -95,7 +98,7 @@ def extended_context(rope: Rope, named: int) -> int:
 
 
 def published_context(config) -> int:
-    """max_position_embeddings: as it was read, where that still says `context`; else what says it, if anything does."""
+    """Return max_position_embeddings: as it was read where that still means `context`, else `context` itself."""
     rope, said = config.rope, config.extra.get("max_position_embeddings")
     if rope.kind == "dynamic":
         return rope.trained_context
@@ -104,7 +107,7 @@ def published_context(config) -> int:
 
 
 def write_rope(rope: Rope, named: int) -> dict:
-    """Both spellings: transformers 4 reads rope_theta and rope_scaling, version 5 rope_parameters."""
+    """Return both spellings: rope_theta and rope_scaling for transformers 4, rope_parameters for version 5."""
     values: dict = {"rope_type": {ours: published for published, ours in ROPE_TYPES.items()}[rope.kind]}
     if rope.kind != "plain":
         values["factor"] = rope.factor

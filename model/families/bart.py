@@ -1,4 +1,4 @@
-"""BART: an encoder-decoder with learned positions (from row 2 of their tables) and a norm after each sum.
+"""BART: a post-norm encoder-decoder with learned positions (from row 2 of their tables).
 
 Source: Lewis et al. 2019, arXiv 1910.13461; names as in fairseq's weights that transformers reads.
 """
@@ -143,7 +143,7 @@ ALIASES = {
     "{body}decoder.embed_tokens.weight": "{body}shared.weight",
     "lm_head.weight": "{body}shared.weight",
 }
-# Readers that tie no head tie no embedding either (transformers 5): these are then written out.
+# transformers 5 ties no embeddings where it ties no head: then these are written too.
 COPIES_UNTIED = ("{body}encoder.embed_tokens.weight", "{body}decoder.embed_tokens.weight")
 RENAMED: dict[str, str] = {}
 IGNORED: tuple[str, ...] = ()

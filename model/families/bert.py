@@ -1,7 +1,7 @@
-"""BERT: an encoder with learned positions, segments, and a norm after each sum; masked words and next sentence.
+"""BERT: a post-norm encoder with learned positions and segments; masked tokens and next sentence.
 
 Source: Devlin et al. 2018, arXiv 1810.04805. The pooler, tanh(h W + b) of the first token, belongs to the body in the
-published names and to the heads that read it here.
+published names, and here to the heads that use it.
 """
 
 from model.config import HeadSpec
@@ -27,6 +27,7 @@ FAMILY = {
 
 
 def published(width: int, depth: int, heads: int) -> dict:
+    """Return the field values of a published size."""
     return {
         "width": width,
         "depth": depth,
@@ -49,7 +50,7 @@ PRESETS = {
 
 
 def read_common(hf: dict, family: dict, *, bos: int | None, eos: int | None, pad: int) -> dict:
-    """What BERT and RoBERTa write in the same words."""
+    """Read the fields that BERT and RoBERTa have in common."""
     refuse_unless(hf, is_decoder=False, add_cross_attention=False, position_embedding_type="absolute", tie_word_embeddings=True)
     return (
         family
@@ -63,7 +64,7 @@ def read_common(hf: dict, family: dict, *, bos: int | None, eos: int | None, pad
             "context": hf.get("max_position_embeddings", 512),
             "norm_eps": hf.get("layer_norm_eps", 1e-12),
             "activation": activation(hf, "hidden_act", "gelu"),
-            "tie_embeddings": True,  # an untied one has two names for its bias, of which one is never read
+            "tie_embeddings": True,  # an untied head has two biases, of which one is never used
             "token_types": hf.get("type_vocab_size", 2),
             "dropout": hf.get("hidden_dropout_prob", 0.1),
             "attention_dropout": hf.get("attention_probs_dropout_prob", 0.1),
@@ -97,6 +98,7 @@ def write_config(config) -> dict:
 
 
 def affine(ours: str, published: str, role: str) -> tuple[tuple, ...]:
+    """Return the rows of weight and bias of a layer."""
     return ((f"{ours}.weight", f"{published}.weight", role), (f"{ours}.bias", f"{published}.bias", "bias"))
 
 
@@ -144,7 +146,7 @@ ALIASES = {
     "cls.predictions.decoder.weight": "{body}embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",
 }
-RENAMED = {".gamma": ".weight", ".beta": ".bias"}  # of norms, in files that were converted from TensorFlow
+RENAMED = {".gamma": ".weight", ".beta": ".bias"}  # norms in files converted from TensorFlow
 IGNORED = ("{body}embeddings.position_ids", "{body}embeddings.token_type_ids")  # buffers of transformers before 4.31
 PREFIX = "bert."
 DROPOUTS = ("dropout", "attention_dropout")

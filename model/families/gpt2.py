@@ -1,7 +1,7 @@
-"""GPT-2: learned positions, LayerNorm before each sublayer, GELU, one fused matrix for q, k and v.
+"""GPT-2: a pre-norm decoder with learned positions, LayerNorm, GELU, one fused matrix for q, k and v.
 
 Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; names as in the weights that
-OpenAI published and transformers reads. Their linear layers are `Conv1D`, that is, stored I × O: "transposed" here.
+OpenAI published and transformers reads. Their linear layers are `Conv1D`, stored I × O: "transposed" here.
 """
 
 from model.config import HeadSpec
@@ -128,5 +128,5 @@ RENAMED: dict[str, str] = {}
 # Causal masks that old versions saved as buffers; the published GPT-2 files carry them.
 IGNORED = ("{body}h.{layer}.attn.bias", "{body}h.{layer}.attn.masked_bias")
 PREFIX = "transformer."  # absent where the body alone was saved, as in the published GPT-2 files
-DROPOUTS = ("dropout", "attention_dropout")  # which of ModelConfig's fields the family has a place for
+DROPOUTS = ("dropout", "attention_dropout")
 CONSTANTS: dict[str, str] = {}

@@ -1,7 +1,7 @@
 """LLaMA: RMSNorm before each sublayer, rotary positions, a gated SiLU feed-forward, grouped key/value heads, no biases.
 
-Source: Touvron et al. 2023, arXiv 2302.13971; grouped-query attention as in Llama 2 (arXiv 2307.09288); rotary positions
-stretched to long contexts as in Llama 3.1 (arXiv 2407.21783). Names as transformers reads them; their rotary halves are
+Source: Touvron et al. 2023, arXiv 2302.13971; grouped-query attention as in Llama 2 (arXiv 2307.09288); RoPE
+scaled to long contexts as in Llama 3.1 (arXiv 2407.21783). Names as transformers reads them; their rotary halves are
 split, not interleaved (see `model.rope`).
 """
 
@@ -34,7 +34,7 @@ _LLAMA_2 = {"vocab_size": 32000, "context": 4096, "rope": Rope(), "bos_id": 1, "
 _LLAMA_3 = {"vocab_size": 128256, "bos_id": 128000, "eos_id": 128001}
 
 
-def _stretched(factor: float) -> dict:
+def _scaled(factor: float) -> dict:
     return {"context": 131072, "rope": Rope(500000.0, "llama3", factor, trained_context=8192)}
 
 
@@ -60,20 +60,20 @@ PRESETS = {
     | _LLAMA_2
     | {"width": 5120, "depth": 40, "heads": 40, "kv_heads": 40, "mlp_width": 13824},
     "llama-3-8b": _PUBLISHED | _LLAMA_3 | {"context": 8192, "rope": Rope(500000.0)},
-    "llama-3.1-8b": _PUBLISHED | _LLAMA_3 | _stretched(8.0),
+    "llama-3.1-8b": _PUBLISHED | _LLAMA_3 | _scaled(8.0),
     "llama-3.1-70b": _PUBLISHED
     | _LLAMA_3
-    | _stretched(8.0)
+    | _scaled(8.0)
     | {"width": 8192, "depth": 80, "heads": 64, "mlp_width": 28672},
     "llama-3.2-1b": _PUBLISHED
     | _LLAMA_3
-    | _stretched(32.0)
+    | _scaled(32.0)
     | {"width": 2048, "depth": 16, "mlp_width": 8192, "tie_embeddings": True},
 }
 
 
 def read_common(hf: dict, family: dict, **default) -> dict:
-    """What LLaMA and the families that followed it write in the same words. `default`: where config.json is silent."""
+    """Read the fields that LLaMA and later families have in common. `default`: values of absent fields."""
     default = {"heads": 32, "context": 2048, "base": 10000.0, "width": 4096, "mlp_width": 11008} | default
     heads, width = hf.get("num_attention_heads", default["heads"]), hf.get("hidden_size", default["width"])
     rope, context = read_rope(hf, hf.get("max_position_embeddings", default["context"]), default["base"])
@@ -101,6 +101,7 @@ def read_common(hf: dict, family: dict, **default) -> dict:
 
 
 def write_common(config) -> dict:
+    """Return the fields of `read_common`."""
     if config.dropout:
         raise ValueError(f"a {config.family} config.json has no place for dropout={config.dropout}; set it to 0 before saving")
     return (
@@ -132,7 +133,7 @@ def read_config(hf: dict) -> dict:
 
 def write_config(config) -> dict:
     if config.qkv_bias != config.out_bias:
-        raise ValueError(f"a llama config.json has one word for qkv_bias={config.qkv_bias} and out_bias={config.out_bias}")
+        raise ValueError(f"a llama config.json has one field for qkv_bias={config.qkv_bias} and out_bias={config.out_bias}")
     return write_common(config) | {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
 
 
@@ -163,11 +164,12 @@ def weights(config) -> tuple[tuple, ...]:
 
 
 def out_rows(name: str) -> tuple[tuple, ...]:
+    """Return the rows of a head's last layer."""
     return (("head.out.weight", f"{name}.weight", "head"), ("head.out.bias", f"{name}.bias", "bias"))
 
 
 def heads(name: str, qa_prefix: str) -> dict[str, HeadSpec]:
-    """LLaMA's heads, under the class names of a family that has the same ones."""
+    """Return LLaMA's heads under the class names of another family."""
     return {
         "lm": HeadSpec(f"{name}ForCausalLM", (("head.weight", "lm_head.weight", "head"),), bias=False),
         "sequence": HeadSpec(f"{name}ForSequenceClassification", out_rows("score")[:1], pool="last", bias=False),
@@ -183,5 +185,5 @@ RENAMED: dict[str, str] = {}
 
 IGNORED = ("{body}layers.{layer}.self_attn.rotary_emb.inv_freq",)  # saved as a buffer by transformers before 4.32
 PREFIX = "model."
-DROPOUTS = ("attention_dropout",)  # which of ModelConfig's fields the family has a place for
+DROPOUTS = ("attention_dropout",)
 CONSTANTS: dict[str, str] = {}

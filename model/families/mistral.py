@@ -1,4 +1,4 @@
-"""Mistral: LLaMA whose layers look back over a window of 4,096 positions.
+"""Mistral: LLaMA with a sliding window of 4,096 positions.
 
 Source: Jiang et al. 2023, arXiv 2310.06825, section 2. Later releases dropped the window.
 """

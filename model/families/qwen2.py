@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: LLaMA with biases on q, k and v; some layers may look back over a window only.
+"""Qwen2 and Qwen2.5: LLaMA with biases on q, k and v; some layers may have a sliding window.
 
 Source: Yang et al. 2024, arXiv 2407.10671, section 2.2.
 """
@@ -25,7 +25,7 @@ PRESETS = {
 
 
 def read_windows(hf: dict, depth: int) -> tuple[int | None, ...]:
-    """One a layer: by `layer_types` (transformers 5), else from layer `max_window_layers` on."""
+    """Read each layer's window: by `layer_types` (transformers 5), else from layer `max_window_layers` on."""
     if not hf.get("use_sliding_window", False):
         return (None,)
     window, first = hf.get("sliding_window", 4096), hf.get("max_window_layers", 28)
@@ -37,6 +37,7 @@ def read_windows(hf: dict, depth: int) -> tuple[int | None, ...]:
 
 
 def write_windows(config) -> dict:
+    """Return the fields of `read_windows`. Error: windows of several sizes (ValueError)."""
     windows = [spec.window for spec in config.layers]
     sizes = sorted({window for window in windows if window is not None})
     if len(sizes) > 1:

@@ -1,4 +1,4 @@
-"""Qwen3: LLaMA whose q and k are normalized head by head before they turn, with heads of any width.
+"""Qwen3: LLaMA with RMSNorm of each head of q and k before the rotation, and heads of any width.
 
 Source: Yang et al. 2025, arXiv 2505.09388, section 2; q/k norms from Dehghani et al. 2023, arXiv 2302.05442.
 """
@@ -35,7 +35,7 @@ def read_config(hf: dict) -> dict:
 
 def write_config(config) -> dict:
     if config.qkv_bias != config.out_bias:
-        raise ValueError(f"a qwen3 config.json has one word for qkv_bias={config.qkv_bias} and out_bias={config.out_bias}")
+        raise ValueError(f"a qwen3 config.json has one field for qkv_bias={config.qkv_bias} and out_bias={config.out_bias}")
     return llama.write_common(config) | qwen2.write_windows(config) | {"attention_bias": config.qkv_bias}
 
 

@@ -60,4 +60,4 @@ HEADS = {
 ALIASES, RENAMED, DROPOUTS = bert.ALIASES, bert.RENAMED, bert.DROPOUTS
 PREFIX = "roformer."
 IGNORED = ("{body}encoder.embed_positions.weight",)  # sines and cosines
-CONSTANTS = {"{body}encoder.embed_positions.weight": "sines_then_cosines"}  # written, for transformers looks for it
+CONSTANTS = {"{body}encoder.embed_positions.weight": "sines_then_cosines"}  # written, as transformers expects it

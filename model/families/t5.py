@@ -1,7 +1,7 @@
 """T5: an encoder-decoder with relative positions, RMSNorm, no biases and unscaled scores; 1.1 and Flan gate the MLP.
 
-Source: Raffel et al. 2019, arXiv 1910.10683; version 1.1 (gated GELU, a head of its own, no dropout in pretraining) as its
-published code says. Its feed-forward overflows float16: the matrix that leaves it stays in float32 there.
+Source: Raffel et al. 2019, arXiv 1910.10683; version 1.1 (gated GELU, an untied head, no dropout in pretraining) by its
+published code. Its feed-forward overflows float16: there its output matrix stays in float32.
 """
 
 from model.config import HeadSpec
@@ -58,9 +58,9 @@ def read_config(hf: dict) -> dict:
     activation = "gelu_tanh" if feed_forward == "gated-gelu" else ACTIVATIONS.get(activation)
     if gate not in ("", "gated") or activation is None:
         raise ValueError(f"feed_forward_proj={feed_forward!r} is not supported; supported: relu, gated-gelu, gated-silu …")
-    # The first version ties its embeddings and scales what the head reads, 1.1 does neither: one flag once said both.
-    # transformers 5 says the scale by a flag of its own, writes the other as true always, and lets the file tell whether there
-    # is a second matrix (`model.hub.load` looks).
+    # The first version ties its embeddings and scales the head's input, 1.1 does neither: one flag once meant both.
+    # transformers 5 has a separate flag for the scale, always writes the other as true, and ties by whether the file holds a
+    # second matrix (`model.ties`).
     tied = hf.get("tie_word_embeddings", True) is not False
     return (
         _FAMILY
@@ -108,7 +108,7 @@ def write_config(config) -> dict:
         "n_positions": config.context,
         "layer_norm_epsilon": config.norm_eps,
         "feed_forward_proj": f"gated-{spelled}" if config.mlp == "gated" else spelled,
-        # false would say "not scaled" to transformers 4, and to 5 where the next line is not read
+        # false would mean "not scaled" to transformers 4, and to 5 without the next field
         "tie_word_embeddings": config.tie_embeddings or config.scale_head,
         "scale_decoder_outputs": config.scale_head,
         "relative_attention_num_buckets": config.relative_buckets,
@@ -120,7 +120,7 @@ def write_config(config) -> dict:
 
 
 def _stack(ours: str, published: str, layer: str, mlp: int, gated: bool) -> tuple[tuple, ...]:
-    """One of the two stacks; `mlp` is the published number of the sublayer that holds the feed-forward."""
+    """Return the rows of one stack; `mlp`: the published number of its feed-forward sublayer."""
     block, t5_block = f"body.{ours}.blocks.{{{layer}}}", f"{{body}}{published}.block.{{{layer}}}.layer"
 
     def attention(name: str, norm: str, sublayer: int, t5_name: str) -> tuple[tuple, ...]:
@@ -176,7 +176,7 @@ ALIASES = {
     "lm_head.weight": "{body}shared.weight",
 }
 RENAMED: dict[str, str] = {}
-# An unused table that the first published files carry.
+# An unused table in the first published files.
 IGNORED = ("{body}decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
 PREFIX = ""
 FILE_TIES = True

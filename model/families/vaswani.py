@@ -1,5 +1,5 @@
-"""The first Transformer: an encoder-decoder with sinusoidal positions, a norm after each sum, and one table of embeddings
-for input, output and head, scaled by √D where it is read.
+"""The original Transformer: a post-norm encoder-decoder with sinusoidal positions, and one matrix for the embeddings of input
+and output and for the head, scaled by √D in the embeddings.
 
 Source: Vaswani et al. 2017, arXiv 1706.03762. It was published as equations, not as a folder: config.json holds
 ModelConfig's own fields, and the weights their names here.

@@ -78,7 +78,7 @@ OTHER = "quantization_config makes another thing than INT8 of linear layers"
 UNREADABLE = "quantization_config cannot be read: "
 CASES = {  # name: (folder, change, message)
     "no codes": ("dynamic", lost("weight"), f"lacks {NAME}"),
-    "no scale": ("dynamic", lost("weight_scale"), f"{NAME}' is of int8, and nothing says what it stands for"),
+    "no scale": ("dynamic", lost("weight_scale"), f"{NAME}' is of int8: neither floating-point nor a complete"),
     "codes of floats": ("dynamic", of("weight", torch.Tensor.float), f"{NAME} has a weight_scale, but is no matrix of int8"),
     "codes of bytes": ("dynamic", of("weight", lambda q: q.view(torch.uint8)), "is no matrix of int8"),
     "codes in a row": ("dynamic", of("weight", torch.flatten), "is no matrix of int8"),

@@ -43,7 +43,7 @@ class LayerNorm(nn.Module):
 class RMSNorm(nn.Module):
     """RMS norm by torch's own operator (fused on a GPU); equation, shapes and source: `rms_norm_reference`.
 
-    The result has the weight's dtype. (A residual stream in a wider dtype than the weights, as T5's in float16, is cast down here.)
+    The result has the weight's dtype. (T5's residual stream in float16 is wider than the weights: it is cast down here.)
     """
 
     def __init__(self, width: int, eps: float):

@@ -1,12 +1,13 @@
-"""Longest common subsequences of many pairs of texts at once, on whole numbers.
+"""Longest common subsequences (LCS) of many pairs of texts at once, by bit-parallel integer arithmetic.
 
-A column of the table t[i, j] of lengths (i tokens of the reference, j of the hypothesis) rises by 0 or 1 from row to row. Bit i
-of V_j is 0 where it rises, and one sum makes a column out of the one before (M: where the reference has the token j):
+Let t[i, j] be the LCS length of i reference tokens and j hypothesis tokens. A column of t rises by 0 or 1 from row to row.
+Bit i of V_j is 0 where column j rises, and one addition computes a column from the previous one (bit i of M: reference token i
+equals hypothesis token j):
 
-    V_j = (V_{j-1} + (V_{j-1} & M)) | (V_{j-1} & ~M)      length = zeros of the last V
+    V_j = (V_{j-1} + (V_{j-1} & M)) | (V_{j-1} & ~M)      length = number of zeros of the last V
 
-Short texts are batches of int64 tensors, on the CPU or a card; longer texts are several words of bits, of which word w works on
-token j in step j + w, so that a carry moves by one word a step. Where the texts of a pair are long, V is one Python integer.
+Batches are int64 tensors on any device. A text may span several words of bits; word w processes token j in step j + w, so the
+carry moves by one word per step. If both texts of a pair are long, V is one Python integer.
 Source: Crochemore et al. 2001, "A fast and practical bit-vector algorithm for the longest common subsequence problem".
 
 P pairs, T positions of the hypothesis, S of the reference, W words of bits, N tokens flattened, U groups.
@@ -26,16 +27,16 @@ from eval.ngram import Ragged
 
 WORD = 62  # bits of an int64 in use: the sum of two words and a carry stays below the sign
 ONES = (1 << WORD) - 1
-BUDGET = 1 << 22  # int64 numbers that a batch holds, 32 MB; and the masks of a pair that is integers
-LARGEST = 1 << 16  # numbers of a pair in a batch: of more, from about 2,000 words on, one Python integer is quicker
-FEW = 16  # a mask of fewer positions is quicker made bit by bit than out of an array
+BUDGET = 1 << 22  # int64 numbers of a batch, 32 MB; also of the masks of a pair in Python integers
+LARGEST = 1 << 16  # numbers per pair in a batch; beyond that, from about 2,000 words on, a Python integer is faster
+FEW = 16  # a mask of fewer positions is faster to make bit by bit than from an array
 
 
-# The plain twins: one pair, and the whole table.
+# ---- the plain twins: one pair, the full table
 
 
 def lcs_reference(hypothesis: Sequence[Hashable], reference: Sequence[Hashable]) -> list[int]:
-    """Positions of the reference that `lcs_members` has, by the whole table.
+    """Return the reference positions of the LCS, by the full table; the plain twin of `lcs_members`.
 
     >>> lcs_reference([2, 5, 3, 4], [1, 2, 3, 4, 5])
     [1, 2, 3]
@@ -57,7 +58,7 @@ def lcs_reference(hypothesis: Sequence[Hashable], reference: Sequence[Hashable])
 
 
 def weighted_lcs_reference(hypothesis: Sequence[Hashable], reference: Sequence[Hashable], weight: float) -> float:
-    """`weighted_lcs` of one pair, cell by cell."""
+    """Compute `weighted_lcs` of one pair, cell by cell."""
     value = [[0.0] * (len(hypothesis) + 1) for _ in range(len(reference) + 1)]
     run = [[0] * (len(hypothesis) + 1) for _ in range(len(reference) + 1)]
     for i, token in enumerate(reference, 1):
@@ -71,11 +72,11 @@ def weighted_lcs_reference(hypothesis: Sequence[Hashable], reference: Sequence[H
     return value[-1][-1]
 
 
-# Many pairs at once.
+# ---- many pairs at once
 
 
 def lcs_lengths(hypotheses: Ragged, references: Ragged) -> Tensor:
-    """Length of the longest common subsequence of each pair, (B,) int64; 0 with a side that is empty or not there.
+    """Length of the longest common subsequence of each pair, (B,) int64; 0 if a side is empty or missing.
 
     >>> from eval.ngram import number_tokens
     >>> lcs_lengths(*number_tokens(["police killed the gunman".split()], ["the gunman police killed".split()]))
@@ -83,125 +84,122 @@ def lcs_lengths(hypotheses: Ragged, references: Ragged) -> Tensor:
     """
     pair_B = torch.arange(len(references.lengths_B), device=references.lengths_B.device)
     length_B = torch.zeros_like(pair_B)
-    batches, large = _plan(hypotheses.lengths_B, references.lengths_B, _vector_size)
+    batches, large = _make_batches(hypotheses.lengths_B, references.lengths_B, _vector_size)
     bit_K = torch.arange(WORD, device=pair_B.device)
     for place_P in batches:
-        vector_PW = _last(_vectors(_padded(hypotheses, place_P, -1), _padded(references, place_P, -2)))
+        vector_PW = _last(_vectors(_pad(hypotheses, place_P, -1), _pad(references, place_P, -2)))
         length_B[place_P] = (~vector_PW[..., None] >> bit_K & 1).sum((1, 2))
     for place in large:
-        reference = _row(references, place)
-        length_B[place] = len(reference) - _last(_integers(_row(hypotheses, place), reference)()).bit_count()
+        reference = _get_row(references, place)
+        length_B[place] = len(reference) - _last(_integer_steps(_get_row(hypotheses, place), reference)()).bit_count()
     return length_B
 
 
 def lcs_members(hypotheses: Ragged, references: Ragged) -> Tensor:
-    """Which tokens of the references are in the longest common subsequence of each pair, (N,) bool.
+    """Mask of the reference tokens in the longest common subsequence of each pair, (N,) bool.
 
-    Of several as long it is the one that is read from the ends of both texts: equal tokens are taken; else the hypothesis goes
-    back by one where t[i, j-1] > t[i-1, j], and the reference otherwise. rouge-score reads it so.
+    Of several longest ones, it is rouge-score's, traced back from the ends of both texts: equal tokens are members; otherwise
+    the hypothesis steps back if t[i, j-1] > t[i-1, j], else the reference.
     """
     pair_B = torch.arange(len(references.lengths_B), device=references.lengths_B.device)
     return lcs_union(hypotheses, references, pair_B, pair_B)
 
 
 def lcs_union(hypotheses: Ragged, references: Ragged, hypothesis_P: Tensor, reference_P: Tensor) -> Tensor:
-    """Which tokens of the references are in `lcs_members` with any hypothesis that they are paired with, (N,) bool.
-
-    Pair p is of the texts number `hypothesis_P[p]` and `reference_P[p]`.
-    """
+    """Union of `lcs_members` over the pairs (hypothesis_P[p], reference_P[p]) of text numbers, (N,) bool."""
     union_N = torch.zeros_like(references.ids_N, dtype=torch.bool)
     start_B = _starts(references)
-    batches, large = _plan(hypotheses.lengths_B[hypothesis_P], references.lengths_B[reference_P], _history_size)
+    batches, large = _make_batches(hypotheses.lengths_B[hypothesis_P], references.lengths_B[reference_P], _history_size)
     for place_P in batches:
-        members_PS = _members(_padded(hypotheses, hypothesis_P[place_P], -1), _padded(references, reference_P[place_P], -2))
-        pair_M, position_M = torch.nonzero(members_PS, as_tuple=True)
+        is_member_PS = _trace_back(_pad(hypotheses, hypothesis_P[place_P], -1), _pad(references, reference_P[place_P], -2))
+        pair_M, position_M = torch.nonzero(is_member_PS, as_tuple=True)
         union_N[start_B[reference_P[place_P]][pair_M] + position_M] = True
     for place in large:
         row = int(reference_P[place])
-        members = _members_of_one(_row(hypotheses, int(hypothesis_P[place])), _row(references, row))
+        members = _trace_back_integers(_get_row(hypotheses, int(hypothesis_P[place])), _get_row(references, row))
         union_N[int(start_B[row]) + torch.tensor(members, dtype=torch.int64, device=union_N.device)] = True
     return union_N
 
 
 def weighted_lcs(hypotheses: Ragged, references: Ragged, weight: float) -> Tensor:
-    """The weighted longest common subsequence of each pair, (B,) float64: a run of k tokens counts f(k) = k^weight.
+    """Weighted longest common subsequence of each pair, (B,) float64: a run of k matches counts f(k) = k^weight.
 
         equal tokens:  run(i, j) = run(i-1, j-1) + 1      c(i, j) = c(i-1, j-1) + f(run(i, j)) - f(run(i-1, j-1))
         others:        run(i, j) = 0                      c(i, j) = max(c(i-1, j), c(i, j-1))
 
-    A step is a diagonal of all tables of a batch: T + S - 1 steps, and memory for three diagonals. c may fall along a row, so
-    that texts end together, and begin apart. Source: Lin 2004, section 4.
+    One step computes a diagonal of all tables of a batch: T + S - 1 steps, memory for three diagonals. c may decrease along a
+    row, so texts are right-aligned. Source: Lin 2004, section 4.
     """
     pair_B = torch.arange(len(references.lengths_B), device=references.lengths_B.device)
     value_B = torch.zeros_like(pair_B, dtype=torch.float64)
-    batches, large = _plan(hypotheses.lengths_B, references.lengths_B, _diagonal_size)
+    batches, large = _make_batches(hypotheses.lengths_B, references.lengths_B, _diagonal_size)
     for place_P in [*batches, *(pair_B[place : place + 1] for place in large)]:
-        hypothesis_PT = _at_end(_padded(hypotheses, place_P, -1))
-        reference_PS = _at_end(_padded(references, place_P, -2))
+        hypothesis_PT = _align_right(_pad(hypotheses, place_P, -1))
+        reference_PS = _align_right(_pad(references, place_P, -2))
         longest = min(hypothesis_PT.size(1), reference_PS.size(1))
         gain_K = torch.tensor(_gains(longest, weight), dtype=torch.float64, device=value_B.device)
-        run_PS = run_before_PS = torch.zeros_like(F.pad(reference_PS, (1, 0)))  # its first column is that of i = 0
-        value_PS = before_PS = run_PS.double()
-        for token_PS in _slanted(hypothesis_PT, reference_PS.size(1), -1):
-            equal_PS, ran_PS = token_PS == reference_PS, run_before_PS[:, :-1]
-            longer_PS = before_PS[:, :-1] + gain_K[ran_PS]
-            next_PS = torch.where(equal_PS, longer_PS, torch.maximum(value_PS[:, :-1], value_PS[:, 1:]))
-            value_PS, before_PS = F.pad(next_PS, (1, 0)), value_PS
-            run_PS, run_before_PS = F.pad(torch.where(equal_PS, ran_PS + 1, 0), (1, 0)), run_PS
+        run_PS = last_run_PS = torch.zeros_like(F.pad(reference_PS, (1, 0)))  # the first column is i = 0
+        value_PS = last_value_PS = run_PS.double()
+        for token_PS in _skew(hypothesis_PT, reference_PS.size(1), -1):
+            is_equal_PS, diagonal_run_PS = token_PS == reference_PS, last_run_PS[:, :-1]
+            extended_PS = last_value_PS[:, :-1] + gain_K[diagonal_run_PS]
+            next_PS = torch.where(is_equal_PS, extended_PS, torch.maximum(value_PS[:, :-1], value_PS[:, 1:]))
+            value_PS, last_value_PS = F.pad(next_PS, (1, 0)), value_PS
+            run_PS, last_run_PS = F.pad(torch.where(is_equal_PS, diagonal_run_PS + 1, 0), (1, 0)), run_PS
         value_B[place_P] = value_PS[:, -1]
     return value_B
 
 
 def _gains(longest: int, weight: float) -> list[float]:
-    """What a token adds to a run of k: f(k + 1) - f(k)."""
+    """Increments f(k + 1) - f(k) for k = 0 … longest."""
     return [(k + 1.0) ** weight - float(k) ** weight for k in range(longest + 1)]
 
 
 def _last(steps: Iterator):
-    """Of all steps, without keeping the others."""
+    """Return the last item of an iterator without storing the others."""
     return deque(steps, maxlen=1).pop()
 
 
-# Batches: pairs of like lengths, and as many of them as the budget has room for. How many numbers a pair of `length` tokens of
-# the hypothesis and `other` of the reference takes, to within a few:
+# ---- batches: pairs of similar lengths, as many as fit into the budget
+# `size(length, other)` approximates the int64 numbers of a pair with `length` hypothesis and `other` reference tokens.
 
-VECTORS = 5  # of W words, in a step of `_vectors`: V, the carry, the masks, what is taken, the sum
-DIAGONALS = 10  # of S numbers, in a step of `weighted_lcs`: tokens of both sides, equality, three of runs, four of values
+VECTORS = 5  # tensors of W words in a step of `_vectors`: V, carry, masks, matched bits, sum
+DIAGONALS = 10  # tensors of S numbers in a step of `weighted_lcs`: tokens of both sides, equality, three runs, four values
 
 
 def _vector_size(length, other):
-    """Both texts, a mask for each token of the hypothesis, and one step."""
+    """Size of both texts, a mask for each hypothesis token, and one step."""
     words = -(-other // WORD)
     return length + other + words * length + words * VECTORS
 
 
 def _history_size(length, other):
-    """As above, and V after each of the T + W steps."""
+    """Size of `_vector_size` plus V after each of the T + W steps."""
     words = -(-other // WORD)
     return _vector_size(length, other) + words * (length + words)
 
 
 def _diagonal_size(length, other):
-    """The hypothesis and its padded copy, and one step."""
+    """Size of the hypothesis, its padded copy, and one step."""
     return 2 * length + DIAGONALS * other
 
 
-def _plan(length_P: Tensor, other_P: Tensor, size: Callable) -> tuple[list[Tensor], list[int]]:
-    """Places of pairs in batches, and of those that are too large for one; in neither where a side is empty."""
-    both_P, size_P = (length_P > 0) & (other_P > 0), size(length_P, other_P)
-    (small_M,) = torch.nonzero(both_P & (size_P <= LARGEST), as_tuple=True)
-    # A class is a power of two of words on either side: no long text pads the short ones.
-    class_M = 64 * _bits((other_P[small_M] - 1) // WORD) + _bits((length_P[small_M] - 1) // WORD)
+def _make_batches(length_P: Tensor, other_P: Tensor, size: Callable) -> tuple[list[Tensor], list[int]]:
+    """Group pairs into batches of indices, and list those too large for a batch; neither has pairs with an empty side."""
+    is_nonempty_P, size_P = (length_P > 0) & (other_P > 0), size(length_P, other_P)
+    (small_M,) = torch.nonzero(is_nonempty_P & (size_P <= LARGEST), as_tuple=True)
+    # A class is a power of two of words on either side, so no long text pads short ones.
+    class_M = 64 * _bit_length((other_P[small_M] - 1) // WORD) + _bit_length((length_P[small_M] - 1) // WORD)
     batches = []
     for kind in class_M.unique().tolist():
         place_C = small_M[class_M == kind]
         padded = size(int(length_P[place_C].amax()), int(other_P[place_C].amax()))
         batches.extend(place_C.split(max(1, BUDGET // padded)))
-    return batches, torch.nonzero(both_P & (size_P > LARGEST)).flatten().tolist()
+    return batches, torch.nonzero(is_nonempty_P & (size_P > LARGEST)).flatten().tolist()
 
 
-def _bits(whole_M: Tensor) -> Tensor:
-    return torch.frexp(whole_M.double()).exponent.long()
+def _bit_length(integer_M: Tensor) -> Tensor:
+    return torch.frexp(integer_M.double()).exponent.long()
 
 
 def _starts(side: Ragged) -> Tensor:
@@ -209,99 +207,106 @@ def _starts(side: Ragged) -> Tensor:
     return length_B.cumsum(0) - length_B
 
 
-def _padded(side: Ragged, place_P: Tensor, fill: int) -> Tensor:
-    """Those texts of a side as rows, `fill` after the end of each."""
+def _pad(side: Ragged, place_P: Tensor, fill: int) -> Tensor:
+    """Return the selected texts as rows (P, T), padded with `fill`."""
     length_P = side.lengths_B[place_P]
     position_T = torch.arange(int(length_P.amax()), device=length_P.device)
     index_PT = (_starts(side)[place_P][:, None] + position_T).clamp(max=len(side.ids_N) - 1)
     return side.ids_N[index_PT].masked_fill(position_T >= length_P[:, None], fill)
 
 
-def _at_end(value_PT: Tensor) -> Tensor:
-    """Rows that end together: what fills them goes in front."""
+def _align_right(value_PT: Tensor) -> Tensor:
+    """Move the padding (negative values) of each row to its front."""
     length_P1, position_T = (value_PT >= 0).sum(1, keepdim=True), torch.arange(value_PT.size(1), device=value_PT.device)
     return value_PT.gather(1, (position_T + length_P1) % value_PT.size(1))
 
 
-def _row(side: Ragged, place: int) -> list[int]:
+def _get_row(side: Ragged, place: int) -> list[int]:
     start = int(_starts(side)[place])
     return side.ids_N[start : start + int(side.lengths_B[place])].tolist()
 
 
-def _slanted(value_PT: Tensor, width: int, fill: int) -> Iterator[Tensor]:
-    """(P, width) for each step: column c of step t is value t - c, or `fill` where there is none."""
+def _skew(value_PT: Tensor, width: int, fill: int) -> Iterator[Tensor]:
+    """Yield (P, width) per step: column c of step t is value t - c, or `fill` outside the row."""
     length = value_PT.size(1)
     padded_PT = F.pad(value_PT.flip(1), (width, width), value=fill)
     for step in range(length + width - 1):
         yield padded_PT[:, width + length - 1 - step :][:, :width]
 
 
-# A batch: V as W words a pair.
+# ---- a batch: V as W words per pair
 
 
 def _vectors(hypothesis_PT: Tensor, reference_PS: Tensor) -> Iterator[Tensor]:
-    """V after each step, (P, W): word w of step t is that of token t - w."""
+    """Yield V after each step, (P, W): word w of step t belongs to token t - w."""
     words = -(-reference_PS.size(1) // WORD)
     row_PT, mask_UW = _masks(hypothesis_PT, reference_PS, words)
     mask_V, word_W = mask_UW.flatten(), torch.arange(words, device=row_PT.device)
     vector_PW = torch.full((len(row_PT), words), ONES, device=row_PT.device)
     carry_PW = torch.zeros_like(vector_PW)
-    for first_PW in _slanted(row_PT * words, words, 0):
-        taken_PW = vector_PW & mask_V[first_PW + word_W]
-        sum_PW = vector_PW + taken_PW + carry_PW
+    for first_PW in _skew(row_PT * words, words, 0):
+        matched_PW = vector_PW & mask_V[first_PW + word_W]
+        sum_PW = vector_PW + matched_PW + carry_PW
         carry_PW[:, 1:] = (sum_PW >> WORD)[:, :-1]
-        vector_PW = (sum_PW & ONES) | (vector_PW ^ taken_PW)
+        vector_PW = (sum_PW & ONES) | (vector_PW ^ matched_PW)
         yield vector_PW
 
 
 def _masks(hypothesis_PT: Tensor, reference_PS: Tensor, words: int) -> tuple[Tensor, Tensor]:
-    """Where the reference has each token of the hypothesis: its row (P, T) of rows of bits (U, W). Row 0 is empty."""
+    """Bit masks M of the reference positions equal to each hypothesis token: row numbers (P, T) into masks (U, W).
+
+    Row 0 is the empty mask.
+    """
     width = 1 + int(torch.maximum(hypothesis_PT.amax(), reference_PS.amax()))
     pair_P1 = torch.arange(len(hypothesis_PT), device=hypothesis_PT.device)[:, None]
-    here_PT, there_PS = hypothesis_PT >= 0, reference_PS >= 0
-    key_U, row_M = torch.unique((hypothesis_PT + pair_P1 * width)[here_PT], return_inverse=True)
+    is_token_PT, is_token_PS = hypothesis_PT >= 0, reference_PS >= 0
+    key_U, row_M = torch.unique((hypothesis_PT + pair_P1 * width)[is_token_PT], return_inverse=True)
     row_PT = torch.zeros_like(hypothesis_PT)
-    row_PT[here_PT] = row_M + 1
-    key_M = (reference_PS + pair_P1 * width)[there_PS]
+    row_PT[is_token_PT] = row_M + 1
+    key_M = (reference_PS + pair_P1 * width)[is_token_PS]
     place_M = torch.searchsorted(key_U, key_M).clamp(max=len(key_U) - 1)
-    position_M = torch.arange(reference_PS.size(1), device=row_PT.device).expand_as(reference_PS)[there_PS]
+    position_M = torch.arange(reference_PS.size(1), device=row_PT.device).expand_as(reference_PS)[is_token_PS]
     bit_M = (torch.ones_like(position_M) << position_M % WORD).where(key_U[place_M] == key_M, 0)
     mask_V = torch.zeros((len(key_U) + 1) * words, dtype=torch.int64, device=row_PT.device)
-    mask_V.index_add_(0, (place_M + 1) * words + position_M // WORD, bit_M)  # no bit comes twice: a sum is a union
+    mask_V.index_add_(0, (place_M + 1) * words + position_M // WORD, bit_M)  # no bit occurs twice: the sum is the union
     return row_PT, mask_V.view(-1, words)
 
 
-def _members(hypothesis_PT: Tensor, reference_PS: Tensor) -> Tensor:
-    """The path back through all tables at once, (P, S) bool. At unlike tokens t[i, j-1] > t[i-1, j] is bit i of V_j being 0."""
+def _trace_back(hypothesis_PT: Tensor, reference_PS: Tensor) -> Tensor:
+    """Trace back through all tables at once; return the mask of members, (P, S) bool.
+
+    For unequal tokens, t[i, j-1] > t[i-1, j] holds exactly if bit i of V_j is 0.
+    """
     history_XPW = torch.stack(list(_vectors(hypothesis_PT, reference_PS)))
     pair_P = torch.arange(len(reference_PS), device=reference_PS.device)
     i_P, j_P = (reference_PS >= 0).sum(1), (hypothesis_PT >= 0).sum(1)
     width = reference_PS.size(1)
-    member_PS = F.pad(torch.zeros_like(reference_PS, dtype=torch.bool), (0, 1))  # the last column is for what is not taken
+    is_member_PS = F.pad(torch.zeros_like(reference_PS, dtype=torch.bool), (0, 1))  # the last column collects non-members
     for _ in range(width + hypothesis_PT.size(1)):
-        live_P = (i_P > 0) & (j_P > 0)
+        is_active_P = (i_P > 0) & (j_P > 0)
         row_P, column_P = (i_P - 1).clamp(min=0), (j_P - 1).clamp(min=0)
         word_P = row_P // WORD
-        equal_P = live_P & (reference_PS[pair_P, row_P] == hypothesis_PT[pair_P, column_P])
-        rises_P = history_XPW[column_P + word_P, pair_P, word_P] >> row_P % WORD & 1 == 0
-        member_PS.scatter_(1, torch.where(equal_P, row_P, width)[:, None], True)
-        i_P = i_P - (live_P & (equal_P | ~rises_P)).long()
-        j_P = j_P - (live_P & (equal_P | rises_P)).long()
-    return member_PS[:, :-1]
+        is_equal_P = is_active_P & (reference_PS[pair_P, row_P] == hypothesis_PT[pair_P, column_P])
+        is_rise_P = history_XPW[column_P + word_P, pair_P, word_P] >> row_P % WORD & 1 == 0
+        is_member_PS.scatter_(1, torch.where(is_equal_P, row_P, width)[:, None], True)
+        i_P = i_P - (is_active_P & (is_equal_P | ~is_rise_P)).long()
+        j_P = j_P - (is_active_P & (is_equal_P | is_rise_P)).long()
+    return is_member_PS[:, :-1]
 
 
-# A pair too large for a batch: V as one integer.
+# ---- a pair too large for a batch: V as one Python integer
 
 
-def _integers(hypothesis: Sequence[Hashable], reference: Sequence[Hashable]) -> Callable[..., Iterator[int]]:
-    """steps(first, last, vector): V after each token from `first` to `last` of the hypothesis, with `vector` before them."""
+def _integer_steps(hypothesis: Sequence[Hashable], reference: Sequence[Hashable]) -> Callable[..., Iterator[int]]:
+    """Return a function steps(first, last, vector) that yields V after each hypothesis token first … last - 1, starting
+    from `vector`."""
     positions = defaultdict(list)
     for position, token in enumerate(reference):
         positions[token].append(position)
     size = len(reference)
     ones = (1 << size) - 1
 
-    @lru_cache(maxsize=max(1, 8 * BUDGET // (size // 8 + 1)))  # all masks of a long text would be as large as its table
+    @lru_cache(maxsize=max(1, 8 * BUDGET // (size // 8 + 1)))  # all masks of a long text would be as large as the table
     def mask(token: Hashable) -> int:
         places = positions[token]
         if len(places) < FEW:
@@ -313,16 +318,16 @@ def _integers(hypothesis: Sequence[Hashable], reference: Sequence[Hashable]) -> 
     def steps(first: int = 0, last: int = len(hypothesis), vector: int = ones) -> Iterator[int]:
         for token in hypothesis[first:last]:
             if token in positions:
-                taken = vector & mask(token)
-                vector = (vector + taken | vector ^ taken) & ones
+                matched = vector & mask(token)
+                vector = (vector + matched | vector ^ matched) & ones
             yield vector
 
     return steps
 
 
-def _members_of_one(hypothesis: Sequence[Hashable], reference: Sequence[Hashable]) -> list[int]:
-    """The path back, block after block: V is kept at the √T starts of blocks, and within the block that the path is in."""
-    steps, block = _integers(hypothesis, reference), math.isqrt(len(hypothesis)) + 1
+def _trace_back_integers(hypothesis: Sequence[Hashable], reference: Sequence[Hashable]) -> list[int]:
+    """Trace back block by block: V is stored at the start of each of √T blocks, and recomputed within the current block."""
+    steps, block = _integer_steps(hypothesis, reference), math.isqrt(len(hypothesis)) + 1
     starts, vector = [], (1 << len(reference)) - 1
     for first in range(0, len(hypothesis), block):
         starts.append((first, vector))

@@ -97,7 +97,7 @@ def test_a_side_that_is_empty_or_not_there(path):
 def test_batches_hold_every_pair_once_within_the_budget(size):
     generator = torch.Generator().manual_seed(0)
     length_P, other_P = (torch.rand(2, 10000, generator=generator, dtype=torch.float64) ** 8 * 8000).long()
-    batches, alone = lcs._plan(length_P, other_P, size)
+    batches, alone = lcs._make_batches(length_P, other_P, size)
     assert sorted(torch.cat(batches).tolist() + alone) == torch.nonzero((length_P > 0) & (other_P > 0)).flatten().tolist()
     assert alone and all(size(int(length_P[place]), int(other_P[place])) > lcs.LARGEST for place in alone)
     padded = [len(batch) * size(int(length_P[batch].amax()), int(other_P[batch].amax())) for batch in batches]

@@ -26,7 +26,7 @@ from train.parallel.mesh_sizes import mesh_sizes
 from train.parallel.parallelize import unsharded, unwrapped
 from train.parallel.ranks import Ranks, is_connection_error, own_rows
 from train.registry import load
-from train.reports.log import Console, Metrics, cut_back
+from train.reports.log import Console, Metrics, truncate_metrics
 from train.reports.phases import Phases
 from train.reports.step_profiler import StepProfiler
 from train.reports.summary import Session, comparable, conclude, introduction, out_of_memory
@@ -88,7 +88,7 @@ class Run:
                 write_settings(self.out, to_plain(with_absolute_paths(self.config)), f"begun on {comparable(self)}")
             if checkpoint is not None:
                 restore_pointers(self.out, checkpoint, self.best)
-            cut_back(self.out / "metrics.jsonl", self.step)
+            truncate_metrics(self.out / "metrics.jsonl", self.step)
         self.metrics = Metrics(self.out / "metrics.jsonl" if ranks.is_main else None)
         info(introduction(self))
 

@@ -19,7 +19,7 @@ import train.reports.log
 from model.config import ModelConfig
 from train.config import OptimizerConfig, RunConfig, SpeedConfig, TrainConfig
 from train.reports.curves import diagnose, panels, plot
-from train.reports.log import Console, Metrics, clock, cut_back, read_metrics
+from train.reports.log import Console, Metrics, format_duration, read_metrics, truncate_metrics
 from train.reports.summary import comparable, training_curve
 
 
@@ -48,7 +48,7 @@ VERDICTS = [
     ("overfitting", FALLING, [(50, 3.5), (100, 3.0), (200, 3.2)], "best at step 100"),
     ("unstable", FALLING[::-1], [(50, 3.5), (100, 3.0), (200, 3.2)], "lower --lr"),
     ("underfitting", FALLING, [(50, 3.5), (150, 3.2), (200, 3.0)], "still fell 6.2 %"),
-    ("underfitting", FALLING, [(50, 3.5), (150, 3.01), (200, 3.0, 2.1)], "no better than counting bigrams"),
+    ("underfitting", FALLING, [(50, 3.5), (150, 3.01), (200, 3.0, 2.1)], "no better than the bigram baseline"),
     ("too short to tell", FALLING, [(50, 3.5), (200, 3.0)], "validations: 2"),
     ("too short to tell", [], [(50, 3.5), (100, 3.2), (200, 3.0)], "validations: 3"),
 ]
@@ -129,9 +129,9 @@ def test_cut_back(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in (1, 2, 2, 3)]
     path.write_text("".join(lines) + '{"step": 4, "lo')
-    cut_back(path, 2)
+    truncate_metrics(path, 2)
     assert path.read_text() == "".join(lines[:3]) and list(tmp_path.iterdir()) == [path]
-    cut_back(path, 0)
+    truncate_metrics(path, 0)
     assert path.read_text() == ""
 
 
@@ -140,7 +140,7 @@ def test_cut_back(tmp_path):
     [(None, "?"), (0, "0:00"), (59.6, "1:00"), (3599.4, "59:59"), (3600, "1:00:00"), (100 * 3600 + 61, "100:01:01")],
 )
 def test_clock(seconds, said):
-    assert clock(seconds) == said
+    assert format_duration(seconds) == said
 
 
 def test_time_left_is_reckoned_from_this_session(monkeypatch):

@@ -13,7 +13,7 @@ from tests.conftest import tiny_config
 from train.objective import MaskedObjective
 from train.optimizers.build import build_optimizer
 from train.recompute import recompute
-from train.reports.memory import SPARE, Measured, measure_step, options, report, what_would_fit
+from train.reports.memory import MARGIN, MeasuredMemory, changed_options, measure_step, memory_report, suggest_options
 from train.step import train_step
 
 CPU = torch.device("cpu")
@@ -21,7 +21,7 @@ GIB = 2**30
 GPT2 = ModelConfig.preset("gpt2", dropout=0.0, attention_dropout=0.0)
 
 
-def measured(config: ModelConfig, training: Training) -> Measured:
+def measured(config: ModelConfig, training: Training) -> MeasuredMemory:
     """The second step of a masked-language run, 15 % of whose labels are scored."""
     network = recompute(build_network(config, seed=0), training.recompute).train()
     objective = MaskedObjective(network)
@@ -46,7 +46,7 @@ def test_report_of_a_masked_step(kind, accumulate):
     seen, ours = measured(config, training), training_memory(config, training)
     for part in ("weights", "optimizer", "gradients", "forward", "peak"):
         assert getattr(ours, part) == pytest.approx(getattr(seen, part), rel=0.05), part
-    lines = report(config, training, seen).splitlines()
+    lines = memory_report(config, training, seen).splitlines()
     assert [len(line) for line in lines[:6]] == [len(lines[0])] * 6 and len(lines) == 7
     assert "predicted" in lines[0] and "measured" in lines[0] and "at its highest" in lines[5]
 
@@ -64,9 +64,10 @@ def test_recomputation_keeps_less():
 def test_report_names_the_error():
     training = Training(device="cpu")
     ours = training_memory(GPT2, training)
-    seen = Measured(int(ours.weights), int(ours.optimizer), int(ours.gradients), int(ours.forward), round(ours.peak / 1.02))
-    assert "the prediction is 2.0% above what was measured" in report(GPT2, training, seen)
-    assert "2.0% below" in report(GPT2, training, replace(seen, peak=round(ours.peak / 0.98)))
+    parts = (ours.weights, ours.optimizer, ours.gradients, ours.forward)
+    seen = MeasuredMemory(*map(int, parts), round(ours.peak / 1.02))
+    assert "the prediction is 2.0% above what was measured" in memory_report(GPT2, training, seen)
+    assert "2.0% below" in memory_report(GPT2, training, replace(seen, peak=round(ours.peak / 0.98)))
 
 
 @pytest.mark.parametrize(
@@ -82,31 +83,31 @@ def test_report_names_the_error():
 )
 def test_what_would_fit(budget, typed):
     asked = Training(batch_size=32, precision="bf16")
-    text = what_would_fit(GPT2, asked, budget * GIB)
+    text = suggest_options(GPT2, asked, budget * GIB)
     assert text.endswith(f": {typed}"), text
     words = typed.split()
     changes = dict(zip((name[2:].replace("-", "_") for name in words[::2]), words[1::2], strict=True))
     changes = {name: int(value) if value.isdigit() else value for name, value in changes.items()}
     way = replace(asked, **changes)
     assert way.batch_size * way.accumulate == 32  # the same tokens a step
-    assert training_memory(GPT2, way).peak * (1 + SPARE) <= budget * GIB
-    assert options(asked, way) == typed
+    assert training_memory(GPT2, way).peak * (1 + MARGIN) <= budget * GIB
+    assert changed_options(asked, way) == typed
 
 
 def test_a_batch_counts_the_texts_of_all_ranks():
-    text = what_would_fit(GPT2, Training(batch_size=32, precision="bf16"), 12 * GIB, ranks=4)
+    text = suggest_options(GPT2, Training(batch_size=32, precision="bf16"), 12 * GIB, ranks=4)
     assert text.endswith(": --batch-size 64 --accumulate 2 --loss chunked")
 
 
 def test_recomputation_is_proposed_where_nothing_else_helps():
     asked = Training(batch_size=1, context=1024, precision="bf16", loss="chunked")
     needed = training_memory(ModelConfig.preset("llama-3.1-8b"), replace(asked, recompute="blocks", context=8192)).peak
-    text = what_would_fit(ModelConfig.preset("llama-3.1-8b"), replace(asked, context=8192), needed * (1 + SPARE) + 1)
+    text = suggest_options(ModelConfig.preset("llama-3.1-8b"), replace(asked, context=8192), needed * (1 + MARGIN) + 1)
     assert text.endswith(": --recompute blocks")
 
 
 def test_nothing_fits_or_all_does():
     asked = Training(batch_size=8, precision="bf16")
-    assert "Nothing of this would fit" in what_would_fit(GPT2, asked, 1.5 * GIB)
-    assert "1.39 GiB; there are 1.50 GiB" in what_would_fit(GPT2, asked, 1.5 * GIB)
-    assert "something else holds memory" in what_would_fit(GPT2, asked, 80 * GIB)
+    assert "Nothing of this would fit" in suggest_options(GPT2, asked, 1.5 * GIB)
+    assert "1.39 GiB; there are 1.50 GiB" in suggest_options(GPT2, asked, 1.5 * GIB)
+    assert "something else holds memory" in suggest_options(GPT2, asked, 80 * GIB)

@@ -8,8 +8,8 @@ import torch
 
 from model.config import ModelConfig
 from model.flops import flops_per_token
-from train.reports.phases import PENDING, Phases
-from train.reports.rate import ending, matmul_rate, operations_per_s, peak_memory, utilization
+from train.reports.phases import MAX_PENDING, Phases
+from train.reports.rate import format_flops, matmul_rate, peak_memory, speed_report, utilization
 
 CPU = torch.device("cpu")
 
@@ -86,14 +86,14 @@ class Queue:
 
 def test_on_a_gpu_nothing_waits_until_it_is_asked(monkeypatch):
     queue, phases = Queue(monkeypatch), Phases(torch.device("cuda"))
-    for step in range(PENDING):
+    for step in range(MAX_PENDING):
         with phases("forward"):
             queue.now += 2
         with phases("backward"):
             queue.now += 4
         queue.passed = max(0, 4 * step - 40)  # it runs ten steps behind
-    assert queue.waits == 0 and len(phases._pending) <= PENDING + 24
-    assert phases.seconds() == {"forward": 2 * PENDING, "backward": 4 * PENDING}
+    assert queue.waits == 0 and len(phases._pending) <= MAX_PENDING + 24
+    assert phases.seconds() == {"forward": 2 * MAX_PENDING, "backward": 4 * MAX_PENDING}
     assert queue.waits == 1 and not phases._pending
 
 
@@ -138,10 +138,11 @@ def test_utilization_is_palm_s_formula():
 
 def test_the_end_of_a_run():
     flops = flops_per_token(ModelConfig.preset("gpt2"), 1024)
-    text = ending({"forward": 1.0, "backward": 2.0}, 4.0, tokens_per_s=1234.5, flops=flops, rate=2e12, memory=peak_memory(CPU))
-    assert "1,234 tokens/s" in text and "MFU 49." in text and operations_per_s(2e12) in text
+    seconds, memory = {"forward": 1.0, "backward": 2.0}, peak_memory(CPU)
+    text = speed_report(seconds, 4.0, tokens_per_s=1234.5, flops=flops, rate=2e12, memory=memory)
+    assert "1,234 tokens/s" in text and "MFU 49." in text and format_flops(2e12) in text
     assert text.count("25 %") == 2 and "50 %" in text and "the rest" in text
-    assert "the rest" not in ending({"forward": 4.1}, 4.0, tokens_per_s=1, flops=flops, rate=1.0, memory=(1, "it"))
+    assert "the rest" not in speed_report({"forward": 4.1}, 4.0, tokens_per_s=1, flops=flops, rate=1.0, memory=(1, "it"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="Linux shows it there")

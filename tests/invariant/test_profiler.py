@@ -59,7 +59,7 @@ def test_other_steps(tmp_path):
 
 
 def test_a_large_trace_is_compressed(tmp_path, monkeypatch):
-    monkeypatch.setattr(train.reports.profiler, "LARGE", 100)
+    monkeypatch.setattr(train.reports.profiler, "COMPRESS_FROM", 100)
     profiled_run(tmp_path, 5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["operators.txt", "trace.json.gz"]
     assert json.loads(gzip.decompress((tmp_path / "trace.json.gz").read_bytes()))["traceEvents"]

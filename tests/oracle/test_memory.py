@@ -29,7 +29,7 @@ from train.optimizers.build import build_optimizer
 from train.optimizers.ema import EMA
 from train.optimizers.precision import autocast
 from train.recompute import recompute
-from train.reports.memory import Measured, measure_step
+from train.reports.memory import MeasuredMemory, measure_step
 from train.step import train_step
 
 CPU = torch.device("cpu")
@@ -159,7 +159,7 @@ def optimizers_of(network: nn.Module, optimizer: str):
 LOSSES = {"plain": linear_cross_entropy, "chunked": chunked_linear_cross_entropy}
 
 
-def measured_step(network: nn.Module, training: Training) -> Measured:
+def measured_step(network: nn.Module, training: Training) -> MeasuredMemory:
     """A second step: the first makes the optimizer's state."""
     device = torch.device(training.device)
     network = recompute(network, training.recompute, training.recompute_every).train()

@@ -1,4 +1,4 @@
-"""`curves.png`: how the run went, and a caption that says healthy, overfitting or underfitting, and why."""
+"""`curves.png`: the curves of a run, and a diagnosis (healthy, overfitting, underfitting …) with its reason."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RISE = 0.01  # the last validation loss this much above the best: overfitting
-STILL_FALLING = 0.02  # the validation loss fell this much towards the end: more steps would help
+OVERFITTING_RISE = 0.01  # the last validation loss this fraction above the best: overfitting
+UNDERFITTING_FALL = 0.02  # the validation loss fell by this fraction towards the end: more steps would help
 
 
 class Panel(NamedTuple):
-    """What a validation line says beside its loss, and what counting says to that."""
+    """A score of the validation beside its loss, and the n-gram baselines of that score."""
 
     key: str
     unit: str
@@ -37,20 +37,20 @@ class Diagnosis(NamedTuple):
 
 
 def diagnose(rows: list[dict]) -> Diagnosis:
-    """Read a verdict off the lines of metrics.jsonl.
+    """Diagnose a run from the rows of metrics.jsonl.
 
-    overfitting   the best validation loss lies behind by more than 1 %, while the training loss went on falling
-    unstable      as far behind, and the training loss rose too
-    underfitting  the validation loss is worse than counting (bigrams; for masked tokens unigrams), or still fell more
-                  than 2 % since the last validation of the first four fifths
+    overfitting   the last validation loss is more than 1 % above the best, while the training loss went on falling
+    unstable      as far above, and the training loss rose too
+    underfitting  the validation score is worse than the n-gram baseline (bigrams; for masked tokens unigrams), or the loss
+                  still fell more than 2 % since the last validation of the first four fifths
     healthy       none of these
     """
     train = [(row["step"], row["loss"]) for row in rows if row["split"] == "train"]
     held_out = [row for row in rows if row["split"] == "validation"]
     if len(held_out) < 3 or len(train) < 2:
-        return Diagnosis("too short to tell", f"validations: {len(held_out)}; three are the least to see a trend")
+        return Diagnosis("too short to tell", f"validations: {len(held_out)}; a trend needs three")
     best, last = min(held_out, key=lambda row: row["loss"]), held_out[-1]
-    if last["loss"] > best["loss"] * (1 + RISE):
+    if last["loss"] > best["loss"] * (1 + OVERFITTING_RISE):
         near_best = [loss for step, loss in train if step <= best["step"]][-5:]
         latest = [loss for _, loss in train][-5:]
         if near_best and sum(latest) / len(latest) < sum(near_best) / len(near_best):
@@ -64,20 +64,20 @@ def diagnose(rows: list[dict]) -> Diagnosis:
             f"validation loss rose from {best['loss']:.3f} (step {best['step']}) to {last['loss']:.3f}, and training loss "
             "with it: a lower --lr",
         )
-    perplexity, counted = last.get("perplexity"), last.get("unigram_perplexity")
-    if counted is not None and perplexity >= counted:
+    perplexity, unigram = last.get("perplexity"), last.get("unigram_perplexity")
+    if unigram is not None and perplexity >= unigram:
         return Diagnosis(
             "underfitting",
-            f"pseudo-perplexity {perplexity:.1f} is no better than counting tokens ({counted:.1f}): more steps would help",
+            f"pseudo-perplexity {perplexity:.1f} is no better than the unigram baseline ({unigram:.1f}): more steps would help",
         )
     bits, bigram = last.get("bits_per_byte"), last.get("bigram_bits_per_byte")
     if bits is not None and bigram is not None and bits >= bigram:
         return Diagnosis(
             "underfitting",
-            f"{bits:.3f} bits per byte is no better than counting bigrams ({bigram:.3f}): more steps, or a larger network",
+            f"{bits:.3f} bits per byte is no better than the bigram baseline ({bigram:.3f}): more steps, or a larger network",
         )
     before = max((row for row in held_out if row["step"] <= 0.8 * last["step"]), key=lambda row: row["step"], default=None)
-    if before is not None and last["loss"] < before["loss"] * (1 - STILL_FALLING):
+    if before is not None and last["loss"] < before["loss"] * (1 - UNDERFITTING_FALL):
         fall = 100 * (1 - last["loss"] / before["loss"])
         return Diagnosis(
             "underfitting",
@@ -95,17 +95,17 @@ def plot(rows: list[dict], path: Path, title: str = "", *, training: str = "trai
     with matplotlib.rc_context({"path.simplify": False}):  # every point, however many there are
         figure = panels(rows, title, training)
         figure.supxlabel(f"{diagnosis.verdict}: {diagnosis.why}", fontsize=10, wrap=True)
-        making = path.with_name(f".{path.name}")
-        FigureCanvasAgg(figure).print_figure(making, dpi=110, format="png")
-    making.rename(path)
+        temporary = path.with_name(f".{path.name}")
+        FigureCanvasAgg(figure).print_figure(temporary, dpi=110, format="png")
+    temporary.rename(path)
     return diagnosis
 
 
 def panels(rows: list[dict], title: str = "", training: str = "training") -> "Figure":
-    """Four panels: loss, a score beside counting, learning rates, gradient norm; a mark for each line of metrics.jsonl.
+    """Draw four panels: loss, a score beside n-gram baselines, learning rates, gradient norm; a mark for each row.
 
-    Both losses are on one axis, in the same unit. What the training's holds beside the validation's (dropout, smoothing)
-    is for `training`, its name in the legend, to say.
+    Both losses are on one axis, in the same unit. `training` is the training loss's name in the legend; it mentions what
+    the validation loss does not have (dropout, smoothing).
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullFormatter
@@ -113,29 +113,29 @@ def panels(rows: list[dict], title: str = "", training: str = "training") -> "Fi
     train = [row for row in rows if row["split"] == "train"]
     held_out = [row for row in rows if row["split"] == "validation"]
     figure = Figure(figsize=(10, 7), layout="constrained")
-    (loss, counted), (rate, norm) = figure.subplots(2, 2, sharex=True)
+    (loss, score), (rate, norm) = figure.subplots(2, 2, sharex=True)
 
     def line(axes, rows, key, **style):
-        kept = [row for row in rows if key in row]
-        axes.plot([row["step"] for row in kept], [row[key] for row in kept], **style)
+        present = [row for row in rows if key in row]
+        axes.plot([row["step"] for row in present], [row[key] for row in present], **style)
 
-    of_training = {"marker": ".", "markersize": 3, "linewidth": 1}
-    line(loss, train, "loss", label=training, color="tab:blue", alpha=0.7, **of_training)
+    training_style = {"marker": ".", "markersize": 3, "linewidth": 1}
+    line(loss, train, "loss", label=training, color="tab:blue", alpha=0.7, **training_style)
     line(loss, held_out, "loss", label="validation", color="tab:orange", marker="o", markersize=3)
     loss.set(title="loss", ylabel="nats per token")
     loss.legend()
     for panel in [panel for panel in PANELS if held_out and panel.key in held_out[-1]]:
-        line(counted, held_out, panel.key, label="validation", color="tab:orange", marker="o", markersize=3)
+        line(score, held_out, panel.key, label="validation", color="tab:orange", marker="o", markersize=3)
         for key, name, dashes in panel.baselines:
-            counted.axhline(held_out[-1][key], color="grey", linestyle=dashes, label=name)
-        counted.set(title="validation, beside counting", ylabel=panel.unit)
-        counted.legend()
-    line(rate, train, "lr", color="tab:green", label="lr", **of_training)
+            score.axhline(held_out[-1][key], color="grey", linestyle=dashes, label=name)
+        score.set(title="validation, beside n-gram baselines", ylabel=panel.unit)
+        score.legend()
+    line(rate, train, "lr", color="tab:green", label="lr", **training_style)
     if any("matrix_lr" in row for row in train):
-        line(rate, train, "matrix_lr", color="tab:purple", label="matrix-lr (Muon)", **of_training)
+        line(rate, train, "matrix_lr", color="tab:purple", label="matrix-lr (Muon)", **training_style)
         rate.legend()
     rate.set(title="learning rate", xlabel="step")
-    line(norm, train, "grad_norm", color="tab:red", **of_training)
+    line(norm, train, "grad_norm", color="tab:red", **training_style)
     norm.set(title="gradient norm, before clipping", xlabel="step")
     norms = [row["grad_norm"] for row in train]
     if norms and min(norms) > 0:  # a logarithm would leave a norm of 0 out
@@ -143,10 +143,10 @@ def panels(rows: list[dict], title: str = "", training: str = "training") -> "Fi
         plain = FuncFormatter(lambda value, _: f"{value:g}")
         norm.yaxis.set_major_formatter(plain)
         norm.yaxis.set_minor_formatter(plain if max(norms) < 10 * min(norms) else NullFormatter())
-    for axes in (loss, counted, rate, norm):
+    for axes in (loss, score, rate, norm):
         axes.grid(alpha=0.3)
         if axes.get_yscale() == "linear":
             axes.ticklabel_format(axis="y", style="plain", useOffset=False)
-    # A file's name may hold bytes that are no text, and `$`, which is no formula here.
+    # A file name may hold bytes that are not UTF-8, and a `$` that starts no formula.
     figure.suptitle(title.encode(errors="surrogateescape").decode(errors="replace"), parse_math=False)
     return figure

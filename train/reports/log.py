@@ -1,4 +1,4 @@
-"""What a person sees while it runs, and `metrics.jsonl`, which keeps it all."""
+"""Progress on the screen, and `metrics.jsonl`."""
 
 import json
 import os
@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 from train.runs.checkpoint import write_atomically
 
-QUIET_SECONDS = 5.0  # without a terminal, lines of progress come no more often
+QUIET_SECONDS = 5.0  # the least time between lines of progress without a terminal
 
 
 class Console:
-    """On a terminal a bar and lines above it; elsewhere lines alone, without colours."""
+    """Progress of a run: on a terminal a bar with lines above it; elsewhere lines alone, without colours."""
 
     def __init__(self, verbose: bool = True):
         self.verbose, self.unit = verbose, "tokens"
@@ -23,6 +23,7 @@ class Console:
         self._last_line = 0.0
 
     def info(self, text: str = "") -> None:
+        """Print a line, above the bar where there is one."""
         if not self.verbose:
             return
         if self.bar is not None:
@@ -31,26 +32,26 @@ class Console:
             print(text, flush=True)
 
     def begin(self, step: int, steps: int) -> None:
-        """The bar counts all steps; the time left is reckoned from this session's alone."""
+        """Start at `step` of `steps`. The bar counts all steps; the time left is estimated from this session's."""
         self.first, self.steps, self.started = step, steps, None
         if self.verbose and sys.stderr.isatty() and sys.stdout.isatty():
             layout = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
             self.bar = tqdm(total=steps, initial=step, bar_format=layout, desc="step", dynamic_ncols=True)
 
     def advance(self, step: int) -> None:
-        if self.started is None:  # the first step warms up (compilation, memory): it says nothing about the others
+        if self.started is None:  # the first step warms up (compilation, memory): its time is not typical
             self.first, self.started = step, time.monotonic()
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
 
     def seconds_left(self, step: int) -> float | None:
-        """The pace of this session so far, validations and checkpoints included, times the steps to go."""
+        """Estimate the time left: seconds per step of this session, validations and checkpoints included, times steps to go."""
         if self.started is None or step <= self.first:
             return None
         return (time.monotonic() - self.started) / (step - self.first) * (self.steps - step)
 
     def progress(self, step: int, loss: float, tokens_per_s: float) -> None:
-        left = clock(self.seconds_left(step))
+        left = format_duration(self.seconds_left(step))
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {loss:.3f} · {tokens_per_s:,.0f} {self.unit}/s · {left} left")
         elif time.monotonic() - self._last_line >= QUIET_SECONDS:
@@ -63,9 +64,10 @@ class Console:
             self.bar = None
 
 
-def clock(seconds: float | None) -> str:
-    """
-    >>> clock(75), clock(3700), clock(None)
+def format_duration(seconds: float | None) -> str:
+    """Format seconds as h:mm:ss or m:ss.
+
+    >>> format_duration(75), format_duration(3700), format_duration(None)
     ('1:15', '1:01:40', '?')
     """
     if seconds is None:
@@ -78,13 +80,13 @@ def clock(seconds: float | None) -> str:
 class Metrics:
     """`metrics.jsonl`: one object a line, appended and flushed.
 
-    `tokens` counts the labels that were scored since step 0; `loss` is in nats a label; `lr` is AdamW's, `matrix_lr` Muon's;
-    `grad_norm` is the norm before clipping; `tokens_per_s` is since the line before, validation and saving left out; `time`
-    is in seconds since 1970.
+    `tokens` counts the scored labels since step 0; `loss` is in nats a label; `lr` is AdamW's learning rate, `matrix_lr`
+    Muon's; `grad_norm` is the norm before clipping; `tokens_per_s` is since the previous line, without validation and saving;
+    `time` is in seconds since 1970.
     """
 
     def __init__(self, path: Path | None):
-        """None: nothing is kept. Of several ranks one writes."""
+        """Open for appending; None writes nothing. One of several ranks writes."""
         self._file = open(path or os.devnull, "a", encoding="utf-8")
 
     def write(self, **values: object) -> None:
@@ -92,18 +94,18 @@ class Metrics:
         self._file.flush()
 
     def sync(self) -> None:
-        """Before a checkpoint: what it says must not be ahead of what metrics.jsonl holds."""
+        """Sync to disk before a checkpoint, which must not be ahead of metrics.jsonl."""
         self._file.flush()
         if self._file.name != os.devnull:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        with suppress(OSError):  # each line was flushed: what is left is one that had no room, and has been told
+        with suppress(OSError):  # each line was flushed: a line that is left had no room on the disk, and was reported
             self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """All whole lines; a last line cut short by a kill is left out."""
+    """Return the rows of metrics.jsonl; a last line that a kill truncated is left out."""
     rows = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -114,7 +116,7 @@ def read_metrics(path: Path) -> list[dict]:
     return [row for row in rows if isinstance(row, dict) and "step" in row]
 
 
-def cut_back(path: Path, step: int) -> None:
-    """Drop lines of later steps than the checkpoint that a resume goes on from."""
+def truncate_metrics(path: Path, step: int) -> None:
+    """Drop the rows after `step`, the checkpoint that a resume continues from."""
     rows = [row for row in read_metrics(path) if row["step"] <= step]
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -1,4 +1,4 @@
-"""Where the time goes: seconds by phase of a run, without waiting for the device."""
+"""Seconds by phase of a run, without waiting for the device."""
 
 import time
 from collections import defaultdict, deque
@@ -7,15 +7,15 @@ from contextlib import contextmanager
 
 import torch
 
-PENDING = 256  # intervals between events; from so many on, those that the device has passed are added up
+MAX_PENDING = 256  # intervals between events; from so many on, those that the device has passed are added up
 
 
 class Phases:
-    """`with phases("forward"): …` adds to that phase's seconds.
+    """A timer of phases: `with phases("forward"): …` adds to that phase's seconds.
 
-    On a CPU by its clock. A GPU works behind the program: there an event goes into its queue at both ends, and the time
-    between the two is read when somebody asks, so that no step waits; what the GPU waits for (data, a file being written)
-    is its time too. Of a phase within a phase the inner one counts, so that no time counts twice.
+    On a CPU the clock is read. A GPU runs behind the program: there an event is recorded in its queue at both ends, and the
+    time between the two is read by `seconds`, so that no step waits; time in which the GPU waits (for data, for a file) counts
+    too. Within a nested phase only the inner one counts, so that no time counts twice.
 
     >>> phases = Phases(torch.device("cpu"))
     >>> with phases("forward"):
@@ -27,29 +27,29 @@ class Phases:
     def __init__(self, device: torch.device):
         self.device = device
         self._seconds: dict[str, float] = defaultdict(float)
-        self._open: list[str] = []  # phases that have begun, the innermost last
-        self._since: float | torch.cuda.Event = 0.0  # when the innermost began, or went on
+        self._open: list[str] = []  # phases that have begun, innermost last
+        self._since: float | torch.cuda.Event = 0.0  # start or continuation of the innermost
         self._pending: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        self._turn()
+        self._switch()
         self._open.append(name)
         try:
             yield
         finally:
-            self._turn()
+            self._switch()
             self._open.pop()
 
     def seconds(self) -> dict[str, float]:
-        """phase -> seconds so far, in the order in which phases first ended; on a GPU this waits for its queue."""
+        """Return seconds by phase, in the order in which phases first ended; on a GPU this waits for its queue."""
         if self._pending:
             self._pending[-1][2].synchronize()
             self._add_up()
         return dict(self._seconds)
 
-    def _turn(self) -> None:
-        """A phase begins or ends: what has passed belongs to the one that was innermost."""
+    def _switch(self) -> None:
+        """Add the time since the last switch to the phase that was innermost; called where a phase begins or ends."""
         now = self._now()
         if self._open:
             self._credit(self._open[-1], self._since, now)
@@ -67,7 +67,7 @@ class Phases:
             self._seconds[name] += now - since
             return
         self._pending.append((name, since, now))
-        if len(self._pending) >= PENDING:
+        if len(self._pending) >= MAX_PENDING:
             self._add_up()
 
     def _add_up(self) -> None:

@@ -1,4 +1,4 @@
-"""A few steps under torch's profiler: a trace to look at, and the operators that took the time, as a table."""
+"""A few steps under torch's profiler: a trace, and a table of the operators that take longest."""
 
 import gzip
 import shutil
@@ -12,53 +12,53 @@ from torch.profiler import ProfilerActivity, profile
 
 from data.words import counted
 
-SKIP = 2  # steps that warm up: compilation, the allocator, the choice of kernels
-LARGE = 16 * 2**20  # bytes of a trace; a larger one is compressed
-ROWS = 20  # of the table
+WARMUP_STEPS = 2  # for compilation, the allocator, the choice of kernels
+COMPRESS_FROM = 16 * 2**20  # bytes of a trace; a larger one is compressed
+TABLE_ROWS = 20
 
 
 class Profiler:
     """Profile `steps` optimizer steps after the first `skip` of this session, by default steps 3 to 5.
 
-    Call `step()` after each optimizer step and `close()` when there are no more: whichever ends the profile returns its
-    table. Into `folder` go `operators.txt`, the same table, and `trace.json`, or `trace.json.gz` if large (to be opened at
-    https://ui.perfetto.dev or chrome://tracing). A run that ends early leaves what was seen, in whole steps. Steps are slower
-    while they are profiled: no rate should be taken from them.
+    Call `step()` after each optimizer step and `close()` after the last: the call that ends the profile returns its table.
+    It writes `operators.txt`, the same table, and `trace.json`, or `trace.json.gz` if large (open it at
+    https://ui.perfetto.dev or chrome://tracing) into `folder`. A run that ends early leaves a profile of its complete steps.
+    Steps are slower while they are profiled: measure no speed in them.
     """
 
-    def __init__(self, folder: Path, device: torch.device, steps: int = 3, skip: int = SKIP):
+    def __init__(self, folder: Path, device: torch.device, steps: int = 3, skip: int = WARMUP_STEPS):
         self.folder, self.device, self.skip, self.last = folder, device, skip, skip + steps
-        self._taken = 0
+        self._steps = 0
         self._profile: profile | None = None  # while it is on
         self._begin_if_due()
 
     def step(self) -> str | None:
-        """An optimizer step is over. Returns the table if it was the last one to be profiled."""
-        self._taken += 1
-        if self._taken == self.last:
+        """Count an optimizer step; return the table after the last profiled one."""
+        self._steps += 1
+        if self._steps == self.last:
             return self.close()
         self._begin_if_due()
         return None
 
     def close(self) -> str | None:
-        """Stop and write, if a step has been profiled and not been written yet; returns the table then."""
+        """Stop the profile, write its files and return its table, if steps were profiled and not written yet."""
         profiled, self._profile = self._profile, None
         if profiled is None:
             return None
         self._wait()
         seconds = time.perf_counter() - self._began
         profiled.stop()
-        steps = self._taken - self.skip
+        steps = self._steps - self.skip
         if steps == 0:
             return None
-        text = operators(profiled, self.device, steps, seconds)
+        text = operator_table(profiled, self.device, steps, seconds)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "operators.txt").write_text(text + "\n", encoding="utf-8")
         write_trace(profiled, self.folder / "trace.json")
         return text
 
     def _begin_if_due(self) -> None:
-        if self._taken == self.skip:
+        if self._steps == self.skip:
             self._wait()
             gpu = [ProfilerActivity.CUDA] if self.device.type == "cuda" else []
             self._profile = profile(activities=[ProfilerActivity.CPU, *gpu])
@@ -70,16 +70,16 @@ class Profiler:
             torch.cuda.synchronize(self.device)
 
 
-def operators(profiled: profile, device: torch.device, steps: int, seconds: float, rows: int = ROWS) -> str:
-    """The operators with the most time of their own (of the kernels they started, on a GPU), a step.
+def operator_table(profiled: profile, device: torch.device, steps: int, seconds: float, rows: int = TABLE_ROWS) -> str:
+    """Format the operators with the most self time per step (on a GPU, of the kernels that they launched).
 
-    "self": without the operators that were called within. Shares are of the sum over all operators, and say what to make
-    faster; the sum beside the clock says whether that helps: a GPU that is busy for a third of the time waits for the CPU.
+    Self time excludes the operators called within. Shares are of the sum over all operators. Compare that sum with the wall
+    clock: a GPU that is busy for a third of the time waits for the CPU.
     """
     gpu = device.type == "cuda"
     found = []
     for event in profiled.key_averages():
-        if event.device_type == DeviceType.CPU:  # the others are the kernels, counted with those who started them
+        if event.device_type == DeviceType.CPU:  # the others are the kernels, counted with their operators
             own = event.self_device_time_total if gpu else event.self_cpu_time_total
             found.append((own / 1e6 / steps, event.count / steps, event.key))
     found = sorted((row for row in found if row[0] > 0), reverse=True)
@@ -99,12 +99,12 @@ def operators(profiled: profile, device: torch.device, steps: int, seconds: floa
 
 
 def write_trace(profiled: profile, path: Path) -> Path:
-    """Chrome's format; compressed where it is large. Returns the file's path."""
-    with tempfile.TemporaryDirectory() as folder:  # torch knows names in UTF-8 alone, and the run's need not be
-        made = Path(folder, path.name)
-        profiled.export_chrome_trace(str(made))
-        if made.stat().st_size <= LARGE:
-            return Path(shutil.move(made, path))
-        packed = path.with_name(path.name + ".gz")
-        packed.write_bytes(gzip.compress(made.read_bytes(), compresslevel=6))
-        return packed
+    """Write the trace in Chrome's format, compressed where it is large; return the file's path."""
+    with tempfile.TemporaryDirectory() as folder:  # torch takes file names in UTF-8 alone, and the run's may be others
+        written = Path(folder, path.name)
+        profiled.export_chrome_trace(str(written))
+        if written.stat().st_size <= COMPRESS_FROM:
+            return Path(shutil.move(written, path))
+        compressed = path.with_name(path.name + ".gz")
+        compressed.write_bytes(gzip.compress(written.read_bytes(), compresslevel=6))
+        return compressed

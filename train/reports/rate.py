@@ -1,4 +1,4 @@
-"""How fast a run was: tokens a second, the share of what the machine can do, memory, time by phase."""
+"""The speed of a run: tokens per second, model FLOPs utilization, memory, time by phase."""
 
 import resource
 import sys
@@ -14,21 +14,21 @@ ROUNDS = 3
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.8) -> float:
-    """Floating-point operations a second of a product of two n × n matrices, 2 n³ of them; the best of a few n and rounds.
+    """Measure the FLOP/s of a product of two n × n matrices, 2 n³ operations; the best of a few n and rounds.
 
-    What this machine reaches, in the run's threads and settings (TF32 or not), rather than what its maker prints. The next
-    size (8 times the work) is tried only where it is sure to be over before `seconds`.
+    It is measured with the run's threads and settings (TF32 or not), not taken from a data sheet. The next size (8 times the
+    work) is tried only where it will end before `seconds`.
     """
     best, began = 0.0, time.perf_counter()
     for n in SIZES:
         one, other = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        one @ other  # chooses a kernel
+        one @ other  # warm-up: chooses a kernel
         times = []
         for _ in range(ROUNDS):
-            wait(device)
+            synchronize(device)
             start = time.perf_counter()
             one @ other
-            wait(device)
+            synchronize(device)
             times.append(time.perf_counter() - start)
         best = max(best, 2 * n**3 / min(times))
         if time.perf_counter() - began + 8 * (ROUNDS + 1) * max(times) > seconds:
@@ -36,17 +36,18 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.8) 
     return best
 
 
-def wait(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def utilization(flops: Flops, tokens_per_s: float, rate: float) -> float:
-    """Model FLOPs utilization: operations that the model needs a second / operations that the machine can do.
+    """Model FLOPs utilization (MFU): FLOP/s that the model needs / FLOP/s that the machine reaches, a fraction.
 
-    Only what the mathematics asks for counts, forward and backward; what is recomputed to save memory does not. So
-    `model.flops.flops_per_token` is to be asked without `recompute`, and `tokens_per_s` counts every position that went
-    through the network, also those without a label.
+        MFU = (flops.forward + flops.backward) · tokens_per_s / rate
+
+    Recomputation does not count: call `model.flops.flops_per_token` without `recompute`. `tokens_per_s` counts every position
+    that went through the network, also those without a label.
     Source: Chowdhery et al. 2022, arXiv 2204.02311, appendix B.
 
     >>> round(utilization(Flops(247e6, 19e6, 494e6, 38e6), 100_000, 312e12), 3)
@@ -56,14 +57,14 @@ def utilization(flops: Flops, tokens_per_s: float, rate: float) -> float:
 
 
 def peak_memory(device: torch.device) -> tuple[int, str]:
-    """(bytes, of what): on a GPU of all tensors at the highest moment, on a CPU of the whole process."""
+    """Return (bytes, their owner): on a GPU the peak of all tensors, on a CPU that of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device), "tensors on the GPU"
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "the process"
 
 
-def ending(
+def speed_report(
     seconds: dict[str, float],
     total: float,
     *,
@@ -72,11 +73,11 @@ def ending(
     rate: float,
     memory: tuple[int, str],
 ) -> str:
-    """The lines for the end of a run: speed, memory, and time by phase as parts of `total` seconds.
+    """Format speed, memory, and time by phase as fractions of `total` seconds, for the end of a run.
 
     >>> steps = {"forward": 30.0, "backward": 60.0, "save": 6.0}
     >>> flops = Flops(2e6, 0.0, 4e6, 0.0)
-    >>> print(ending(steps, 100.0, tokens_per_s=5000, flops=flops, rate=1e11, memory=(3 * 2**30, "the process")))
+    >>> print(speed_report(steps, 100.0, tokens_per_s=5000, flops=flops, rate=1e11, memory=(3 * 2**30, "the process")))
     speed    5,000 tokens/s · MFU 30.0 % of the 100.0 GFLOP/s that this machine reaches in matrix products
     memory   3.00 GiB at its highest (the process)
     time     forward         30.0 s   30 %
@@ -84,12 +85,12 @@ def ending(
              save             6.0 s    6 %
              the rest         4.0 s    4 %
     """
-    share = utilization(flops, tokens_per_s, rate)
-    size, what = memory
+    mfu = utilization(flops, tokens_per_s, rate)
+    size, owner = memory
     lines = [
-        f"speed    {tokens_per_s:,.0f} tokens/s · MFU {share:.1%}".replace("%", " %")
-        + f" of the {operations_per_s(rate)} that this machine reaches in matrix products",
-        f"memory   {format_bytes(size)} at its highest ({what})",
+        f"speed    {tokens_per_s:,.0f} tokens/s · MFU {mfu:.1%}".replace("%", " %")
+        + f" of the {format_flops(rate)} that this machine reaches in matrix products",
+        f"memory   {format_bytes(size)} at its highest ({owner})",
     ]
     rest = total - sum(seconds.values())
     rows = seconds | ({"the rest": rest} if rest > 0 else {})
@@ -99,9 +100,10 @@ def ending(
     return "\n".join(lines)
 
 
-def operations_per_s(rate: float) -> str:
-    """
-    >>> operations_per_s(9.31e10), operations_per_s(6.6e14)
+def format_flops(rate: float) -> str:
+    """Format FLOP/s.
+
+    >>> format_flops(9.31e10), format_flops(6.6e14)
     ('93.1 GFLOP/s', '660.0 TFLOP/s')
     """
     return f"{rate / 1e12:,.1f} TFLOP/s" if rate >= 1e12 else f"{rate / 1e9:,.1f} GFLOP/s"

@@ -10,7 +10,7 @@ from quant.linear import packed_tensors
 from train.adapters import has_memory_estimate
 from train.freeze import frozen_names
 from train.objective import ids_of
-from train.reports.memory import measure_step, report, training_of
+from train.reports.memory import measure_step, memory_report, training_settings
 from train.reports.profiler import Profiler
 from train.reports.view import RunView
 from train.step import StepResult
@@ -39,12 +39,12 @@ class StepProfiler:
             scored = sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches)
             scored /= sum(batch["labels"].numel() for batch in micro_batches)
             packed, frozen = bool(packed_tensors(engine.network)), frozen_names(engine.network, self.run.config.run.freeze)
-            training = training_of(self.run.config, self.run.ranks, scored, packed=packed, frozen=frozen)
+            training = training_settings(self.run.config, self.run.ranks, scored, packed=packed, frozen=frozen)
             longest = max(ids.size(1) for batch in micro_batches for ids in ids_of(batch))
             training = replace(training, context=longest)  # rows of records are as long as these
             if engine.mesh.shard > 1 or not has_memory_estimate(self.run.config):  # on one device
                 training = None
-            self.run.console.info(report(engine.network.config, training, measured))
+            self.run.console.info(memory_report(engine.network.config, training, measured))
             return results[0]
         result = engine.train(micro_batches, phase)
         self._show(self.profiler.step() if self.profiler else None)

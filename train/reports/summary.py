@@ -19,9 +19,9 @@ from train.freeze import frozen_names
 from train.optimizers.precision import PRECISIONS
 from train.registry import name_of, settings_of
 from train.reports.curves import plot
-from train.reports.log import clock, read_metrics
-from train.reports.memory import training_of, what_would_fit
-from train.reports.rate import ending, matmul_rate, peak_memory
+from train.reports.log import format_duration, read_metrics
+from train.reports.memory import suggest_options, training_settings
+from train.reports.rate import matmul_rate, peak_memory, speed_report
 from train.reports.view import RunView
 from train.runs.checkpoint import SHARDED_INDEX, read_pointer
 
@@ -119,9 +119,9 @@ def speed(run: RunView, session: Session) -> str:
     formats |= {torch.float32} if run.device.type == "cpu" else set()
     adapted = {} if config.method is None else {"rank": getattr(config.method, "r", 1)}  # the base's gradients are not made
     return (
-        f"work     {run.tokens:,} {unit}; this session {clock(session.seconds)}, "
+        f"work     {run.tokens:,} {unit}; this session {format_duration(session.seconds)}, "
         f"{session.tokens / max(session.seconds, 1e-9):,.0f} {unit}/s\n"
-    ) + ending(
+    ) + speed_report(
         phases,
         session.seconds,
         tokens_per_s=session.positions / max(training, 1e-9),
@@ -227,6 +227,6 @@ def out_of_memory(run: RunView, error: Exception) -> str:
         return what + "Less is needed with a smaller --batch-size (and more --accumulate), --recompute blocks, --loss chunked."
     packed = bool(quantized_layers(run.engine.network))
     frozen = frozen_names(run.engine.network, run.config.run.freeze)
-    training = training_of(run.config, run.ranks, scored(run), packed=packed, frozen=frozen)
-    advice = what_would_fit(run.engine.network.config, training, memory_of(run.device) - LIBRARIES, ranks=run.ranks.world)
+    training = training_settings(run.config, run.ranks, scored(run), packed=packed, frozen=frozen)
+    advice = suggest_options(run.engine.network.config, training, memory_of(run.device) - LIBRARIES, ranks=run.ranks.world)
     return what + advice

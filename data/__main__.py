@@ -11,9 +11,9 @@ import touchstone
 touchstone.refuse_shadowed()  # before a file of the user's is imported in place of ours
 
 from data.config import BUILT_IN, DataConfig, DataError
+from data.messages import format_count
 from data.shell import program
 from data.sources.find import may_hold_records
-from data.words import counted
 from train.command_line import Needs, refuse_idle, refuse_unreadable, run_command
 
 
@@ -22,10 +22,10 @@ class Prepare(DataConfig):
     """Read, deduplicate, split and tokenize a corpus into shards that training maps into memory."""
 
     NEEDS: ClassVar = (
-        Needs(("text_key",), lambda config: may_hold_records(config.read), "the corpus holds no records"),
+        Needs(("text_key",), lambda config: may_hold_records(config.all_paths), "the corpus holds no records"),
         Needs(
             ("on_bad_text",),
-            lambda config: any(path not in BUILT_IN for path in config.read),
+            lambda config: any(path not in BUILT_IN for path in config.all_paths),
             "the corpus comes with Python, and is no file of yours",
         ),
         Needs(("val_fraction",), lambda config: not config.validation, "--validation says what is held out"),
@@ -35,15 +35,15 @@ class Prepare(DataConfig):
 def prepare(config: DataConfig) -> None:
     from data.sources import shards  # here: --help must not wait for numpy
 
-    made = shards.prepare(config, say=print, progress=sys.stderr.isatty())
+    made = shards.prepare(config, info=print, progress=sys.stderr.isatty())
     report = made.report
     print(f"{'':12}{'documents':>12}{'bytes':>14}{'tokens':>14}{'bytes/token':>14}")
     for name in shards.SPLITS:
         part = getattr(made, name)
         per_token = part.bytes / (part.tokens - 2 * part.documents)
         print(f"{name:12}{part.documents:12,}{part.bytes:14,}{part.tokens:14,}{per_token:14.3f}")
-    print(f"read         {counted(report['documents'], 'document')}, {report['bytes']:,} bytes")
-    dropped = [counted(len(report[f"{kind}_duplicates"]), f"{kind} duplicate") for kind in ("exact", "near")]
+    print(f"read         {format_count(report['documents'], 'document')}, {report['bytes']:,} bytes")
+    dropped = [format_count(len(report[f"{kind}_duplicates"]), f"{kind} duplicate") for kind in ("exact", "near")]
     print(f"dropped      {' and '.join(dropped)}")
     if config.validation:
         exact, near = (len(report[f"held_out_{kind}"]) for kind in ("exact", "near"))

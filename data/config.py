@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 BUILT_IN = ("stdlib-docs", "stdlib-code")
-VOCAB_SIZE = 2048  # of the tokenizer, where nothing else is asked for and the text can fill it
-LEAST_VOCAB = 264  # 3 control ids, 256 bytes, 5 characters
+DEFAULT_VOCAB_SIZE = 2048  # of the tokenizer, where nothing else is asked for and the text can fill it
+MIN_VOCAB_SIZE = 264  # 3 control ids, 256 bytes, 5 characters
 
 
 class DataError(ValueError):
     """Bad input. The message names the thing and what to do; command lines print it without a traceback."""
 
 
-class Entry(NamedTuple):
+class CorpusEntry(NamedTuple):
     """One path of --corpus; where sources are mixed, with the name and the weight of its source."""
 
     path: str
@@ -27,22 +27,22 @@ class Entry(NamedTuple):
         return f"{self.name}={self.path}:{self.weight!r}" if self.name else self.path
 
 
-NAMED = re.compile(r"([A-Za-z][\w-]*)=(.+):([^:]+)", re.ASCII | re.DOTALL)
+NAMED_ENTRY = re.compile(r"([A-Za-z][\w-]*)=(.+):([^:]+)", re.ASCII | re.DOTALL)
 
 
-def read_entry(text: str) -> Entry:
+def parse_entry(text: str) -> CorpusEntry:
     """NAME=PATH:WEIGHT, or a path; a file that has such a name is a path.
 
-    >>> read_entry("web=crawl/*.txt:0.7"), read_entry("crawl/*.txt").name
-    (Entry(path='crawl/*.txt', name='web', weight=0.7), '')
+    >>> parse_entry("web=crawl/*.txt:0.7"), parse_entry("crawl/*.txt").name
+    (CorpusEntry(path='crawl/*.txt', name='web', weight=0.7), '')
     """
-    named = NAMED.fullmatch(text)
+    named = NAMED_ENTRY.fullmatch(text)
     if named is None or os.path.lexists(os.path.expanduser(text)):
-        return Entry(text)
+        return CorpusEntry(text)
     try:
-        return Entry(named[2], named[1], float(named[3]))
+        return CorpusEntry(named[2], named[1], float(named[3]))
     except ValueError:
-        return Entry(text)
+        return CorpusEntry(text)
 
 
 def default_cache() -> Path:
@@ -89,8 +89,8 @@ class DataConfig:
             raise DataError(f"corpus is empty: name files, folders, globs or one of {', '.join(BUILT_IN)}")
         if "" in self.corpus:
             raise DataError("--corpus '': an empty name; the folder that a command runs in is .")
-        if self.vocab_size is not None and not LEAST_VOCAB <= self.vocab_size <= 1 << 24:
-            least = f"{LEAST_VOCAB} (3 control ids, 256 bytes, {LEAST_VOCAB - 259} characters)"
+        if self.vocab_size is not None and not MIN_VOCAB_SIZE <= self.vocab_size <= 1 << 24:
+            least = f"{MIN_VOCAB_SIZE} (3 control ids, 256 bytes, {MIN_VOCAB_SIZE - 259} characters)"
             raise DataError(f"--vocab-size {self.vocab_size}: from {least} to {1 << 24}")
         if not 0 < self.val_fraction < 1:
             raise DataError(f"--val-fraction {self.val_fraction}: a fraction above 0 and below 1")
@@ -113,9 +113,9 @@ class DataConfig:
                 raise DataError(f"--corpus {entry}: {entry.name} has the weight {self.weights[entry.name]!r} too; give one")
 
     @property
-    def entries(self) -> tuple[Entry, ...]:
+    def entries(self) -> tuple[CorpusEntry, ...]:
         """Read the entries of `corpus`; those of one source stand together."""
-        entries = [read_entry(text) for text in self.corpus]
+        entries = [parse_entry(text) for text in self.corpus]
         names = list(dict.fromkeys(entry.name for entry in entries))
         return tuple(sorted(entries, key=lambda entry: names.index(entry.name)))
 
@@ -124,7 +124,7 @@ class DataConfig:
         return tuple(entry.path for entry in self.entries)
 
     @property
-    def read(self) -> tuple[str, ...]:
+    def all_paths(self) -> tuple[str, ...]:
         """All that is read, to train on and to validate on."""
         return (*self.paths, *self.validation)
 
@@ -137,6 +137,6 @@ class DataConfig:
                 weights.setdefault(entry.name, entry.weight)
         return weights
 
-    def of_validation(self) -> "DataConfig":
+    def validation_config(self) -> "DataConfig":
         """The same with the files of `validation` for its corpus."""
         return replace(self, corpus=self.validation, validation=())

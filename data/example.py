@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 Array = np.ndarray
-NONE: Mapping[str, Array] = MappingProxyType({})
+NO_EXTRA: Mapping[str, Array] = MappingProxyType({})
 
 
 class Example(NamedTuple):
@@ -25,7 +25,7 @@ class Example(NamedTuple):
     ids: Array
     labels: Array
     source_ids: Array | None = None
-    extra: Mapping[str, Array] = NONE
+    extra: Mapping[str, Array] = NO_EXTRA
     group: int = 0
 
     @property
@@ -37,11 +37,11 @@ class Example(NamedTuple):
 Unit = list[Example]  # what packing moves as a whole: one example, or those of one group
 
 
-def units_of(examples: list[Example]) -> list[Unit]:
+def group_units(examples: list[Example]) -> list[Unit]:
     """A record's examples, those of one group together, in the order of their first.
 
     >>> ids = np.arange(3)
-    >>> [len(unit) for unit in units_of([Example(ids, ids, group=1), Example(ids, ids), Example(ids, ids, group=1)])]
+    >>> [len(unit) for unit in group_units([Example(ids, ids, group=1), Example(ids, ids), Example(ids, ids, group=1)])]
     [2, 1]
     """
     units: list[Unit] = []

@@ -3,58 +3,58 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from data.sources.find import shortened
-from data.words import counted
+from data.messages import format_count
+from data.sources.find import shorten_list
 
 if TYPE_CHECKING:
     from data.tokenizer.base import Tokenizer
 
 
-def reading_notes(report: Mapping[str, Any]) -> list[str]:
+def describe_reading(report: Mapping[str, Any]) -> list[str]:
     """Lines about documents that were left out or mended. `report`: the fields of `data.sources.files.ReadReport`."""
     lines = []
     for names, what in ((report["skipped"], "left out"), (report["replaced"], "mended with U+FFFD")):
         if names:
-            lines.append(f"{counted(len(names), 'document')} of bad text {what}: {shortened(names)}")
+            lines.append(f"{format_count(len(names), 'document')} of bad text {what}: {shorten_list(names)}")
     if report["empty"]:
-        lines.append(f"{counted(report['empty'], 'empty document')} left out")
+        lines.append(f"{format_count(report['empty'], 'empty document')} left out")
     if report["without_records"]:
-        lines.append(f"no record in {shortened(report['without_records'])}")
+        lines.append(f"no record in {shorten_list(report['without_records'])}")
     if report["no_records"]:
-        lines.append(f"left out, as no list of records: {shortened(report['no_records'])}")
+        lines.append(f"left out, as no list of records: {shorten_list(report['no_records'])}")
     return lines
 
 
-def spelling_notes(report: Mapping[str, Any], tokenizer: "Tokenizer") -> list[str]:
+def describe_spelling(report: Mapping[str, Any], tokenizer: "Tokenizer") -> list[str]:
     """Lines about text that a tokenizer dropped or could not spell. `report`: counts `unspelled` documents, of which no token
     is left, and of all the others `unknown` and other `tokens`, without those around a document."""
     lines = []
     if report["unspelled"]:
-        lines.append(f"{counted(report['unspelled'], 'document')} left out: this tokenizer drops all of the text")
-    return lines + unknown_notes(report["unknown"], report["tokens"], tokenizer)
+        lines.append(f"{format_count(report['unspelled'], 'document')} left out: this tokenizer drops all of the text")
+    return lines + describe_unknown(report["unknown"], report["tokens"], tokenizer)
 
 
-def unknown_notes(unknown: int, tokens: int, tokenizer: "Tokenizer", what: str = "the tokens") -> list[str]:
+def describe_unknown(unknown: int, tokens: int, tokenizer: "Tokenizer", what: str = "the tokens") -> list[str]:
     """A line about unknown tokens, with their share; none where there are none."""
     if not unknown:
         return []
-    name = tokenizer.name_of(tokenizer.unknown_id)
+    name = tokenizer.token_name(tokenizer.unknown_id)
     return [
-        f"{share(unknown, tokens)} of {what} ({unknown:,} of {tokens:,}) are the unknown one ({name}), alike whatever the text "
-        "is: take a tokenizer that knows its script"
+        f"{format_percent(unknown, tokens)} of {what} ({unknown:,} of {tokens:,}) are the unknown one ({name}), alike whatever "
+        "the text is: take a tokenizer that knows its script"
     ]
 
 
-def share(part: int, whole: int) -> str:
+def format_percent(part: int, whole: int) -> str:
     """
-    >>> share(79, 1000), share(1, 100_000), share(3, 3)
+    >>> format_percent(79, 1000), format_percent(1, 100_000), format_percent(3, 3)
     ('7.9 %', 'less than 0.1 %', '100.0 %')
     """
     percent = 100 * part / whole
     return f"{percent:.1f} %" if percent >= 0.1 else "less than 0.1 %"
 
 
-def unspelled_words(text: str, tokenizer: "Tokenizer", most: int = 3) -> list[str]:
+def unknown_words(text: str, tokenizer: "Tokenizer", most: int = 3) -> list[str]:
     """The first words of a text, between white space, that make an unknown token."""
     found = []
     for word in dict.fromkeys(text.split()):

@@ -12,24 +12,24 @@ if TYPE_CHECKING:
     from data.sources.shards import Split
     from data.tokenizer.base import Tokenizer
 
-AT_ONCE = 1 << 24  # ids: a memory-mapped split need not fit in memory
+CHUNK = 1 << 24  # ids: a memory-mapped split need not fit in memory
 
 
 def text_bytes(split: "Split", tokenizer: "Tokenizer", tokens: int) -> int:
     """The bytes of the text of a split's first `tokens` ids: exact where they are all, or the tokenizer is lossless."""
-    part = int(tokenizer.piece_bytes[split.ids[:tokens]].sum())
-    if tokenizer.lossless:
+    part = int(tokenizer.byte_lengths[split.ids[:tokens]].sum())
+    if tokenizer.is_lossless:
         return part
-    starts = range(tokens, split.tokens, AT_ONCE)
-    rest = sum(int(tokenizer.piece_bytes[split.ids[start : start + AT_ONCE]].sum()) for start in starts)
+    starts = range(tokens, split.tokens, CHUNK)
+    rest = sum(int(tokenizer.byte_lengths[split.ids[start : start + CHUNK]].sum()) for start in starts)
     weights = [part, rest] if part + rest else [tokens, split.tokens - tokens]
-    return next(iter(shared_out(split.bytes, weights)))
+    return next(iter(split_in_proportion(split.bytes, weights)))
 
 
-def shared_out(total: int, weights: Sequence[int]) -> Iterable[int]:
+def split_in_proportion(total: int, weights: Sequence[int]) -> Iterable[int]:
     """Integers in proportion to the weights, which sum to `total`; alike where all weights are 0.
 
-    >>> list(shared_out(10, [1, 1, 1])), list(shared_out(7, [3, 4])), list(shared_out(4, [0, 0]))
+    >>> list(split_in_proportion(10, [1, 1, 1])), list(split_in_proportion(7, [3, 4])), list(split_in_proportion(4, [0, 0]))
     ([3, 3, 4], [3, 4], [2, 2])
     """
     weights = weights if any(weights) else [1] * len(weights)

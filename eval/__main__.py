@@ -22,8 +22,8 @@ import touchstone
 
 touchstone.refuse_shadowed()  # before a file of the user's is imported in place of ours
 
+from data.messages import format_count
 from data.shell import program
-from data.words import counted
 from eval.commands import options as asked
 from eval.commands.texts import BATCH, HYPOTHESIS_FIELDS, REFERENCE_FIELDS, EvalError, Source, Sources
 from train.command_line import refuse_idle, refuse_unreadable, run_command
@@ -198,7 +198,7 @@ def score_texts(options: asked.Scored) -> None:
 def describe_empty(found: Counter) -> str | None:
     if not found["empty"]:
         return None
-    return f"{found['empty']:,} of {counted(found['texts'], 'hypothesis', 'hypotheses')} are empty"
+    return f"{found['empty']:,} of {format_count(found['texts'], 'hypothesis', 'hypotheses')} are empty"
 
 
 @contextmanager
@@ -286,7 +286,7 @@ def score_model(options: asked.Perplexity) -> None:
             raise EvalError("--bos every-window is of causal models: a masked one has no windows")
         metric = PseudoPerplexity(mask_id=tokenizer.mask_id, **settings)
         room = context - (bos_id is not None) - (eos_id is not None)
-        found = (part for whole in found for part in pieces(whole, room, tokenizer.piece_bytes))
+        found = (part for whole in found for part in pieces(whole, room, tokenizer.byte_lengths))
     else:
         bos_at = "every-window" if options.bos == "every-window" else "document"
         metric = Perplexity(context=context, stride=options.stride, bos_at=bos_at, **settings)
@@ -305,7 +305,7 @@ def ends(options: asked.Perplexity, tokenizer: "Tokenizer", *, held_out: bool) -
     those of its training."""
     for name, side in zip(("bos", "eos"), tokenizer.affixes, strict=True):
         if len(side) > 1 and getattr(options, name) == "auto" and not held_out:
-            names = " ".join(map(tokenizer.name_of, side))
+            names = " ".join(map(tokenizer.token_name, side))
             raise EvalError(f"--{name} auto: this tokenizer puts {names} there, and one token is scored with: say yes or no")
     begins, finishes = (held_out or bool(side) for side in tokenizer.affixes)
     begins = begins if options.bos == "auto" else options.bos != "no"
@@ -322,10 +322,10 @@ def reading(options: asked.Perplexity) -> dict[str, object]:
 
 def pieces(whole: "Document", longest: int, piece_bytes: "ndarray") -> "Iterator[Document]":
     """Of a document that may be too long to be read at once. Its bytes are shared out; characters and words are not known."""
-    from data.sizes import shared_out
+    from data.sizes import split_in_proportion
 
     parts = [whole.ids[start : start + longest] for start in range(0, len(whole.ids), longest)]
-    for ids, size in zip(parts, shared_out(whole.bytes, [int(piece_bytes[ids].sum()) for ids in parts]), strict=True):
+    for ids, size in zip(parts, split_in_proportion(whole.bytes, [int(piece_bytes[ids].sum()) for ids in parts]), strict=True):
         yield whole._replace(ids=ids, bytes=size, characters=0, words=0)
 
 

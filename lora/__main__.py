@@ -12,8 +12,8 @@ import touchstone
 
 touchstone.refuse_shadowed()  # before a file of the user's is imported in place of ours
 
+from data.messages import format_count
 from data.shell import program
-from data.words import counted
 from lora.config import AdapterError
 from train.command_line import Needs, refuse_idle, refuse_unreadable, run_command
 
@@ -84,7 +84,7 @@ def merge(options: Merge) -> None:
         progress=lambda items: tqdm(items, unit="tensor", desc="merging", disable=not sys.stderr.isatty(), leave=False),
     )
     written = sum(file.stat().st_size for file in files)
-    what = counted(len(files), "file")
+    what = format_count(len(files), "file")
     print(f"written: {options.out}: {written / 1e6:.1f} MB of weights in {what}")
     print(f"try it:  {example_command(options.out)}")
 

@@ -10,7 +10,7 @@ import transformers
 
 import model.hub
 from data.config import DataConfig
-from data.tokenizer.base import load_tokenizer
+from data.tokenizer.open import load_tokenizer
 from model.network import Network
 from tests.folders import BART, TEXT, byte_level, write_tokenizer
 from train.config import NetworkConfig, OptimizerConfig, RecordedConfig, RunConfig

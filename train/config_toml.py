@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, unquote_to_bytes
 
-from data.config import BUILT_IN, Entry, read_entry
+from data.config import BUILT_IN, CorpusEntry, parse_entry
 from lora.config import CONFIGS
 from train.config import RunConfig, TrainConfig
 from train.registry import config_type, file_hash, is_file, name_of
@@ -34,12 +34,12 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     def absolute(path: str | Path) -> Path:
         return Path(path).expanduser().absolute()
 
-    def found(entry: Entry) -> str:
+    def found(entry: CorpusEntry) -> str:
         return str(entry if entry.path in BUILT_IN else entry._replace(path=str(absolute(entry.path))))
 
-    corpus = tuple(map(found, map(read_entry, config.data.corpus)))
+    corpus = tuple(map(found, map(parse_entry, config.data.corpus)))
     init = None if config.run.init is None else absolute(config.run.init)
-    validation = tuple(found(Entry(path)) for path in config.data.validation)
+    validation = tuple(found(CorpusEntry(path)) for path in config.data.validation)
     data = replace(config.data, corpus=corpus, validation=validation, cache=absolute(config.data.cache))
     objective = str(absolute(config.run.objective)) if is_file(config.run.objective) else config.run.objective
     return replace(config, data=data, run=replace(config.run, init=init, objective=objective))

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from data.messages import format_count
 from data.prefetch import Prefetcher
 from data.shell import command, quote
-from data.words import counted
 from model.folders import EXTRAS, copy_auxiliary_files
 from quant.qat import converted
 from train.allocator import keep_freed_memory
@@ -231,7 +231,8 @@ class Run:
     def _early(self) -> str:
         """Why there is nothing more to hope for, by --early-stop; else ""."""
         enough = self.config.report.early_stop
-        return f"early: {counted(self.bad_evaluations, 'validation')} without a new best" * (0 < enough <= self.bad_evaluations)
+        bad = format_count(self.bad_evaluations, "validation")
+        return f"early: {bad} without a new best" * (0 < enough <= self.bad_evaluations)
 
     def _source(self):
         """Micro-batches from the current step on; made ahead, in pinned memory, where a GPU would otherwise wait."""

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from data.messages import format_count
 from data.sources.record_files import FORMATS
-from data.words import counted
 from train.registry import settings_of
 from train.runs.errors import TrainError
 from train.task import Info, Task
@@ -54,7 +54,7 @@ class RecordTask(Task):
         cls, config: "TrainConfig", tokenizer: "Tokenizer | None", info: Info, *, progress: bool = False
     ) -> "RecordData":
         from data.config import DataError
-        from data.sources.records import RecordData, hash_of, open_records, trained_tokenizer
+        from data.sources.records import RecordData, hash_rows, open_records, train_or_load_tokenizer
 
         settings = settings_of(config)
         if cls.needs_mask and tokenizer is not None and tokenizer.mask_id is None:
@@ -65,13 +65,14 @@ class RecordTask(Task):
             "text_of": lambda row: "\0".join(cls.texts(settings, row)),
             "check": lambda row: cls.check(settings, row),
         }
-        train, validation = open_records(config.data, say=info, **asked)
+        train, validation = open_records(config.data, info=info, **asked)
         if tokenizer is None:
             texts = (text for row in train.values for text in cls.texts(settings, row))
-            tokenizer = trained_tokenizer(config.data, texts, info, mask=cls.needs_mask or cls.wants_mask, around=cls.around)
+            mask = cls.needs_mask or cls.wants_mask
+            tokenizer = train_or_load_tokenizer(config.data, texts, info, mask=mask, affix_flags=cls.around)
         else:
             tokenizer = tokenizer.with_separator(config.data.separator)
-        return RecordData(tokenizer, train, validation, hash_of(train, validation))
+        return RecordData(tokenizer, train, validation, hash_rows(train, validation))
 
     def __init__(self, config: "TrainConfig", data: "RecordData"):
         from data.packing.examples import ExampleSource
@@ -83,12 +84,12 @@ class RecordTask(Task):
             "batch_size": asked.batch_size,
             "seed": config.run.seed,
             "pad_id": self.pad_id,
-            "room": self.room,
+            "max_lengths": self.room,
             "sees": self.sees,
         }
         learned = common | {"accumulate": asked.accumulate, "packing": self.packing, "is_random": self.is_random}
         weights = config.data.weights
-        parts = {name: data.train.of(name) for name in weights or ("",)}
+        parts = {name: data.train.from_source(name) for name in weights or ("",)}
         for name, rows in parts.items():
             if not len(rows):
                 raise TrainError(f"the source {name} has no record to train on: none in it, or all of them are held out")
@@ -102,8 +103,9 @@ class RecordTask(Task):
         for source in several:
             source.epoch(0)  # tells which keys are of a whole text
         names = data.validation.names.__getitem__
-        held_out = ExampleSource(data.validation.values, self.transform, names=names, whole=self.source.whole, **common)
-        self.validation = held_out.all_once()
+        common["sequence_level"] = self.source.sequence_level
+        held_out = ExampleSource(data.validation.values, self.transform, names=names, **common)
+        self.validation = held_out.evaluation_batches()
 
     @property
     def pad_id(self) -> int:
@@ -130,12 +132,12 @@ class RecordTask(Task):
 
     def epochs(self, steps: int) -> float:
         asked = self.config.optimizer
-        return steps * asked.batch_size * asked.accumulate / sum(source.rows_of(0) for source in self.sources.values())
+        return steps * asked.batch_size * asked.accumulate / sum(source.rows_in_epoch(0) for source in self.sources.values())
 
     def per_step(self) -> str:
         asked = self.config.optimizer
         rows = asked.batch_size * asked.accumulate
-        return counted(rows, "packed row" if self.packing == "first_fit" else "record")
+        return format_count(rows, "packed row" if self.packing == "first_fit" else "record")
 
     def introduction(self) -> str:
         data, where = self.config.data, " ".join(self.config.data.corpus)
@@ -152,5 +154,5 @@ class RecordTask(Task):
         rows = self.config.run.steps * asked.batch_size * asked.accumulate
         for name, weight in weights.items():
             share = weight / sum(weights.values())
-            shown.append(f"{name} {share:.1%}, {rows * share / self.sources[name].rows_of(0):.1f} epochs")
+            shown.append(f"{name} {share:.1%}, {rows * share / self.sources[name].rows_in_epoch(0):.1f} epochs")
         return f"mixture  {'; '.join(shown)}\n" if shown else ""

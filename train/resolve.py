@@ -98,7 +98,7 @@ def resolve_rates(config: TrainConfig) -> OptimizerConfig:
 
 def resolve_data(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
     """Write back into the settings what separates documents, and the size of a vocabulary that was made of them."""
-    separator = None if tokenizer.affixes.prefix else tokenizer.name_of(tokenizer.bos_id)
+    separator = None if tokenizer.affixes.prefix else tokenizer.token_name(tokenizer.bos_id)
     vocab_size = tokenizer.vocab_size if config.run.init is None else config.data.vocab_size
     return replace(config, data=replace(config.data, separator=separator, vocab_size=vocab_size))
 

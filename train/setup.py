@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import model.hub
-from data.tokenizer.base import Tokenizer, load_tokenizer
+from data.tokenizer.base import Tokenizer
+from data.tokenizer.open import load_tokenizer
 from lora.adalora import RankAllocator
 from lora.base import check_base
 from model.block import Block

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+from data.messages import format_count
 from data.shell import command
 from data.sources.find import SUFFIXES
-from data.words import counted
 from train.command_line import Needs
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Task(ABC):
     def per_step(self) -> str:
         """How much a step reads."""
         asked = self.config.optimizer
-        return counted(asked.batch_size * asked.accumulate * self.config.network.context, "token")
+        return format_count(asked.batch_size * asked.accumulate * self.config.network.context, "token")
 
     # ---- learning
 

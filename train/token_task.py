@@ -55,10 +55,10 @@ class TokenTask(Task):
     def open_data(cls, config: "TrainConfig", tokenizer: "Tokenizer | None", info: Info, *, progress: bool = False) -> "Shards":
         from data.sources.shards import prepare
 
-        return prepare(config.data, tokenizer=tokenizer, mask=cls.needs_mask, say=info, progress=progress)
+        return prepare(config.data, tokenizer=tokenizer, mask=cls.needs_mask, info=info, progress=progress)
 
     def __init__(self, config: "TrainConfig", shards: "Shards"):
-        from data.packing.blocks import BlockStream, MixedBlocks, check_length, sequential
+        from data.packing.blocks import BlockStream, MixedBlocks, check_length, sequential_blocks
 
         self.config, self.data, self.shards, self.tokenizer = config, shards, shards, shards.tokenizer
         asked, context = config.optimizer, config.network.context
@@ -74,7 +74,7 @@ class TokenTask(Task):
         self.held_out = validation_ids(config, shards)
         check_length(self.held_out, 1, "the validation split")
         parts = validation_parts(config, shards)
-        blocks = [(name, block) for name, part in parts.items() for block in sequential(part, context, asked.batch_size)]
+        blocks = [(name, block) for name, part in parts.items() for block in sequential_blocks(part, context, asked.batch_size)]
         self.validation = [self.validation_batch(block, i * asked.batch_size) for i, (_, block) in enumerate(blocks)]
         self.validation_sources = [name for name, _ in blocks] if shards.validation.ranges else []
 
@@ -96,15 +96,15 @@ class TokenTask(Task):
 
     def introduction(self) -> str:
         shards, home = self.shards, str(Path.home())
-        from data.words import counted
+        from data.messages import format_count
 
         cache = str(shards.folder).replace(home, "~", 1) if home != "/" else str(shards.folder)
         return (
-            f"text     {' '.join(self.config.data.corpus)}: {counted(shards.train.documents, 'document')}, "
-            f"{shards.train.bytes:,} bytes to train on; {counted(shards.validation.documents, 'document')}, "
+            f"text     {' '.join(self.config.data.corpus)}: {format_count(shards.train.documents, 'document')}, "
+            f"{shards.train.bytes:,} bytes to train on; {format_count(shards.validation.documents, 'document')}, "
             f"{shards.validation.bytes:,} held out\n"
             f"tokens   {self.tokenizer.vocab_size:,} pieces, {shards.train.bytes / shards.train.targets:.2f} bytes a token; "
-            f"{shards.train.tokens:,} to train on; shards in {cache} ({'built' if shards.built else 'reused'})\n"
+            f"{shards.train.tokens:,} to train on; shards in {cache} ({'built' if shards.is_new else 'reused'})\n"
             f"{self.shares()}{separation(self.tokenizer)}"
         )
 
@@ -141,7 +141,7 @@ class TokenTask(Task):
         opening = ids[start : start + 4 * tokens].astype("int64").tolist()
         if self.tokenizer.eos_id in opening[1:]:
             opening = opening[: opening.index(self.tokenizer.eos_id, 1)]
-        begins_word = (i for i, id in enumerate(opening) if i > tokens and self.tokenizer.bytes_of[id][:1].isspace())
+        begins_word = (i for i, id in enumerate(opening) if i > tokens and self.tokenizer.token_bytes[id][:1].isspace())
         return opening[: next(begins_word, tokens + 1)]
 
 
@@ -150,7 +150,7 @@ def separation(tokenizer: "Tokenizer") -> str:
     if tokenizer.affixes.prefix:
         return ""
     why = "as --separator asks" if tokenizer.separator else "its eos: it puts no token before a text"
-    return f"         documents are separated by {tokenizer.name_of(tokenizer.bos_id)} (id {tokenizer.bos_id}), {why}\n"
+    return f"         documents are separated by {tokenizer.token_name(tokenizer.bos_id)} (id {tokenizer.bos_id}), {why}\n"
 
 
 def validation_ids(config: "TrainConfig", shards: "Shards") -> "np.ndarray":

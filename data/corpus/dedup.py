@@ -9,8 +9,8 @@ import numpy as np
 
 from data.sources.files import Document
 
-SHINGLE = 8  # words
-COVERED = 0.5  # a document goes when this share of it stands in others
+SHINGLE_WORDS = 8  # words
+THRESHOLD = 0.5  # a document goes when this share of it stands in others
 SAMPLE_ABOVE = 1 << 26  # shingles; 64 Mi of them take about 2 GB here
 
 # A script without spaces gives a word a character.
@@ -54,15 +54,16 @@ def drop_held_out(
     """
     equal = {fingerprint(document.text) for document in held_out}
     words: dict[str, int] = {}
-    theirs = np.unique(np.concatenate([shingles(document.text, SHINGLE, words) for document in held_out])) if near else None
+    hashes = [shingles(document.text, SHINGLE_WORDS, words) for document in held_out] if near else []
+    theirs = np.unique(np.concatenate(hashes)) if near else None
     kept, exact, covered = [], [], []
     for document in documents:
         if fingerprint(document.text) in equal:
             exact.append(document.name)
             continue
-        mine = np.unique(shingles(document.text, SHINGLE, words)) if near else np.empty(0)
+        mine = np.unique(shingles(document.text, SHINGLE_WORDS, words)) if near else np.empty(0)
         share = float(np.isin(mine, theirs).mean()) if len(mine) else 0.0
-        if share >= COVERED:
+        if share >= THRESHOLD:
             covered.append((document.name, share))
         else:
             kept.append(document)
@@ -74,7 +75,7 @@ def fingerprint(text: str) -> bytes:
     return hashlib.blake2b(" ".join(text.casefold().split()).encode(), digest_size=16).digest()
 
 
-def find_covered(texts: list[str], length: int = SHINGLE, threshold: float = COVERED) -> dict[int, tuple[int, float]]:
+def find_covered(texts: list[str], length: int = SHINGLE_WORDS, threshold: float = THRESHOLD) -> dict[int, tuple[int, float]]:
     """Texts that stand in other texts already: {index: (the kept text that holds most of it, share covered)}.
 
     With S(A) the set of A's hashed shingles (runs of `length` words), from the largest S to the smallest,
@@ -133,10 +134,10 @@ def shingles(text: str, length: int, word_hash: dict[str, int] | None = None) ->
     return h ^ (h >> np.uint64(32))
 
 
-def shared_shingles(texts: list[str], others: list[str], length: int = SHINGLE) -> float:
+def shingle_overlap(texts: list[str], others: list[str], length: int = SHINGLE_WORDS) -> float:
     """The share of the distinct shingles of `texts` that `others` have too: how much of a validation split has leaked.
 
-    >>> shared_shingles(["a b c"], ["x a b c"], length=2)
+    >>> shingle_overlap(["a b c"], ["x a b c"], length=2)
     1.0
     """
     mine = np.unique(np.concatenate([shingles(text, length) for text in texts]))

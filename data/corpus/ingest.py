@@ -14,9 +14,9 @@ from pathlib import Path
 import regex
 
 from data.config import BUILT_IN, DataConfig, DataError
+from data.messages import format_count
 from data.sources.files import Document, ReadReport, read_files
-from data.sources.find import expand_home, find_files, refuse, shortened
-from data.words import counted
+from data.sources.find import expand_home, find_files, raise_unreadable, shorten_list
 
 # Tests and their data are no documentation; site-packages differ from machine to machine.
 PRUNED = frozenset({"test", "tests", "idle_test", "lib2to3", "__phello__", "site-packages", "dist-packages"})
@@ -76,9 +76,9 @@ def read_corpus(config: DataConfig, report: ReadReport | None = None) -> Iterato
             yield replace(document, source=source) if source else document
     if not report.documents:
         raise DataError(
-            f"the corpus {' '.join(config.corpus)} is empty: no text in it ({counted(report.empty, 'empty document')}"
+            f"the corpus {' '.join(config.corpus)} is empty: no text in it ({format_count(report.empty, 'empty document')}"
             + (f", {len(report.skipped)} left out by --on-bad-text skip" if report.skipped else "")
-            + (f", no list of records: {shortened(report.no_records)})" if report.no_records else ")")
+            + (f", no list of records: {shorten_list(report.no_records)})" if report.no_records else ")")
         )
 
 
@@ -89,7 +89,7 @@ def stdlib_root() -> Path:
 def stdlib_files() -> list[Path]:
     """The standard library's .py files, its tests left out, sorted by their path in it."""
     found = []
-    for root, folders, names in os.walk(stdlib_root(), onerror=refuse):
+    for root, folders, names in os.walk(stdlib_root(), onerror=raise_unreadable):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in PRUNED]
         found += [Path(root, name) for name in names if name.endswith(".py") and not name.startswith(".")]
     return sorted(path for path in found if path.is_file())
@@ -107,7 +107,7 @@ def stdlib_docs(paths: list[Path]) -> Iterator[Document]:
     topics = []
     for path in paths:
         file = path.relative_to(stdlib_root())
-        tree = parse(path)
+        tree = parse_python(path)
         if file.as_posix() == TOPICS:
             topics = topic_documents(tree)
         elif tree is not None:
@@ -118,7 +118,7 @@ def stdlib_docs(paths: list[Path]) -> Iterator[Document]:
     yield from topics
 
 
-def parse(path: Path) -> ast.Module | None:
+def parse_python(path: Path) -> ast.Module | None:
     """The syntax tree of one file; None for a template or another Python's file that does not parse."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # old sources have invalid escapes
@@ -140,7 +140,7 @@ def docstrings(node: ast.AST, name: str = "") -> Iterator[str]:
     if isinstance(node, ast.Module | DEFINITION):
         text = ast.get_docstring(node, clean=False)
         if text and (text := inspect.cleandoc(text).strip()):
-            yield f"{signature(node, name)}\n\n{encodable(text)}"
+            yield f"{signature(node, name)}\n\n{without_surrogates(text)}"
     for block in ("body", "orelse", "handlers", "finalbody"):  # statements alone: expressions hold no docstring
         for child in getattr(node, block, ()):
             if isinstance(child, DEFINITION):
@@ -159,7 +159,7 @@ def signature(node: ast.AST, name: str) -> str:
     return name
 
 
-def encodable(text: str) -> str:
+def without_surrogates(text: str) -> str:
     """A docstring may name a lone surrogate by its escape; text cannot hold one."""
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
@@ -170,7 +170,7 @@ def topic_documents(tree: ast.Module | None) -> list[Document]:
         return []
     table = next(node.value for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict))
     topics = ast.literal_eval(table)
-    return [Document(f"stdlib-docs:topic {name}", encodable(topics[name]).strip() + "\n") for name in sorted(topics)]
+    return [Document(f"stdlib-docs:topic {name}", without_surrogates(topics[name]).strip() + "\n") for name in sorted(topics)]
 
 
 BUILT_IN_READERS: dict[str, Callable[[list[Path]], Iterator[Document]]] = {
@@ -179,12 +179,12 @@ BUILT_IN_READERS: dict[str, Callable[[list[Path]], Iterator[Document]]] = {
 }
 
 
-def cut(document: Document, size: int) -> list[Document]:
+def cut_at_blank_lines(document: Document, size: int) -> list[Document]:
     """A long document cut into pieces of `size` bytes or a little more, after blank lines (or any, if those are rare).
 
     The pieces joined are the text.
 
-    >>> [piece.text for piece in cut(Document("a", "one\\n\\ntwo\\n\\n\\nthree"), 4)]
+    >>> [piece.text for piece in cut_at_blank_lines(Document("a", "one\\n\\ntwo\\n\\n\\nthree"), 4)]
     ['one\\n\\n', 'two\\n\\n\\n', 'three']
     """
     pieces, held, length = [], [], 0
@@ -200,12 +200,12 @@ def cut(document: Document, size: int) -> list[Document]:
     return [replace(document, name=f"{document.name}#{number}", text=text) for number, text in enumerate(pieces)]
 
 
-def cut_long_lines(pieces: list[Document], size: int, most: int) -> list[Document]:
+def cut_long_lines(pieces: list[Document], size: int, max_bytes: int) -> list[Document]:
     """The pieces that lines make of a document, and what they leave too long cut at white space.
 
-    That is a document in one piece, of more than 8 * size bytes; and beside other pieces one of more than `most` bytes.
+    That is a document in one piece, of more than 8 * size bytes; and beside other pieces one of more than `max_bytes` bytes.
     """
-    longest = 8 * size if len(pieces) == 1 else most
+    longest = 8 * size if len(pieces) == 1 else max_bytes
     cut_again = ([piece] if len(piece.text.encode()) <= longest else cut_at_spaces(piece, size) for piece in pieces)
     return [part for parts in cut_again for part in parts]
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import numpy as np
 
 from data.config import DataConfig, DataError
-from data.corpus.ingest import cut, cut_long_lines
+from data.corpus.ingest import cut_at_blank_lines, cut_long_lines
+from data.messages import format_count
 from data.sources.files import Document
-from data.words import counted
 
 LARGEST_PIECE = 1 << 14  # bytes, when a corpus of few documents is cut
 
@@ -18,13 +18,13 @@ def split_fraction(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
-def split(documents: list[Document], val_fraction: float, *, dropped: int = 0) -> dict[str, list[Document]]:
+def split_documents(documents: list[Document], val_fraction: float, *, dropped: int = 0) -> dict[str, list[Document]]:
     """Training and validation documents. Where chance leaves one split empty, the nearest document goes there. `dropped`:
     how many duplicates there were, for a message."""
     if len(documents) < 2:
-        after = f" after {counted(dropped, 'duplicate was', 'duplicates were')} dropped" * (dropped > 0)
+        after = f" after {format_count(dropped, 'duplicate was', 'duplicates were')} dropped" * (dropped > 0)
         raise DataError(
-            f"the corpus has {counted(len(documents), 'document')}{after}, and training and validation need one each. Add "
+            f"the corpus has {format_count(len(documents), 'document')}{after}, and training and validation need one each. Add "
             "files, or use a .jsonl with one document a line"
         )
     fractions = [split_fraction(document.text) for document in documents]
@@ -35,7 +35,7 @@ def split(documents: list[Document], val_fraction: float, *, dropped: int = 0) -
     }
 
 
-def cut_few(documents: list[Document], val_fraction: float, say: Callable[[str], None]) -> list[Document]:
+def cut_few_documents(documents: list[Document], val_fraction: float, info: Callable[[str], None]) -> list[Document]:
     """A book in one file in pieces, of which some can be held out: validation would get all of it or nothing.
 
     A source of a mixture is cut where it has few documents, whatever the others have.
@@ -43,26 +43,26 @@ def cut_few(documents: list[Document], val_fraction: float, say: Callable[[str],
     cut_ones: list[Document] = []
     for source in dict.fromkeys(document.source for document in documents):
         mine = [document for document in documents if document.source == source]
-        cut_ones += cut_source(mine, val_fraction, say) if len(mine) * val_fraction < 1 else mine
+        cut_ones += cut_source(mine, val_fraction, info) if len(mine) * val_fraction < 1 else mine
     return cut_ones
 
 
-def cut_source(documents: list[Document], val_fraction: float, say: Callable[[str], None]) -> list[Document]:
+def cut_source(documents: list[Document], val_fraction: float, info: Callable[[str], None]) -> list[Document]:
     held = sum(len(document.text.encode()) for document in documents)
     size = int(min(LARGEST_PIECE, max(256, held * val_fraction / 4)))
     where = "after blank lines"
-    pieces = [cut(document, size) for document in documents]
+    pieces = [cut_at_blank_lines(document, size) for document in documents]
     made = sum(map(len, pieces))
     if made * val_fraction < 1:  # text8 is one line of 100 MB
-        pieces = [cut_long_lines(parts, size, most=held // 4) for parts in pieces]
+        pieces = [cut_long_lines(parts, size, max_bytes=held // 4) for parts in pieces]
         where += ", and long lines at white space," if sum(map(len, pieces)) > made else ""
     found = [piece for parts in pieces for piece in parts]
-    what = counted(len(documents), "document") + (f" of {documents[0].source}" if documents[0].source else "")
+    what = format_count(len(documents), "document") + (f" of {documents[0].source}" if documents[0].source else "")
     wanted = f"{what} cannot have {100 * val_fraction:.3g}% held out"
     if len(found) > len(documents):
-        say(f"{wanted}: cut {where} into {len(found):,}")
+        info(f"{wanted}: cut {where} into {len(found):,}")
     elif len(documents) > 1:
-        say(f"{wanted}, and they are too short to be cut: one or more of them are held out whole")
+        info(f"{wanted}, and they are too short to be cut: one or more of them are held out whole")
     return found
 
 
@@ -72,4 +72,4 @@ def check_sources(config: DataConfig, documents: list[Document], train: list[Doc
         if not any(document.source == name for document in train):
             read = sum(document.source == name for document in documents)
             why = "all of it was dropped as duplicates or is held out" if read else "no text in it"
-            raise DataError(f"the source {name} has nothing to train on: {counted(read, 'document')} read, {why}")
+            raise DataError(f"the source {name} has nothing to train on: {format_count(read, 'document')} read, {why}")

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from data.config import DataError
+from data.messages import format_count
 from data.sources.mixture import Mixture
-from data.words import counted
 
 FILLER = -1  # no token: bos takes its place in a network's input, and nothing scores it
 
@@ -103,11 +103,11 @@ class MixedBlocks:
         return torch.from_numpy(self.ids[self.places(step)].astype(np.int64))
 
 
-def sequential(ids: np.ndarray, context: int, batch_size: int, filler: int = FILLER) -> Iterator[Tensor]:
+def sequential_blocks(ids: np.ndarray, context: int, batch_size: int, filler: int = FILLER) -> Iterator[Tensor]:
     """Blocks in order, int64 of (batch_size, context + 1), in which each of the N - 1 transitions comes exactly once.
 
     The last block and the last batch are filled up with `filler`, so that all have one shape: it is never scored
-    (data.clm, data.mlm). The scored targets are then N minus the number of documents, or N - 1 where one id is both
+    (data.transforms). The scored targets are then N minus the number of documents, or N - 1 where one id is both
     bos and eos.
     """
     check_length(ids, 1, "the validation split")
@@ -124,6 +124,6 @@ def sequential(ids: np.ndarray, context: int, batch_size: int, filler: int = FIL
 def check_length(ids: np.ndarray, context: int, what: str) -> None:
     if len(ids) < context + 1:
         raise DataError(
-            f"{what} has {counted(len(ids), 'token')}, fewer than one block of context={context} and its last "
+            f"{what} has {format_count(len(ids), 'token')}, fewer than one block of context={context} and its last "
             f"target: use a context of at most {max(len(ids) - 1, 1)}, or more text"
         )

@@ -10,46 +10,50 @@ from data.config import DataError
 from data.example import Example, Unit
 from data.transforms.causal import IGNORE
 
-MULTIPLE = 8  # of the lengths of padded rows
+PAD_MULTIPLE = 8  # of the lengths of padded rows
 FILLER = -2  # the document of what fills a row up; -1 are vectors before the text (model.virtual_tokens)
 GROUP = "group"  # the key of a batch that says which rows stay together
 
 
 def pad_batch(
-    units: Sequence[Unit], pad_id: int, *, most: tuple[int, ...] | None = None, whole: Collection[str] = ()
+    units: Sequence[Unit],
+    pad_id: int,
+    *,
+    max_lengths: tuple[int, ...] | None = None,
+    sequence_level: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """An example a row, padded at its end to the longest (rounded up to a multiple of 8, at most `most`).
+    """An example a row, padded at its end to the longest (rounded up to a multiple of 8, at most `max_lengths`).
 
         input_ids B T, attention_mask B T      of ids; with a source: of it, and ids are decoder_input_ids
         labels B T, B or B C                   -100 in padding
         group B                                where a unit has several rows: alike in rows that stay together
         and the keys of `extra`: B T, 0 in padding, or B …
 
-    `whole`: keys that are of a whole text though their shape may be that of a position's: 5 classes, of 5 tokens. The decoder
-    of an encoder-decoder needs no mask: its pads stand behind all that is scored, and it is causal.
+    `sequence_level`: keys with values for the whole text, though their shape may look like one value a token (5 classes, 5
+    tokens). The decoder of an encoder-decoder needs no mask: it is causal, and its padding follows all scored positions.
     """
     examples = [example for unit in units for example in unit]
-    keys, whole = keys_of(examples), {*whole, *of_whole_text(examples)}
+    keys, sequence_level = extra_keys(examples), {*sequence_level, *sequence_level_keys(examples)}
     lengths = np.array([example.lengths for example in examples]).max(0)
-    room = [-(-int(length) // MULTIPLE) * MULTIPLE for length in lengths]
-    room = room if most is None else [max(int(n), min(r, m)) for n, r, m in zip(lengths, room, most, strict=True)]
-    batch = {"input_ids": rows([e.ids for e in examples], room[0], pad_id)}
-    batch["attention_mask"] = rows([np.ones(len(e.ids), np.int64) for e in examples], room[0], 0)
+    room = [-(-int(length) // PAD_MULTIPLE) * PAD_MULTIPLE for length in lengths]
+    room = room if max_lengths is None else [max(int(n), min(r, m)) for n, r, m in zip(lengths, room, max_lengths, strict=True)]
+    batch = {"input_ids": pad_rows([e.ids for e in examples], room[0], pad_id)}
+    batch["attention_mask"] = pad_rows([np.ones(len(e.ids), np.int64) for e in examples], room[0], 0)
     if examples[0].source_ids is not None:
         batch = {
-            "input_ids": rows([e.source_ids for e in examples], room[1], pad_id),
-            "attention_mask": rows([np.ones(len(e.source_ids), np.int64) for e in examples], room[1], 0),
+            "input_ids": pad_rows([e.source_ids for e in examples], room[1], pad_id),
+            "attention_mask": pad_rows([np.ones(len(e.source_ids), np.int64) for e in examples], room[1], 0),
             "decoder_input_ids": batch["input_ids"],
         }
-    batch["labels"] = stacked([e.labels for e in examples], "labels" not in whole, room[0], IGNORE)
+    batch["labels"] = stack_or_pad([e.labels for e in examples], "labels" not in sequence_level, room[0], IGNORE)
     for key in keys:
-        batch[key] = stacked([np.asarray(e.extra[key]) for e in examples], key not in whole, room[0], 0)
+        batch[key] = stack_or_pad([np.asarray(e.extra[key]) for e in examples], key not in sequence_level, room[0], 0)
     if len(examples) > len(units):
         batch[GROUP] = torch.tensor([number for number, unit in enumerate(units) for _ in unit])
     return batch
 
 
-def pack_batch(packs: Sequence[Sequence[Unit]], pad_id: int, room: tuple[int, ...]) -> dict[str, Tensor]:
+def pack_batch(packs: Sequence[Sequence[Unit]], pad_id: int, max_lengths: tuple[int, ...]) -> dict[str, Tensor]:
     """The units of a pack side by side in one row, of room[0] tokens (and room[1] of the source).
 
         input_ids, labels, document_ids, position_ids B T     with a source: input_ids, document_ids, position_ids B S of it,
@@ -60,22 +64,22 @@ def pack_batch(packs: Sequence[Sequence[Unit]], pad_id: int, room: tuple[int, ..
     document -2.
     """
     rows_of = [[example for unit in pack for example in unit] for pack in packs]
-    keys = keys_of([e for examples in rows_of for e in examples])
+    keys = extra_keys([e for examples in rows_of for e in examples])
     for example in (e for examples in rows_of for e in examples):
-        for key in of_whole_text([example]):
+        for key in sequence_level_keys([example]):
             shape = np.shape(example.labels if key == "labels" else example.extra[key])
             raise DataError(f"{key} of shape {shape} are of a whole text: such examples are padded, not packed")
-    batch = places([[e.ids for e in examples] for examples in rows_of], room[0], pad_id)
+    batch = packed_inputs([[e.ids for e in examples] for examples in rows_of], max_lengths[0], pad_id)
     if rows_of[0][0].source_ids is not None:
-        source = places([[e.source_ids for e in examples] for examples in rows_of], room[1], pad_id)
+        source = packed_inputs([[e.source_ids for e in examples] for examples in rows_of], max_lengths[1], pad_id)
         batch = source | {f"decoder_{key}": value for key, value in batch.items()}
-    batch["labels"] = joined([[e.labels for e in examples] for examples in rows_of], room[0], IGNORE)
+    batch["labels"] = pack_rows([[e.labels for e in examples] for examples in rows_of], max_lengths[0], IGNORE)
     for key in keys:
-        batch[key] = joined([[np.asarray(e.extra[key]) for e in examples] for examples in rows_of], room[0], 0)
+        batch[key] = pack_rows([[np.asarray(e.extra[key]) for e in examples] for examples in rows_of], max_lengths[0], 0)
     return batch
 
 
-def keys_of(examples: Sequence[Example]) -> list[str]:
+def extra_keys(examples: Sequence[Example]) -> list[str]:
     """The keys of `extra`, alike in all examples. Errors: none, or different ones (DataError)."""
     if not examples:
         raise DataError("a batch has one example at least")
@@ -88,13 +92,13 @@ def keys_of(examples: Sequence[Example]) -> list[str]:
     return list(keys)
 
 
-def of_whole_text(examples: Sequence[Example]) -> set[str]:
+def sequence_level_keys(examples: Sequence[Example]) -> set[str]:
     """The keys that cannot be of positions, as they are not as long as an example's ids."""
     found = {key for e in examples for key, value in e.extra.items() if np.shape(value) != e.ids.shape}
     return found | {"labels" for e in examples if e.labels.shape != e.ids.shape}
 
 
-def rows(arrays: Sequence[np.ndarray], room: int, filler: int) -> Tensor:
+def pad_rows(arrays: Sequence[np.ndarray], room: int, filler: int) -> Tensor:
     """B T, each array from the left."""
     dtype = np.result_type(*arrays) if any(np.issubdtype(a.dtype, np.floating) for a in arrays) else np.int64
     table_BT = np.full((len(arrays), room), filler, dtype=dtype)
@@ -103,24 +107,24 @@ def rows(arrays: Sequence[np.ndarray], room: int, filler: int) -> Tensor:
     return torch.from_numpy(table_BT)
 
 
-def stacked(arrays: Sequence[np.ndarray], is_of_positions: bool, room: int, filler: int) -> Tensor:
+def stack_or_pad(arrays: Sequence[np.ndarray], is_of_positions: bool, room: int, filler: int) -> Tensor:
     """B T of positions, else B …"""
     if is_of_positions:
-        return rows(arrays, room, filler)
+        return pad_rows(arrays, room, filler)
     if len(shapes := sorted({array.shape for array in arrays})) > 1:
         raise DataError(f"a key of whole texts has one shape in all examples, and here {' and '.join(map(str, shapes))}")
     return torch.from_numpy(np.stack(arrays))
 
 
-def joined(arrays: Sequence[Sequence[np.ndarray]], room: int, filler: int) -> Tensor:
-    return rows([np.concatenate(several) for several in arrays], room, filler)
+def pack_rows(arrays: Sequence[Sequence[np.ndarray]], room: int, filler: int) -> Tensor:
+    return pad_rows([np.concatenate(several) for several in arrays], room, filler)
 
 
-def places(ids: Sequence[Sequence[np.ndarray]], room: int, pad_id: int) -> dict[str, Tensor]:
+def packed_inputs(ids: Sequence[Sequence[np.ndarray]], room: int, pad_id: int) -> dict[str, Tensor]:
     counted = [[np.full(len(array), number) for number, array in enumerate(several)] for several in ids]
     positions = [[np.arange(len(array)) for array in several] for several in ids]
     return {
-        "input_ids": joined(ids, room, pad_id),
-        "document_ids": joined(counted, room, FILLER),
-        "position_ids": joined(positions, room, 0),
+        "input_ids": pack_rows(ids, room, pad_id),
+        "document_ids": pack_rows(counted, room, FILLER),
+        "position_ids": pack_rows(positions, room, 0),
     }

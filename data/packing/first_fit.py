@@ -23,14 +23,14 @@ def first_fit(length_NA: np.ndarray, capacity: tuple[int, ...], random: np.rando
         raise DataError(f"unit {unit} has {tuple(map(int, length_NA[unit]))} tokens, and a row has room for {capacity}")
     order = np.lexsort((random.permutation(len(length_NA)), -(length_NA / limit_A).max(-1)))
     sorted_NA = length_NA[order]
-    found = rows_of_one_axis(sorted_NA[:, 0], capacity[0]) if len(capacity) == 1 else rows_of_axes(sorted_NA, limit_A)
+    found = first_fit_1d(sorted_NA[:, 0], capacity[0]) if len(capacity) == 1 else first_fit_nd(sorted_NA, limit_A)
     rows: list[list[int]] = [[] for _ in range(max(found, default=-1) + 1)]
     for unit, row in zip(order.tolist(), found, strict=True):
         rows[row].append(unit)
     return rows
 
 
-def rows_of_one_axis(length_N: np.ndarray, capacity: int) -> list[int]:
+def first_fit_1d(length_N: np.ndarray, capacity: int) -> list[int]:
     """The row of each unit, in this order. A tree of the most room in a range of rows finds the first that fits: O(N log N)."""
     leaves = 1 << max(0, len(length_N) - 1).bit_length()
     room = [capacity] * (2 * leaves)  # of node n, whose children are 2 n and 2 n + 1; row r is the leaf leaves + r
@@ -50,7 +50,7 @@ def rows_of_one_axis(length_N: np.ndarray, capacity: int) -> list[int]:
     return found
 
 
-def rows_of_axes(length_NA: np.ndarray, limit_A: np.ndarray) -> list[int]:
+def first_fit_nd(length_NA: np.ndarray, limit_A: np.ndarray) -> list[int]:
     """The same along several axes: all rows from the first that may still take something are looked at, at once.
 
     (A tree would promise, axis by axis, what no single row has: it was 100 times slower on 100,000 units.)
@@ -72,6 +72,6 @@ def rows_of_axes(length_NA: np.ndarray, limit_A: np.ndarray) -> list[int]:
     return found
 
 
-def fill(length_NA: np.ndarray, rows: list[list[int]], capacity: tuple[int, ...]) -> float:
+def fill_ratio(length_NA: np.ndarray, rows: list[list[int]], capacity: tuple[int, ...]) -> float:
     """The share of the rows that holds tokens, along the first axis."""
     return float(np.asarray(length_NA).reshape(-1, len(capacity))[:, 0].sum() / max(1, len(rows) * capacity[0]))

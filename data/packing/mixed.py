@@ -21,8 +21,8 @@ class MixedExamples:
         self.batch_size, self.accumulate = sources[0].batch_size, sources[0].accumulate
 
     @property
-    def whole(self) -> frozenset[str]:
-        return frozenset().union(*(source.whole for source in self.sources))
+    def sequence_level(self) -> frozenset[str]:
+        return frozenset().union(*(source.sequence_level for source in self.sources))
 
     def rows(self, first: int, count: int) -> list[tuple[int, int]]:
         """Of some rows of the run: which source, and the row in it."""
@@ -34,13 +34,13 @@ class MixedExamples:
         return [self.batch(first + part * self.batch_size) for part in range(self.accumulate)]
 
     def batch(self, first: int) -> Batch:
-        packs = [self.sources[k].units_of_row(row) for k, row in self.rows(first, self.batch_size)]
-        return self.sources[0].collate(packs, whole=self.whole)
+        packs = [self.sources[k].row_units(row) for k, row in self.rows(first, self.batch_size)]
+        return self.sources[0].collate(packs, sequence_level=self.sequence_level)
 
     def origin(self, step: int) -> list[str]:
         """The records of a step's batch, by name."""
         size = self.batch_size * self.accumulate
-        named = {(k, i) for k, row in self.rows(step * size, size) for _, i, _ in self.sources[k].pack(row)}
+        named = {(k, i) for k, row in self.rows(step * size, size) for _, i, _ in self.sources[k].row_indices(row)}
         return [self.sources[k].names(index) for k, index in sorted(named)]
 
     def state_dict(self) -> dict:

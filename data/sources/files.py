@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import BinaryIO, Literal, TypeVar
 
 from data.config import DataConfig, DataError
-from data.sources.find import kind
+from data.sources.find import readable_suffix
 from data.sources.parquet import read_parquet
-from data.sources.record_files import FORMATS, Line, NoRecordsError, Record, RecordError, is_utf16, read_records, shown
+from data.sources.record_files import FORMATS, Line, NoRecordsError, Record, RecordError, is_utf16, quote_names, read_records
 
 T = TypeVar("T")
 BadText = Literal["error", "replace", "skip"]
-UTF16 = (b"\xff\xfe", b"\xfe\xff")
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 JSON_KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
 
@@ -50,7 +50,7 @@ def read_files(
     """
 
     def documents(path: Path, stream: BinaryIO) -> Iterator[Document]:
-        if kind(path) in FORMATS:
+        if readable_suffix(path) in FORMATS:
             yield from read_record_file(path, stream, text_key, on_bad_text, report)
         elif (text := decode(stream.read(), str(path), 0, on_bad_text, report)) is not None:
             yield Document(str(path), text)
@@ -65,13 +65,13 @@ def read_rows(
 
     def records(path: Path, stream: BinaryIO) -> Iterator[tuple[str, dict]]:
         for record in read_stream(path, stream, on_bad_text, report):
-            name = named(path, record.place)
+            name = record_name(path, record.place)
             if not isinstance(record.value, dict):
                 raise DataError(f"{name}: a record has named keys, and this is {type(record.value).__name__}")
             row = {}
             for key, value in record.value.items():
                 if isinstance(value, str):
-                    value = without_surrogates(value, name, key, on_bad_text, report)
+                    value = replace_surrogates(value, name, key, on_bad_text, report)
                     if value is None:
                         break
                 row[key] = value
@@ -92,7 +92,7 @@ def read_each(
                 for one in read(path, stream):
                     met = True
                     yield one
-                if kind(path) in FORMATS and not met and len(report.skipped) == before:
+                if readable_suffix(path) in FORMATS and not met and len(report.skipped) == before:
                     report.without_records.append(str(path))
         except NoRecordsError as error:
             if is_named:
@@ -100,7 +100,7 @@ def read_each(
             report.no_records.append(str(path))
         except RecordError as error:
             glob = "" if is_named else ". If it is none of the text, name the files to read by a glob"
-            raise DataError(f"{named(path, error.place)}: {error}{glob}") from error
+            raise DataError(f"{record_name(path, error.place)}: {error}{glob}") from error
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise DataError(f"{path}: broken or truncated gzip ({error})") from error
         except OSError as error:
@@ -111,11 +111,11 @@ def read_record_file(
     path: Path, stream: BinaryIO, text_key: str, on_bad_text: BadText, report: ReadReport
 ) -> Iterator[Document]:
     """Each record is one document: the string under `text_key`."""
-    what = "key" if kind(path) in (".jsonl", ".json") else "column"
+    what = "key" if readable_suffix(path) in (".jsonl", ".json") else "column"
     for record in read_stream(path, stream, on_bad_text, report, text_key):
-        name = named(path, record.place)
-        text = text_of(record, name, text_key, what)
-        text = without_surrogates(text, name, text_key, on_bad_text, report)
+        name = record_name(path, record.place)
+        text = record_text(record, name, text_key, what)
+        text = replace_surrogates(text, name, text_key, on_bad_text, report)
         if text is not None:
             yield Document(name, text)
 
@@ -124,15 +124,15 @@ def read_stream(
     path: Path, stream: BinaryIO, on_bad_text: BadText, report: ReadReport, column: str | None = None
 ) -> Iterator[Record]:
     """The records of an open file. `column`: the one that is wanted, where a format can leave out others."""
-    suffix = kind(path)
+    suffix = readable_suffix(path)
     if suffix == ".parquet":
         return read_parquet(stream, column)
     return read_records(decoded_lines(path, stream, suffix == ".jsonl", on_bad_text, report), suffix)
 
 
-def named(path: Path, place: str) -> str:
+def record_name(path: Path, place: str) -> str:
     """
-    >>> named(Path("a.jsonl"), "line 3"), named(Path("a.csv"), "record 2"), named(Path("a.json"), "")
+    >>> record_name(Path("a.jsonl"), "line 3"), record_name(Path("a.csv"), "record 2"), record_name(Path("a.json"), "")
     ('a.jsonl:3', 'a.csv, record 2', 'a.json')
     """
     if place.startswith("line "):
@@ -146,20 +146,20 @@ def decoded_lines(
     """Numbered lines with their ends. A line that is a record (`is_record`) is mended or left out here, by `on_bad_text`.
 
     Elsewhere a record may be several lines, or a part of one: bytes that are no UTF-8 stay in it as lone surrogates, for
-    `without_surrogates`.
+    `replace_surrogates`.
     """
     offset, is_strict = 0, is_record or on_bad_text == "error"
     for number, raw in enumerate(stream, start=1):
         if is_strict:
             line = decode(raw, f"{path}:{number}", offset, on_bad_text, report)
         else:
-            line = without_mark(raw.decode(errors="surrogateescape"), offset)
+            line = strip_byte_order_mark(raw.decode(errors="surrogateescape"), offset)
         offset += len(raw)
         if line is not None:
             yield number, line
 
 
-def text_of(record: Record, name: str, text_key: str, what: str) -> str:
+def record_text(record: Record, name: str, text_key: str, what: str) -> str:
     """The string under `text_key`; a record may be a plain string too."""
     if isinstance(record.value, str):
         if text_key != DataConfig.text_key:
@@ -169,13 +169,13 @@ def text_of(record: Record, name: str, text_key: str, what: str) -> str:
         which = "a JSON line" if record.place.startswith("line ") else "a record"
         raise DataError(f"{name}: {which} must be an object or a string, this is {JSON_KINDS[type(record.value)]}")
     if text_key not in record.value:
-        has = f"no {what} {text_key!r}; its {what}s: {shown(record.value)}"
+        has = f"no {what} {text_key!r}; its {what}s: {quote_names(record.value)}"
         raise DataError(f"{name}: {has}. Name the one with the text by --text-key, or the files to read by a glob")
     text = record.value[text_key]
     if not isinstance(text, str):
         chat = ". Chat records, which hold a list of messages, cannot be trained on yet" * is_chat(text)
         others = [key for key, value in record.value.items() if isinstance(value, str)]
-        hint = f"; strings are in {shown(others)}: name one by --text-key" if others else ""
+        hint = f"; strings are in {quote_names(others)}: name one by --text-key" if others else ""
         raise DataError(f"{name}: the value of {text_key!r} is {JSON_KINDS[type(text)]}, not a string{hint}{chat}")
     return text
 
@@ -184,7 +184,7 @@ def is_chat(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(each, dict) and "content" in each for each in value)
 
 
-def without_surrogates(text: str, name: str, text_key: str, on_bad_text: BadText, report: ReadReport) -> str | None:
+def replace_surrogates(text: str, name: str, text_key: str, on_bad_text: BadText, report: ReadReport) -> str | None:
     """Text that has a UTF-8; None when on_bad_text="skip" leaves it out. "\\ud800" is valid JSON and no text."""
     try:
         text.encode()
@@ -193,7 +193,7 @@ def without_surrogates(text: str, name: str, text_key: str, on_bad_text: BadText
         code = ord(text[error.start])
         byte = f" (the byte 0x{code - 0xDC00:02x}, which is no UTF-8)" if 0xDC80 <= code <= 0xDCFF else ""
         problem = f"{name}: lone surrogate \\u{code:04x}{byte} in {text_key!r}"
-    if mend(problem, name, on_bad_text, report) is None:
+    if handle_bad_text(problem, name, on_bad_text, report) is None:
         return None
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -204,21 +204,21 @@ def decode(raw: bytes, name: str, offset: int, on_bad_text: BadText, report: Rea
         text, problem = raw.decode(), ""
     except UnicodeDecodeError as error:
         at = offset + error.start
-        hint = " (UTF-16? convert it to UTF-8)" if raw[:2] in UTF16 else ""
+        hint = " (UTF-16? convert it to UTF-8)" if raw[:2] in UTF16_MARKS else ""
         text, problem = raw.decode(errors="replace"), f"{name}: broken UTF-8 at byte {at} (0x{raw[error.start]:02x}){hint}"
     if offset == 0 and is_utf16(raw):
         text, problem = text.replace("\0", "\ufffd"), problem or f"{name}: full of NUL bytes (UTF-16? convert it to UTF-8)"
-    if problem and mend(problem, name, on_bad_text, report) is None:
+    if problem and handle_bad_text(problem, name, on_bad_text, report) is None:
         return None
-    return without_mark(text, offset)
+    return strip_byte_order_mark(text, offset)
 
 
-def without_mark(text: str, offset: int) -> str:
+def strip_byte_order_mark(text: str, offset: int) -> str:
     """A byte order mark at the beginning of a file is no text."""
     return text.removeprefix("\ufeff") if offset == 0 else text
 
 
-def mend(problem: str, name: str, on_bad_text: BadText, report: ReadReport) -> str | None:
+def handle_bad_text(problem: str, name: str, on_bad_text: BadText, report: ReadReport) -> str | None:
     """Act on one document of bad text: raise, note it as replaced, or note it as skipped (None)."""
     if on_bad_text == "error":
         way_on = "--on-bad-text replace puts U+FFFD in its place, --on-bad-text skip leaves the document out"

@@ -17,28 +17,28 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.config import BUILT_IN, DataError
-from data.sources.record_files import FORMATS, refuse_columnar, suffix_of
-from data.words import counted
+from data.messages import format_count
+from data.sources.record_files import FORMATS, file_suffix, refuse_columnar
 
-TEXTS = (".txt", ".md", ".py")
-SUFFIXES = (*TEXTS, *FORMATS)
-READS = f"read are {' '.join(SUFFIXES)}, each also with .gz"
-MOST = 8  # suffixes and names that a line names
+TEXT_SUFFIXES = (".txt", ".md", ".py")
+SUFFIXES = (*TEXT_SUFFIXES, *FORMATS)
+READABLE = f"read are {' '.join(SUFFIXES)}, each also with .gz"
+MAX_LISTED = 8  # suffixes and names that a line names
 
 
-class Found(NamedTuple):
+class FoundFiles(NamedTuple):
     files: dict[str, Path]  # real path -> the one by which it is read
     left_out: str  # a line that says what there is beside; "" for nothing
 
 
-def kind(path: Path) -> str | None:
+def readable_suffix(path: Path) -> str | None:
     """The suffix that says how a file is read, without .gz; None when it is not read. Raises DataError for Arrow.
 
-    >>> kind(Path("a/b.JSONL.gz")), kind(Path("photo.png"))
+    >>> readable_suffix(Path("a/b.JSONL.gz")), readable_suffix(Path("photo.png"))
     ('.jsonl', None)
     """
     refuse_columnar(path)
-    suffix = suffix_of(path)
+    suffix = file_suffix(path)
     return suffix if suffix in SUFFIXES else None
 
 
@@ -48,20 +48,20 @@ def may_hold_records(entries: Iterable[str]) -> bool:
     >>> may_hold_records(["stdlib-docs", "a/*.txt"]), may_hold_records(["a.md", "a.jsonl.gz"]), may_hold_records(["folder"])
     (False, True, True)
     """
-    return any(entry not in (*BUILT_IN, "-") and suffix_of(entry) not in TEXTS for entry in entries)
+    return any(entry not in (*BUILT_IN, "-") and file_suffix(entry) not in TEXT_SUFFIXES for entry in entries)
 
 
-def find_files(entry: str, cache: Path) -> Found | None:
+def find_files(entry: str, cache: Path) -> FoundFiles | None:
     """The files of one entry; None when there is no such thing. `cache`: a folder of our own, which holds no text.
 
     Raises DataError for what is there and cannot be read.
     """
     path = expand_home(entry)
     if path.is_file():  # named outright, a file needs no suffix to be text: text8 has none
-        if kind(path) is None and suffix_of(path):
-            raise DataError(f"{path}: its suffix is not one that is read ({READS})")
-        return Found({os.path.realpath(path): path}, "")
-    search = Search(cache.expanduser())
+        if readable_suffix(path) is None and file_suffix(path):
+            raise DataError(f"{path}: its suffix is not one that is read ({READABLE})")
+        return FoundFiles({os.path.realpath(path): path}, "")
+    search = FileSearch(cache.expanduser())
     if path.is_dir():
         search.folder(path)
     elif path.exists():
@@ -72,8 +72,8 @@ def find_files(entry: str, cache: Path) -> Found | None:
         return None
     left_out = search.left_out.line(f"{path}{os.sep}" if path.is_dir() else str(path))
     if not search.files:
-        raise DataError(f"{path}: holds no file that is read ({READS})" + (f"; {left_out}" if left_out else ""))
-    return Found(search.files, left_out)
+        raise DataError(f"{path}: holds no file that is read ({READABLE})" + (f"; {left_out}" if left_out else ""))
+    return FoundFiles(search.files, left_out)
 
 
 def expand_home(entry: str) -> Path:
@@ -101,25 +101,25 @@ class LeftOut:
         'left out of corpus/: 2 hidden files and 1 hidden folder'
         """
         suffixes = self.suffixes.most_common()
-        files = [f"{count:,} {f'of {suffix}' if suffix else 'without a suffix'}" for suffix, count in suffixes[:MOST]]
-        if rest := suffixes[MOST:]:
+        files = [f"{count:,} {f'of {suffix}' if suffix else 'without a suffix'}" for suffix, count in suffixes[:MAX_LISTED]]
+        if rest := suffixes[MAX_LISTED:]:
             files.append(f"{sum(count for _, count in rest):,} of {len(rest)} other suffixes")
         if files:
             files[0] = files[0].replace(" ", " files " if suffixes[0][1] > 1 else " file ", 1)
         parts = [", ".join(files)] if files else []
-        hidden = [counted(self.hidden[kind], f"hidden {kind}") for kind in ("file", "folder") if self.hidden[kind]]
+        hidden = [format_count(self.hidden[kind], f"hidden {kind}") for kind in ("file", "folder") if self.hidden[kind]]
         parts += [" and ".join(hidden)] if hidden else []
         for what, names in (("links that lead nowhere", self.broken), ("neither files nor folders", self.special)):
             if names:
-                parts.append(f"{what}: {shortened(names, MOST)}")
+                parts.append(f"{what}: {shorten_list(names, MAX_LISTED)}")
         return f"left out of {where}: {'; '.join(parts)}" if parts else ""
 
 
-def shortened(names: list[str], most: int = 3) -> str:
+def shorten_list(names: list[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-class Search:
+class FileSearch:
     """Collect the files of folders and globs, and count what is left out."""
 
     def __init__(self, cache: Path) -> None:
@@ -150,7 +150,7 @@ class Search:
         """Collect what is below a folder, fits the parts of a glob and is not hidden; links last."""
         pending, links = [top], []
         while pending:
-            for root, folders, names in os.walk(pending.pop(0), onerror=refuse):
+            for root, folders, names in os.walk(pending.pop(0), onerror=raise_unreadable):
                 real = os.path.realpath(root)
                 if real in self.folders or (real == self.cache and Path(root) != top):
                     folders.clear()
@@ -162,7 +162,7 @@ class Search:
                 folders[:] = visible(folders)
                 pending += [Path(root, name) for name in folders if os.path.islink(os.path.join(root, name))]
                 for path in [Path(root, name) for name in visible(names)]:
-                    if pattern and not fits(path.relative_to(top).parts, pattern):
+                    if pattern and not matches_glob(path.relative_to(top).parts, pattern):
                         continue
                     if os.path.islink(path):
                         links.append(path)
@@ -182,8 +182,8 @@ class Search:
             return
         if not stat.S_ISREG(mode):
             self.left_out.special.append(str(path))
-        elif kind(path) is None:
-            self.left_out.suffixes[suffix_of(path) + (".gz" if path.name.lower().endswith(".gz") else "")] += 1
+        elif readable_suffix(path) is None:
+            self.left_out.suffixes[file_suffix(path) + (".gz" if path.name.lower().endswith(".gz") else "")] += 1
         else:
             self.files.setdefault(real or os.path.realpath(path), path)
 
@@ -192,19 +192,21 @@ def visible(names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if not name.startswith("."))
 
 
-def refuse(error: OSError) -> None:
+def raise_unreadable(error: OSError) -> None:
     """os.walk would pass over an unreadable folder in silence."""
     raise DataError(f"{error.filename}: cannot be read ({error.strerror})")
 
 
-def fits(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+def matches_glob(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
     """True if a path, or a folder above it, matches the parts of a glob.
 
-    >>> fits(("a", "b", "c.txt"), ("**", "*.txt")), fits(("a", "b"), ("**", "a")), fits(("a", "b"), ("b", "**"))
-    (True, True, False)
+    >>> matches_glob(("a", "b", "c.txt"), ("**", "*.txt")), matches_glob(("a", "b"), ("**", "a"))
+    (True, True)
+    >>> matches_glob(("a", "b"), ("b", "**"))
+    False
     """
     if not pattern:
         return True
     if pattern[0] == "**":
-        return fits(names, pattern[1:]) or (bool(names) and fits(names[1:], pattern))
-    return bool(names) and fnmatchcase(names[0], pattern[0]) and fits(names[1:], pattern[1:])
+        return matches_glob(names, pattern[1:]) or (bool(names) and matches_glob(names[1:], pattern))
+    return bool(names) and fnmatchcase(names[0], pattern[0]) and matches_glob(names[1:], pattern[1:])

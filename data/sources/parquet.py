@@ -15,7 +15,7 @@ from data.sources.record_files import Record, RecordError
 if TYPE_CHECKING:
     import pyarrow
 
-ROWS = 1024  # that are held as Python values at once
+BATCH_ROWS = 1024  # that are held as Python values at once
 INSTALL = "pip install -c constraints.txt -e '.[parquet]'"
 
 
@@ -30,8 +30,8 @@ def read_parquet(stream: BinaryIO, column: str | None = None) -> Iterator[Record
     try:
         file = pyarrow.parquet.ParquetFile(stream)
         columns = [column] if column in file.schema_arrow.names else None
-        for batch in file.iter_batches(ROWS, columns=columns, use_threads=False):
-            names, values = batch.schema.names, [values_of(each, number) for each in batch.columns]
+        for batch in file.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
+            names, values = batch.schema.names, [column_values(each, number) for each in batch.columns]
             if len(set(names)) < len(names):
                 raise RecordError("", f"several columns have one name: {', '.join(names)}")
             for row in zip(*values, strict=True):
@@ -45,7 +45,7 @@ def read_parquet(stream: BinaryIO, column: str | None = None) -> Iterator[Record
         raise RecordError(place, f"not a Parquet file that can be read ({why})") from error
 
 
-def values_of(column: "pyarrow.Array", before: int) -> list:
+def column_values(column: "pyarrow.Array", before: int) -> list:
     import pyarrow
 
     kinds = pyarrow.types
@@ -55,22 +55,23 @@ def values_of(column: "pyarrow.Array", before: int) -> list:
     if kinds.is_temporal(column.type):
         return column.cast(pyarrow.string()).to_pylist()
     try:
-        return [plain(value) for value in column.to_pylist(maps_as_pydicts="strict")]
+        return [to_json_value(value) for value in column.to_pylist(maps_as_pydicts="strict")]
     except UnicodeDecodeError as error:
-        raise RecordError("", f"text in a list or struct is no UTF-8, in one of the {ROWS} rows after {before:,}") from error
+        where = f"in one of the {BATCH_ROWS} rows after {before:,}"
+        raise RecordError("", f"text in a list or struct is no UTF-8, {where}") from error
 
 
-def plain(value: Any) -> Any:
+def to_json_value(value: Any) -> Any:
     """
-    >>> plain({"role": "user", "parts": [b"hi", None], "name": None})
+    >>> to_json_value({"role": "user", "parts": [b"hi", None], "name": None})
     {'role': 'user', 'parts': ['hi', None]}
     """
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, dict):
-        return {key: plain(each) for key, each in value.items() if each is not None}
+        return {key: to_json_value(each) for key, each in value.items() if each is not None}
     if isinstance(value, list):
-        return [plain(each) for each in value]
+        return [to_json_value(each) for each in value]
     if isinstance(value, bytes):
         return value.decode(errors="surrogateescape")
     return str(value)

@@ -22,18 +22,18 @@ from typing import Any, NamedTuple
 from data.config import DataError
 from data.shell import quote
 
-LINES = (".jsonl", ".json", ".csv", ".tsv")  # what is read here
-FORMATS = (*LINES, ".parquet")  # that one in `data.sources.parquet`
-SEPARATORS = ",;\t"  # of .csv: the one that cuts the header into most columns
+LINE_FORMATS = (".jsonl", ".json", ".csv", ".tsv")  # what is read here
+FORMATS = (*LINE_FORMATS, ".parquet")  # that one in `data.sources.parquet`
+CSV_SEPARATORS = ",;\t"  # of .csv: the one that cuts the header into most columns
 LONGEST_FIELD = 2**31 - 1  # characters; csv's own limit is 128 Ki
-PROBED = 1 << 16  # bytes by which UTF-16 without a mark is told
-KEYS = 20  # are named in a message
+PROBED_BYTES = 1 << 16  # bytes by which UTF-16 without a mark is told
+MAX_NAMES = 20  # are named in a message
 
 # What has records too, and is not read; pyarrow makes JSON lines of it. (.arrow: the stream that `datasets` keeps.)
-NOT_READ = {
+UNREADABLE = {
     ".arrow": ("Arrow", "import pyarrow, sys; pyarrow.ipc.open_stream(pyarrow.memory_map(sys.argv[1])).read_pandas()"),
 }
-AS_LINES = ".to_json(sys.argv[2], orient='records', lines=True, force_ascii=False)"
+TO_JSON_LINES = ".to_json(sys.argv[2], orient='records', lines=True, force_ascii=False)"
 
 Line = tuple[int, str]
 
@@ -59,13 +59,13 @@ class NoRecordsError(RecordError):
 
 def is_utf16(start: bytes) -> bool:
     """True for the beginning of a file that is NUL bytes by more than a quarter: valid UTF-8, and no text."""
-    return start.count(0, 0, PROBED) > min(len(start), PROBED) // 4
+    return start.count(0, 0, PROBED_BYTES) > min(len(start), PROBED_BYTES) // 4
 
 
-def suffix_of(path: str | Path) -> str:
+def file_suffix(path: str | Path) -> str:
     """The suffix that says how a file is read: in small letters, without .gz.
 
-    >>> suffix_of("a/b.JSONL.gz"), suffix_of("a.b/c")
+    >>> file_suffix("a/b.JSONL.gz"), file_suffix("a.b/c")
     ('.jsonl', '')
     """
     return Path(Path(path).name.lower().removesuffix(".gz")).suffix
@@ -73,42 +73,42 @@ def suffix_of(path: str | Path) -> str:
 
 def refuse_columnar(path: str | Path) -> None:
     """Raise DataError for Arrow, with the command that converts the file."""
-    suffix = suffix_of(path)
-    if suffix not in NOT_READ:
+    suffix = file_suffix(path)
+    if suffix not in UNREADABLE:
         return
-    name, code = NOT_READ[suffix]
+    name, code = UNREADABLE[suffix]
     unpacked = Path(str(path)[:-3]) if str(path).lower().endswith(".gz") else Path(path)
     unpack = "" if unpacked == Path(path) else f"gunzip -k {quote(path)} && "
-    convert = f'{unpack}python -c "{code}{AS_LINES}" {quote(unpacked)} {quote(unpacked.with_suffix(".jsonl"))}'
+    convert = f'{unpack}python -c "{code}{TO_JSON_LINES}" {quote(unpacked)} {quote(unpacked.with_suffix(".jsonl"))}'
     raise DataError(f"{path}: {name} is not read yet; convert it: {convert}")
 
 
-def read_records(lines: Iterable[Line], suffix: str, *, blank: bool = True) -> Iterator[Record]:
-    """The records of a file with a suffix of LINES. `blank`: JSON lines may be blank, and are passed over.
+def read_records(lines: Iterable[Line], suffix: str, *, skip_blank: bool = True) -> Iterator[Record]:
+    """The records of a file with a suffix of LINES. `skip_blank`: blank lines of JSON lines are passed over.
 
     Raises RecordError.
     """
     if suffix == ".jsonl":
-        return json_lines(lines, blank)
+        return read_json_lines(lines, skip_blank)
     if suffix == ".json":
-        return json_file(lines, blank)
-    return table(lines, "\t" if suffix == ".tsv" else None)
+        return read_json_file(lines, skip_blank)
+    return read_table(lines, "\t" if suffix == ".tsv" else None)
 
 
-def json_lines(lines: Iterable[Line], blank: bool = True) -> Iterator[Record]:
+def read_json_lines(lines: Iterable[Line], skip_blank: bool = True) -> Iterator[Record]:
     """A record a line; a byte order mark before one comes from a file that was appended to another."""
     for number, line in lines:
-        if not blank or line.strip():
+        if not skip_blank or line.strip():
             place = f"line {number}"
-            yield Record(place, parsed(line.removeprefix("\ufeff"), place))
+            yield Record(place, parse_json(line.removeprefix("\ufeff"), place))
 
 
-def json_file(lines: Iterable[Line], blank: bool = True) -> Iterator[Record]:
+def read_json_file(lines: Iterable[Line], skip_blank: bool = True) -> Iterator[Record]:
     """A JSON array, or JSON lines: these are where the first line is a whole value, and another one follows.
 
-    >>> [record.value for record in json_file([(1, "[1,"), (2, "2]")])]
+    >>> [record.value for record in read_json_file([(1, "[1,"), (2, "2]")])]
     [1, 2]
-    >>> list(json_file([(1, "{}"), (2, "[2]")]))
+    >>> list(read_json_file([(1, "{}"), (2, "[2]")]))
     [Record(place='line 1', value={}), Record(place='line 2', value=[2])]
     """
     lines, held, filled = iter(lines), [], []
@@ -120,30 +120,30 @@ def json_file(lines: Iterable[Line], blank: bool = True) -> Iterator[Record]:
     if not filled:
         return
     try:
-        value, is_whole = parsed(filled[0], ""), True
+        value, is_whole = parse_json(filled[0], ""), True
     except RecordError:
-        value, is_whole = parsed("".join(line for _, line in chain(held, lines)), ""), False
+        value, is_whole = parse_json("".join(line for _, line in chain(held, lines)), ""), False
     if is_whole and len(filled) == 2:
-        yield from json_lines(chain(held, lines), blank)
+        yield from read_json_lines(chain(held, lines), skip_blank)
         return
     if not isinstance(value, list):
-        what = f"one object, with the keys {shown(value)}" if isinstance(value, dict) else f"one {type(value).__name__}"
+        what = f"one object, with the keys {quote_names(value)}" if isinstance(value, dict) else f"one {type(value).__name__}"
         raise NoRecordsError("", f"{what}, and no list of records: what is read of a .json is an array, or JSON lines")
     for number, element in enumerate(value, start=1):
         yield Record(f"record {number}", element)
 
 
-def parsed(text: str, place: str) -> Any:
+def parse_json(text: str, place: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RecordError(place, f"not {'a JSON line' if place.startswith('line ') else 'JSON'} ({error})") from error
 
 
-def table(lines: Iterable[Line], separator: str | None = None) -> Iterator[Record]:
+def read_table(lines: Iterable[Line], separator: str | None = None) -> Iterator[Record]:
     """Rows below a header. `separator` None: the one of SEPARATORS that the header has.
 
-    >>> [record.value for record in table([(1, "id;text\\n"), (2, '7;"one;\\n'), (3, 'two"\\n')])]
+    >>> [record.value for record in read_table([(1, "id;text\\n"), (2, '7;"one;\\n'), (3, 'two"\\n')])]
     [{'id': '7', 'text': 'one;\\ntwo'}]
     """
     csv.field_size_limit(LONGEST_FIELD)  # of the whole process: csv has no other
@@ -151,7 +151,7 @@ def table(lines: Iterable[Line], separator: str | None = None) -> Iterator[Recor
     first, above = next(physical, ""), 0
     if stated := re.fullmatch(r'"?sep=([,;|\t])"?\s*', first):
         separator, first, above = stated[1], next(physical, ""), 1
-    separator = separator or max(SEPARATORS, key=lambda each: len(next(csv.reader([first], delimiter=each), ())))
+    separator = separator or max(CSV_SEPARATORS, key=lambda each: len(next(csv.reader([first], delimiter=each), ())))
     # strict: a quote that is never closed would swallow all rows below it.
     rows = csv.reader(chain([first], physical), delimiter=separator, strict=True)
     header: list[str] = []
@@ -170,13 +170,13 @@ def table(lines: Iterable[Line], separator: str | None = None) -> Iterator[Recor
         if not number:
             header = row
             if twice := [name for name, count in Counter(header).items() if name and count > 1]:
-                raise RecordError(place, f"{shown(twice)}: more than one column has this name")
+                raise RecordError(place, f"{quote_names(twice)}: more than one column has this name")
             alike = Counter(name.strip() for name in header)
             if twice := [name for name in header if name.strip() and alike[name.strip()] > 1]:
-                raise RecordError(place, f"{shown(twice)}: names of columns that differ by white space only")
+                raise RecordError(place, f"{quote_names(twice)}: names of columns that differ by white space only")
         elif len(row) != len(header):
             has = f"{len(row)} fields (line {above + rows.line_num}, separated by {separator!r})"
-            raise RecordError(place, f"{has}, and the header has {len(header)}: {shown(header)}")
+            raise RecordError(place, f"{has}, and the header has {len(header)}: {quote_names(header)}")
         elif len(row) > 1 and [row[0].removeprefix("\ufeff"), *row[1:]] == header:
             raise RecordError(place, "the header once more: a file that was appended to another? Take the line out")
         else:
@@ -190,11 +190,11 @@ def split_lines(lines: Iterable[str]) -> Iterator[str]:
         yield from io.StringIO(line, newline="") if "\r" in line.rstrip("\r\n") else (line,)
 
 
-def shown(keys: Iterable[str]) -> str:
+def quote_names(keys: Iterable[str]) -> str:
     """Names for a message: not all where they are many, and none at full length where it is a text.
 
-    >>> shown(["id", "text"]), shown([])
+    >>> quote_names(["id", "text"]), quote_names([])
     ("'id', 'text'", 'none')
     """
     names = [f"{key!r:.60}" for key in keys]
-    return ", ".join(names[:KEYS]) + (f" and {len(names) - KEYS} more" if len(names) > KEYS else "") or "none"
+    return ", ".join(names[:MAX_NAMES]) + (f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else "") or "none"

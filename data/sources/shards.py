@@ -24,15 +24,16 @@ import numpy as np
 import sentencepiece
 from tqdm import tqdm
 
-from data.config import LEAST_VOCAB, VOCAB_SIZE, DataConfig, DataError
+from data.config import DEFAULT_VOCAB_SIZE, DataConfig, DataError
 from data.corpus.dedup import deduplicate, drop_held_out
 from data.corpus.ingest import find_corpus, read_corpus
-from data.corpus.split import check_sources, cut_few, split
-from data.notes import reading_notes, spelling_notes
+from data.corpus.split import check_sources, cut_few_documents, split_documents
+from data.messages import format_count
+from data.notes import describe_reading, describe_spelling
 from data.sources.files import Document, ReadReport
-from data.tokenizer.base import Tokenizer, load_tokenizer
-from data.tokenizer.training import VocabularyError, train_tokenizer, trainer_options
-from data.words import counted
+from data.tokenizer.base import Tokenizer
+from data.tokenizer.open import load_tokenizer
+from data.tokenizer.training import describe_smaller_vocabulary, train_to_fit, trainer_options
 
 FORMAT = 2
 SPLITS = ("train", "validation")
@@ -40,7 +41,7 @@ SPLITS = ("train", "validation")
 
 @dataclass(frozen=True)
 class Split:
-    """One file of ids. `bytes` counts the UTF-8 bytes of its text. `one_separator`: bos and eos are one id. `ranges`: where
+    """One file of ids. `bytes` counts the UTF-8 bytes of its text. `has_one_separator`: bos and eos are one id. `ranges`: where
     each source of a mixture begins and ends, with what ends its last document."""
 
     path: Path
@@ -48,7 +49,7 @@ class Split:
     tokens: int
     documents: int
     bytes: int
-    one_separator: bool = False
+    has_one_separator: bool = False
     ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @cached_property
@@ -56,25 +57,25 @@ class Split:
         return np.memmap(self.path, dtype=self.dtype, mode="r", shape=(self.tokens,))
 
     @property
-    def shortest(self) -> int:
+    def smallest_source(self) -> int:
         """Tokens of the smallest source."""
         return min((end - start for start, end in self.ranges.values()), default=self.tokens)
 
     @property
     def targets(self) -> int:
         """Targets that count: every token but each document's bos; but the first token, where bos ends documents too."""
-        return self.tokens - (1 if self.one_separator else self.documents)
+        return self.tokens - (1 if self.has_one_separator else self.documents)
 
 
 @dataclass(frozen=True)
 class Shards:
-    """A prepared corpus. `built`: by this call, not found in the cache. `report`: what was read and dropped."""
+    """A prepared corpus. `is_new`: by this call, not found in the cache. `report`: what was read and dropped."""
 
     folder: Path
     tokenizer: Tokenizer
     train: Split
     validation: Split
-    built: bool
+    is_new: bool
     report: dict[str, Any]
 
 
@@ -87,7 +88,7 @@ def prepare(
     *,
     tokenizer: Tokenizer | None = None,
     mask: bool = False,
-    say: Callable[[str], None] = lambda line: None,
+    info: Callable[[str], None] = lambda line: None,
     progress: bool = False,
 ) -> Shards:
     """The shards of `config`, from its cache or built now. `tokenizer`: use it instead of training one.
@@ -106,36 +107,36 @@ def prepare(
     elif config.separator is not None:
         raise DataError(f"--separator {config.separator}: the tokenizer that is trained here begins each document with <s>")
     left_out: list[str] = []
-    files = identity(config, left_out)
+    files = identify_files(config, left_out)
     for line in left_out:
-        say(line)
-    cache, built = config.cache.expanduser(), False
+        info(line)
+    cache, is_new = config.cache.expanduser(), False
 
     def folder_of(size: int) -> Path:
         return cache / cache_key(config, files, tokenizer, size, mask)
 
-    note = folder_of(VOCAB_SIZE).with_suffix(".json")  # how many pieces the text fills, where these are fewer
+    note = folder_of(DEFAULT_VOCAB_SIZE).with_suffix(".json")  # how many pieces the text fills, where these are fewer
     noted = read_note(note) if config.vocab_size is None else None
-    size = config.vocab_size or noted or VOCAB_SIZE
+    size = config.vocab_size or noted or DEFAULT_VOCAB_SIZE
     if noted:
-        say(fewer(noted))
+        info(describe_smaller_vocabulary(noted))
     for _ in range(3):  # another process may replace a damaged folder at the same time
         folder = folder_of(size)
         if folder.exists():
             try:
-                shards = open_shards(folder, built, tokenizer)
-                for line in [] if built else reading_notes(shards.report):
-                    say(line)
-                for line in spelling_notes(shards.report, shards.tokenizer):
-                    say(line)
+                shards = open_shards(folder, is_new, tokenizer)
+                for line in [] if is_new else describe_reading(shards.report):
+                    info(line)
+                for line in describe_spelling(shards.report, shards.tokenizer):
+                    info(line)
                 return shards
             except DamagedError as error:
-                say(f"cached shards {folder} are damaged ({error}): building them again")
-        say(f"preparing {' '.join([*config.corpus, *config.validation])}")
+                info(f"cached shards {folder} are damaged ({error}): building them again")
+        info(f"preparing {' '.join([*config.corpus, *config.validation])}")
         try:
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=cache) as making:
-                made = build(Path(making, "shards"), config, folder_of, tokenizer, size, mask, say, progress)
+                made = build(Path(making, "shards"), config, folder_of, tokenizer, size, mask, info, progress)
                 if made != size:
                     size = made
                     Path(making, note.name).write_text(json.dumps({"vocab_size": size}), encoding="utf-8")
@@ -143,12 +144,8 @@ def prepare(
                 publish(Path(making, "shards"), folder_of(size))
         except OSError as error:
             raise DataError(f"{cache}: {error.strerror}. Name another cache folder by --cache") from error
-        built = True
+        is_new = True
     raise DataError(f"{folder}: damaged again each time that it was built")
-
-
-def fewer(size: int) -> str:
-    return f"the text can fill {size:,} pieces, fewer than the default {VOCAB_SIZE:,}: the tokenizer has these"
 
 
 def read_note(note: Path) -> int | None:
@@ -158,13 +155,13 @@ def read_note(note: Path) -> int | None:
         return None
 
 
-def identity(config: DataConfig, left_out: list[str]) -> list[tuple[str, str, int, int]]:
+def identify_files(config: DataConfig, left_out: list[str]) -> list[tuple[str, str, int, int]]:
     """Name of the built-in, path, size and time of each file: they tell whether it is still the same. And of which source
     files are, and which are held out, where these are named."""
     files, found = [], find_corpus(config, left_out)
     sources = [("source", e.name, len(paths), 0) for e, (_, paths) in zip(config.entries, found, strict=True) if e.name]
     if config.validation:
-        held_out = find_corpus(config.of_validation(), left_out, "--validation")
+        held_out = find_corpus(config.validation_config(), left_out, "--validation")
         sources.append(("validation", "", sum(len(paths) for _, paths in held_out), 0))
         found = found + held_out
     for name, paths in found:
@@ -192,7 +189,7 @@ def build(
     tokenizer: Tokenizer | None,
     vocab_size: int,
     mask: bool,
-    say: Callable[[str], None],
+    info: Callable[[str], None],
     progress: bool,
 ) -> int:
     """Write a folder, from reading to index.json.
@@ -202,25 +199,27 @@ def build(
     folder.mkdir()
     read = ReadReport()
     documents = list(tqdm(read_corpus(config, read), "reading", unit=" documents", disable=not progress, leave=False))
-    tell_of_reading(read, say)
+    report_reading(read, info)
     whole = len(documents)
     if not config.validation:
-        documents = cut_few(documents, config.val_fraction, say)
+        documents = cut_few_documents(documents, config.val_fraction, info)
     kept, dropped = deduplicate(documents, near=config.dedup)
     if len(kept) < len(documents):
-        gone = (counted(len(names), f"{kind} duplicate") for kind, names in (("exact", dropped.exact), ("near", dropped.near)))
-        say(f"{counted(len(documents), 'document')}: dropped {' and '.join(gone)}")
+        counts = {"exact": len(dropped.exact), "near": len(dropped.near)}
+        gone = (format_count(count, f"{kind} duplicate") for kind, count in counts.items())
+        info(f"{format_count(len(documents), 'document')}: dropped {' and '.join(gone)}")
     if config.validation:
-        parts, leaked = held_out_apart(config, kept, say)
+        parts, leaked = split_by_files(config, kept, info)
     else:
-        parts, leaked = split(kept, config.val_fraction, dropped=len(documents) - len(kept)), {}
+        parts, leaked = split_documents(kept, config.val_fraction, dropped=len(documents) - len(kept)), {}
     check_sources(config, documents, parts["train"])
     if tokenizer is None:
-        say(f"training a tokenizer of {vocab_size:,} pieces on {counted(len(parts['train']), 'document')}")
-        tokenizer = train(parts["train"], vocab_size, mask, config.vocab_size is None)
+        info(f"training a tokenizer of {vocab_size:,} pieces on {format_count(len(parts['train']), 'document')}")
+        texts = [document.text for document in parts["train"]]
+        tokenizer = train_to_fit(texts, vocab_size, mask, may_shrink=config.vocab_size is None)
         if tokenizer.vocab_size < vocab_size:
             vocab_size = tokenizer.vocab_size
-            say(fewer(vocab_size))
+            info(describe_smaller_vocabulary(vocab_size))
     for name, content in tokenizer.files.items():
         (folder / name).write_bytes(content)
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
@@ -252,49 +251,32 @@ def build(
     return vocab_size
 
 
-def tell_of_reading(read: ReadReport, say: Callable[[str], None]) -> None:
-    for line in reading_notes(vars(read)):
-        say(line)
+def report_reading(read: ReadReport, info: Callable[[str], None]) -> None:
+    for line in describe_reading(vars(read)):
+        info(line)
 
 
-def held_out_apart(
-    config: DataConfig, documents: list[Document], say: Callable[[str], None]
+def split_by_files(
+    config: DataConfig, documents: list[Document], info: Callable[[str], None]
 ) -> tuple[dict[str, list[Document]], dict[str, list]]:
     """Both splits where `config.validation` names the one: training loses what stands there too, which the report counts."""
     read = ReadReport()
-    held_out = list(read_corpus(config.of_validation(), read))
-    tell_of_reading(read, say)
+    held_out = list(read_corpus(config.validation_config(), read))
+    report_reading(read, info)
     kept, exact, near = drop_held_out(documents, held_out, config.dedup)
     if exact or near:
         what = f"{len(exact):,} that validation has too, and {len(near):,} that it has most of"
-        say(f"{counted(len(documents), 'document')} to train on: dropped {what}")
+        info(f"{format_count(len(documents), 'document')} to train on: dropped {what}")
     if not kept:
         raise DataError(f"nothing is left to train on: all of the corpus stands in --validation {' '.join(config.validation)}")
     return {"train": kept, "validation": held_out}, {"held_out_exact": exact, "held_out_near": near}
 
 
-def train(documents: list[Document], vocab_size: int, mask: bool, smaller: bool) -> Tokenizer:
-    """A tokenizer of `vocab_size`; or, where that is more than the text fills and a smaller one will do, the largest.
-
-    A smaller vocabulary has room for fewer characters, and so may fill still fewer pieces: what is filled is found by trying.
-    """
-    while True:
-        try:
-            return train_tokenizer((document.text for document in documents), vocab_size, mask)
-        except VocabularyError as error:
-            if not smaller:
-                raise
-            if error.largest < LEAST_VOCAB:
-                least = f"a tokenizer has {LEAST_VOCAB} at the least: use more text"
-                raise DataError(f"this text can fill {error.largest} pieces, and {least}") from error
-            vocab_size = error.largest
-
-
 def write_split(
     path: Path, documents: list[Document], tokenizer: Tokenizer, dtype: str, spelled: dict[str, int], progress: bool
 ) -> dict[str, Any]:
-    """Write the ids and count them. `spelled` is added to (`data.notes.spelling_notes`)."""
-    one_separator = tokenizer.bos_id == tokenizer.eos_id
+    """Write the ids and count them. `spelled` is added to (`data.notes.describe_spelling`)."""
+    has_one_separator = tokenizer.bos_id == tokenizer.eos_id
     tokens = count = size = 0
     ranges: dict[str, list[int]] = {}
     with path.open("wb") as stream:
@@ -305,14 +287,14 @@ def write_split(
                 continue
             spelled["unknown"] += ids.count(tokenizer.unknown_id)
             spelled["tokens"] += len(ids)
-            ids = tokenizer.document(ids)
+            ids = tokenizer.as_document(ids)
             stream.write(np.array(ids, dtype=dtype).tobytes())
             tokens += len(ids)
             count += 1
             size += len(document.text.encode())
             if document.source:  # where one id both begins and ends, the next beginning ends this one
-                ranges.setdefault(document.source, [tokens - len(ids), 0])[1] = tokens + one_separator
-        if one_separator:
+                ranges.setdefault(document.source, [tokens - len(ids), 0])[1] = tokens + has_one_separator
+        if has_one_separator:
             stream.write(np.array([tokenizer.eos_id], dtype=dtype).tobytes())
             tokens += 1
     return {"tokens": tokens, "documents": count, "bytes": size} | ({"ranges": ranges} if ranges else {})
@@ -339,7 +321,7 @@ def publish(making: Path, folder: Path) -> None:
             if not folder.exists():
                 raise
         try:
-            open_shards(folder, built=False)
+            open_shards(folder, is_new=False)
             return
         except DamagedError:
             aside = Path(tempfile.mkdtemp(prefix=".damaged-", dir=folder.parent))
@@ -350,7 +332,7 @@ def publish(making: Path, folder: Path) -> None:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def open_shards(folder: Path, built: bool, tokenizer: Tokenizer | None = None) -> Shards:
+def open_shards(folder: Path, is_new: bool, tokenizer: Tokenizer | None = None) -> Shards:
     """The shards in `folder`. Raises DamagedError for a missing file, a wrong size, another tokenizer.
 
     `tokenizer`: the one they were made with, where the caller has it; it may be padded to a network's vocabulary.
@@ -369,8 +351,8 @@ def open_shards(folder: Path, built: bool, tokenizer: Tokenizer | None = None) -
             expected, found = counts["tokens"] * np.dtype(dtype).itemsize, path.stat().st_size
             if expected != found:
                 raise DamagedError(f"{path.name} has size {found}, not {expected}")
-            splits[name] = Split(path, dtype, **counts, one_separator=tokenizer.bos_id == tokenizer.eos_id)
-        return Shards(folder, tokenizer, **splits, built=built, report=index["report"])
+            splits[name] = Split(path, dtype, **counts, has_one_separator=tokenizer.bos_id == tokenizer.eos_id)
+        return Shards(folder, tokenizer, **splits, is_new=is_new, report=index["report"])
     except DataError as error:
         raise DamagedError(str(error)) from error
     except OSError as error:

@@ -1,8 +1,9 @@
 """One interface to all tokenizers.
 
-base             the interface, and the choice of a tokenizer's kind by the files of a folder
-sentencepiece    SentencePiece models: ours, lossless on any text, and others
-tokenizer_json   tokenizer.json and vocab.txt, by the library `tokenizers`
-export           ours as tokenizer.json
-training         our SentencePiece BPE, trained on all of a text
+    base            the interface `Tokenizer`
+    open            load_tokenizer: the class is chosen by the files of a folder
+    sentencepiece   SentencePiece models: our own (lossless on any text) and published ones
+    tokenizer_json  tokenizer.json and vocab.txt, run by the library `tokenizers`
+    export          our SentencePiece models as tokenizer.json, for transformers
+    training        trains our SentencePiece BPE on a corpus
 """

@@ -1,12 +1,11 @@
 """Any tokenizer that has a tokenizer.json, or BERT's vocab.txt, run by the library `tokenizers`.
 
-Published files do three things that are undone here. A padding and a cut to some length (sentence-transformers save
-both) are taken off. Control tokens are not added by the library: what its post-processor would put around a text is read off
-the file (`read_affixes`). And text never makes one: the library finds `[MASK]` in text, and a Unigram model holds `</s>` among
-its pieces, so the tokenizer that encodes plain text knows them by other names.
+Three things in published files are removed here. Padding and truncation (sentence-transformers save both). The post-processor:
+`read_affixes` reads the special tokens that it adds. And special tokens in plain text: the library recognizes `[MASK]` in a
+text, and a Unigram model has `</s>` among its pieces, so the tokenizer for plain text has them under other names.
 
-Where there is a tokenizer.json, its post-processor alone says what stands around a text: so transformers 5 has it, which passes
-over `add_bos_token` and `add_eos_token` then.
+With a tokenizer.json, its post-processor alone decides the affixes, as in transformers 5, which then ignores `add_bos_token`
+and `add_eos_token`.
 """
 
 import hashlib
@@ -16,97 +15,98 @@ from functools import cached_property
 from typing import Any
 
 from data.config import DataError
-from data.tokenizer.base import JSON, PROBE, SIDE_FILES, VOCAB, WELL_KNOWN, Affixes, Tokenizer, first_id
+from data.tokenizer.base import PROBE, SIDE_FILES, TOKENIZER_JSON, VOCAB_TXT, WELL_KNOWN_NAMES, Affixes, Tokenizer, first_id
 
-ROLES = {  # the names of transformers, of which BERT's first and last token are the second
+ROLES = {  # keys of tokenizer_config.json; BERT uses the second for its first and last token
     "bos": ("bos_token", "cls_token"),
     "eos": ("eos_token", "sep_token"),
     "mask": ("mask_token",),
     "pad": ("pad_token",),
 }
-UTF8_BYTES = {bytes([byte]) for byte in range(0xF5) if byte not in (0xC0, 0xC1)}  # the others occur in no text
-UNDONE = {"post_processor": None, "truncation": None, "padding": None}
-HIDDEN = "\uffff"  # before a control token's name; Unicode keeps this character out of all text
+UTF8_BYTES = {bytes([byte]) for byte in range(0xF5) if byte not in (0xC0, 0xC1)}  # the other bytes never occur in UTF-8
+REMOVED = {"post_processor": None, "truncation": None, "padding": None}
+HIDDEN = "\uffff"  # prefix of a hidden token's name: a Unicode noncharacter, never in text
 
 
 class JsonTokenizer(Tokenizer):
-    """A tokenizer of the library `tokenizers`. Control tokens: those marked special, those with a role, the unknown one.
+    """A tokenizer of the library `tokenizers`. Control tokens: those marked special, those with a role, the unknown token.
 
-    Roles come from tokenizer_config.json, then special_tokens_map.json; a role that neither speaks of goes to the
-    token of a well-known name; where they say that there is none (null), there is none.
+    Roles come from tokenizer_config.json, then special_tokens_map.json. A role in neither goes to the token of a well-known
+    name; null in them means no such token.
     """
 
     def __init__(self, files: dict[str, bytes], vocab_size: int | None = None):
         try:
-            side = {name: json.loads(files[name]) for name in reversed(SIDE_FILES) if name in files}
-            named = {key: value for content in side.values() for key, value in content.items()}
-            spec = json.loads(files[JSON]) if JSON in files else bert_spec(files[VOCAB], named)
+            settings: dict = {}
+            for name in reversed(SIDE_FILES):
+                settings |= json.loads(files.get(name, b"{}"))
+            spec = json.loads(files[TOKENIZER_JSON]) if TOKENIZER_JSON in files else build_bert_spec(files[VOCAB_TXT], settings)
             processor = spec.get("post_processor")
             model = spec["model"]
-            added = [*spec["added_tokens"], *added_by_settings(named, piece_ids(model), spec["added_tokens"])]
-            self.spec = spec | UNDONE | {"added_tokens": added}
+            added = [*spec["added_tokens"], *missing_tokens(settings, piece_ids(model), spec["added_tokens"])]
+            self.spec = spec | REMOVED | {"added_tokens": added}
             ids = piece_ids(model) | {token["content"]: token["id"] for token in added}
-            bytes_of_piece = piece_rule(self.spec)
-            bytes_of = [b""] * (max(ids.values()) + 1)
+            decode_piece = choose_piece_decoder(self.spec)
+            token_bytes = [b""] * (max(ids.values()) + 1)
             for piece, id in ids.items():
-                bytes_of[id] = bytes_of_piece(piece)
-            for token in added:  # these are written as they are
-                bytes_of[token["id"]] = token["content"].encode()
-            roles = {role: role_id(role, named, ids) for role in ROLES} | {"unk": unknown_id(model, ids)}
-            affixes = read_affixes(processor) if processor else affixes_of_class(named, model, roles)
+                token_bytes[id] = decode_piece(piece)
+            for token in added:  # added tokens are plain text
+                token_bytes[token["id"]] = token["content"].encode()
+            roles = {role: role_id(role, settings, ids) for role in ROLES} | {"unk": unknown_id(model, ids)}
+            affixes = read_affixes(processor) if processor else default_affixes(settings, model, roles)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise DataError(f"the file, or {' or '.join(SIDE_FILES)} beside it, is damaged ({error!r})") from error
         control_ids = {token["id"] for token in added if token["special"]} | {id for id in roles.values() if id is not None}
-        control_ids |= set(range(len(bytes_of))) - set(ids.values())  # gaps in the numbering
+        control_ids |= set(range(len(token_bytes))) - set(ids.values())  # gaps in the numbering
         for id in control_ids:
-            bytes_of[id] = b""
-        # Unknown text makes the unknown token, by its name.
+            token_bytes[id] = b""
+        # The unknown token keeps its name: the model looks it up for unknown text.
         hidden = {piece for piece, id in ids.items() if id in control_ids and id != roles["unk"]}
         plain = json.dumps(hide(self.spec, hidden), ensure_ascii=False)
         digest = hashlib.sha256((plain + json.dumps(sorted(control_ids)) + json.dumps(roles) + json.dumps(affixes)).encode())
         super().__init__(
             files,
-            bytes_of,
+            token_bytes,
             roles=roles,
-            controls={piece: id for piece, id in ids.items() if id in control_ids},
+            control_tokens={piece: id for piece, id in ids.items() if id in control_ids},
             control_ids=control_ids,
             affixes=affixes,
             sha256=digest.hexdigest(),
             vocab_size=vocab_size,
         )
-        self.plain = backend(plain)
+        self.plain = build_backend(plain)
         self.plain.encode_special_tokens = True
-        check_added(added, self.plain, hidden)
-        probed = self._ids(PROBE, False)
-        spells_all = UTF8_BYTES <= set(bytes_of)
-        self.lossless = spells_all and self._decode_bytes(probed) == PROBE and self.unknown_id not in probed
-        self._decode = self._decode_bytes if self.lossless else self._decode_by_library
+        check_added_ids(added, self.plain, hidden)
+        probed = self._encode_text(PROBE, False)
+        spells_all = UTF8_BYTES <= set(token_bytes)
+        self.is_lossless = spells_all and self._decode_bytes(probed) == PROBE and self.unknown_id not in probed
+        self._decode = self._decode_bytes if self.is_lossless else self._decode_by_library
 
     @cached_property
     def with_specials(self) -> Any:
-        """The tokenizer as its file has it, which finds control tokens in text; made when first asked for."""
-        return backend(json.dumps(self.spec, ensure_ascii=False))
+        """The tokenizer with its own token names, which recognizes special tokens in text; built on first use."""
+        return build_backend(json.dumps(self.spec, ensure_ascii=False))
 
-    def _ids(self, text: str, specials: bool) -> list[int]:
-        text.encode()  # a lone surrogate: the library's message would not say which
-        return (self.with_specials if specials else self.plain).encode(text, add_special_tokens=False).ids
+    def _encode_text(self, text: str, parse_special: bool) -> list[int]:
+        text.encode()  # raises for a lone surrogate with its index; the library's message has none
+        return (self.with_specials if parse_special else self.plain).encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._decode(ids)
 
     def _decode_bytes(self, ids: Iterable[int]) -> str:
-        return b"".join([self.bytes_of[i] for i in ids]).decode(errors="replace")
+        return b"".join([self.token_bytes[i] for i in ids]).decode(errors="replace")
 
     def _decode_by_library(self, ids: Iterable[int]) -> str:
         return self.plain.decode([int(i) for i in ids if int(i) not in self.special_ids], skip_special_tokens=False)
 
 
-def backend(spec: str) -> Any:
-    """The library's tokenizer; here, so that nothing else needs the library."""
+def build_backend(spec: str) -> Any:
+    """Return the library's tokenizer. The import is here: nothing else needs the library."""
     try:
         import tokenizers
     except ImportError:
-        raise DataError("to read it takes the library tokenizers: pip install -c constraints.txt -e '.[hub]'") from None
+        raise DataError("reading it needs the library tokenizers: pip install -c constraints.txt -e '.[hub]'") from None
     try:
         return tokenizers.Tokenizer.from_str(spec)
     except Exception as error:  # the library raises Exception itself
@@ -114,7 +114,7 @@ def backend(spec: str) -> Any:
 
 
 def read_affixes(processor: dict | None) -> Affixes:
-    """What a post-processor puts around one text.
+    """Return the special tokens that a post-processor adds around one text.
 
     >>> read_affixes({"type": "BertProcessing", "sep": ["[SEP]", 102], "cls": ["[CLS]", 101]})
     Affixes(prefix=(101,), suffix=(102,))
@@ -132,7 +132,7 @@ def read_affixes(processor: dict | None) -> Affixes:
             tuple(id for each in reversed(inner) for id in each.prefix), tuple(id for each in inner for id in each.suffix)
         )
     if kind != "TemplateProcessing":
-        raise ValueError(f"its post_processor is of type {kind!r}, which is not read")
+        raise ValueError(f"its post_processor is of type {kind!r}, which is not supported")
     sides, side, ids = ([], []), 0, processor["special_tokens"]
     for piece in processor["single"]:
         if "Sequence" in piece:
@@ -142,39 +142,38 @@ def read_affixes(processor: dict | None) -> Affixes:
     return Affixes(tuple(sides[0]), tuple(sides[1]))
 
 
-FRAMED = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "RoFormerTokenizer", "RobertaTokenizer", "BartTokenizer")
+BERT_LIKE = tuple(f"{name}Tokenizer" for name in ("Bert", "DistilBert", "Electra", "RoFormer", "Roberta", "Bart"))
 
 
-def affixes_of_class(named: dict, model: dict, roles: dict[str, int | None]) -> Affixes:
-    """Where a file has no post-processor: transformers' classes of BERT, RoBERTa and T5 have one of their own."""
-    kind = str(named.get("tokenizer_class") or "").removesuffix("Fast")
-    if kind in FRAMED or (not kind and model.get("type") == "WordPiece"):
+def default_affixes(settings: dict, model: dict, roles: dict[str, int | None]) -> Affixes:
+    """Return the affixes of a file without post-processor: transformers' BERT, RoBERTa and T5 classes add their own."""
+    kind = str(settings.get("tokenizer_class") or "").removesuffix("Fast")
+    if kind in BERT_LIKE or (not kind and model.get("type") == "WordPiece"):
         return Affixes(*((id,) if id is not None else () for id in (roles["bos"], roles["eos"])))
     return Affixes((), (roles["eos"],)) if kind == "T5Tokenizer" and roles["eos"] is not None else Affixes()
 
 
-def added_by_settings(named: dict, pieces: dict[str, int], added: list[dict]) -> list[dict]:
-    """Tokens that tokenizer_config.json or special_tokens_map.json name and tokenizer.json lacks: they get the next ids, as
-    transformers has them added."""
-    told = [token for _, token in sorted(named.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))]
-    told += [value for key, value in named.items() if key.endswith("_token") and isinstance(value, str | dict)]
+def missing_tokens(settings: dict, pieces: dict[str, int], added: list[dict]) -> list[dict]:
+    """Return the tokens that SIDE_FILES name and tokenizer.json lacks. They get the next ids, as transformers adds them."""
+    tokens = [token for _, token in sorted(settings.get("added_tokens_decoder", {}).items(), key=lambda item: int(item[0]))]
+    tokens += [value for key, value in settings.items() if key.endswith("_token") and isinstance(value, str | dict)]
     for key in ("additional_special_tokens", "extra_special_tokens"):
-        more = named.get(key) or []
-        told += more.values() if isinstance(more, dict) else more
-    there = pieces | {token["content"]: token["id"] for token in added}
+        more = settings.get(key) or []
+        tokens += more.values() if isinstance(more, dict) else more
+    known = pieces | {token["content"]: token["id"] for token in added}
     new: dict[str, dict] = {}
-    for token in told:
+    for token in tokens:
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
         flags |= {"content": token} if isinstance(token, str) else {k: v for k, v in token.items() if k in (*flags, "content")}
-        if flags["content"] and flags["content"] not in there | new:
-            new[flags["content"]] = {"id": max(there.values()) + 1 + len(new)} | flags
+        if flags["content"] and flags["content"] not in known | new:
+            new[flags["content"]] = {"id": max(known.values()) + 1 + len(new)} | flags
     return list(new.values())
 
 
-def check_added(added: list[dict], made: Any, hidden: set[str]) -> None:
-    """The library numbers added tokens by itself: in a file whose ids have gaps, they would not be the file's."""
+def check_added_ids(added: list[dict], backend: Any, hidden: set[str]) -> None:
+    """Raise DataError where the library's ids of added tokens differ from the file's, as they do if the ids have gaps."""
     for token in added:
-        name, id = token["content"], made.token_to_id(hidden_name(token["content"], hidden))
+        name, id = token["content"], backend.token_to_id(hidden_name(token["content"], hidden))
         if id != token["id"]:
             raise DataError(f"it says that {name!r} has id {token['id']}, but the library tokenizers gives it {id}")
 
@@ -184,32 +183,38 @@ def hidden_name(piece: str, hidden: set[str]) -> str:
 
 
 def piece_ids(model: dict) -> dict[str, int]:
-    """Piece -> id; a Unigram model has a list of (piece, score), the others a table."""
+    """Return {piece: id}. A Unigram model has a list of (piece, score), the others a table."""
     vocabulary = model["vocab"]
     return {piece: id for id, (piece, _) in enumerate(vocabulary)} if isinstance(vocabulary, list) else dict(vocabulary)
+
+
+def read(name: str, content: bytes, side_files: dict[str, bytes], vocab_size: int | None) -> Tokenizer:
+    """Return the tokenizer of a .json or .txt file (for `data.tokenizer.open`)."""
+    kind = TOKENIZER_JSON if name.endswith(".json") else VOCAB_TXT
+    return JsonTokenizer({kind: content} | side_files, vocab_size)
 
 
 def unknown_id(model: dict, ids: dict[str, int]) -> int | None:
     return model["unk_id"] if "unk_id" in model else ids.get(model.get("unk_token"))
 
 
-def role_id(role: str, named: dict, ids: dict[str, int]) -> int | None:
-    """The id of the token with a role. A name is a string or {"content": …}.
+def role_id(role: str, settings: dict, ids: dict[str, int]) -> int | None:
+    """Return the id of the token with a role. In the settings a token is a string or {"content": …}.
 
     >>> role_id("mask", {"mask_token": {"content": "<mask>"}}, {"[MASK]": 1, "<mask>": 2})
     2
     >>> role_id("bos", {}, {"<s>": 1}), role_id("bos", {"bos_token": None}, {"<s>": 1})
     (1, None)
     """
-    spoken_of = [key for key in ROLES[role] if key in named]
-    names = [named[key]["content"] if isinstance(named[key], dict) else named[key] for key in spoken_of]
+    values = [settings[key] for key in ROLES[role] if key in settings]
+    names = [value["content"] if isinstance(value, dict) else value for value in values]
     if any(name in ids for name in names):
         return first_id(ids, names)
-    return None if spoken_of and not any(names) else first_id(ids, WELL_KNOWN[role])
+    return None if values and not any(names) else first_id(ids, WELL_KNOWN_NAMES[role])
 
 
 def hide(spec: dict, controls: set[str]) -> dict:
-    """`spec` with the control tokens under names that no text holds, at their old ids.
+    """Return `spec` with the control tokens renamed to names that occur in no text; ids stay.
 
     >>> hide({"model": {"vocab": {"a": 0, "<s>": 1}, "merges": ["< s>"]}, "added_tokens": []}, {"<s>"})["model"]
     {'vocab': {'a': 0, '\\uffff<s>': 1}, 'merges': []}
@@ -226,16 +231,16 @@ def hide(spec: dict, controls: set[str]) -> dict:
     return spec | {"model": model, "added_tokens": added}
 
 
-def components(component: dict | None) -> list[dict]:
-    """A pre-tokenizer's or decoder's parts; a Sequence holds others."""
+def flatten_components(component: dict | None) -> list[dict]:
+    """Return the parts of a pre-tokenizer or decoder: a Sequence has several, nested."""
     if component is None:
         return []
     inner = component.get("pretokenizers") or component.get("decoders")
-    return [part for each in inner for part in components(each)] if inner else [component]
+    return [part for each in inner for part in flatten_components(each)] if inner else [component]
 
 
 def byte_alphabet() -> dict[str, int]:
-    """Byte-level BPE's characters: a printable byte is itself, the others are 256, 257, … in their order.
+    """Return {character: byte} of byte-level BPE: a printable byte is itself, the others are 256, 257, … in order.
 
     Source: Radford et al. 2019 (GPT-2), `bytes_to_unicode` in encoder.py.
 
@@ -247,17 +252,17 @@ def byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
-def piece_rule(spec: dict) -> Callable[[str], bytes]:
-    """What a piece stands for, by the decoder that the file names. Exact for the first two.
+def choose_piece_decoder(spec: dict) -> Callable[[str], bytes]:
+    """Return the function from a piece to its bytes, for the decoder in the file. Exact for the first two.
 
         ByteLevel              each character is a byte
         ByteFallback           <0xE2> is a byte; \u2581 is a space
         Metaspace              \u2581 is a space
-        WordPiece              ##ing is "ing", ing is " ing": a space before each word, which the text may not have had
+        WordPiece              ##ing is "ing", ing is " ing": a space before each word, even if the text has none
         end of word (CLIP's)   ing</w> is "ing "
         none                   the library joins pieces by spaces: " ing"
     """
-    decoders = {part["type"]: part for part in components(spec.get("decoder"))}
+    decoders = {part["type"]: part for part in flatten_components(spec.get("decoder"))}
     model = spec["model"]
     if "ByteLevel" in decoders:
         alphabet = byte_alphabet()
@@ -275,8 +280,8 @@ def piece_rule(spec: dict) -> Callable[[str], bytes]:
     return lambda piece: b" " + piece.encode()
 
 
-def bert_spec(vocabulary: bytes, settings: dict) -> dict:
-    """The tokenizer.json of a vocab.txt, a piece a line, as transformers' BertTokenizer reads it with these settings.
+def build_bert_spec(vocabulary: bytes, settings: dict) -> dict:
+    """Return the tokenizer.json of a vocab.txt (one piece a line), as transformers' BertTokenizer reads it with `settings`.
 
     Source: Devlin et al. 2019, arXiv 1810.04805, and its tokenization.py.
     """
@@ -287,9 +292,8 @@ def bert_spec(vocabulary: bytes, settings: dict) -> dict:
         raise ValueError("no line of it is [UNK]")
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
 
-    def around(ids: dict[str, int]) -> dict | None:
-        parts = {part: [piece, ids.get(piece)] for part, piece in (("sep", "[SEP]"), ("cls", "[CLS]"))}
-        return None if None in (parts["sep"][1], parts["cls"][1]) else {"type": "BertProcessing"} | parts
+    has_both = "[SEP]" in ids and "[CLS]" in ids
+    processor = {"type": "BertProcessing"} | {"sep": ["[SEP]", ids.get("[SEP]")], "cls": ["[CLS]", ids.get("[CLS]")]}
 
     return {
         "version": "1.0",
@@ -304,7 +308,7 @@ def bert_spec(vocabulary: bytes, settings: dict) -> dict:
             "lowercase": settings.get("do_lower_case", True),
         },
         "pre_tokenizer": {"type": "BertPreTokenizer"},
-        "post_processor": around(ids),
+        "post_processor": processor if has_both else None,
         "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
         "model": {
             "type": "WordPiece",

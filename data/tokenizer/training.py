@@ -1,34 +1,34 @@
-"""Training a SentencePiece BPE with byte fallback that is lossless: decode(encode(text)) == text for any UTF-8.
+"""Train a SentencePiece BPE with byte fallback that is lossless: decode(encode(text)) == text for any UTF-8.
 
-Source: Kudo and Richardson 2018, arXiv 1808.06226. What its library does to some text, and what is done about it here:
+Source: Kudo and Richardson 2018, arXiv 1808.06226. Quirks of the library's trainer, and the remedies here:
 
-    U+2581          stands for a space inside, and comes back as one    (data.tokenizer_sentencepiece)
-    U+2585          a document that holds it is left out of training    kept from the trainer
-    <s> <unk> ...   as text, left out of training                       cut in two for the trainer
-    no space        in the trained text: one comes back as U+2581       the trainer is shown one
-    final newlines  stripped from what is trained on                    a NUL, which is not counted, is put behind them
-    long documents  above max_sentence_length left out in silence       cut far apart, and the limit raised
+    U+2581          represents a space, and decodes to one              see data.tokenizer.sentencepiece
+    U+2585          a document with it is dropped from training         replaced by NUL
+    <s> <unk> ...   documents with them as text are dropped             split by a NUL
+    no space        in the training text: " " decodes to U+2581         a sentence with a space is added
+    final newlines  stripped from sentences                             followed by a NUL, which is not counted
+    long documents  above max_sentence_length dropped silently          cut into long sentences, and the limit raised
 """
 
 import io
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import sentencepiece
 
-from data.config import DataError
+from data.config import DEFAULT_VOCAB_SIZE, MIN_VOCAB_SIZE, DataError
 from data.tokenizer.sentencepiece import SentencePieceTokenizer
 
 UNK, BOS, EOS = 0, 1, 2
-MASK = "[MASK]"  # id 3, where it is asked for
-FIRST_PIECES = 3 + 256  # control, bytes
-LONGEST = 1 << 16  # characters; sentences of 2^20 took the trainer 80 s for 2 MB of two words, instead of 0.3
+MASK = "[MASK]"  # id 3, if requested
+RESERVED_PIECES = 3 + 256  # control pieces, bytes
+MAX_SENTENCE = 1 << 16  # characters; sentences of 2^20 took the trainer 80 s for 2 MB of two words, instead of 0.3
 COVERAGE = 0.9999  # of the text; the rarest characters are spelled in bytes
 
 
 class VocabularyError(DataError):
-    """A vocabulary that the text cannot fill. `largest`: how many pieces it gives."""
+    """The text cannot fill the vocabulary. `largest`: the largest vocabulary that it fills."""
 
     def __init__(self, message: str, largest: int):
         super().__init__(message)
@@ -36,11 +36,11 @@ class VocabularyError(DataError):
 
 
 def trainer_options(vocab_size: int, mask: bool = False) -> dict[str, object]:
-    """What SentencePiece's trainer is told, but for the text and its characters. `mask` adds a control piece.
+    """Return the options of SentencePiece's trainer. `mask` adds the control piece [MASK].
 
-    White space gets pieces of its own ("    ", "\\n\\n"), as text with indentation needs. Measured on the standard
-    library's documentation at 2,048 pieces: 3.19 bytes a token, 3.08 without, 2.97 when lines are fed one by one, which
-    loses the newlines. Pieces never join two words (3.28, and "s the" for a piece), nor a word and a newline (3.29).
+    White space gets its own pieces ("    ", "\\n\\n"), for indentation. Measured on the standard
+    library's documentation at 2,048 pieces: 3.19 bytes a token, 3.08 without, 2.97 when trained line by line, which
+    loses the newlines. Pieces never join two words (3.28, with pieces like "s the"), nor a word and a newline (3.29).
     """
     options = {
         "model_type": "bpe",
@@ -54,7 +54,7 @@ def trainer_options(vocab_size: int, mask: bool = False) -> dict[str, object]:
         "bos_id": BOS,
         "eos_id": EOS,
         "pad_id": -1,
-        "character_coverage": 1.0,  # what is too rare is kept from the trainer (see rare)
+        "character_coverage": 1.0,  # rare characters are removed before (see rare_characters)
         "max_sentence_length": 2**30,
         "num_threads": 1,  # the same text gives the same bytes
         "minloglevel": 2,
@@ -62,10 +62,10 @@ def trainer_options(vocab_size: int, mask: bool = False) -> dict[str, object]:
     return options | {"control_symbols": [MASK]} if mask else options
 
 
-def feed(text: str, mask: bool = False) -> str:
-    """`text` as the trainer must get it, for every character but U+2581 and U+2585 to count (see above).
+def escape_text(text: str, mask: bool = False) -> str:
+    """Return `text` so that the trainer counts every character except U+2581 and U+2585 (see the module).
 
-    >>> feed("a<s>\\n")
+    >>> escape_text("a<s>\\n")
     'a<\\x00s>\\n\\x00'
     """
     text = re.sub("[\u2581\u2585]", "\0", text)
@@ -74,14 +74,14 @@ def feed(text: str, mask: bool = False) -> str:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, mask: bool = False) -> SentencePieceTokenizer:
-    """A tokenizer of exactly `vocab_size` ids, trained on the whole of `texts`; `mask`: one of them is [MASK].
+    """Return a tokenizer of exactly `vocab_size` ids, trained on all of `texts`; `mask`: one of them is [MASK].
 
-    Raises VocabularyError when the text has too few distinct pieces to fill it, with the largest size that it fills.
+    Errors: VocabularyError if the texts have too few distinct pieces, with the largest size that they fill.
     """
-    sentences = [feed(text[i : i + LONGEST], mask) for text in texts for i in range(0, len(text), LONGEST)]
-    sentences.append(feed(" "))  # without a piece for the space, spaces would be spelled in the bytes of U+2581
-    spelled = dict.fromkeys(map(ord, rare(sentences, (vocab_size - FIRST_PIECES - mask) // 2)), "\0")
-    sentences = [sentence.translate(spelled) for sentence in sentences] if spelled else sentences
+    sentences = [escape_text(text[i : i + MAX_SENTENCE], mask) for text in texts for i in range(0, len(text), MAX_SENTENCE)]
+    sentences.append(escape_text(" "))  # otherwise spaces have no piece and are spelled in the bytes of U+2581
+    removed = dict.fromkeys(map(ord, rare_characters(sentences, (vocab_size - RESERVED_PIECES - mask) // 2)), "\0")
+    sentences = [sentence.translate(removed) for sentence in sentences] if removed else sentences
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -101,18 +101,41 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, mask: bool = False) -
     return SentencePieceTokenizer(model.getvalue())
 
 
-def rare(sentences: list[str], most: int) -> set[str]:
-    """Characters that get no piece of their own: those beyond COVERAGE of the text, and all but the `most` frequent.
+def train_to_fit(texts: Sequence[str], vocab_size: int, mask: bool = False, *, may_shrink: bool) -> SentencePieceTokenizer:
+    """Return a tokenizer of `vocab_size` ids; with may_shrink the largest that the texts fill, where that is smaller.
 
-    SentencePiece refuses a vocabulary that cannot hold every character it is shown, as a small one cannot for Chinese,
-    and its own character_coverage goes no lower than 0.98. Here characters never take more than half the vocabulary.
+    A smaller vocabulary holds fewer characters and may fill even fewer pieces, so sizes are tried in turn.
+    Errors: VocabularyError as in `train_tokenizer`; DataError below MIN_VOCAB_SIZE.
+    """
+    while True:
+        try:
+            return train_tokenizer(texts, vocab_size, mask)
+        except VocabularyError as error:
+            if not may_shrink:
+                raise
+            if error.largest < MIN_VOCAB_SIZE:
+                least = f"a tokenizer has {MIN_VOCAB_SIZE} at the least: use more text"
+                raise DataError(f"this text can fill {error.largest} pieces, and {least}") from error
+            vocab_size = error.largest
+
+
+def describe_smaller_vocabulary(size: int) -> str:
+    """Return the message about a tokenizer smaller than the default."""
+    return f"the text can fill {size:,} pieces, fewer than the default {DEFAULT_VOCAB_SIZE:,}: the tokenizer has these"
+
+
+def rare_characters(sentences: list[str], max_kept: int) -> set[str]:
+    """Return the characters without a piece of their own: beyond COVERAGE of the text, or after the `max_kept` most frequent.
+
+    SentencePiece refuses a vocabulary with no room for every character, as a small one has none for Chinese, and its own
+    character_coverage is at least 0.98. Here characters take at most half the vocabulary.
     """
     counts: Counter[str] = Counter()
     for sentence in sentences:
         counts.update(sentence)
     del counts["\0"], counts[" "]  # a space always has a piece
     kept, left = set(), COVERAGE * counts.total()
-    for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[: max(most, 1)]:
+    for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[: max(max_kept, 1)]:
         if left <= 0:
             break
         kept.add(character)

@@ -29,11 +29,11 @@ def clm_batch(block_BT1: Tensor, bos_id: int, eos_id: int | None = None) -> dict
     return {
         "input_ids": input_BT,
         "labels": target_BT.masked_fill(ignored_BT, IGNORE),
-        **document_places(input_BT, bos_id),
+        **document_positions(input_BT, bos_id),
     }
 
 
-def document_places(input_BT: Tensor, bos_id: int) -> dict[str, Tensor]:
+def document_positions(input_BT: Tensor, bos_id: int) -> dict[str, Tensor]:
     """document_ids and position_ids of rows of packed documents, each of which begins with `bos_id`."""
     starts_BT = input_BT == bos_id
     document_BT = starts_BT.cumsum(-1)

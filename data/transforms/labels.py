@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from data.config import DataError
-from data.sources.record_files import shown
+from data.messages import format_count
+from data.sources.record_files import quote_names
 from data.sources.records import RecordData, Row, Rows
-from data.words import counted
 
 NUMBER = re.compile(r"([0-9]+)")
 
@@ -59,7 +59,7 @@ def label_names(row: Row, place: str, column: str, separator: str | None) -> tup
     (('b', 'a'), ())
     """
     if column not in row:
-        raise DataError(f"{place}: no column {column!r}; its columns: {shown(row)}")
+        raise DataError(f"{place}: no column {column!r}; its columns: {quote_names(row)}")
     value = row[column]
     if separator is None:
         return (label_name(value, place, column),)
@@ -69,23 +69,23 @@ def label_names(row: Row, place: str, column: str, separator: str | None) -> tup
     return tuple(dict.fromkeys(label_name(each, place, column) for each in several))
 
 
-def names_of(rows: Rows, column: str, separator: str | None) -> list[tuple[str, ...]]:
+def row_labels(rows: Rows, column: str, separator: str | None) -> list[tuple[str, ...]]:
     """The labels of each record."""
     return [label_names(row, place, column, separator) for row, place in zip(rows.values, rows.names, strict=True)]
 
 
-def learned_labels(
+def training_labels(
     train: Rows, validation: Rows, column: str, separator: str | None, known: Sequence[str] | None = None
 ) -> tuple[str, ...]:
     """The labels of the training records, sorted; in the order of `known` where these are the same names.
 
     Errors (DataError): fewer than two classes; a label that held-out records alone have, with the first of these.
     """
-    found = {name for names in names_of(train, column, separator) for name in names}
+    found = {name for names in row_labels(train, column, separator) for name in names}
     if len(found) < (1 if separator is not None else 2):
         has = f"one label, {next(iter(found))!r}," if found else "no label"
-        raise DataError(f"column {column!r} has {has} in {counted(len(train), 'training record')}: nothing to tell apart")
-    for names, place in zip(names_of(validation, column, separator), validation.names, strict=True):
+        raise DataError(f"column {column!r} has {has} in {format_count(len(train), 'training record')}: nothing to tell apart")
+    for names, place in zip(row_labels(validation, column, separator), validation.names, strict=True):
         if unknown := [name for name in names if name not in found]:
             raise DataError(
                 f"{place}: the label {unknown[0]!r} comes in no training record, so that it cannot be learned. Give more "
@@ -96,10 +96,10 @@ def learned_labels(
     return tuple(sorted(found, key=natural_key))
 
 
-def label_counts(labels: Sequence[str], named: Iterable[tuple[str, ...]]) -> list[int]:
+def count_labels(labels: Sequence[str], named: Iterable[tuple[str, ...]]) -> list[int]:
     """Count the records of each label.
 
-    >>> label_counts(("a", "b"), [("a",), ("a", "b"), ()])
+    >>> count_labels(("a", "b"), [("a",), ("a", "b"), ()])
     [2, 1]
     """
     counts = dict.fromkeys(labels, 0)
@@ -109,10 +109,10 @@ def label_counts(labels: Sequence[str], named: Iterable[tuple[str, ...]]) -> lis
     return list(counts.values())
 
 
-def names_in_config(id2label: object) -> tuple[str, ...] | None:
+def labels_from_config(id2label: object) -> tuple[str, ...] | None:
     """The names of config.json's id2label in the order of ids; None where it is no such table.
 
-    >>> names_in_config({"1": "b", "0": "a"}), names_in_config({"0": "a", "2": "b"}), names_in_config(None)
+    >>> labels_from_config({"1": "b", "0": "a"}), labels_from_config({"0": "a", "2": "b"}), labels_from_config(None)
     (('a', 'b'), None, None)
     """
     if not isinstance(id2label, dict):
@@ -124,6 +124,6 @@ def names_in_config(id2label: object) -> tuple[str, ...] | None:
     return tuple(by_id[id] for id in range(len(by_id))) if by_id.keys() == set(range(len(by_id))) else None
 
 
-def joined(names: Sequence[str], separator: str) -> str:
+def join_labels(names: Sequence[str], separator: str) -> str:
     """Several labels as one cell of a table."""
     return separator.join(names) if all(separator not in name for name in names) else json.dumps(names, ensure_ascii=False)

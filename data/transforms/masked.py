@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from data.config import DataError
-from data.transforms.causal import IGNORE, document_places
+from data.transforms.causal import IGNORE, document_positions
 
-MASKED, REPLACED = 0.8, 0.1  # shares of the chosen; the rest stays as it is
+MASK_REPLACE_PROB, RANDOM_REPLACE_PROB = 0.8, 0.1  # shares of the chosen; the rest stays as it is
 STREAM = 0x6D61736B  # "mask": the second half of the key, so that no other use of a seed draws these numbers
-VALIDATION = 2**64 - 1  # a step that training never reaches: the fixed masks of validation
+VALIDATION_STEP = 2**64 - 1  # a step that training never reaches: the fixed masks of validation
 
 
 def mlm_batch(
@@ -26,17 +26,18 @@ def mlm_batch(
     special_ids: frozenset[int],
     vocab_size: int,
     bos_id: int,
-    rate: float = 0.15,
-    masked: float = MASKED,
-    replaced: float = REPLACED,
+    mlm_probability: float = 0.15,
+    mask_replace_prob: float = MASK_REPLACE_PROB,
+    random_replace_prob: float = RANDOM_REPLACE_PROB,
 ) -> dict[str, Tensor]:
     """Inputs and labels of blocks of T tokens, in which every document begins with `bos_id`.
 
-        chosen[t]        u0 < rate, for a token that is neither special nor a filler (below 0)
+        chosen[t]        u0 < mlm_probability, for a token that is neither special nor a filler (below 0)
         labels[t]        block[t] where chosen, else -100: nothing is shifted
-        input_ids[t]     where chosen: mask_id if u1 < masked; a random token that is not special if
-                         masked <= u1 < masked + replaced; block[t] otherwise. Elsewhere block[t], and bos for a filler
-        document_ids, position_ids   as data.clm has them
+        input_ids[t]     where chosen: mask_id if u1 < mask_replace_prob; a random token that is not special if
+                         0 <= u1 - mask_replace_prob < random_replace_prob; block[t] otherwise.
+                         Elsewhere block[t], and bos for a filler
+        document_ids, position_ids   as in data.transforms.causal
 
     All are int64 of (B, T). The u of row r and position t are a pure function of (seed, step, first_row + r, t), for one
     T: `first_row` is the row's place in the global batch, so the split into micro-batches and ranks changes nothing.
@@ -44,11 +45,12 @@ def mlm_batch(
     Source: Devlin et al. 2019, arXiv 1810.04805, appendix A.1. transformers' DataCollatorForLanguageModeling has the
     same shares, but replaces by any id, special ones too; Salmon et al. 2011 (Philox).
     """
-    if not 0 < rate <= 1:
-        raise DataError(f"rate={rate} is outside (0, 1]")
-    if not (0 <= masked and 0 <= replaced and masked + replaced <= 1):
-        raise DataError(f"masked={masked} and replaced={replaced} are shares of the chosen: their sum is at most 1")
-    is_special_V, ordinary = ordinary_ids(special_ids | {mask_id, bos_id}, vocab_size)
+    if not 0 < mlm_probability <= 1:
+        raise DataError(f"mlm_probability={mlm_probability} is outside (0, 1]")
+    if not (0 <= mask_replace_prob and 0 <= random_replace_prob and mask_replace_prob + random_replace_prob <= 1):
+        probabilities = f"mask_replace_prob={mask_replace_prob} and random_replace_prob={random_replace_prob}"
+        raise DataError(f"{probabilities} are shares of the chosen: their sum is at most 1")
+    is_special_V, ordinary = non_special_ids(special_ids | {mask_id, bos_id}, vocab_size)
     block = block_BT.numpy()
     rows, length = block.shape
     counter = np.array([first_row * length, 0, 0, step], dtype=np.uint64)
@@ -56,20 +58,20 @@ def mlm_batch(
     word_BT4 = random.random_raw(4 * block.size).reshape(rows, length, 4)
     u_BT2 = (word_BT4[..., :2] >> np.uint64(11)) * 2.0**-53  # in [0, 1), as numpy's own
     input_BT = np.where(block < 0, bos_id, block)
-    chosen = (u_BT2[..., 0] < rate) & ~is_special_V[input_BT]  # bos is special, and so are fillers
-    labels = np.where(chosen, block, IGNORE)
-    gap = chosen & (u_BT2[..., 1] < masked)
-    other = chosen & ~gap & (u_BT2[..., 1] < masked + replaced)
-    input_ids = np.where(gap, mask_id, input_BT)
+    is_chosen = (u_BT2[..., 0] < mlm_probability) & ~is_special_V[input_BT]  # bos is special, and so are fillers
+    labels = np.where(is_chosen, block, IGNORE)
+    is_masked = is_chosen & (u_BT2[..., 1] < mask_replace_prob)
+    is_replaced = is_chosen & ~is_masked & (u_BT2[..., 1] < mask_replace_prob + random_replace_prob)
+    input_ids = np.where(is_masked, mask_id, input_BT)
     # The remainder of 64 bits favours no id by more than V / 2^64.
-    input_ids[other] = ordinary[word_BT4[other, 2] % np.uint64(len(ordinary))]
+    input_ids[is_replaced] = ordinary[word_BT4[is_replaced, 2] % np.uint64(len(ordinary))]
     # Documents are told by the text, not by what stands in its place.
-    places = document_places(torch.from_numpy(input_BT), bos_id)
+    places = document_positions(torch.from_numpy(input_BT), bos_id)
     return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels), **places}
 
 
 @lru_cache(maxsize=8)
-def ordinary_ids(special_ids: frozenset[int], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+def non_special_ids(special_ids: frozenset[int], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     """(bool of (V,), whether an id is special; the ids that are not, ascending)."""
     is_special_V = np.zeros(vocab_size, dtype=bool)
     is_special_V[sorted(special_ids)] = True
@@ -78,14 +80,16 @@ def ordinary_ids(special_ids: frozenset[int], vocab_size: int) -> tuple[np.ndarr
     return is_special_V, np.flatnonzero(~is_special_V)
 
 
-class Baseline(NamedTuple):
+class UnigramBaseline(NamedTuple):
     """What a guess without context achieves on masked tokens."""
 
     accuracy: float
     perplexity: float
 
 
-def unigram_baseline(train_ids: np.ndarray, labels: Iterable[Tensor], special_ids: frozenset[int], vocab_size: int) -> Baseline:
+def unigram_baseline(
+    train_ids: np.ndarray, labels: Iterable[Tensor], special_ids: frozenset[int], vocab_size: int
+) -> UnigramBaseline:
     """Always the most frequent training token, and its perplexity under add-one frequencies, on exactly these labels.
 
         accuracy    share of the labels w that are argmax c
@@ -95,9 +99,9 @@ def unigram_baseline(train_ids: np.ndarray, labels: Iterable[Tensor], special_id
     label. Raises DataError when there is none.
 
     >>> unigram_baseline(np.array([0, 1, 1, 2]), [torch.tensor([1, -100, 2])], frozenset({0}), 3)
-    Baseline(accuracy=0.5, perplexity=2.04...)
+    UnigramBaseline(accuracy=0.5, perplexity=2.04...)
     """
-    is_special_V, ordinary = ordinary_ids(special_ids, vocab_size)
+    is_special_V, ordinary = non_special_ids(special_ids, vocab_size)
     count_V = np.zeros(vocab_size, dtype=np.int64)
     for start in range(0, len(train_ids), 1 << 24):  # a memory-mapped corpus need not fit in memory
         count_V += np.bincount(train_ids[start : start + (1 << 24)], minlength=vocab_size)
@@ -113,6 +117,6 @@ def unigram_baseline(train_ids: np.ndarray, labels: Iterable[Tensor], special_id
     if not target_V.sum():
         raise DataError("no token is masked: there is nothing to score. Use more text, or a higher rate")
     log_p_V = np.log((count_V + 1) / (count_V.sum() + len(ordinary)))
-    return Baseline(
+    return UnigramBaseline(
         float(target_V[count_V.argmax()] / target_V.sum()), float(np.exp(-(target_V * log_p_V).sum() / target_V.sum()))
     )

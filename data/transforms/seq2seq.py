@@ -9,25 +9,27 @@ from data.tokenizer.base import Tokenizer
 from data.transforms.causal import IGNORE
 
 
-def framed_text(tokenizer: Tokenizer, text: str, *, most: int | None = None, ends: bool = False, specials: bool = False):
-    """(ids of a text with what the tokenizer puts around one, how many there would be): transformers' tokenizer(text).
+def encode_text(
+    tokenizer: Tokenizer, text: str, *, max_length: int | None = None, add_eos: bool = False, parse_special: bool = False
+) -> tuple[np.ndarray, int]:
+    """Return (ids of a text with special tokens, their number before truncation), as transformers' tokenizer(text).
 
-    most: text is left out at its end until so many ids remain, as with truncation=True. ends: a target, which ends with eos
-    also where the tokenizer puts none behind a text.
+    max_length: truncate the end of the text to this many ids, as with truncation=True. add_eos: end with eos, as a target does,
+    where the tokenizer adds none itself.
     """
     prefix, suffix = tokenizer.affixes
-    suffix = suffix or ((tokenizer.eos_id,) if ends else ())
-    ids, around = tokenizer.encode(text, specials=specials), len(prefix) + len(suffix)
-    kept = ids if most is None else ids[: max(0, most - around)]
-    return np.array(tokenizer.checked([*prefix, *kept, *suffix]), dtype=np.int32), len(ids) + around
+    suffix = suffix or ((tokenizer.eos_id,) if add_eos else ())
+    ids, special_count = tokenizer.encode(text, parse_special=parse_special), len(prefix) + len(suffix)
+    kept = ids if max_length is None else ids[: max(0, max_length - special_count)]
+    return np.array(tokenizer.check_ids([*prefix, *kept, *suffix]), dtype=np.int32), len(ids) + special_count
 
 
-def teacher_forced(source_ids: np.ndarray, target_ids: np.ndarray, start_id: int) -> Example:
+def seq2seq_example(source_ids: np.ndarray, target_ids: np.ndarray, start_id: int) -> Example:
     """decoder_input[0] = start, decoder_input[t] = label[t - 1]; labels are the whole target, its eos included.
 
     As `shift_tokens_right` of transformers; what pads a row comes later (`data.packing`): -100 in labels, an id in inputs.
 
-    >>> example = teacher_forced(np.array([5, 6, 1]), np.array([7, 1]), 0)
+    >>> example = seq2seq_example(np.array([5, 6, 1]), np.array([7, 1]), 0)
     >>> example.ids.tolist(), example.labels.tolist(), example.source_ids.tolist()
     ([0, 7], [7, 1], [5, 6, 1])
     """

@@ -9,8 +9,8 @@ from torch import nn
 from tqdm import tqdm
 
 from data.config import DataConfig, DataError
-from data.tokenizer.base import load_tokenizer
-from data.words import counted
+from data.messages import format_count
+from data.tokenizer.open import load_tokenizer
 from model.config import ModelConfig
 from train.config import NetworkConfig, OptimizerConfig, ReportConfig, RunConfig, TrainConfig
 from train.config_toml import read_settings
@@ -67,7 +67,7 @@ def open_text(
         read = TrainConfig(run=RunConfig(objective=objective), data=data)
         shards = kind.open_data(read, tokenizer, say, progress=sys.stderr.isatty())
         # No window is longer than the text: what would fill it up costs time, and is not scored.
-        text = min(shards.validation.tokens, eval_tokens, shards.train.shortest)
+        text = min(shards.validation.tokens, eval_tokens, shards.train.smallest_source)
         context = max(1, min(config.context, WINDOW, text - 1))
         told = TrainConfig(
             run=RunConfig(objective=objective),
@@ -96,5 +96,5 @@ def score(network: nn.Module, task: Task, what: str) -> Scores:
 
 def described(task: Task) -> str:
     scored, there = len(task.held_out), task.shards.validation.tokens
-    share = counted(scored, "token") if scored == there else f"the first {scored:,} of {there:,} tokens"
+    share = format_count(scored, "token") if scored == there else f"the first {scored:,} of {there:,} tokens"
     return f"{' '.join(task.config.data.corpus)}, {share} in windows of {task.config.network.context:,}"

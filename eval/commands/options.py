@@ -9,7 +9,7 @@ import tyro
 
 from data.config import BUILT_IN
 from data.sources.find import may_hold_records
-from data.sources.record_files import FORMATS, suffix_of
+from data.sources.record_files import FORMATS, file_suffix
 from train.command_line import Needs
 
 FILE = tyro.conf.arg(metavar="FILE")
@@ -59,7 +59,7 @@ def references(asked: Scored) -> tuple[str, ...]:
 
 
 def holds_records(files: Iterable[str]) -> bool:
-    return any(suffix_of(file) in FORMATS for file in files)
+    return any(file_suffix(file) in FORMATS for file in files)
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ import torch
 import model.hub
 from data.config import DataConfig, DataError
 from data.corpus.ingest import find_corpus, read_corpus
-from data.notes import reading_notes, spelling_notes, unknown_notes
-from data.sizes import shared_out
+from data.notes import describe_reading, describe_spelling, describe_unknown
+from data.sizes import split_in_proportion
 from data.sources.files import BadText, ReadReport, decode
-from data.tokenizer.base import Tokenizer, load_tokenizer
+from data.tokenizer.base import Tokenizer
+from data.tokenizer.open import load_tokenizer
 from eval.commands.held_out import objective_of, open_text
 from model.network import Network
 from train.runs.errors import TrainError
@@ -94,7 +95,7 @@ class Met:
     tokens: int = 0
 
     def notes(self, tokenizer: Tokenizer) -> list[str]:
-        return [*self.left_out, *reading_notes(vars(self.read)), *unknown_notes(self.unknown, self.tokens, tokenizer)]
+        return [*self.left_out, *describe_reading(vars(self.read)), *describe_unknown(self.unknown, self.tokens, tokenizer)]
 
 
 def held_out(opened: Opened) -> tuple[str, Iterator[Document]]:
@@ -103,7 +104,7 @@ def held_out(opened: Opened) -> tuple[str, Iterator[Document]]:
     if isinstance(task, str):
         raise DataError(f"no text is named, and there is no held-out one: {task}")
     split, tokenizer, report = task.shards.validation, task.shards.tokenizer, task.shards.report
-    for line in [*reading_notes(report), *spelling_notes(report, tokenizer)]:
+    for line in [*describe_reading(report), *describe_spelling(report, tokenizer)]:
         print(f"note: {line}", file=sys.stderr)
 
     def read() -> Iterator[Document]:
@@ -114,8 +115,8 @@ def held_out(opened: Opened) -> tuple[str, Iterator[Document]]:
             kept = [token for token in ids[start + 1 : end].tolist() if token != tokenizer.eos_id]
             if kept:  # one id both begins and ends: nothing follows the last one
                 found.append(kept)
-        sizes = [int(tokenizer.piece_bytes[kept].sum()) for kept in found]
-        for kept, size in zip(found, shared_out(split.bytes, sizes), strict=True):
+        sizes = [int(tokenizer.byte_lengths[kept].sum()) for kept in found]
+        for kept, size in zip(found, split_in_proportion(split.bytes, sizes), strict=True):
             yield Document(kept, size, 0, 0)
 
     return f"held-out text of {' '.join(task.config.data.corpus)}", read()

@@ -19,14 +19,14 @@ from typing import Any, BinaryIO
 from data.sources.parquet import read_parquet
 from data.sources.record_files import (
     FORMATS,
-    LINES,
+    LINE_FORMATS,
     Line,
     Record,
     RecordError,
+    file_suffix,
     is_utf16,
     read_records,
     refuse_columnar,
-    suffix_of,
 )
 
 HYPOTHESIS_FIELDS = ("hypothesis", "prediction", "output", "generated", "text")
@@ -97,15 +97,15 @@ class Source:
     def texts(self, stack: ExitStack) -> Iterator[list[str]]:
         """The texts of each line or record, one or several."""
         refuse_columnar(self.path)
-        suffix, lines = suffix_of(self.path), self.lines(stack)
-        if suffix not in LINES or suffix == ".jsonl":
+        suffix, lines = file_suffix(self.path), self.lines(stack)
+        if suffix not in LINE_FORMATS or suffix == ".jsonl":
             lines = ((number, line.removesuffix("\n").removesuffix("\r")) for number, line in lines)
         if suffix not in FORMATS:
             yield from ([line] for _, line in lines)
             return
         guessed = None
         try:
-            for record in read_records(lines, suffix, blank=False) if suffix in LINES else self.rows(stack):
+            for record in read_records(lines, suffix, skip_blank=False) if suffix in LINE_FORMATS else self.rows(stack):
                 where = f"{self.name}, {record.place}"
                 if isinstance(record.value, dict) and len(self.fields) > 1:
                     name = self.field_of(record.value, where)

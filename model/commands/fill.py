@@ -31,7 +31,7 @@ class Fill:
 def fill(options: Fill) -> None:
     import torch
 
-    from data.tokenizer.base import load_tokenizer
+    from data.tokenizer.open import load_tokenizer
     from model.fill import fill
     from train.runs.open import checked_device, resolve
 
@@ -45,14 +45,15 @@ def fill(options: Fill) -> None:
     # the missing token: pieces begin with their space, or (WordPiece) have no spaces.
     *before, last = options.text.split(GAP)
     texts = [*(part.removesuffix(" ") for part in before), last]
-    own = tokenizer.name_of(tokenizer.mask_id)
+    own = tokenizer.token_name(tokenizer.mask_id)
     note_control_tokens(tokenizer, " ".join(texts).replace(own, ""), specials=True, option="the text")
     first, *rest = (encode(tokenizer, part, option="the text") for part in texts)
     note_unknown(tokenizer, " ".join(texts), [id for part in (first, *rest) for id in part], option="the text")
     ids = first
     for part in rest:
         ids = [*ids, tokenizer.mask_id, *part]
-    guesses = fill(network, torch.tensor([tokenizer.framed(ids)], device=device), tokenizer.mask_id, top=options.top)
+    ids = tokenizer.with_special_tokens(ids)
+    guesses = fill(network, torch.tensor([ids], device=device), tokenizer.mask_id, top=options.top)
     for number, best in enumerate(guesses, 1):
         print(f"gap {number} of {len(guesses)}" if len(guesses) > 1 else f"in “{options.text}”")
         for guess in best:

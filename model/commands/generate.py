@@ -87,7 +87,7 @@ class Generate:
 def generate(options: Generate) -> None:
     import torch
 
-    from data.tokenizer.base import load_tokenizer
+    from data.tokenizer.open import load_tokenizer
     from model.generation_config import read_generation_config
     from train.runs.open import checked_device, resolve
 
@@ -107,11 +107,11 @@ def generate(options: Generate) -> None:
         note_control_tokens(tokenizer, text, specials=options.specials, option=option)
         ids = encode(tokenizer, text, specials=options.specials, option=option)
         note_unknown(tokenizer, text, ids, option=option)
-        framed = tokenizer.framed(ids) if ids or written else first_ids(tokenizer)
+        framed = tokenizer.with_special_tokens(ids) if ids or written else first_ids(tokenizer)
         texts.append(("" if written else tokenizer.decode(ids), framed))
         note_length(longest, len(framed), option, written)
     if tokenizer.affixes.suffix and not written:
-        end = ", ".join(tokenizer.name_of(id) for id in tokenizer.affixes.suffix)
+        end = ", ".join(tokenizer.token_name(id) for id in tokenizer.affixes.suffix)
         print(f"note: this folder's tokenizer puts {end} behind each text, and so behind --prompt", file=sys.stderr)
     stop_strings, stop_ids = stops(options.stop, tokenizer)
     settings = generation_settings(options, said, prompt=1 if written else len(texts[0][1]), written=written)
@@ -183,7 +183,7 @@ def write(network, input_ids, tokenizer: "Tokenizer", opening: str, stop: tuple[
     from model.generate import generate
     from model.streaming import TextStream, stop_position
 
-    shown = TextStream(lambda text: print(text, end="", flush=True), tokenizer.bytes_of, stop)
+    shown = TextStream(lambda text: print(text, end="", flush=True), tokenizer.token_bytes, stop)
     begun = False
 
     def show(token_B) -> None:
@@ -208,19 +208,19 @@ def first_ids(tokenizer: "Tokenizer") -> list[int]:
     """Return the ids at the beginning of a document, for a text without a prompt."""
     if tokenizer.bos_id is None:
         raise ConfigError("this tokenizer has no token that begins or ends a text: give a --prompt to continue")
-    return tokenizer.checked([*(tokenizer.affixes.prefix or (tokenizer.bos_id,))])
+    return tokenizer.check_ids([*(tokenizer.affixes.prefix or (tokenizer.bos_id,))])
 
 
 def stops(given: tuple[str, ...], tokenizer: "Tokenizer") -> tuple[tuple[str, ...], list[int]]:
     """Return the strings and the ids of --stop. A control token becomes an id, as no decoded text contains it."""
     for text in given:
-        held = [name for name in tokenizer.controls if name in text]
-        if held and text not in tokenizer.controls:
+        held = [name for name in tokenizer.control_tokens if name in text]
+        if held and text not in tokenizer.control_tokens:
             raise ConfigError(f"--stop {text!r} holds the control token {held[0]}: that ends a text alone, --stop {held[0]!r}")
     for text in given:
-        note_control_tokens(tokenizer, "" if text in tokenizer.controls else text, specials=True, option="--stop")
-    ids = [tokenizer.controls[text] for text in given if text in tokenizer.controls]
-    return tuple(text for text in given if text not in tokenizer.controls), ids
+        note_control_tokens(tokenizer, "" if text in tokenizer.control_tokens else text, specials=True, option="--stop")
+    ids = [tokenizer.control_tokens[text] for text in given if text in tokenizer.control_tokens]
+    return tuple(text for text in given if text not in tokenizer.control_tokens), ids
 
 
 def generation_settings(options: Generate, said: "GenerationConfig", *, prompt: int, written: bool = False) -> dict[str, float]:

@@ -36,28 +36,28 @@ def encode(tokenizer: "Tokenizer", text: str, *, specials: bool = True, option: 
     """Encode a text without the tokenizer's special tokens around it. With `specials`, as in transformers, a control token in
     the text is that token; otherwise it is spelled in letters."""
     try:
-        return tokenizer.encode(text, specials=specials)
+        return tokenizer.encode(text, parse_special=specials)
     except UnicodeEncodeError:
         raise ConfigError(f"{option} is not valid UTF-8") from None
 
 
 def note_unknown(tokenizer: "Tokenizer", text: str, ids: list[int], *, option: str) -> None:
     """Print a note about unknown tokens in a text."""
-    from data.notes import unknown_notes, unspelled_words
+    from data.notes import describe_unknown, unknown_words
 
-    for line in unknown_notes(ids.count(tokenizer.unknown_id), len(ids), tokenizer, f"the tokens of {option}"):
-        words = ", ".join(map(repr, unspelled_words(text, tokenizer)))
+    for line in describe_unknown(ids.count(tokenizer.unknown_id), len(ids), tokenizer, f"the tokens of {option}"):
+        words = ", ".join(map(repr, unknown_words(text, tokenizer)))
         print(f"note: {line}{f' ({words})' if words else ''}", file=sys.stderr)
 
 
 def note_control_tokens(tokenizer: "Tokenizer", text: str, *, specials: bool, option: str) -> None:
     """Print a note about control tokens in a text, and about text that looks like another tokenizer's control token."""
-    known = [name for name in tokenizer.controls if name in text]
+    known = [name for name in tokenizer.control_tokens if name in text]
     if known and specials:
         is_what = "is read as that control token" if len(known) == 1 else "are read as these control tokens"
         print(f"note: {', '.join(known)} in {option} {is_what}; --no-specials spells it in letters", file=sys.stderr)
     elif known:
         print(f"note: {', '.join(known)} in {option} is spelled in letters, as --no-specials asks", file=sys.stderr)
-    strange = [name for name in dict.fromkeys(LOOKS_LIKE_CONTROL.findall(text)) if name not in tokenizer.controls]
+    strange = [name for name in dict.fromkeys(LOOKS_LIKE_CONTROL.findall(text)) if name not in tokenizer.control_tokens]
     if strange:
         print(f"note: {', '.join(strange)} in {option} is no control token of this tokenizer: read as text", file=sys.stderr)

@@ -64,8 +64,8 @@ class Predict:
 def predict(options: Predict) -> None:
     from tqdm import tqdm
 
-    from data.tokenizer.base import load_tokenizer
-    from data.transforms.framing import Framer, pad_id
+    from data.tokenizer.open import load_tokenizer
+    from data.transforms.framing import Framer, choose_pad_id
     from model.predict import Text, check_classifier, is_multi_label, predicted_labels, probabilities
     from train.runs.open import checked_device, resolve
 
@@ -81,10 +81,10 @@ def predict(options: Predict) -> None:
     places, rows = read_texts(options.file)
     check_columns(rows, places, asked, options)
     room = config.context - network.body.num_virtual_tokens
-    framer = Framer(tokenizer, room=min(room, asked.max_length or room), is_pair=asked.pair is not None)
+    framer = Framer(tokenizer, max_length=min(room, asked.max_length or room), is_pair=asked.pair is not None)
     framed = [frame(framer, row, place, asked) for row, place in zip(rows, places, strict=True)]
-    if cut := sum(each.cut > 0 for each in framed):
-        print(f"note: {cut:,} of {len(rows):,} texts cut to {framer.room:,} tokens", file=sys.stderr)
+    if cut := sum(each.truncated > 0 for each in framed):
+        print(f"note: {cut:,} of {len(rows):,} texts cut to {framer.max_length:,} tokens", file=sys.stderr)
 
     def progress(batches: list) -> Iterator[list[int]]:
         with tqdm(total=len(rows), unit="text", desc="predicting", disable=not sys.stderr.isatty(), leave=False) as bar:
@@ -94,9 +94,9 @@ def predict(options: Predict) -> None:
 
     probability_NC = probabilities(
         network,
-        [Text(each.ids, each.types) for each in framed],
+        [Text(each.ids, each.type_ids) for each in framed],
         batch_size=options.batch_size,
-        pad_id=pad_id(tokenizer, framer.ends_with),
+        pad_id=choose_pad_id(tokenizer, framer.last_token),
         progress=progress,
     )
     guesses = [predicted_labels(labels, row_C, multi=several, threshold=options.threshold) for row_C in probability_NC]
@@ -148,23 +148,23 @@ def classify_settings(options: Predict, folder: Path) -> "ClassifySettings":
 
 def label_names_of(config: "ModelConfig") -> tuple[str, ...]:
     """Return the label names of config.json, else LABEL_0 and so on, as in transformers."""
-    from data.transforms.labels import names_in_config
+    from data.transforms.labels import labels_from_config
 
-    names = names_in_config(config.extra.get("id2label"))
+    names = labels_from_config(config.extra.get("id2label"))
     return names if names is not None and len(names) == config.labels else tuple(f"LABEL_{i}" for i in range(config.labels))
 
 
 def read_texts(file: Path) -> tuple[list[str], list[Row]]:
     """Read the records of a file, and their places for messages; each line of a .txt is one."""
     from data.sources.files import ReadReport, decode, read_each, read_rows
-    from data.sources.find import kind
+    from data.sources.find import readable_suffix
     from data.sources.record_files import FORMATS
 
     if not file.is_file():
         raise DataError(f"{file} is no file" if file.exists() else f"{file} does not exist")
-    if kind(file) in FORMATS:
+    if readable_suffix(file) in FORMATS:
         found = list(read_rows([file], "error", ReadReport()))
-    elif kind(file) == ".txt":
+    elif readable_suffix(file) == ".txt":
 
         def lines(path: Path, stream) -> Iterator[tuple[str, Row]]:
             text = decode(stream.read(), str(path), 0, "error", ReadReport())
@@ -181,10 +181,10 @@ def read_texts(file: Path) -> tuple[list[str], list[Row]]:
 
 def check_columns(rows: Sequence[Row], places: Sequence[str], asked: "ClassifySettings", options: Predict) -> None:
     """Refuse records without the columns of the texts, or with columns of the output's names."""
-    from data.sources.find import kind
-    from data.sources.record_files import shown
+    from data.sources.find import readable_suffix
+    from data.sources.record_files import quote_names
 
-    if kind(options.file) == ".txt":
+    if readable_suffix(options.file) == ".txt":
         if options.text is not None or asked.pair is not None or options.score:
             raise DataError(f"{options.file} has one text a line and no columns: --text, --pair and --score are of records")
         for row in rows:
@@ -194,7 +194,7 @@ def check_columns(rows: Sequence[Row], places: Sequence[str], asked: "ClassifySe
             if column is None:
                 continue
             if column not in row:
-                raise DataError(f"{place}: no column {column!r}; its columns: {shown(row)}. Name it by {option}")
+                raise DataError(f"{place}: no column {column!r}; its columns: {quote_names(row)}. Name it by {option}")
             if not isinstance(row[column], str):
                 raise DataError(f"{place}: the value of {column!r} is {json.dumps(row[column])[:60]}, not a string")
         if taken := [name for name in (PREDICTED, PROBABILITIES) if name in row]:
@@ -260,7 +260,7 @@ def table(delimiter: str) -> Callable[[Sequence[Row], Sequence[str], str], str]:
     """Return a formatter of a table: the input's columns in order, the label, the probability of each label."""
 
     def written(results: Sequence[Row], labels: Sequence[str], separator: str) -> str:
-        from data.transforms.labels import joined
+        from data.transforms.labels import join_labels
 
         own = [name for name in dict.fromkeys(name for row in results for name in row) if name != PROBABILITIES]
         own = [*(name for name in own if name != PREDICTED), PREDICTED]
@@ -269,7 +269,7 @@ def table(delimiter: str) -> Callable[[Sequence[Row], Sequence[str], str], str]:
         writer.writerow([*own, *(f"probability {name}" for name in labels)])
         for row in results:
             guess = row[PREDICTED]
-            cells = row | {PREDICTED: joined(guess, separator) if isinstance(guess, list) else guess}
+            cells = row | {PREDICTED: join_labels(guess, separator) if isinstance(guess, list) else guess}
             writer.writerow([*(cell(cells.get(name)) for name in own), *row[PROBABILITIES].values()])
         return text.getvalue()
 

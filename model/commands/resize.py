@@ -24,7 +24,7 @@ class Resize:
 
 def resize(options: Resize) -> None:
     from data.config import DataError
-    from data.tokenizer.base import load_tokenizer
+    from data.tokenizer.open import load_tokenizer
     from model.commands.try_it import example_command
     from model.folders import atomic_folder, copy_auxiliary_files
     from model.hub import load, save
@@ -42,7 +42,7 @@ def resize(options: Resize) -> None:
     print(f"written: {options.out}: {before:,} rows became {options.vocab_size:,}")
     print(f"try it:  {example_command(options.out)}")
     try:
-        count = len(load_tokenizer(folder).bytes_of)
+        count = len(load_tokenizer(folder).token_bytes)
     except DataError:
         return
     if count > options.vocab_size:

@@ -13,7 +13,7 @@ def example_command(folder: Path) -> str:
     """Return a command that uses a model folder: generate, fill, predict, else info."""
     from data.config import DataError
     from data.shell import command
-    from data.tokenizer.base import load_tokenizer
+    from data.tokenizer.open import load_tokenizer
     from eval.commands.held_out import objective_of
     from model.hub import read_config
 
@@ -44,8 +44,8 @@ def can_read(tokenizer: "Tokenizer", text: str, others: list[int] = ()) -> bool:
     from data.config import DataError
 
     try:
-        ids = tokenizer.framed(tokenizer.encode(text))
-        tokenizer.checked([*ids, *others])
+        ids = tokenizer.with_special_tokens(tokenizer.encode(text))
+        tokenizer.check_ids([*ids, *others])
     except DataError:
         return False
     return tokenizer.unknown_id not in ids

@@ -24,7 +24,7 @@ from nltk.stem.porter import PorterStemmer
 from nltk.translate.meteor_score import meteor_score
 
 import model.hub
-from data.tokenizer.base import load_tokenizer
+from data.tokenizer.open import load_tokenizer
 from eval.bertscore import bertscore
 from eval.bleu import corpus_bleu
 from eval.chrf import corpus_chrf

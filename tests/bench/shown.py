@@ -18,9 +18,10 @@ from torch import Tensor, nn
 import model.hub
 import train.__main__
 from data.config import DataConfig
-from data.packing.blocks import BlockStream, sequential
+from data.packing.blocks import BlockStream, sequential_blocks
 from data.sources.shards import prepare
-from data.tokenizer.base import Tokenizer, load_tokenizer
+from data.tokenizer.base import Tokenizer
+from data.tokenizer.open import load_tokenizer
 from data.transforms.causal import clm_batch
 from lora.config import DoraConfig, Ia3Config, LoraConfig, PrefixConfig
 from lora.inject import add_adapters
@@ -94,9 +95,9 @@ def open_task(base: Path) -> Task:
     old, new = (prepare(DataConfig(corpus=(name,)), tokenizer=tokenizer) for name in (OLD, NEW))
 
     def text(ids: np.ndarray) -> Text:
-        blocks = sequential(ids, config.context, BATCH_SIZE)
+        blocks = sequential_blocks(ids, config.context, BATCH_SIZE)
         batches = [clm_batch(block, tokenizer.bos_id, tokenizer.eos_id) for block in blocks]
-        return Text(batches, int(tokenizer.piece_bytes[ids[1:]].sum()))
+        return Text(batches, int(tokenizer.byte_lengths[ids[1:]].sum()))
 
     learned, searched = new.train.ids[:-SEARCHED], new.train.ids[-SEARCHED:]
     return Task(base, tokenizer, config.context, learned, text(old.validation.ids), text(new.validation.ids), text(searched))

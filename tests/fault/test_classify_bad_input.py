@@ -9,8 +9,8 @@ import model.hub
 import train.tasks.classify
 from data.config import DataError
 from data.sources.records import Rows
-from data.transforms.framing import Framer, pad_id, read_pair
-from data.transforms.labels import label_name, learned_labels
+from data.transforms.framing import Framer, choose_pad_id, read_pair_template
+from data.transforms.labels import label_name, training_labels
 from tests.conftest import randomized, tiny_config
 from tests.folders import byte_level, write_tokenizer
 from tests.oracle.test_classify import SPECIALS, template, write_labelled
@@ -73,21 +73,22 @@ def test_a_label_that_validation_alone_has(tmp_path):
 def test_the_same_words_in_several_types(tmp_path):
     assert [label_name(value, "", "") for value in (True, False, 3, " x ")] == ["true", "false", "3", "x"]
     rows = Rows([{"label": value} for value in (10, "9", True, "b2", "B10")], [""] * 5, [""] * 5)
-    assert learned_labels(rows, Rows([], [], []), "label", None) == ("9", "10", "b2", "B10", "true")
-    assert learned_labels(rows, Rows([], [], []), "label", None, ("true", "9", "B10", "b2", "10"))[0] == "true"
-    assert learned_labels(rows, Rows([], [], []), "label", None, ("true", "9", "B10", "b2"))[0] == "9"
+    assert training_labels(rows, Rows([], [], []), "label", None) == ("9", "10", "b2", "B10", "true")
+    assert training_labels(rows, Rows([], [], []), "label", None, ("true", "9", "B10", "b2", "10"))[0] == "true"
+    assert training_labels(rows, Rows([], [], []), "label", None, ("true", "9", "B10", "b2"))[0] == "9"
 
 
 def test_an_empty_text_without_a_frame(tmp_path):
     write_tokenizer(tmp_path, byte_level(SPECIALS), SPECIALS)
-    from data.tokenizer.base import load_tokenizer
+    from data.tokenizer.open import load_tokenizer
 
     tokenizer = load_tokenizer(tmp_path)
     with pytest.raises(DataError, match="the text is empty"):
-        Framer(tokenizer, room=8)("")
-    assert pad_id(tokenizer, 331) == 0 and pad_id(tokenizer, None) == 331 and pad_id(tokenizer, 331, [5]) == 5
+        Framer(tokenizer, max_length=8)("")
+    assert choose_pad_id(tokenizer, 331) == 0 and choose_pad_id(tokenizer, None) == 331
+    assert choose_pad_id(tokenizer, 331, [5]) == 5
     with pytest.raises(DataError, match="Unheard"):
-        read_pair({"type": "Unheard"})
+        read_pair_template({"type": "Unheard"})
 
 
 def test_an_encoder_decoder_whose_tokenizer_has_no_end(tmp_path):

@@ -12,7 +12,7 @@ from data.config import DataConfig, DataError
 from data.corpus.ingest import read_corpus
 from data.sources.files import ReadReport
 from data.sources.shards import prepare
-from data.tokenizer.base import load_tokenizer
+from data.tokenizer.open import load_tokenizer
 
 
 def read(*corpus, **settings):
@@ -237,7 +237,7 @@ def test_folder_without_a_tokenizer(tmp_path):
     assert str(tmp_path) in str(caught.value)
     with pytest.raises(DataError, match=r"nowhere: no tokenizer can be read there \(No such file"):
         load_tokenizer(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"notes\.bin: not a tokenizer's file: read are tokenizer\.model"):
+    with pytest.raises(DataError, match=r"notes\.bin: not a tokenizer's file; readable are tokenizer\.model"):
         load_tokenizer(write(tmp_path / "notes.bin", "x"))
 
 

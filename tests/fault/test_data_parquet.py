@@ -16,7 +16,7 @@ import pytest
 
 from data.config import DataConfig, DataError
 from data.sources.files import ReadReport, read_rows
-from data.sources.parquet import INSTALL, ROWS, read_parquet
+from data.sources.parquet import BATCH_ROWS, INSTALL, read_parquet
 from eval.commands.texts import EvalError, Source
 from tests.fault.test_data_bad_input import read
 from tests.runs import ROOT, command
@@ -162,7 +162,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
         for _ in read_parquet(stream, "text"):
             rows += 1
             most = max(most, pool.bytes_allocated() - before) if rows % 500 == 0 else most
-    assert rows == 32_000 > 2 * ROWS and most < 12_000_000
+    assert rows == 32_000 > 2 * BATCH_ROWS and most < 12_000_000
 
 
 def test_without_pyarrow_the_command_is_told(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from data.config import DataConfig, DataError
 from data.corpus.ingest import read_corpus
 from data.sizes import text_bytes
 from data.sources.shards import prepare
-from data.tokenizer.base import load_tokenizer
+from data.tokenizer.open import load_tokenizer
 from data.transforms.masked import unigram_baseline
 from lora.config import LoraConfig
 from lora.inject import add_adapters
@@ -78,14 +78,14 @@ def test_shards_say_how_much_is_unknown_when_built_and_when_reused(decoder, mixe
     tokenizer, heard = load_tokenizer(decoder, len(VOCABULARY)), []
     for _ in range(2):
         said: list[str] = []
-        shards = prepare(config, tokenizer=tokenizer, say=said.append)
+        shards = prepare(config, tokenizer=tokenizer, info=said.append)
         heard.append([line for line in said if "unknown" in line])
     (line,), again = heard
-    assert heard[0] == again and not shards.built
+    assert heard[0] == again and not shards.is_new
     assert line.startswith("9.1 % of the tokens (40 of 440) are the unknown one ([UNK])")
     split = shards.validation
     assert split.bytes == sum(len(text.encode()) for text in texts_of(split, mixed, tokenizer))
-    assert text_bytes(split, tokenizer, split.tokens) == split.bytes > tokenizer.piece_bytes[split.ids[:]].sum()
+    assert text_bytes(split, tokenizer, split.tokens) == split.bytes > tokenizer.byte_lengths[split.ids[:]].sum()
     half = text_bytes(split, tokenizer, split.tokens // 2)
     assert abs(half / split.bytes - 0.5) < 0.15
 
@@ -95,7 +95,7 @@ def texts_of(split, path, tokenizer) -> list[str]:
     ids = np.array(split.ids).tolist()
     text = " ".join(map(str, ids))
     found = [json.loads(line)["text"] for line in path.read_text().splitlines()]
-    return [each for each in found if " ".join(map(str, tokenizer.document(tokenizer.encode(each)))) in text]
+    return [each for each in found if " ".join(map(str, tokenizer.as_document(tokenizer.encode(each)))) in text]
 
 
 def test_perplexity_of_unknown_text(decoder, mixed):
@@ -151,11 +151,11 @@ def test_counts_of_documents_are_true(tmp_path):
     said: list[str] = []
     (tmp_path / "a.txt").write_text("To be, or not to be.")
     with pytest.raises(DataError, match=r"the corpus has 1 document, and"):
-        prepare(DataConfig(corpus=(str(tmp_path),), cache=tmp_path / "cache"), say=said.append)
+        prepare(DataConfig(corpus=(str(tmp_path),), cache=tmp_path / "cache"), info=said.append)
     assert not any("cut" in line for line in said)
     (tmp_path / "b.txt").write_text("To be, or not to be.")
     with pytest.raises(DataError, match=r"the corpus has 1 document after 1 duplicate was dropped, and"):
-        prepare(DataConfig(corpus=(str(tmp_path),), cache=tmp_path / "cache"), say=said.append)
+        prepare(DataConfig(corpus=(str(tmp_path),), cache=tmp_path / "cache"), info=said.append)
 
 
 def test_an_array_of_strings_is_read(tmp_path):

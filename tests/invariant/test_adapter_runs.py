@@ -15,7 +15,7 @@ import lora.__main__ as lora_command
 import lora.peft_io
 import model.__main__ as model_command
 import model.hub
-from data.tokenizer.base import load_tokenizer
+from data.tokenizer.open import load_tokenizer
 from lora.adalora import RankAllocator
 from lora.config import CONFIGS, LoraConfig
 from lora.inject import add_adapters, parts

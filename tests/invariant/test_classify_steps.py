@@ -153,7 +153,7 @@ def test_classes_that_never_come_are_no_part_of_the_mean():
 def test_long_texts_are_counted(overlong, place):
     task = task_of(place, max_length=24, overlong=overlong)
     rows = [*task.data.train.values, *task.data.validation.values]
-    long = sum(task.framer(row["text"]).cut > 0 for row in rows)
+    long = sum(task.framer(row["text"]).truncated > 0 for row in rows)
     what = {"cut": "cut to", "drop": "left out, longer than"}[overlong]
     assert 0 < long < len(rows) and f"{long} of {len(rows)} texts {what} 24 tokens" in task.introduction()
     made = [task.transform(row, None) for row in rows]

@@ -25,8 +25,8 @@ def test_pad_batch_has_what_examples_have():
     }
     assert batch["input_ids"][0].tolist() == [1, 2, 3] + 13 * [7] and batch["labels"][0].tolist() == [2, 3, 4] + 13 * [-100]
     assert batch["attention_mask"].sum(1).tolist() == [3, 9] and batch["weight"].sum(1).tolist() == [1.5, 18.0]
-    assert pad_batch(units, 7, most=(12,))["labels"].shape == (2, 12)
-    assert pad_batch(units, 7, most=(5,))["labels"].shape == (2, 9), "nothing is cut"
+    assert pad_batch(units, 7, max_lengths=(12,))["labels"].shape == (2, 12)
+    assert pad_batch(units, 7, max_lengths=(5,))["labels"].shape == (2, 9), "nothing is cut"
 
 
 def test_pad_batch_of_an_encoder_decoder():
@@ -39,13 +39,13 @@ def test_pad_batch_of_an_encoder_decoder():
 
 @pytest.mark.parametrize("labels", [np.array(2), np.array([1, 0, 1]), np.array([0.0, 1.0, 1.0], np.float32), np.float32(0.25)])
 def test_labels_of_a_whole_text(labels):
-    made = ExampleSource([3, 3, 5, 9], lambda n, random: [example(n, np.asarray(labels))], batch_size=2, room=(16,))
+    made = ExampleSource([3, 3, 5, 9], lambda n, random: [example(n, np.asarray(labels))], batch_size=2, max_lengths=(16,))
     for step in range(4):  # also where all texts of a batch have as many tokens as there are classes
         found = made.batches(step)[0]["labels"]
         assert found.shape == (2, *np.shape(labels)) and np.array_equal(found[1], labels)
         assert found.dtype == torch.from_numpy(np.asarray(labels)).dtype
     assert pad_batch([[example(3, np.array([1, 0, 1]))]], 0)["labels"].shape == (1, 8), "by its shape alone it is of positions"
-    assert pad_batch([[example(3, np.array([1, 0, 1]))]], 0, whole={"labels"})["labels"].tolist() == [[1, 0, 1]]
+    assert pad_batch([[example(3, np.array([1, 0, 1]))]], 0, sequence_level={"labels"})["labels"].tolist() == [[1, 0, 1]]
 
 
 def test_groups_stand_side_by_side():

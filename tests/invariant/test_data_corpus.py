@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import regex
 
-from data.corpus.dedup import deduplicate, find_covered, shared_shingles, shingles
-from data.corpus.ingest import cut, cut_at_spaces, cut_long_lines
+from data.corpus.dedup import deduplicate, find_covered, shingle_overlap, shingles
+from data.corpus.ingest import cut_at_blank_lines, cut_at_spaces, cut_long_lines
 from data.sources.files import Document
 from tests.texts import prose
 
@@ -34,7 +34,7 @@ def test_built_in_documentation(documents):
 def test_built_in_corpus_imports_nothing():
     names = ["antigravity", "this", "turtle", "pydoc_data.topics"]
     code = (
-        "import sys; from data.corpus import stdlib_docs, stdlib_files;"
+        "import sys; from data.corpus.ingest import stdlib_docs, stdlib_files;"
         "paths = [p for p in stdlib_files() if p.stem in ('antigravity', 'this', 'turtle', 'topics')];"
         "found = list(stdlib_docs(paths));"
         f"print(len(found) > 50, set({names}) & set(sys.modules))"
@@ -45,12 +45,12 @@ def test_built_in_corpus_imports_nothing():
 
 def test_cut_loses_nothing():
     text = "".join(prose(n, 40) for n in range(50)) + "no end"
-    pieces = cut(Document("book", text), 1000)
+    pieces = cut_at_blank_lines(Document("book", text), 1000)
     assert len(pieces) > 8 and "".join(piece.text for piece in pieces) == text
     assert max(len(piece.text) for piece in pieces) < 2000
     unbroken = "line\n" * 5000
-    assert "".join(piece.text for piece in cut(Document("list", unbroken), 1000)) == unbroken
-    assert len(cut(Document("list", unbroken), 1000)) > 4
+    assert "".join(piece.text for piece in cut_at_blank_lines(Document("list", unbroken), 1000)) == unbroken
+    assert len(cut_at_blank_lines(Document("list", unbroken), 1000)) > 4
 
 
 WORDS = "word don\u2019t Zu\u0308rich \U0001f469\u200d\U0001f52c \U0001f1e9\U0001f1ea \u0928\u093f\u0930 \ud55c\uae00".split()
@@ -99,13 +99,13 @@ def test_what_lines_cut_stays_as_it_was():
     """But for a piece that is most of the text; and what they did not cut is cut at spaces, if it is long."""
     chapters, line = "".join(one_line(n, 400) + "\n" for n in range(9)), one_line(9, 2000)
     most, size = len(chapters.encode()) // 4, len(chapters.encode()) // 80
-    pieces = cut(Document("book", chapters), size)
+    pieces = cut_at_blank_lines(Document("book", chapters), size)
     assert len(pieces) == 9 and cut_long_lines(pieces, size, most) == pieces
-    again = cut_long_lines(cut(Document("book", f"{line}\nThe end.\n"), size), size, most)
+    again = cut_long_lines(cut_at_blank_lines(Document("book", f"{line}\nThe end.\n"), size), size, most)
     assert len(again) > 40 and again[-1].text == "The end.\n"
-    assert len(cut_long_lines(cut(Document("line", line), size), size, most)) > 40
+    assert len(cut_long_lines(cut_at_blank_lines(Document("line", line), size), size, most)) > 40
     short = Document("line", line[:size])
-    assert cut_long_lines(cut(short, size), size, most) == [short]
+    assert cut_long_lines(cut_at_blank_lines(short, size), size, most) == [short]
 
 
 # --- duplicates -------------------------------------------------------------------------------------------------------
@@ -179,4 +179,4 @@ def test_validation_does_not_leak(documents):
 
 def test_default_validation_split_does_not_leak(stdlib_docs):
     texts = [stdlib_docs.tokenizer.decode(getattr(stdlib_docs, name).ids) for name in ("validation", "train")]
-    assert shared_shingles(texts[:1], texts[1:]) < 0.1
+    assert shingle_overlap(texts[:1], texts[1:]) < 0.1

@@ -185,7 +185,7 @@ def test_what_is_left_out_is_said_once():
     objects = "left out, as no list of records: corpus/package.json"
     for is_built in (True, False):
         said: list[str] = []
-        prepare(DataConfig(corpus=("corpus",), cache=Path("corpus/cache")), say=said.append)
+        prepare(DataConfig(corpus=("corpus",), cache=Path("corpus/cache")), info=said.append)
         assert said.count(pages) == 1 and said.count(objects) == 1
         assert is_built == any("preparing" in line for line in said)
     shutil.rmtree("corpus/cache")

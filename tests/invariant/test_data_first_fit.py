@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data.config import DataError
-from data.packing.first_fit import fill, first_fit
+from data.packing.first_fit import fill_ratio, first_fit
 
 
 def lognormal(count, median=60, most=1024, seed=0):
@@ -48,7 +48,7 @@ def test_first_fit_of_a_hundred_thousand(axes):
     began = time.process_time()
     rows = first_fit(length_NA, (1024,) * axes, np.random.default_rng(0))
     assert time.process_time() - began < 20
-    full = fill(length_NA, rows, (1024,) * axes)
+    full = fill_ratio(length_NA, rows, (1024,) * axes)
     assert full == pytest.approx(length_NA[:, 0].sum() / len(rows) / 1024) and full > (0.98 if axes == 1 else 0.7)
 
 

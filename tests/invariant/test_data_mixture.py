@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import data.__main__
-from data.config import DataConfig, DataError, Entry, read_entry
+from data.config import CorpusEntry, DataConfig, DataError, parse_entry
 from data.corpus.dedup import drop_held_out
 from data.example import Example
 from data.packing.blocks import MixedBlocks
@@ -58,11 +58,11 @@ def config(*corpus, **changes):
 
 
 def test_entries(inside):
-    assert read_entry("a=x/y:z.txt:1e-1") == Entry("x/y:z.txt", "a", 0.1)
+    assert parse_entry("a=x/y:z.txt:1e-1") == CorpusEntry("x/y:z.txt", "a", 0.1)
     for text in ("a.txt", "a=b.txt", "a=b.txt:x", "/c/a=b:1", "./a=b:1", "=b:1", "1a=b:1", "http://a=b:1"):
-        assert read_entry(text) == Entry(text)
+        assert parse_entry(text) == CorpusEntry(text)
     (inside / "n=x:2").write_text(prose(0))
-    assert read_entry("n=x:2") == Entry("n=x:2") and config("n=x:2").weights == {}
+    assert parse_entry("n=x:2") == CorpusEntry("n=x:2") and config("n=x:2").weights == {}
     (inside / "n=x:2").unlink()
     grouped = config("a=a.jsonl:3", "b=b.jsonl:1", "a=b2.txt:3.0")
     assert grouped.weights == {"a": 3.0, "b": 1.0} and grouped.paths == ("a.jsonl", "b2.txt", "b.jsonl")
@@ -134,7 +134,7 @@ def test_documents_are_grouped_by_source(mixed):
 def test_weights_build_nothing_and_names_do(mixed):
     first = prepare(mixed)
     heavier = tuple(entry.replace(":1", ":5") for entry in mixed.corpus)
-    assert prepare(replace(mixed, corpus=heavier)).folder == first.folder and not prepare(replace(mixed, corpus=heavier)).built
+    assert prepare(replace(mixed, corpus=heavier)).folder == first.folder and not prepare(replace(mixed, corpus=heavier)).is_new
     renamed = tuple(entry.replace("b=", "c=") for entry in mixed.corpus)
     assert prepare(replace(mixed, corpus=renamed)).folder != first.folder
 
@@ -143,7 +143,7 @@ def test_a_source_of_one_book_is_cut_though_others_are_not(place):
     (place / "book.txt").write_text("".join(prose(n, 80) for n in range(300, 340)))
     said = []
     corpus = (f"a={place}/a.jsonl:1", f"book={place}/book.txt:1")
-    shards = prepare(config(*corpus, cache=place / "cache"), say=said.append)
+    shards = prepare(config(*corpus, cache=place / "cache"), info=said.append)
     assert any(line.startswith("1 document of book cannot have 20% held out: cut after blank lines") for line in said)
     assert all(end > start for part in (shards.train, shards.validation) for start, end in part.ranges.values())
     assert shards.report["documents"] == 61
@@ -253,7 +253,8 @@ def test_records_are_mixed(inside, validation):
     plain = replace(made, data=config("a.jsonl", "b.jsonl", cache=inside / "cache", validation=validation))
     alone = Lines(plain, Lines.open_data(plain, None, said.append))
     assert alone.identity() == task.identity() and "mixture" not in alone.introduction()
-    same = ExampleSource(alone.data.train.values, alone.transform, batch_size=8, accumulate=2, room=(16,), pad_id=alone.pad_id)
+    values, pad_id = alone.data.train.values, alone.pad_id
+    same = ExampleSource(values, alone.transform, batch_size=8, accumulate=2, max_lengths=(16,), pad_id=pad_id)
     for mine, theirs in zip(alone.source.batches(5), same.batches(5), strict=True):
         assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
 
@@ -277,7 +278,7 @@ def test_named_text_is_the_validation_split(place):
     (place / "near.txt").write_text(near)
     said, cache = [], place / "cache"
     data = config(f"{place}/a.jsonl", f"{place}/near.txt", validation=(f"{place}/held.jsonl",), cache=cache)
-    shards = prepare(data, say=said.append)
+    shards = prepare(data, info=said.append)
     assert shards.validation.documents == 4 and shards.train.documents == 58
     assert "61 documents to train on: dropped 2 that validation has too, and 1 that it has most of" in said
     assert len(shards.report["held_out_exact"]) == 2 and shards.report["held_out_near"][0][0].endswith("near.txt")
@@ -285,7 +286,7 @@ def test_named_text_is_the_validation_split(place):
     assert prose(3, 120) in shards.tokenizer.decode(shards.validation.ids[:].tolist())
     assert prepare(replace(data, dedup=False)).train.documents == 59
     again = prepare(data)
-    assert not again.built and prepare(replace(data, validation=())).folder != again.folder
+    assert not again.is_new and prepare(replace(data, validation=())).folder != again.folder
     (place / "held.jsonl").write_text(json.dumps({"text": prose(3, 120)}) + "\n")
     assert prepare(data).validation.documents == 1
     with pytest.raises(DataError, match=r"nothing is left to train on: all of the corpus stands in --validation .*a\.jsonl"):
@@ -295,7 +296,7 @@ def test_named_text_is_the_validation_split(place):
 def test_one_document_can_be_learned_from_where_others_are_held_out(place):
     data = config(f"{place}/b2.txt", f"{place}/a.jsonl", validation=(f"{place}/b2.txt",), cache=place / "cache")
     said = []
-    assert prepare(data, say=said.append).validation.documents == 1 and not any("cut" in line for line in said)
+    assert prepare(data, info=said.append).validation.documents == 1 and not any("cut" in line for line in said)
 
 
 def test_near_is_of_what_is_trained_on():

@@ -9,7 +9,7 @@ import torch
 import data.transforms.masked
 from data.config import DataError
 from data.transforms.causal import IGNORE, clm_batch
-from data.transforms.masked import Baseline, mlm_batch, ordinary_ids, unigram_baseline
+from data.transforms.masked import UnigramBaseline, mlm_batch, non_special_ids, unigram_baseline
 
 V, BOS, EOS, MASK = 500, 1, 2, 3
 SPECIALS = frozenset({0, BOS, EOS, MASK, 499})
@@ -76,7 +76,7 @@ def ten_percent_of_all(block, **settings):
 
 def half_of_the_chosen(block, **settings):
     """Mutant: 50 % of the chosen replaced, where it is 50 % of what the mask leaves."""
-    return mlm_batch(block, **settings, masked=0.5, replaced=0.5)
+    return mlm_batch(block, **settings, mask_replace_prob=0.5, random_replace_prob=0.5)
 
 
 def specials_too(block, **settings):
@@ -108,7 +108,7 @@ def test_mutants_are_caught(mutant):
 def test_other_shares():
     block = torch.full((50, 400), 10)
     for masked, replaced in ((1.0, 0.0), (0.0, 1.0), (0.0, 0.0)):
-        batch = mlm_batch(block, **SETTINGS, masked=masked, replaced=replaced)
+        batch = mlm_batch(block, **SETTINGS, mask_replace_prob=masked, random_replace_prob=replaced)
         chosen = batch["labels"] != IGNORE
         input_ids = batch["input_ids"][chosen]
         assert bool((input_ids == MASK).all()) == (masked == 1) and bool((input_ids == 10).all()) == (masked + replaced == 0)
@@ -150,7 +150,7 @@ def test_masks_are_a_function_of_seed_and_step():
     block = torch.full((8, 64), 10)
     again = [mlm_batch(block, **SETTINGS), mlm_batch(block.clone(), **SETTINGS)]
     assert equal(*again)
-    others = [{"seed": 8}, {"step": 6}, {"first_row": 8}, {"step": data.mlm.VALIDATION}]
+    others = [{"seed": 8}, {"step": 6}, {"first_row": 8}, {"step": data.transforms.masked.VALIDATION_STEP}]
     masks = [mlm_batch(block, **SETTINGS | other)["labels"] != IGNORE for other in [{}, *others]]
     rows = torch.cat(masks).tolist()
     assert len({tuple(row) for row in rows}) == len(rows), "two rows have one mask"
@@ -166,14 +166,14 @@ def test_places_are_those_of_the_text():
     block = blocks(6, 50)
     block[-1] = block[0]
     ahead = clm_batch(torch.cat([block, block[:, :1]], 1), BOS, EOS)
-    batch = mlm_batch(block, **SETTINGS | {"rate": 1.0})
+    batch = mlm_batch(block, **SETTINGS | {"mlm_probability": 1.0})
     for name in ("document_ids", "position_ids"):
         assert torch.equal(batch[name], ahead[name])
     assert not equal({"a": batch["input_ids"]}, {"a": ahead["input_ids"]})
 
 
 def test_one_id_begins_and_ends_documents():
-    batch = mlm_batch(torch.tensor([[2, 5, 6, 2, 7, 2]]), **SETTINGS | {"bos_id": 2, "rate": 1.0})
+    batch = mlm_batch(torch.tensor([[2, 5, 6, 2, 7, 2]]), **SETTINGS | {"bos_id": 2, "mlm_probability": 1.0})
     assert batch["document_ids"].tolist() == [[0, 0, 0, 1, 1, 2]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0]]
     assert batch["labels"].tolist() == [[-100, 5, 6, -100, 7, -100]]
@@ -182,13 +182,13 @@ def test_one_id_begins_and_ends_documents():
 def test_what_cannot_be_masked():
     block = torch.full((1, 4), 10)
     for rate in (0.0, 1.5):
-        with pytest.raises(DataError, match="rate="):
-            mlm_batch(block, **SETTINGS | {"rate": rate})
-    for shares in ({"masked": -0.1}, {"replaced": -0.1}, {"masked": 0.95}):
+        with pytest.raises(DataError, match="mlm_probability="):
+            mlm_batch(block, **SETTINGS | {"mlm_probability": rate})
+    for shares in ({"mask_replace_prob": -0.1}, {"random_replace_prob": -0.1}, {"mask_replace_prob": 0.95}):
         with pytest.raises(DataError, match="shares of the chosen"):
             mlm_batch(block, **SETTINGS, **shares)
     with pytest.raises(DataError, match="all 5 ids are special"):
-        ordinary_ids(frozenset(range(5)), 5)
+        non_special_ids(frozenset(range(5)), 5)
 
 
 def test_unigram_baseline():
@@ -197,6 +197,6 @@ def test_unigram_baseline():
     total = 6 + V - len(SPECIALS)
     nats = -sum(math.log(count / total) for count in (4, 3, 4, 1)) / 4
     found = unigram_baseline(train, labels, SPECIALS, V)
-    assert found == Baseline(0.5, pytest.approx(math.exp(nats), rel=1e-12))
+    assert found == UnigramBaseline(0.5, pytest.approx(math.exp(nats), rel=1e-12))
     with pytest.raises(DataError, match="no token is masked"):
         unigram_baseline(train, [torch.full((2, 2), IGNORE)], SPECIALS, V)

@@ -11,9 +11,10 @@ import torch
 from data.config import DataConfig, DataError
 from data.corpus.dedup import deduplicate
 from data.corpus.ingest import read_corpus
-from data.packing.blocks import BlockStream, MixedBlocks, sequential
-from data.sources.shards import prepare, split
-from data.tokenizer.base import load_tokenizer
+from data.corpus.split import split_documents
+from data.packing.blocks import BlockStream, MixedBlocks, sequential_blocks
+from data.sources.shards import prepare
+from data.tokenizer.open import load_tokenizer
 from data.tokenizer.tokenizer_json import byte_alphabet
 from data.transforms.causal import IGNORE, clm_batch
 from tests.texts import prose
@@ -50,18 +51,18 @@ def shards(config, tmp_path):
 
 
 def test_shards_have_one_separator(config, shards):
-    tokenizer, parts = shards.tokenizer, split(deduplicate(list(read_corpus(config)))[0], config.val_fraction)
-    assert tokenizer.bos_id == tokenizer.eos_id == END and tokenizer.lossless
+    tokenizer, parts = shards.tokenizer, split_documents(deduplicate(list(read_corpus(config)))[0], config.val_fraction)
+    assert tokenizer.bos_id == tokenizer.eos_id == END and tokenizer.is_lossless
     for name in ("train", "validation"):
         part = getattr(shards, name)
         ids = np.array(part.ids)
         assert part.documents == len(parts[name]) == (ids == END).sum() - 1 and ids[0] == ids[-1] == END
         assert not ((ids[1:] == END) & (ids[:-1] == END)).any()
         assert part.targets == part.tokens - 1 == part.bytes + part.documents
-        assert tokenizer.piece_bytes[ids[1:]].sum() == part.bytes == sum(len(d.text.encode()) for d in parts[name])
+        assert tokenizer.byte_lengths[ids[1:]].sum() == part.bytes == sum(len(d.text.encode()) for d in parts[name])
         assert [tokenizer.decode(d) for d in np.split(ids, np.flatnonzero(ids == END))[1:-1]] == [d.text for d in parts[name]]
     again = prepare(config, tokenizer=tokenizer)
-    assert not again.built and again.train.targets == shards.train.targets
+    assert not again.is_new and again.train.targets == shards.train.targets
 
 
 def test_what_ends_a_source_is_its_own(config, tmp_path):
@@ -72,7 +73,7 @@ def test_what_ends_a_source_is_its_own(config, tmp_path):
     for part in (shards.train, shards.validation):
         (a, middle), (begins, end) = part.ranges["a"], part.ranges["b"]
         assert (a, begins, end) == (0, middle - 1, part.tokens) and part.ids[begins] == END
-        blocks = [block for name in "ab" for block in sequential(part.ids[slice(*part.ranges[name])], 16, 4)]
+        blocks = [block for name in "ab" for block in sequential_blocks(part.ids[slice(*part.ranges[name])], 16, 4)]
         scored = sum(int((clm_batch(block, END, END)["labels"] != IGNORE).sum()) for block in blocks)
         assert scored == part.targets
     stream = MixedBlocks(shards.train.ids, list(shards.train.ranges.values()), (1, 1), 16, 4, seed=0)
@@ -85,28 +86,29 @@ def test_what_ends_a_source_is_its_own(config, tmp_path):
 def test_padding_survives_the_cache(config, shards, tmp_path):
     padded = load_tokenizer(tmp_path, vocab_size=300)
     again = prepare(config, tokenizer=padded)
-    assert not again.built and again.tokenizer.vocab_size == 300 and again.folder == shards.folder
+    assert not again.is_new and again.tokenizer.vocab_size == 300 and again.folder == shards.folder
 
 
 @pytest.mark.parametrize("context, batch_size", [(7, 3), (64, 2), (100_000, 2)])
 def test_every_target_is_scored_once_and_every_end_with_it(shards, context, batch_size):
     ids = np.array(shards.validation.ids, dtype=np.int64)
-    batches = [clm_batch(block, END, END) for block in sequential(ids, context, batch_size)]
+    batches = [clm_batch(block, END, END) for block in sequential_blocks(ids, context, batch_size)]
     labels = torch.cat([batch["labels"].flatten() for batch in batches])
     scored = labels[labels != IGNORE]
     assert torch.equal(scored, torch.from_numpy(ids[1:]))  # in order, the last document's end too, no filler
     assert (scored == END).sum() == shards.validation.documents
     assert min(int(batch["input_ids"].min()) for batch in batches) >= 0
     # The mutants: ends hidden by their id; fillers that are a real token.
-    hidden = [clm_batch(block, END)["labels"] for block in sequential(ids, context, batch_size)]
+    hidden = [clm_batch(block, END)["labels"] for block in sequential_blocks(ids, context, batch_size)]
     assert sum(int((label == END).sum()) for label in hidden) == 0
-    filled = [clm_batch(block.where(block >= 0, 5), END, END)["labels"] for block in sequential(ids, context, batch_size)]
+    blocks = sequential_blocks(ids, context, batch_size)
+    filled = [clm_batch(block.where(block >= 0, 5), END, END)["labels"] for block in blocks]
     assert sum(int((label != IGNORE).sum()) for label in filled) > len(scored)
 
 
 def test_documents_do_not_see_each_other(shards):
     ids = np.array(shards.validation.ids, dtype=np.int64)
-    (block,) = sequential(ids, len(ids) - 1, 1)
+    (block,) = sequential_blocks(ids, len(ids) - 1, 1)
     batch = {name: value[0] for name, value in clm_batch(block, END, END).items()}
     starts = np.flatnonzero(ids == END)
     for number, (start, end) in enumerate(pairwise(starts)):
@@ -127,7 +129,7 @@ def test_the_joint_of_the_ring_ends_nothing():
 def test_filler_equals_bos_in_the_layout_with_two_tokens():
     ids = np.array([1, 5, 6, 2, 1, 7, 2])
     for context, batch_size in ((4, 2), (3, 4), (20, 1)):
-        new, old = sequential(ids, context, batch_size), sequential(ids, context, batch_size, 1)
+        new, old = sequential_blocks(ids, context, batch_size), sequential_blocks(ids, context, batch_size, 1)
         for block, filled in zip(new, old, strict=True):
             assert all(map(torch.equal, clm_batch(block, 1, 2).values(), clm_batch(filled, 1).values()))
 
@@ -141,7 +143,7 @@ def test_mask_makes_a_tokenizer_that_has_one(config):
     config = DataConfig(**vars(config) | {"vocab_size": 300})
     plain, masked = prepare(config), prepare(config, mask=True)
     assert plain.tokenizer.mask_id is None and masked.tokenizer.mask_id == 3 and masked.folder != plain.folder
-    assert not prepare(config, mask=True).built
+    assert not prepare(config, mask=True).is_new
     assert masked.tokenizer.vocab_size == 300 and not (masked.train.ids == 3).any()
     given = prepare(config, tokenizer=masked.tokenizer, mask=True)
     assert given.tokenizer is masked.tokenizer and given.train.targets == masked.train.targets

@@ -13,8 +13,8 @@ import data.packing.examples
 from data.config import DataError
 from data.example import Example
 from data.packing.examples import ExampleSource
+from data.packing.length_groups import group_by_length
 from data.packing.mixed import MixedExamples
-from data.packing.pad import length_groups
 from data.prefetch import Prefetcher
 from tests.invariant.test_data_first_fit import lognormal
 
@@ -45,14 +45,14 @@ def with_source(record, random):
 
 RECORDS = [(number, int(n)) for number, n in enumerate(lognormal(137, 9, 40))]
 KINDS = {  # transform and what goes with it
-    "pad": (of_length, {"room": (40,)}),
-    "first fit": (of_length, {"room": (40,), "packing": "first_fit"}),
-    "random, pad": (drawn, {"room": (40,), "is_random": True}),
-    "random, first fit": (drawn, {"room": (40,), "packing": "first_fit", "is_random": True}),
-    "groups, pad": (paired, {"room": (40,)}),
-    "groups, first fit": (paired, {"room": (61,), "packing": "first_fit"}),
-    "two axes, pad": (with_source, {"room": (40, 13)}),
-    "two axes, first fit": (with_source, {"room": (40, 13), "packing": "first_fit"}),
+    "pad": (of_length, {"max_lengths": (40,)}),
+    "first fit": (of_length, {"max_lengths": (40,), "packing": "first_fit"}),
+    "random, pad": (drawn, {"max_lengths": (40,), "is_random": True}),
+    "random, first fit": (drawn, {"max_lengths": (40,), "packing": "first_fit", "is_random": True}),
+    "groups, pad": (paired, {"max_lengths": (40,)}),
+    "groups, first fit": (paired, {"max_lengths": (61,), "packing": "first_fit"}),
+    "two axes, pad": (with_source, {"max_lengths": (40, 13)}),
+    "two axes, first fit": (with_source, {"max_lengths": (40, 13), "packing": "first_fit"}),
 }
 
 
@@ -71,9 +71,9 @@ def test_each_epoch_has_each_unit_once(kind):
     made = source(kind)
     start, orders = 0, []
     for epoch in range(4):
-        rows = made.rows_of(epoch)
-        assert made.start(epoch) == start and made.place(start) == (epoch, 0)
-        packs = [made.pack(row) for row in range(start, start + rows)]
+        rows = made.rows_in_epoch(epoch)
+        assert made.first_row(epoch) == start and made.locate_row(start) == (epoch, 0)
+        packs = [made.row_indices(row) for row in range(start, start + rows)]
         units = [unit for pack in packs for unit in pack]
         expected = [(epoch, i, n) for i in range(len(RECORDS)) for n in range(len(made.units(i, epoch)))]
         assert sorted(units) == expected
@@ -81,13 +81,13 @@ def test_each_epoch_has_each_unit_once(kind):
         start += rows
     assert all(order != sorted(order) for order in orders) and orders[0] != orders[1], "not shuffled"
     if "random" not in kind and kind != "two axes, first fit":
-        assert len({made.rows_of(epoch) for epoch in range(4)}) == 1
+        assert len({made.rows_in_epoch(epoch) for epoch in range(4)}) == 1
 
 
 def test_packs_are_shuffled():
     """First fit puts the longest first: the order of steps must not be that."""
     made = source("first fit")
-    longest = [max(RECORDS[index][1] for _, index, _ in made.pack(row)) for row in range(made.rows_of(0))]
+    longest = [max(RECORDS[index][1] for _, index, _ in made.row_indices(row)) for row in range(made.rows_in_epoch(0))]
     assert abs(np.corrcoef(longest, np.arange(len(longest)))[0, 1]) < 0.5
 
 
@@ -121,12 +121,12 @@ def test_batches_made_in_a_thread_are_the_same(kind):
 @pytest.mark.parametrize("kind", ["random, pad", "random, first fit", "two axes, first fit"])
 def test_threads_that_ask_at_once_do_not_count_an_epoch_twice(kind):
     expected, made = source(kind), source(kind)
-    rows = [expected.rows_of(epoch) for epoch in range(6)]
+    rows = [expected.rows_in_epoch(epoch) for epoch in range(6)]
     gate = threading.Barrier(8)
 
     def ask(number):
         gate.wait()
-        return [made.batches((step * 7 + number) % 40) for step in range(6)] and [made.rows_of(e) for e in range(6)]
+        return [made.batches((step * 7 + number) % 40) for step in range(6)] and [made.rows_in_epoch(e) for e in range(6)]
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(ask, range(8))) == [rows] * 8
@@ -152,11 +152,11 @@ def test_epochs_may_differ_in_rows_along_two_axes():
     def both(record, random):
         return [Example(np.ones(record[0], int), np.ones(record[0], int), np.ones(record[1], int))]
 
-    made = ExampleSource(records, both, batch_size=4, room=(10, 10), packing="first_fit")
-    rows = [made.rows_of(epoch) for epoch in range(8)]
+    made = ExampleSource(records, both, batch_size=4, max_lengths=(10, 10), packing="first_fit")
+    rows = [made.rows_in_epoch(epoch) for epoch in range(8)]
     assert len(set(rows)) > 1
     for epoch in range(8):
-        packs = [made.pack(row) for row in range(sum(rows[:epoch]), sum(rows[: epoch + 1]))]
+        packs = [made.row_indices(row) for row in range(sum(rows[:epoch]), sum(rows[: epoch + 1]))]
         assert sorted(index for pack in packs for _, index, _ in pack) == list(range(60))
 
 
@@ -164,7 +164,7 @@ def test_epochs_may_differ_in_rows_along_two_axes():
 def test_a_resume_counts_no_epoch_again(kind):
     before = source(kind)
     expected = [before.batches(step) for step in range(120)]
-    epoch = before.place(8 * 120 - 1)[0]
+    epoch = before.locate_row(8 * 120 - 1)[0]
     assert epoch > 2
     resumed, planned = source(kind), []
     resumed.load_state_dict(before.state_dict())
@@ -178,7 +178,7 @@ def test_a_resume_counts_no_epoch_again(kind):
 def test_an_epoch_is_planned_once(kind):
     made, planned, plan = source(kind), [], ExampleSource._plan
     with patch.object(ExampleSource, "_plan", lambda self, epoch: planned.append(epoch) or plan(self, epoch)):
-        steps = made.start(5) // 8
+        steps = made.first_row(5) // 8
         planned.clear(), setattr(made, "_last", None)
         for step in range(steps):
             made.batches(step)
@@ -188,7 +188,7 @@ def test_an_epoch_is_planned_once(kind):
 def test_a_step_costs_the_same_however_late_it_is():
     """Counted, not timed: what a late step looks at beside its own epoch."""
     made = source("random, pad", records=RECORDS[:20])
-    made.start(400)
+    made.first_row(400)
     looked = []
 
     class Watched(list):
@@ -196,11 +196,11 @@ def test_a_step_costs_the_same_however_late_it_is():
             looked.append(index)
             return super().__getitem__(index)
 
-    for row in (made.start(1) + 1, made.start(399) + 1):
-        made._starts, made.epoch(made.place(row)[0])
+    for row in (made.first_row(1) + 1, made.first_row(399) + 1):
+        made._starts, made.epoch(made.locate_row(row)[0])
         made._starts = Watched(made._starts)
         looked.clear()
-        made.pack(row)
+        made.row_indices(row)
         assert len(looked) < 30
 
 
@@ -209,7 +209,7 @@ def test_a_transform_sees_its_neighbours():
         ids = np.array([records[index][0], records[(index + 1) % len(records)][0]])
         return [Example(ids, ids)]
 
-    made = ExampleSource(RECORDS, joined, batch_size=4, room=(8,), sees="neighbours")
+    made = ExampleSource(RECORDS, joined, batch_size=4, max_lengths=(8,), sees="neighbours")
     ids = torch.cat([made.batch(first)["input_ids"] for first in range(0, 136, 4)])[:, :2]
     assert ((ids[:, 0] + 1) % len(RECORDS) == ids[:, 1]).all()
 
@@ -228,26 +228,27 @@ def test_what_a_transform_draws_is_of_seed_epoch_and_record():
 @pytest.mark.parametrize("kind", KINDS)
 def test_validation_has_each_unit_once_and_scores_no_filler(kind):
     made = source(kind)
-    batches = made.all_once()
+    batches = made.evaluation_batches()
     rows = {"pad": 8, "groups, pad": 16}.get(kind, None)
     assert rows is None or {len(batch["labels"]) for batch in batches} == {rows}
     scored = sum(int((batch["labels"] != -100).sum()) for batch in batches)
     units = [unit for index in range(len(RECORDS)) for unit in made.units(index, 0)]
     assert scored == sum(len(example.ids) for unit in units for example in unit)
-    same(batches, source(kind, seed=9, is_random=False).all_once() if kind == "pad" else source(kind).all_once())
+    again = source(kind, seed=9, is_random=False) if kind == "pad" else source(kind)
+    same(batches, again.evaluation_batches())
 
 
 def test_what_cannot_be_packed_is_told_by_the_record():
     with pytest.raises(DataError, match=r"line 2 has \(40,\) tokens, and a row has room for \(39,\)"):
-        ExampleSource([(0, 3), (1, 40)], of_length, batch_size=1, room=(39,), names=lambda i: f"line {i + 1}").batches(0)
+        ExampleSource([(0, 3), (1, 40)], of_length, batch_size=1, max_lengths=(39,), names=lambda i: f"line {i + 1}").batches(0)
     with pytest.raises(DataError, match="line 1 made an example without tokens"):
-        ExampleSource([(0, 0)], of_length, batch_size=1, room=(39,), names=lambda i: f"line {i + 1}").batches(0)
+        ExampleSource([(0, 0)], of_length, batch_size=1, max_lengths=(39,), names=lambda i: f"line {i + 1}").batches(0)
     with pytest.raises(DataError, match=r"record 0 has the lengths \(3,\), and a row has room for \(8, 8\)"):
-        ExampleSource([(0, 3)], of_length, batch_size=1, room=(8, 8)).batches(0)
+        ExampleSource([(0, 3)], of_length, batch_size=1, max_lengths=(8, 8)).batches(0)
     with pytest.raises(DataError, match="none of the 2 records made an example"):
-        ExampleSource([1, 2], lambda record, random: [], batch_size=1, room=(8,)).batches(0)
+        ExampleSource([1, 2], lambda record, random: [], batch_size=1, max_lengths=(8,)).batches(0)
     with pytest.raises(DataError, match="no record to learn from"):
-        ExampleSource([], of_length, batch_size=1, room=(8,))
+        ExampleSource([], of_length, batch_size=1, max_lengths=(8,))
 
 
 def test_an_origin_names_the_records():
@@ -255,20 +256,20 @@ def test_an_origin_names_the_records():
     (batch,) = made.batches(4)
     assert set(made.origin(4)) == {f"n{int(first) // 1000 - 1}" for first in batch["input_ids"][:, 0]}
     assert "hold 137 examples" in source("first fit").describe() and "padded by groups of length" in made.describe()
-    full = sum(n for _, n in RECORDS) / source("first fit").rows_of(0) / 40
+    full = sum(n for _, n in RECORDS) / source("first fit").rows_in_epoch(0) / 40
     assert f"{full:.1%} full" in source("first fit").describe()
 
 
 def test_a_transform_is_not_called_again_where_it_does_not_draw():
     calls = []
-    made = ExampleSource(RECORDS, lambda *args: calls.append(1) or of_length(*args), batch_size=8, room=(40,))
+    made = ExampleSource(RECORDS, lambda *args: calls.append(1) or of_length(*args), batch_size=8, max_lengths=(40,))
     for step in range(60):
         made.batches(step)
     assert len(calls) == len(RECORDS)
-    with patch.object(data.packing.examples, "KEPT_TOKENS", 50):
-        again = ExampleSource(RECORDS, of_length, batch_size=8, room=(40,))
+    with patch.object(data.packing.examples, "MAX_CACHED_TOKENS", 50):
+        again = ExampleSource(RECORDS, of_length, batch_size=8, max_lengths=(40,))
         same(again.batches(7), made.batches(7))
-        assert again._kept is None
+        assert again._cached is None
 
 
 # --- groups of length -------------------------------------------------------------------------------------------------
@@ -282,7 +283,7 @@ def padding(lengths, order, size):
 def test_groups_of_length_keep_padding_small():
     """Measured on 20,000 lognormal lengths: 8.2 % of padding, beside 69.3 % in random order."""
     lengths = lognormal(20_000)
-    order = length_groups(lengths, 16, 0, np.random.default_rng(0))
+    order = group_by_length(lengths, 16, 0, np.random.default_rng(0))
     mixed = np.random.default_rng(0).permutation(len(lengths))
     assert sorted(order) == list(range(len(lengths)))
     assert padding(lengths, order, 16) < 0.09 and padding(lengths, mixed, 16) > 0.6
@@ -294,7 +295,7 @@ def test_groups_of_length_keep_padding_small():
 def test_groups_go_on_over_the_end_of_an_epoch(is_random):
     """A batch that takes the end of one epoch shifts the next: all others have one length."""
     records = [(number, 1 + 19 * (number % 2)) for number in range(101)]
-    made = ExampleSource(records, of_length, batch_size=4, room=(20,), is_random=is_random)
+    made = ExampleSource(records, of_length, batch_size=4, max_lengths=(20,), is_random=is_random)
     mixed = 0
     for step in range(25 * 6):
         length = made.batches(step)[0]["attention_mask"].sum(1)
@@ -336,14 +337,15 @@ def test_records_are_mixed_by_weight(kind):
 def test_keys_of_a_whole_text_are_so_in_all_sources():
     """Three classes, and a source in which every text has three tokens."""
     parts = [
-        ExampleSource(lengths, lambda n, random: [example(n, np.array([1, 0, 1]))], batch_size=4, room=(16,))
+        ExampleSource(lengths, lambda n, random: [example(n, np.array([1, 0, 1]))], batch_size=4, max_lengths=(16,))
         for lengths in ([3, 3, 3], [5, 9])
     ]
     made = MixedExamples(parts, (1, 1), seed=0)
     for part in parts:
         part.epoch(0)
-    assert made.whole == {"labels"}
-    assert parts[0].collate([made.sources[0].units_of_row(row) for row in range(4)], whole=made.whole)["labels"].shape == (4, 3)
+    assert made.sequence_level == {"labels"}
+    rows = [made.sources[0].row_units(row) for row in range(4)]
+    assert parts[0].collate(rows, sequence_level=made.sequence_level)["labels"].shape == (4, 3)
     assert {tuple(batch["labels"].shape) for step in range(64) for batch in made.batches(step)} == {(4, 3)}
 
 

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 import data.sources.shards
+import data.tokenizer.training
 from data.config import DataConfig, DataError
 from data.corpus.dedup import deduplicate
 from data.corpus.ingest import read_corpus
+from data.corpus.split import split_documents
 from data.sources.files import Document, ReadReport
-from data.sources.shards import prepare, split
+from data.sources.shards import prepare
 from data.tokenizer.training import VocabularyError, train_tokenizer
 from tests.texts import prose
 
@@ -33,13 +35,13 @@ def config(tmp_path):
 
 def test_shards_hold_the_documents(stdlib_docs, documents):
     kept, _ = deduplicate(documents)
-    parts = split(kept, DataConfig().val_fraction)
+    parts = split_documents(kept, DataConfig().val_fraction)
     assert stdlib_docs.report["documents"] == len(documents)
     for name in ("train", "validation"):
         part, ids = getattr(stdlib_docs, name), getattr(stdlib_docs, name).ids
         assert isinstance(ids, np.memmap) and ids.dtype == np.uint16
         assert len(ids) == part.tokens and (ids == 1).sum() == (ids == 2).sum() == part.documents == len(parts[name])
-        assert stdlib_docs.tokenizer.piece_bytes[ids].sum() == part.bytes
+        assert stdlib_docs.tokenizer.byte_lengths[ids].sum() == part.bytes
         assert part.targets == part.tokens - part.documents
         assert stdlib_docs.tokenizer.decode(ids[: 1 + int(np.argmax(ids == 2))]) == parts[name][0].text
     assert stdlib_docs.validation.bytes > 50_000
@@ -50,16 +52,16 @@ def test_shards_hold_the_documents(stdlib_docs, documents):
 def test_tokenizer_sees_the_training_split_alone(config):
     shards = prepare(config)
     kept, _ = deduplicate(list(read_corpus(config)))
-    parts = split(kept, config.val_fraction)
+    parts = split_documents(kept, config.val_fraction)
     assert train_tokenizer((d.text for d in parts["train"]), 300).sha256 == shards.tokenizer.sha256
     assert train_tokenizer((d.text for d in kept), 300).sha256 != shards.tokenizer.sha256, "the mutant"
 
 
 def test_split_ignores_position():
     documents = [Document(str(n), prose(n)) for n in range(100)]
-    parts, turned = split(documents, 0.2), split(documents[::-1], 0.2)
+    parts, turned = split_documents(documents, 0.2), split_documents(documents[::-1], 0.2)
     assert {d.name for d in parts["validation"]} == {d.name for d in turned["validation"]}
-    alone = split(documents[:50], 0.2)
+    alone = split_documents(documents[:50], 0.2)
     assert {d.name for d in alone["validation"]} == {d.name for d in parts["validation"]} & {
         d.name for d in documents[:50]
     }
@@ -69,18 +71,18 @@ def test_split_ignores_position():
 @pytest.mark.parametrize("fraction", [1e-9, 0.5, 1 - 1e-9])
 @pytest.mark.parametrize("count", [2, 3, 10])
 def test_no_split_is_empty(count, fraction):
-    parts = split([Document(str(n), prose(n)) for n in range(count)], fraction)
+    parts = split_documents([Document(str(n), prose(n)) for n in range(count)], fraction)
     assert parts["train"] and parts["validation"] and sum(map(len, parts.values())) == count
 
 
 def test_second_call_reuses_and_reads_nothing(stdlib_docs, config, monkeypatch):
     prepare(config)
-    monkeypatch.setattr(data.shards, "read_corpus", None)
+    monkeypatch.setattr(data.sources.shards, "read_corpus", None)
     start = time.perf_counter()
-    assert not prepare(config).built
+    assert not prepare(config).is_new
     again = prepare(DataConfig(cache=stdlib_docs.folder.parent))
     assert time.perf_counter() - start < 0.5
-    assert stdlib_docs.built and not again.built and again.folder == stdlib_docs.folder
+    assert stdlib_docs.is_new and not again.is_new and again.folder == stdlib_docs.folder
 
 
 CHANGES = [{"vocab_size": 310}, {"val_fraction": 0.3}, {"dedup": False}, {"text_key": "body"}, {"on_bad_text": "replace"}]
@@ -90,7 +92,7 @@ CHANGES = [{"vocab_size": 310}, {"val_fraction": 0.3}, {"dedup": False}, {"text_
 def test_another_setting_builds_anew(config, change):
     first = prepare(config)
     second = prepare(DataConfig(**{**vars(config), **change}))
-    assert second.built and second.folder != first.folder
+    assert second.is_new and second.folder != first.folder
 
 
 def test_changed_corpus_builds_anew(config):
@@ -98,14 +100,14 @@ def test_changed_corpus_builds_anew(config):
     with open(config.corpus[0], "a") as stream:
         stream.write(json.dumps({"text": prose(1000)}) + "\n")
     second = prepare(config)
-    assert second.built and second.report["documents"] == first.report["documents"] + 1
+    assert second.is_new and second.report["documents"] == first.report["documents"] + 1
 
 
 def test_given_tokenizer_is_used(config):
     tokenizer = train_tokenizer([prose(n) for n in range(500, 520)], 290)
     shards = prepare(config, tokenizer=tokenizer)
     assert shards.tokenizer.sha256 == tokenizer.sha256
-    assert not prepare(config, tokenizer=tokenizer).built and prepare(config).built
+    assert not prepare(config, tokenizer=tokenizer).is_new and prepare(config).is_new
 
 
 def contents(folder):
@@ -152,8 +154,8 @@ def test_damaged_cache_is_noticed_and_rebuilt(config, why):
     whole = contents(first.folder)
     DAMAGE[why](first.folder)
     said = []
-    again = prepare(config, say=said.append)
-    assert again.built and contents(again.folder) == whole
+    again = prepare(config, info=said.append)
+    assert again.is_new and contents(again.folder) == whole
     assert any("damaged" in line and why in line for line in said)
     assert [path.name for path in config.cache.iterdir()] == [first.folder.name], "something was left behind"
 
@@ -163,7 +165,7 @@ def test_two_processes_at_once(config, damaged):
     if damaged:
         truncate(prepare(config).folder)
     code = (
-        "import sys; from pathlib import Path; from data.config import DataConfig; from data.shards import prepare;"
+        "import sys; from pathlib import Path; from data.config import DataConfig; from data.sources.shards import prepare;"
         f"config = DataConfig({config.corpus!r}, vocab_size=300, val_fraction=0.2, cache=Path(sys.argv[1]));"
         "made = prepare(config);"
         "print(made.folder, len(made.train.ids))"
@@ -176,7 +178,7 @@ def test_two_processes_at_once(config, damaged):
 
 
 def test_failed_build_leaves_nothing(config, monkeypatch):
-    monkeypatch.setattr(data.shards, "write_split", lambda *_: 1 / 0)
+    monkeypatch.setattr(data.sources.shards, "write_split", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare(config)
     assert list(config.cache.iterdir()) == []
@@ -185,7 +187,7 @@ def test_failed_build_leaves_nothing(config, monkeypatch):
 def test_one_long_file_is_cut(tmp_path):
     (tmp_path / "book.txt").write_text("".join(prose(n, 80) for n in range(300)))
     said = []
-    shards = prepare(DataConfig(corpus=(str(tmp_path),), vocab_size=300, cache=tmp_path / "cache"), say=said.append)
+    shards = prepare(DataConfig(corpus=(str(tmp_path),), vocab_size=300, cache=tmp_path / "cache"), info=said.append)
     assert shards.report["documents"] == 1 and shards.report["cut_into"] > 40
     assert shards.validation.documents >= 1 and any("cut after blank lines" in line for line in said)
 
@@ -209,7 +211,7 @@ def test_few_lines_can_be_split(tmp_path, shape):
         text = form.format("".join(prose(100 * n + k, 80).strip() + end for k in range(60)))
         (tmp_path / "text" / f"{n}{'.jsonl' if 'JSON' in shape else '.txt'}").write_bytes(text.encode())
     said = []
-    shards = prepare(DataConfig(corpus=(str(tmp_path / "text"),), vocab_size=300, cache=tmp_path / "cache"), say=said.append)
+    shards = prepare(DataConfig(corpus=(str(tmp_path / "text"),), vocab_size=300, cache=tmp_path / "cache"), info=said.append)
     assert [line for line in said if how in line]
     assert shards.report["documents"] == len(files) and shards.report["cut_into"] > 40
     assert 0 < shards.validation.bytes < shards.train.bytes / 4
@@ -224,12 +226,12 @@ FEW = "the text can fill {:,} pieces, fewer than the default 2,048: the tokenize
 @pytest.mark.parametrize("mask", [False, True])
 def test_an_unset_vocabulary_is_what_the_text_can_fill(config, mask):
     unset, said = replace(config, vocab_size=None), []
-    shards = prepare(unset, mask=mask, say=said.append)
+    shards = prepare(unset, mask=mask, info=said.append)
     size = shards.tokenizer.vocab_size
-    assert 300 < size < 2048 and FEW.format(size) in said and shards.built and (shards.tokenizer.mask_id == 3) == mask
-    again = prepare(unset, mask=mask, say=said.append)
+    assert 300 < size < 2048 and FEW.format(size) in said and shards.is_new and (shards.tokenizer.mask_id == 3) == mask
+    again = prepare(unset, mask=mask, info=said.append)
     resolved = prepare(replace(config, vocab_size=size), mask=mask)
-    assert not again.built and not resolved.built and shards.folder == again.folder == resolved.folder
+    assert not again.is_new and not resolved.is_new and shards.folder == again.folder == resolved.folder
     assert said.count(FEW.format(size)) == 2 and len([line for line in said if "training" in line]) == 1
     for more in (2048, size + 1):
         with pytest.raises(DataError, match=f"--vocab-size {more} is more than this text can fill.* --vocab-size {size},"):
@@ -273,7 +275,7 @@ def test_a_smaller_vocabulary_may_be_filled_still_less(monkeypatch, config):
             raise VocabularyError("too many", largest[size])
         return train_tokenizer(texts, size, mask)
 
-    monkeypatch.setattr(data.shards, "train_tokenizer", limited)
+    monkeypatch.setattr(data.tokenizer.training, "train_tokenizer", limited)
     assert prepare(replace(config, vocab_size=None)).tokenizer.vocab_size == 400 and tried == [2048, 900, 400]
 
 

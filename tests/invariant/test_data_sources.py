@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from data.config import DataError
-from data.packing.blocks import BlockStream, MixedBlocks, sequential
+from data.packing.blocks import BlockStream, MixedBlocks, sequential_blocks
 from data.sources.mixture import PERIOD, Mixture
 from data.transforms.causal import clm_batch
-from data.transforms.masked import VALIDATION, mlm_batch
+from data.transforms.masked import VALIDATION_STEP, mlm_batch
 from train.tasks.mlm import MaskedTask
 from train.token_task import BlockBatches
 
@@ -50,9 +50,9 @@ def test_batches_of_blocks_are_those_that_they_were():
     assert digest(clm_batch(stream.batch(s), 1, 2) for s in STEPS) == "965cb6920147cd00aca39d49aea4b9ee"
     masked = [mlm_batch(stream.batch(s)[:, :-1], seed=5, step=s, first_row=0, **MASKS) for s in STEPS]
     assert digest(masked) == "063e8a4e16c60bfaa50485d15537336e"
-    held_out = list(sequential(IDS, 16, 6))
+    held_out = list(sequential_blocks(IDS, 16, 6))
     assert digest(clm_batch(block, 1, 2) for block in held_out) == "76ee40c09febf8b82c5900f6184bbc5f"
-    fixed = {"seed": 5, "step": VALIDATION, "masked": 1.0, "replaced": 0.0} | MASKS
+    fixed = {"seed": 5, "step": VALIDATION_STEP, "mask_replace_prob": 1.0, "random_replace_prob": 0.0} | MASKS
     scored = [mlm_batch(block[:, :-1], first_row=6 * i, **fixed) for i, block in enumerate(held_out)]
     assert digest(scored) == "6a6a1a0ce714605ca5ef17d305b36ebe"
     assert digest(clm_batch(stream.batch(s), 1, 2) for s in STEPS[::-1]) != "965cb6920147cd00aca39d49aea4b9ee"

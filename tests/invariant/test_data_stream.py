@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data.config import DataError
-from data.packing.blocks import BlockStream, sequential
+from data.packing.blocks import BlockStream, sequential_blocks
 from data.prefetch import Prefetcher
 from data.transforms.causal import clm_batch
 
@@ -85,7 +85,7 @@ def scored(ids, blocks):
 @pytest.mark.parametrize("context, batch_size", [(8, 1), (8, 3), (5, 4), (64, 2), (10_000, 2)])
 def test_sequential_scores_each_target_exactly_once(context, batch_size):
     ids = packed(40)
-    blocks = list(sequential(ids, context, batch_size))
+    blocks = list(sequential_blocks(ids, context, batch_size))
     assert {block.shape for block in blocks} == {(batch_size, context + 1)}
     count, eos = scored(ids, blocks)
     assert set(count.values()) == {1} and eos == 40
@@ -97,7 +97,7 @@ def test_sequential_scores_each_target_exactly_once(context, batch_size):
 
 
 def test_every_eos_is_a_target_and_no_bos_is():
-    (block,) = sequential(packed(10), 10_000, 1)
+    (block,) = sequential_blocks(packed(10), 10_000, 1)
     labels = clm_batch(block, BOS)["labels"]
     assert (labels == EOS).sum() == 10 and not (labels == BOS).any()
     # The mutant: padding taken for the end of text, masked by its id.
@@ -107,7 +107,7 @@ def test_every_eos_is_a_target_and_no_bos_is():
 def test_packed_batch_equals_documents_apart():
     ids = packed(5)
     starts = np.flatnonzero(ids == BOS).tolist()
-    (block,) = sequential(ids, len(ids) - 1, 1)
+    (block,) = sequential_blocks(ids, len(ids) - 1, 1)
     batch = {name: value[0] for name, value in clm_batch(block, BOS).items()}
     for number, (start, end) in enumerate(zip(starts, [*starts[1:], len(ids)], strict=True)):
         document = torch.from_numpy(ids[start:end].astype(np.int64))

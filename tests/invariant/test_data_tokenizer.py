@@ -11,9 +11,9 @@ import pytest
 import sentencepiece
 
 from data.config import DataError
-from data.tokenizer.base import Tokenizer, load_tokenizer
+from data.tokenizer.open import load_tokenizer
 from data.tokenizer.sentencepiece import SentencePieceTokenizer
-from data.tokenizer.training import BOS, EOS, UNK, feed, train_tokenizer, trainer_options
+from data.tokenizer.training import BOS, EOS, UNK, escape_text, train_tokenizer, trainer_options
 
 TEXTS = [
     f"def f{n}(x):\n    return x + {n}  # the sum\n\n\tText, more of the text; caf\u00e9.\n" * 5 for n in range(30)
@@ -51,10 +51,10 @@ def test_round_trip_of_any_text(tokenizer):
 
 
 def test_piece_bytes_add_up_to_the_text(tokenizer):
-    assert tokenizer.piece_bytes.dtype == np.int64 and tokenizer.piece_bytes.shape == (tokenizer.vocab_size,)
-    assert tokenizer.piece_bytes[[UNK, BOS, EOS]].tolist() == [0, 0, 0]
+    assert tokenizer.byte_lengths.dtype == np.int64 and tokenizer.byte_lengths.shape == (tokenizer.vocab_size,)
+    assert tokenizer.byte_lengths[[UNK, BOS, EOS]].tolist() == [0, 0, 0]
     for text in ODD + list(random_texts(500)):
-        assert tokenizer.piece_bytes[tokenizer.encode(text)].sum() == len(text.encode())
+        assert tokenizer.byte_lengths[tokenizer.encode(text)].sum() == len(text.encode())
 
 
 def test_text_never_makes_control_ids(tokenizer):
@@ -104,20 +104,20 @@ def characters_seen(sentences, **options):
 def test_characters_seen_are_characters_given():
     options = trainer_options(300) | {"minloglevel": 0, "hard_vocab_limit": False}
     given = sum(len(re.sub("[\0\u2581\u2585]", "", text)) for text in GIVEN)
-    assert characters_seen([feed(text) for text in GIVEN], **options) == given
+    assert characters_seen([escape_text(text) for text in GIVEN], **options) == given
     # The mutants: text fed as it is; the library's own limit on length.
     assert characters_seen(GIVEN, **options) < given
-    assert characters_seen([feed(text) for text in GIVEN], **options | {"max_sentence_length": 4192}) < given / 10
+    assert characters_seen([escape_text(text) for text in GIVEN], **options | {"max_sentence_length": 4192}) < given / 10
 
 
 def test_a_long_document_is_learnt_from():
     text = "zebra quagga " * 150_000  # 2 MB: cut for the trainer
-    pieces = set(train_tokenizer([text], 280).bytes_of)
+    pieces = set(train_tokenizer([text], 280).token_bytes)
     assert b" quagga" in pieces
 
 
 def test_white_space_has_pieces_and_no_piece_crosses_words(tokenizer):
-    pieces = tokenizer.bytes_of[259:]
+    pieces = tokenizer.token_bytes[259:]
     assert any(b"\n" in piece and len(piece) > 1 for piece in pieces)
     assert any(piece.strip(b" ") == b"" and len(piece) > 2 for piece in pieces)
     assert not [piece for piece in pieces if re.search(rb"\S .|\w\n|\n\w", piece)]
@@ -138,9 +138,8 @@ def test_vocabulary_that_the_text_cannot_fill():
 
 def test_save_and_load(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
-    for load in (load_tokenizer, Tokenizer.load):
-        for path in (tmp_path, tmp_path / "tokenizer.model"):
-            assert load(path).sha256 == tokenizer.sha256 and load(path).lossless
+    for path in (tmp_path, tmp_path / "tokenizer.model"):
+        assert load_tokenizer(path).sha256 == tokenizer.sha256 and load_tokenizer(path).is_lossless
 
 
 def test_roles_and_padding(tokenizer, tmp_path):
@@ -148,12 +147,12 @@ def test_roles_and_padding(tokenizer, tmp_path):
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.mask_id, tokenizer.pad_id) == (BOS, EOS, None, None)
     assert tokenizer.special_ids == {UNK, BOS, EOS}
     padded = load_tokenizer(tmp_path, vocab_size=384)
-    assert padded.vocab_size == len(padded.bytes_of) == len(padded.piece_bytes) == 384
+    assert padded.vocab_size == len(padded.token_bytes) == len(padded.byte_lengths) == 384
     assert padded.special_ids == {UNK, BOS, EOS, *range(360, 384)} and padded.sha256 == tokenizer.sha256
-    assert padded.decode([*padded.encode("a\u2581b"), 383]) == "a\u2581b" and padded.piece_bytes[360:].sum() == 0
+    assert padded.decode([*padded.encode("a\u2581b"), 383]) == "a\u2581b" and padded.byte_lengths[360:].sum() == 0
     short = load_tokenizer(tmp_path, vocab_size=300)  # a network with fewer rows: what needs a missing one is refused
-    assert short.vocab_size == 300 and len(short.bytes_of) == 360 and short.encode("\0") == tokenizer.encode("\0")
-    largest = tokenizer.bytes_of[359].decode()
+    assert short.vocab_size == 300 and len(short.token_bytes) == 360 and short.encode("\0") == tokenizer.encode("\0")
+    largest = tokenizer.token_bytes[359].decode()
     with pytest.raises(DataError, match=r"has id 3\d\d, and the network's vocabulary ends with 299: .* --vocab-size 360"):
         short.encode(largest)
 
@@ -163,18 +162,18 @@ def test_mask_piece_is_made_when_asked_alone(tokenizer, tmp_path):
     assert masked.mask_id == 3 and masked.special_ids == {UNK, BOS, EOS, 3} and masked.vocab_size == 360
     assert loses(masked.encode, masked.decode, [*ODD, "a [MASK] b"]) == []
     assert 3 not in masked.encode("a [MASK] b")
-    ids = masked.encode("a [MASK] b</s>", specials=True)
+    ids = masked.encode("a [MASK] b</s>", parse_special=True)
     assert ids == [*masked.encode("a "), 3, *masked.encode(" b"), EOS] and masked.decode(ids) == "a  b"
     masked.save(tmp_path)
     assert load_tokenizer(tmp_path).mask_id == 3
-    assert tokenizer.encode("a [MASK]", specials=True) == tokenizer.encode("a [MASK]")
+    assert tokenizer.encode("a [MASK]", parse_special=True) == tokenizer.encode("a [MASK]")
 
 
 def test_mask_in_training_text_counts():
     options = trainer_options(300, mask=True) | {"minloglevel": 0, "hard_vocab_limit": False}
     text = "words around [MASK] in text\n" * 3
-    assert characters_seen([feed(text, mask=True)], **options) == len(text)
-    assert characters_seen([feed(text)], **options) < len(text), "the mutant: the trainer takes [MASK] for its own"
+    assert characters_seen([escape_text(text, mask=True)], **options) == len(text)
+    assert characters_seen([escape_text(text)], **options) < len(text), "the mutant: the trainer takes [MASK] for its own"
 
 
 def trained_by_the_library(**options):
@@ -191,7 +190,7 @@ def test_foreign_models_follow_the_library():
         model = trained_by_the_library(**options)
         tokenizer = SentencePieceTokenizer(model)
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        assert not tokenizer.lossless and (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == roles
+        assert not tokenizer.is_lossless and (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == roles
         for text in ODD:
             ids = processor.encode(text)
             assert tokenizer.encode(text) == ids
@@ -199,6 +198,6 @@ def test_foreign_models_follow_the_library():
             assert tokenizer.decode(np.array([roles[0], *ids, roles[1]])) == processor.decode(ids)
         assert tokenizer.decode(tokenizer.encode("  two   words")) != "  two   words", "else it would be lossless"
     text = "return the text"  # with Llama's rules the sum counts the space that is put in front
-    assert tokenizer.piece_bytes[tokenizer.encode(text)].sum() == len(text) + 1
+    assert tokenizer.byte_lengths[tokenizer.encode(text)].sum() == len(text) + 1
     alone = trained_by_the_library(bos_id=-1, eos_id=-1)
     assert SentencePieceTokenizer(alone).eos_id is None

@@ -131,7 +131,7 @@ def test_packed_rows_of_an_encoder_decoder(family):
     network, lengths = randomized(tiny_config(family)), ((5, 4), (7, 9))
     sources, targets = ([torch.randint(3, 61, (n,)) for n in each] for each in zip(*lengths, strict=True))
     packs = [[[Example(t.numpy(), t.numpy(), s.numpy())] for s, t in zip(sources, targets, strict=True)]]
-    batch = pack_batch(packs, pad_id=0, room=(16, 14))
+    batch = pack_batch(packs, pad_id=0, max_lengths=(16, 14))
     del batch["labels"]
     alone = [network.body(s[None], decoder_input_ids=t[None]).hidden[0] for s, t in zip(sources, targets, strict=True)]
     packed = network.body(**batch).hidden[0]

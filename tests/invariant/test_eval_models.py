@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import model.hub
-from data.tokenizer.base import load_tokenizer
+from data.tokenizer.open import load_tokenizer
 from eval.__main__ import main
 from eval.bertscore import BertScore
 from eval.commands.scoring import held_out, open_folder
@@ -108,7 +108,7 @@ def test_pseudo_perplexity_of_an_encoder(masked, tmp_path):
     tokenizer, ids = opened.tokenizer, opened.tokenizer.encode(TEXT * 3)
     pieces = [ids[start : start + 22] for start in range(0, len(ids), 22)]  # between [CLS] and [SEP]
     ends = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
-    assert [*map(tokenizer.name_of, ends.values())] == ["[CLS]", "[SEP]"]
+    assert [*map(tokenizer.token_name, ends.values())] == ["[CLS]", "[SEP]"]
     expected = pseudo_perplexity(opened.network, pieces, mask_id=tokenizer.mask_id, **ends)
     assert len(pieces) > 2 and score["value"] == pytest.approx(expected.value, rel=1e-6)
     assert score["parts"]["targets"] == len(ids)

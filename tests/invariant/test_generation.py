@@ -277,7 +277,7 @@ def test_a_stream_says_what_the_whole_text_says(monkeypatch):
     with monkeypatch.context() as patch:  # the mutant shows the beginning of a stop string
         patch.setattr("model.streaming.possible_stop_length", lambda text, stops: 0)
         assert stream_differs()
-    monkeypatch.setattr(TextStream, "add", lambda self, i: self._take(self.bytes_of[i].decode(errors="replace")))
+    monkeypatch.setattr(TextStream, "add", lambda self, i: self._take(self.token_bytes[i].decode(errors="replace")))
     assert stream_differs()  # the mutant decodes each token by itself
 
 

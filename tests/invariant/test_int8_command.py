@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import model.__main__
 import model.hub
-from data.tokenizer.base import load_tokenizer
+from data.tokenizer.open import load_tokenizer
 from quant import report
 from quant.config import Int8
 from quant.int8 import quantize

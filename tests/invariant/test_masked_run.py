@@ -11,7 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 import model.__main__
 import model.hub
-from data.tokenizer.base import load_tokenizer
+from data.tokenizer.open import load_tokenizer
 from tests.conftest import randomized, tiny_config
 from tests.runs import SETTINGS, arguments, assert_same_end, command, further, last_checkpoint, stopped_at, write_corpus
 from train.reports.log import read_metrics
@@ -64,7 +64,7 @@ def test_checkpoint_opens_in_transformers_with_its_tokenizer(run, parity):
     folder, text = last_checkpoint(run[0]), "the file reads a [MASK] of objects"
     theirs, loading = transformers.AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
-    ids = load_tokenizer(folder).encode(text, specials=True)
+    ids = load_tokenizer(folder).encode(text, parse_special=True)
     assert transformers.AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"] == ids
     with torch.no_grad():
         ours, other = (network.eval()(torch.tensor([ids])).logits for network in (model.hub.load(folder), theirs))

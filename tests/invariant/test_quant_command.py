@@ -23,10 +23,10 @@ import model.hub
 import quant.__main__
 from data.config import DataConfig
 from data.corpus.split import split_fraction
-from data.packing.blocks import sequential
+from data.packing.blocks import sequential_blocks
 from data.sources.shards import prepare
-from data.tokenizer.base import load_tokenizer
-from data.transforms.masked import VALIDATION, mlm_batch
+from data.tokenizer.open import load_tokenizer
+from data.transforms.masked import VALIDATION_STEP, mlm_batch
 from eval.commands import held_out
 from model.account import align_columns
 from quant import nf4, report
@@ -290,10 +290,17 @@ def test_masked_words_are_scored_as_such(text, tmp_path):
     assert "pseudo-perplexity" in said.out and "bits per byte" not in said.out
     assert f"python -m model fill {tmp_path / 'out'} " in said.out
     shards = text.shards(load_tokenizer(folder), mask=True)
-    tokenizer, block = shards.tokenizer, torch.cat(list(sequential(shards.validation.ids, 32, 64)))
+    tokenizer, block = shards.tokenizer, torch.cat(list(sequential_blocks(shards.validation.ids, 32, 64)))
     masks = {"mask_id": tokenizer.mask_id, "special_ids": tokenizer.special_ids, "bos_id": tokenizer.bos_id}
     batch = mlm_batch(
-        block[:, :-1], seed=0, step=VALIDATION, first_row=0, vocab_size=tokenizer.vocab_size, masked=1.0, replaced=0.0, **masks
+        block[:, :-1],
+        seed=0,
+        step=VALIDATION_STEP,
+        first_row=0,
+        vocab_size=tokenizer.vocab_size,
+        mask_replace_prob=1.0,
+        random_replace_prob=0.0,
+        **masks,
     )
     labels = batch.pop("labels")
     for row, place in (("before", folder), ("nf4", tmp_path / "out")):

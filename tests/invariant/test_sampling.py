@@ -15,7 +15,7 @@ import model.generate
 import model.hub
 from data.config import DataConfig
 from data.sources.shards import prepare
-from data.tokenizer.base import load_tokenizer
+from data.tokenizer.open import load_tokenizer
 from model.generate import generate
 from tests.folders import byte_level, llama, write_tokenizer
 from tests.oracle.test_sampling import saying, words

@@ -27,8 +27,8 @@ def epoch_loss(task, network) -> tuple[float, int, dict[str, torch.Tensor]]:
     """Sum, count and gradients over the training records, each once."""
     objective = task.objective(network, linear_cross_entropy).train()
     total, count = 0.0, 0
-    for row in range(task.source.rows_of(0)):
-        term = objective(task.source.collate([task.source.units_of_row(row)])).terms["loss"]
+    for row in range(task.source.rows_in_epoch(0)):
+        term = objective(task.source.collate([task.source.row_units(row)])).terms["loss"]
         term.sum.backward()
         total, count = total + float(term.sum.detach()), count + int(term.count)
     return total, count, gradients(network)
@@ -67,7 +67,7 @@ def test_packed_rows_learn_what_padded_rows_do(folder, pairs, mutant, monkeypatc
     task, network = opened(folder, pairs)
     total, count, expected = epoch_loss(task, network)
     packed, _ = opened(folder, pairs, packing="first_fit")
-    assert packed.source.rows_of(0) < len(task.data.train) / 2
+    assert packed.source.rows_in_epoch(0) < len(task.data.train) / 2
     if mutant:  # the pairs of a row see one another
         collate = packed.source.collate
 

@@ -96,7 +96,7 @@ def test_an_objective_on_the_wrong_architecture_names_those_that_fit(objective, 
 def test_an_encoder_gets_a_pad_that_no_text_holds(preset, masked):
     config, shards = masked
     has = network_config(replace(config, network=replace(config.network, preset=preset)), shards.tokenizer)
-    assert has.pad_id == 0 and shards.tokenizer.bytes_of[0] == b"" and has.head == "mlm"
+    assert has.pad_id == 0 and shards.tokenizer.token_bytes[0] == b"" and has.head == "mlm"
     assert has.position_offset == (1 if preset == "roberta-base" else 0)
 
 

@@ -14,7 +14,7 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model.hub
-from data.tokenizer.base import load_tokenizer
+from data.tokenizer.open import load_tokenizer
 from eval.bertscore import BertScore, bertscore, first_blocks, idf_weights
 from eval.notes import Notes
 from tests.conftest import randomized, tiny_config

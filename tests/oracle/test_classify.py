@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import model.__main__
 import model.hub
-from data.tokenizer.base import load_tokenizer
+from data.tokenizer.open import load_tokenizer
 from data.transforms.framing import Framer
 from model.predict import Text, pad_batch, probabilities
 from model.weights import head_spec, to_published, weight_table
@@ -63,7 +63,7 @@ def test_ids_of_published_kinds(kind, side, tmp_path):
 def compare_ids(folder: Path) -> None:
     theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
     for room in (7, 8, 11, 24, 99):
-        one, two = Framer(ours, room=room), Framer(ours, room=room, is_pair=True)
+        one, two = Framer(ours, max_length=room), Framer(ours, max_length=room, is_pair=True)
         for first in TEXTS:
             options = {"truncation": True, "max_length": room, "return_token_type_ids": True}
             expected = theirs(first, **options)
@@ -74,8 +74,8 @@ def compare_ids(folder: Path) -> None:
                 if expected["input_ids"][0]:
                     framed = two(first, second)
                     assert framed.ids == expected["input_ids"][0], (room, first, second)
-                    assert framed.types == expected["token_type_ids"][0], (room, first, second)
-                    assert framed.cut == len(theirs([first], [second])["input_ids"][0]) - len(framed.ids)
+                    assert framed.type_ids == expected["token_type_ids"][0], (room, first, second)
+                    assert framed.truncated == len(theirs([first], [second])["input_ids"][0]) - len(framed.ids)
 
 
 FAMILIES = ("bert", "roberta", "roformer", "gpt2", "llama", "qwen3", "t5", "t5-gated", "bart")

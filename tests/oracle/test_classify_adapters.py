@@ -11,8 +11,8 @@ import transformers
 import lora.__main__
 import model.__main__
 import model.hub
-from data.tokenizer.base import load_tokenizer
-from data.transforms.framing import Framer, pad_id
+from data.tokenizer.open import load_tokenizer
+from data.transforms.framing import Framer, choose_pad_id
 from lora.config import CONFIGS
 from lora.methods import uses_virtual_tokens
 from model.predict import Text, pad_batch
@@ -86,12 +86,12 @@ def test_peft_opens_the_run(method, family, tmp_path, parity):
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3).eval()
     theirs = peft.PeftModel.from_pretrained(theirs, folder).eval()
     tokenizer = load_tokenizer(folder)
-    framer = Framer(tokenizer, room=60 if uses_virtual_tokens(CONFIGS[method]) else 64)
+    framer = Framer(tokenizer, max_length=60 if uses_virtual_tokens(CONFIGS[method]) else 64)
     texts = [Text(framer(row["text"]).ids) for row in rows]
     # PEFT's prompts hide pads from a decoder
     batches = [[text] for text in texts] if uses_virtual_tokens(CONFIGS[method]) else [texts]
     with torch.no_grad():
-        inputs = [pad_batch(batch, pad_id(tokenizer, framer.ends_with), types=False) for batch in batches]
+        inputs = [pad_batch(batch, choose_pad_id(tokenizer, framer.last_token), types=False) for batch in batches]
         other = torch.cat([theirs(**each).logits.softmax(-1) for each in inputs])
     error = (other - own).abs().max()
     parity(f"classification run: {method} {family}", f"peft {peft.__version__}", error, 1e-5, "float32 rounding")

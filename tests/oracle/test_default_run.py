@@ -16,7 +16,7 @@ import torch
 import transformers
 
 import model.hub
-from data.tokenizer.base import Tokenizer
+from data.tokenizer.open import load_tokenizer
 from eval.baseline import kneser_ney_bits
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,7 +76,7 @@ def test_checkpoint_opens_in_transformers(run, parity):
     folder = run[0] / json.loads((run[0] / "last.json").read_text())["checkpoint"]
     theirs, loading = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
-    ids = torch.tensor([Tokenizer.load(folder).encode("Return the name of the module, or None. ☃\n")])
+    ids = torch.tensor([load_tokenizer(folder).encode("Return the name of the module, or None. ☃\n")])
     with torch.no_grad():
         error = (model.hub.load(folder)(ids).logits - theirs(ids).logits).abs().max()
     reason = "float32 rounding over four layers"

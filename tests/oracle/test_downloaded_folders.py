@@ -14,7 +14,7 @@ import eval.__main__
 import model.hub
 from data.config import DataConfig, DataError
 from data.sources.shards import prepare
-from data.tokenizer.base import load_tokenizer
+from data.tokenizer.open import load_tokenizer
 from model.beam import beam_search
 from model.config import ConfigError
 from model.config import load_family as rules_of
@@ -68,8 +68,8 @@ def test_what_stands_around_a_text(around, kind, tmp_path):
         theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
         for text in ("The fox", "a</s>b <|x|>", ""):
             ids = theirs(text).input_ids
-            assert ours.framed(ours.encode(text, specials=True)) == ids, (flags, text)
-        document, ids = ours.document(ours.encode("The fox")), theirs("The fox").input_ids
+            assert ours.with_special_tokens(ours.encode(text, parse_special=True)) == ids, (flags, text)
+        document, ids = ours.as_document(ours.encode("The fox")), theirs("The fox").input_ids
         stream = document if ours.bos_id != ours.eos_id else [*document[1:], ours.eos_id]  # as a separator ends it
         assert stream in (ids, [*ids, ours.eos_id])
         assert (document[0], document[-1]) == (ours.bos_id, document[-1] if ours.bos_id == ours.eos_id else ours.eos_id)
@@ -83,7 +83,7 @@ def test_tokens_that_the_settings_alone_name(tmp_path):
     theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
     assert (ours.pad_id, ours.vocab_size) == (theirs.pad_token_id, len(theirs)) == (333, 335)
     text = "a <pad> b <more>"
-    assert ours.encode(text, specials=True) == theirs(text, add_special_tokens=False).input_ids
+    assert ours.encode(text, parse_special=True) == theirs(text, add_special_tokens=False).input_ids
 
 
 @pytest.mark.parametrize("around, separator", [("none", None), ("none", "<|x|>"), ("bos", None), ("both", None)])
@@ -112,7 +112,7 @@ def test_documents_to_train_on(around, separator, tmp_path):
     with pytest.raises(DataError, match=r"--separator nonsense: not a control token; there are <s>, </s>, <\|x\|>"):
         prepare(DataConfig(config.corpus, separator="nonsense"), tokenizer=load_tokenizer(tmp_path))
     if around != "none":
-        with pytest.raises(DataError, match="this tokenizer begins each text with <s>, which parts documents"):
+        with pytest.raises(DataError, match="this tokenizer begins each text with <s>, which separates documents"):
             prepare(DataConfig(config.corpus, separator="<|x|>"), tokenizer=load_tokenizer(tmp_path))
 
 
@@ -333,11 +333,12 @@ def test_a_tokenizer_with_more_ids_than_the_network_has_rows(tmp_path):
     llama(tmp_path / "base", vocab_size=332)
     ids = write_tokenizer(tmp_path / "base", byte_level(SPECIALS, "<s>"), SPECIALS, bos_token="<s>", eos_token="</s>")
     tokenizer = load_tokenizer(tmp_path / "base", 332)
-    assert tokenizer.framed(tokenizer.encode("The fox")) == [330, *tokenizer.encode("The fox")] and ids["<|x|>"] == 332
+    fox = tokenizer.encode("The fox")
+    assert tokenizer.with_special_tokens(fox) == [330, *fox] and ids["<|x|>"] == 332
     with pytest.raises(
         DataError, match=r"'<\|x\|>' has id 332, and the network's vocabulary ends with 331: .* --vocab-size 333"
     ):
-        tokenizer.encode("a <|x|>", specials=True)
+        tokenizer.encode("a <|x|>", parse_special=True)
     assert tokenizer.encode("a <|x|>")  # in letters
 
 
@@ -426,4 +427,4 @@ def test_what_a_class_puts_around_a_text(kind, tmp_path):
     write_tokenizer(tmp_path, byte_level(SPECIALS), SPECIALS, **settings)
     tokenizer = load_tokenizer(tmp_path)
     (before, after), ids = AROUND[kind], tokenizer.encode("the fox")
-    assert tokenizer.affixes == (before, after) and tokenizer.framed(ids) == [*before, *ids, *after]
+    assert tokenizer.affixes == (before, after) and tokenizer.with_special_tokens(ids) == [*before, *ids, *after]

@@ -36,7 +36,7 @@ def test_rates_equal_transformers(parity):
     theirs = collator()([{"input_ids": row} for row in block])
     specials = frozenset(range(5))
     ours = mlm_batch(
-        block, seed=0, step=0, first_row=0, mask_id=MASK, special_ids=specials, vocab_size=V, bos_id=CLS, rate=0.15
+        block, seed=0, step=0, first_row=0, mask_id=MASK, special_ids=specials, vocab_size=V, bos_id=CLS, mlm_probability=0.15
     )
     for name, mine, other in zip(("chosen", "masked", "kept"), rates(block, ours), rates(block, theirs), strict=True):
         (p, n), (q, m) = [(float(part.sum() / whole.sum()), int(whole.sum())) for part, whole in (mine, other)]

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data.packing.blocks import sequential
+from data.packing.blocks import sequential_blocks
 from data.transforms.causal import clm_batch
 from eval import perplexity as module
 from eval import targets
@@ -215,7 +215,7 @@ def test_equals_validation_in_training(parity):
     """bos and eos as in training, each document in one window: however the blocks of training pack them."""
     given = [document for document in documents() if document]
     stream = np.concatenate([framed(document, True, True).numpy() for document in given])
-    batches = [clm_batch(block, BOS, EOS) for block in sequential(stream, len(stream), 1)]
+    batches = [clm_batch(block, BOS, EOS) for block in sequential_blocks(stream, len(stream), 1)]
     nats, count = evaluate(Objective(network()), batches)["loss"]
     size = 3 * count
     score = perplexity_score(network(), given, context=70, bos_id=BOS, eos_id=EOS, bytes=[3 * len(d) + 3 for d in given])
@@ -223,7 +223,7 @@ def test_equals_validation_in_training(parity):
     parity("Perplexity: validation", "train.evaluate", error(score.value, math.exp(nats / count)), *ROUNDING)
     parity("Perplexity: bits per byte", "train.evaluate", error(score.bits_per_byte, bits_per_byte(nats, size)), *ROUNDING)
     (one,) = documents((50,))
-    batches = [clm_batch(block, BOS, EOS) for block in sequential(framed(one, True, True).numpy(), 16, 2)]
+    batches = [clm_batch(block, BOS, EOS) for block in sequential_blocks(framed(one, True, True).numpy(), 16, 2)]
     nats, count = evaluate(Objective(network()), batches)["loss"]  # a document longer than the context: stride = context
     strided = perplexity_score(network(), [one], context=16, stride=16, bos_id=BOS, eos_id=EOS)
     assert strided.targets == count

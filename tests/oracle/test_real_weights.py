@@ -9,7 +9,7 @@ import transformers
 
 import model.hub
 import model.init
-from data.tokenizer.base import load_tokenizer
+from data.tokenizer.open import load_tokenizer
 from tests.oracle.test_model import LIBRARY
 
 TEXTS = [

@@ -8,7 +8,7 @@ import pytest
 import sentencepiece
 
 import data.tokenizer.export
-from data.tokenizer.base import load_tokenizer
+from data.tokenizer.open import load_tokenizer
 from data.tokenizer.sentencepiece import SentencePieceTokenizer
 from data.tokenizer.training import train_tokenizer, trainer_options
 from tests.invariant.test_data_tokenizer import ODD, TEXTS, random_texts
@@ -26,7 +26,7 @@ def runs(count):
 
 
 def opened(tokenizer):
-    made = tokenizers.Tokenizer.from_str(tokenizer.exported["tokenizer.json"].decode())
+    made = tokenizers.Tokenizer.from_str(tokenizer.json_files["tokenizer.json"].decode())
     made.encode_special_tokens = True
     return made
 
@@ -46,8 +46,8 @@ def test_ids_are_equal_on_the_whole_corpus(stdlib_docs, documents, parity):
 
 def test_order_of_merges_matters(stdlib_docs, monkeypatch):
     """The mutant: merges in the order of the alphabet."""
-    sort = data.tokenizer_export.merges
-    monkeypatch.setattr(data.tokenizer_export, "merges", lambda ids, score: sorted(sort(ids, score)))
+    sort = data.tokenizer.export.list_merges
+    monkeypatch.setattr(data.tokenizer.export, "list_merges", lambda ids, score: sorted(sort(ids, score)))
     tokenizer = SentencePieceTokenizer(stdlib_docs.tokenizer.model_bytes)
     assert differ(tokenizer, opened(tokenizer), TEXTS) > 0
 
@@ -61,9 +61,9 @@ def test_transformers_opens_a_checkpoint(tmp_path, model_type):
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.mask_token_id, len(theirs)) == (1, 2, 3, 360)
     for text in [*TEXTS, *ODD, "in [MASK] place"]:
         if "<unk>" not in text:
-            assert theirs(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text, specials=True)
-            assert theirs(text)["input_ids"] == tokenizer.framed(tokenizer.encode(text, specials=True))
-        assert tokenizer.framed([7]) == [1, 7, 2]  # masked tokens are guessed in whole documents
+            assert theirs(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text, parse_special=True)
+            assert theirs(text)["input_ids"] == tokenizer.with_special_tokens(tokenizer.encode(text, parse_special=True))
+        assert tokenizer.with_special_tokens([7]) == [1, 7, 2]  # masked tokens are guessed in whole documents
         assert theirs.decode(tokenizer.encode(text)) == text
 
 
@@ -73,7 +73,7 @@ def test_the_model_file_stays_the_one_that_is_read(tmp_path):
     first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(first) == {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"}
     again = load_tokenizer(tmp_path)
-    assert again.lossless and list(again.files) == ["tokenizer.model"] and again.sha256 == tokenizer.sha256
+    assert again.is_lossless and list(again.files) == ["tokenizer.model"] and again.sha256 == tokenizer.sha256
     again.save(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
 
@@ -84,4 +84,4 @@ def test_what_is_no_such_bpe_is_not_written(tmp_path):
         options = trainer_options(360) | {"hard_vocab_limit": False} | changes
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=model, **options)
         tokenizer = SentencePieceTokenizer(model.getvalue())
-        assert tokenizer.lossless and tokenizer.exported == {}
+        assert tokenizer.is_lossless and tokenizer.json_files == {}

@@ -25,7 +25,7 @@ class Preference(RecordTask):
         return [row["chosen"], row["rejected"]]
 
     def transform(self, row, random):
-        pair = (np.array(self.tokenizer.document(self.tokenizer.encode(row[key]))) for key in ("chosen", "rejected"))
+        pair = (np.array(self.tokenizer.as_document(self.tokenizer.encode(row[key]))) for key in ("chosen", "rejected"))
         return [Example(ids[:-1], ids[1:], group=1) for ids in pair]
 
     def networks(self, network, initial):

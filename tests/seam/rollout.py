@@ -63,7 +63,7 @@ class Rollout(RecordTask):
 
         from data.example import Example
 
-        ids = np.array(self.tokenizer.document(self.tokenizer.encode(row["text"])))
+        ids = np.array(self.tokenizer.as_document(self.tokenizer.encode(row["text"])))
         return [Example(ids[:-1], ids[1:], extra={"advantage": np.array(1.0, dtype=np.float32)})]
 
     def epochs(self, steps):

@@ -31,7 +31,7 @@ class Toy(RecordTask):
         return [row[settings.column]]
 
     def transform(self, row, random):
-        ids = np.array(self.tokenizer.document(self.tokenizer.encode(row[self.settings.column])))
+        ids = np.array(self.tokenizer.as_document(self.tokenizer.encode(row[self.settings.column])))
         return [Example(ids[:-1], ids[1:])]
 
     def objective(self, networks, loss, held_out=None):

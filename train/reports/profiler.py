@@ -10,7 +10,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from data.words import counted
+from data.messages import format_count
 
 WARMUP_STEPS = 2  # for compilation, the allocator, the choice of kernels
 COMPRESS_FROM = 16 * 2**20  # bytes of a trace; a larger one is compressed
@@ -85,7 +85,7 @@ def operator_table(profiled: profile, device: torch.device, steps: int, seconds:
     found = sorted((row for row in found if row[0] > 0), reverse=True)
     total = sum(own for own, _, _ in found)
     lines = [
-        f"{counted(steps, 'step')} profiled: {1000 * seconds / steps:,.1f} ms a step by the clock, "
+        f"{format_count(steps, 'step')} profiled: {1000 * seconds / steps:,.1f} ms a step by the clock, "
         f"{1000 * total:,.1f} ms in operators on the {'GPU' if gpu else 'CPU'}",
         f"{'self, ms':>10} {'share':>8} {'calls':>8}   operator",
     ]
@@ -93,7 +93,7 @@ def operator_table(profiled: profile, device: torch.device, steps: int, seconds:
         lines.append(f"{1000 * own:10,.2f} {own / total:8.1%} {calls:8,.0f}   {name}"[:110])
     if rest := found[rows:]:
         own = sum(row[0] for row in rest)
-        calls, others = sum(row[1] for row in rest), counted(len(rest), "other")
+        calls, others = sum(row[1] for row in rest), format_count(len(rest), "other")
         lines.append(f"{1000 * own:10,.2f} {own / total:8.1%} {calls:8,.0f}   {others}")
     return "\n".join(lines)
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from data.config import DataConfig
+from data.messages import format_count
 from data.shell import command
-from data.words import counted
 from model.flops import flops_per_token
 from quant.linear import count_parameters, quantized_layers
 from quant.qat import qat_layers
@@ -38,23 +38,23 @@ def introduction(run: RunView) -> str:
     trained = sum(parameter.numel() for parameter in run.engine.network.parameters() if parameter.requires_grad)
     adapter = f", {trained:,} of them trained ({config.run.adapter})" if config.method is not None else ""
     if config.run.freeze is not None:
-        frozen = counted(len(frozen_names(run.engine.network, run.config.run.freeze)), "tensor")
+        frozen = format_count(len(frozen_names(run.engine.network, run.config.run.freeze)), "tensor")
         adapter = f", {trained:,} of them trained: {frozen} frozen (--freeze {config.run.freeze})"
     small = [layer.weight for layer in quantized_layers(run.engine.network).values()]
     bits = 8 * sum(weight.nbytes for weight in small) / max(1, sum(weight.numel() for weight in small))
-    adapter += f", {counted(len(small), 'matrix', 'matrices')} in {small[0].scheme} of {bits:.3f} bits" if small else ""
+    adapter += f", {format_count(len(small), 'matrix', 'matrices')} in {small[0].scheme} of {bits:.3f} bits" if small else ""
     rounded = len(qat_layers(run.engine.network))
-    adapter += f", {counted(rounded, 'matrix', 'matrices')} rounded to {config.run.qat} in every step" if rounded else ""
+    adapter += f", {format_count(rounded, 'matrix', 'matrices')} rounded to {config.run.qat} in every step" if rounded else ""
     before = run.engine.network.body.num_virtual_tokens
     before = f" after {before} of the {config.run.adapter}" if before else ""
     epochs, speed = run.task.epochs(config.run.steps), config.speed
     gpu = run.device.type == "cuda"
-    machine = torch.cuda.get_device_name(run.device) if gpu else counted(config.run.threads, "thread")
+    machine = torch.cuda.get_device_name(run.device) if gpu else format_count(config.run.threads, "thread")
     machine += f", {run.ranks.world} ranks ({config.run.mesh})" * (run.ranks.world > 1)
     how = ("compiled" if speed.compile == "on" else "eager") + (", deterministic" * (speed.deterministic == "on"))
     return (
         f"{run.task.introduction()}"
-        f"network  {has.family}, {counted(has.depth, 'layer')} of width {has.width}, {counted(has.heads, 'head')}, "
+        f"network  {has.family}, {format_count(has.depth, 'layer')} of width {has.width}, {format_count(has.heads, 'head')}, "
         f"context {config.network.context}{before}: {parameters:,} parameters{adapter}\n"
         f"machine  {run.device}, {machine}, {speed.precision}, {how}\n{rates(run)}"
         f"run      {run.out}: steps {run.step} to {config.run.steps} of {run.task.per_step()}, "
@@ -76,7 +76,7 @@ def rates(run: RunView) -> str:
 def comparable(run: RunView) -> str:
     """What two runs of the same settings must have in common to give the same numbers, to the last bit."""
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else processor()
-    threads, ranks = counted(run.config.run.threads, "thread"), f", {run.ranks.world} ranks" * (run.ranks.world > 1)
+    threads, ranks = format_count(run.config.run.threads, "thread"), f", {run.ranks.world} ranks" * (run.ranks.world > 1)
     return f"torch {torch.__version__}, {device}, {threads}{ranks}, {run.config.speed.precision}"
 
 

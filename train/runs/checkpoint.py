@@ -30,7 +30,7 @@ from pathlib import Path
 
 import tomli_w
 
-from data.words import counted
+from data.messages import format_count
 from train.runs.errors import CheckpointError
 
 FORMAT = 2
@@ -114,7 +114,7 @@ def verify(folder: Path) -> None:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
         if path.stat().st_size != size:
-            raise CheckpointError(f"{path} has {counted(path.stat().st_size, 'byte')}, {size:,} were written")
+            raise CheckpointError(f"{path} has {format_count(path.stat().st_size, 'byte')}, {size:,} were written")
         if _sha256(path) != digest:
             raise CheckpointError(f"{path} was changed after it was written (its SHA-256 is not that of {MANIFEST})")
 
@@ -139,7 +139,7 @@ def latest_verified(run: Path, info: Callable[[str], None]) -> Path | None:
         except CheckpointError as error:
             info(f"skipping checkpoint {folder.name}: {error}")
     if folders:
-        raise CheckpointError(f"none of {counted(len(folders), 'checkpoint')} in {run / 'checkpoints'} is whole")
+        raise CheckpointError(f"none of {format_count(len(folders), 'checkpoint')} in {run / 'checkpoints'} is whole")
     return None
 
 

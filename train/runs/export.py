@@ -7,7 +7,7 @@ import torch
 
 import model.hub
 from data.shell import command
-from data.tokenizer.base import load_tokenizer
+from data.tokenizer.open import load_tokenizer
 from model.config_json import base_of_adapter
 from model.finite import non_finite, non_finite_message, refuse_non_finite
 from model.folders import copy_auxiliary_files, make_folder

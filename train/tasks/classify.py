@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from data.example import Example
     from data.sources.records import Row
     from data.tokenizer.base import Tokenizer
-    from data.transforms.framing import Framed
+    from data.transforms.framing import Encoding
     from data.transforms.labels import LabelledData
     from model.config import ModelConfig
     from train.config import TrainConfig
@@ -85,7 +85,7 @@ class ClassifyTask(RecordTask):
         cls, config: "TrainConfig", tokenizer: "Tokenizer | None", info: Info, *, progress: bool = False
     ) -> "LabelledData":
         from data.config import DataError
-        from data.transforms.labels import LabelledData, learned_labels
+        from data.transforms.labels import LabelledData, training_labels
 
         settings: ClassifySettings = settings_of(config)
         check_settings(settings, config)
@@ -96,13 +96,13 @@ class ClassifyTask(RecordTask):
                     if column is not None and not isinstance(row[column], str):
                         has = "null" if row[column] is None else type(row[column]).__name__
                         raise DataError(f"{place}: the value of {column!r} is {has}, not a string")
-        labels = learned_labels(data.train, data.validation, settings.label, separator_of(settings), names_before(config))
+        labels = training_labels(data.train, data.validation, settings.label, separator_of(settings), names_before(config))
         return LabelledData(data.tokenizer, data.train, data.validation, data.sha256, labels)
 
     @classmethod
     def network(cls, config: "TrainConfig", base: "ModelConfig", data: "LabelledData") -> "ModelConfig":
         """As many classes as labels, with their names; a pad that ends no text."""
-        from data.transforms.framing import pad_id
+        from data.transforms.framing import choose_pad_id
         from model.config import ConfigError
         from model.predict import MULTI_LABEL
         from model.weights import head_spec
@@ -116,16 +116,16 @@ class ClassifyTask(RecordTask):
             "problem_type": MULTI_LABEL if settings.multi else "single_label_classification",
         }
         if base.architecture != "encoder":
-            changes["pad_id"] = pad_id(data.tokenizer, framer.ends_with, known=[base.pad_id])
-        if base.architecture == "encoder-decoder" and head_spec(base).architecture and framer.ends_with != base.eos_id:
+            changes["pad_id"] = choose_pad_id(data.tokenizer, framer.last_token, known=[base.pad_id])
+        if base.architecture == "encoder-decoder" and head_spec(base).architecture and framer.last_token != base.eos_id:
             raise ConfigError(
                 f"{head_spec(base).architecture} reads a text off its last eos, id {base.eos_id}, and this tokenizer "
-                f"{'puts nothing behind a text' if framer.ends_with is None else f'ends texts with id {framer.ends_with}'}"
+                f"{'puts nothing behind a text' if framer.last_token is None else f'ends texts with id {framer.last_token}'}"
             )
         return base.replace(**changes, extra={**base.extra, **named})
 
     def __init__(self, config: "TrainConfig", data: "LabelledData"):
-        from data.transforms.labels import label_counts, names_of
+        from data.transforms.labels import count_labels, row_labels
         from train.label_scores import baseline
 
         settings: ClassifySettings = settings_of(config)
@@ -135,22 +135,22 @@ class ClassifyTask(RecordTask):
         self.overlong: set[int] = set()  # id() of the records that were cut or left out
         both = (data.train, data.validation)
         self.places = {id(row): place for rows in both for row, place in zip(rows.values, rows.names, strict=True)}
-        self.train_counts = label_counts(data.labels, names_of(data.train, settings.label, self.separator))
+        self.train_counts = count_labels(data.labels, row_labels(data.train, settings.label, self.separator))
         self.best, self.higher_is_better = settings.best, settings.best != "loss"
         super().__init__(config, data)
         self.baseline = baseline(self.validation, self.train_counts, len(data.train), multi=settings.multi)
 
     @property
     def pad_id(self) -> int:
-        from data.transforms.framing import pad_id
+        from data.transforms.framing import choose_pad_id
 
-        return pad_id(self.tokenizer, self.framer.ends_with)
+        return choose_pad_id(self.tokenizer, self.framer.last_token)
 
     @property
     def room(self) -> tuple[int, ...]:
-        return (self.framer.room,)
+        return (self.framer.max_length,)
 
-    def framed(self, row: "Row") -> "Framed":
+    def framed(self, row: "Row") -> "Encoding":
         from data.config import DataError
 
         try:
@@ -166,11 +166,12 @@ class ClassifyTask(RecordTask):
         from data.transforms.labels import label_names
 
         framed = self.framed(row)
-        if framed.cut:
+        if framed.truncated:
             if self.settings.overlong == "error":
                 raise DataError(
-                    f"{self.places[id(row)]} has {len(framed.ids) + framed.cut:,} tokens, and there is room for "
-                    f"{self.framer.room:,} (--classify.max-length, --context). --classify.overlong cut or drop goes on without"
+                    f"{self.places[id(row)]} has {len(framed.ids) + framed.truncated:,} tokens, and there is room for "
+                    f"{self.framer.max_length:,} (--classify.max-length, --context). --classify.overlong cut or drop goes on "
+                    "without"
                 )
             self.overlong.add(id(row))
             if self.settings.overlong == "drop":
@@ -181,7 +182,7 @@ class ClassifyTask(RecordTask):
             labels[0, named] = 1
         else:
             labels = np.array(named[0], dtype=np.int64)
-        extra = {"token_type_ids": np.array(framed.types, dtype=np.int64)} if self.settings.pair is not None else {}
+        extra = {"token_type_ids": np.array(framed.type_ids, dtype=np.int64)} if self.settings.pair is not None else {}
         return [Example(np.array(framed.ids, dtype=np.int64), labels, extra=extra)]
 
     def identity(self) -> dict:
@@ -215,7 +216,7 @@ class ClassifyTask(RecordTask):
         what = {"cut": "cut to", "drop": "left out, longer than"}[self.settings.overlong]
         whole = len(self.data.train) + len(self.data.validation)
         share = f"{len(self.overlong):,} of {whole:,} texts"
-        return f"long     {share} {what} {self.framer.room:,} tokens (--classify.max-length)\n"
+        return f"long     {share} {what} {self.framer.max_length:,} tokens (--classify.max-length)\n"
 
     # ---- learning
 
@@ -284,7 +285,7 @@ class ClassifyTask(RecordTask):
         from model.predict import Text, predicted_labels, probabilities
 
         rows = self.data.validation.values[:SAMPLES]
-        texts = [Text(framed.ids, framed.types) for framed in map(self.framed, rows)]
+        texts = [Text(framed.ids, framed.type_ids) for framed in map(self.framed, rows)]
         lines = []
         for row, probability_C in zip(rows, probabilities(network, texts, pad_id=self.pad_id), strict=True):
             true = label_names(row, "", self.settings.label, self.separator)
@@ -309,7 +310,7 @@ def separator_of(settings: ClassifySettings) -> str | None:
 def framer_of(settings: ClassifySettings, tokenizer: "Tokenizer", context: int):
     from data.transforms.framing import Framer
 
-    return Framer(tokenizer, room=min(context, settings.max_length or context), is_pair=settings.pair is not None)
+    return Framer(tokenizer, max_length=min(context, settings.max_length or context), is_pair=settings.pair is not None)
 
 
 def check_settings(settings: ClassifySettings, config: "TrainConfig") -> None:
@@ -328,7 +329,7 @@ def check_settings(settings: ClassifySettings, config: "TrainConfig") -> None:
 
 def names_before(config: "TrainConfig") -> tuple[str, ...] | None:
     """The labels in the order of the ids that the weights have: of the run's own checkpoints, else of --init."""
-    from data.transforms.labels import names_in_config
+    from data.transforms.labels import labels_from_config
     from model.folders import HubError
     from model.hub import read_config
     from train.runs.checkpoint import checkpoints
@@ -339,10 +340,10 @@ def names_before(config: "TrainConfig") -> tuple[str, ...] | None:
     own = checkpoints(config.run.out) if config.method is None and config.run.out is not None else []
     for folder in own:  # all are alike; --init may have gone since
         try:
-            return names_in_config(read_config(folder, any_head=True).extra.get("id2label"))
+            return labels_from_config(read_config(folder, any_head=True).extra.get("id2label"))
         except HubError:
             continue
-    return names_in_config(read_config(resolve(config.run.init), any_head=True).extra.get("id2label"))
+    return labels_from_config(read_config(resolve(config.run.init), any_head=True).extra.get("id2label"))
 
 
 TASK = ClassifyTask

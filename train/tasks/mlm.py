@@ -47,9 +47,9 @@ class MaskedTask(TokenTask):
         return self._masked(block_BT1, step, first_row)
 
     def validation_batch(self, block_BT1: "Tensor", first_row: int) -> Batch:
-        from data.transforms.masked import VALIDATION
+        from data.transforms.masked import VALIDATION_STEP
 
-        return self._masked(block_BT1, VALIDATION, first_row, masked=1.0, replaced=0.0)
+        return self._masked(block_BT1, VALIDATION_STEP, first_row, mask_replace_prob=1.0, random_replace_prob=0.0)
 
     def _masked(self, block_BT1: "Tensor", step: int, first_row: int, **shares: float) -> Batch:
         from data.transforms.masked import mlm_batch
@@ -112,7 +112,7 @@ class MaskedTask(TokenTask):
             guesses = network(masked).logits[0].argmax(-1).tolist()
         shown = b""  # put together from bytes: a character may need several tokens
         for place, there in enumerate(ids):
-            guess, text = tokenizer.bytes_of[guesses[place]], tokenizer.bytes_of[there]
+            guess, text = tokenizer.token_bytes[guesses[place]], tokenizer.token_bytes[there]
             gap = b"[%b]" % text if guesses[place] == there else b"[%b, not %b]" % (guess, text)
             shown += gap if place in places else text
         what = "in brackets, what the network reads into the gaps of a held-out document's opening"

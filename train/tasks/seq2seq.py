@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from data.config import DataError
+from data.messages import format_count
 from data.shell import command
-from data.sources.find import shortened
-from data.words import counted
+from data.sources.find import shorten_list
 from model.config import ConfigError
 from train.command_line import Needs
 from train.config import TrainConfig
@@ -115,7 +115,7 @@ class Seq2SeqTask(RecordTask):
     def network(cls, config: TrainConfig, base: "ModelConfig", data: "RecordData") -> "ModelConfig":
         tokenizer, settings = data.tokenizer, settings_of(config)
         if config.run.init is None:
-            start = tokenizer.controls[START]
+            start = tokenizer.control_tokens[START]
             base = base.replace(bos_id=start, decoder_start_id=start)
         if base.decoder_start_id is None:
             raise ConfigError(f"--init {config.run.init}: no decoder_start_token_id in its config.json to begin a target with")
@@ -161,7 +161,7 @@ class Seq2SeqTask(RecordTask):
     def _encoded(self, rows: "Rows", most: float = math.inf) -> "Rows":
         """The pairs of the rows; of held-out ones no more than have `most` target tokens."""
         from data.sources.records import Rows
-        from data.transforms.seq2seq import framed_text
+        from data.transforms.seq2seq import encode_text
 
         pairs, kept, tokens, settings = [], [], 0, self.settings
         limits = dict(zip(("target", "source"), self.most, strict=True))
@@ -169,8 +169,8 @@ class Seq2SeqTask(RecordTask):
             texts = {"source": settings.prefix + row[settings.source], "target": row[settings.target]}
             ids, is_long = {}, False
             for side, text in texts.items():
-                told = {"most": limits[side], "ends": side == "target", "specials": settings.specials}
-                ids[side], length = framed_text(self.tokenizer, text, **told)
+                told = {"max_length": limits[side], "add_eos": side == "target", "parse_special": settings.specials}
+                ids[side], length = encode_text(self.tokenizer, text, **told)
                 if length > limits[side] and settings.overlong == "error":
                     raise DataError(
                         f"{name}: its {side} has {length:,} tokens, more than {limits[side]:,}: --seq2seq.max-{side} says how "
@@ -187,21 +187,21 @@ class Seq2SeqTask(RecordTask):
             pairs.append(Pair(ids["source"], ids["target"], texts["source"], texts["target"]))
             kept.append(place)
         if not pairs:
-            raise DataError(f"--seq2seq.overlong drop leaves none of {counted(len(rows), 'record')}")
+            raise DataError(f"--seq2seq.overlong drop leaves none of {format_count(len(rows), 'record')}")
         return Rows(pairs, *([each[place] for place in kept] for each in (rows.names, rows.sources)))
 
     def transform(self, row: Pair, random: "np.random.Generator") -> "list[Example]":
-        from data.transforms.seq2seq import teacher_forced
+        from data.transforms.seq2seq import seq2seq_example
 
-        return [teacher_forced(row.source_ids, row.target_ids, self.start_id)]
+        return [seq2seq_example(row.source_ids, row.target_ids, self.start_id)]
 
     def introduction(self) -> str:
         done = {"cut": "cut at their ends", "drop": "left out"}.get(self.settings.overlong)
         if not self.too_long:
             return super().introduction()
         of_target, of_source = self.most
-        what = f"of more than {of_source:,} tokens of source or {of_target:,} of target {done}: {shortened(self.too_long)}"
-        return f"{super().introduction()}         {counted(len(self.too_long), 'record')} {what}\n"
+        what = f"of more than {of_source:,} tokens of source or {of_target:,} of target {done}: {shorten_list(self.too_long)}"
+        return f"{super().introduction()}         {format_count(len(self.too_long), 'record')} {what}\n"
 
     # ---- learning
 
@@ -233,7 +233,7 @@ class Seq2SeqTask(RecordTask):
         came to an end."""
         import numpy as np
 
-        from data.packing.collate import rows
+        from data.packing.collate import pad_rows
         from model.generate import generate
 
         config, size = network.config, self.config.optimizer.batch_size
@@ -244,8 +244,8 @@ class Seq2SeqTask(RecordTask):
         for some in (order[i : i + size] for i in range(0, len(order), size)):
             source = [pairs[i].source_ids.astype(np.int64) for i in some]
             room = max(map(len, source))
-            mask_BS = rows([np.ones_like(ids) for ids in source], room, 0).to(device)
-            input_ids = rows(source, room, self.pad_id).to(device)
+            mask_BS = pad_rows([np.ones_like(ids) for ids in source], room, 0).to(device)
+            input_ids = pad_rows(source, room, self.pad_id).to(device)
             told = {"attention_mask": mask_BS, "max_new_tokens": longest, "stop_ids": stop_ids, "temperature": 0.0}
             new_BN = generate(network, input_ids, **told).tolist()
             for i, ids in zip(some, new_BN, strict=True):

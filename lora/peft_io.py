@@ -22,6 +22,7 @@ from torch import nn
 import model.hub
 from lora.base import read_base, write_base
 from lora.config import AdapterError
+from lora.foreign import require_own
 from lora.installed import adapters
 from lora.peft_config import write_config
 from lora.peft_load import CONFIG, TENSORS, put, read_json, tensor_file
@@ -41,6 +42,7 @@ Net = TypeVar("Net", bound=nn.Module)
 def save(network: nn.Module, folder: str | Path, name: str = "default", *, base: str | Path | None = None) -> None:
     """Write the adapter `name` as PEFT would. `base`: the model folder that it belongs on; default: where the network came
     from. If it is known, `base.json` says which it was."""
+    require_own(network, "PEFT's folders need")
     if name not in adapters(network):
         raise AdapterError(f"the network has no adapter {name!r}; it has: {', '.join(adapters(network)) or 'none'}")
     folder, source = Path(folder), base if base is not None else getattr(network, "source", None)
@@ -73,6 +75,7 @@ def load(network: Net, folder: str | Path, name: str = "default", *, any_base: b
     the network is left as it was. Where the folder says on what it was trained and the network where it came from, the two
     must be the same, unless `any_base`. Errors: AdapterError, which names the file and the tensor or setting.
     """
+    require_own(network, "PEFT's folders need")
     try:
         with WeightFile(tensor_file(Path(folder))) as file:
             put(network, Path(folder), file, name, any_base=any_base)

@@ -1,4 +1,4 @@
-"""`python -m lora merge BASE ADAPTER --out DIR`: an adapter into the weights of its base."""
+"""Command line: `python -m lora merge BASE ADAPTER --out DIR` merges an adapter into the weights of its base."""
 
 import re
 import sys
@@ -29,27 +29,28 @@ class Merge:
     adapter: Annotated[Path, tyro.conf.Positional]
     """The adapter's folder (PEFT's or ours), or the run that trained it."""
     out: Path
-    """The folder to write; it must be empty, or not there yet."""
+    """The folder to write: a new or empty one."""
     head: str | None = None
-    """What the merged network reads off: lm, mlm, sequence, token, qa, … Default: the adapter's head."""
+    """Head of the merged network: lm, mlm, sequence, token, qa, … Default: the adapter's."""
     labels: int | None = None
-    """Of the heads sequence and token: how many classes. Default: as many as the adapter's head has."""
+    """Number of classes of the heads sequence and token. Default: the adapter's."""
     untie: bool = False
-    """Where the head's matrix is the embedding's, write two; it is needed where one of the two was adapted."""
+    """Write two matrices where head and embedding are tied; needed if one of them was adapted."""
     dtype: Literal["fp64", "fp32", "bf16", "fp16"] | None = None
-    """Of all weights. Default: each as in the base."""
+    """Format of all weights. Default: each as in the base."""
     shard_size: str | None = None
-    """Of each file at the most, such as 5GB. Default: files as the base has them."""
+    """Largest size of a file, such as 5GB. Default: files as in the base."""
     any_base: bool = False
-    """Also on a base whose weights are not those that the adapter was trained on."""
+    """Accept a base whose weights differ from those that the adapter was trained on."""
     NEEDS: ClassVar = (
         Needs(("labels",), lambda asked: asked.head in (None, "sequence", "token"), "this head has no classes"),
     )
 
 
-def size(text: str) -> int:
-    """
-    >>> size("2.5GB")
+def parse_size(text: str) -> int:
+    """Return a number of bytes.
+
+    >>> parse_size("2.5GB")
     2500000000
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(KB|MB|GB)", text, re.IGNORECASE)
@@ -59,19 +60,19 @@ def size(text: str) -> int:
 
 
 def merge(options: Merge) -> None:
-    shard_bytes = None if options.shard_size is None else size(options.shard_size)
+    shard_bytes = None if options.shard_size is None else parse_size(options.shard_size)
 
     import torch
     from tqdm import tqdm
 
-    from lora.merge_folder import give_back_freed_memory, merge_folder
+    from lora.merge_folder import give_back_freed_memory, merge_to_folder
     from model.commands.try_it import example_command
     from train.runs.open import resolve
 
     give_back_freed_memory()
 
     dtypes = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    files = merge_folder(
+    files = merge_to_folder(
         resolve(options.base),
         resolve(options.adapter),
         options.out,
@@ -108,5 +109,5 @@ def failures() -> tuple[type[Exception], ...]:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal without UTF-8, and for names of files that are none
+    sys.stdout.reconfigure(errors="backslashreplace")  # for terminals and file names without UTF-8
     sys.exit(main(sys.argv[1:]))

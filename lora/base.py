@@ -1,7 +1,7 @@
-"""The identity of a base: which network an adapter was trained on.
+"""Identifies the base that an adapter was trained on.
 
-An adapter is a difference; put on another base it gives text of no meaning, and no shape tells. So its folder names its base,
-in `base.json`: {"path": where it was, "sha256": `digest` of its tensors, …}.
+An adapter is a difference: on another base of the same shapes it computes nonsense. So its folder names its base in
+`base.json`: {"path": the folder at that time, "sha256": `digest` of its tensors, …}.
 """
 
 import hashlib
@@ -27,17 +27,17 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def digest(folder: str | Path) -> str:
-    """sha256 over a model folder's tensors, by name: for each its name, format and shape as one line of JSON, then its bytes.
+    """Return the sha256 of a model folder's tensors: sorted by name, each one's name, dtype and shape as a line of JSON, then
+    its bytes.
 
-    The same for the same tensors however they are spread over files, whether their names have the body's prefix, and whether
-    a tied matrix was saved once or under each of its names; constants that transformers makes again do not count. Read a
-    piece at a time. Errors: model.hub.HubError, WeightFileError.
+    It does not depend on sharding, on the body's prefix in the names, on copies of tied matrices, or on constants that
+    transformers recomputes. Read a piece at a time. Errors: model.hub.HubError, WeightFileError.
     """
     files = [path.resolve() for path in weight_files(Path(folder))]
     return _digest(Path(folder).resolve(), tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
 
 
-@cache  # a run asks at each of its checkpoints
+@cache  # a run calls it at each of its checkpoints
 def _digest(folder: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
     config = read_config(folder, any_head=True)
     names = published_names(config.replace(head="none") if config.head == "unknown" else config)
@@ -54,13 +54,13 @@ def _digest(folder: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
             file, published = found[name]
             line = json.dumps([name, CODES[file.dtype(published)], file.shape(published)])
             hashed.update(line.encode() + b"\n")
-            for piece in pieces(file, published):
+            for piece in read_pieces(file, published):
                 hashed.update(piece)
     return hashed.hexdigest()
 
 
-def places(file: WeightFile) -> dict[str, tuple[int, int]]:
-    """name -> where its bytes begin in the file, and how many they are: tensors lie in order, without gaps, up to its end."""
+def tensor_offsets(file: WeightFile) -> dict[str, tuple[int, int]]:
+    """Return name → (offset, size) in bytes: tensors are stored in order, without gaps, up to the end of the file."""
     sizes = {name: math.prod(file.shape(name)) * file.dtype(name).itemsize for name in file.names}
     found, begin = {}, file.path.stat().st_size - sum(sizes.values())
     for name, size in sizes.items():
@@ -69,9 +69,9 @@ def places(file: WeightFile) -> dict[str, tuple[int, int]]:
     return found
 
 
-def pieces(file: WeightFile, name: str) -> Iterator[bytes]:
-    """A tensor's bytes as they are in the file."""
-    begin, left = places(file)[name]
+def read_pieces(file: WeightFile, name: str) -> Iterator[bytes]:
+    """Yield a tensor's bytes as they are in the file."""
+    begin, left = tensor_offsets(file)[name]
     with open(file.path, "rb") as source:
         source.seek(begin)
         while left:
@@ -82,12 +82,15 @@ def pieces(file: WeightFile, name: str) -> Iterator[bytes]:
             yield piece
 
 
-# ---- the note of it in an adapter's folder
+# ---- base.json
 
 
 def write_base(folder: Path, base: Path, config: ModelConfig, quantization: FourBit | Int8 | None = None) -> None:
-    """config: of the network that the adapter was trained on, whose head may be another one than its folder's, and whose labels
-    may have other names; quantization: how its weights were rounded when they were read, where they were."""
+    """Write base.json into an adapter's folder.
+
+    config: that of the network in training; head and names of labels may differ from the base folder's. quantization: how the
+    weights were quantized when they were read; None: they were not.
+    """
     note = {"path": str(base.resolve()), "sha256": digest(base), "head": config.head, "labels": config.labels}
     note |= {} if quantization is None else {"quantization": to_table(quantization)}
     if config.head in CLASSIFIERS:
@@ -96,8 +99,8 @@ def write_base(folder: Path, base: Path, config: ModelConfig, quantization: Four
 
 
 def read_base(folder: Path) -> dict | None:
-    """`path`, `sha256`, `head` and `labels` of the base, the `names` of labels (entries of config.json) and its `quantization`
-    (None: none); or None where the folder does not say (PEFT's do not)."""
+    """Read base.json: `path`, `sha256`, `head`, `labels`, `names` of labels (entries of config.json), `quantization`. Return
+    None if the folder has none, as PEFT's."""
     path = folder / BASE
     if not path.is_file():
         return None
@@ -113,7 +116,7 @@ def read_base(folder: Path) -> dict | None:
 
 
 def check_base(folder: Path, base: Path) -> None:
-    """An error unless `base` is what the adapter in `folder` was trained on, as far as its folder says."""
+    """Raise AdapterError unless `base` is the base of the adapter in `folder`; pass if the folder has no base.json."""
     note = read_base(folder)
     if note is not None and (found := digest(base)) != note["sha256"]:
         raise AdapterError(

@@ -1,4 +1,4 @@
-"""A base's folder, opened to be read a weight at a time."""
+"""Reads the weights of a base's folder one at a time."""
 
 from functools import partial
 from pathlib import Path
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lora.config import AdapterError
-from lora.peft_read import VOCABULARY, Copy
-from lora.vocabulary import tensor
+from lora.peft_read import VOCABULARY, BaseCopy
+from lora.vocabulary import read_tensor
 from model.config import ModelConfig
 from model.finite import non_finite, non_finite_message
 from model.folders import HubError
@@ -21,11 +21,11 @@ from quant.config import FourBit, Int8, QuantError
 from quant.layer import QuantizedLinear
 
 
-class Base:
-    """The base's open files and its network on the meta device.
+class BaseWeights:
+    """The open files of a base, and its network on the meta device.
 
-    Every weight must be there, with its shape, and nothing else (HubError), as for `model.hub.load`. new_head: the config's
-    head is not the folder's, which may lack its weights; these are `missing`.
+    As in `model.hub.load`, every weight must be present with its shape, and nothing else (HubError). new_head: the config's
+    head is not the folder's; its weights may be absent, and are then in `missing`.
     """
 
     def __init__(
@@ -36,18 +36,19 @@ class Base:
         wide = any(file.dtype(name) == torch.float64 for file in files for name in file.names)
         self.dtype = torch.float64 if wide else torch.float32
         own, by_path = empty_network(config, device="meta"), {file.path: file for file in files}
-        self.small = quantized_weights(folder, files, own, asked)
-        found = match_weights(folder, by_path, own, self.small, is_new_head=new_head)
-        # of another head; a quantized one cannot be copied as it is
-        left_out = [name for name in found.other_heads if new_head or (self.small and name in self.small.stored)]
-        self.missing, self.left_out = found.missing, left_out
+        self.quantized_files = quantized_weights(folder, files, own, asked)
+        found = match_weights(folder, by_path, own, self.quantized_files, is_new_head=new_head)
+        stored = self.quantized_files.stored if self.quantized_files else ()
+        # tensors of other heads; a quantized one cannot be copied unchanged
+        self.left_out = [name for name in found.other_heads if new_head or name in stored]
+        self.missing = found.missing
         self.sources = {name: (by_path[path], published) for name, (path, published) in found.sources.items()}
         self.tied = "head.weight" in self.table and "head.weight" not in dict(own.named_parameters())
         if self.tied:
             self.sources["head.weight"] = self.sources["body.embedding.weight"]
-        elif config.tie_embeddings and "head.weight" in self.table:  # a quantized head has codes of its own
+        elif config.tie_embeddings and "head.weight" in self.table:  # a quantized head is no copy of the embedding
             self.config = config.replace(tie_embeddings=False)
-        self.stand_ins: dict[str, tuple[WeightFile, Copy]] = {}
+        self.replacements: dict[str, tuple[WeightFile, BaseCopy]] = {}
         self.build()
         for path, published, name in found.copies:
             if not by_path[path].equals(published, self.stored(*self.sources[name])):
@@ -55,29 +56,31 @@ class Base:
                 raise HubError(f"{published!r} differs from {original!r}, though config.json says that the two are tied")
 
     def build(self) -> None:
+        """Build the network of the current config."""
         self.network = empty_network(self.config, device="meta", dtype=self.dtype)
         self.shapes = {name: tuple(parameter.shape) for name, parameter in self.network.named_parameters()}
         self.shapes |= {"head.weight": self.shapes["body.embedding.weight"]} if self.tied else {}
 
     def resize(self, size: int) -> None:
-        """Take the base as if it had been made with another vocabulary: rows that it does not have are 0 until `stand_in`."""
+        """Treat the base as one of another vocabulary size: rows that it does not have are 0 until `replace_weights`."""
         own = self.config.vocab_size
         self.config = self.config.replace(vocab_size=size)
         self.build()
         self.network.resized_from = own
 
-    def stand_in(self, file: WeightFile, copies: dict[str, Copy]) -> None:
-        """Of a resized vocabulary: what the adapter's file holds in the place of the base's weights."""
-        self.stand_ins = {name: (file, copy) for name, copy in copies.items()}
-        if self.tied and "body.embedding.weight" in self.stand_ins:
-            self.stand_ins["head.weight"] = self.stand_ins["body.embedding.weight"]
+    def replace_weights(self, file: WeightFile, copies: dict[str, BaseCopy]) -> None:
+        """Read these weights from the adapter's file instead: those of a resized vocabulary."""
+        self.replacements = {name: (file, copy) for name, copy in copies.items()}
+        if self.tied and "body.embedding.weight" in self.replacements:
+            self.replacements["head.weight"] = self.replacements["body.embedding.weight"]
 
     def tensors(self) -> list[tuple[WeightFile, str, str | None]]:
-        """(file, name there, our name) of each but the parts of quantized weights; None: it is no weight of this network."""
-        found = []
+        """Return (file, stored name, our name) of each tensor but the parts of quantized weights; None: no weight of this
+        network."""
+        found, parts = [], () if self.quantized_files is None else self.quantized_files.others
         for file in self.files:
             for published in file.names:
-                if published not in self.left_out and (self.small is None or published not in self.small.others):
+                if published not in self.left_out and published not in parts:
                     spelled = self.names.canonical(published)
                     original = spelled if spelled in self.names.rows else self.names.aliases.get(spelled)
                     found.append((file, published, self.names.rows.get(original)))
@@ -86,23 +89,25 @@ class Base:
     def is_resized(self, ours: str | None) -> bool:
         return ours in VOCABULARY and hasattr(self.network, "resized_from")
 
-    def packed(self, ours: str | None) -> bool:
-        """Whether the adapter was trained on this weight quantized."""
-        return self.small is not None and ours in self.sources and self.small.takes(ours, self.sources[ours][1])
+    def is_quantized(self, ours: str | None) -> bool:
+        """True if the adapter was trained on this weight quantized."""
+        if self.quantized_files is None or ours not in self.sources:
+            return False
+        return self.quantized_files.takes(ours, self.sources[ours][1])
 
     def format(self, file: WeightFile, published: str) -> torch.dtype:
-        stored = self.small is not None and published in self.small.stored
-        return self.small.format(published) if stored else file.dtype(published)
+        stored = self.quantized_files is not None and published in self.quantized_files.stored
+        return self.quantized_files.format(published) if stored else file.dtype(published)
 
     def shape(self, file: WeightFile, published: str, ours: str | None) -> tuple[int, ...]:
         return published_shape(self.table[ours], self.shapes[ours]) if ours is not None else file.shape(published)
 
     def read(self, ours: str) -> Tensor:
-        """A weight in our layout, in the format that is computed in; of a resized vocabulary the base's own rows."""
+        """Return a weight in our layout and the format of the computation; with a resized vocabulary, the base's rows."""
         if ours not in self.sources:
             raise AdapterError(f"{self.folder} lacks {self.table[ours].published}")
         (file, published), row = self.sources[ours], self.table[ours]
-        if self.packed(ours):
+        if self.is_quantized(ours):
             value = self.quantized_layer(ours).dequantize(self.dtype)
             return interleaved_to_halves(value, self.config.head_width) if row.layout == "interleaved" else value
         value = torch.empty(file.shape(published), dtype=self.dtype)
@@ -119,10 +124,10 @@ class Base:
         return value.reshape(-1) if row.layout == "row" else value
 
     def current(self, ours: str) -> Tensor:
-        """`read`, of the adapter's vocabulary: what stands in the base's place, else its rows and 0 for new tokens."""
-        if ours in self.stand_ins:
-            file, copy = self.stand_ins[ours]
-            return self.in_our_layout(tensor(file, copy.there).to(self.dtype), self.table[ours])
+        """Return the weight for the adapter's vocabulary: its replacement, or the base's rows and 0 for new tokens."""
+        if ours in self.replacements:
+            file, copy = self.replacements[ours]
+            return self.in_our_layout(read_tensor(file, copy.stored_name).to(self.dtype), self.table[ours])
         value = self.read(ours)
         if not self.is_resized(ours):
             return value
@@ -130,19 +135,19 @@ class Base:
         return torch.cat((value, value.new_zeros(max(0, rows - len(value)), *value.shape[1:])))[:rows]
 
     def quantized(self, ours: str) -> QuantizedLinear | None:
-        return self.quantized_layer(ours) if self.packed(ours) else None
+        return self.quantized_layer(ours) if self.is_quantized(ours) else None
 
     def quantized_layer(self, ours: str) -> QuantizedLinear:
         file, published = self.sources[ours]
         try:
-            return self.small.layer(ours, published, partial(self.linear, file, published, self.table[ours]))
+            return self.quantized_files.layer(ours, published, partial(self.linear, file, published, self.table[ours]))
         except QuantError as error:
             raise HubError(f"{self.folder}: {error}") from None
 
     def linear(self, file: WeightFile, published: str, row: Weight) -> Tensor:
-        """A matrix that is to be quantized: O × I in its own format, rows in the file's order."""
+        """Return a matrix to be quantized: O × I in its own format, rows in the file's order."""
         value = self.stored(file, published)
         return value.T if row.layout == "transposed" else value
 
     def stored(self, file: WeightFile, published: str) -> Tensor:
-        return tensor(file, published)
+        return read_tensor(file, published)

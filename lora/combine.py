@@ -1,11 +1,11 @@
-"""Several LoRA adapters made into one.
+"""Combines several LoRA adapters into one.
 
-    concatenated    A = [w₁s₁A₁; w₂s₂A₂ …], B = [B₁, B₂ …]: the weighted sum of the changes itself, of rank r₁ + r₂ + …
-    linear          A = Σ √(wᵢsᵢ) Aᵢ, B = Σ √(wᵢsᵢ) Bᵢ: of the same rank, but B A holds products of one adapter's B with
-                    another's A as well (a negative w takes its sign in A)
+    concatenated    A = [w₁s₁A₁; w₂s₂A₂ …], B = [B₁, B₂ …]: exactly the weighted sum of the changes, of rank r₁ + r₂ + …
+    linear          A = Σ √(wᵢsᵢ) Aᵢ, B = Σ √(wᵢsᵢ) Bᵢ: of the same rank, but B A also contains products of one adapter's B with
+                    another's A (the sign of a negative w goes to A)
 
-As PEFT's add_weighted_adapter with combination_type "cat" and "linear". Where the sum is wanted for a while only,
-`lora.inject.activate(network, {"one": 0.7, "other": 0.3})` has it without a new adapter.
+As PEFT's add_weighted_adapter with combination_type "cat" and "linear". `lora.inject.activate(network, {"one": 0.7, "other":
+0.3})` computes the sum without a new adapter.
 """
 
 import math
@@ -25,33 +25,35 @@ Change = tuple[float, Tensor, Tensor]  # w s, A, B of one adapter in one layer
 
 
 def concatenated(changes: list[Change]) -> tuple[Tensor, Tensor]:
+    """A = [w₁s₁A₁; w₂s₂A₂ …], B = [B₁, B₂ …]."""
     return torch.cat([weight * A_RI for weight, A_RI, _ in changes]), torch.cat([B_OR for _, _, B_OR in changes], dim=1)
 
 
 def linear(changes: list[Change]) -> tuple[Tensor, Tensor]:
+    """A = Σ √(wᵢsᵢ) Aᵢ, B = Σ √(wᵢsᵢ) Bᵢ."""
     return (
         sum(math.copysign(math.sqrt(abs(weight)), weight) * A_RI for weight, A_RI, _ in changes),
         sum(math.sqrt(abs(weight)) * B_OR for weight, _, B_OR in changes),
     )
 
 
-WAYS = {"concatenated": concatenated, "linear": linear}
+COMBINATIONS = {"concatenated": concatenated, "linear": linear}
 
 
 @torch.no_grad()
-def combine(network: nn.Module, weights: Mapping[str, float], name: str, how: str = "concatenated") -> nn.Module:
-    """Put the adapter `name` on the network, made of others by name -> weight, and make it the active one; the others stay.
+def combine_adapters(network: nn.Module, weights: Mapping[str, float], name: str, how: str = "concatenated") -> nn.Module:
+    """Add the adapter `name`, combined from others, and make it the only active one; the others stay. Returns the network.
 
-    A layer that only some of them adapt takes those. Errors (AdapterError): adapters that are not LoRA or not there; `linear`
-    with ranks that differ; an unknown way.
+    weights: name → w. how: "concatenated" or "linear". A layer that only some of them adapt combines those.
+    Errors (AdapterError): adapters that are not LoRA or not there; `linear` with different ranks; an unknown `how`.
     """
-    if how not in WAYS:
-        raise AdapterError(f"how={how!r}: adapters are combined {' or '.join(WAYS)}")
-    there = adapters(network)
+    if how not in COMBINATIONS:
+        raise AdapterError(f"how={how!r}: adapters are combined {' or '.join(COMBINATIONS)}")
+    configs = adapters(network)
     for each in weights:
-        if each not in there or there[each].method != "lora":
-            what = f"is {there[each].method}" if each in there else "is not there"
-            loras = ", ".join(key for key, config in there.items() if config.method == "lora")
+        if each not in configs or configs[each].method != "lora":
+            what = f"is {configs[each].method}" if each in configs else "is not there"
+            loras = ", ".join(key for key, config in configs.items() if config.method == "lora")
             raise AdapterError(f"only LoRA adapters can be combined: {each!r} {what}; there are: {loras or 'none'}")
     changes: dict[str, list[Change]] = {}
     for each, weight in weights.items():
@@ -66,14 +68,14 @@ def combine(network: nn.Module, weights: Mapping[str, float], name: str, how: st
         if how == "linear" and len({A_RI.size(0) for _, A_RI, _ in found}) > 1:
             ranks = ", ".join(str(A_RI.size(0)) for _, A_RI, _ in found)
             raise AdapterError(f"{layer}: linear combination needs one rank, there are {ranks}; concatenated takes any")
-    made = {layer: WAYS[how](found) for layer, found in changes.items()}
-    ranks = {re.escape(layer.replace(".base", "")): A_RI.size(0) for layer, (A_RI, _) in made.items()}
+    combined = {layer: COMBINATIONS[how](found) for layer, found in changes.items()}
+    ranks = {re.escape(layer.replace(".base", "")): A_RI.size(0) for layer, (A_RI, _) in combined.items()}
     config = replace(
-        there[next(iter(weights))],
+        configs[next(iter(weights))],
         r=max(ranks.values()),
         alpha=float(max(ranks.values())),
         rank_pattern=ranks,
-        alpha_pattern={layer: float(rank) for layer, rank in ranks.items()},  # s = 1: scales are in the matrices
+        alpha_pattern={layer: float(rank) for layer, rank in ranks.items()},  # s = 1: the matrices contain the scales
         rank_stabilized=False,
         targets=f"^({'|'.join(ranks)})$",
         bias="none",
@@ -81,7 +83,7 @@ def combine(network: nn.Module, weights: Mapping[str, float], name: str, how: st
     )
     add_adapters(network, config, name)
     for path, part in parts(network, name).items():
-        A_RI, B_OR = made[path.removesuffix(f".parts.{name}")]
+        A_RI, B_OR = combined[path.removesuffix(f".parts.{name}")]
         part.A.copy_(A_RI)
         part.B.copy_(B_OR)
     return network

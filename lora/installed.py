@@ -33,7 +33,7 @@ class TrainedBiases:
 
 @dataclass
 class AdapterState:
-    """What `remove` and `unmerge` need to restore a network."""
+    """The state that `remove` and `unmerge` need to restore a network."""
 
     frozen: set[str] = field(default_factory=set)  # parameters that were not trainable before the first adapter
     biases: TrainedBiases | None = None

@@ -1,7 +1,7 @@
-"""The steps of `lora.peft_io.load`: an adapter's settings and tensors looked at, then put on a network.
+"""The steps of `lora.peft_io.load`: an adapter's settings and tensors are checked, then added to a network.
 
-Each tensor of the file is one that was trained, which has its place (`lora.peft_names.entries`); or repeats such a one; or is
-the base's own, which PEFT saves along, and is compared with it.
+Each tensor of the file is a trained one, which has a place in the network (`lora.peft_names.entries`), or repeats a trained
+one, or is a copy of the base's, which PEFT saves with the adapter, and is compared with the base.
 """
 
 import json
@@ -18,11 +18,11 @@ from lora.base import check_base, read_base
 from lora.config import AdapterError
 from lora.inject import add_adapters, discard_adapter
 from lora.installed import active_adapters, adapters, holders, parts, trained_biases, trains_biases
-from lora.peft_config import Layers, meant, read_config, refuse_unknown, refuse_what_peft_ignores
-from lora.peft_names import BEFORE, Entry, bias_key, entries, exactly, linear_modules, plain
-from lora.peft_read import VOCABULARY, Copy, Read, read_keys, ties
+from lora.peft_config import FileLayers, read_config, refuse_unknown, refuse_what_peft_ignores, targeted_modules
+from lora.peft_names import VIRTUAL_TOKENS_KEY, Entry, base_name, bias_key, entries, linear_modules, regex_for
+from lora.peft_read import VOCABULARY, BaseCopy, FileContents, read_keys, ties_weights
 from lora.targets import adaptable_layers
-from lora.vocabulary import first_rows, refuse_unknown_rows, resized_weights, same_change, tensor, vocabulary_of
+from lora.vocabulary import read_tensor, refuse_unknown_rows, resized_weights, same_change, shared_rows, vocabulary_size
 from model.finite import non_finite, non_finite_message
 from model.safetensors_file import WeightFile
 from model.weights import head_spec, published_prefix, to_published, weight_table
@@ -38,15 +38,15 @@ TENSORS = "adapter_model.safetensors"
 def read_json(folder: Path) -> dict:
     path = folder / CONFIG
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
+        peft_config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         run = f"; of a run it is one of {folder / 'checkpoints'}" if (folder / "checkpoints").is_dir() else ""
         raise AdapterError(f"{folder} is not an adapter's folder: it holds no {CONFIG}{run}") from None
     except (OSError, ValueError) as error:
         raise AdapterError(f"{path} cannot be read: {error}") from None
-    if not isinstance(given, dict):
+    if not isinstance(peft_config, dict):
         raise AdapterError(f"{path} is not a JSON object")
-    return given
+    return peft_config
 
 
 def tensor_file(folder: Path) -> Path:
@@ -60,21 +60,21 @@ def tensor_file(folder: Path) -> Path:
     return folder / TENSORS
 
 
-def put(
+def load_open_file(
     network: nn.Module,
     folder: Path,
     file: WeightFile,
     name: str = "default",
     *,
     any_base: bool = False,
-    base: "Own | None" = None,
-) -> Read:
-    """`load`, of an open file; returns what its names say.
+    base: "NetworkWeights | None" = None,
+) -> FileContents:
+    """Add the adapter of an open file to the network, as `lora.peft_io.load`; return the parsed names.
 
-    A network on the meta device gets real adapters (and biases, where they were trained). Of a base whose vocabulary was
-    resized for the adapter (`lora.vocabulary`), `network.resized_from` is the base's size. base: its own weights.
+    A network on the meta device gets real adapters (and biases, if they were trained). If the vocabulary was resized for the
+    adapter (`lora.vocabulary`), `network.resized_from` is the base's size. base: the base's weights; default: the network's.
     """
-    given, base = read_json(folder), base or Own(network)
+    peft_config, base = read_json(folder), base or NetworkWeights(network)
     if not any_base and getattr(network, "source", None) is not None:
         check_base(folder, Path(network.source))
         wanted, has = (read_base(folder) or {}).get("quantization"), getattr(network, "quantization", None)
@@ -84,39 +84,39 @@ def put(
     if name in adapters(network):
         raise AdapterError(f"the network has an adapter {name!r} already")
     before = active_adapters(network)
-    with settings_of(folder / CONFIG):
-        refuse_unknown(given)
-    read = understood(network, given, file, base)
-    with settings_of(folder / CONFIG):
-        refuse_what_peft_ignores(network, given, {*read.layers.values(), *read.whole})
-        config = read_config(given, layers_of(network, read))
-    expect_all_that_is_meant(network, given, read)
+    with errors_named_after(folder / CONFIG):
+        refuse_unknown(peft_config)
+    contents = parse_file(network, peft_config, file, base)
+    with errors_named_after(folder / CONFIG):
+        refuse_what_peft_ignores(network, peft_config, {*contents.layers.values(), *contents.modules_to_save})
+        config = read_config(peft_config, layers_of(network, contents))
+    require_named_modules(network, peft_config, contents)
     try:
         add_adapters(network, config, name)
         if next(network.parameters()).is_meta:
-            make_real(network, name)
-        fill(network, name, given, read, base)
-        if ties(network.config, given):
-            expect_ties(network, name, folder)
+            materialize(network, name)
+        fill_parameters(network, name, peft_config, contents, base)
+        if ties_weights(network.config, peft_config):
+            require_equal_ends(network, name, folder)
     except BaseException:
         discard_adapter(network, name, before)
         raise
-    return read
+    return contents
 
 
 @contextmanager
-def settings_of(path: Path) -> Iterator[None]:
-    """Errors about settings name their file."""
+def errors_named_after(path: Path) -> Iterator[None]:
+    """Put the file's name before the message of an AdapterError."""
     try:
         yield
     except AdapterError as error:
         raise AdapterError(f"{path}: {error}") from None
 
 
-def expect_ties(network: nn.Module, name: str, folder: Path) -> None:
-    """PEFT's `ensure_weight_tying`: what was learned at the two ends of a tied matrix is the same. It opens, and computes the
-    same; trained on here, the ends are trained apart."""
-    found = {plain(path): holder.parts[name] for path, holder in holders(network).items() if name in holder.parts}
+def require_equal_ends(network: nn.Module, name: str, folder: Path) -> None:
+    """Check PEFT's `ensure_weight_tying`: both ends of the tied matrix have the same change. Warns that further training here
+    trains the ends separately."""
+    found = {base_name(path): holder.parts[name] for path, holder in holders(network).items() if name in holder.parts}
     embedding, head = found.get("body.embedding"), found.get("head")
     if embedding is None or head is None:
         return
@@ -125,58 +125,60 @@ def expect_ties(network: nn.Module, name: str, folder: Path) -> None:
     warnings.warn(f"{folder}: PEFT trains the embedding and the head of it as one; trained on here, they part", stacklevel=4)
 
 
-def understood(network: nn.Module, given: dict, file: WeightFile, base: "Own") -> Read:
-    """The names of the tensors, with those that were saved along told from those that were trained; all of one vocabulary, the
-    network's."""
-    read = read_keys(network, file, given)
-    size, resized_from = vocabulary_of(network, read), getattr(network, "resized_from", None)
+def parse_file(network: nn.Module, peft_config: dict, file: WeightFile, base: "NetworkWeights") -> FileContents:
+    """Parse the tensor names, and tell copies of the base from trained tensors. Error: the file has another vocabulary than the
+    network."""
+    contents = read_keys(network, file, peft_config)
+    size, resized_from = vocabulary_size(network, contents), getattr(network, "resized_from", None)
     if size != network.config.vocab_size:
         raise AdapterError(
             f"{file.path} is for a vocabulary of {size} tokens, this network has {network.config.vocab_size}: "
             "lora.peft_io.open_network reads the base with as many"
         )
-    for key, weight in list(read.along.items()):
-        if resized_from is not None or is_the_bases(network, Copy(weight, read.keys[key], frozen=False), read, base):
-            read.untrained(key)
+    for key, weight in list(contents.saved_along.items()):
+        if resized_from is not None or equals_base(network, BaseCopy(weight, contents.keys[key], frozen=False), contents, base):
+            contents.mark_untrained(key)
     if resized_from is not None:
-        refuse_unknown_rows(network, read, resized_from)
-    return read
+        refuse_unknown_rows(network, contents, resized_from)
+    return contents
 
 
-def layers_of(network: nn.Module, read: Read) -> Layers:
-    """Regular expressions for exactly the modules that the tensors name."""
-    every = adaptable_layers(network)
-    whole = {module for module in read.whole if not any(module.startswith(f"{other}.") for other in read.whole)}
-    if strange := sorted(whole - set(every)):
+def layers_of(network: nn.Module, contents: FileContents) -> FileLayers:
+    """Return regular expressions for exactly the modules that the tensors name."""
+    every, named = adaptable_layers(network), contents.modules_to_save
+    saved = {module for module in named if not any(module.startswith(f"{other}.") for other in named)}
+    if strange := sorted(saved - set(every)):
         raise AdapterError(f"modules_to_save: only linear layers and embeddings can be trained whole here, not {strange[0]}")
-    scaled = {key: ours for key, ours in read.layers.items() if key.endswith(".ia3_l")}
-    inner = [ours for key, ours in scaled.items() if read.file.shape(read.keys[key])[:1] == (1,)]
-    return Layers(exactly(set(read.layers.values()), every), (exactly(whole, every),) if whole else (), exactly(inner, every))
+    scaled = {key: ours for key, ours in contents.layers.items() if key.endswith(".ia3_l")}
+    scaled_inputs = [ours for key, ours in scaled.items() if contents.file.shape(contents.keys[key])[:1] == (1,)]
+    targets, modules_to_save = regex_for(set(contents.layers.values()), every), (regex_for(saved, every),) if saved else ()
+    return FileLayers(targets, modules_to_save, regex_for(scaled_inputs, every))
 
 
-def expect_all_that_is_meant(network: nn.Module, given: dict, read: Read) -> None:
-    """A whole layer that is missing from the tensors: only the settings tell."""
+def require_named_modules(network: nn.Module, peft_config: dict, contents: FileContents) -> None:
+    """Check that the file has tensors for every module that the settings name."""
     default, modules = published_prefix(network.config, head_spec(network.config)), linear_modules(network)
-    if read.body != default:  # PEFT had the body alone
+    if contents.body_prefix != default:  # PEFT wrapped the body without a head
         modules = {module: ours for module, ours in modules.items() if ours.startswith("body.")}
     spelled = {
-        read.body + module.removeprefix(default) if ours.startswith("body.") else module: ours
+        contents.body_prefix + module.removeprefix(default) if ours.startswith("body.") else module: ours
         for module, ours in modules.items()
     }
-    wanted = meant(given, spelled) or set()
-    lacking = [module for module in sorted(wanted) if spelled[module] not in read.layers.values()]
-    for name in given.get("modules_to_save") or ():
+    wanted = targeted_modules(peft_config, spelled) or set()
+    missing = [module for module in sorted(wanted) if spelled[module] not in contents.layers.values()]
+    for name in peft_config.get("modules_to_save") or ():
         fitting = (module for module in spelled if re.match(rf"(^|.*\.){name}($|\..*)", module))
-        lacking += [module for module in fitting if not inside(spelled[module], read.whole)]
-    if lacking:
-        raise AdapterError(f"{read.file.path} lacks the tensors of what {CONFIG} names: {join_names(lacking)}")
+        missing += [module for module in fitting if not inside(spelled[module], contents.modules_to_save)]
+    if missing:
+        raise AdapterError(f"{contents.file.path} lacks the tensors of what {CONFIG} names: {join_names(missing)}")
 
 
 def inside(module: str, others: Collection[str]) -> bool:
     return any(module == other or module.startswith(f"{other}.") for other in others)
 
 
-def make_real(network: nn.Module, name: str) -> None:
+def materialize(network: nn.Module, name: str) -> None:
+    """Allocate the adapter's parameters, and the biases that it trains, on the CPU: the network is on the meta device."""
     for part in parts(network, name).values():
         part.to_empty(device="cpu")
     for path in trained_biases(network, name) if trains_biases(adapters(network)[name]) else ():
@@ -184,103 +186,115 @@ def make_real(network: nn.Module, name: str) -> None:
         owner.bias = nn.Parameter(torch.empty_like(empty, device="cpu"))
 
 
-class Own:
-    """A network's own weights, by our names, as they were before the adapter."""
+class NetworkWeights:
+    """The network's own weights by our names, as they were before the adapter."""
 
     def __init__(self, network: nn.Module):
-        self.missing: tuple[str, ...] = ()  # all are there
-        self.weights = {plain(path): value for path, value in network.named_parameters() if ".parts." not in path}
-        self.head, self.small = network.head, {plain(path): layer for path, layer in quantized_layers(network).items()}
+        self.missing: tuple[str, ...] = ()  # weights that the base does not have
+        self.weights = {base_name(path): value for path, value in network.named_parameters() if ".parts." not in path}
+        self.head = network.head
+        self.quantized_layers = {base_name(path): layer for path, layer in quantized_layers(network).items()}
 
     def read(self, name: str) -> Tensor:
-        """In our layout."""
+        """Return a weight in our layout."""
         if name == "head.weight" and name not in self.weights:
-            return dense_weight(self.head) if "head" in self.small else self.weights["body.embedding.weight"]
+            return dense_weight(self.head) if "head" in self.quantized_layers else self.weights["body.embedding.weight"]
         return self.weights[name]
 
     def quantized(self, name: str) -> QuantizedLinear | None:
-        return self.small.get(name.removesuffix(".weight"))
+        return self.quantized_layers.get(name.removesuffix(".weight"))
 
 
-def fill(network: nn.Module, name: str, given: dict, read: Read, base: Own) -> None:
-    """Every tensor into its place, after all of them have been looked at."""
+def fill_parameters(
+    network: nn.Module, name: str, peft_config: dict, contents: FileContents, base: NetworkWeights
+) -> None:
+    """Check all tensors of the file, then copy each one to its place."""
     places = entries(network, name)
-    for row in weight_table(network.config).values():  # a bias that PEFT's model has under two names
-        key, beside = read.own + row.published, bias_key(network.config, row.name) if row.role == "bias" else ""
-        if key not in places and beside in read.keys and key in read.keys:
-            read.base.append(Copy(row.name, read.keys.pop(key), frozen=False))
-    expect_all_places(read, places)
-    values = {key: value_of(network, given, read, key, places[key]) for key in read.keys}
-    stand_ins = resized_weights(network, read) if hasattr(network, "resized_from") else {}
-    check_copies(network, read, base, values, stand_ins)
+    for row in weight_table(network.config).values():  # PEFT's model may have a bias under two names
+        key, beside = contents.prefix + row.published, bias_key(network.config, row.name) if row.role == "bias" else ""
+        if key not in places and beside in contents.keys and key in contents.keys:
+            contents.base_copies.append(BaseCopy(row.name, contents.keys.pop(key), frozen=False))
+    require_all_tensors(contents, places)
+    values = {key: read_value(network, peft_config, contents, key, places[key]) for key in contents.keys}
+    replacements = resized_weights(network, contents) if hasattr(network, "resized_from") else {}
+    check_copies(network, contents, base, values, replacements)
     for key, value in values.items():
-        places[key].parameter.data.copy_(places[key].of_file(value, network.config))
-    own = {plain(path): value for path, value in network.named_parameters() if ".parts." not in path}
-    for weight, copy in stand_ins.items():
+        places[key].parameter.data.copy_(places[key].from_file(value, network.config))
+    own = {base_name(path): value for path, value in network.named_parameters() if ".parts." not in path}
+    for weight, copy in replacements.items():
         if not own[weight].is_meta:
-            own[weight].data.copy_(tensor(read.file, copy.there).view_as(own[weight]))
-    if given.get("rank_pattern") and given["peft_type"] == "ADALORA":
-        masks = allocated(given)
-        for key, there in read.keys.items():
-            if key.endswith(".lora_E") and (mask := masks.get(module_in(there))) is not None:
-                path = read.layers[key]
-                holder = next(holder for found, holder in holders(network).items() if plain(found) == path)
+            own[weight].data.copy_(read_tensor(contents.file, copy.stored_name).view_as(own[weight]))
+    if peft_config.get("rank_pattern") and peft_config["peft_type"] == "ADALORA":
+        masks = rank_masks(peft_config)
+        for key, stored_name in contents.keys.items():
+            if key.endswith(".lora_E") and (mask := masks.get(module_of_tensor(stored_name))) is not None:
+                path = contents.layers[key]
+                holder = next(holder for found, holder in holders(network).items() if base_name(found) == path)
                 holder.parts[name].kept.copy_(torch.tensor(mask)[:, None])
 
 
-def expect_all_places(read: Read, places: Mapping[str, Entry]) -> None:
-    """Of a module that was trained whole the file may hold some weights alone."""
-    if left := sorted(set(read.keys) - set(places)):
-        raise AdapterError(f"{read.file.path} holds tensors that this network has no place for: {join_names(left)}")
-    have = {places[key].module for key in read.keys}
-    missing = [key for key, entry in places.items() if key not in read.keys and not (entry.whole and entry.module not in have)]
+def require_all_tensors(contents: FileContents, places: Mapping[str, Entry]) -> None:
+    """Check that each tensor has a place and each place a tensor; of a module trained in full, the file may hold some weights
+    only."""
+    if left := sorted(set(contents.keys) - set(places)):
+        raise AdapterError(f"{contents.file.path} holds tensors that this network has no place for: {join_names(left)}")
+    have = {places[key].module for key in contents.keys}
+    optional = {key for key, entry in places.items() if entry.in_module_to_save and entry.module not in have}
+    missing = [key for key in places if key not in contents.keys and key not in optional]
     if missing:
-        raise AdapterError(f"{read.file.path} lacks {join_names(missing)}")
+        raise AdapterError(f"{contents.file.path} lacks {join_names(missing)}")
 
 
-def value_of(network: nn.Module, given: dict, read: Read, key: str, entry: Entry) -> Tensor:
-    there = read.keys[key]
-    value = torch.empty(read.file.shape(there), dtype=entry.parameter.dtype)
-    read.file.read(there, value)
+def read_value(network: nn.Module, peft_config: dict, contents: FileContents, key: str, entry: Entry) -> Tensor:
+    """Read a tensor in the form of its parameter. Errors: a non-finite number, with its place; another shape."""
+    stored_name = contents.keys[key]
+    value = torch.empty(contents.file.shape(stored_name), dtype=entry.parameter.dtype)
+    contents.file.read(stored_name, value)
     if broken := non_finite(value):
-        raise AdapterError(non_finite_message(read.file.path, there, broken))
-    value = as_peft_computes(value, there, given, network)
+        raise AdapterError(non_finite_message(contents.file.path, stored_name, broken))
+    value = convert_value(value, stored_name, peft_config, network)
     if tuple(value.shape) != entry.shape:
-        shape = read.file.shape(there)
-        raise AdapterError(f"{read.file.path}: {there!r} has shape {shape}, {entry.shape} is expected")
+        shape = contents.file.shape(stored_name)
+        raise AdapterError(f"{contents.file.path}: {stored_name!r} has shape {shape}, {entry.shape} is expected")
     return value
 
 
 def check_copies(
-    network: nn.Module, read: Read, base: Own, values: Mapping[str, Tensor], stand_ins: Mapping[str, Copy]
+    network: nn.Module,
+    contents: FileContents,
+    base: NetworkWeights,
+    values: Mapping[str, Tensor],
+    replacements: Mapping[str, BaseCopy],
 ) -> None:
-    """What repeats a trained tensor must be it; what is the base's own must be that, as far as the base has it."""
-    file, table = read.file, weight_table(network.config)
-    for key, there in read.again:
-        if key not in values or not file.equals(there, values[key]):
-            raise AdapterError(f"{file.path}: {there!r} is another one than {read.keys.get(key)!r}, of which PEFT has it")
-    for copy in read.base:
-        if copy.weight in stand_ins and not copy.frozen:
+    """Check that repeated tensors equal the trained ones, and copies of the base the base's weights, as far as it has them."""
+    file, table = contents.file, weight_table(network.config)
+    for key, stored_name in contents.repeats:
+        if key not in values or not file.equals(stored_name, values[key]):
+            raise AdapterError(f"{file.path}: {stored_name!r} differs from {contents.keys.get(key)!r}, which it must repeat")
+    for copy in contents.base_copies:
+        if copy.weight in replacements and not copy.frozen:
             continue
         row = table[copy.weight]
-        keys = (read.own + row.published, bias_key(network.config, copy.weight) if row.role == "bias" else "")
+        keys = (contents.prefix + row.published, bias_key(network.config, copy.weight) if row.role == "bias" else "")
         trained = next((values[key] for key in keys if key in values), None)
-        if trained is not None and (file.equals(copy.there, trained) or copy.weight in base.missing):
-            continue  # of a trained bias PEFT saves copies; a head that the base lacks had first values too
-        if not is_the_bases(network, copy, read, base):
-            raise AdapterError(f"{file.path}: {copy.there!r} is not this base's own, and there is no place for another one")
+        if trained is not None and (file.equals(copy.stored_name, trained) or copy.weight in base.missing):
+            continue  # PEFT repeats a trained bias; a head that the base lacks has its initial values saved
+        if not equals_base(network, copy, contents, base):
+            name = copy.stored_name
+            raise AdapterError(f"{file.path}: {name!r} is not this base's own, and there is no place for another one")
 
 
-def as_peft_computes(value: Tensor, there: str, given: dict, network: nn.Module) -> Tensor:
-    """A tensor in the form that our part has, where that is another one."""
-    if there == BEFORE and given["peft_type"] == "PREFIX_TUNING" and network.config.architecture == "encoder-decoder":
-        layers = len(network.config.decoder_layers)  # PEFT doubles the table and gives layer i every fourth: keys, values 2 i
+def convert_value(value: Tensor, stored_name: str, peft_config: dict, network: nn.Module) -> Tensor:
+    """Convert a tensor to the form of our part, where PEFT's is another one."""
+    kind, is_table = peft_config["peft_type"], stored_name == VIRTUAL_TOKENS_KEY
+    if is_table and kind == "PREFIX_TUNING" and network.config.architecture == "encoder-decoder":
+        layers = len(network.config.decoder_layers)  # PEFT doubles the table and gives layer i keys and values 2 i
         order = [2 * layer % layers for layer in range(layers)]
         return value.unflatten(-1, (layers, -1))[:, order].flatten(1)
-    if there == BEFORE and given.get("num_transformer_submodules") == 2 and given["peft_type"] != "PREFIX_TUNING":
-        return value[: len(value) // 2]  # the rest stands before the decoder's text, in PEFT with `labels` alone
-    if given["peft_type"] == "ADALORA" and (mask := allocated(given).get(module_in(there))) is not None:
-        mask, by_columns = torch.tensor(mask, dtype=torch.bool), there.endswith("lora_B")
+    if is_table and peft_config.get("num_transformer_submodules") == 2 and kind != "PREFIX_TUNING":
+        return value[: len(value) // 2]  # the rest is the decoder's, which PEFT uses only with `labels`
+    if kind == "ADALORA" and (mask := rank_masks(peft_config).get(module_of_tensor(stored_name))) is not None:
+        mask, by_columns = torch.tensor(mask, dtype=torch.bool), stored_name.endswith("lora_B")
         rows = value.T if by_columns else value
         if len(rows) == int(mask.sum()):
             wide = rows.new_zeros(len(mask), rows.size(1))
@@ -289,38 +303,38 @@ def as_peft_computes(value: Tensor, there: str, given: dict, network: nn.Module)
     return value
 
 
-def allocated(given: dict) -> dict[str, list[bool]]:
-    """AdaLoRA: module -> which of its values the last allocation left."""
-    return {re.sub(r"\.lora_E(\.[^.]+)?$", "", key): mask for key, mask in (given.get("rank_pattern") or {}).items()}
+def rank_masks(peft_config: dict) -> dict[str, list[bool]]:
+    """Return module → mask of the values that AdaLoRA's last allocation kept."""
+    return {re.sub(r"\.lora_E(\.[^.]+)?$", "", key): mask for key, mask in (peft_config.get("rank_pattern") or {}).items()}
 
 
-def module_in(there: str) -> str:
-    return there.removeprefix("base_model.model.").rpartition(".")[0]
+def module_of_tensor(stored_name: str) -> str:
+    return stored_name.removeprefix("base_model.model.").rpartition(".")[0]
 
 
-def is_the_bases(network: nn.Module, copy: Copy, read: Read, base: Own) -> bool:
-    """Whether a tensor is the base's own; of a resized vocabulary, in the rows that both have."""
-    file, config = read.file, network.config
-    if copy.there in read.parts:
-        layer = base.quantized(copy.weight)
-        return layer is not None and same_parts(file, copy.there, read.parts[copy.there], tensors(layer, None))
+def equals_base(network: nn.Module, copy: BaseCopy, contents: FileContents, base: NetworkWeights) -> bool:
+    """True if a copy equals the base's weight; with a resized vocabulary, in the rows that both have."""
+    file, config = contents.file, network.config
+    if copy.stored_name in contents.quantized_parts:
+        layer, stored_parts = base.quantized(copy.weight), contents.quantized_parts[copy.stored_name]
+        return layer is not None and equal_quantized_parts(file, copy.stored_name, stored_parts, tensors(layer, None))
     own = to_published(weight_table(config)[copy.weight], base.read(copy.weight), config)
     if copy.weight not in VOCABULARY or getattr(network, "resized_from", None) is None:
-        return file.equals(copy.there, own)
+        return file.equals(copy.stored_name, own)
     size = min(config.vocab_size, network.resized_from)
-    return torch.equal(first_rows(tensor(file, copy.there), size).to(own.dtype), first_rows(own, size))
+    return torch.equal(shared_rows(read_tensor(file, copy.stored_name), size).to(own.dtype), shared_rows(own, size))
 
 
-def same_parts(file: WeightFile, weight: str, parts: Mapping[str, str], own: Mapping[str, Tensor]) -> bool:
-    """Of a quantized weight; what bitsandbytes writes as JSON may be spelled otherwise."""
+def equal_quantized_parts(file: WeightFile, weight: str, parts: Mapping[str, str], own: Mapping[str, Tensor]) -> bool:
+    """True if the stored parts of a quantized weight are the layer's; bitsandbytes' JSON may be formatted differently."""
     layer = weight.removesuffix("weight")
-    for there in parts.values():
-        mine = own.get(there.removeprefix(layer))
+    for stored_name in parts.values():
+        mine = own.get(stored_name.removeprefix(layer))
         if mine is None:
             return False
-        if ".quant_state." in there:
-            if json.loads(bytes(tensor(file, there).tolist())) != json.loads(bytes(mine.tolist())):
+        if ".quant_state." in stored_name:
+            if json.loads(bytes(read_tensor(file, stored_name).tolist())) != json.loads(bytes(mine.tolist())):
                 return False
-        elif not file.equals(there, mine):
+        elif not file.equals(stored_name, mine):
             return False
     return True

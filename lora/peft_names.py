@@ -1,12 +1,10 @@
 """PEFT's names of an adapter's tensors, as a table that is read both ways.
 
-    base_model.model.<module, as the family publishes it>.<what is in the table>     of parts beside a layer
-    base_model.model.<weight, as the family publishes it>                            of modules that were trained whole
-    base_model.model.<module>.base_layer.bias, or <module>.bias                      of biases that were trained too
-    prompt_embeddings                                                                of what stands before the text
-    base_model.<weight, as the family publishes it>                                  of modules trained whole beside such
-
-PEFT has no bottleneck adapters: `adapter_down.weight` and its like are ours.
+    base_model.model.<published module>.<name of `Part.PEFT_NAMES`>     a part beside a layer
+    base_model.model.<published weight>                                 a module that was trained in full
+    base_model.model.<module>.base_layer.bias, or <module>.bias         a bias that was trained
+    prompt_embeddings                                                   virtual tokens
+    base_model.<published weight>                                       a module trained in full together with virtual tokens
 """
 
 import re
@@ -28,12 +26,12 @@ from model.config import ModelConfig
 from model.rope import interleaved_to_halves
 from model.weights import Weight, published_names, published_shape, to_published, weight_table
 
-PREFIX, PREFIX_BEFORE = "base_model.model.", "base_model."  # of the network's own names: a prompt has no tuner around it
+PREFIX, PREFIX_WITHOUT_TUNER = "base_model.model.", "base_model."  # virtual tokens have no tuner
 
 
-BEFORE = "prompt_embeddings"
-CLASSIFIERS = ("sequence", "token", "qa")
-CLASSIFIER_MODULES = ("classifier.", "score.", "qa_outputs.")  # what PEFT trains whole, asked or not, where its task says so
+VIRTUAL_TOKENS_KEY = "prompt_embeddings"
+CLASSIFIERS = ("sequence", "token", "qa")  # heads for which PEFT has a classifying task
+CLASSIFIER_MODULES = ("classifier.", "score.", "qa_outputs.")  # PEFT trains these in full for such a task
 
 
 @cache
@@ -49,12 +47,12 @@ def peft_keys() -> list[str]:
 
 
 class Entry(NamedTuple):
-    """Where a tensor of the file belongs on the network."""
+    """The place in the network of one tensor of the file."""
 
     parameter: Tensor
-    row: Weight | None  # whose layout it has; None: ours
+    row: Weight | None  # its published layout; None: ours
     shape: tuple[int, ...]  # in the file
-    whole: bool = False
+    in_module_to_save: bool = False  # it is a weight of a module that was trained in full
 
     @property
     def module(self) -> str:
@@ -65,37 +63,37 @@ class Entry(NamedTuple):
         value = value if self.row is None else to_published(self.row, value, config)
         return value.reshape(self.shape).clone(memory_format=torch.contiguous_format)
 
-    def of_file(self, value: Tensor, config: ModelConfig) -> Tensor:
+    def from_file(self, value: Tensor, config: ModelConfig) -> Tensor:
         layout = self.row.layout if self.row is not None else ""
         value = (value.T if layout == "transposed" else value).reshape(self.parameter.shape)
         return interleaved_to_halves(value, config.head_width) if layout == "interleaved" else value
 
 
-def plain(path: str) -> str:
-    """A module's or parameter's name as it is without adapters.
+def base_name(path: str) -> str:
+    """Return a module's or parameter's name as it is without adapters.
 
-    >>> plain("head.base.dense.base.weight")
+    >>> base_name("head.base.dense.base.weight")
     'head.dense.weight'
     """
     return path.removesuffix(".base").replace(".base.", ".")
 
 
 def entries(network: nn.Module, name: str) -> dict[str, Entry]:
-    """PEFT's key -> where it belongs, for all that the adapter `name` has on this network."""
+    """Return PEFT's key → place, for all tensors of the adapter `name`."""
     table, found = weight_table(network.config), {}
-    prefix = prefix_of(adapters(network)[name])
+    prefix = key_prefix(adapters(network)[name])
     for path, holder in holders(network).items():
         if name not in holder.parts:
             continue
-        part, ours = holder.parts[name], plain(path)
+        part, ours = holder.parts[name], base_name(path)
         if isinstance(holder, ModulesToSave):
             for leaf, parameter in part.named_parameters():
                 row = table[f"{ours}.{leaf}"]
                 shape = published_shape(row, tuple(parameter.shape))
-                found[prefix + row.published] = Entry(parameter, row, shape, whole=True)
+                found[prefix + row.published] = Entry(parameter, row, shape, in_module_to_save=True)
         elif isinstance(holder, VirtualTokenAdapters):
             value = part.table()
-            found[BEFORE] = Entry(value, None, tuple(value.shape))
+            found[VIRTUAL_TOKENS_KEY] = Entry(value, None, tuple(value.shape))
         else:
             row = table[f"{ours}.weight"]
             for leaf, parameter in part.named_parameters():
@@ -107,36 +105,37 @@ def entries(network: nn.Module, name: str) -> dict[str, Entry]:
         holder = network.get_submodule(path.removesuffix(".bias").removesuffix(".base"))
         saved = (place for place, other in holders(network).items() if isinstance(other, ModulesToSave))
         if not any(path.startswith(f"{place}.base.") for place in saved):
-            row, parameter = table[plain(path)], network.get_parameter(path)
+            row, parameter = table[base_name(path)], network.get_parameter(path)
             key = bias_key(network.config, row.name) if isinstance(holder, AdaptedLayer) else PREFIX + row.published
             found[key] = Entry(parameter, row, published_shape(row, tuple(parameter.shape)))
     return found
 
 
-def prefix_of(config: object) -> str:
-    return PREFIX_BEFORE if uses_virtual_tokens(config) else PREFIX
+def key_prefix(config: object) -> str:
+    return PREFIX_WITHOUT_TUNER if uses_virtual_tokens(config) else PREFIX
 
 
-def whole_head(network: nn.Module, name: str) -> dict[str, Entry]:
-    """The head's weights that PEFT saves with every adapter of a classifier: all under the names that it takes for granted.
+def saved_head(network: nn.Module, name: str) -> dict[str, Entry]:
+    """Return the head's weights that PEFT saves with every adapter of a classifier, under the names that it expects.
 
-    Those that this adapter did not train are the network's own. Nothing, where neither the head was trained nor a prompt stands
-    before the text: such an adapter is written without a task.
+    Those that this adapter did not train are the network's own. Empty if the adapter neither trained the head nor has virtual
+    tokens: such an adapter is written without a task.
     """
     config, table = network.config, weight_table(network.config)
-    prefix = prefix_of(adapters(network)[name])
+    prefix = key_prefix(adapters(network)[name])
     own = (holder for path, holder in holders(network).items() if path.startswith("head") and name in holder.parts)
     is_saved = any(isinstance(holder, ModulesToSave) for holder in own)
-    if config.head not in CLASSIFIERS or not (prefix == PREFIX_BEFORE or is_saved):
+    if config.head not in CLASSIFIERS or not (prefix == PREFIX_WITHOUT_TUNER or is_saved):
         return {}
-    own = {plain(path): value for path, value in network.named_parameters() if ".parts." not in path}
+    own = {base_name(path): value for path, value in network.named_parameters() if ".parts." not in path}
     rows = {path: table[path] for path in own if table[path].published.startswith(CLASSIFIER_MODULES)}
     shape = {path: published_shape(row, tuple(own[path].shape)) for path, row in rows.items()}
-    return {prefix + row.published: Entry(own[path], row, shape[path], whole=True) for path, row in rows.items()}
+    return {prefix + row.published: Entry(own[path], row, shape[path], in_module_to_save=True) for path, row in rows.items()}
 
 
 def bias_key(config: ModelConfig, bias: str) -> str:
-    """Of a bias that lies beside an adapted matrix: after that one's name. BERT's head calls it so as well, BART's has none."""
+    """Return the key of a bias beside an adapted matrix, after the matrix's name. BERT's head does the same; BART's has
+    none."""
     table, names = weight_table(config), published_names(config)
     matrix = table.get(f"{bias.removesuffix('.bias')}.weight")
     beside = f"{module_of(matrix)}.bias" if matrix is not None else ""
@@ -155,16 +154,16 @@ def module_of(row: Weight) -> str:
 
 
 def linear_modules(network: nn.Module) -> dict[str, str]:
-    """Published module -> ours, of all layers that PEFT and `lora` can put something beside."""
+    """Return published module → ours, for all layers that can have a part."""
     table = weight_table(network.config)
     return {module_of(table[f"{path}.weight"]): path for path in adaptable_layers(network) if f"{path}.weight" in table}
 
 
-# ---- which modules, as short as it can be said
+# ---- short descriptions of sets of modules
 
 
 def endings(modules: Collection[str], others: Collection[str]) -> list[str]:
-    """The shortest ends of names that fit these modules and none of the others.
+    """Return the shortest suffixes of names that match these modules and none of the others.
 
     >>> endings(["h.0.attn.c_proj", "h.1.attn.c_proj"], ["h.0.mlp.c_proj", "h.0.attn.c_attn"])
     ['attn.c_proj']
@@ -180,10 +179,10 @@ def endings(modules: Collection[str], others: Collection[str]) -> list[str]:
     return sorted(found)
 
 
-def exactly(modules: Collection[str], all_of_them: Collection[str]) -> str:
-    """A regular expression for these of our modules: one name for all layers of a stack where all of them are meant.
+def regex_for(modules: Collection[str], all_of_them: Collection[str]) -> str:
+    """Return a regular expression for exactly these of our modules, with one name for all layers of a stack where possible.
 
-    >>> exactly(["b.0.up", "b.1.up", "b.0.down"], ["b.0.up", "b.1.up", "b.0.down", "b.1.down"])
+    >>> regex_for(["b.0.up", "b.1.up", "b.0.down"], ["b.0.up", "b.1.up", "b.0.down", "b.1.down"])
     '^(b\\\\.0\\\\.down|b\\\\.\\\\d+\\\\.up)$'
     """
 

@@ -1,4 +1,4 @@
-"""Triton's kernels for adapters. Nothing here is imported until one is first wanted.
+"""Triton kernels for adapters, imported when one is first used.
 
 lora_linear   a linear layer with its low-rank change: the forward in one kernel
 """

@@ -1,8 +1,8 @@
-"""y = x Wᵀ + b + s hᵀ Bᵀ in one kernel: the low-rank part is added to the sums while they are in registers.
+"""Triton kernel of y = x Wᵀ + b + s hᵀ Bᵀ: the low-rank part is accumulated in the same registers.
 
-Each program makes a tile of y: it goes along the rank for hᵀ Bᵀ, most often in one step, and then along I for x Wᵀ (the order
-of tiles is that of Triton's tutorial on products). Sums are float32 whatever the inputs are in, and y is rounded once. h = A xᵀ
-comes from a product before: it is R × N, small, and the backward wants it too.
+Each program computes a tile of y: first hᵀ Bᵀ over the rank, mostly in one step, then x Wᵀ over I (tiles in the order of
+Triton's tutorial on matrix multiplication). It accumulates in float32 whatever the inputs' format, and rounds y once. h = A xᵀ
+is computed before: it is R × N, small, and the backward needs it too.
 """
 
 import torch
@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-GROUP = 8  # tiles of rows that are made before the next column of W is taken: they find it in the cache
+GROUP = 8  # row tiles computed before the next column of W, which stays in the cache
 STAGES = 3
 
 
 def tile(dtype: torch.dtype) -> tuple[dict[str, int], int]:
-    """(sizes, warps). In float32 products are not the tensor cores' but each thread's own, from registers: smaller tiles."""
+    """Return (sizes, warps). float32 products run in each thread's registers, not on tensor cores: smaller tiles."""
     if dtype == torch.float32:
         return {"BLOCK_N": 64, "BLOCK_O": 32, "BLOCK_I": 32}, 4
     return {"BLOCK_N": 128, "BLOCK_O": 128, "BLOCK_I": 32}, 8
@@ -51,7 +51,7 @@ def lora_linear_kernel(
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Tile (n, o) of y, N × O contiguous; x: N × I, weight: O × I, h: R × N, up (the B of LoRA): O × R."""
+    """Compute tile (n, o) of y, N × O contiguous; x: N × I, weight: O × I, h: R × N, up (the B of LoRA): O × R."""
     program = tl.program_id(0)
     down, across = tl.cdiv(rows, BLOCK_N), tl.cdiv(outs, BLOCK_O)
     first = program // (GROUP * across) * GROUP
@@ -64,7 +64,7 @@ def lora_linear_kernel(
     n_inside, o_inside = n < rows, o < outs
     y = tl.zeros((BLOCK_N, BLOCK_O), dtype=tl.float32)
 
-    r = tl.arange(0, BLOCK_R)  # a product of tiles wants 16 at least; what is past the rank is 0
+    r = tl.arange(0, BLOCK_R)  # tl.dot needs at least 16; past the rank there are zeros
     for start in range(0, rank, BLOCK_R):
         r_inside = r < rank - start
         h_place = h_ptr + (start + r[None, :]) * h_row_stride + n[:, None] * h_column_stride
@@ -74,7 +74,7 @@ def lora_linear_kernel(
         if WIDEN:
             h, up = h.to(tl.float32), up.to(tl.float32)
         y = tl.dot(h, up, y, input_precision=PRECISION)
-    y *= scale  # the low-rank part came first, so that one set of sums is enough
+    y *= scale  # the low-rank part comes first, so that one accumulator is enough
 
     i = tl.arange(0, BLOCK_I)
     x_place = x_ptr + n[:, None] * x_row_stride + i[None, :] * x_column_stride
@@ -95,12 +95,12 @@ def lora_linear_kernel(
 
 
 def lora_linear(x_NI: Tensor, W_OI: Tensor, b_O: Tensor | None, h_RN: Tensor, B_OR: Tensor, scale: float) -> Tensor:
-    """`lora.fused.products_in_place` in one kernel: y N × O. All of one format, float32, float16 or bfloat16, any strides.
+    """Compute `lora.fused.products_in_place` in one kernel: y N × O. All inputs in float32, float16 or bfloat16, any strides.
 
     float32 is multiplied as float32, or as TF32 where `torch.get_float32_matmul_precision` allows it.
     """
     if x_NI.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(f"the kernel sums in float32 and takes no {x_NI.dtype}; lora.fused.products_in_place does")
+        raise TypeError(f"the kernel accumulates in float32 and takes no {x_NI.dtype}; lora.fused.products_in_place does")
     if len({x.dtype for x in (x_NI, W_OI, h_RN, B_OR)}) > 1:
         raise TypeError(f"formats differ: x {x_NI.dtype}, W {W_OI.dtype}, h {h_RN.dtype}, B {B_OR.dtype}")
     rows, (outs, ins), rank = x_NI.size(0), W_OI.shape, B_OR.size(1)

@@ -10,13 +10,13 @@ from torch import nn
 import lora.merge_folder
 import model.hub
 from lora.__main__ import main
-from lora.base_weights import Base
+from lora.base_weights import BaseWeights
 from lora.config import AdaloraConfig, AdapterError, DoraConfig, Ia3Config, LoraConfig
 from lora.inject import add_adapters
 from lora.layer import AdaptedLayer
 from lora.lora import EmbeddingLora, FusedLora
-from lora.merge_folder import merge_folder
-from lora.merged import Account, Merged
+from lora.merge_folder import merge_to_folder
+from lora.merged_weights import Coverage, MergedWeights
 from lora.peft_io import open_network, save
 from lora.vocabulary import same_change
 from model.folders import HubError
@@ -49,12 +49,12 @@ def folders(name: str, root) -> tuple:
 def test_all_comes_into_the_weights(name, tmp_path, monkeypatch):
     """The account closes, and holds every tensor of the file once; what is written is what the adapter says beside its base."""
     closed = []
-    close = Account.close
-    monkeypatch.setattr(Account, "close", lambda self: (closed.append(self), close(self)))
+    close = Coverage.close
+    monkeypatch.setattr(Coverage, "close", lambda self: (closed.append(self), close(self)))
     base, adapter, out = folders(name, tmp_path)
-    merge_folder(base, adapter, out)
+    merge_to_folder(base, adapter, out)
     (account,) = closed
-    assert set(account.landed) == set(load_file(adapter / "adapter_model.safetensors")) and not account.unwritten
+    assert set(account.module_of) == set(load_file(adapter / "adapter_model.safetensors")) and not account.unwritten
     network, batch = open_network(adapter, base=base), inputs(model.hub.read_config(base))
     assert torch.allclose(model.hub.load(out)(**batch).logits, network(**batch).logits, rtol=0, atol=1e-9)
 
@@ -71,39 +71,39 @@ LOST = {  # name: (adapter, owner, attribute, how it is broken, what is said)
         AdaptedLayer,
         "active_parts",
         lambda call: lambda self: [],
-        "into no weight have come: base_model",
+        "not used in any weight: base_model",
     ),
     "a tensor of the base": (
         "lora, biases",
-        Base,
+        BaseWeights,
         "tensors",
         lambda call: without(call, lambda each: each[2] is not None and each[2].endswith(f"1.{QKV}.weight")),
         f"not written: body.blocks.1.{QKV}.weight",
     ),
     "a trained bias": (
         "lora, biases",
-        Merged,
-        "changes",
+        MergedWeights,
+        "is_changed",
         lambda call: lambda self, ours: call(self, ours) and ours not in self.trained,
-        "into no weight have come: .*bias",
+        "not used in any weight: .*bias",
     ),
     "a copy of a module": (
         "lora, whole",
-        Merged,
-        "changes",
+        MergedWeights,
+        "is_changed",
         lambda call: lambda self, ours: call(self, ours) and ours != UP,
-        "into no weight have come: .*up_proj.weight",
+        "not used in any weight: .*up_proj.weight",
     ),
     "an item of the plan": (
         "two stacks",
         lora.merge_folder,
-        "planned",
+        "plan_files",
         lambda call: lambda *given, **named: {name: items[1:] for name, items in call(*given, **named).items()},
-        "into no weight have come: .*lora_A.weight, .*lora_B.weight",
+        "not used in any weight: .*lora_A.weight, .*lora_B.weight",
     ),
     "a weight that is written twice": (
         "lora, biases",
-        Account,
+        Coverage,
         "uses",
         lambda call: lambda self, weight, parameters: call(self, weight, [p for each in self.all for p in each]),
         "would change both",
@@ -115,15 +115,15 @@ LOST = {  # name: (adapter, owner, attribute, how it is broken, what is said)
 def test_what_would_be_lost_is_told(name, tmp_path, monkeypatch):
     kind, owner, attribute, broken, message = LOST[name]
     given = folders(kind, tmp_path)
-    monkeypatch.setattr(Account, "all", [], raising=False)
+    monkeypatch.setattr(Coverage, "all", [], raising=False)
     if name == "a weight that is written twice":
-        made = Account.__init__
-        monkeypatch.setattr(Account, "__init__", lambda self, base, read, places: (
+        made = Coverage.__init__
+        monkeypatch.setattr(Coverage, "__init__", lambda self, base, read, places: (
             made(self, base, read, places), setattr(self, "all", [[entry.parameter] for entry in places.values()])
         )[0])  # fmt: skip
     monkeypatch.setattr(owner, attribute, broken(getattr(owner, attribute)))
     with pytest.raises(AdapterError, match=message):
-        merge_folder(*given)
+        merge_to_folder(*given)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
@@ -171,7 +171,7 @@ def test_a_base_that_is_not_whole(name, llama, tmp_path, capsys):
     (tmp_path / "base").mkdir()
     save_file({each: value.contiguous() for each, value in tensors.items()}, tmp_path / "base" / "model.safetensors")
     (tmp_path / "base" / "config.json").write_text((llama / "base" / "config.json").read_text())
-    for act in (model.hub.load, lambda folder: merge_folder(folder, llama / "adapter", tmp_path / "out")):
+    for act in (model.hub.load, lambda folder: merge_to_folder(folder, llama / "adapter", tmp_path / "out")):
         with pytest.raises(HubError, match=message):
             act(tmp_path / "base")
     assert main(["merge", str(tmp_path / "base"), str(llama / "adapter"), "--out", str(tmp_path / "out")]) == 2
@@ -185,7 +185,7 @@ def test_a_tied_matrix_in_two_versions(tmp_path):
     embedding = tensors["bert.embeddings.word_embeddings.weight"]
     save_file(tensors | {"cls.predictions.decoder.weight": embedding + 1}, base / "model.safetensors")
     with pytest.raises(HubError, match=r"decoder\.weight' differs from '.*word_embeddings\.weight', though config\.json says"):
-        merge_folder(base, adapter, out, any_base=True)
+        merge_to_folder(base, adapter, out, any_base=True)
 
 
 def test_some_weights_of_a_module_that_was_trained_whole(tmp_path):
@@ -198,11 +198,11 @@ def test_some_weights_of_a_module_that_was_trained_whole(tmp_path):
     given = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     with pytest.raises(AdapterError, match=r"body\.embedding was adapted, and its matrix is also that of the head"):
-        merge_folder(*given)
+        merge_to_folder(*given)
     tensors = load_file(path)
     embedding = tensors["base_model.model.bert.embeddings.word_embeddings.weight"]
     save_file(tensors | {"base_model.model.cls.predictions.decoder.weight": embedding.clone()}, path)
-    merge_folder(*given)
+    merge_to_folder(*given)
     network, batch = open_network(tmp_path / "adapter", base=tmp_path / "base"), inputs(tiny_config("bert"))
     assert torch.allclose(model.hub.load(tmp_path / "out")(**batch).logits, network(**batch).logits, rtol=0, atol=1e-12)
     assert not torch.allclose(model.hub.load(tmp_path / "base")(**batch).logits, network(**batch).logits, atol=1e-2)

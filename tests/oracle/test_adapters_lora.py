@@ -7,7 +7,7 @@ import torch
 from peft.optimizers import create_loraplus_optimizer
 from peft.utils.other import get_pattern_key
 
-from lora.combine import combine
+from lora.combine import combine_adapters
 from lora.config import AdapterError, LoraConfig
 from lora.inject import activate, adapters, add_adapters, parts, remove
 from lora.layer import LayerName
@@ -215,7 +215,7 @@ def test_switched(several, parity):
 @pytest.mark.parametrize("weights", [(0.7, 0.4), (1.5, -0.5)], ids=str)
 def test_combined(several, weights, how, theirs, parity):
     network, model, ids = several
-    combine(network, dict(zip(CONFIGS, weights, strict=True)), "both", how)
+    combine_adapters(network, dict(zip(CONFIGS, weights, strict=True)), "both", how)
     with Wide():  # PEFT's roots of the weights
         model.add_weighted_adapter(list(CONFIGS), list(weights), "both", combination_type=theirs)
     model.set_adapter("both")
@@ -239,15 +239,15 @@ def test_a_share_of_an_embedding_and_a_head():
     wanted, plain = merged(ids).logits, network(ids).logits
     activate(network, {"one": 0.7})
     assert gap(network(ids).logits, wanted) < 1e-12 < gap(plain, wanted)
-    combine(network, {"one": 0.7}, "both")
+    combine_adapters(network, {"one": 0.7}, "both")
     assert gap(network(ids).logits, wanted) < 1e-12
 
 
 def test_what_cannot_be_combined(several):
     network, _, _ = several
     for error, change in {
-        "'third' is not there; there are: one, other": lambda: combine(network, {"one": 1, "third": 1}, "x"),
-        "how='mean'": lambda: combine(network, {"one": 1}, "x", "mean"),
+        "'third' is not there; there are: one, other": lambda: combine_adapters(network, {"one": 1, "third": 1}, "x"),
+        "how='mean'": lambda: combine_adapters(network, {"one": 1}, "x", "mean"),
         "cannot be an adapter's name": lambda: add_adapters(network, LoraConfig(), "one"),
         "no adapter 'third'": lambda: activate(network, "third"),
         "adapter that trains biases": lambda: add_adapters(network, LoraConfig(bias="all"), "x"),
@@ -258,7 +258,7 @@ def test_what_cannot_be_combined(several):
     assert list(adapters(network)) == ["one", "other"] and set(parts(network, "x")) == set()
     add_adapters(network, LoraConfig(r=5), "wide")
     with pytest.raises(AdapterError, match="linear combination needs one rank, there are 3, 5"):
-        combine(network, {"one": 1, "wide": 1}, "x", "linear")
+        combine_adapters(network, {"one": 1, "wide": 1}, "x", "linear")
 
 
 def test_a_pattern_is_the_end_of_a_name():

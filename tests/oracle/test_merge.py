@@ -16,7 +16,7 @@ import model.hub
 from lora.__main__ import main
 from lora.config import AdapterConfig, AdapterError, LoraConfig, PromptConfig
 from lora.inject import add_adapters
-from lora.merge_folder import merge_folder
+from lora.merge_folder import merge_to_folder
 from model.config import ModelConfig
 from model.init import build_network
 from tests.conftest import randomized, tiny_config
@@ -158,8 +158,8 @@ def test_a_t5_whose_head_scales_with_and_without_a_tie(end, tmp_path, parity):
         out = tmp_path / f"out {step}"
         if step == 0:
             with pytest.raises(AdapterError, match="would change both"):
-                merge_folder(base, adapter, out)
-        merge_folder(base, adapter, out, untie=step == 0)
+                merge_to_folder(base, adapter, out)
+        merge_to_folder(base, adapter, out, untie=step == 0)
         expected = peft.PeftModel.from_pretrained(opened(base, torch.float64, "encoder-decoder"), adapter).double().eval()
         said = opened(out, torch.float64, "encoder-decoder")(**batch).logits
         error = (said - expected(**batch).logits).abs().max() / said.abs().max()
@@ -182,7 +182,7 @@ def llama(tmp_path):
 
 
 def test_what_is_added_is_float32_and_rounded_once(llama):
-    merge_folder(llama / "base", llama / "adapter", llama / "out")
+    merge_to_folder(llama / "base", llama / "adapter", llama / "out")
     base, out = model.hub.load(llama / "base"), model.hub.load(llama / "out")
     adapter = load_file(llama / "adapter" / "adapter_model.safetensors")
     for number, block in enumerate(out.body.blocks):
@@ -229,7 +229,7 @@ def test_what_is_no_change_of_weights(config, tmp_path):
     model.hub.save(randomized(tiny_config("gpt2")), tmp_path / "base")
     peft_io.save(add_adapters(model.hub.load(tmp_path / "base"), config), tmp_path / "adapter")
     with pytest.raises(AdapterError, match="is no change of weights: it cannot be merged"):
-        merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        merge_to_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

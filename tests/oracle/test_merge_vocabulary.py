@@ -18,7 +18,7 @@ import lora.peft_io as peft_io
 import model.hub
 from lora.__main__ import main
 from lora.config import AdapterError
-from lora.merge_folder import merge_folder
+from lora.merge_folder import merge_to_folder
 from quant.config import FourBit
 from tests.conftest import randomized, tiny_config
 from tests.oracle.test_model import CLASSES, widen
@@ -102,8 +102,8 @@ def test_merged_and_beside(name, tmp_path, parity):
     given = (tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     if untie:
         with pytest.raises(AdapterError, match=r"merged, it would change both\. With --untie two matrices"):
-            merge_folder(*given)
-    merge_folder(*given, untie=untie)
+            merge_to_folder(*given)
+    merge_to_folder(*given, untie=untie)
     out = opened(tmp_path / "out", config)
     assert out.config.vocab_size == out.get_input_embeddings().weight.size(0) == size
     parity(f"resized vocabularies, merged: {name}", LIBRARY, gap(out(**batch).logits, expected), *DOUBLE)
@@ -119,7 +119,7 @@ def test_in_float32(tmp_path, parity):
     name, config = "llama, both whole", tiny_config("llama", **UNTIED)
     model.hub.save(randomized(config, dtype=torch.float32), tmp_path / "base")
     theirs = resized_adapter(name, tmp_path / "base", tmp_path / "adapter", torch.float32)
-    merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merge_to_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     expected, out = theirs(**batch_of(config, 65)).logits, opened(tmp_path / "out", config, torch.float32)
     parity(f"resized vocabularies, float32: {name}", LIBRARY, gap(out(**batch_of(config, 65)).logits, expected), *LOGITS)
     merged, found = dict(theirs.merge_and_unload().named_parameters()), dict(out.named_parameters())
@@ -137,7 +137,7 @@ def test_what_older_files_hold(tmp_path, parity):
     kept = {each: value for each, value in load_file(path).items() if "modules_to_save" not in each and "original" not in each}
     assert len(load_file(path)) - len(kept) == 4
     save_file(kept, path)
-    merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merge_to_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     expected = theirs(**batch_of(config, 65)).logits
     found = opened(tmp_path / "out", config)(**batch_of(config, 65)).logits
     parity(f"resized vocabularies, older files: {name}", LIBRARY, gap(found, expected), *DOUBLE)
@@ -152,7 +152,7 @@ def test_on_a_base_of_four_bits(tmp_path, parity):
     for module in theirs.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
-    merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merge_to_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     expected = theirs(**batch_of(config, 65)).logits
     found = opened(tmp_path / "out", config, torch.float32)(**batch_of(config, 65)).logits
     parity(f"resized vocabularies, 4 bits: {name}", LIBRARY, gap(found, expected), 1e-5, "float32 rounding; unpacked first")
@@ -190,7 +190,7 @@ REFUSED = {  # name: (case, what happens to the adapter, what is said)
     "a copy that differs": (
         "llama, both whole",
         broken(lambda tensors: tensors[f"{EMBED}.modules_to_save.weight"].add_(1)),
-        "modules_to_save.weight' is another one than",
+        "modules_to_save.weight' differs from",
     ),
     "a tied matrix in two versions": (
         "llama, tied, saved along",
@@ -219,7 +219,7 @@ def test_what_does_not_fit_is_refused(name, tmp_path, capsys):
     with pytest.raises(AdapterError, match=message):
         peft_io.open_network(tmp_path / "adapter", base=tmp_path / "base")
     with pytest.raises(AdapterError, match=message):
-        merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", untie=True)
+        merge_to_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", untie=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 

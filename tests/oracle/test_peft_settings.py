@@ -11,7 +11,7 @@ from peft.tuners.lora.config import BdLoraConfig, EvaConfig, KasaConfig, Montecl
 import lora.peft_io as peft_io
 import model.hub
 from lora.config import AdapterError
-from lora.merge_folder import merge_folder
+from lora.merge_folder import merge_to_folder
 from tests.conftest import randomized, tiny_config
 from tests.oracle.test_peft_folders import CAUSAL, ROUNDING, gap, inputs, opened_by_peft, peft_folder, shake, twin
 from tests.oracle.wide import widen
@@ -68,7 +68,7 @@ def test_what_is_tied_merges_into_one_matrix(name, bases, tmp_path, parity):
     network = model.hub.load(base)
     peft_folder(twin(network.config, base), OPEN[name][1], tmp_path / "adapter")
     with pytest.warns(UserWarning, match="trained on here, they part"):
-        merge_folder(base, tmp_path / "adapter", tmp_path / "out")
+        merge_to_folder(base, tmp_path / "adapter", tmp_path / "out")
     merged = model.hub.load(tmp_path / "out")
     assert merged.head.weight is merged.body.embedding.weight
     expected = opened_by_peft(network.config, base, tmp_path / "adapter")(**inputs(network.config)).logits

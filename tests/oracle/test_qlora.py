@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import model.hub
 from lora.config import CONFIGS, AdaloraConfig, AdapterConfig, AdapterError, DoraConfig, Ia3Config, LoraConfig, PrefixConfig
 from lora.inject import add_adapters, merge, remove, unmerge
-from lora.merge_folder import merge_folder
+from lora.merge_folder import merge_to_folder
 from lora.peft_io import load, open_network, save
 from model.network import Network
 from quant.config import FourBit, QuantError
@@ -237,7 +237,7 @@ def test_merged_into_a_folder_of_16_bits(family, stored, tmp_path):
     save(network, ours)
     assert open_network(ours).state_dict().keys() == network.state_dict().keys()
     assert bool(quantized_layers(open_network(ours, quantization=None))) == stored  # with all its bits, if that is asked for
-    merge_folder(base, ours, tmp_path / "merged")
+    merge_to_folder(base, ours, tmp_path / "merged")
     merged = model.hub.load(tmp_path / "merged")
     assert not quantized_layers(merged)
     for path, layer in quantized_layers(network).items():
@@ -249,7 +249,7 @@ def test_merged_into_a_folder_of_16_bits(family, stored, tmp_path):
     for name, value in merged.named_parameters():
         if name in dict(network.named_parameters()):
             assert value.dtype == torch.bfloat16 and torch.equal(value, network.get_parameter(name))
-    merge_folder(base, ours, tmp_path / "wide", dtype=torch.float32)
+    merge_to_folder(base, ours, tmp_path / "wide", dtype=torch.float32)
     unrounded = model.hub.load(tmp_path / "wide")
     assert {value.dtype for value in unrounded.parameters()} == {torch.float32}
     assert all(torch.equal(value.bfloat16(), merged.get_parameter(name)) for name, value in unrounded.named_parameters())

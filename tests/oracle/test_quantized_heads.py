@@ -18,7 +18,7 @@ from data.transforms.causal import IGNORE
 from eval.perplexity import perplexity_score
 from lora.config import AdapterError, LoraConfig
 from lora.inject import add_adapters, merge, remove, unmerge
-from lora.merge_folder import merge_folder
+from lora.merge_folder import merge_to_folder
 from lora.peft_io import load
 from model.generate import generate
 from quant.config import FourBit
@@ -189,7 +189,7 @@ def test_an_adapter_beside_it(case, tmp_path, parity):
         assert gap(case.ours(**case.batch).logits, expected) > 1e-2
         assert gap(merge(network)(**case.batch).logits, expected) < 1e-5
         assert torch.equal(unmerge(network)(**case.batch).logits, beside)
-        merge_folder(case.folder, folder, tmp_path / "out")
+        merge_to_folder(case.folder, folder, tmp_path / "out")
         merged = model.hub.load(tmp_path / "out")
         assert not quantized_layers(merged) and gap(merged(**case.batch).logits, expected) < 1e-5
 

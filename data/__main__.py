@@ -53,7 +53,7 @@ def prepare(config: DataConfig) -> None:
         share = weight / sum(config.weights.values())
         print(f"source       {name}: weight {weight:g} ({share:.1%}), {tokens[0]:,} tokens to train on, {tokens[1]:,} held out")
     print(f"tokenizer    {made.tokenizer.vocab_size:,} ids")
-    print(f"{'built' if made.built else 'reused':13}{made.folder}")
+    print(f"{'built' if made.is_new else 'reused':13}{made.folder}")
 
 
 def main(arguments: list[str]) -> int:

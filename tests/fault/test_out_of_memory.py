@@ -8,7 +8,7 @@ import torch
 
 from tests.runs import command, nothing_half_made
 from train.engine import Engine
-from train.reports.summary import LIBRARIES
+from train.reports.failures import LIBRARIES
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def full(monkeypatch):
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has …")
             return train(self, *rest)
 
-        monkeypatch.setattr("train.reports.summary.memory_of", lambda device: LIBRARIES + size)
+        monkeypatch.setattr("train.reports.failures.memory_of", lambda device: LIBRARIES + size)
         return patch.object(Engine, "train", third)
 
     return card

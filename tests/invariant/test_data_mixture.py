@@ -22,7 +22,7 @@ from tests.texts import prose
 from train.config import OptimizerConfig, ReportConfig, TrainConfig
 from train.config_toml import from_plain, to_plain, with_absolute_paths
 from train.record_task import RecordTask
-from train.reports.summary import said_of_text
+from train.reports.summary import text_options
 from train.runs.errors import TrainError
 from train.tasks.clm import CausalTask
 from train.token_task import validation_parts
@@ -103,7 +103,7 @@ def test_settings_travel(inside):
     assert absolute.corpus == (f"a={a}:3.0", f"b={b}:1.0", "b=stdlib-docs:1.0")
     assert absolute.validation == (str(inside / "b2.txt"), "stdlib-code")
     assert from_plain(TrainConfig, to_plain(with_absolute_paths(said)), "x").data == absolute
-    words = said_of_text(config(validation=("b2.txt",)))
+    words = text_options(config(validation=("b2.txt",)))
     assert words[:3] == ["--corpus", *MIXED] and words[3:5] == ["--validation", "b2.txt"]
 
 

@@ -5,6 +5,7 @@ curves         curves.png and its diagnosis
 summary        the text before the first step and after the last
 phases rate    seconds by phase; speed, and model FLOPs utilization
 profiler       a trace of a few steps, and their operators
+failures       messages about a run that cannot go on
 view           the parts of a run that its reports read
 step_profiler  one step observed: --profile, --memory-report
 memory         predicted and measured memory of a step

@@ -1,4 +1,4 @@
-"""What a run says before its first step and after its last: what it is, what it reached, what to type next."""
+"""The text before a run's first step and after its last: what is trained, what was reached, what to type next."""
 
 import platform
 from collections.abc import Iterator
@@ -20,26 +20,23 @@ from train.optimizers.precision import PRECISIONS
 from train.registry import name_of, settings_of
 from train.reports.curves import plot
 from train.reports.log import format_duration, read_metrics
-from train.reports.memory import suggest_options, training_settings
 from train.reports.rate import matmul_rate, peak_memory, speed_report
 from train.reports.view import RunView
 from train.runs.checkpoint import SHARDED_INDEX, read_pointer
-
-LIBRARIES = 2**30  # bytes of a GPU that the CUDA context and the libraries' workspaces take, about
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
 
 
 def introduction(run: RunView) -> str:
-    """What is trained on, the network, the machine, the run: lines before the first step."""
+    """The lines before the first step: data, network, machine, run."""
     config, has = run.config, run.engine.network.config
     parameters = count_parameters(run.engine.network)
-    trained = sum(parameter.numel() for parameter in run.engine.network.parameters() if parameter.requires_grad)
-    adapter = f", {trained:,} of them trained ({config.run.adapter})" if config.method is not None else ""
+    trainable = sum(parameter.numel() for parameter in run.engine.network.parameters() if parameter.requires_grad)
+    adapter = f", {trainable:,} of them trainable ({config.run.adapter})" if config.method is not None else ""
     if config.run.freeze is not None:
         frozen = format_count(len(frozen_names(run.engine.network, run.config.run.freeze)), "tensor")
-        adapter = f", {trained:,} of them trained: {frozen} frozen (--freeze {config.run.freeze})"
+        adapter = f", {trainable:,} of them trainable: {frozen} frozen (--freeze {config.run.freeze})"
     small = [layer.weight for layer in quantized_layers(run.engine.network).values()]
     bits = 8 * sum(weight.nbytes for weight in small) / max(1, sum(weight.numel() for weight in small))
     adapter += f", {format_count(len(small), 'matrix', 'matrices')} in {small[0].scheme} of {bits:.3f} bits" if small else ""
@@ -63,7 +60,7 @@ def introduction(run: RunView) -> str:
 
 
 def rates(run: RunView) -> str:
-    """The rates that nobody asked for, where weights are trained further, and why they are so."""
+    """The default learning rates of a run that trains existing weights further, with the reason; else ""."""
     config, width = run.config, run.engine.network.config.width
     taken = [name for name in run.defaulted if name == "lr" or config.optimizer.optimizer == "muon"]
     if config.run.init is None or config.method is not None or not taken:
@@ -74,7 +71,7 @@ def rates(run: RunView) -> str:
 
 
 def comparable(run: RunView) -> str:
-    """What two runs of the same settings must have in common to give the same numbers, to the last bit."""
+    """The versions and hardware on which a rerun of the same settings gives the same numbers, bit for bit."""
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else processor()
     threads, ranks = format_count(run.config.run.threads, "thread"), f", {run.ranks.world} ranks" * (run.ranks.world > 1)
     return f"torch {torch.__version__}, {device}, {threads}{ranks}, {run.config.speed.precision}"
@@ -90,7 +87,7 @@ def processor() -> str:
 
 
 def training_curve(config: TrainConfig, network: "ModelConfig") -> str:
-    """The name of the training loss: what it holds that the validation loss beside it does not."""
+    """The training loss's label in a plot, with the terms that the validation loss beside it lacks."""
     asked = config.optimizer
     dropout = max(network.dropout, network.attention_dropout)
     parts = {"dropout": dropout, "label smoothing": asked.label_smoothing, "z-loss": asked.z_loss}
@@ -99,25 +96,25 @@ def training_curve(config: TrainConfig, network: "ModelConfig") -> str:
 
 
 class Session(NamedTuple):
-    """What was done since the start or the resume."""
+    """The work since the start or the resume."""
 
     seconds: float
     steps: int
     tokens: int  # scored labels
-    positions: int  # that were read, with padding
+    positions: int  # read, padding included
     rows: int
 
 
 def speed(run: RunView, session: Session) -> str:
-    """Rates, memory, time by phase. Positions per second in the steps alone are what the machine's own rate is compared with;
-    of several ranks' machines each is taken to be like this one."""
+    """Rates, memory, and time by phase. The machine's own rate is compared with the positions per second of the steps alone;
+    every rank's machine is assumed equal to this one."""
     config, unit = run.config, run.task.unit
     phases, length = run.phases.seconds(), max(1, round(session.positions / max(1, session.rows)))
     training = sum(phases.get(name, 0.0) for name in ("data", "forward", "backward", "optimizer"))
     # A CPU without 16-bit instructions multiplies faster in float32: the machine's rate is the better of both.
     formats = {PRECISIONS[config.speed.precision].autocast or torch.float32}
     formats |= {torch.float32} if run.device.type == "cpu" else set()
-    adapted = {} if config.method is None else {"rank": getattr(config.method, "r", 1)}  # the base's gradients are not made
+    adapted = {} if config.method is None else {"rank": getattr(config.method, "r", 1)}  # no gradients of the frozen weights
     return (
         f"work     {run.tokens:,} {unit}; this session {format_duration(session.seconds)}, "
         f"{session.tokens / max(session.seconds, 1e-9):,.0f} {unit}/s\n"
@@ -125,14 +122,14 @@ def speed(run: RunView, session: Session) -> str:
         phases,
         session.seconds,
         tokens_per_s=session.positions / max(training, 1e-9),
-        flops=flops_per_token(run.engine.network.config, length, scored=scored(run), **adapted),
+        flops=flops_per_token(run.engine.network.config, length, scored=run.scored or 1.0, **adapted),
         rate=max(matmul_rate(run.device, dtype) for dtype in formats) * run.ranks.world,
         memory=peak_memory(run.device),
     )
 
 
 def conclude(run: RunView, stopped: str, session: Session) -> None:
-    """What was reached, how fast, the curves, and what to type next."""
+    """Print the result, the speed, the curves' verdict, and commands to go on with; draw curves.png."""
     say, out, has, config = print, run.out, run.engine.network.config, run.config
     if not session.steps:
         why = f"stopped {stopped}" if stopped else f"reached the last of its {config.run.steps:,} steps"
@@ -159,27 +156,27 @@ def conclude(run: RunView, stopped: str, session: Session) -> None:
 
 
 def following(run: RunView, stopped: str) -> Iterator[str]:
-    """Commands to go on with."""
+    """Commands to go on with, one a line."""
     out, config = run.out, run.config
     folder, model = out, out.with_name(f"{out.name}-model")
     if stopped.startswith("on"):
         yield command("train", "--resume", out)
     opened = read_pointer(out, "best") or read_pointer(out, "last")
-    if opened is not None and (opened / SHARDED_INDEX).is_file():  # what other commands open is one folder, not parts
+    if opened is not None and (opened / SHARDED_INDEX).is_file():  # other commands open one folder, not shards
         yield command("model", "export", out, "--out", model)
         folder = model
     yield run.task.try_it(folder)
-    objective = said_of_task(config)
+    objective = task_options(config)
     yield command("train", *objective, "--corpus", "PATH") + f"   # your own files: {' '.join(run.task.suffixes)}"
     if config.method is not None and config.method.mergeable and opened is not None:
         yield command("lora", "merge", config.run.init, opened, "--out", model) + "   # one ordinary model folder"
     elif config.method is None and config.run.qat == "none" and not stopped.startswith("on"):
-        words = (*objective, "--init", folder, *said_of_text(config.data), "--steps", "300")
+        words = (*objective, "--init", folder, *text_options(config.data), "--steps", "300")
         yield command("train", *words) + "   # go on from these weights"
 
 
-def said_of_task(config: TrainConfig) -> tuple[str, ...]:
-    """The options that train the same objective again."""
+def task_options(config: TrainConfig) -> tuple[str, ...]:
+    """The options of the command line that select the same objective and its settings."""
     if config.run.objective == RunConfig.objective:
         return ()
     words, name = ["--objective", config.run.objective], name_of(config.run.objective)
@@ -195,8 +192,8 @@ def said_of_task(config: TrainConfig) -> tuple[str, ...]:
     return tuple(words)
 
 
-def said_of_text(data: DataConfig) -> list[str | Path]:
-    """The options that read the same text again."""
+def text_options(data: DataConfig) -> list[str | Path]:
+    """The options of the command line that select the same text."""
     words, usual = [], DataConfig()
     for name in ("corpus", "validation", "text_key", "on_bad_text", "val_fraction", "dedup", "cache"):
         value, option = getattr(data, name), name.replace("_", "-")
@@ -208,25 +205,3 @@ def said_of_text(data: DataConfig) -> list[str | Path]:
             values = value if isinstance(value, tuple) else (value,)
             words += [f"--{option}", *(Path(each) if str(each).startswith("-") else str(each) for each in values)]
     return words
-
-
-def scored(run: RunView) -> float:
-    """The share of positions with a label, in the first micro-batch that was seen."""
-    return run.scored or 1.0
-
-
-def memory_of(device: torch.device) -> int:
-    """Bytes of a GPU."""
-    return torch.cuda.get_device_properties(device).total_memory
-
-
-def out_of_memory(run: RunView, error: Exception) -> str:
-    """A GPU had no room: what the step needs, and what to type so that it fits. (The account knows no weights in parts.)"""
-    what = f"out of memory at step {run.step + 1} ({str(error).splitlines()[0]}). The checkpoints in {run.out} are untouched. "
-    if run.engine.mesh.shard > 1:
-        return what + "Less is needed with a smaller --batch-size (and more --accumulate), --recompute blocks, --loss chunked."
-    packed = bool(quantized_layers(run.engine.network))
-    frozen = frozen_names(run.engine.network, run.config.run.freeze)
-    training = training_settings(run.config, run.ranks, scored(run), packed=packed, frozen=frozen)
-    advice = suggest_options(run.engine.network.config, training, memory_of(run.device) - LIBRARIES, ranks=run.ranks.world)
-    return what + advice

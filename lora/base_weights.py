@@ -77,7 +77,7 @@ class BaseWeights:
     def tensors(self) -> list[tuple[WeightFile, str, str | None]]:
         """Return (file, stored name, our name) of each tensor but the parts of quantized weights; None: no weight of this
         network."""
-        found, parts = [], () if self.quantized_files is None else self.quantized_files.others
+        found, parts = [], () if self.quantized_files is None else self.quantized_files.part_names
         for file in self.files:
             for published in file.names:
                 if published not in self.left_out and published not in parts:
@@ -93,7 +93,7 @@ class BaseWeights:
         """True if the adapter was trained on this weight quantized."""
         if self.quantized_files is None or ours not in self.sources:
             return False
-        return self.quantized_files.takes(ours, self.sources[ours][1])
+        return self.quantized_files.is_quantized(ours, self.sources[ours][1])
 
     def format(self, file: WeightFile, published: str) -> torch.dtype:
         stored = self.quantized_files is not None and published in self.quantized_files.stored

@@ -20,7 +20,7 @@ from model.config import ModelConfig, load_family
 from model.heads import is_tied
 from model.safetensors_file import WeightFile
 from model.weights import Weight, head_spec, published_names, published_prefix, weight_table
-from quant.forms import FORMS
+from quant.forms import load_forms
 
 # Weights with a vocabulary axis: our name → that axis, in the file too.
 VOCABULARY = {"body.embedding.weight": 0, "head.weight": 0, "head.bias": -1}
@@ -73,7 +73,8 @@ def read_keys(network: nn.Module, file: WeightFile, peft_config: Mapping) -> Fil
     config, prefix = network.config, PREFIX_WITHOUT_TUNER if VIRTUAL_TOKENS_KEY in file.names else PREFIX
     names, table, is_saved = published_names(config), weight_table(config), modules_to_save_rule(config, peft_config)
     contents = FileContents(file, prefix, published_prefix(config, head_spec(config)))
-    contents.quantized_parts = {name: parts for form in FORMS.values() for name, parts in form.find_parts(file.names).items()}
+    found = [form.find_parts(file.names) for form in load_forms().values()]
+    contents.quantized_parts = {name: tensors for parts in found for name, tensors in parts.items()}
     pieces = {each for name, parts in contents.quantized_parts.items() for each in parts.values() if each != name}
     biases, left = peft_config.get("bias") or "none", []
 

@@ -39,8 +39,9 @@ from model.words import join_names
 
 if TYPE_CHECKING:
     from quant.config import FourBit, Int8
-    from quant.folder import QuantizedWeights, Watch
+    from quant.folder import QuantizedWeights
     from quant.int8_linear import StaticInput
+    from quant.linear import LayerCallback
 
 QUANTIZED = re.compile(r"\.quant_state\.|weight_scale$|\.SCB$")  # in the name of a quantized weight's tensor
 
@@ -136,7 +137,7 @@ def load(
     seed: int = 0,
     quantization: "FourBit | Int8 | None" = None,
     inputs: "Mapping[str, StaticInput] | None" = None,
-    watch: "Watch | None" = None,
+    on_layer: "LayerCallback | None" = None,
     check_finite: bool = False,
 ) -> Network:
     """Load a folder into a new network, in the folder's dtype unless one is given, in eval mode: no dropout until
@@ -151,8 +152,8 @@ def load(
     shape are initialized from `seed`.
 
     quantization: quantize the linear layers while they are read (`quant.config`). A folder with a `quantization_config` is read
-    as it is; `dtype` is then that of the other weights. inputs: for int8-static, the observations of `quant.calibrate`. watch:
-    called with the published name, the weight and the new layer, for each quantized weight.
+    as it is; `dtype` is then that of the other weights. inputs: for int8-static, the observations of `quant.calibrate`.
+    on_layer: called with the published name, the weight and the new layer, for each quantized weight.
 
     check_finite: inf or NaN is an error that names the tensor and the index; weights to quantize are always checked.
     """
@@ -167,7 +168,7 @@ def load(
     try:
         with ExitStack() as opened:
             files = {path: opened.enter_context(WeightFile(path)) for path in weight_files(folder)}
-            quantized = quantized_weights(folder, list(files.values()), network, quantization, inputs, watch)
+            quantized = quantized_weights(folder, list(files.values()), network, quantization, inputs, on_layer)
             scratch = ScratchMemory()
             found = match_weights(folder, files, network, quantized, is_new_head=is_new_head)
             for name, empty in list(network.named_parameters()):
@@ -177,10 +178,10 @@ def load(
                 else:
                     path, published = found.sources[name]
                     read = partial(_read, files[path], published, table[name], empty, config)
-                    if quantized and quantized.takes(name, published):
+                    if quantized and quantized.is_quantized(name, published):
                         order = _order(table[name], len(empty), config)
                         stored = partial(read, None, "cpu", reorder=False, new=scratch)
-                        quantized.put(name, published, stored, order=order, dtype=dtype, device=device)
+                        quantized.install(name, published, stored, order=order, dtype=dtype, device=device)
                         continue
                     parameter = read(dtype, device)
                     if check_finite and non_finite(parameter):
@@ -223,11 +224,11 @@ def match_weights(
     """Find each weight of a network in its folder's open files; a missing, extra or misshapen one is an error that names it.
     `quantized`: the quantized weights. `is_new_head`: the head is not the folder's, which may lack its weights."""
     parameters, table = dict(network.named_parameters()), weight_table(network.config)
-    found = _match(files, network.config, parameters, quantized.others if quantized else (), is_new_head=is_new_head)
+    found = _match(files, network.config, parameters, quantized.part_names if quantized else (), is_new_head=is_new_head)
     found.missing = sorted(set(parameters) - set(found.sources))
     if any(not (is_new_head and name.startswith("head.")) for name in found.missing):
         raise HubError(f"{folder} lacks {join_names(table[name].published for name in found.missing)}")
-    if quantized and (bare := [name for name in quantized.stored if name not in quantized.places]):
+    if quantized and (bare := [name for name in quantized.stored if name not in quantized.file_of]):
         raise HubError(f"{folder} holds parts of {bare[0]!r}, which is not there")
     for name, (path, published) in found.sources.items():
         if not (quantized and published in quantized.stored):
@@ -278,7 +279,7 @@ def quantized_weights(
     network: Network,
     asked: "FourBit | Int8 | None" = None,
     inputs: "Mapping[str, StaticInput] | None" = None,
-    watch: "Watch | None" = None,
+    on_layer: "LayerCallback | None" = None,
 ) -> "QuantizedWeights | None":
     """Return the weights that are quantized in the folder, or are to be while they are read; None: none."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -293,7 +294,7 @@ def quantized_weights(
     dtype = dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
     try:
         return QuantizedWeights(
-            network, files, published, entry=entry, asked=asked, inputs=inputs, dtype=dtype, watch=watch
+            network, files, published, entry=entry, requested=asked, inputs=inputs, dtype=dtype, on_layer=on_layer
         )
     except QuantError as error:
         raise HubError(f"{folder}: {error}") from None

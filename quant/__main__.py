@@ -1,8 +1,8 @@
-"""`python -m quant SCHEME FOLDER --out DIR`: a model folder with its linear layers in few bits, and what that cost.
+"""`python -m quant SCHEME FOLDER --out DIR`: quantize a model folder's linear layers, and report sizes, errors and perplexity.
 
-In memory at once: what is quantized so far, what stays as it is, and one matrix in the folder's own format; int8-static, whose
-inputs are observed first, has the original network whole. For the perplexity the quantized network is scored first and given
-up; then the original one is read, which must fit alone.
+Memory holds the layers quantized so far, the unquantized parts, and one matrix in the folder's own dtype; int8-static, whose
+inputs are observed first, holds the whole original network. Perplexity is measured on the quantized network first, which is
+then freed; the original network, read next, must fit alone.
 """
 
 import json
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from train.task import Task
 
 PICTURE = "quantization.png"
-PARTS = {  # what stays as it is, by the role of a parameter
+PARTS = {  # role of a parameter: the part that it is counted in, of those that are not quantized
     "embedding": "embeddings",
     "position": "embeddings",
     "head": "head",
@@ -46,7 +46,7 @@ PARTS = {  # what stays as it is, by the role of a parameter
 
 def quantize(options: Options, scheme: str) -> None:
     settings = options.settings(scheme)
-    check_values(options)
+    check_limits(options)
 
     import torch
 
@@ -63,53 +63,53 @@ def quantize(options: Options, scheme: str) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device, folder = checked_device(options.device), resolve(options.folder)
-    refuse_taken(options.out, folder)
+    check_out(options.out, folder)
     config = model.hub.read_config(folder)
-    refuse_quantized(folder)
-    paths = matrices(config, settings, folder)
-    task = text_of(options, config, folder, options.corpus) if options.perplexity else "--no-perplexity"
+    check_unquantized(folder)
+    paths = find_matrices(config, settings, folder)
+    task = open_text_of(options, config, folder, options.corpus) if options.perplexity else "--no-perplexity"
 
     with atomic_folder(options.out) as making:
-        inputs = observed(options, config, folder, settings, device) if isinstance(options, Int8Static) else None
-        network, layers = quantized(folder, settings, device, paths, inputs)
-        kept = parts(network)
-        with warnings.catch_warnings(record=True) as notes:  # they are shown at the end, where they are read
+        inputs = observe_inputs(options, config, folder, settings, device) if isinstance(options, Int8Static) else None
+        network, layers = load_quantized(folder, settings, device, paths, inputs)
+        unquantized = unquantized_parts(network)
+        with warnings.catch_warnings(record=True) as notes:  # shown at the end, where they are read
             warnings.simplefilter("always")
             model.hub.save(network, making)
         copy_auxiliary_files(folder, making)
-        files, normal = (bytes_of_weights(folder), bytes_of_weights(making)), normal_error(settings)
+        files, normal = (weight_bytes(folder), weight_bytes(making)), normal_error(settings)
         how, what = f"{described(settings)}, {together('', layers).bits:.3f} bits a weight", f"{settings.bits}-bit matrices"
         print(f"{how} (error: ‖W − Ŵ‖ / ‖W‖, cosine: of W and Ŵ)")
         print(align_columns(table(layers, per_layer=options.per_layer)))
         print(f"  the error of normally distributed numbers: {normal:.4f}\n")
-        print(align_columns(account(what, layers, kept, files)) + "\n")
+        print(align_columns(account(what, layers, unquantized, files)) + "\n")
         if isinstance(task, str):
             said = f"perplexity not measured: {task}"
             print(said)
         else:
             dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
             after = held_out.score(network, task, scheme)
-            del network  # first: beside it the original might not fit
+            del network  # first: both might not fit into memory
             before = held_out.score(model.hub.load(folder, device=device, check_finite=True), task, "before")
             said = score_line(before, after)
             exact = "" if dtype == "float32" else f", computed in {dtype}"
             print(f"held-out text: {held_out.described(task)}{exact}\n{align_columns(score_table(before, after, scheme))}\n")
         title = f"{options.folder.absolute().name}: {how} · {amount(files[0])} → {amount(files[1])}"
-        print(drawn(layers, kept, making, options.out, what=what, title=title, caption=said, normal=normal))
+        print(draw(layers, unquantized, making, options.out, what=what, title=title, caption=said, normal=normal))
     for note in notes:
         print(f"note: {note.message}")
     print(f"written: {options.out}: {amount(files[1])} of weights, was {amount(files[0])}")
     print(f"try it:  {example_command(options.out)}")
 
 
-def check_values(options: Options) -> None:
-    """Training's own limits, before anything is opened."""
+def check_limits(options: Options) -> None:
+    """Check values against training's limits, before anything is opened."""
     from train.config import ReportConfig, RunConfig, TrainConfig
 
     TrainConfig(run=RunConfig(threads=options.threads), report=ReportConfig(eval_tokens=options.eval_tokens)).check()
 
 
-def refuse_taken(out: Path, folder: Path) -> None:
+def check_out(out: Path, folder: Path) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise QuantError(f"--out {out} is there already, and is not an empty folder")
     if out.resolve() == Path.cwd():
@@ -118,17 +118,27 @@ def refuse_taken(out: Path, folder: Path) -> None:
         raise QuantError(f"--out {out} lies in the folder that is read")
 
 
-def refuse_quantized(folder: Path) -> None:
+def check_unquantized(folder: Path) -> None:
     settings = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     if settings is not None:
-        four = isinstance(settings, dict) and settings.get("load_in_4bit", settings.get("_load_in_4bit"))
-        how = settings.get("bnb_4bit_quant_type" if four else "quant_method") if isinstance(settings, dict) else settings
-        raise QuantError(f"{folder} is quantized already ({how}): quantize the folder that it was made from")
+        raise QuantError(f"{folder} is quantized already ({scheme_in(settings)}): quantize the folder that it was made from")
 
 
-def matrices(config: "ModelConfig", settings: FourBit | Int8, folder: Path) -> dict[str, str]:
-    """Our path -> published name, of the layers that will be quantized, told from a network without memory, before any text or
-    weight is read."""
+def scheme_in(config: object) -> str:
+    """Return the scheme of a `quantization_config`, or its method where it is not read here."""
+    from quant.forms import form_of_config
+
+    try:
+        return form_of_config(config).read_config(config).scheme
+    except QuantError:
+        return str(config.get("quant_method") if isinstance(config, dict) else config)
+
+
+def find_matrices(config: "ModelConfig", settings: FourBit | Int8, folder: Path) -> dict[str, str]:
+    """Return our path → published name of the layers that will be quantized.
+
+    They are found in a network on the meta device, before any text or weight is read.
+    """
     from model.init import empty_network
     from model.weights import weight_table
     from quant.linear import quantizable_layers
@@ -141,14 +151,14 @@ def matrices(config: "ModelConfig", settings: FourBit | Int8, folder: Path) -> d
     return {path: name for path, name in names.items() if path in found}
 
 
-def quantized(
+def load_quantized(
     folder: Path,
     settings: FourBit | Int8,
     device: "torch.device",
     paths: dict[str, str],
     inputs: "dict[str, StaticInput] | None",
 ) -> "tuple[Network, list[Layer]]":
-    """The quantized network, and each matrix compared with what it was, while both are there."""
+    """Load the network quantized, and compare each matrix with the original while both are in memory."""
     from tqdm import tqdm
 
     from model.hub import load
@@ -157,17 +167,17 @@ def quantized(
     layers: list[Layer] = []
     with tqdm(total=len(paths), unit="matrix", desc="quantizing", disable=not sys.stderr.isatty(), leave=False) as bar:
 
-        def watch(name: str, weight: "Tensor", quantized: "nn.Module") -> None:
+        def add_measure(name: str, weight: "Tensor", quantized: "nn.Module") -> None:
             layers.append(measure(name, weight, quantized))
             bar.update()
 
-        return load(folder, quantization=settings, inputs=inputs, watch=watch).to(device), layers
+        return load(folder, quantization=settings, inputs=inputs, on_layer=add_measure).to(device), layers
 
 
-def observed(
+def observe_inputs(
     options: Int8Static, config: "ModelConfig", folder: Path, settings: Int8, device: "torch.device"
 ) -> "dict[str, StaticInput]":
-    """What each layer's input ranges over, on text of the training split."""
+    """Observe the range of each layer's input on text of the training split."""
     from tqdm import tqdm
 
     from data.config import DataError
@@ -177,11 +187,11 @@ def observed(
     from train.losses.cross_entropy import linear_cross_entropy
 
     try:
-        text = text_of(options, config, folder, options.calibrate or options.corpus, scored=False)
+        text = open_text_of(options, config, folder, options.calibrate or options.corpus, scored=False)
     except DataError as error:
         raise QuantError(str(error).replace("--corpus", "--calibrate" if options.calibrate else "--corpus")) from None
     if isinstance(text, str):
-        raise QuantError(f"--calibrate: inputs are observed on text, as perplexity is measured: {text}")
+        raise QuantError(f"--calibrate: inputs need text to be observed on: {text}")
     if options.calibrate_tokens < 1:
         raise QuantError(f"--calibrate-tokens {options.calibrate_tokens}: the calibration set is empty")
     asked = text.config
@@ -205,8 +215,8 @@ def observed(
     return inputs
 
 
-def parts(network: "Network") -> dict[str, tuple[int, int]]:
-    """What stays as it is -> (numbers, bytes). A head that is the embedding is count_in_bins there."""
+def unquantized_parts(network: "Network") -> dict[str, tuple[int, int]]:
+    """Return part → (numbers, bytes) of what is not quantized. A head tied to the embedding is counted there."""
     from model.weights import role_of
 
     found: dict[str, tuple[int, int]] = dict.fromkeys(PARTS.values(), (0, 0))
@@ -217,16 +227,16 @@ def parts(network: "Network") -> dict[str, tuple[int, int]]:
     return {part: both for part, both in found.items() if both[0]}
 
 
-def bytes_of_weights(folder: Path) -> int:
+def weight_bytes(folder: Path) -> int:
     from model.hub import weight_files
 
     return sum(path.stat().st_size for path in weight_files(folder))
 
 
-def text_of(
+def open_text_of(
     options: Options, config: "ModelConfig", folder: Path, corpus: tuple[str, ...], *, scored: bool = True
 ) -> "Task | str":
-    """Of text that is not scored the windows do not depend on how much would be."""
+    """Open the text as training does; windows of unscored text do not depend on `--eval-tokens`."""
     from eval.commands.held_out import open_text
 
     tokens = options.eval_tokens if scored else Options.eval_tokens
@@ -237,12 +247,12 @@ def text_of(
 # ---- said at the end
 
 
-def drawn(layers: "list[Layer]", kept: dict[str, tuple[int, int]], making: Path, out: Path, **more: object) -> str:
-    """The picture, or why there is none."""
+def draw(layers: "list[Layer]", unquantized: dict[str, tuple[int, int]], making: Path, out: Path, **more: object) -> str:
+    """Draw the picture and return a line that names it, or why there is none."""
     from quant.plot import plot
 
     try:
-        plot(layers, kept, making / PICTURE, **more)
+        plot(layers, unquantized, making / PICTURE, **more)
     except ImportError:
         return "picture: not drawn: matplotlib is not installed (pip install -c constraints.txt -e '.[plots]')"
     return f"picture: {out / PICTURE}"

@@ -1,4 +1,4 @@
-"""Static scales of the inputs of a network's linear layers, observed on text that is like what it will read."""
+"""Calibrate static scales for the inputs of a network's linear layers, on representative text."""
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -27,10 +27,10 @@ def observe(
     grid: Grid = AFFINE,
     skip: Iterable[str] = ("lm_head",),
 ) -> dict[str, StaticInput]:
-    """path -> scale and zero point of the layer's input, for each `quantizable_layers` layer, over all the batches.
+    """Observe the input of each of the `quantizable_layers` over all batches: return path → its scale and zero point.
 
-    run(network, batch) is one forward; padding is observed too. observer: one of `quant.observe.OBSERVERS`. Where an input is
-    always 0 its scale is 2^-23, the least. The network is as it was afterwards, in eval mode while it is observed.
+    run(network, batch) is one forward; padding is observed too. observer: one of `quant.observe.OBSERVERS`. An input that is
+    always 0 gets the least scale, 2^-23. The network is in eval mode meanwhile, and is unchanged afterwards.
 
     Errors (QuantError): no batch, or only empty ones; a layer that no batch reached, or whose weight or input is inf or NaN, by
     name.
@@ -41,14 +41,14 @@ def observe(
     layers = quantizable_layers(network, skip, names)
     if not layers:
         raise QuantError(f"no linear layer to observe in a {type(network).__name__}, with skip={tuple(skip)}")
-    for path, layer in layers.items():  # or the layer after it would be told of, for its input
+    for path, layer in layers.items():  # before the forwards, or the next layer's input would be named
         if not bool(layer.weight.isfinite().all()):
             raise QuantError(f"{names.get(path, path)}.weight: {describe_non_finite(layer.weight.detach())}")
     watched = {path: OBSERVERS[observer](grid) for path in layers}
     modes, seen = {module: module.training for module in network.modules()}, 0
     with ExitStack() as hooks:
         for path, layer in layers.items():
-            hooks.callback(layer.register_forward_pre_hook(watching(path, watched[path])).remove)
+            hooks.callback(layer.register_forward_pre_hook(observing_hook(path, watched[path])).remove)
         network.eval()
         try:
             for batch in batches:
@@ -58,11 +58,12 @@ def observe(
             for module, training in modes.items():
                 module.training = training
     if not seen:
-        raise QuantError("the calibration set is empty: static scales are observed on it")
-    return {path: fixed(path, each, grid) for path, each in watched.items()}
+        raise QuantError("the calibration set is empty")
+    return {path: to_static_input(path, each, grid) for path, each in watched.items()}
 
 
-def watching(path: str, observer: Observer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+def observing_hook(path: str, observer: Observer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    """Return a forward pre-hook that observes the layer's input."""
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         try:
             observer.observe(inputs[0].detach())
@@ -72,9 +73,13 @@ def watching(path: str, observer: Observer) -> Callable[[nn.Module, tuple[Tensor
     return hook
 
 
-def fixed(path: str, observer: Observer, grid: Grid) -> StaticInput:
+def to_static_input(path: str, observer: Observer, grid: Grid) -> StaticInput:
+    """Return the static input of an observed range."""
     try:
         scale, zero = observer.scales()
     except QuantError as error:
         raise QuantError(f"the input of {path}: {error}") from None
     return StaticInput(scale, zero, grid)
+
+
+observe_inputs = observe  # its name in `from quant import …`

@@ -1,44 +1,47 @@
-"""What a command line shows; without torch."""
+"""Settings of quantization, and the one list of its schemes; standard library only.
+
+`FourBit.SCHEMES` and `Int8.SCHEMES` name each scheme, with the class of layers that it makes (`quant.linear.build_layer`).
+"""
 
 import math
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import wraps
-from typing import Literal
+from typing import ClassVar, Literal
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 FORMATS = ("float32", "float16", "bfloat16")
 GRANULARITIES = ("tensor", "channel", "group")
 
 
-OLD_NAMES = {"double": "double_quantized"}  # what a keyword was called before; files keep the old name (`to_table`)
+OLD_NAMES = {"double": "double_quantized"}  # former keyword: present one; files keep the former (`to_table`)
 
 
 class QuantError(ValueError):
-    """Something the user can put right; the message names it."""
+    """An error that the user can correct; its message names the cause."""
 
 
 @dataclass(frozen=True)
 class FourBit:
-    """How the linear layers of a network are quantized to four bits."""
+    """Settings of 4-bit quantization of a network's linear layers."""
 
-    scheme: Literal["nf4", "fp4"] = "nf4"
-    """The sixteen values."""
+    scheme: str = "nf4"
+    """The 16 values: nf4 or fp4."""
     double_quantized: bool = True
-    """The blocks' scales in eight bits (double quantization)."""
+    """Double quantization: store the blocks' scales in 8 bits."""
     block_size: int = 64
     """Weights that share a scale: 32, 64 … 4096."""
     skip: tuple[str, ...] = ("lm_head",)
-    """Regular expressions; layers in whose name, ours or the published one, one is found stay as they are. Heads do anyway."""
+    """Regular expressions: a layer is not quantized if one matches in its name, ours or the published one. Heads never are."""
     compute: str | None = None
-    """The format of products: float32, float16 or bfloat16; None: that of what is multiplied."""
+    """Dtype of products: float32, float16 or bfloat16; None: the input's."""
 
-    bits = 4
+    bits: ClassVar[int] = 4
+    SCHEMES: ClassVar[dict[str, str]] = {"nf4": "layer:QuantizedLinear", "fp4": "layer:QuantizedLinear"}  # name: file:layer
 
     def __post_init__(self):
-        if self.scheme not in ("nf4", "fp4"):
-            raise QuantError(f"unknown scheme {self.scheme!r}; schemes: nf4, fp4")
+        check_scheme(self)
         if self.block_size not in BLOCK_SIZES:
             raise QuantError(f"block_size={self.block_size}: sizes are {', '.join(map(str, BLOCK_SIZES))}")
         check_skip(self.skip)
@@ -48,27 +51,33 @@ class FourBit:
 
 @dataclass(frozen=True)
 class Int8:
-    """How the linear layers of a network are quantized to whole numbers, weights and what they are multiplied with."""
+    """Settings of integer quantization of a network's linear layers: of weights and of the layers' inputs."""
 
-    scheme: Literal["int8-dynamic", "int8-static", "llm-int8"] = "int8-dynamic"
-    """Scales of a layer's input: from each row as it comes, observed before, or from each row without its outliers."""
+    scheme: str = "int8-dynamic"
+    """A layer's input is scaled by: int8-dynamic, each row as it comes; int8-static, one scale observed beforehand; llm-int8,
+    each row without its outliers."""
     bits: int = 8
-    """Of a weight, from 2 to 8; inputs have 8."""
+    """Bits of a weight, from 2 to 8; inputs have 8."""
     granularity: Literal["tensor", "channel", "group"] = "channel"
     """Weights that share a scale: all of a matrix, a row of it, or `group_size` of a row."""
     group_size: int = 128
     affine_weights: bool = False
-    """A zero point beside each scale of a weight."""
+    """Add a zero point to each scale of a weight."""
     affine_inputs: bool | None = None
-    """A zero point beside each scale of an input; None: where the scale is static."""
+    """Add a zero point to each scale of an input; None: only to static ones."""
     threshold: float = 6.0
-    """llm-int8: columns of an input where a number reaches this stay as they are."""
+    """llm-int8: columns of an input in which a magnitude reaches this are not quantized."""
     skip: tuple[str, ...] = ("lm_head",)
-    """As in FourBit."""
+    """See FourBit."""
+
+    SCHEMES: ClassVar[dict[str, str]] = {  # name: file:layer
+        "int8-dynamic": "int8_linear:Int8Linear",
+        "int8-static": "int8_linear:Int8Linear",
+        "llm-int8": "llm_int8:LlmInt8Linear",
+    }
 
     def __post_init__(self):
-        if self.scheme not in ("int8-dynamic", "int8-static", "llm-int8"):
-            raise QuantError(f"unknown scheme {self.scheme!r}; schemes: int8-dynamic, int8-static, llm-int8")
+        check_scheme(self)
         if not (type(self.bits) is int and 2 <= self.bits <= 8):
             raise QuantError(f"bits={self.bits}: from 2 to 8 are supported")
         if self.granularity not in GRANULARITIES:
@@ -91,15 +100,15 @@ class QatConfig:
     group_size: int = 64
     """Weights in a group."""
     inputs: Literal["dynamic", "static"] = "dynamic"
-    """Scales of a layer's input, of 8 bits: from each row as it comes, or observed in training and then frozen."""
+    """Scales of a layer's 8-bit input: from each row as it comes, or observed in training and then frozen."""
     observer: Literal["moving", "minmax"] = "moving"
-    """Static inputs range over a moving average of each step's least and largest number, or over all that were seen."""
+    """Range of static inputs: a moving average of each step's minimum and maximum, or the minimum and maximum of all."""
     freeze: float = 0.5
-    """Fraction of the steps after which observers change no more."""
+    """Fraction of the steps after which observers are frozen."""
     learned: bool = False
-    """Learn the scales of weights and static inputs as parameters (LSQ), rather than take them from the largest number."""
+    """Learn the scales of weights and static inputs as parameters (LSQ) instead of computing them from the largest number."""
     skip: tuple[str, ...] = ()
-    """Regular expressions: layers in whose name one is found are not rounded. Heads and embeddings are not anyway."""
+    """Regular expressions: a layer is not rounded if one matches in its name. Heads and embeddings never are."""
 
     def __post_init__(self):
         if self.granularity not in GRANULARITIES:
@@ -115,7 +124,15 @@ class QatConfig:
         check_skip(self.skip)
 
 
+def check_scheme(settings: FourBit | Int8) -> None:
+    """Raise QuantError for a scheme that these settings do not have."""
+    schemes = settings.SCHEMES
+    if not isinstance(settings.scheme, str) or settings.scheme not in schemes:
+        raise QuantError(f"unknown scheme {settings.scheme!r}; schemes: {', '.join(schemes)}")
+
+
 def check_skip(skip: object) -> None:
+    """Raise QuantError unless `skip` is a tuple of strings."""
     if not isinstance(skip, tuple) or not all(isinstance(pattern, str) for pattern in skip):
         raise QuantError(f"skip={skip!r}: a tuple of regular expressions is expected")
 
@@ -134,23 +151,26 @@ def accepts_old_names(function: Callable) -> Callable:
 
 
 def to_table(settings: FourBit | Int8) -> dict[str, object]:
-    """Settings as plain values, for a file: under the names that files have, also of earlier versions."""
+    """Return settings as plain values for a file, under the keys that files have had since the first version."""
     written = {new: old for old, new in OLD_NAMES.items()}
     return {written.get(name, name): value for name, value in asdict(settings).items()}
 
 
 def from_table(table: dict[str, object]) -> FourBit | Int8:
-    """The reverse of `to_table`, of a table that was read from JSON. Errors: those of `settings_for`; TypeError."""
+    """Read settings from a table, parsed from JSON: the reverse of `to_table`. Errors: those of `settings_for`; TypeError."""
     table = {OLD_NAMES.get(name, name): value for name, value in table.items()}
     return settings_for(**(table | {"skip": tuple(table.get("skip", ()))}))
 
 
+SCHEMES = {name: kind for kind in (FourBit, Int8) for name in kind.SCHEMES}  # scheme: its settings
+
+
 @accepts_old_names
 def settings_for(scheme: str, **settings: object) -> FourBit | Int8:
-    """The settings of a scheme. Errors (QuantError): an unknown one; a setting that it does not have."""
-    kind = {"nf4": FourBit, "fp4": FourBit, "int8-dynamic": Int8, "int8-static": Int8, "llm-int8": Int8}.get(scheme)
+    """Return the settings of a scheme. Errors (QuantError): an unknown scheme; a setting that it does not have."""
+    kind = SCHEMES.get(scheme)
     if kind is None:
-        raise QuantError(f"unknown scheme {scheme!r}; schemes: nf4, fp4, int8-dynamic, int8-static, llm-int8")
+        raise QuantError(f"unknown scheme {scheme!r}; schemes: {', '.join(SCHEMES)}")
     if unknown := settings.keys() - {field.name for field in fields(kind)}:
         raise QuantError(f"{scheme} has no setting {min(unknown)!r}")
     return kind(scheme, **settings)

@@ -1,18 +1,18 @@
-"""Numbers rounded to a grid of whole numbers and back, with gradients: what a network is trained with that will be quantized.
+"""Fake quantization: round numbers to a grid of integers and back, with gradients, for quantization-aware training.
 
     q = clamp(round(x · (1/s)) + z, low, high)        x̂ = (q - z) s
 
-The rounding has no slope to learn by, so it is passed straight through: where round(x · (1/s)) + z lies from low to high, its
-ends included, dx̂/dx = 1; beyond, x was clipped, x̂ does not move with it, and dx̂/dx = 0. So x̂ moves with the scale by
+Rounding has a gradient of zero almost everywhere, so the gradient passes straight through: where round(x · (1/s)) + z lies from
+low to high, inclusive, dx̂/dx = 1; beyond, x is clipped, and dx̂/dx = 0. The gradient of the scale is then
 
-    dx̂/ds = q - z - x/s     within the grid: what the rounding added, in steps
+    dx̂/ds = q - z - x/s     inside the grid: the rounding error, in steps
     dx̂/ds = q - z           beyond: low - z or high - z
 
-summed over all numbers that share a scale, and times `gradient_scale`. z is a constant.
+summed over all numbers that share the scale, and multiplied by `gradient_scale`. z is a constant.
 
-Source: Bengio et al. 2013, arXiv 1308.3432 (straight through); Esser et al. 2020, learned step size quantization, arXiv
-1902.08153, equations 1 to 3, where z = 0. As `torch.fake_quantize_per_tensor_affine` and
-`torch._fake_quantize_learnable_per_tensor_affine` have it.
+Source: Bengio et al. 2013, arXiv 1308.3432 (straight-through estimator); Esser et al. 2020, learned step size quantization,
+arXiv 1902.08153, equations 1 to 3, where z = 0. As in `torch.fake_quantize_per_tensor_affine` and
+`torch._fake_quantize_learnable_per_tensor_affine`.
 """
 
 import torch
@@ -25,10 +25,10 @@ from quant.int8 import SYMMETRIC, Grid
 def fake_quantize(
     x: Tensor, scale: Tensor, zero: Tensor, grid: Grid = SYMMETRIC, gradient_scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """(x̂, q). q: whole numbers in float32, as `quant.int8.to_codes` gives them, without a gradient.
+    """Return (x̂ = (q - z) s, q = clamp(round(x · (1/s)) + z, low, high)); q: integers in float32, without a gradient.
 
-    scale and zero broadcast against x: 1 × 1, O × 1, or O × G × 1 against x of O × G × I/G. The scale has a gradient where it
-    requires one. All is computed in float32; x̂ is float32, or float64 where x is.
+    scale and zero broadcast against x: 1 × 1, O × 1, or O × G × 1 against x of O × G × I/G. The scale gets a gradient if it
+    requires one. All is computed in float32; x̂ is float32, or float64 where x is. Source: at the top of this file.
 
     >>> x = torch.tensor([0.26, -0.6, 9.0], requires_grad=True)
     >>> near, codes = fake_quantize(x, torch.tensor(0.5), torch.tensor(0), Grid(-2, 1))
@@ -39,7 +39,7 @@ def fake_quantize(
 
 
 class FakeQuantize(torch.autograd.Function):
-    """What is kept for the backward: a byte a number; for a scale that is learned, its slope at each number too."""
+    """The operation with its gradient. It saves a byte for each number; for a learned scale also dx̂/ds of each."""
 
     @staticmethod
     def forward(

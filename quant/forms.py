@@ -1,53 +1,79 @@
-"""The forms of quantized layers in folders: bitsandbytes' for four bits and for LLM.int8(), compressed-tensors' for INT8."""
+"""Registry of the forms in which folders store quantized layers: one file `*_io.py` of this package each, found by itself.
+
+A new form is one new file: it defines a `Form` and passes it to `register`.
+"""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from quant import bnb_8bit, bnb_io, compressed
 from quant.config import FourBit, Int8, QuantError
 from quant.layer import QuantizedLinear
 
 
 class Form(NamedTuple):
-    """What a form's functions take and give.
+    """The functions by which folders store the quantized layers of one class.
 
-    find_parts(names): weight's name -> part -> its name · layer(parts, name, bias, settings, dtype): of tensors, with rows in
-    the published order · tensors(layer): part -> tensor · config(layers, dtype, kept): `quantization_config` of layers in a
-    network of that format · settings: what such a one says · format(read, parts, name): of a weight before it was quantized.
+    name, for messages · method: `quant_method` in config.json · layer: the class of layers that are stored so, subclasses
+    included unless they have a form of their own · recognizes(quantization_config of this method): is it in this form? ·
+    read_config(quantization_config) → settings · write_config(layers, dtype of the network, published names of the linear
+    layers that are not quantized) → quantization_config · find_parts(names of a file's tensors) → weight's name → part → its
+    name · build_layer(parts, weight's name, bias, settings, dtype of the folder), rows in the published order ·
+    to_tensors(layer) → part → tensor · original_dtype(read, parts, weight's name): the weight's before it was quantized.
     """
 
+    name: str
+    method: str
+    layer: type[QuantizedLinear]
+    recognizes: Callable[[Mapping], bool]
+    read_config: Callable[[Mapping], FourBit | Int8]
+    write_config: Callable[[Sequence[QuantizedLinear], torch.dtype, Iterable[str]], dict]
     find_parts: Callable[[Iterable[str]], dict[str, dict[str, str]]]
-    layer: Callable[[Mapping[str, Tensor], str, nn.Parameter | None, FourBit | Int8, torch.dtype], QuantizedLinear]
-    tensors: Callable[[QuantizedLinear], dict[str, Tensor]]
-    config: Callable[[Sequence[QuantizedLinear], torch.dtype, Iterable[str]], dict]
-    settings: Callable[[Mapping], FourBit | Int8]
-    format: Callable[[Callable[[str], Tensor], Mapping[str, str], str], torch.dtype] | None = None  # None: the folder's
+    build_layer: Callable[[Mapping[str, Tensor], str, nn.Parameter | None, FourBit | Int8, torch.dtype], QuantizedLinear]
+    to_tensors: Callable[[QuantizedLinear], dict[str, Tensor]]
+    original_dtype: Callable[[Callable[[str], Tensor], Mapping[str, str], str], torch.dtype] | None = None  # None: the folder's
 
 
-FORMS = {
-    "bitsandbytes, 4 bits": Form(
-        bnb_io.find_parts, bnb_io.layer, bnb_io.tensors, bnb_io.config, bnb_io.read_config, bnb_io.format_of
-    ),
-    "bitsandbytes, 8 bits": Form(
-        bnb_8bit.find_parts, bnb_8bit.layer, bnb_8bit.tensors, bnb_8bit.config, bnb_8bit.read_config
-    ),
-    "compressed-tensors": Form(
-        compressed.find_parts, compressed.layer, compressed.tensors, compressed.write_config, compressed.read_config
-    ),
-}
+_FORMS: dict[type[QuantizedLinear], Form] = {}
 
 
-def form_of(settings: object) -> Form:
-    """By a `quantization_config`. Errors (QuantError): a method or a width that is not read."""
-    if not isinstance(settings, dict):
-        raise QuantError(f"quantization_config is {settings!r}, not an object")
-    method = settings.get("quant_method", "bitsandbytes")
-    if method == compressed.METHOD:
-        return FORMS[method]
-    if method != "bitsandbytes":
-        raise QuantError(f"quantization_config has the method {method!r}; bitsandbytes' and compressed-tensors' are read")
-    four = settings.get("load_in_4bit", settings.get("_load_in_4bit"))
-    return FORMS["bitsandbytes, 4 bits" if four else "bitsandbytes, 8 bits"]
+def register(form: Form) -> None:
+    """Add a form; called at the end of the file that defines it."""
+    _FORMS[form.layer] = form
+
+
+@cache
+def load_forms() -> dict[type[QuantizedLinear], Form]:
+    """Import every `*_io.py` of this package, and return all forms by their class of layers."""
+    for module in iter_modules([str(Path(__file__).parent)]):
+        if module.name.endswith("_io"):
+            import_module(f"quant.{module.name}")
+    return _FORMS
+
+
+def form_of_config(config: object) -> Form:
+    """Return the form of a `quantization_config`. Errors (QuantError): no form recognizes it."""
+    if not isinstance(config, dict):
+        raise QuantError(f"quantization_config is {config!r}, not an object")
+    method = config.get("quant_method", "bitsandbytes")
+    of_method = [form for form in load_forms().values() if form.method == method]
+    if not of_method:
+        known = sorted({form.method for form in load_forms().values()})
+        raise QuantError(f"quantization_config has the method {method!r}; known methods: {', '.join(known)}")
+    found = [form for form in of_method if form.recognizes(config)]
+    if not found:
+        names = ", ".join(form.name for form in of_method)
+        raise QuantError(f"quantization_config is of {method}, but of none of its forms that are read: {names}")
+    return found[0]
+
+
+def form_of_layer(layer: QuantizedLinear) -> Form:
+    """Return the form in which a layer is stored: that of its class, or of the nearest base class."""
+    forms = load_forms()
+    return next(forms[kind] for kind in type(layer).__mro__ if kind in forms)

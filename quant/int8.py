@@ -1,15 +1,15 @@
-"""Whole numbers in equal steps: INT8 and fewer bits, symmetric or affine, with a scale a tensor, channel or group.
+"""INT8 and lower integer quantization in equal steps: symmetric or affine, with a scale per tensor, channel or group.
 
     q = clamp(round(x · (1/s)) + z, low, high)        x̂ = (q - z) s
 
-s is the scale, z the zero point: the whole number that stands for 0, so that 0 is always exact. With b bits, low = -2^(b-1) and
-high = 2^(b-1) - 1; ties are rounded to even. Of numbers between min ≤ 0 and max ≥ 0
+s is the scale; z is the zero point, the integer that stands for 0, so that 0 is always exact. With b bits, low = -2^(b-1) and
+high = 2^(b-1) - 1; ties are rounded to even. For numbers between min ≤ 0 and max ≥ 0
 
     symmetric  s = max(-min, max) · 2 / (high - low), z = 0: INT8 has 127.5 steps to each side, the last half clipped
     affine     s = (max - min) / (high - low), z = clamp(low - round(min / s), low, high)
 
-s is at least 2^-23: where all numbers are 0, so are their codes, and nothing is divided by zero. All in float32, as torch.ao's
-observers and `torch.fake_quantize_per_tensor_affine` compute it, bit for bit.
+s is at least 2^-23: where all numbers are 0, so are their codes, and nothing is divided by zero. All is computed in float32,
+bit for bit as in torch.ao's observers and `torch.fake_quantize_per_tensor_affine`.
 
 A weight of O × I has one scale (tensor), one for each of its O rows (channel), or one for each `group_size` numbers of a row.
 Source: Jacob et al. 2018, arXiv 1712.05877, sections 2.1 and 3; Krishnamoorthi 2018, arXiv 1806.08342.
@@ -26,11 +26,11 @@ from quant.formats import OwnFormats
 from quant.nf4 import describe_non_finite
 
 EPS = torch.finfo(torch.float32).eps
-CHUNK = 1 << 20  # numbers that are quantized at a time: what is in use beside the result
+CHUNK = 1 << 20  # numbers quantized at a time: the memory in use beside the result
 
 
 class Grid(NamedTuple):
-    """The whole numbers that numbers are rounded to.
+    """The range of integers that numbers are rounded to.
 
     >>> Grid(), Grid.of(4, symmetric=False)
     (Grid(low=-128, high=127, symmetric=True), Grid(low=-8, high=7, symmetric=False))
@@ -42,6 +42,7 @@ class Grid(NamedTuple):
 
     @classmethod
     def of(cls, bits: int, symmetric: bool = True) -> "Grid":
+        """Return the grid of `bits` bits, from 2 to 8. Errors: QuantError."""
         if not 2 <= bits <= 8:
             raise QuantError(f"bits={bits}: from 2 to 8 are supported")
         return cls(-(1 << bits - 1), (1 << bits - 1) - 1, symmetric)
@@ -51,7 +52,7 @@ SYMMETRIC, AFFINE = Grid(), Grid(symmetric=False)
 
 
 def scales_for(low: Tensor, high: Tensor, grid: Grid = SYMMETRIC) -> tuple[Tensor, Tensor]:
-    """(scale float32, zero point int32) for numbers from `low` to `high`, element by element; 0 is taken into the range.
+    """Return (scale float32, zero point int32) for numbers from `low` to `high`, element by element; the range is widened to 0.
 
     >>> scales_for(torch.tensor(-1.0), torch.tensor(3.0), AFFINE)
     (tensor(0.0157), tensor(-64, dtype=torch.int32))
@@ -66,12 +67,12 @@ def scales_for(low: Tensor, high: Tensor, grid: Grid = SYMMETRIC) -> tuple[Tenso
 
 
 def symmetric_scale(largest: Tensor, grid: Grid = SYMMETRIC) -> Tensor:
-    """Of numbers whose magnitudes go to `largest`, element by element."""
+    """Return the scale for numbers with magnitudes up to `largest`, element by element."""
     return (largest.float() / ((grid.high - grid.low) / 2)).clamp_(min=EPS)
 
 
 def to_codes(x: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid = SYMMETRIC) -> Tensor:
-    """q, as float32 (whole numbers of so few bits are exact in it). Scale and zero point broadcast against x; None: 0."""
+    """Return the codes q as float32, which holds them exactly. Scale and zero point broadcast against x; None: 0."""
     q = (x.float() * (1 / scale)).round_()
     return (q if zero is None else q.add_(zero)).clamp_(grid.low, grid.high)
 
@@ -88,11 +89,11 @@ class Codes(NamedTuple):
 
 
 class Int8Tensor(OwnFormats):
-    """A matrix O × I in whole numbers. A module, so that its parts have names and move with a network.
+    """A matrix O × I quantized to integers; a module, so that its tensors have names and move with a network.
 
-    codes: int8, O × I · scale: float32, 1 × 1 (tensor), O × 1 (channel) or O × G (group) · zero: int32, like scale; None:
-    all 0 · dtype: of the matrix that was quantized · bits: 8, or fewer, which still lie in a byte each · granularity: what a
-    scale is for, where its shape does not tell, as of a row that is one group.
+    codes: int8, O × I · scale: float32, 1 × 1 (tensor), O × 1 (channel) or O × G (group) · zero: int32, in the shape of scale,
+    or None: all 0 · dtype: the original matrix's · bits: 8, or fewer, which still take a byte each · granularity: what shares a
+    scale; needed where its shape does not tell, as for rows that are one group each.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class Int8Tensor(OwnFormats):
 
     @property
     def group_size(self) -> int:
-        """Numbers of a row that share a scale."""
+        """The number of weights of a row that share a scale."""
         return self.shape[1] // self.scale.shape[1]
 
     @property
@@ -133,6 +134,7 @@ class Int8Tensor(OwnFormats):
         return self.codes.numel()
 
     def stored_tensors(self) -> list[Tensor]:
+        """The tensors that count as this weight's memory."""
         return [part for part in (self.codes, self.scale, self.zero) if part is not None]
 
     @property
@@ -141,15 +143,15 @@ class Int8Tensor(OwnFormats):
 
     @property
     def bits(self) -> float:
-        """A number of the matrix, as it lies in memory."""
+        """Bits stored per number, scales included."""
         return 8 * self.nbytes / max(1, self.numel())
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """(q - z) s, computed in float32 and rounded once, to `dtype` or that of the matrix that was quantized."""
+        """Return (q - z) s, computed in float32 and rounded once to `dtype` (default: the original dtype)."""
         return self.rows(0, self.shape[0]).to(dtype or self.dtype)
 
     def rows(self, first: int, end: int) -> Tensor:
-        """Of (q - z) s those from `first` to before `end`, in float32."""
+        """Return rows `first` to `end` - 1 of (q - z) s, in float32."""
         part = slice(first, end) if self.scale.size(0) > 1 else slice(None)
         codes = self.codes[first:end].float().unflatten(1, (self.scale.size(1), -1))
         if self.zero is not None:
@@ -157,7 +159,7 @@ class Int8Tensor(OwnFormats):
         return codes.mul_(self.scale[part, :, None]).flatten(1)
 
     def dequantized_chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """(place of its first number, flat numbers in float32), a piece at a time."""
+        """Yield (index of the chunk's first number, its numbers, flat and float32)."""
         at_once = max(1, CHUNK // self.shape[1])
         for first in range(0, self.shape[0], at_once):
             yield first * self.shape[1], self.rows(first, min(first + at_once, self.shape[0])).flatten()
@@ -176,7 +178,7 @@ class Int8Tensor(OwnFormats):
         return self.cached("sums", lambda codes: codes.unflatten(1, (self.scale.size(1), -1)).sum(2, dtype=torch.int32))
 
     def reordered(self, order: Tensor) -> "Int8Tensor":
-        """With its rows in another order, and their scales with them."""
+        """Return the matrix with its rows, and their scales, in another order."""
         whole = self.scale.size(0) == 1 < self.shape[0]
         scale, zero = (part if part is None or whole else part[order] for part in (self.scale, self.zero))
         same = {"dtype": self.dtype, "bits": self.code_bits, "granularity": self.granularity}
@@ -189,10 +191,12 @@ class Int8Tensor(OwnFormats):
 
 @torch.no_grad()
 def quantize(weight: Tensor, *, grid: Grid = SYMMETRIC, granularity: str = "channel", group_size: int = 128) -> Int8Tensor:
-    """Round a matrix O × I to whole numbers, each scale by the least and largest number that shares it.
+    """Quantize a matrix O × I: q = clamp(round(x · (1/s)) + z), s and z from the range of the weights that share them.
 
-    Rows are taken a few at a time: beside the result few megabytes are in use. Errors (QuantError): inf or NaN, with the place
-    of the first; no matrix of floating-point numbers; an unknown granularity; rows that groups do not divide.
+    granularity: "tensor", "channel" (a row) or "group" (`group_size` numbers of a row). A few rows are quantized at a time:
+    beside the result a few megabytes are in use. Errors (QuantError): inf or NaN, with the index of the first; not a
+    floating-point matrix; an unknown granularity; rows that are not a multiple of `group_size`. Formulas and source: at the top
+    of this file.
 
     >>> quantized = quantize(torch.tensor([[1.0, -2.0], [0.0, 0.0]]))
     >>> quantized.codes.tolist(), quantized.scale[:, 0].tolist(), quantized.dequantize().tolist()
@@ -208,7 +212,7 @@ def quantize(weight: Tensor, *, grid: Grid = SYMMETRIC, granularity: str = "chan
         low, high = low.amin().view(1, 1), high.amax().view(1, 1)
     scale, zero = scales_for(low, high, grid)
     if not bool(scale.isfinite().all()):
-        raise QuantError("its numbers lie farther apart than float32 can say")
+        raise QuantError("the range of its numbers overflows float32")
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     for n, piece in enumerate(pieces):
         rows = slice(n * at_once, n * at_once + len(piece)) if granularity != "tensor" else slice(None)
@@ -221,13 +225,13 @@ def quantize(weight: Tensor, *, grid: Grid = SYMMETRIC, granularity: str = "chan
 
 
 def min_max(rows: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """(least, largest) of each group of each row, with 0; a NaN stays one."""
+    """Return (minimum, maximum) of each group of each row, float32; NaN propagates."""
     low, high = rows.unflatten(1, (groups, -1)).float().aminmax(dim=2)
     return low, high
 
 
 def check(weight: Tensor, granularity: str, group_size: int) -> int:
-    """The groups of a row. Errors (QuantError): see `quantize`."""
+    """Return the number of groups in a row. Errors (QuantError): see `quantize`."""
     if granularity not in GRANULARITIES:
         raise QuantError(f"unknown granularity {granularity!r}; a scale is for a {', '.join(GRANULARITIES)}")
     if not weight.is_floating_point() or weight.dim() != 2:
@@ -240,3 +244,6 @@ def check(weight: Tensor, granularity: str, group_size: int) -> int:
     if group_size < 1 or weight.shape[1] % group_size:
         raise QuantError(f"rows of {weight.shape[1]} numbers do not fall into groups of {group_size}")
     return weight.shape[1] // group_size
+
+
+quantize_int8 = quantize  # its name in `from quant import …`

@@ -1,22 +1,23 @@
-"""The linear layer in INT8: x and W are whole numbers, and so is their product; see `quant.int8_product`.
+"""INT8 linear layer: x and W are quantized to integers, and multiplied as integers (`quant.int8_product`).
 
-x is rounded as it comes: `DynamicInput` looks for each row's scale in the row itself, `StaticInput` has one scale and zero
-point, which were observed before (`quant.calibrate`, `quant.qat`).
+x is quantized when it arrives: `DynamicInput` computes each row's scale from the row itself; `StaticInput` has one scale and
+zero point, observed beforehand (`quant.calibrate`, `quant.qat`).
 """
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from quant.config import Int8, QuantError
 from quant.formats import OwnFormats
-from quant.int8 import AFFINE, SYMMETRIC, Codes, Grid, Int8Tensor, scales_for, symmetric_scale, to_codes
+from quant.int8 import AFFINE, SYMMETRIC, Codes, Grid, Int8Tensor, quantize, scales_for, symmetric_scale, to_codes
 from quant.int8_product import product
 from quant.layer import QuantizedLinear
 from quant.product import compute_dtype
 
 
 class DynamicInput(nn.Module):
-    """A scale, and with an affine grid a zero point, for each row of x, from the row's least and largest number."""
+    """Quantize x with a scale for each row, and with an affine grid a zero point, from the row's minimum and maximum."""
 
     def __init__(self, grid: Grid = SYMMETRIC):
         super().__init__()
@@ -24,7 +25,7 @@ class DynamicInput(nn.Module):
 
     def forward(self, x_NI: Tensor) -> Codes:
         if x_NI.is_cuda:
-            from quant.kernels.int8_rows import quantize_rows  # here: triton comes when a kernel is wanted
+            from quant.kernels.int8_rows import quantize_rows  # here: Triton is imported when a kernel is first used
 
             return quantize_rows(x_NI, self.grid)
         if self.grid.symmetric:
@@ -34,7 +35,7 @@ class DynamicInput(nn.Module):
         return Codes(to_codes(x_NI, scale, zero, self.grid).to(torch.int8), scale, zero)
 
     def inside(self, x_NI: Tensor) -> Tensor | None:
-        """Where x has a gradient; None: everywhere."""
+        """Return where x has a gradient; None: everywhere."""
         return None
 
     def extra_repr(self) -> str:
@@ -42,7 +43,7 @@ class DynamicInput(nn.Module):
 
 
 class StaticInput(OwnFormats):
-    """One scale, float32, and zero point, int32, for all of x, both 1 × 1. Numbers beyond the grid's ends are cut off."""
+    """Quantize x with one scale, float32, and one zero point, int32, both 1 × 1. Numbers beyond the grid are clipped."""
 
     def __init__(self, scale: Tensor, zero: Tensor, grid: Grid = AFFINE):
         super().__init__()
@@ -55,7 +56,7 @@ class StaticInput(OwnFormats):
         return Codes(to_codes(x_NI, self.scale, zero, self.grid).to(torch.int8), with_non_finite_rows(self.scale, x_NI), zero)
 
     def inside(self, x_NI: Tensor) -> Tensor | None:
-        """Where x is within the grid, to half a step: beyond, a change of x changes nothing."""
+        """Return where x is inside the grid, to half a step: x has a gradient there, and none where it was clipped."""
         unclipped = (x_NI.float() * (1 / self.scale)).round_().add_(self.zero)
         return (unclipped >= self.grid.low) & (unclipped <= self.grid.high)
 
@@ -64,7 +65,7 @@ class StaticInput(OwnFormats):
 
 
 def with_non_finite_rows(scale: Tensor, x_NI: Tensor) -> Tensor:
-    """The scale for each row, N × 1, NaN where the row holds inf or NaN: these have no codes, and would be lost."""
+    """Return the scale for each row, N × 1, NaN where the row holds inf or NaN, which codes cannot express."""
     return scale + 0 * x_NI.sum(1, keepdim=True, dtype=torch.float32)
 
 
@@ -72,15 +73,28 @@ Input = DynamicInput | StaticInput
 
 
 class Int8Linear(QuantizedLinear):
-    """y = x Wᵀ + b with x rounded by `input`, and a frozen W of whole numbers: `weight`, an Int8Tensor. y is in x's format, or
-    in autocast's. The gradient of x is that of x Ŵᵀ (straight through the rounding), and 0 where x was cut off."""
+    """y = x Wᵀ + b with x quantized by `input` and a frozen integer W: `weight` is an Int8Tensor.
 
-    form = "compressed-tensors"
+    y is in x's dtype, or in autocast's. The gradient of x is that of x Ŵᵀ (straight through the rounding), and 0 where x was
+    clipped.
+    """
+
     has_independent_rows = True
 
     def __init__(self, weight: Int8Tensor, bias: nn.Parameter | None = None, input: Input | None = None):
         super().__init__(weight, bias)
         self.input = input if input is not None else DynamicInput()
+
+    @classmethod
+    def quantize(cls, weight: Tensor, bias: nn.Parameter | None, settings: Int8, input: "Input | None" = None) -> "Int8Linear":
+        """Quantize a matrix O × I into a layer; input: observed, for int8-static. Errors: QuantError."""
+        grid = Grid.of(settings.bits, not settings.affine_weights)
+        quantized = quantize(weight, grid=grid, granularity=settings.granularity, group_size=settings.group_size)
+        if settings.scheme == "int8-dynamic":
+            return cls(quantized, bias, DynamicInput(Grid(symmetric=not settings.affine_inputs)))
+        if input is None:
+            raise QuantError("int8-static needs observed inputs: quant.calibrate.observe(network, batches, …)")
+        return cls(quantized, bias, input)
 
     def reordered(self, order: Tensor) -> "Int8Linear":
         return Int8Linear(self.weight.reordered(order), self.bias, self.input)
@@ -99,7 +113,7 @@ class Int8Linear(QuantizedLinear):
             return multiply(x_NI, self.weight, bias, self.input, dtype).view(*x.shape[:-1], self.out_features)
 
     def rounded(self, x: Tensor) -> Tensor:
-        """Straight through the rounding: the gradient of x is that of what it becomes, and 0 where x was cut off."""
+        """Return x̂, straight through the rounding: x has its gradient, and none where it was clipped."""
         x_NI = x.reshape(-1, x.size(-1))
         q, inside_NI = self.input(x_NI.detach()), self.input.inside(x_NI.detach())
         codes_NI = q.codes.float() if q.zero is None else q.codes.float() - q.zero
@@ -112,7 +126,7 @@ def rounded_product(x_NI: Tensor, w: Int8Tensor, b_O: Tensor | None, input: Inpu
 
 
 class Int8Product(torch.autograd.Function):
-    """What is kept for the backward: x, where its scale is fixed; W is turned into numbers again."""
+    """The product with its gradient. The backward saves a mask of clipped inputs for a static scale; W is dequantized again."""
 
     @staticmethod
     def forward(

@@ -1,23 +1,23 @@
-"""LLM.int8(): whole numbers for all columns of x but those with outliers, which stay as they are.
+"""LLM.int8(): INT8 weights and inputs, except for the columns of x with outliers, which are multiplied in floating point.
 
-A few columns of a large model's activations are some ten times larger than the others. Among numbers that share a scale they
-would leave few of its 127 steps to the rest, so they are multiplied apart. With C the columns of x where any |x| ≥ threshold:
+A few columns of a large model's activations are some ten times larger than the others, and would leave few of a scale's 127
+steps to the other numbers. They are multiplied separately. With C the columns of x where any |x| ≥ threshold:
 
-    a_n = max |x_ni| of the numbers that are below it     q_ni = round(x_ni · (127 / a_n)), 0 in C     (in float16, as below)
+    a_n = max |x_ni| of the numbers below the threshold   q_ni = round(x_ni · (127 / a_n)), 0 in C     (in float16, see below)
     c_o = max |W_oi|                                      p_oi = round(W_oi · (127 / c_o))             Ŵ = p c / 127
     y_no = (Σ_i q_ni p_oi) (a_n c_o) RESCALE + b_o + Σ_{i in C} x_ni Ŵ_oi
 
-As bitsandbytes' Linear8bitLt computes it on a CPU, bit for bit:
+Bit for bit as bitsandbytes' Linear8bitLt on a CPU:
 
-    float16   W and x are rounded to it before anything is measured, whatever their format; and the threshold with them
-    C         found over all rows of x that come together: what one row's outliers spare is spared in the others too
-    sums      as in `quant.int8_product`, the same up to 2^24; scaled, and b in y's format added, in float32
-    apart     x and Ŵ in y's format; their product is added to the sums in y's format
-    zeros     where all numbers below the threshold are 0 in float16, so are their codes: a_n = 0 divides nothing
-    not finite  NaN in a row of x makes all of its y NaN; infinity is an outlier, and gives what a product with Ŵ gives
+    float16     W, x and the threshold are rounded to it first, whatever their dtype
+    C           is found over all rows of x together: a column with an outlier in one row is separated in every row
+    sums        as in `quant.int8_product`, exact up to 2^24; they are scaled, and b in y's dtype is added, in float32
+    outliers    x and Ŵ in y's dtype; their product is added to the sums in y's dtype
+    zeros       where all numbers below the threshold are 0 in float16, so are their codes: nothing is divided by a_n = 0
+    non-finite  NaN in a row of x makes all of its y NaN; infinity is an outlier, and gives what a product with Ŵ gives
 
-In training bitsandbytes' layer takes another way there, x Ŵᵀ with no rounding of x; here it is the same always. The gradient of
-x is dy Ŵ, straight through the rounding, as it has it either way.
+In training bitsandbytes' layer computes x Ŵᵀ without rounding x; this one computes the same always. The gradient of x is dy Ŵ,
+straight through the rounding, as in bitsandbytes either way.
 Source: Dettmers et al. 2022, arXiv 2208.07339, section 3.
 """
 
@@ -25,28 +25,28 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from quant.config import QuantError
+from quant.config import Int8, QuantError
 from quant.int8 import CHUNK, Codes, Int8Tensor, check
 from quant.int8_product import FEW_ROWS, PRODUCTS, float_sums, int8_sums, torch_int8_linear
 from quant.layer import QuantizedLinear
 from quant.nf4 import describe_non_finite
 from quant.product import compute_dtype
 
-# 1/127² in bitsandbytes' digits, in which a zero is lost (6.2000124): products are 1.8e-5 of themselves too large.
+# bitsandbytes' constant for 1/127² = 6.2000124e-05, with a digit missing: products come out too large by a factor 1 + 1.8e-5.
 RESCALE = 6.200124e-05
 
 
 class LlmInt8Tensor(Int8Tensor):
-    """A matrix O × I in whole numbers from -127 to 127, with the largest magnitude of each row.
+    """A matrix O × I in integers from -127 to 127, with the largest magnitude of each row.
 
-    codes: int8, O × I · absmax: float32, O · dtype: of the matrix that was quantized. absmax, not the scale, is kept: absmax /
-    127 · 127 can differ from it in the last bit, and it is what a file has, and what a product is scaled by.
+    codes: int8, O × I · absmax: float32, O · dtype: the original matrix's. absmax is stored rather than the scale: absmax / 127
+    · 127 may differ from it in the last bit, and files and products use absmax.
     """
 
     zero = None
 
     def __init__(self, codes: Tensor, absmax: Tensor, *, dtype: torch.dtype):
-        nn.Module.__init__(self)  # an Int8Tensor keeps the scale
+        nn.Module.__init__(self)  # without the scale of Int8Tensor
         self.shape, self.dtype, self.code_bits, self.granularity = codes.shape, dtype, 8, "channel"
         self.register_buffer("codes", codes)
         self.register_buffer("absmax", absmax)
@@ -63,7 +63,7 @@ class LlmInt8Tensor(Int8Tensor):
         return self.codes[first:end] * self.absmax[first:end, None] * (1 / 127)
 
     def columns(self, which: Tensor) -> Tensor:
-        """Of Ŵ, in float32."""
+        """Return columns of Ŵ, in float32."""
         return self.codes[:, which] * self.absmax[:, None] * (1 / 127)
 
     def reordered(self, order: Tensor) -> "LlmInt8Tensor":
@@ -72,10 +72,10 @@ class LlmInt8Tensor(Int8Tensor):
 
 @torch.no_grad()
 def quantize(weight: Tensor) -> LlmInt8Tensor:
-    """Round a matrix O × I to whole numbers, each row by its largest magnitude.
+    """Quantize a matrix O × I to integers, each row by its largest magnitude: p = round(W · (127 / max |W|)).
 
-    Rows are taken a few at a time: beside the result few megabytes are in use. Errors (QuantError): no matrix of floating-point
-    numbers; NaN, or a number beyond float16's 65504, with the place of the first.
+    A few rows are quantized at a time: beside the result a few megabytes are in use. Errors (QuantError): not a floating-point
+    matrix; NaN, or a number beyond float16's 65504, with the index of the first.
 
     >>> quantized = quantize(torch.tensor([[1.0, -2.0], [0.0, 0.0]]))
     >>> quantized.codes.tolist(), quantized.absmax.tolist(), quantized.dequantize().tolist()
@@ -94,22 +94,22 @@ def quantize(weight: Tensor) -> LlmInt8Tensor:
 
 
 def vectorwise(x_NI: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes int8, largest magnitude of each row, float32) of numbers in float16."""
+    """Return (codes int8, largest magnitude of each row, float32) of float16 numbers."""
     absmax_N = x_NI.abs().amax(dim=1).float()
     return to_codes(x_NI, absmax_N), absmax_N
 
 
 def to_codes(x_NI: Tensor, absmax_N: Tensor) -> Tensor:
-    codes = (x_NI * (127 / absmax_N[:, None])).nan_to_num_(0).round_()  # 127 / 0 is infinite: 0 times that is 0 here
+    codes = (x_NI * (127 / absmax_N[:, None])).nan_to_num_(0).round_()  # 0 · (127 / 0) is NaN: 0 here
     return codes.to(torch.int8)
 
 
 def split(x_NI: Tensor, threshold: float) -> tuple[Codes, Tensor]:
-    """x without its outliers, as whole numbers; and which columns have some. scale: the rows' largest magnitude, N × 1."""
+    """Return x without its outliers as codes, and the outliers' columns. The codes' scale: largest magnitudes, N × 1."""
     x_NI = x_NI.half()
     magnitude_NI = x_NI.abs()
     absmax_N = magnitude_NI.amax(dim=1)
-    if bool((absmax_N < threshold).all()):  # false with a NaN, which an outlier of its row could be behind
+    if bool((absmax_N < threshold).all()):  # False with a NaN, whose row may hold an outlier too
         absmax_N = absmax_N.float()
         return Codes(to_codes(x_NI, absmax_N), absmax_N[:, None], None), x_NI.new_empty(0, dtype=torch.long)
     outlier_NI = magnitude_NI >= threshold
@@ -120,7 +120,7 @@ def split(x_NI: Tensor, threshold: float) -> tuple[Codes, Tensor]:
 
 
 def product(x_NI: Tensor, w: LlmInt8Tensor, b_O: Tensor | None, threshold: float, dtype: torch.dtype) -> Tensor:
-    """y = x Wᵀ + b, in `dtype`."""
+    """Return y = x Wᵀ + b, in `dtype`."""
     q, columns = split(x_NI, threshold)
     y_NO = sums(q.codes, w).mul_(q.scale * w.absmax).mul_(RESCALE)
     y_NO = (y_NO if b_O is None else y_NO.add_(b_O.to(dtype))).to(dtype)
@@ -130,7 +130,7 @@ def product(x_NI: Tensor, w: LlmInt8Tensor, b_O: Tensor | None, threshold: float
 
 
 def sums(q_NI: Tensor, w: LlmInt8Tensor) -> Tensor:
-    """Σ q p, in float32."""
+    """Return Σ q p, in float32."""
     if w.device.type == "cuda":
         one = torch.ones(1, 1, device=w.device)
         return PRODUCTS["cuda"](Codes(q_NI, one, None), Int8Tensor(w.codes, one, dtype=w.dtype))
@@ -139,9 +139,8 @@ def sums(q_NI: Tensor, w: LlmInt8Tensor) -> Tensor:
 
 
 class LlmInt8Linear(QuantizedLinear):
-    """y = x Wᵀ + b with a frozen W, an LlmInt8Tensor. y is in x's format, or in autocast's; outliers reach `threshold`."""
+    """y = x Wᵀ + b with a frozen LlmInt8Tensor W. y is in x's dtype, or in autocast's; outliers reach `threshold`."""
 
-    form = "bitsandbytes, 8 bits"
     has_independent_rows = True
 
     def __init__(self, weight: LlmInt8Tensor, bias: nn.Parameter | None = None, threshold: float = 6.0):
@@ -150,13 +149,18 @@ class LlmInt8Linear(QuantizedLinear):
             raise QuantError(f"threshold={threshold}: must be above 0")
         self.threshold = threshold
 
+    @classmethod
+    def quantize(cls, weight: Tensor, bias: nn.Parameter | None, settings: Int8, input: None = None) -> "LlmInt8Linear":
+        """Quantize a matrix O × I into a layer. Errors: QuantError."""
+        return cls(quantize(weight), bias, settings.threshold)
+
     def reordered(self, order: Tensor) -> "LlmInt8Linear":
         return LlmInt8Linear(self.weight.reordered(order), self.bias, self.threshold)
 
     def published(self, order: Tensor | None) -> "LlmInt8Linear":
         return self if order is None else self.reordered(order.argsort())
 
-    @torch.compiler.disable  # which columns have outliers, and so the sizes of what is multiplied, is in the numbers
+    @torch.compiler.disable  # shapes depend on which columns have outliers
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if x.size(-1) != self.in_features:
             raise ValueError(f"x of {tuple(x.shape)} does not go with a weight of {tuple(self.weight.shape)}")
@@ -167,7 +171,7 @@ class LlmInt8Linear(QuantizedLinear):
 
     @torch.compiler.disable
     def rounded(self, x: Tensor) -> Tensor:
-        """Straight through the rounding; with the factor by which products are too large."""
+        """Return x̂, straight through the rounding; it includes the error of RESCALE."""
         x_NI = x.reshape(-1, x.size(-1))
         q, columns = split(x_NI.detach(), self.threshold)
         values_NI = (q.codes * q.scale * (RESCALE * 127)).to(x.dtype)
@@ -179,7 +183,7 @@ class LlmInt8Linear(QuantizedLinear):
 
 
 class LlmInt8Product(torch.autograd.Function):
-    """Nothing of x is kept for the backward; W is turned into numbers again."""
+    """The product with its gradient. The backward saves nothing of x, and dequantizes W again."""
 
     @staticmethod
     def forward(
@@ -192,6 +196,9 @@ class LlmInt8Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, dy_NO: Tensor) -> tuple[Tensor | None, ...]:
         dx_NI = None
-        if ctx.needs_input_grad[0]:  # the numbers as bitsandbytes multiplies them here: p (c / 127), not (p c) / 127
+        if ctx.needs_input_grad[0]:  # as in bitsandbytes: p (c / 127), not (p c) / 127
             dx_NI = dy_NO @ ctx.w.codes.to(dy_NO.dtype).mul_(ctx.w.scale)
         return dx_NI, None, dy_NO.sum(0) if ctx.needs_input_grad[2] else None, None, None
+
+
+quantize_llm_int8 = quantize  # its name in `from quant import …`

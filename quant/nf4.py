@@ -255,7 +255,10 @@ def assemble(
 
 
 def dequantize(quantized: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return x̂ = codebook[code] · absmax of its block: the plain twin of all other ways, on any device."""
+    """Return x̂ = codebook[code] · absmax of its block, in the original shape: the plain twin of all other ways, on any device.
+
+    dtype: default the original tensor's; products are computed in float32 and rounded once.
+    """
     codes, scales = unpack(quantized.packed, quantized.numel()), quantized.scales()
     values = quantized.codebook[codes.int()]
     blocks = torch.nn.functional.pad(values, (0, -values.numel() % quantized.block_size)).view(-1, quantized.block_size)
@@ -263,7 +266,7 @@ def dequantize(quantized: QuantizedTensor, dtype: torch.dtype | None = None) -> 
 
 
 def unpack(packed: Tensor, count: int) -> Tensor:
-    """Return the first `count` codes of packed bytes."""
+    """Return the first `count` codes of packed bytes, uint8, flat."""
     return torch.stack((packed.flatten() >> 4, packed.flatten() & 15), dim=1).flatten()[:count]
 
 
@@ -334,3 +337,6 @@ def describe_non_finite(weight: Tensor) -> str:
     first = (~weight.float().isfinite()).flatten().int().argmax()
     index = tuple(int(place) for place in torch.unravel_index(first, weight.shape))
     return f"the value at {list(index)} is {float(weight[index])}: only finite values can be quantized"
+
+
+quantize_4bit, dequantize_4bit = quantize, dequantize  # their names in `from quant import …`

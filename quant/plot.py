@@ -1,4 +1,4 @@
-"""`quantization.png`: which matrices lost how much, and what became of the folder's bytes."""
+"""Plot `quantization.png`: the error of each matrix by depth, and the folder's bytes before and after."""
 
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
@@ -6,11 +6,11 @@ from pathlib import Path
 
 from quant.report import Layer, amount, by_kind, together
 
-MARKERS = "osD^v"  # the next one where the ten colours begin again
+MARKERS = "osD^v"  # the next marker when the ten colors repeat
 
 
 def labels(kinds: Sequence[str]) -> dict[str, str]:
-    """Kind -> what tells it from the others.
+    """Return kind → its name without the shared prefix.
 
     >>> labels(["h.N.attn.c_attn", "h.N.mlp.c_fc"])
     {'h.N.attn.c_attn': 'attn.c_attn', 'h.N.mlp.c_fc': 'mlp.c_fc'}
@@ -22,7 +22,7 @@ def labels(kinds: Sequence[str]) -> dict[str, str]:
 
 def plot(
     layers: Sequence[Layer],
-    kept: Mapping[str, tuple[int, int]],
+    unquantized: Mapping[str, tuple[int, int]],
     path: Path,
     *,
     what: str,
@@ -30,10 +30,10 @@ def plot(
     caption: str = "",
     normal: float | None = None,
 ) -> None:
-    """Draw the error by depth, a colour for each kind of matrix, above the bytes before and after; needs matplotlib.
+    """Plot the error by depth, a color for each kind of matrix, above the bytes before and after; needs matplotlib.
 
-    what: the quantized layers' name. kept: what stayed as it was -> (numbers, bytes). normal: the error of normally distributed
-    numbers, as a dotted line.
+    what: name of the quantized layers · unquantized: part → (numbers, bytes) · normal: the error of normally distributed
+    numbers, drawn as a dotted line.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -59,14 +59,14 @@ def plot(
         errors.axhline(normal, color="grey", linestyle=":", label="normal numbers")
     there = [layer.error for layer in layers] + ([] if normal is None else [normal])
     low, high = min(there), max(there)
-    room = max(0.1 * (high - low), 0.05 * high - (high - low) / 2, 1e-4)  # differences of a percent are to look quantized
+    room = max(0.1 * (high - low), 0.05 * high - (high - low) / 2, 1e-4)  # differences of a percent should look small
     errors.set(title="error of a matrix, ‖W − Ŵ‖ / ‖W‖", xlabel="layer", ylabel="error", ylim=(low - room, high + room))
     errors.xaxis.set_major_locator(MaxNLocator(integer=True))
     errors.grid(alpha=0.3)
     errors.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
 
     total = together(what, layers)
-    parts = {total.name: (total.before, total.after)} | {name: (size, size) for name, (_, size) in kept.items()}
+    parts = {total.name: (total.before, total.after)} | {name: (size, size) for name, (_, size) in unquantized.items()}
     reached = [0, 0]
     colors = ("tab:blue", *(str(grey) for grey in (0.75, 0.6, 0.45, 0.3)))
     for (name, both), color in zip(parts.items(), colors, strict=False):
@@ -79,7 +79,7 @@ def plot(
     bytes_.spines[["top", "right", "bottom"]].set_visible(False)
     bytes_.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
 
-    # A folder's name may hold bytes that are no text, and `$`, which is no formula here.
+    # A folder's name may hold bytes that are not text, and `$`, which does not begin a formula here.
     figure.suptitle(title.encode(errors="surrogateescape").decode(errors="replace"), parse_math=False)
     figure.supxlabel(caption, fontsize=10, wrap=True)
     figure.savefig(path, dpi=110, format="png")

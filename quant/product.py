@@ -74,12 +74,14 @@ def input_gradient_cpu(dy_NO: Tensor, quantized: PackedWeight) -> Tensor:
 
 
 def product_cuda(x_NI: Tensor, quantized: PackedWeight, b_O: Tensor | None) -> Tensor:
+    """Return x Wᵀ + b, by a Triton kernel or cuBLAS."""
     from quant.kernels.choice import product  # here: Triton is imported when a kernel is first used
 
     return product(x_NI, quantized, b_O)
 
 
 def input_gradient_cuda(dy_NO: Tensor, quantized: PackedWeight) -> Tensor:
+    """Return dy W, by a Triton kernel or cuBLAS."""
     from quant.kernels.choice import input_gradient
 
     return input_gradient(dy_NO, quantized)
@@ -113,12 +115,14 @@ def _(dy_NO, parts, shape, block_size):
 
 
 def to_parts(quantized: QuantizedTensor) -> list[Tensor]:
+    """Return the tensors of a weight as a custom operation's argument."""
     parts = [quantized.packed, quantized.absmax, quantized.codebook]
     nested = [quantized.nested_absmax, quantized.nested_codebook, quantized.offset]
     return [*parts, *nested] if quantized.double_quantized else parts
 
 
 def from_parts(parts: Sequence[Tensor], shape: Sequence[int], block_size: int) -> PackedTensors:
+    """Build the tensors of a weight from a custom operation's arguments."""
     return PackedTensors(*parts, *[None] * (6 - len(parts)), shape, block_size)
 
 

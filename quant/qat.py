@@ -44,12 +44,12 @@ LEAST_LOG_SCALE = math.log(2 * EPS)  # twice EPS: exp rounds, and the scale must
 
 
 class QatLinear(nn.Module):
-    """A linear layer in training for its quantized form. `weight`, O × I, and `bias` are the parameters of `linear`.
+    """A linear layer in quantization-aware training. `weight`, O × I, and `bias` are the parameters of `linear`.
 
     weight_log_scale: float32, 1 × 1, O × 1 or O × G, and input_log_scale: float32, 1 × 1, are parameters, or None where they
-    are not learned. Of static inputs only: input_zero: int32, 1 × 1, the learned scale's zero point; observer; frozen: a bool
-    buffer.
-    pending: (least, largest) number since the last `commit`. It is no buffer: nothing saves it, and no rank gets another's.
+    are not learned. Static inputs only: input_zero: int32, 1 × 1, the learned scale's zero point; observer; frozen: a bool
+    buffer. pending: (minimum, maximum) of the inputs since the last `commit`; not a buffer: it is neither saved nor shared
+    among ranks.
     """
 
     def __init__(self, linear: nn.Linear, settings: QatConfig, bits: int):
@@ -69,7 +69,7 @@ class QatLinear(nn.Module):
         self.pending: tuple[Tensor, Tensor] | None = None
         self.train(linear.training)
 
-    @torch.compiler.disable  # as Int8Linear's product
+    @torch.compiler.disable  # as in Int8Linear.product
     def forward(self, x: Tensor) -> Tensor:
         if x.size(-1) != self.in_features:
             raise ValueError(f"x of {tuple(x.shape)} does not go with a weight of {tuple(self.weight.shape)}")
@@ -83,16 +83,16 @@ class QatLinear(nn.Module):
     # ---- the weight
 
     def rounded_weight(self) -> tuple[Tensor, Int8Tensor]:
-        """(Ŵ with its gradient, Ŵ in whole numbers)."""
+        """Return (Ŵ with its gradient, Ŵ in integers)."""
         scale, zero = self.weight_scales()
-        shared = self.weight.numel() // scale.numel()
+        factor = scale_gradient_factor(self.weight.numel() // scale.numel(), self.grid)
         grouped = self.weight.unflatten(1, (self.groups, -1))
-        near, codes = fake_quantize(grouped, scale[:, :, None], zero[:, :, None], self.grid, slowed(shared, self.grid))
+        near, codes = fake_quantize(grouped, scale[:, :, None], zero[:, :, None], self.grid, factor)
         codes = codes.flatten(1).to(torch.int8)
         return near.flatten(1), Int8Tensor(codes, scale.detach(), **self.kind)
 
     def weight_scales(self) -> tuple[Tensor, Tensor]:
-        """Learned, or as `quant.int8.quantize` takes them."""
+        """Return (scale, zero point): learned, or as `quant.int8.quantize` computes them."""
         if self.weight_log_scale is not None:
             scale = self.weight_log_scale.float().exp().clamp(min=EPS)
             return scale, torch.zeros_like(scale, dtype=torch.int32)
@@ -110,13 +110,13 @@ class QatLinear(nn.Module):
     # ---- static inputs
 
     @property
-    def observed(self) -> bool:
-        """Whether there is a range."""
+    def is_observed(self) -> bool:
+        """True once a range was observed."""
         return bool(self.observer.low <= self.observer.high)
 
     def input_scales(self) -> tuple[Tensor, Tensor]:
-        """(scale, zero point), both 1 × 1. Errors (QuantError): nothing was observed."""
-        if not self.observed:
+        """Return (scale, zero point), both 1 × 1. Errors (QuantError): nothing was observed."""
+        if not self.is_observed:
             raise QuantError(NOT_OBSERVED)
         if self.input_log_scale is not None:
             return self.input_log_scale.float().exp().clamp(min=EPS), self.input_zero
@@ -125,18 +125,18 @@ class QatLinear(nn.Module):
 
     @torch.no_grad()
     def observe(self, x_NI: Tensor) -> None:
-        """Least and largest number of x, which `commit` will pass on. A forward that is computed again changes nothing."""
+        """Record the minimum and maximum of x for `commit`. A recomputed forward changes nothing."""
         low, high = x_NI.float().aminmax()
-        if not self.observed:
+        if not self.is_observed:
             self.begin(low, high)
         if not self.frozen:
             before = self.pending or (low, high)
             self.pending = torch.minimum(before[0], low), torch.maximum(before[1], high)
 
     def begin(self, low: Tensor, high: Tensor) -> None:
-        """The first input gives a range at once, and a learned scale its first value."""
+        """Set the range from the first input, and a learned scale's first value from that."""
         if not bool(low.isfinite() & high.isfinite()):
-            raise QuantError(f"the first input, from which its range is taken, holds numbers from {low:g} to {high:g}")
+            raise QuantError(f"the first input, which sets the range, holds numbers from {low:g} to {high:g}")
         self.observer.update(low, high)
         if self.input_log_scale is not None:
             scale, zero = self.observer.scales()
@@ -147,8 +147,10 @@ class QatLinear(nn.Module):
 
     @torch.no_grad()
     def commit(self) -> None:
-        """After each step of the optimizer: the observer is told of the inputs since the last one, and learned scales are kept
-        above EPS. Ends that are inf or NaN are dropped: of such a step no optimizer makes use."""
+        """Update the observer with the inputs since the last call, and clamp learned scales above EPS; call it after each step.
+
+        A minimum or maximum that is inf or NaN is dropped: no optimizer uses such a step.
+        """
         pending, self.pending = self.pending, None
         if pending is not None and bool(torch.stack(pending).isfinite().all()):
             self.observer.update(*pending)
@@ -157,14 +159,14 @@ class QatLinear(nn.Module):
                 log_scale.clamp_(min=LEAST_LOG_SCALE)
 
     def freeze(self) -> None:
-        """From now on the observed range stays."""
+        """Stop observing: the range stays."""
         self.pending = None
         if self.frozen is not None:
             self.frozen.fill_(True)
 
     @torch.no_grad()
     def converted(self) -> Int8Linear:
-        """What it has been in training for. Errors (QuantError): static inputs of which nothing was observed."""
+        """Return the quantized layer. Errors (QuantError): static inputs that were never observed."""
         input: Input = DynamicInput() if self.observer is None else StaticInput(*(part.clone() for part in self.input_scales()))
         return Int8Linear(self.rounded_weight()[1], self.bias, input).train(self.training)
 
@@ -178,8 +180,8 @@ class QatLinear(nn.Module):
 NOT_OBSERVED = "no input was observed yet, so a static one has no range: run forwards in training mode first"
 
 
-def slowed(shared: int, grid: Grid) -> float:
-    """What a learned scale's gradient is multiplied by."""
+def scale_gradient_factor(shared: int, grid: Grid) -> float:
+    """Return the factor of a learned scale's gradient."""
     return 1 / math.sqrt(shared * grid.high)
 
 
@@ -191,16 +193,16 @@ def static(layer: QatLinear, x_NI: Tensor) -> tuple[Tensor, Codes]:
     if layer.training and x_NI.numel():
         layer.observe(x_NI.detach())
     scale, zero = layer.input_scales()
-    near_NI, codes = fake_quantize(x_NI, scale, zero, AFFINE, slowed(layer.in_features, AFFINE))
+    near_NI, codes = fake_quantize(x_NI, scale, zero, AFFINE, scale_gradient_factor(layer.in_features, AFFINE))
     return near_NI, Codes(codes.to(torch.int8), with_non_finite_rows(scale.detach(), x_NI.detach()), zero)
 
 
-# layer, x: N × I → (x̂ or x, through which the gradient of x̂ goes on; x̂ in whole numbers)
+# layer, x: N × I → (x̂, or x to pass the gradient of x̂ on; x̂ in integers)
 INPUTS: dict[str, Callable[[QatLinear, Tensor], tuple[Tensor, Codes]]] = {"dynamic": dynamic, "static": static}
 
 
 class QatProduct(torch.autograd.Function):
-    """The product of whole numbers, with the gradient of x̂ Ŵᵀ + b. A byte a number is kept for the backward."""
+    """The integer product, with the gradient of x̂ Ŵᵀ + b. It saves a byte for each number."""
 
     @staticmethod
     def forward(
@@ -229,19 +231,19 @@ class QatProduct(torch.autograd.Function):
 
 
 def qat_layers(network: nn.Module) -> dict[str, QatLinear]:
-    """path -> layer."""
+    """Return path → layer."""
     return {path: module for path, module in network.named_modules() if isinstance(module, QatLinear)}
 
 
 def prepare(network: Network, settings: QatConfig, bits: int = 8, published: Mapping[str, str] | None = None) -> Network:
-    """Put a `QatLinear` in the place of each layer that is `quant.linear.quantizable_layers`. Returns the network.
+    """Replace each of the `quant.linear.quantizable_layers` by a `QatLinear`. Returns the network.
 
-    published: our name of a layer -> its family's, in which `settings.skip` is searched too; None: the network's own table.
-    Errors (QuantError), which leave the network as it was: it has adapters; nothing to quantize; groups that do not divide a
-    layer's rows; inf or NaN in a weight, with the layer's name and the place.
+    published: our name of a layer → its family's, which `settings.skip` is matched against too; None: the network's own table.
+    Errors (QuantError), which leave the network unchanged: it has adapters; nothing to quantize; groups that do not divide a
+    layer's rows; inf or NaN in a weight, with the layer's name and the index.
     """
     if getattr(network, "adapters", None):
-        raise QuantError("the network has adapters: quantization-aware training is of its own weights")
+        raise QuantError("the network has adapters: quantization-aware training trains its own weights")
     if published is None and hasattr(network, "published"):
         published = network.published()
     layers = quantizable_layers(network, settings.skip, published)
@@ -263,9 +265,9 @@ def prepare(network: Network, settings: QatConfig, bits: int = 8, published: Map
 
 
 def convert(network: Network) -> Network:
-    """Put its `Int8Linear` in the place of each `QatLinear`: in eval mode the network's outputs stay, bit for bit.
+    """Replace each `QatLinear` by its `Int8Linear`: in eval mode the network's outputs stay the same, bit for bit.
 
-    Errors (QuantError), which leave the network as it was: a layer of which no input was observed, by name.
+    Errors (QuantError), which leave the network unchanged: a layer whose input was never observed, by name.
     """
     made = {}
     for path, layer in qat_layers(network).items():
@@ -280,10 +282,13 @@ def convert(network: Network) -> Network:
 
 @contextmanager
 def converted(network: Network) -> Iterator[Network]:
-    """The network with its layers converted, for a while: to be saved."""
+    """Convert the network's layers within a `with` block, to save it."""
     layers = qat_layers(network)
     try:
         yield convert(network)
     finally:
         for path, layer in layers.items():
             network.set_submodule(path, layer)
+
+
+prepare_qat, convert_qat = prepare, convert  # their names in `from quant import …`

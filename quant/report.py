@@ -1,8 +1,8 @@
-"""What quantizing a network took and cost: sizes, errors and scores as rows of text. Nothing here opens a file.
+"""Report the effects of quantizing a network: sizes, errors and scores as rows of text. Opens no files.
 
     error    ‖W - Ŵ‖ / ‖W‖          cosine    ⟨W, Ŵ⟩ / (‖W‖ ‖Ŵ‖)          both over all numbers of a matrix, summed in float64
 
-W is the weight as it stood in the folder, Ŵ what its codes stand for, in float32, before it is rounded to any other format.
+W is the weight as it was in the folder; Ŵ is the dequantized weight in float32.
 """
 
 import math
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from quant.config import FourBit, Int8
 from quant.linear import build_layer
 
-MOST_ROWS = 32  # of a table with a line for each matrix
-IN_CACHE = 1 << 15  # numbers that are compared at a time: half the time that a million takes
+MOST_ROWS = 32  # most rows of a table with one for each matrix
+IN_CACHE = 1 << 15  # numbers compared at a time: takes half as long as with a million
 SAMPLE = 512  # rows and columns of normally distributed numbers
 
 Row = tuple[str, ...]
@@ -25,7 +25,7 @@ Row = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Layer:
-    """A matrix before and after, or several together. name: the family's, without ".weight"; sizes in bytes."""
+    """A matrix before and after quantization, or several together. name: the family's, without ".weight"; sizes in bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -39,7 +39,7 @@ class Layer:
 
     @property
     def bits(self) -> float:
-        """A number, scales included."""
+        """Bits per number, scales included."""
         return 8 * self.after / self.numbers
 
     @property
@@ -69,8 +69,7 @@ class Layer:
 
 
 def measure(name: str, weight: Tensor, quantized: nn.Module) -> Layer:
-    """Compare a weight with what became of it (`QuantizedTensor`, `Int8Tensor` …), a piece at a time: no second copy of it is
-    made. Both on a CPU."""
+    """Compare a CPU weight with its quantized form (`QuantizedTensor` …), chunk by chunk, without a second copy."""
     flat, sums = weight.reshape(-1), [0.0, 0.0, 0.0, 0.0]
     for first, values in quantized.dequantized_chunks():
         there = flat[first:][: values.numel()]
@@ -84,13 +83,13 @@ def measure(name: str, weight: Tensor, quantized: nn.Module) -> Layer:
 
 
 def together(name: str, layers: Sequence[Layer]) -> Layer:
-    """All their numbers as one matrix."""
+    """Sum matrices as if they were one."""
     fields = ("numbers", "before", "after", "square", "square_after", "product", "square_error")
     return Layer(name, (), **{field: sum(getattr(layer, field) for layer in layers) for field in fields})
 
 
 def by_kind(layers: Iterable[Layer]) -> dict[str, list[Layer]]:
-    """Kind -> its matrices, in the order of the network."""
+    """Group matrices by kind, in the order of the network."""
     kinds: dict[str, list[Layer]] = {}
     for layer in layers:
         kinds.setdefault(layer.kind, []).append(layer)
@@ -98,7 +97,7 @@ def by_kind(layers: Iterable[Layer]) -> dict[str, list[Layer]]:
 
 
 def normal_error(settings: FourBit | Int8) -> float:
-    """The error of normally distributed numbers, which a matrix without outliers comes near to."""
+    """Return the error of normally distributed numbers: the reference for a matrix without outliers."""
     columns = SAMPLE
     if isinstance(settings, Int8):
         columns = settings.group_size * -(-SAMPLE // settings.group_size) if settings.granularity == "group" else SAMPLE
@@ -108,14 +107,15 @@ def normal_error(settings: FourBit | Int8) -> float:
 
 
 def described(settings: FourBit | Int8) -> str:
-    """
+    """Describe settings in a line.
+
     >>> described(FourBit()), described(Int8(granularity="group"))
     ('nf4, blocks of 64', 'int8-dynamic, weights of 8 bits, a scale for each group of 128')
     """
     if isinstance(settings, FourBit):
         return f"{settings.scheme}, blocks of {settings.block_size}"
     kind = {"tensor": "matrix", "channel": "channel", "group": f"group of {settings.group_size}"}[settings.granularity]
-    outliers = f", outliers from {settings.threshold:g} apart" if settings.scheme == "llm-int8" else ""
+    outliers = f", outliers from {settings.threshold:g} separate" if settings.scheme == "llm-int8" else ""
     affine = " and zero point" * settings.affine_weights
     return f"{settings.scheme}, weights of {settings.bits} bits, a scale{affine} for each {kind}{outliers}"
 
@@ -124,7 +124,7 @@ def described(settings: FourBit | Int8) -> str:
 
 
 def table(layers: Sequence[Layer], *, per_layer: bool = False) -> list[Row]:
-    """A row for each matrix where they are few, or are asked for; else one for each kind; then one for all their numbers."""
+    """Return a row for each matrix if they are few or `per_layer`, else for each kind; then one for all."""
     each = per_layer or len(layers) <= MOST_ROWS
     columns = ("before", "after", "bits", "error", "cosine")
     if each:
@@ -149,17 +149,17 @@ def by(shape: tuple[int, ...]) -> str:
 
 
 def account(
-    what: str, layers: Sequence[Layer], kept: Mapping[str, tuple[int, int]], files: tuple[int, int]
+    what: str, layers: Sequence[Layer], unquantized: Mapping[str, tuple[int, int]], files: tuple[int, int]
 ) -> list[Row]:
-    """Where the bytes are. kept: what stayed as it was -> (numbers, bytes); files: of all weights, before and after."""
+    """Return where the bytes are. unquantized: part → (numbers, bytes); files: bytes of all weights before and after."""
     total = together(what, layers)
     rows = [("", "numbers", "before", "after"), (total.name, f"{total.numbers:,}", amount(total.before), amount(total.after))]
-    rows += [(name, f"{numbers:,}", amount(size), amount(size)) for name, (numbers, size) in kept.items()]
-    numbers = total.numbers + sum(numbers for numbers, _ in kept.values())
+    rows += [(name, f"{numbers:,}", amount(size), amount(size)) for name, (numbers, size) in unquantized.items()]
+    numbers = total.numbers + sum(numbers for numbers, _ in unquantized.values())
     return [*rows, ("files of weights", f"{numbers:,}", *map(amount, files))]
 
 
-SCORES = {  # of `train.tasks`: what the first line says, how one is written, how its change is
+SCORES = {  # key of a validation: (heading, format, format of the change)
     "loss": ("loss", "{:.4f}", "{:+.4f}"),
     "perplexity": ("perplexity", "{:,.2f}", "× {:.4f}"),
     "bits_per_byte": ("bits per byte", "{:.4f}", "{:+.4f}"),
@@ -168,7 +168,7 @@ SCORES = {  # of `train.tasks`: what the first line says, how one is written, ho
 
 
 def score_table(before: Mapping[str, float], after: Mapping[str, float], scheme: str) -> list[Row]:
-    """What a validation said of the network as it was, and as it is. Perplexity changes by a factor, the rest by a sum."""
+    """Return validation scores before and after. Perplexity changes by a factor, the others by a difference."""
     keys = [key for key in SCORES if key in before]
     changes = {key: after[key] / before[key] if key == "perplexity" else after[key] - before[key] for key in keys}
     return [
@@ -185,12 +185,12 @@ def score_line(before: Mapping[str, float], after: Mapping[str, float]) -> str:
 
 
 def perplexity_of(scores: Mapping[str, float]) -> str:
-    """Its name: of masked tokens it is another."""
+    """Return the name of the perplexity: that of masked tokens is a pseudo-perplexity."""
     return "pseudo-perplexity" if "masked_accuracy" in scores else "perplexity"
 
 
 def amount(size: float) -> str:
-    """Bytes, in the units that disks are sold in.
+    """Format a number of bytes in decimal units.
 
     >>> amount(532), amount(8_456), amount(12_345_678), amount(2.5e9)
     ('532 B', '8.5 KB', '12.3 MB', '2.50 GB')

@@ -1,4 +1,4 @@
 """Parts of the command line `python -m quant`, which may import anything.
 
-    options  what it asks, a dataclass for each scheme, and which options have an effect beside which
+    options  its options: a dataclass for each scheme, and the options that have no effect without others
 """

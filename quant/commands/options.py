@@ -1,5 +1,6 @@
-"""What `python -m quant` asks, a dataclass for each scheme; without torch."""
+"""Options of `python -m quant`: a dataclass for each scheme; without torch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -11,6 +12,7 @@ from data.sources.find import may_hold_records
 from quant.config import FourBit, Int8
 from train.command_line import Needs
 
+KINDS: dict[str, type["Options"]] = {}  # scheme: its options, as each class below registers
 UNSCORED = "--no-perplexity scores no text"
 
 
@@ -28,35 +30,45 @@ OF_TEXT = (
 )
 
 
+def options_of(scheme: str) -> Callable[[type["Options"]], type["Options"]]:
+    """Register a class of options as those of a scheme of `quant.config.SCHEMES`."""
+
+    def register(kind: type["Options"]) -> type["Options"]:
+        KINDS[scheme] = kind
+        return kind
+
+    return register
+
+
 @dataclass(frozen=True)
 class Options:
-    """What all commands here ask."""
+    """Options that all schemes share."""
 
     folder: Annotated[Path, tyro.conf.Positional]
     """A model folder, or a run (its best checkpoint, else its last)."""
     out: Path
-    """The folder to write; it must be empty, or not there yet."""
+    """The folder to write; it must be empty or not exist yet."""
     skip: tuple[str, ...] = ()
-    """Regular expressions: matrices in whose name one is found stay as they are. Heads and embeddings do anyway."""
+    """Regular expressions: a matrix is not quantized if one matches in its name. Heads and embeddings never are."""
     per_layer: bool = False
-    """A row of the table for each matrix, however many they are."""
+    """Print a row for each matrix, however many there are."""
     perplexity: bool = True
-    """Score held-out text before and after."""
+    """Measure perplexity on held-out text before and after."""
     corpus: tuple[str, ...] = ()
-    """Its validation split is scored: files, folders, globs or a built-in name, as for training. Default: the text that the run
-    was trained on; of another folder, Python's documentation."""
+    """Text whose validation split is scored: files, folders, globs or a built-in name, as for training. Default: the text that
+    the run was trained on; for another folder, Python's documentation."""
     text_key: str | None = None
-    """The key, or the column of a table, that holds a record's text. Default: the run's, else text."""
+    """The key or table column that holds a record's text. Default: the run's, else text."""
     on_bad_text: Literal["error", "replace", "skip"] | None = None
-    """Text that is not valid UTF-8: stop, put U+FFFD there, or leave the document out. Default: the run's, else error."""
+    """Text that is not valid UTF-8: stop, replace by U+FFFD, or skip the document. Default: the run's, else error."""
     eval_tokens: int = 50_000
-    """Score at most so many tokens."""
+    """Largest number of tokens to score."""
     cache: Path | None = None
-    """Folder for the prepared text. Default: as for training."""
+    """Folder for the tokenized text. Default: as for training."""
     device: str = "cpu"
-    """Where perplexity is measured: cpu, cuda, …"""
+    """Device that measures perplexity: cpu, cuda, …"""
     threads: int = 0
-    """CPU threads; 0 leaves torch's choice."""
+    """CPU threads; 0: torch's default."""
     NEEDS: ClassVar = (
         Needs(("corpus", "eval_tokens"), lambda asked: asked.perplexity, UNSCORED),
         Needs(("cache",), lambda asked: asked.perplexity, UNSCORED),
@@ -67,7 +79,7 @@ class Options:
 @dataclass(frozen=True)
 class FourBitOptions(Options):
     double_quantized: Annotated[bool, tyro.conf.arg(name="double")] = True
-    """The blocks' scales in eight bits too (double quantization)."""
+    """Double quantization: store the blocks' scales in 8 bits too."""
     block_size: int = 64
     """Weights that share a scale: 32, 64 … 4096."""
 
@@ -75,26 +87,28 @@ class FourBitOptions(Options):
         return FourBit(scheme, self.double_quantized, self.block_size, self.skip)
 
 
+@options_of("nf4")
 @dataclass(frozen=True)
 class Nf4(FourBitOptions):
     """NF4: sixteen values at the quantiles of a normal distribution. The usual choice, of QLoRA too."""
 
 
+@options_of("fp4")
 @dataclass(frozen=True)
 class Fp4(FourBitOptions):
-    """FP4: a sign, two bits of exponent, one of fraction. Coarser than NF4 for weights as training leaves them."""
+    """FP4: a sign, two bits of exponent, one of fraction. Its error on trained weights is larger than NF4's."""
 
 
 @dataclass(frozen=True)
-class WholeNumberOptions(Options):
+class IntegerOptions(Options):
     bits: int = 8
-    """Of a weight, from 2 to 8; in the files each has a byte. Inputs have 8."""
+    """Bits of a weight, from 2 to 8; in the files each weight takes a byte. Inputs have 8."""
     granularity: Literal["tensor", "channel", "group"] = "channel"
     """Weights that share a scale: all of a matrix, a row of it, or --group-size of a row."""
     group_size: int = 128
     """Weights in a group."""
     affine_weights: bool = False
-    """A zero point beside each scale of a weight."""
+    """Add a zero point to each scale of a weight."""
     NEEDS: ClassVar = (
         *Options.NEEDS,
         Needs(("group_size",), lambda asked: asked.granularity == "group", "it is of --granularity group"),
@@ -112,27 +126,29 @@ class WholeNumberOptions(Options):
         )
 
 
+@options_of("int8-dynamic")
 @dataclass(frozen=True)
-class Int8Dynamic(WholeNumberOptions):
-    """INT8, weights and inputs; a layer's inputs are scaled row by row as they come. Needs no text."""
+class Int8Dynamic(IntegerOptions):
+    """INT8 weights and inputs; inputs are scaled row by row as they come. Needs no calibration text."""
 
     affine_inputs: bool = False
-    """A zero point beside each scale of an input."""
+    """Add a zero point to each scale of an input."""
 
 
+@options_of("int8-static")
 @dataclass(frozen=True)
-class Int8Static(WholeNumberOptions):
-    """INT8, weights and inputs; a layer's inputs have one scale, observed before on text like that which will be read."""
+class Int8Static(IntegerOptions):
+    """INT8 weights and inputs; each layer's input has one scale, observed beforehand on calibration text."""
 
     affine_inputs: bool = True
-    """A zero point beside each scale of an input."""
+    """Add a zero point to each scale of an input."""
     calibrate: tuple[str, ...] = ()
-    """Inputs are observed on its training split: as --corpus. Default: the training split of the text that is scored."""
+    """Text whose training split calibrates the inputs: as --corpus. Default: the text that is scored."""
     calibrate_tokens: int = 65_536
-    """Observe so many tokens, in whole batches, or as many as there are."""
+    """Number of calibration tokens, in full batches, or fewer if the text is shorter."""
     observer: Literal["minmax", "moving", "histogram", "percentile", "mse"] = "histogram"
-    """An input's range: of all numbers, a moving average of the batches', with the least squared error by a histogram, without
-    the outermost 0.01 %, or with the least squared error of 100 that are tried on the last batch (slow)."""
+    """An input's range: minimum and maximum; their moving average over batches; least squared error, from a histogram; without
+    the outermost 0.01 %; or least squared error of 100 candidates on the last batch (slow)."""
     NEEDS: ClassVar = (
         Needs(
             ("corpus",),
@@ -141,25 +157,17 @@ class Int8Static(WholeNumberOptions):
         ),
         Needs(("eval_tokens",), lambda asked: asked.perplexity, UNSCORED),
         *OF_TEXT,
-        WholeNumberOptions.NEEDS[-1],
+        IntegerOptions.NEEDS[-1],
     )
 
 
+@options_of("llm-int8")
 @dataclass(frozen=True)
 class LlmInt8(Options):
-    """LLM.int8(): INT8, weights and inputs, row by row; columns of an input with an outlier stay in its own format."""
+    """LLM.int8(): INT8 weights and inputs, scaled row by row; input columns with an outlier keep their dtype."""
 
     threshold: float = 6.0
-    """A column of an input where a number reaches this stays as it is."""
+    """An input column is an outlier, and not quantized, if a magnitude in it reaches this."""
 
     def settings(self, scheme: str) -> Int8:
         return Int8(scheme, threshold=self.threshold, skip=self.skip)
-
-
-KINDS: dict[str, type[Options]] = {
-    "nf4": Nf4,
-    "fp4": Fp4,
-    "int8-dynamic": Int8Dynamic,
-    "int8-static": Int8Static,
-    "llm-int8": LlmInt8,
-}

@@ -1,15 +1,16 @@
-"""Whole numbers for each row of x in one kernel: `quant.int8_linear.DynamicInput`, bit for bit as a CPU computes it.
+"""Quantize each row of x to integers in one Triton kernel: `quant.int8_linear.DynamicInput`, bit for bit as a CPU computes it.
 
-A row is read once, to find its least and largest number, and its codes are made of what is in registers then; rows longer than
-LONGEST are read twice. On a card torch divides by a number by multiplying by its inverse: what it has there for a scale may
-differ from this one, which is IEEE's quotient, in the last bit.
+A row is read once: its minimum and maximum are found, and its codes are computed from what is in registers. Rows longer than
+LONGEST are read twice. On a GPU torch divides by a number by multiplying by its inverse, so that its scales may differ from
+these, which are IEEE quotients, in the last bit.
 
-    ends      numbers are compared by their bits: as whole numbers those from 0 on have the same order, above all inf, and above
-              that NaN, which a maximum of floats would pass over. For the least number, the sign is turned first
-    rounding  x · (1/s) + 1.5 · 2^23 has no place for a fraction: it is rounded to a whole number, ties to even, which is in its
-              last bits. The product is rounded before (no fused multiply-add), as the twin's
+    minimum, maximum   numbers are compared by their bits: as integers non-negative numbers have the same order, with inf above
+                       them, and above it NaN, which a maximum of floats would ignore. For the minimum, the sign is flipped
+                       first
+    rounding           x · (1/s) + 1.5 · 2^23 has no bits for a fraction: it is rounded to an integer, ties to even, which is in
+                       its last bits. The product is rounded before (no fused multiply-add), as in the plain twin
 
-A row with inf or NaN has the scale inf or NaN, and in each place the code of 0: a product by it is NaN throughout, where the
+A row with inf or NaN has the scale inf or NaN, and the code of 0 everywhere: a product by it is NaN throughout, where the plain
 twin's codes depend on the machine.
 """
 
@@ -22,13 +23,13 @@ from quant.int8 import EPS, SYMMETRIC, Codes, Grid
 
 READ = (torch.float32, torch.float16, torch.bfloat16)
 LONGEST = 16384
-SEVERAL = 2048  # numbers that a program takes at least, as several rows if these are short
+SEVERAL = 2048  # least numbers of a program: it takes several rows if they are short
 ROUND = tl.constexpr(1.5 * 2**23)
 ROUND_BITS = tl.constexpr(0x4B400000)
 
 
 def settings(ins: int, grid: Grid) -> tuple[dict, dict]:
-    """(constants, options) of the kernel's launch, for rows of `ins` numbers."""
+    """Return (constants, options) of the kernel's launch, for rows of `ins` numbers."""
     width = min(triton.next_power_of_2(ins), LONGEST)
     rows = max(1, SEVERAL // width)
     constants = {"ROWS": rows, "WIDTH": width, "WHOLE": ins <= width, "EPS": EPS}
@@ -38,7 +39,7 @@ def settings(ins: int, grid: Grid) -> tuple[dict, dict]:
 
 @triton.jit
 def read(x_row, n, start, rows, ins, column_stride, WIDTH: tl.constexpr):
-    """A tile in float32, with 0, which every range includes, past the ends."""
+    """Load a tile as float32, padded with 0, which every range includes."""
     i = start + tl.arange(0, WIDTH).to(tl.int64)
     inside = (n < rows)[:, None] & (i < ins)[None, :]
     return tl.load(x_row + i[None, :] * column_stride, mask=inside, other=0.0).to(tl.float32)
@@ -46,7 +47,7 @@ def read(x_row, n, start, rows, ins, column_stride, WIDTH: tl.constexpr):
 
 @triton.jit
 def min_max(x, SYMMETRIC: tl.constexpr):
-    """(largest, minus the least) number of each row, from 0 on, by their bits; symmetric: the largest magnitude, twice."""
+    """Return (maximum, minus the minimum) of each row, at least 0, as bits; symmetric: the largest magnitude, twice."""
     bits = x.to(tl.int32, bitcast=True)
     if SYMMETRIC:
         top = tl.max(bits & 0x7FFFFFFF, axis=1)
@@ -58,24 +59,25 @@ def min_max(x, SYMMETRIC: tl.constexpr):
 
 
 @triton.jit
-def whole(x):
-    """The nearest whole number, int32, half-way the even one; magnitudes below 2^22."""
+def round_to_integer(x):
+    """Round to the nearest integer, int32, ties to even; for magnitudes below 2^22."""
     return (x + ROUND).to(tl.int32, bitcast=True) - ROUND_BITS
 
 
 @triton.jit
-def block_scales(top, bottom, LOW: tl.constexpr, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, EPS: tl.constexpr):
-    """(scale, zero point) of each row, from its ends."""
+def row_scales(top, bottom, LOW: tl.constexpr, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr, EPS: tl.constexpr):
+    """Return (scale, zero point) of each row."""
     top, bottom = top.to(tl.float32, bitcast=True), bottom.to(tl.float32, bitcast=True)
     scale = tl.div_rn(top, (HIGH - LOW) / 2) if SYMMETRIC else tl.div_rn(top + bottom, (HIGH - LOW) * 1.0)
     scale = tl.where(scale < EPS, EPS, scale)  # NaN stays
-    below = tl.where(scale < float("inf"), whole(tl.div_rn(-bottom, scale)), 0)
+    below = tl.where(scale < float("inf"), round_to_integer(tl.div_rn(-bottom, scale)), 0)
     return scale, tl.minimum(tl.maximum(LOW - below, LOW), HIGH)
 
 
 @triton.jit
 def codes_of(x, scale, zero, LOW: tl.constexpr, HIGH: tl.constexpr, SYMMETRIC: tl.constexpr):
-    code = tl.where((scale < float("inf"))[:, None], whole(x * tl.div_rn(1.0, scale)[:, None]), 0)
+    """Return the int8 codes of a tile."""
+    code = tl.where((scale < float("inf"))[:, None], round_to_integer(x * tl.div_rn(1.0, scale)[:, None]), 0)
     if not SYMMETRIC:
         code += zero[:, None]
     return tl.minimum(tl.maximum(code, LOW), HIGH).to(tl.int8)
@@ -99,7 +101,7 @@ def quantize_rows_kernel(
     HIGH: tl.constexpr,
     SYMMETRIC: tl.constexpr,
 ):
-    """ROWS rows of codes, N × I contiguous, and their scales and zero points."""
+    """Quantize ROWS rows: codes, N × I contiguous, scales and zero points."""
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     i = tl.arange(0, WIDTH)
     x_row, code_row = x_ptr + n[:, None] * row_stride, codes_ptr + n[:, None] * ins
@@ -111,7 +113,7 @@ def quantize_rows_kernel(
         for start in range(0, ins, WIDTH):
             top_here, bottom_here = min_max(read(x_row, n, start, rows, ins, column_stride, WIDTH), SYMMETRIC)
             top, bottom = tl.maximum(top, top_here), tl.maximum(bottom, bottom_here)
-    scale, zero = block_scales(top, bottom, LOW, HIGH, SYMMETRIC, EPS)
+    scale, zero = row_scales(top, bottom, LOW, HIGH, SYMMETRIC, EPS)
     tl.store(scale_ptr + n, scale, mask=n < rows)
     if not SYMMETRIC:
         tl.store(zero_ptr + n, zero, mask=n < rows)
@@ -126,13 +128,13 @@ def quantize_rows_kernel(
 
 
 def quantize_rows(x_NI: Tensor, grid: Grid = SYMMETRIC) -> Codes:
-    """Codes N × I, a scale for each row, N × 1, and with an affine grid a zero point: `DynamicInput(grid)(x)`.
+    """Return codes N × I, a scale for each row, N × 1, and with an affine grid a zero point: `DynamicInput(grid)(x)`.
 
-    float32, float16 and bfloat16, of any strides, are read as they are, other formats as float32. Errors (ValueError): x is not
-    N × I, or I is 0.
+    float32, float16 and bfloat16, of any strides, are read directly, other dtypes as float32. Errors (ValueError): x is not N ×
+    I, or I is 0.
     """
     if x_NI.dim() != 2 or not x_NI.size(1):
-        raise ValueError(f"rows of numbers are quantized, N × I, not {tuple(x_NI.shape)}")
+        raise ValueError(f"a matrix N × I with I > 0 is expected, not {tuple(x_NI.shape)}")
     x_NI = x_NI.detach() if x_NI.dtype in READ else x_NI.detach().float()
     rows, ins = x_NI.shape
     codes = torch.empty(rows, ins, dtype=torch.int8, device=x_NI.device)

@@ -19,8 +19,8 @@ from lora.config import LoraConfig
 from lora.inject import add_adapters
 from model.config import ModelConfig
 from model.init import empty_network
-from quant.layer import QuantizedLinear
-from quant.linear import QUANTIZE, quantizable_layers
+from quant.layer import QUANTIZE, QuantizedLinear
+from quant.linear import quantizable_layers
 from quant.nf4 import QuantizedTensor
 from quant.product import linear_4bit
 from tests.bench.timing import alternate, ratio, table

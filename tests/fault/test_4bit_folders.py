@@ -87,12 +87,12 @@ def shown(message: str) -> str:
     return re.escape(f"{NAME}: {message}")
 
 
-UNREADABLE, SENSELESS = shown("its quant_state cannot be read: "), shown("its quant_state makes no sense: ")
+UNREADABLE, SENSELESS = shown("its quant_state cannot be read: "), shown("its quant_state is invalid: ")
 CASES = {  # name: (folder, change, message)
     "another method": (
         "double",
         settings(quant_method="gptq"),
-        "quantization_config has the method 'gptq'; bitsandbytes' and compressed-tensors' are read",
+        "quantization_config has the method 'gptq'; known methods: bitsandbytes, compressed-tensors",
     ),
     "a method that is no name": ("double", settings(quant_method={}), "quantization_config has the method {}"),
     "eight bits": (
@@ -166,7 +166,7 @@ CASES = {  # name: (folder, change, message)
     "offset beyond float64": ("double", state(nested_offset=10**400), SENSELESS),
     "offset in words": ("double", state(nested_offset="one"), UNREADABLE),
     "no offset": ("double", state(nested_offset=None), shown("its quant_state has no nested_offset")),
-    "blocks of scales": ("double", state(nested_blocksize=128), shown("scales are quantized in blocks of 128, 256 are read")),
+    "blocks of scales": ("double", state(nested_blocksize=128), shown("scales are quantized in blocks of 128, 256 is")),
     "no blocks of scales": ("double", state(nested_blocksize=None), shown("scales are quantized in blocks of None")),
     "scales of half": ("double", state(nested_dtype="float16"), SENSELESS),
     "no codes": ("double", without(NAME), f"lacks {NAME}"),
@@ -206,9 +206,9 @@ CASES = {  # name: (folder, change, message)
     "embedding": (
         "double",
         quantized("model.embed_tokens.weight"),
-        r"model\.embed_tokens\.weight is quantized: .* body\.embedding\.weight, which is no linear layer's",
+        r"model\.embed_tokens\.weight is quantized: .* body\.embedding\.weight, which is not a linear layer's",
     ),
-    "norm": ("double", quantized("model.norm.weight"), r"model\.norm\.weight is quantized: .*, which is no linear layer's"),
+    "norm": ("double", quantized("model.norm.weight"), r"model\.norm\.weight is quantized: .*, which is not a linear layer's"),
 }
 
 
@@ -286,7 +286,7 @@ def test_a_misshapen_weight_is_named(folders, tmp_path):
 def test_what_the_family_does_not_publish_so_is_not_written(family, skip, name, tmp_path):
     network = quantize_linears(randomized(tiny_config(family), dtype=torch.float32))
     with pytest.raises(
-        HubError, match=rf"^{re.escape(name)} was quantized in another form .* quantize the folder as it is read"
+        HubError, match=rf"^{re.escape(name)} was quantized in another layout .* quantize the folder as it is read"
     ):
         model.hub.save(network, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -73,15 +73,15 @@ def entry_of(kind: str, folders) -> dict:
     return json.loads((folders / kind / "config.json").read_text())["quantization_config"]
 
 
-NOT_POSITIVE = "is not all positive, finite numbers"
-OTHER = "quantization_config makes another thing than INT8 of linear layers"
+NOT_POSITIVE = "has values that are not positive and finite"
+OTHER = "quantization_config is not INT8 of linear layers"
 UNREADABLE = "quantization_config cannot be read: "
 CASES = {  # name: (folder, change, message)
     "no codes": ("dynamic", lost("weight"), f"lacks {NAME}"),
     "no scale": ("dynamic", lost("weight_scale"), f"{NAME}' is of int8: neither floating-point nor a complete"),
-    "codes of floats": ("dynamic", of("weight", torch.Tensor.float), f"{NAME} has a weight_scale, but is no matrix of int8"),
-    "codes of bytes": ("dynamic", of("weight", lambda q: q.view(torch.uint8)), "is no matrix of int8"),
-    "codes in a row": ("dynamic", of("weight", torch.flatten), "is no matrix of int8"),
+    "codes of floats": ("dynamic", of("weight", torch.Tensor.float), f"{NAME} has a weight_scale, but is not a matrix of"),
+    "codes of bytes": ("dynamic", of("weight", lambda q: q.view(torch.uint8)), "is not a matrix of int8"),
+    "codes in a row": ("dynamic", of("weight", torch.flatten), "is not a matrix of int8"),
     "codes cut": ("dynamic", of("weight", lambda q: q[:-1]), shown("weight_scale has 40 numbers, 39 are expected")),
     "codes narrowed": ("dynamic", of("weight", lambda q: q[:, :-1]), re.escape(f"{NAME} is of (40, 23), ")),
     "codes narrowed, groups": ("groups", of("weight", lambda q: q[:, 1:]), shown("rows of 23 numbers do not fall into groups")),
@@ -107,12 +107,12 @@ CASES = {  # name: (folder, change, message)
     "zero points, though symmetric": (
         "affine",
         half("weights", symmetric=True),
-        r"weight has a part 'weight_zero_point', of which quantization_config says nothing",
+        r"weight has a part 'weight_zero_point', which quantization_config does not mention",
     ),
     "a scale of inputs, though dynamic": (
         "static",
         half("input_activations", dynamic=True, strategy="token"),
-        r"weight has a part 'input_scale', of which quantization_config says nothing",
+        r"weight has a part 'input_scale', which quantization_config does not mention",
     ),
     "a scale without a weight": (
         "dynamic",
@@ -136,7 +136,7 @@ CASES = {  # name: (folder, change, message)
     "groups in a list": ("dynamic", settings(config_groups=[{}]), UNREADABLE),
     "a group in words": ("dynamic", settings(config_groups={"a": "W8A8"}), UNREADABLE),
     "other layers": ("dynamic", group(targets=["re:.*up_proj"]), OTHER),
-    "inputs as they are": ("dynamic", group(input_activations=None), "leaves inputs as they are; INT8 inputs are read"),
+    "inputs as they are": ("dynamic", group(input_activations=None), "does not quantize inputs; INT8 inputs are expected"),
     "outputs too": ("dynamic", group(output_activations={"num_bits": 8}), OTHER),
     "floats of 8 bits": ("dynamic", half("weights", type="float"), OTHER),
     "inputs of 4 bits": ("dynamic", half("input_activations", num_bits=4), OTHER),
@@ -167,25 +167,25 @@ CASES = {  # name: (folder, change, message)
     "the embedding": (
         "dynamic",
         lambda t, c: t.update({"model.embed_tokens.weight_scale": torch.ones(1)}),
-        r"model\.embed_tokens\.weight is quantized: .* body\.embedding\.weight, which is no linear layer's",
+        r"model\.embed_tokens\.weight is quantized: .* body\.embedding\.weight, which is not a linear layer's",
     ),
-    "the head": ("dynamic", more("lm_head.weight_scale", 1), r"lm_head\.weight has a weight_scale, but is no matrix of int8"),
+    "the head": ("dynamic", more("lm_head.weight_scale", 1), r"lm_head\.weight has a weight_scale, but is not a matrix"),
     "llm: no codes": ("llm", lost("weight"), f"lacks {NAME}"),
     "llm: no SCB": ("llm", lost("SCB"), rf"holds '{LAYER}\.weight_format', which llama of this config has no place for"),
     "llm: SCB cut": ("llm", of("SCB", lambda s: s[1:]), shown("SCB has 39 numbers, [40, 24] wants 40")),
-    "llm: SCB of NaN": ("llm", of("SCB", lambda s: s * math.nan), shown("SCB is not all finite numbers from 0")),
-    "llm: SCB below 0": ("llm", of("SCB", lambda s: -s), shown("SCB is not all finite numbers from 0")),
+    "llm: SCB of NaN": ("llm", of("SCB", lambda s: s * math.nan), shown("SCB has values that are negative or non-finite")),
+    "llm: SCB below 0": ("llm", of("SCB", lambda s: -s), shown("SCB has values that are negative or non-finite")),
     "llm: codes of floats": ("llm", of("weight", torch.Tensor.float), f"{NAME} has an SCB, but is float32 of"),
-    "llm: columns first": ("llm", of("weight_format", lambda f: f + 1), shown("weight_format is [1]; 0, which is row by row")),
+    "llm: columns first": ("llm", of("weight_format", lambda f: f + 1), shown("weight_format is [1]; 0 (row by row)")),
     "llm: codes turned": ("llm", of("weight", lambda q: q[:, :-1]), re.escape(f"{NAME} is of (40, 23), ")),
     "llm: no settings": (
         "llm",
         without("quantization_config"),
         r"weight' is quantized, but config\.json has no quantization_config",
     ),
-    "llm: threshold of words": ("llm", settings(llm_int8_threshold="six"), "llm_int8_threshold is 'six', not a number from 0"),
-    "llm: threshold below 0": ("llm", settings(llm_int8_threshold=-1), "llm_int8_threshold is -1, not a number from 0"),
-    "llm: weights of half": ("llm", settings(llm_int8_has_fp16_weight=True), "llm_int8_has_fp16_weight: such weights stand in"),
+    "llm: threshold of words": ("llm", settings(llm_int8_threshold="six"), "llm_int8_threshold is 'six', not a number >= 0"),
+    "llm: threshold below 0": ("llm", settings(llm_int8_threshold=-1), "llm_int8_threshold is -1, not a number >= 0"),
+    "llm: weights of half": ("llm", settings(llm_int8_has_fp16_weight=True), "llm_int8_has_fp16_weight is not read"),
     "llm: 4 bits": ("llm", settings(load_in_4bit=True), "config.json has a quantization_config, but no weight is quantized"),
 }
 
@@ -254,13 +254,13 @@ def test_a_weight_that_is_no_number_is_named(kind, value, folders, tmp_path):
 
 def test_inputs_that_were_not_observed(folders):
     static = observe(model.hub.load(folders / "dense"), [{"input_ids": torch.arange(3, 9)[None]}], skip=(r"1\.mlp\.up$",))
-    with pytest.raises(HubError, match=shown("int8-static needs inputs that were observed")):
+    with pytest.raises(HubError, match=shown("int8-static needs observed inputs")):
         model.hub.load(folders / "dense", quantization=Int8("int8-static"), inputs=static)
 
 
 def test_kinds_of_layers_in_a_network_are_not_written(tmp_path):
     network = quantize_linears(randomized(tiny_config("llama"), dtype=torch.float32), "int8-dynamic", ("mlp",))
-    with pytest.raises(HubError, match="layers are quantized in several ways: a quantization_config names one"):
+    with pytest.raises(HubError, match="layers have several settings: a quantization_config holds one"):
         model.hub.save(quantize_linears(network, "int8-dynamic", bits=4), tmp_path / "out")
     network = quantize_linears(randomized(tiny_config("llama"), dtype=torch.float32), "int8-dynamic", ("mlp",))
     with pytest.raises(HubError, match="layers are quantized in two forms, bitsandbytes, 8 bits and compressed-tensors"):

@@ -207,7 +207,7 @@ def engine_of(freeze: int, learned: bool = False) -> Engine:
     optimizers = build_optimizer("sgd", network.named_parameters(), lambda name: "matrix", lr=1e-3)
     engine = Engine(Objective(network), optimizers, observers=Observers(network, freeze, Ranks()))
     engine.begin(BATCH)
-    assert all(layer.observed and layer.pending is None for layer in engine.observers.layers)
+    assert all(layer.is_observed and layer.pending is None for layer in engine.observers.layers)
     engine.objective.train()
     return engine
 

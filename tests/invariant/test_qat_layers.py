@@ -314,7 +314,7 @@ def test_nothing_was_observed():
     with pytest.raises(QuantError, match=f"^{next(iter(before))}: no input was observed"):
         convert(network)
     assert qat_layers(network) == before
-    with pytest.raises(QuantError, match="the first input, from which its range is taken, holds numbers from nan to nan"):
+    with pytest.raises(QuantError, match="the first input, which sets the range, holds numbers from nan to nan"):
         layer_of(STATIC)(torch.full((2, 24), math.nan))
 
 

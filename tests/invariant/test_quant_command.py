@@ -406,7 +406,7 @@ def test_the_matrices_are_counted_before(family, tmp_path):
     config, settings = tiny_config(family), FourBit(skip=("0.*query",))
     model.hub.save(randomized(config, dtype=torch.float32), tmp_path)
     found = quantized_layers(model.hub.load(tmp_path, quantization=settings))
-    assert quant.__main__.matrices(config, settings, tmp_path).keys() == found.keys() and found
+    assert quant.__main__.find_matrices(config, settings, tmp_path).keys() == found.keys() and found
 
 
 # ---- the picture

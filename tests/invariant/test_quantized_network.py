@@ -179,7 +179,7 @@ def test_a_cast_leaves_codes_and_scales():
 def test_reading_so_is_quantizing_what_was_read(family, settings, tmp_path):
     model.hub.save(tiny(family), tmp_path)
     seen = []
-    read = model.hub.load(tmp_path, quantization=settings, watch=lambda *given: seen.append(given))
+    read = model.hub.load(tmp_path, quantization=settings, on_layer=lambda *given: seen.append(given))
     how = {"block_size": settings.block_size, "double_quantized": settings.double_quantized}
     after = quantize_linears(model.hub.load(tmp_path), settings.scheme, settings.skip, **how)
     one, other = small_layers(read), small_layers(after)
@@ -200,7 +200,7 @@ def test_rows_that_a_family_publishes_in_another_order(tmp_path):
     def keep(name: str, weight: torch.Tensor, small: QuantizedTensor) -> None:
         seen[name] = (weight.clone(), small)
 
-    read = model.hub.load(tmp_path, quantization=FourBit(), watch=keep)
+    read = model.hub.load(tmp_path, quantization=FourBit(), on_layer=keep)
     for number, block in enumerate(read.body.blocks):
         project, original = block.attention.project, network.body.blocks[number].attention.project
         assert type(project.query) is type(project.key) is ReorderedLinear and type(project.value) is QuantizedLinear
@@ -222,7 +222,7 @@ def test_watch_is_told_of_each_layer_once(tmp_path):
     def keep(name: str, weight: torch.Tensor, small: QuantizedTensor) -> None:
         seen.append((name, weight.clone(), small))
 
-    read = model.hub.load(tmp_path, quantization=FourBit(skip=("mlp",)), watch=keep)
+    read = model.hub.load(tmp_path, quantization=FourBit(skip=("mlp",)), on_layer=keep)
     names = [name for name, _, _ in seen]
     assert sorted(names) == [f"transformer.h.{layer}.attn.{part}.weight" for layer in (0, 1) for part in ("c_attn", "c_proj")]
     found = {name.removeprefix("transformer."): (weight, small) for name, weight, small in seen}
@@ -231,7 +231,7 @@ def test_watch_is_told_of_each_layer_once(tmp_path):
         assert torch.equal(weight, block.attention.out.weight) and small is read.body.blocks[number].attention.out.weight
     seen.clear()
     model.hub.save(read, tmp_path / "4-bit")
-    again = model.hub.load(tmp_path / "4-bit", quantization=FourBit("fp4"), watch=lambda *given: seen.append(given))
+    again = model.hub.load(tmp_path / "4-bit", quantization=FourBit("fp4"), on_layer=lambda *given: seen.append(given))
     assert seen == [] and again.quantization is None  # as it is stored, whatever is asked for
     assert all(same_bits(layer.weight, small_layers(again)[path].weight) for path, layer in small_layers(read).items())
 

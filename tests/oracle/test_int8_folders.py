@@ -27,7 +27,7 @@ import model.hub
 from model.rope import halves_to_interleaved
 from model.weights import weight_table
 from quant.calibrate import observe
-from quant.compressed import read_config
+from quant.compressed_io import read_config
 from quant.config import Int8
 from quant.int8 import Grid, quantize
 from quant.int8_linear import Int8Linear

@@ -164,7 +164,7 @@ def other_head_hint(config: ModelConfig, left: Iterable[str], prefix: str) -> st
     for head in load_family(config.family).HEADS:
         names = published_names(config.replace(head=head))
         endings = {name: next((key for key in peft_keys() if name.endswith(f".{key}")), "") for name in modules}
-        if all(names.knows(name.removesuffix(end) + "weight" if end else name) for name, end in endings.items()):
+        if all(names.is_weight(name.removesuffix(end) + "weight" if end else name) for name, end in endings.items()):
             labels = " --labels N" if head in ("sequence", "token") else ""
             return f"; they are of the head {head!r}: --head {head}{labels} (head=…, labels=…)"
     return ""

@@ -132,12 +132,12 @@ class Recorder:
         segments = [self.segment(f"{name}.embed", self.embed, name, causal)]
         for index, layer in enumerate(layers):
             block = f"{name}.blocks.{index}"
-            written = self.segment(block, self.block, block, layer, causal, cross, stream=stream)
+            recorded = self.segment(block, self.block, block, layer, causal, cross, stream=stream)
             if self.training.is_recomputed(index):
                 selective = self.training.recompute == "selective"
-                results = sum(op.results for op in written.ops) if selective else 0
-                written = replace(written, entry=self.stream, shared=shared, results=results)
-            segments.append(written)
+                results = sum(op.results for op in recorded.ops) if selective else 0
+                recorded = replace(recorded, entry=self.stream, shared=shared, results=results)
+            segments.append(recorded)
         return [*segments, self.segment(f"{name}.norm", self.last_norm, name)]
 
     def embed(self, name: str, causal: bool) -> None:
@@ -146,10 +146,10 @@ class Recorder:
         if self.full:
             ids = self.rows * INDEX * (1 + bool(config.token_types)) + length * INDEX * (config.position == "learned")
             tables = ("embedding.", "position.", "token_type.")
-            own = [p for p in self.weights.values() if p.name.startswith(tuple(f"{name}.{table}" for table in tables))]
-            own += [p for p in self.weights.values() if p.name == "body.embedding.weight" and name == "body.encoder"]
-            grads = sum(p.size for p in own if p.trained) * self.wide
-            self.needs_grad = self.needs_grad or any(p.trained for p in own)
+            params = [p for p in self.weights.values() if p.name.startswith(tuple(f"{name}.{table}" for table in tables))]
+            params += [p for p in self.weights.values() if p.name == "body.embedding.weight" and name == "body.encoder"]
+            grads = sum(p.size for p in params if p.trained) * self.wide
+            self.needs_grad = self.needs_grad or any(p.trained for p in params)
             table = config.vocab_size * config.width * self.wide if name == "body.decoder" else 0  # the encoder's too
             waits = {"transient": self.stream + table} if self.tied else {"transient": self.stream, "pending": table}
             self.add("embedding", saved=ids, grads=grads, **waits)
@@ -309,8 +309,8 @@ class Recorder:
             shape = (config.vocab_size, config.width)
             tied = Parameter("head.weight", shape, "head", "head", self.weights["body.embedding.weight"].trained)
             weight = self.weights.get("head.weight", tied)
-            own = self.weights.get("head.bias")
-            self.classes(weight, own if own is not None and own.trained else None, rows)
+            bias = self.weights.get("head.bias")
+            self.classes(weight, bias if bias is not None and bias.trained else None, rows)
         else:
             for weight in self.weights.values():
                 if weight.part == "head" and weight.role == "head" and len(weight.shape) == 2:

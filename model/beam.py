@@ -23,14 +23,14 @@ class Beams(NamedTuple):
 class Finished:
     """The k best ended texts of one input: score = log p(text) / length^penalty, length without the prompt.
 
-    `closed`: no later text can enter, as k have ended (early stopping), or by transformers' rule, as even the best running
+    `is_closed`: no later text can enter, as k have ended (early stopping), or by transformers' rule, as even the best running
     text, ended now, would not score above the worst of the k. With a penalty above 0 a longer text might: a heuristic.
     """
 
     def __init__(self, beams: int, length_penalty: float, early_stopping: bool):
         self.beams, self.length_penalty, self.early_stopping = beams, length_penalty, early_stopping
         self.texts: list[tuple[float, list[int]]] = []
-        self.closed = False
+        self.is_closed = False
 
     def score(self, log_probability: float, length: int) -> float:
         """Return the length-normalized score."""
@@ -43,10 +43,10 @@ class Finished:
         del self.texts[self.beams :]
 
     def close_if_settled(self, best_running: float, length: int) -> None:
-        """Set `closed` where the best running text cannot enter."""
+        """Set `is_closed` where the best running text cannot enter."""
         if len(self.texts) == self.beams:
             worst = self.texts[-1][0]
-            self.closed |= self.early_stopping or self.score(best_running, length) <= worst
+            self.is_closed |= self.early_stopping or self.score(best_running, length) <= worst
 
 
 def beam_search(
@@ -100,7 +100,7 @@ def beam_search(
             total_BkV = running_Bk[..., None] + log_p_NV.unflatten(0, (rows, beams))
             best_BC, place_BC = total_BkV.flatten(1).topk(width)  # C candidates, best first
             beam_BC, token_BC = place_BC // vocab_size, place_BC % vocab_size
-            stops_BC = stop.among(token_BC) | (length == max_new_tokens)
+            stops_BC = stop.is_stop(token_BC) | (length == max_new_tokens)
             _finish(finished, text.new_BT, first_B1, best_BC, beam_BC, token_BC, stops_BC, beams)
 
             running_Bk, choice_Bk = best_BC.masked_fill(stops_BC, -torch.inf).topk(beams)
@@ -108,7 +108,7 @@ def beam_search(
             text.append(token_BC.gather(1, choice_Bk).flatten())
             for one, best_running in zip(finished, running_Bk[:, 0].tolist(), strict=True):
                 one.close_if_settled(best_running, length)
-            if all(one.closed for one in finished):
+            if all(one.is_closed for one in finished):
                 break
     return _best(finished, num_return, stop.fill(network.config.pad_id), device)
 
@@ -127,7 +127,7 @@ def _finish(
     best, token = best_BC.tolist(), token_BC.tolist()
     source = (first_B1 + beam_BC).tolist()
     for b, c in stops_BC[:, :beams].nonzero().tolist():
-        if not finished[b].closed:
+        if not finished[b].is_closed:
             finished[b].add(best[b][c], [*new_BT[source[b][c]].tolist(), token[b][c]])
 
 

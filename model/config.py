@@ -93,7 +93,7 @@ class ModelConfig:
     norm_first: bool = True  # pre-norm (and a last norm), or post-norm
     embedding_norm: bool = False
     scale_embedding: bool = False  # by √D
-    scale_head: bool = False  # what the head reads, by 1/√D
+    scale_head: bool = False  # the head's input, by 1/√D
     score_scale: float | None = None  # of q kᵀ; None: 1/√K
     qk_norm: bool = False  # RMSNorm of each head of q and k, before the rotation
     free_head_width: int | None = None  # K, where it is not width / heads

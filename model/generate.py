@@ -52,15 +52,15 @@ def generate(
             if constraints is not None:
                 logits_BV = constraints.apply(logits_BV, text, stop.ids, last=left == 1)
             token_B = sampling.choose(logits_BV, seen_BV, generator)
-            if stop.given:
+            if stop.is_active:
                 token_B = token_B.masked_fill(done_B, fill)
             text.append(token_B)
             if seen_BV is not None:
                 seen_BV.scatter_(1, token_B[:, None], True)
             if on_token is not None:
                 on_token(token_B)
-            if stop.given:
-                done_B |= stop.reached(text.new_BT)
+            if stop.is_active:
+                done_B |= stop.has_ended(text.new_BT)
                 if done_B.all():
                     break
         new_BN = text.new_BT

@@ -89,68 +89,68 @@ def read_generation_config(folder: str | Path, config: ModelConfig) -> Generatio
     path = Path(folder) / FILE
     if path.is_file():
         try:
-            said = json.loads(path.read_text(encoding="utf-8"))
+            fields = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise HubError(f"{path} is not JSON: {error}") from None
-        if not isinstance(said, dict):
+        if not isinstance(fields, dict):
             raise HubError(f"{path} is not a JSON object")
     else:
         path, known = Path(folder) / "config.json", SUPPORTED | UNSUPPORTED.keys()
-        said = {key: value for key, value in config.extra.items() if key in known}
+        fields = {key: value for key, value in config.extra.items() if key in known}
     try:
-        return parse_generation_config({key: value for key, value in said.items() if value is not None}, config, said)
+        return parse_generation_config({key: value for key, value in fields.items() if value is not None}, config, fields)
     except (ValueError, TypeError) as error:
         raise HubError(f"{path}: {error}") from None
 
 
-def parse_generation_config(said: dict, config: ModelConfig, raw: dict) -> GenerationConfig:
+def parse_generation_config(fields: dict, config: ModelConfig, raw: dict) -> GenerationConfig:
     """Convert transformers' fields to a GenerationConfig. Errors: a value of a wrong kind (ValueError)."""
-    defaults = {ours: number(said, theirs) for theirs, ours in NUMBERS.items() if theirs in said}
-    if said.get("do_sample") is False:
+    defaults = {ours: number(fields, theirs) for theirs, ours in NUMBERS.items() if theirs in fields}
+    if fields.get("do_sample") is False:
         defaults = {name: value for name, value in defaults.items() if name not in ("top_k", "top_p", "min_p")}
         defaults["temperature"] = 0.0
-    own = [i for i in (config.eos_id, *config.stop_ids) if i is not None]
+    end_ids = [i for i in (config.eos_id, *config.stop_ids) if i is not None]
     constraints = Constraints(
-        min_length=int(number(said, "min_length", 0)),
-        min_new_tokens=int(number(said, "min_new_tokens", 0)),
-        no_repeat_ngram=int(number(said, "no_repeat_ngram_size", 0)),
-        forced_first=(*ids(said, "forced_bos_token_id"), None)[0],
-        forced_last=ids(said, "forced_eos_token_id"),
-        suppressed=ids(said, "suppress_tokens"),
-        suppressed_first=ids(said, "begin_suppress_tokens"),
+        min_length=int(number(fields, "min_length", 0)),
+        min_new_tokens=int(number(fields, "min_new_tokens", 0)),
+        no_repeat_ngram=int(number(fields, "no_repeat_ngram_size", 0)),
+        forced_first=(*ids(fields, "forced_bos_token_id"), None)[0],
+        forced_last=ids(fields, "forced_eos_token_id"),
+        suppressed=ids(fields, "suppress_tokens"),
+        suppressed_first=ids(fields, "begin_suppress_tokens"),
     )
     return GenerationConfig(
-        stop_ids=ids(said, "eos_token_id") or tuple(own),
-        pad_id=(*ids(said, "pad_token_id"), config.pad_id)[0],
-        decoder_start_id=(*ids(said, "decoder_start_token_id"), config.decoder_start_id)[0],
+        stop_ids=ids(fields, "eos_token_id") or tuple(end_ids),
+        pad_id=(*ids(fields, "pad_token_id"), config.pad_id)[0],
+        decoder_start_id=(*ids(fields, "decoder_start_token_id"), config.decoder_start_id)[0],
         constraints=constraints,
         defaults=defaults,
-        unsupported=tuple(unsupported_settings(said)),
+        unsupported=tuple(unsupported_settings(fields)),
         raw=raw,
     )
 
 
-def unsupported_settings(said: dict) -> Iterator[str]:
+def unsupported_settings(fields: dict) -> Iterator[str]:
     """Yield the settings that would change a text and are ignored."""
-    yield from (key for key, idle in UNSUPPORTED.items() if key in said and said[key] not in idle)
-    if said.get("early_stopping") == "never":
+    yield from (key for key, idle in UNSUPPORTED.items() if key in fields and fields[key] not in idle)
+    if fields.get("early_stopping") == "never":
         yield "early_stopping 'never'"
-    if said.get("do_sample") and number(said, "num_beams", 1) > 1:
+    if fields.get("do_sample") and number(fields, "num_beams", 1) > 1:
         yield "do_sample beside num_beams"
 
 
-def ids(said: dict, key: str) -> tuple[int, ...]:
+def ids(fields: dict, key: str) -> tuple[int, ...]:
     """Return a field's ids: one, a list, or none."""
-    value = said.get(key, ())
+    value = fields.get(key, ())
     value = (value,) if type(value) is int else value
     if not isinstance(value, list | tuple) or not all(type(i) is int for i in value):
         raise ValueError(f"{key}={value!r} is neither an id nor a list of ids")
     return tuple(i for i in value if i >= 0)  # Whisper writes -1 for none
 
 
-def number(said: dict, key: str, default: float = 0.0) -> float:
+def number(fields: dict, key: str, default: float = 0.0) -> float:
     """Return a field's number."""
-    value = said.get(key, default)
+    value = fields.get(key, default)
     if not isinstance(value, int | float) and not (key == "early_stopping" and value == "never"):
         raise ValueError(f"{key}={value!r} is not a number")
     return value
@@ -159,11 +159,11 @@ def number(said: dict, key: str, default: float = 0.0) -> float:
 def generation_json(config: ModelConfig, raw: Mapping[str, object]) -> str:
     """Return the file of a network: as it was read (`raw`), else with the ids of config.json, for tools that read only it."""
     ends = [i for i in (config.eos_id, *config.stop_ids) if i is not None]
-    own = {
+    values = {
         "bos_token_id": config.bos_id,
         "eos_token_id": ends if len(ends) > 1 else config.eos_id,
         "pad_token_id": config.pad_id,
         "decoder_start_token_id": config.decoder_start_id,
     }
-    said = {key: value for key, value in own.items() if value is not None}
-    return json.dumps(dict(raw) or said, indent=2, ensure_ascii=False) + "\n"
+    fields = {key: value for key, value in values.items() if value is not None}
+    return json.dumps(dict(raw) or fields, indent=2, ensure_ascii=False) + "\n"

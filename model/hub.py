@@ -261,7 +261,7 @@ def _match(
                 found.sources[name] = (path, published)
             elif spelled in names.aliases:
                 copies.append((path, published, names.rows[names.aliases[spelled]]))
-            elif heads.knows(published):
+            elif heads.is_weight(published):
                 found.other_heads.append(published)
             elif spelled not in names.ignored:
                 raise HubError(f"{path.name} holds {published!r}, which {config.family} of this config has no place for")

@@ -16,7 +16,7 @@ _RESIDUAL = ("attention.out.weight", "mlp.down.weight")
 
 
 def depth_scaled(config: ModelConfig, name: str, role: str, shape: torch.Size) -> float:
-    """Return init_std, over √(2L) for what is added to the residual stream. Source: Radford et al. 2019, section 2.3."""
+    """Return init_std, over √(2L) for outputs added to the residual stream. Source: Radford et al. 2019, section 2.3."""
     return config.init_std / (math.sqrt(2 * config.depth) if name.endswith(_RESIDUAL) else 1)
 
 

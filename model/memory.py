@@ -95,22 +95,22 @@ def forward_peak(segments: list[Segment]) -> float:
 
     Autocast holds its copies of the weights to the end of the forward, also those of recomputed blocks.
     """
-    held = sum(segment.retained + (segment.copies if segment.entry else 0) for segment in segments)
-    return held + sum(op.workspace + op.forward_grads for op in segments[-1].ops)
+    retained = sum(segment.retained + (segment.copies if segment.entry else 0) for segment in segments)
+    return retained + sum(op.workspace + op.forward_grads for op in segments[-1].ops)
 
 
 def backward_peak(segments: list[Segment], waiting: float) -> float:
     """Return the peak of the backward. `waiting`: gradients of earlier micro-batches."""
     live, grads, highest = sum(segment.retained for segment in segments), waiting, 0.0
     for segment in reversed(segments):
-        again = bool(segment.entry)
-        if again:  # the second forward replaces its results by all saved tensors
+        is_recomputed = bool(segment.entry)
+        if is_recomputed:  # the second forward replaces its results by all saved tensors
             live += segment.saved - segment.shared - segment.results
         for op in reversed(segment.ops):
             highest = max(highest, live + grads + segment.stream + op.transient + op.grads + op.pending)
             live += op.pending - op.saved - op.copies
             grads += 0 if waiting else op.grads
-        live -= segment.entry - segment.shared if again else 0
+        live -= segment.entry - segment.shared if is_recomputed else 0
     return highest
 
 
@@ -145,10 +145,10 @@ def muon_workspace(config: ModelConfig, training: Training) -> float:
     else:
         sides = (p.shape for p in adapted_matrices(config, training.targets))
         shapes = [shape for out, into in sides for shape in ((training.rank, into), (out, training.rank))]
-    size, highest, before = 2 if training.device == "cuda" else WIDE, 0, 0
+    size, highest, previous = 2 if training.device == "cuda" else WIDE, 0, 0
     for (out, into), count in Counter(shapes).items():
         stack = min(count, max(1, BATCH_ELEMENTS // (out * into)))
         numbers, squares = stack * out * into, stack * min(out, into) ** 2
-        highest = max(highest, before + numbers * (WIDE + 2 * size) + 2 * squares * size)
-        before = numbers * size  # this stack's result exists while the next one begins
+        highest = max(highest, previous + numbers * (WIDE + 2 * size) + 2 * squares * size)
+        previous = numbers * size  # this stack's result exists while the next one begins
     return sum(out * into for out, into in shapes) * WIDE + highest

@@ -19,8 +19,8 @@ BODIES = {"decoder": Decoder, "encoder": Encoder, "encoder-decoder": EncoderDeco
 class Network(nn.Module):
     """A network: `body` turns ids into hidden states, `head` turns these into logits (`model.heads`, by `config.head`).
 
-    With tied embeddings the matrix of a language or masked-language head is the embedding's. forward takes what the body's
-    takes: input_ids B T, attention_mask B T (1 real, 0 pad), … (`model.stack`, `model.encoder_decoder`) → `Output`.
+    With tied embeddings the matrix of a language or masked-language head is the embedding's. forward has the
+    arguments of the body's (`model.stack`, `model.encoder_decoder`), input_ids B T, attention_mask B T, … → `Output`.
     """
 
     source: Path | None = None  # the folder it was loaded from
@@ -51,5 +51,5 @@ class Network(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options) -> Output:
         """Return the body's output with logits; options: those of the body's forward."""
         output = self.body(input_ids, attention_mask, **options)
-        own = options.get("decoder_input_ids") is not None  # else the decoder reads the input ids, and shares their mask
-        return self.head.read(output, options.get("decoder_attention_mask") if own else attention_mask)
+        has_decoder_ids = options.get("decoder_input_ids") is not None  # else it reads the input ids, and shares their mask
+        return self.head.read(output, options.get("decoder_attention_mask") if has_decoder_ids else attention_mask)

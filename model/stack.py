@@ -122,7 +122,7 @@ class Stack(nn.Module):
     ) -> Output:
         """input_ids B T → hidden B T D, of the text (keep_prompt: B P+T D, a prompt's positions first).
 
-        attention_mask B S (1 real, 0 pad; S counts what the cache holds too). position_ids B T (default: counted by the
+        attention_mask B S (1 real, 0 pad; S counts cached positions too). position_ids B T (default: counted by the
         mask). token_type_ids B T (default: 0). document_ids B T: packed documents, which must not see each other; all see
         prompt and prefix, and a prompt then sees itself alone.
         """

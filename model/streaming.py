@@ -22,8 +22,8 @@ class TextStream:
     def __init__(self, write: Callable[[str], object], bytes_of: Sequence[bytes], stop_strings: Sequence[str] = ()):
         self.write, self.bytes_of, self.stop_strings = write, bytes_of, tuple(stop_strings)
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self.waiting = ""
-        self.stopped = False
+        self.pending = ""
+        self.is_stopped = False
 
     def add(self, token: int) -> None:
         """Add the next token."""
@@ -32,20 +32,20 @@ class TextStream:
     def close(self) -> None:
         """Write the text that was held back."""
         self._take(self.decoder.decode(b"", final=True))
-        if not self.stopped and self.waiting:
-            self.write(self.waiting)
-        self.waiting = ""
+        if not self.is_stopped and self.pending:
+            self.write(self.pending)
+        self.pending = ""
 
     def _take(self, text: str) -> None:
-        if self.stopped:
+        if self.is_stopped:
             return
-        self.waiting += text
-        cut = stop_position(self.waiting, self.stop_strings)
-        self.stopped = cut < len(self.waiting)
-        settled = cut if self.stopped else len(self.waiting) - possible_stop_length(self.waiting, self.stop_strings)
+        self.pending += text
+        cut = stop_position(self.pending, self.stop_strings)
+        self.is_stopped = cut < len(self.pending)
+        settled = cut if self.is_stopped else len(self.pending) - possible_stop_length(self.pending, self.stop_strings)
         if settled:
-            self.write(self.waiting[:settled])
-        self.waiting = self.waiting[settled:]
+            self.write(self.pending[:settled])
+        self.pending = self.pending[settled:]
 
 
 def stop_position(text: str, stop_strings: Sequence[str]) -> int:

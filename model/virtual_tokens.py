@@ -74,7 +74,7 @@ class VirtualTokens(NamedTuple):
     def positions(
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, document_ids: Tensor | None
     ) -> Positions:
-        """Extend what the caller said about the text to the virtual tokens; position ids default to counting the mask."""
+        """Extend the text's mask, positions and documents to the virtual tokens; position ids default to counting the mask."""
         queries = self.prompt_length + input_ids.size(1)
         keys = self.length + self.cached + input_ids.size(1)
         attention_mask, document_ids = self.extend(attention_mask, 1), self.extend(document_ids, -1)

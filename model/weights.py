@@ -116,7 +116,7 @@ class PublishedNames:
                 return spelled
         return published
 
-    def knows(self, published: str) -> bool:
+    def is_weight(self, published: str) -> bool:
         """Return True where the name belongs to a weight."""
         spelled = self.canonical(published)
         return spelled in self.rows or spelled in self.aliases

@@ -43,10 +43,10 @@ def fill(options: Fill) -> None:
         raise ConfigError(f"{folder}: its tokenizer has no mask token, so no gap can be marked")
     # [MASK] works for every tokenizer, whatever its own mask token is called (RoBERTa: <mask>). A space before it belongs to
     # the missing token: pieces begin with their space, or (WordPiece) have no spaces.
-    *before, last = options.text.split(GAP)
-    texts = [*(part.removesuffix(" ") for part in before), last]
-    own = tokenizer.token_name(tokenizer.mask_id)
-    note_control_tokens(tokenizer, " ".join(texts).replace(own, ""), specials=True, option="the text")
+    *leading, last = options.text.split(GAP)
+    texts = [*(part.removesuffix(" ") for part in leading), last]
+    mask_name = tokenizer.token_name(tokenizer.mask_id)
+    note_control_tokens(tokenizer, " ".join(texts).replace(mask_name, ""), specials=True, option="the text")
     first, *rest = (encode(tokenizer, part, option="the text") for part in texts)
     note_unknown(tokenizer, " ".join(texts), [id for part in (first, *rest) for id in part], option="the text")
     ids = first

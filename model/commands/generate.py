@@ -95,31 +95,31 @@ def generate(options: Generate) -> None:
     folder = resolve(options.run)
     network = open_network(folder, device, options.base)
     tokenizer = load_tokenizer(folder, network.config.vocab_size)
-    said = read_generation_config(network.source or folder, network.config)
-    if said.decoder_start_id != network.config.decoder_start_id:
-        network.config = network.config.replace(decoder_start_id=said.decoder_start_id)
-    written = network.config.architecture == "encoder-decoder"  # an answer, not a continuation
+    folder_settings = read_generation_config(network.source or folder, network.config)
+    if folder_settings.decoder_start_id != network.config.decoder_start_id:
+        network.config = network.config.replace(decoder_start_id=folder_settings.decoder_start_id)
+    is_answer = network.config.architecture == "encoder-decoder"  # an answer, not a continuation
     check_text(options, network.config)
     longest = context_window(network)
     texts = []  # (the text to print before, ids)
-    for text in options.source if written else (options.prompt,):
-        option = "--source" if written else "--prompt"
+    for text in options.source if is_answer else (options.prompt,):
+        option = "--source" if is_answer else "--prompt"
         note_control_tokens(tokenizer, text, specials=options.specials, option=option)
         ids = encode(tokenizer, text, specials=options.specials, option=option)
         note_unknown(tokenizer, text, ids, option=option)
-        framed = tokenizer.with_special_tokens(ids) if ids or written else first_ids(tokenizer)
-        texts.append(("" if written else tokenizer.decode(ids), framed))
-        note_length(longest, len(framed), option, written)
-    if tokenizer.affixes.suffix and not written:
+        framed = tokenizer.with_special_tokens(ids) if ids or is_answer else first_ids(tokenizer)
+        texts.append(("" if is_answer else tokenizer.decode(ids), framed))
+        note_length(longest, len(framed), option, is_answer)
+    if tokenizer.affixes.suffix and not is_answer:
         end = ", ".join(tokenizer.token_name(id) for id in tokenizer.affixes.suffix)
         print(f"note: this folder's tokenizer puts {end} behind each text, and so behind --prompt", file=sys.stderr)
     stop_strings, stop_ids = stops(options.stop, tokenizer)
-    settings = generation_settings(options, said, prompt=1 if written else len(texts[0][1]), written=written)
+    settings = generation_settings(options, folder_settings, prompt=1 if is_answer else len(texts[0][1]), is_answer=is_answer)
     common = {
         "max_new_tokens": int(settings.pop("max_new_tokens")),
-        "stop_ids": [*stop_ids, *(said.stop_ids or [i for i in (tokenizer.eos_id,) if i is not None])],
+        "stop_ids": [*stop_ids, *(folder_settings.stop_ids or [i for i in (tokenizer.eos_id,) if i is not None])],
         "use_cache": options.cache,
-        "constraints": said.constraints,
+        "constraints": folder_settings.constraints,
         "repetition_penalty": settings.pop("repetition_penalty"),
     }
     beams, early = int(settings.pop("beams")), settings.pop("early_stopping", False)
@@ -135,30 +135,30 @@ def generate(options: Generate) -> None:
         for opening, ids in texts:
             found = beam_search(network, torch.tensor([ids], device=device), **searched)
             print(opening + tokenizer.decode(found.tokens[0, 0].tolist()))
-            note_window(longest, 1 if written else len(ids), found.tokens.size(-1))
+            note_window(longest, 1 if is_answer else len(ids), found.tokens.size(-1))
         return
     for opening, ids in texts:
         generator = torch.Generator(device).manual_seed(options.seed)
-        told = settings | common | {"generator": generator}
+        sampling = settings | common | {"generator": generator}
         ids_1T = torch.tensor([ids], device=device)
-        made = write(network, ids_1T, tokenizer, opening, stop_strings, options.stream, **told)
-        note_window(longest, 1 if written else len(ids), made)
+        count = write(network, ids_1T, tokenizer, opening, stop_strings, options.stream, **sampling)
+        note_window(longest, 1 if is_answer else len(ids), count)
 
 
-def note_length(longest: int | None, length: int, option: str, written: bool) -> None:
+def note_length(longest: int | None, length: int, option: str, is_answer: bool) -> None:
     """Print a note where a text is longer than the context; for an encoder this is an error."""
     if longest is not None and length > longest:
-        if written:
+        if is_answer:
             raise ConfigError(f"{option} has {length:,} tokens, and this network reads {longest:,} at once: shorten it")
         read = f"the last {longest:,} of {length:,} tokens of {option} are read"
         print(f"note: {read}: the context has no more", file=sys.stderr)
 
 
-def note_window(longest: int | None, begun: int, made: int) -> None:
+def note_window(longest: int | None, begun: int, count: int) -> None:
     """Print a note where a text grew beyond the context. `begun`: its first tokens; the last new one is never read."""
-    if longest is not None and min(begun, longest) + made - 1 > longest:
+    if longest is not None and min(begun, longest) + count - 1 > longest:
         what = f"the text grew past the {longest:,} tokens of the context"
-        print(f"note: {what}: each time its last half was read again, and what stood before was not", file=sys.stderr)
+        print(f"note: {what}: each time its last half was read again, without the earlier text", file=sys.stderr)
 
 
 def check_text(options: Generate, config: "ModelConfig") -> None:
@@ -211,38 +211,42 @@ def first_ids(tokenizer: "Tokenizer") -> list[int]:
     return tokenizer.check_ids([*(tokenizer.affixes.prefix or (tokenizer.bos_id,))])
 
 
-def stops(given: tuple[str, ...], tokenizer: "Tokenizer") -> tuple[tuple[str, ...], list[int]]:
+def stops(values: tuple[str, ...], tokenizer: "Tokenizer") -> tuple[tuple[str, ...], list[int]]:
     """Return the strings and the ids of --stop. A control token becomes an id, as no decoded text contains it."""
-    for text in given:
-        held = [name for name in tokenizer.control_tokens if name in text]
-        if held and text not in tokenizer.control_tokens:
-            raise ConfigError(f"--stop {text!r} holds the control token {held[0]}: that ends a text alone, --stop {held[0]!r}")
-    for text in given:
+    for text in values:
+        inside = [name for name in tokenizer.control_tokens if name in text]
+        if inside and text not in tokenizer.control_tokens:
+            name = inside[0]
+            raise ConfigError(f"--stop {text!r} holds the control token {name}: that ends a text alone, --stop {name!r}")
+    for text in values:
         note_control_tokens(tokenizer, "" if text in tokenizer.control_tokens else text, specials=True, option="--stop")
-    ids = [tokenizer.control_tokens[text] for text in given if text in tokenizer.control_tokens]
-    return tuple(text for text in given if text not in tokenizer.control_tokens), ids
+    ids = [tokenizer.control_tokens[text] for text in values if text in tokenizer.control_tokens]
+    return tuple(text for text in values if text not in tokenizer.control_tokens), ids
 
 
-def generation_settings(options: Generate, said: "GenerationConfig", *, prompt: int, written: bool = False) -> dict[str, float]:
-    """Merge the settings of the options, the folder and `DEFAULTS`. prompt: tokens that max_length counts too; written: an
-    answer, which is greedy where no option asks to sample."""
+def generation_settings(
+    options: Generate, folder_settings: "GenerationConfig", *, prompt: int, is_answer: bool = False
+) -> dict[str, float]:
+    """Merge the settings of the options, the folder and `DEFAULTS`. prompt: tokens that max_length counts too; is_answer:
+    greedy where no option asks to sample."""
     asked = {name: getattr(options, name) for name in (*DEFAULTS, "top_p", "min_p") if getattr(options, name) is not None}
-    own, usual = dict(said.defaults), DEFAULTS
-    if written and said.raw.get("do_sample") is not True and not asked.keys() & set(SAMPLING):
-        usual, own = DEFAULTS | GREEDY, {name: value for name, value in own.items() if name not in ("temperature", *SAMPLING)}
-    if (length := own.pop("max_length", None)) is not None and "max_new_tokens" not in own:
-        own["max_new_tokens"] = max(1, int(length) - prompt)
+    defaults, base = dict(folder_settings.defaults), DEFAULTS
+    if is_answer and folder_settings.raw.get("do_sample") is not True and not asked.keys() & set(SAMPLING):
+        base = DEFAULTS | GREEDY
+        defaults = {name: value for name, value in defaults.items() if name not in ("temperature", *SAMPLING)}
+    if (length := defaults.pop("max_length", None)) is not None and "max_new_tokens" not in defaults:
+        defaults["max_new_tokens"] = max(1, int(length) - prompt)
     if asked.get("temperature") == 0 or asked.get("beams", 1) > 1:  # nothing is sampled: the rest has no effect
-        own = {name: value for name, value in own.items() if name not in ("top_k", "top_p", "min_p")}
+        defaults = {name: value for name, value in defaults.items() if name not in ("top_k", "top_p", "min_p")}
     elif asked.keys() & {"temperature", "top_k", "top_p", "min_p"}:  # sampling is asked for, where the folder may be greedy
-        own = {name: value for name, value in own.items() if name != "beams" and (name, value) != ("temperature", 0)}
-    taken = {name: value for name, value in own.items() if name not in asked and DEFAULTS.get(name) != value}
-    if taken:
-        words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in taken.items())
+        defaults = {name: value for name, value in defaults.items() if name != "beams" and (name, value) != ("temperature", 0)}
+    applied = {name: value for name, value in defaults.items() if name not in asked and DEFAULTS.get(name) != value}
+    if applied:
+        words = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in applied.items())
         print(f"note: the folder's own settings: {words}; options override them", file=sys.stderr)
-    if said.unsupported:
-        names = ", ".join(said.unsupported)
+    if folder_settings.unsupported:
+        names = ", ".join(folder_settings.unsupported)
         print(f"note: the folder's generation_config.json also asks for {names}: not obeyed", file=sys.stderr)
-    settings = usual | own | asked
+    settings = base | defaults | asked
     settings["top_k"] = settings["top_k"] or None
     return settings

@@ -74,15 +74,15 @@ def predict(options: Predict) -> None:
     network = open_network(folder, device, options.base)
     config = network.config
     check_classifier(network, str(options.run))
-    several, labels, asked = is_multi_label(network), label_names_of(config), classify_settings(options, folder)
+    several, labels, settings = is_multi_label(network), label_names_of(config), classify_settings(options, folder)
     if options.threshold != type(options).threshold and not several:
         raise ConfigError("--threshold would have no effect: this network gives each text one class, the most probable one")
     tokenizer = load_tokenizer(folder, config.vocab_size)
     places, rows = read_texts(options.file)
-    check_columns(rows, places, asked, options)
-    room = config.context - network.body.num_virtual_tokens
-    framer = Framer(tokenizer, max_length=min(room, asked.max_length or room), is_pair=asked.pair is not None)
-    framed = [frame(framer, row, place, asked) for row, place in zip(rows, places, strict=True)]
+    check_columns(rows, places, settings, options)
+    max_tokens = config.context - network.body.num_virtual_tokens
+    framer = Framer(tokenizer, max_length=min(max_tokens, settings.max_length or max_tokens), is_pair=settings.pair is not None)
+    framed = [frame(framer, row, place, settings) for row, place in zip(rows, places, strict=True)]
     if cut := sum(each.truncated > 0 for each in framed):
         print(f"note: {cut:,} of {len(rows):,} texts cut to {framer.max_length:,} tokens", file=sys.stderr)
 
@@ -101,8 +101,8 @@ def predict(options: Predict) -> None:
     )
     guesses = [predicted_labels(labels, row_C, multi=several, threshold=options.threshold) for row_C in probability_NC]
     if options.score:
-        said = score(options, asked, rows, places, labels, guesses, several=several)
-        print(said, file=sys.stderr if options.out is None else sys.stdout)
+        line = score(options, settings, rows, places, labels, guesses, several=several)
+        print(line, file=sys.stderr if options.out is None else sys.stdout)
     results = [
         row | {PREDICTED: list(guess) if several else guess[0], PROBABILITIES: dict(zip(labels, chances, strict=True))}
         for row, guess, chances in zip(rows, guesses, probability_NC.tolist(), strict=True)
@@ -110,7 +110,7 @@ def predict(options: Predict) -> None:
     if options.out is None:
         sys.stdout.writelines(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
         return
-    write(options.out, WRITERS[options.out.suffix.lower()](results, labels, asked.separator))
+    write(options.out, WRITERS[options.out.suffix.lower()](results, labels, settings.separator))
     print(f"written: {options.out}: {len(results):,} texts")
 
 
@@ -179,18 +179,18 @@ def read_texts(file: Path) -> tuple[list[str], list[Row]]:
     return [place for place, _ in found], [row for _, row in found]
 
 
-def check_columns(rows: Sequence[Row], places: Sequence[str], asked: "ClassifySettings", options: Predict) -> None:
+def check_columns(rows: Sequence[Row], places: Sequence[str], settings: "ClassifySettings", options: Predict) -> None:
     """Refuse records without the columns of the texts, or with columns of the output's names."""
     from data.sources.find import readable_suffix
     from data.sources.record_files import quote_names
 
     if readable_suffix(options.file) == ".txt":
-        if options.text is not None or asked.pair is not None or options.score:
+        if options.text is not None or settings.pair is not None or options.score:
             raise DataError(f"{options.file} has one text a line and no columns: --text, --pair and --score are of records")
         for row in rows:
-            row |= {asked.text: row.pop("text")}
+            row |= {settings.text: row.pop("text")}
     for row, place in zip(rows, places, strict=True):
-        for column, option in ((asked.text, "--text"), (asked.pair, "--pair")):
+        for column, option in ((settings.text, "--text"), (settings.pair, "--pair")):
             if column is None:
                 continue
             if column not in row:
@@ -201,17 +201,17 @@ def check_columns(rows: Sequence[Row], places: Sequence[str], asked: "ClassifySe
             raise DataError(f"{place}: the column {taken[0]!r} is one that is written: rename it")
 
 
-def frame(framer: "Framer", row: Row, place: str, asked: "ClassifySettings"):
+def frame(framer: "Framer", row: Row, place: str, settings: "ClassifySettings"):
     """Tokenize the text or texts of a record."""
     try:
-        return framer(*(row[column] for column in (asked.text, asked.pair) if column is not None))
+        return framer(*(row[column] for column in (settings.text, settings.pair) if column is not None))
     except DataError as error:
         raise DataError(f"{place}: {error}") from None
 
 
 def score(
     options: Predict,
-    asked: "ClassifySettings",
+    settings: "ClassifySettings",
     rows: Sequence[Row],
     places: Sequence[str],
     labels: Sequence[str],
@@ -227,14 +227,14 @@ def score(
     from eval.multilabel import Multilabel
     from train.label_scores import class_scores, label_scores
 
-    separator, ids = asked.separator if several else None, {name: id for id, name in enumerate(labels)}
-    true = [label_names(row, place, asked.label, separator) for row, place in zip(rows, places, strict=True)]
+    separator, ids = settings.separator if several else None, {name: id for id, name in enumerate(labels)}
+    true = [label_names(row, place, settings.label, separator) for row, place in zip(rows, places, strict=True)]
     for names, place in zip(true, places, strict=True):
         if unknown := [name for name in names if name not in ids]:
             raise DataError(f"{place}: the label {unknown[0]!r} is none of the network's: {', '.join(labels)}")
     if not several:
-        guessed, told = (torch.tensor([ids[names[0]] for names in side]) for side in (guesses, true))
-        found = class_scores(confusion_matrix(guessed, told, len(labels), multilabel=False), 0.0)
+        predicted, expected = (torch.tensor([ids[names[0]] for names in side]) for side in (guesses, true))
+        found = class_scores(confusion_matrix(predicted, expected, len(labels), multilabel=False), 0.0)
         return f"accuracy {found['accuracy']:.4f} · macro F1 {found['f1']:.4f} · MCC {found['mcc']:.4f} ({len(rows):,} texts)"
 
     def matrix(side: Sequence[Sequence[str]]) -> "Tensor":
@@ -244,8 +244,8 @@ def score(
         return cells_NC
 
     found = label_scores(Multilabel(len(labels)).statistics(matrix(guesses), [matrix(true)]).sum(0), 0.0)
-    said = f"micro F1 {found['micro_f1']:.4f} · macro F1 {found['f1']:.4f} · all labels right {found['accuracy']:.4f}"
-    return f"{said} ({len(rows):,} texts)"
+    line = f"micro F1 {found['micro_f1']:.4f} · macro F1 {found['f1']:.4f} · all labels right {found['accuracy']:.4f}"
+    return f"{line} ({len(rows):,} texts)"
 
 
 # ---- out

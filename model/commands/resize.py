@@ -33,13 +33,13 @@ def resize(options: Resize) -> None:
 
     folder = resolve(options.folder)
     network = load(folder, check_finite=True)
-    before = network.config.vocab_size
-    if options.vocab_size == before:
-        raise ConfigError(f"--vocab-size {before}: the network has as many rows already")
+    old_size = network.config.vocab_size
+    if options.vocab_size == old_size:
+        raise ConfigError(f"--vocab-size {old_size}: the network has as many rows already")
     with atomic_folder(options.out) as making:
         save(resize_vocabulary(network, options.vocab_size), making)
         copy_auxiliary_files(folder, making)
-    print(f"written: {options.out}: {before:,} rows became {options.vocab_size:,}")
+    print(f"written: {options.out}: {old_size:,} rows became {options.vocab_size:,}")
     print(f"try it:  {example_command(options.out)}")
     try:
         count = len(load_tokenizer(folder).token_bytes)

@@ -1,4 +1,4 @@
-"""One file per published family: strings and numbers, no torch (`_shared.py`: what several families have in common).
+"""One file per published family: strings and numbers, no torch (`_shared.py`: fields that several families have in common).
 
 Each family's file has the same names:
 

@@ -81,8 +81,8 @@ def read_rope(hf: dict, named: int, base: float) -> tuple[Rope, int]:
         refuse_unless(values, mscale=None, mscale_all_dim=None)
         rope |= {"slow": float(values.get("beta_slow") or 1), "fast": float(values.get("beta_fast") or 32)}
         rope |= {"attention_factor": values.get("attention_factor"), "truncate": values.get("truncate", True)}
-    made = Rope(**rope, trained_context=trained)
-    return made, extended_context(made, named)
+    result = Rope(**rope, trained_context=trained)
+    return result, extended_context(result, named)
 
 
 def extended_context(rope: Rope, named: int) -> int:
@@ -99,11 +99,11 @@ def extended_context(rope: Rope, named: int) -> int:
 
 def published_context(config) -> int:
     """Return max_position_embeddings: as it was read where that still means `context`, else `context` itself."""
-    rope, said = config.rope, config.extra.get("max_position_embeddings")
+    rope, stored = config.rope, config.extra.get("max_position_embeddings")
     if rope.kind == "dynamic":
         return rope.trained_context
-    same = type(said) is int and said >= rope.trained_context and extended_context(rope, said) == config.context
-    return said if same else config.context
+    same = type(stored) is int and stored >= rope.trained_context and extended_context(rope, stored) == config.context
+    return stored if same else config.context
 
 
 def write_rope(rope: Rope, named: int) -> dict:

@@ -6,7 +6,7 @@ import transformers
 
 import model.hub
 from model.config import ModelConfig
-from model.heads import HEADS
+from model.heads import CLASSIFIERS, HEADS, POOLED_HEADS, TIED_HEADS
 from model.network import Network
 from model.weights import head_spec, to_published, weight_table
 from tests.conftest import TINY_FAMILIES, randomized, tiny_config
@@ -73,6 +73,20 @@ def test_head(family, head, tmp_path, parity):
     named = dict(loaded.named_parameters())
     assert loaded.config.head == head
     assert all(torch.equal(parameter, named[name]) for name, parameter in network.named_parameters())
+
+
+def test_families_and_heads_register_themselves():
+    """A family is a file, a head a class; what a family publishes is a head that exists."""
+    from pathlib import Path
+
+    import model.families
+    from model.config import FAMILIES, load_family
+
+    files = {path.stem for path in Path(model.families.__file__).parent.glob("[a-z]*.py")}
+    assert set(FAMILIES) == files and all(load_family(name).MODEL_TYPE == name for name in FAMILIES)
+    assert all(set(load_family(name).HEADS) <= set(HEADS) for name in FAMILIES)
+    assert (TIED_HEADS, CLASSIFIERS) == (("lm", "mlm", "pretraining"), ("sequence", "token"))
+    assert POOLED_HEADS == ("nsp", "sequence", "pooler")
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -116,6 +116,18 @@ def test_masks_become_flags_where_they_say_the_same():
     assert Mask(window=2).attention_inputs(1, 9).allowed_B1TS is not None
 
 
+def test_attention_without_a_mask():
+    """Three tensors are enough; a mask may have two axes, and is_causal is the triangular one."""
+    q, k, v = leaf(2, 4, 5, 6), leaf(2, 4, 5, 6), leaf(2, 4, 5, 6)
+    lower = torch.ones(5, 5, dtype=torch.bool).tril()
+    for attend in (attention_reference, attention_sdpa):
+        assert (attend(q, k, v) - F.scaled_dot_product_attention(q, k, v)).abs().max() < 1e-12
+        assert (attend(q, k, v, lower) - attend(q, k, v, is_causal=True)).abs().max() < 1e-12
+        assert (attend(q, k, v, lower) - attend(q, k, v)).abs().max() > 1e-2
+    with pytest.raises(ValueError, match="as many queries as keys, not 3 and 5"):
+        attention_reference(q[:, :, :3], k, v, is_causal=True)
+
+
 def test_rows_without_a_key_give_zero():
     q, k, v = leaf(1, 1, 3, 4), leaf(1, 1, 3, 4), leaf(1, 1, 3, 4)
     attended = Mask(attention_mask=torch.tensor([[0, 1, 1]])).attention_inputs(3, 3)

@@ -7,7 +7,7 @@ from types import FrameType
 
 
 class StopRequest:
-    """A context: inside, the first SIGINT or SIGTERM only sets `.number`; the loop looks at it between steps."""
+    """A context in which the first SIGINT or SIGTERM only sets `.number`; the loop checks it between steps."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -18,15 +18,15 @@ class StopRequest:
         if self.number:
             raise KeyboardInterrupt
         self.number, name = number, signal.Signals(number).name
-        # Not print: the signal may have come in the middle of one.
+        # Not print: the signal may have interrupted one.
         os.write(2, f"\n{name}: saving after this step; a second signal stops at once\n".encode())
 
     def __enter__(self) -> "StopRequest":
-        self._before = {}
-        if threading.current_thread() is threading.main_thread():  # Python delivers signals to that one alone
-            self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        self._handlers = {}
+        if threading.current_thread() is threading.main_thread():  # Python delivers signals to the main thread only
+            self._handlers = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)

@@ -124,7 +124,7 @@ class Run:
         """Train until the last step, an early stop or a signal; return the signal's number, else 0."""
         began, first_step, first_tokens = time.monotonic(), self.step, self.tokens
         if self.config.method is not None and not self.step:
-            self.console.info(f"before the first step: {self.task.line(self._scores())}")
+            self.console.info(f"before the first step: {self.task.score_line(self._scores())}")
         self.console.begin(self.step, self.config.run.steps)
         try:
             with explained_errors(self):
@@ -262,7 +262,7 @@ class Run:
         if improved:
             self.best = {"step": self.step, **scores}
         self.bad_evaluations = 0 if improved else self.bad_evaluations + 1
-        line = self.task.line(scores) + " · best so far" * improved
+        line = self.task.score_line(scores) + " · best so far" * improved
         self.console.info(f"validation at step {self.step}: {line}")
         return improved
 
@@ -273,7 +273,7 @@ class Run:
         with self.engine.averaged():
             totals = evaluate(unwrapped(self.engine.objective), batches, **options)
             with self._inference():
-                totals |= self.task.more_totals(self.engine.network, self.device, self.ranks)
+                totals |= self.task.generation_totals(self.engine.network, self.device, self.ranks)
         return self.task.scores(totals)
 
     @contextmanager

@@ -26,7 +26,7 @@ class RecordTask(Task):
     `sees`: "neighbours" gives transform all records and an index. `is_random`: it draws.
     """
 
-    mixes: ClassVar[bool] = True
+    can_mix: ClassVar[bool] = True
     suffixes = FORMATS
     sees: ClassVar[str] = "record"
     is_random: ClassVar[bool] = False

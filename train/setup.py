@@ -94,7 +94,7 @@ def trainable(task: type[Task]) -> str:
 def open_data(config: TrainConfig, checkpoint: Path | None, info: Info) -> object:
     """The task's data; with --init, in the tokens of the folder that the weights come from."""
     tokenizer, task = None, load(config.run.objective)
-    if config.data.weights and not task.mixes:
+    if config.data.weights and not task.can_mix:
         raise TrainError(f"--objective {config.run.objective} does not mix sources by weight: give --corpus without names")
     if config.run.init is not None:  # a resume has them in its own checkpoint, and needs that folder no more
         init = resolve(config.run.init) if checkpoint is None or config.method else None  # an adapter's resume needs it too

@@ -48,7 +48,7 @@ class BlockBatches:
 class TokenTask(Task):
     """A task of which an example is a block of the stream: `batch` makes inputs and labels of some."""
 
-    mixes = True
+    can_mix = True
     needs_mask = False  # whether the tokenizer must have a mask token
 
     @classmethod

@@ -225,7 +225,7 @@ def score(
     from data.transforms.labels import label_names
     from eval.classification import confusion_matrix
     from eval.multilabel import Multilabel
-    from train.label_scores import class_scores, label_scores
+    from train.label_scores import multiclass_scores, multilabel_scores
 
     separator, ids = settings.separator if several else None, {name: id for id, name in enumerate(labels)}
     true = [label_names(row, place, settings.label, separator) for row, place in zip(rows, places, strict=True)]
@@ -234,7 +234,7 @@ def score(
             raise DataError(f"{place}: the label {unknown[0]!r} is none of the network's: {', '.join(labels)}")
     if not several:
         predicted, expected = (torch.tensor([ids[names[0]] for names in side]) for side in (guesses, true))
-        found = class_scores(confusion_matrix(predicted, expected, len(labels), multilabel=False), 0.0)
+        found = multiclass_scores(confusion_matrix(predicted, expected, len(labels), multilabel=False), 0.0)
         return f"accuracy {found['accuracy']:.4f} · macro F1 {found['f1']:.4f} · MCC {found['mcc']:.4f} ({len(rows):,} texts)"
 
     def matrix(side: Sequence[Sequence[str]]) -> "Tensor":
@@ -243,7 +243,7 @@ def score(
             cells_NC[row, [ids[name] for name in names]] = 1
         return cells_NC
 
-    found = label_scores(Multilabel(len(labels)).statistics(matrix(guesses), [matrix(true)]).sum(0), 0.0)
+    found = multilabel_scores(Multilabel(len(labels)).statistics(matrix(guesses), [matrix(true)]).sum(0), 0.0)
     line = f"micro F1 {found['micro_f1']:.4f} · macro F1 {found['f1']:.4f} · all labels right {found['accuracy']:.4f}"
     return f"{line} ({len(rows):,} texts)"
 

@@ -14,7 +14,7 @@ from tests.oracle.test_classify import write_labelled
 from train.config import NetworkConfig, OptimizerConfig, RunConfig, TrainConfig
 from train.evaluate import evaluate
 from train.label_objective import LabelObjective
-from train.label_scores import baseline, class_scores
+from train.label_scores import multiclass_scores, prior_baseline
 from train.parallel.ranks import Ranks, own_rows
 from train.registry import config_type
 from train.step import train_step
@@ -143,10 +143,10 @@ def test_weights_of_several_labels_are_not_of_held_out_texts(place):
 
 def test_classes_that_never_come_are_no_part_of_the_mean():
     """As scikit-learn averages F1: over classes that are true or predicted somewhere. F1 of the two: 0.8 and 2/3."""
-    found = class_scores(torch.tensor([[2, 0, 0], [1, 1, 0], [0, 0, 0]]), 0.25)
+    found = multiclass_scores(torch.tensor([[2, 0, 0], [1, 1, 0], [0, 0, 0]]), 0.25)
     assert found["f1"] == pytest.approx((0.8 + 2 / 3) / 2) and found["accuracy"] == 0.75
     assert found["confusion"] == [[2, 0, 0], [1, 1, 0], [0, 0, 0]]
-    assert "confusion" not in class_scores(torch.eye(13).long(), 0.0)
+    assert "confusion" not in multiclass_scores(torch.eye(13).long(), 0.0)
 
 
 @pytest.mark.parametrize("overlong", ["cut", "drop"])
@@ -164,10 +164,10 @@ def test_long_texts_are_counted(overlong, place):
 
 def test_a_baseline_by_hand():
     batches = [{"labels": torch.tensor([0, 1, 1, -100])}, {"labels": torch.tensor([2, -100, -100, -100])}]
-    found = baseline(batches, [5, 3, 2], 10, multi=False)
+    found = prior_baseline(batches, [5, 3, 2], 10, multi=False)
     expected = -(math.log(0.5) + 2 * math.log(0.3) + math.log(0.2)) / 4
     assert found.loss == pytest.approx(expected) and (found.accuracy, found.texts, found.counts) == (0.25, 4, (1, 2, 1))
     several = [{"labels": torch.tensor([[[1, 0]], [[1, 1]], [[-100, -100]]])}]
-    found = baseline(several, [8, 2], 8, multi=True)
+    found = prior_baseline(several, [8, 2], 8, multi=True)
     expected = -(2 * math.log(0.9) + math.log(0.7) + math.log(0.3)) / 4
     assert found.loss == pytest.approx(expected) and (found.accuracy, found.counts) == (0.5, (2, 1))

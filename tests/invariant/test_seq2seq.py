@@ -135,7 +135,7 @@ def test_exact_match_needs_the_end(folder, pairs, monkeypatch):
     for what, ids in made.items():
         monkeypatch.setattr("model.generate.generate", lambda network, input_ids, ids=ids, **told: torch.tensor([ids]))
         task.data.validation.values[:] = [pair]
-        totals = task.more_totals(network, torch.device("cpu"), None)
+        totals = task.generation_totals(network, torch.device("cpu"), None)
         assert totals["exact_match"] == (float(what == "whole"), 1), what
 
 

@@ -23,7 +23,7 @@ from tests.oracle.test_downloaded_folders import PROCESSORS, SPECIALS, template
 from tests.oracle.test_model import LIBRARY, ROUNDING, gap, how
 from tests.oracle.wide import widen
 from tests.runs import WORDS, command, last_checkpoint
-from train.label_objective import LabelObjective, class_loss
+from train.label_objective import LabelObjective, multiclass_loss
 
 BOS, EOS = ("<s>", 330), ("</s>", 331)
 PAIRED = PROCESSORS | {
@@ -127,8 +127,8 @@ def test_weights_follow_torchs_sum(parity):
     there = [(row, int(label)) for row, label in enumerate(labels_B) if label >= 0]
     by_hand = -sum(weight_C[label] * logits_BC[row].log_softmax(-1)[label] for row, label in there)
     theirs = torch.nn.CrossEntropyLoss(weight_C, reduction="sum", label_smoothing=0.1)(logits_BC, labels_B)
-    errors = [gap(class_loss(logits_BC, labels_B, weight_C), by_hand)]
-    errors.append(gap(class_loss(logits_BC, labels_B, weight_C, smoothing=0.1), theirs))
+    errors = [gap(multiclass_loss(logits_BC, labels_B, weight_C), by_hand)]
+    errors.append(gap(multiclass_loss(logits_BC, labels_B, weight_C, smoothing=0.1), theirs))
     parity("classification: class weights", f"torch {torch.__version__}", max(errors), *ROUNDING)
 
 

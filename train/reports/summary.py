@@ -165,7 +165,7 @@ def following(run: RunView, stopped: str) -> Iterator[str]:
     if opened is not None and (opened / SHARDED_INDEX).is_file():  # other commands open one folder, not shards
         yield command("model", "export", out, "--out", model)
         folder = model
-    yield run.task.try_it(folder)
+    yield run.task.example_command(folder)
     objective = task_options(config)
     yield command("train", *objective, "--corpus", "PATH") + f"   # your own files: {' '.join(run.task.suffixes)}"
     if config.method is not None and config.method.mergeable and opened is not None:

@@ -126,7 +126,7 @@ class ClassifyTask(RecordTask):
 
     def __init__(self, config: "TrainConfig", data: "LabelledData"):
         from data.transforms.labels import count_labels, row_labels
-        from train.label_scores import baseline
+        from train.label_scores import prior_baseline
 
         settings: ClassifySettings = settings_of(config)
         self.ids = {name: id for id, name in enumerate(data.labels)}
@@ -138,7 +138,7 @@ class ClassifyTask(RecordTask):
         self.train_counts = count_labels(data.labels, row_labels(data.train, settings.label, self.separator))
         self.best, self.higher_is_better = settings.best, settings.best != "loss"
         super().__init__(config, data)
-        self.baseline = baseline(self.validation, self.train_counts, len(data.train), multi=settings.multi)
+        self.baseline = prior_baseline(self.validation, self.train_counts, len(data.train), multi=settings.multi)
 
     @property
     def pad_id(self) -> int:
@@ -246,15 +246,15 @@ class ClassifyTask(RecordTask):
     # ---- evaluation
 
     def scores(self, totals: Totals) -> Scores:
-        from train.label_scores import class_scores, label_scores
+        from train.label_scores import multiclass_scores, multilabel_scores
 
         nats, count = totals["loss"]
         found = {"loss": nats / count, "baseline_loss": self.baseline.loss}
         if self.settings.multi:
-            return found | label_scores(totals["columns"][0].long(), self.baseline.accuracy)
-        return found | class_scores(totals["confusion"][0].long(), self.baseline.accuracy)
+            return found | multilabel_scores(totals["columns"][0].long(), self.baseline.accuracy)
+        return found | multiclass_scores(totals["confusion"][0].long(), self.baseline.accuracy)
 
-    def line(self, scores: Scores) -> str:
+    def score_line(self, scores: Scores) -> str:
         said = (
             f"loss {scores['loss']:.4f} (ignoring the text {scores['baseline_loss']:.4f}) · "
             f"{'all labels right' if self.settings.multi else 'accuracy'} {scores['accuracy']:.1%} "
@@ -265,7 +265,7 @@ class ClassifyTask(RecordTask):
         return f"{said}macro F1 {scores['f1']:.3f} · MCC {scores['mcc']:.3f}"
 
     def verdict(self, scores: Scores) -> str:
-        said = self.line(scores).partition(" · ")[2]
+        said = self.score_line(scores).partition(" · ")[2]
         return f"ignoring the text {scores['baseline_loss']:.4f}; {said}, chosen by {self.best}{self._confusion(scores)}"
 
     def _confusion(self, scores: Scores) -> str:
@@ -298,7 +298,7 @@ class ClassifyTask(RecordTask):
             lines.append(f"{said}  (true: {', '.join(true) or 'none'})")
         return "held-out texts, their predicted labels with probabilities, and the true ones", "\n".join(lines)
 
-    def try_it(self, folder: Path) -> str:
+    def example_command(self, folder: Path) -> str:
         return command("model", "predict", folder, (*self.config.data.validation, *self.config.data.corpus)[0])
 
 

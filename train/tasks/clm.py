@@ -20,7 +20,7 @@ SAMPLE_TOKENS = 80
 
 
 class CausalTask(TokenTask):
-    """Scored in bits per byte, beside unigrams and bigrams counted on the same text."""
+    """Scored in bits per byte, beside n-gram baselines (unigrams, bigrams) on the same text."""
 
     defaults = Defaults("tiny", 8e-3)
     architectures, head = ("decoder",), "lm"
@@ -63,17 +63,18 @@ class CausalTask(TokenTask):
             **self.losses_of_sources(totals),
         }
 
-    def line(self, scores: Scores) -> str:
+    def score_line(self, scores: Scores) -> str:
         return (
             f"loss {scores['loss']:.4f}{self.of_sources(scores)} · perplexity {scores['perplexity']:.1f} · "
             f"{scores['bits_per_byte']:.3f} bits per byte "
-            f"(counting: bigrams {scores['bigram_bits_per_byte']:.3f}, unigrams {scores['unigram_bits_per_byte']:.3f})"
+            f"(n-gram baselines: bigrams {scores['bigram_bits_per_byte']:.3f}, unigrams {scores['unigram_bits_per_byte']:.3f})"
         )
 
     def verdict(self, scores: Scores) -> str:
         bits, bigram = scores["bits_per_byte"], scores["bigram_bits_per_byte"]
         gap = 100 * (1 - bits / bigram)
-        return f"{bits:.3f} bits per byte, {abs(gap):.1f} % {'below' if gap >= 0 else 'above'} counting bigrams ({bigram:.3f})"
+        side = "below" if gap >= 0 else "above"
+        return f"{bits:.3f} bits per byte, {abs(gap):.1f} % {side} the bigram baseline ({bigram:.3f})"
 
     def sample(self, network: "nn.Module", device: "torch.device") -> tuple[str, str]:
         import torch
@@ -93,7 +94,7 @@ class CausalTask(TokenTask):
         text = f"{tokenizer.decode(opening)}[…]{tokenizer.decode(new[0].tolist())}".strip("\n")
         return "from […] on, the network goes on from a held-out document's opening", text
 
-    def try_it(self, folder: Path) -> str:
+    def example_command(self, folder: Path) -> str:
         prompt = "Return the"
         if not built_in(self.config):
             prompt = " ".join(self.tokenizer.decode(self.opening()).split()[:3])

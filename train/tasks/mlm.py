@@ -84,10 +84,10 @@ class MaskedTask(TokenTask):
             **self.losses_of_sources(totals),
         }
 
-    def line(self, scores: Scores) -> str:
+    def score_line(self, scores: Scores) -> str:
         return (
             f"loss {scores['loss']:.4f}{self.of_sources(scores)} · pseudo-perplexity {scores['perplexity']:.1f} · masked "
-            f"accuracy {100 * scores['masked_accuracy']:.1f} % (counting: unigrams {scores['unigram_perplexity']:.1f}, "
+            f"accuracy {100 * scores['masked_accuracy']:.1f} % (unigram baseline: {scores['unigram_perplexity']:.1f}, "
             f"{100 * scores['unigram_accuracy']:.1f} %)"
         )
 
@@ -118,7 +118,7 @@ class MaskedTask(TokenTask):
         what = "in brackets, what the network reads into the gaps of a held-out document's opening"
         return what, shown.decode(errors="replace").strip("\n")
 
-    def try_it(self, folder: Path) -> str:
+    def example_command(self, folder: Path) -> str:
         text = f"The {MASK} statement"
         if not built_in(self.config):
             first, _, *rest = [*self.tokenizer.decode(self.opening()).split(), "", "", ""][:4]

@@ -212,7 +212,7 @@ class Seq2SeqTask(RecordTask):
 
     # ---- evaluation
 
-    def more_totals(self, network: "nn.Module", device: "torch.device", ranks: "Ranks") -> Totals:
+    def generation_totals(self, network: "nn.Module", device: "torch.device", ranks: "Ranks") -> Totals:
         """Every rank writes all of the texts: a sharded network is one, and all must call it alike."""
         pairs = self.data.validation.values[: self.settings.generated]
         if not pairs:
@@ -263,9 +263,9 @@ class Seq2SeqTask(RecordTask):
             "token_accuracy": correct / count,
         } | own
 
-    def line(self, scores: Scores) -> str:
+    def score_line(self, scores: Scores) -> str:
         return (
-            f"loss {scores['loss']:.4f} (counting: unigrams {scores['baseline_loss']:.4f}) · perplexity "
+            f"loss {scores['loss']:.4f} (unigram baseline: {scores['baseline_loss']:.4f}) · perplexity "
             f"{scores['perplexity']:.1f} · token accuracy {100 * scores['token_accuracy']:.1f} %{self.generation(scores)}"
         )
 
@@ -286,7 +286,7 @@ class Seq2SeqTask(RecordTask):
         shown = {"source": pair.source, "reference": pair.target, "output": text + " […]" * (not is_whole)}
         return "a held-out source, its reference and the greedy output", "\n".join(f"{k:9}  {v}" for k, v in shown.items())
 
-    def try_it(self, folder: Path) -> str:
+    def example_command(self, folder: Path) -> str:
         source = self.data.validation.values[0].source
         source = source if len(source) <= SHOWN else source[:SHOWN].rsplit(maxsplit=1)[0]
         return command("model", "generate", folder, "--source", source)

@@ -32,14 +32,15 @@ class Prepare(DataConfig):
     )
 
 
-def prepare(config: DataConfig) -> None:
-    from data.sources import shards  # here: --help must not wait for numpy
+def print_shards(config: DataConfig) -> None:
+    from data.corpus.prepare import prepare  # here: --help must not wait for numpy
+    from data.sources.shards import SPLITS
 
-    made = shards.prepare(config, info=print, progress=sys.stderr.isatty())
-    report = made.report
+    shards = prepare(config, info=print, progress=sys.stderr.isatty())
+    report = shards.report
     print(f"{'':12}{'documents':>12}{'bytes':>14}{'tokens':>14}{'bytes/token':>14}")
-    for name in shards.SPLITS:
-        part = getattr(made, name)
+    for name in SPLITS:
+        part = getattr(shards, name)
         per_token = part.bytes / (part.tokens - 2 * part.documents)
         print(f"{name:12}{part.documents:12,}{part.bytes:14,}{part.tokens:14,}{per_token:14.3f}")
     print(f"read         {format_count(report['documents'], 'document')}, {report['bytes']:,} bytes")
@@ -49,11 +50,11 @@ def prepare(config: DataConfig) -> None:
         exact, near = (len(report[f"held_out_{kind}"]) for kind in ("exact", "near"))
         print(f"held out     {' '.join(config.validation)}: {exact:,} equal and {near:,} near documents dropped from training")
     for name, weight in config.weights.items():
-        tokens = [end - start for part in (made.train, made.validation) for start, end in [part.ranges.get(name, (0, 0))]]
+        tokens = [end - start for part in (shards.train, shards.validation) for start, end in [part.ranges.get(name, (0, 0))]]
         share = weight / sum(config.weights.values())
         print(f"source       {name}: weight {weight:g} ({share:.1%}), {tokens[0]:,} tokens to train on, {tokens[1]:,} held out")
-    print(f"tokenizer    {made.tokenizer.vocab_size:,} ids")
-    print(f"{'built' if made.is_new else 'reused':13}{made.folder}")
+    print(f"tokenizer    {shards.tokenizer.vocab_size:,} ids")
+    print(f"{'built' if shards.is_new else 'reused':13}{shards.folder}")
 
 
 def main(arguments: list[str]) -> int:
@@ -63,7 +64,7 @@ def main(arguments: list[str]) -> int:
             {"prepare": Prepare}, args=arguments or ["--help"], prog=program("data"), description="Text in, batches out."
         )
         refuse_idle(config, config.NEEDS, arguments, DataError)
-        prepare(config)
+        print_shards(config)
 
     return run_command(act, lambda: (DataError, OSError))
 

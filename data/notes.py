@@ -3,8 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from data.messages import format_count
-from data.sources.find import shorten_list
+from data.messages import format_count, shorten_list
 
 if TYPE_CHECKING:
     from data.tokenizer.base import Tokenizer

@@ -5,7 +5,7 @@ import pytest
 
 from data.config import DataConfig
 from data.corpus.ingest import read_corpus
-from data.sources.shards import prepare
+from data.corpus.prepare import prepare
 
 WORDS = [
     f"{a}{b}" for a in ("ta", "ri", "mo", "ke", "su", "lan", "por", "vi") for b in ("n", "ro", "le", "st", "mi", "d")

@@ -53,7 +53,7 @@ class TokenTask(Task):
 
     @classmethod
     def open_data(cls, config: "TrainConfig", tokenizer: "Tokenizer | None", info: Info, *, progress: bool = False) -> "Shards":
-        from data.sources.shards import prepare
+        from data.corpus.prepare import prepare
 
         return prepare(config.data, tokenizer=tokenizer, mask=cls.needs_mask, info=info, progress=progress)
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import regex
 
 from data.config import BUILT_IN, DataConfig, DataError
-from data.messages import format_count
+from data.messages import format_count, shorten_list
 from data.sources.files import Document, ReadReport, read_files
-from data.sources.find import expand_home, find_files, raise_unreadable, shorten_list
+from data.sources.find import expand_home, find_files, raise_unreadable
 
 # Tests and their data are no documentation; site-packages differ from machine to machine.
 PRUNED = frozenset({"test", "tests", "idle_test", "lib2to3", "__phello__", "site-packages", "dist-packages"})

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import BinaryIO, Literal, TypeVar
 
 from data.config import DataConfig, DataError
+from data.messages import quote_names
 from data.sources.find import readable_suffix
 from data.sources.parquet import read_parquet
-from data.sources.record_files import FORMATS, Line, NoRecordsError, Record, RecordError, is_utf16, quote_names, read_records
+from data.sources.record_files import FORMATS, Line, NoRecordsError, Record, RecordError, is_utf16, read_records
 
 T = TypeVar("T")
 BadText = Literal["error", "replace", "skip"]

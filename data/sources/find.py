@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.config import BUILT_IN, DataError
-from data.messages import format_count
+from data.messages import format_count, shorten_list
 from data.sources.record_files import FORMATS, file_suffix, refuse_columnar
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
@@ -113,10 +113,6 @@ class LeftOut:
             if names:
                 parts.append(f"{what}: {shorten_list(names, MAX_LISTED)}")
         return f"left out of {where}: {'; '.join(parts)}" if parts else ""
-
-
-def shorten_list(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 class FileSearch:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.config import DataError
+from data.messages import quote_names
 from data.shell import quote
 
 LINE_FORMATS = (".jsonl", ".json", ".csv", ".tsv")  # what is read here
@@ -27,7 +28,6 @@ FORMATS = (*LINE_FORMATS, ".parquet")  # that one in `data.sources.parquet`
 CSV_SEPARATORS = ",;\t"  # of .csv: the one that cuts the header into most columns
 LONGEST_FIELD = 2**31 - 1  # characters; csv's own limit is 128 Ki
 PROBED_BYTES = 1 << 16  # bytes by which UTF-16 without a mark is told
-MAX_NAMES = 20  # are named in a message
 
 # What has records too, and is not read; pyarrow makes JSON lines of it. (.arrow: the stream that `datasets` keeps.)
 UNREADABLE = {
@@ -188,13 +188,3 @@ def split_lines(lines: Iterable[str]) -> Iterator[str]:
     """Lines that end at \\r too, as old spreadsheets write them; csv refuses them within a line."""
     for line in lines:
         yield from io.StringIO(line, newline="") if "\r" in line.rstrip("\r\n") else (line,)
-
-
-def quote_names(keys: Iterable[str]) -> str:
-    """Names for a message: not all where they are many, and none at full length where it is a text.
-
-    >>> quote_names(["id", "text"]), quote_names([])
-    ("'id', 'text'", 'none')
-    """
-    names = [f"{key!r:.60}" for key in keys]
-    return ", ".join(names[:MAX_NAMES]) + (f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else "") or "none"

@@ -12,10 +12,10 @@ import sentencepiece
 from data.config import BUILT_IN, DEFAULT_VOCAB_SIZE, DataConfig, DataError
 from data.corpus.ingest import find_corpus
 from data.corpus.split import split_fraction
-from data.messages import format_count
+from data.messages import format_count, quote_names, shorten_list
 from data.sources.files import ReadReport, read_rows
-from data.sources.find import expand_home, readable_suffix, shorten_list
-from data.sources.record_files import FORMATS, quote_names
+from data.sources.find import expand_home, readable_suffix
+from data.sources.record_files import FORMATS
 from data.tokenizer.base import TOKENIZER_CONFIG, Tokenizer
 from data.tokenizer.sentencepiece import SentencePieceTokenizer
 from data.tokenizer.training import describe_smaller_vocabulary, train_to_fit, trainer_options

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from data.config import DataError
-from data.messages import format_count
-from data.sources.record_files import quote_names
+from data.messages import format_count, quote_names
 from data.sources.records import RecordData, Row, Rows
 
 NUMBER = re.compile(r"([0-9]+)")

@@ -181,8 +181,8 @@ def read_texts(file: Path) -> tuple[list[str], list[Row]]:
 
 def check_columns(rows: Sequence[Row], places: Sequence[str], settings: "ClassifySettings", options: Predict) -> None:
     """Refuse records without the columns of the texts, or with columns of the output's names."""
+    from data.messages import quote_names
     from data.sources.find import readable_suffix
-    from data.sources.record_files import quote_names
 
     if readable_suffix(options.file) == ".txt":
         if options.text is not None or settings.pair is not None or options.score:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import model.hub
 import train.__main__
 from data.config import DataConfig
+from data.corpus.prepare import prepare
 from data.packing.blocks import BlockStream, sequential_blocks
-from data.sources.shards import prepare
 from data.tokenizer.base import Tokenizer
 from data.tokenizer.open import load_tokenizer
 from data.transforms.causal import clm_batch

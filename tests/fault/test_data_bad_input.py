@@ -10,8 +10,8 @@ import pytest
 
 from data.config import DataConfig, DataError
 from data.corpus.ingest import read_corpus
+from data.corpus.prepare import prepare
 from data.sources.files import ReadReport
-from data.sources.shards import prepare
 from data.tokenizer.open import load_tokenizer
 
 
@@ -194,7 +194,7 @@ def test_full_disk(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("data.sources.shards.write_split", full)
+    monkeypatch.setattr("data.corpus.prepare.write_split", full)
     with pytest.raises(DataError, match=r"No space left on device.*--cache"):
         prepare(DataConfig(corpus=(str(tmp_path),), vocab_size=280, cache=tmp_path / "cache"))
     assert list((tmp_path / "cache").iterdir()) == []

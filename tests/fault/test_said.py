@@ -20,8 +20,8 @@ import model.hub
 import quant.__main__
 from data.config import DataConfig, DataError
 from data.corpus.ingest import read_corpus
+from data.corpus.prepare import prepare
 from data.sizes import text_bytes
-from data.sources.shards import prepare
 from data.tokenizer.open import load_tokenizer
 from data.transforms.masked import unigram_baseline
 from lora.config import LoraConfig

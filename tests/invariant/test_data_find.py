@@ -10,7 +10,7 @@ import pytest
 
 from data.config import DataConfig, DataError
 from data.corpus.ingest import find_corpus, read_corpus
-from data.sources.shards import prepare
+from data.corpus.prepare import prepare
 from eval.commands.scoring import Met, Opened, documents
 from tests.texts import prose
 
@@ -155,7 +155,7 @@ def test_files_that_go_while_they_are_read(monkeypatch):
     os.unlink("corpus/b.txt")
     with pytest.raises(DataError, match=r"corpus/b\.txt: cannot be read \(No such file"):
         next(documents)
-    monkeypatch.setattr("data.sources.shards.find_corpus", lambda *_: [("", [Path("corpus/b.txt")])])
+    monkeypatch.setattr("data.corpus.prepare.find_corpus", lambda *_: [("", [Path("corpus/b.txt")])])
     with pytest.raises(DataError, match=r"corpus/b\.txt: cannot be read \(No such file"):
         prepare(DataConfig(corpus=("corpus",), cache=Path("cache")))
 

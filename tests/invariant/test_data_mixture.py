@@ -12,11 +12,11 @@ import torch
 import data.__main__
 from data.config import CorpusEntry, DataConfig, DataError, parse_entry
 from data.corpus.dedup import drop_held_out
+from data.corpus.prepare import prepare
 from data.example import Example
 from data.packing.blocks import MixedBlocks
 from data.packing.examples import ExampleSource
 from data.sources.files import Document
-from data.sources.shards import prepare
 from tests.runs import arguments, assert_same_end, command, last_checkpoint, metrics, stopped_at
 from tests.texts import prose
 from train.config import OptimizerConfig, ReportConfig, TrainConfig

@@ -11,9 +11,9 @@ import torch
 from data.config import DataConfig, DataError
 from data.corpus.dedup import deduplicate
 from data.corpus.ingest import read_corpus
+from data.corpus.prepare import prepare
 from data.corpus.split import split_documents
 from data.packing.blocks import BlockStream, MixedBlocks, sequential_blocks
-from data.sources.shards import prepare
 from data.tokenizer.open import load_tokenizer
 from data.tokenizer.tokenizer_json import byte_alphabet
 from data.transforms.causal import IGNORE, clm_batch

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data.sources.shards
+import data.corpus.prepare
 import data.tokenizer.training
 from data.config import DataConfig, DataError
 from data.corpus.dedup import deduplicate
 from data.corpus.ingest import read_corpus
+from data.corpus.prepare import prepare
 from data.corpus.split import split_documents
 from data.sources.files import Document, ReadReport
-from data.sources.shards import prepare
 from data.tokenizer.training import VocabularyError, train_tokenizer
 from tests.texts import prose
 
@@ -77,7 +77,7 @@ def test_no_split_is_empty(count, fraction):
 
 def test_second_call_reuses_and_reads_nothing(stdlib_docs, config, monkeypatch):
     prepare(config)
-    monkeypatch.setattr(data.sources.shards, "read_corpus", None)
+    monkeypatch.setattr(data.corpus.prepare, "read_corpus", None)
     start = time.perf_counter()
     assert not prepare(config).is_new
     again = prepare(DataConfig(cache=stdlib_docs.folder.parent))
@@ -165,7 +165,7 @@ def test_two_processes_at_once(config, damaged):
     if damaged:
         truncate(prepare(config).folder)
     code = (
-        "import sys; from pathlib import Path; from data.config import DataConfig; from data.sources.shards import prepare;"
+        "import sys; from pathlib import Path; from data.config import DataConfig; from data.corpus.prepare import prepare;"
         f"config = DataConfig({config.corpus!r}, vocab_size=300, val_fraction=0.2, cache=Path(sys.argv[1]));"
         "made = prepare(config);"
         "print(made.folder, len(made.train.ids))"
@@ -178,7 +178,7 @@ def test_two_processes_at_once(config, damaged):
 
 
 def test_failed_build_leaves_nothing(config, monkeypatch):
-    monkeypatch.setattr(data.sources.shards, "write_split", lambda *_: 1 / 0)
+    monkeypatch.setattr(data.corpus.prepare, "write_split", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare(config)
     assert list(config.cache.iterdir()) == []

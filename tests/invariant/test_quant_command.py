@@ -22,9 +22,9 @@ import model.__main__
 import model.hub
 import quant.__main__
 from data.config import DataConfig
+from data.corpus.prepare import prepare
 from data.corpus.split import split_fraction
 from data.packing.blocks import sequential_blocks
-from data.sources.shards import prepare
 from data.tokenizer.open import load_tokenizer
 from data.transforms.masked import VALIDATION_STEP, mlm_batch
 from eval.commands import held_out

@@ -14,7 +14,7 @@ import model.__main__
 import model.generate
 import model.hub
 from data.config import DataConfig
-from data.sources.shards import prepare
+from data.corpus.prepare import prepare
 from data.tokenizer.open import load_tokenizer
 from model.generate import generate
 from tests.folders import byte_level, llama, write_tokenizer

@@ -8,7 +8,7 @@ import torch
 
 import model.hub
 from data.config import DataConfig
-from data.sources.shards import prepare
+from data.corpus.prepare import prepare
 from model.init import build_network
 from tests.conftest import randomized, tiny_config
 from tests.runs import torch_as_it_was, write_corpus

@@ -13,7 +13,7 @@ from tokenizers import processors
 import eval.__main__
 import model.hub
 from data.config import DataConfig, DataError
-from data.sources.shards import prepare
+from data.corpus.prepare import prepare
 from data.tokenizer.open import load_tokenizer
 from model.beam import beam_search
 from model.config import ConfigError

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from data.config import DataError
-from data.messages import format_count
+from data.messages import format_count, shorten_list
 from data.shell import command
-from data.sources.find import shorten_list
 from model.config import ConfigError
 from train.command_line import Needs
 from train.config import TrainConfig

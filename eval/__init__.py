@@ -1,33 +1,95 @@
-"""Scores for text and for models: one file a metric, on strings, ids, tensors and callables.
+"""Metrics of texts and models: one file per metric, on strings, ids, tensors and callables.
 
-    score           Score, and what every metric is: statistics of each example, and a score of their sum, or their mean
-    ngram           n-grams of many pairs of texts at once, counted on tensors
-    lcs             longest common subsequences of many pairs at once
-    padding         batches of texts that differ in length
-    tokenize        text to tokens; `mecab` cuts Japanese and Korean
-    porter          Porter's stems
-    wordnet         synonyms out of a WordNet database
-    notes           what is said, once, of texts and settings that a score does not fit
-    scripts         letters that a score's words drop, and sentences that they do not cut
+    score             Score, and the interface of a metric: statistics per example, and a score of their sum or mean
+    ngram             n-gram counts and clipped matches of many pairs of texts at once
+    lcs               longest common subsequences of many pairs of texts at once
+    padding           padded batches of texts of different lengths
+    tokenize          tokenizers by sacrebleu's names; `mecab` segments Japanese and Korean
+    porter            Porter stemmer
+    wordnet           synonyms from a WordNet database
+    notes             notes about texts and settings that do not suit a metric, each reported once
+    scripts           notes about dropped letters and unsegmented sentences
+    choices           names that the metrics and the command line choose from
 
-    bleu            BLEU of a corpus and of a sentence
-    chrf            chrF and chrF++
-    rouge           ROUGE-1 to 9, L, Lsum, W
-    meteor          METEOR; `chunks` finds the alignment with the fewest chunks
-    bertscore       BERTScore, by any encoder
-    answers         exact match and token F1 of short answers; `unanswered` notices "no answer" in words
-    rates           precision, recall and F1 of counts, and their averages
-    classification  accuracy, precision, recall, F1, MCC, confusion matrix, top-k accuracy
-    multilabel      the same of label matrices, a column for each class
-    entities        F1 of the entities that IOB2 tags spell
-    calibration     calibration error, Brier score
-    perplexity      a language model on text: per token, byte, character, word
-    targets         which tokens of a text are scored, and what a network says of them
-    baseline        n-gram baseline: bits of a text under unigrams and bigrams, beside a language model's loss
+    bleu              BLEU of a corpus and of a sentence
+    chrf              chrF and chrF++
+    rouge             ROUGE-1 to 9, L, Lsum, W; `rouge_bootstrap` resamples as rouge-score does
+    meteor            METEOR; `meteor_alignment` aligns words, `chunks` searches for the fewest chunks
+    bertscore         BERTScore with any encoder; `bertscore_inputs` has token ids, idf weights and baselines
+    answers           exact match and token F1 of short answers; `unanswered` notes "no answer" in words
+    rates             precision, recall and F1 from counts, and their averages
+    classification    accuracy, precision, recall, F1, MCC, confusion matrix, top-k accuracy
+    multilabel        the same for indicator matrices, one column per class
+    entities          entity F1 of IOB2 tags
+    calibration       calibration error, Brier score
+    perplexity        perplexity of a language model per token, byte, character and word
+    targets           targets of a language model: rows, batches and log-probabilities
+    baseline          n-gram baseline: bits of a text under unigrams and bigrams
 
-    bootstrap       how sure a score is; Wilson's interval
-    significance    whether one system is better than another, and how many examples would tell
+    bootstrap         bootstrap confidence interval of a score; Wilson's interval
+    significance      paired bootstrap, approximate randomisation, number of examples needed
 
-`python -m eval` scores files: `commands` has what it asks and reads them, `report` prints.
+`python -m eval` scores files: `commands` holds its options and reads them, `report` formats the results.
 In reading order: score, ngram, bleu, rouge, lcs, meteor, bertscore, perplexity, bootstrap, significance.
 """
+
+from importlib import import_module
+
+PUBLIC = {  # file: the names that it offers; `from eval import corpus_bleu` is the stable interface
+    "score": ("Metric", "Proportion", "Score", "corpus_value"),
+    "notes": ("Notes",),
+    "tokenize": (
+        "tokenize_13a",
+        "tokenize_char",
+        "tokenize_intl",
+        "tokenize_none",
+        "tokenize_texts",
+        "tokenize_unicode",
+        "tokenize_zh",
+    ),
+    "porter": ("stem",),
+    "wordnet": ("WordNet",),
+    "bleu": ("Bleu", "corpus_bleu", "sentence_bleu"),
+    "chrf": ("Chrf", "corpus_chrf", "sentence_chrf"),
+    "rouge": ("Rouge", "rouge_scores", "summary_lcs_reference"),
+    "rouge_bootstrap": ("bootstrap_aggregate",),
+    "lcs": ("lcs_reference", "weighted_lcs_reference"),
+    "meteor": ("Meteor", "meteor_score"),
+    "bertscore": ("BertScore", "bert_score"),
+    "bertscore_inputs": ("idf_weights",),
+    "answers": ("Answers", "answer_scores"),
+    "classification": (
+        "Classification",
+        "classification_scores",
+        "confusion_matrix",
+        "is_in_top_k",
+        "scores_from_confusion",
+        "top_k_accuracy",
+    ),
+    "multilabel": ("Multilabel", "multilabel_scores"),
+    "entities": ("Entities", "entity_scores"),
+    "calibration": ("Calibration", "calibration_error"),
+    "perplexity": ("Perplexity", "PseudoPerplexity", "perplexity_score", "pseudo_perplexity"),
+    "baseline": ("KneserNey", "kneser_ney_bits", "unigram_bits"),
+    "bootstrap": ("Interval", "bootstrap_interval", "confidence_interval", "wilson_interval"),
+    "significance": (
+        "Comparison",
+        "approximate_randomisation",
+        "examples_needed",
+        "min_differing_examples",
+        "paired_bootstrap",
+        "smallest_p_value",
+    ),
+}
+_FILE_OF = {name: file for file, names in PUBLIC.items() for name in names}
+__all__ = sorted(_FILE_OF)
+
+
+def __getattr__(name: str):
+    if name in _FILE_OF:
+        return getattr(import_module(f"{__name__}.{_FILE_OF[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

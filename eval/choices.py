@@ -7,4 +7,4 @@ SMOOTH_VALUES = {"exp": None, "floor": 0.1, "add-k": 1.0, "none": None}  # BLEU'
 ALIGNMENTS = ("nltk", "fewest-chunks")  # METEOR's
 CORPUS_SCORES = {"mean": True, "sum": False}  # METEOR's: whether the corpus score is the mean over examples
 SQUAD_VERSIONS = ("1.1", "2.0")
-TESTS = {"bootstrap": "bs", "randomisation": "ar"}  # significance tests: sacrebleu's name in a signature
+TESTS = {"bootstrap": "bs", "randomisation": "ar"}  # name of a significance test → its name in a signature, as in sacrebleu

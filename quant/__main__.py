@@ -93,7 +93,7 @@ def quantize(options: Options, scheme: str) -> None:
             before = held_out.score(model.hub.load(folder, device=device, check_finite=True), task, "before")
             said = score_line(before, after)
             exact = "" if dtype == "float32" else f", computed in {dtype}"
-            print(f"held-out text: {held_out.described(task)}{exact}\n{align_columns(score_table(before, after, scheme))}\n")
+            print(f"held-out text: {held_out.describe(task)}{exact}\n{align_columns(score_table(before, after, scheme))}\n")
         title = f"{options.folder.absolute().name}: {how} · {amount(files[0])} → {amount(files[1])}"
         print(draw(layers, unquantized, making, options.out, what=what, title=title, caption=said, normal=normal))
     for note in notes:

@@ -1,4 +1,4 @@
-"""A model folder scored on text as training validates: held-out text, each target once."""
+"""Score a model folder on held-out text as validation during training does, each target once."""
 
 import sys
 from collections.abc import Callable
@@ -20,16 +20,17 @@ from train.registry import load, names
 from train.runs.errors import TrainError
 from train.task import Scores, Task
 
-WINDOW = 2048  # tokens of a text that is scored, at the most
-TOKENS_AT_ONCE = 2048  # in a batch of short windows
+WINDOW = 2048  # longest window in tokens
+BATCH_TOKENS = 2048  # tokens in a batch of short windows
+
 
 def objective_of(config: ModelConfig) -> str | None:
-    """What a network's perplexity is that of; None: it has none."""
-    return next((name for name in names() if measures(load(name), config)), None)
+    """Name of the objective whose validation is the network's perplexity; None if it has no perplexity."""
+    return next((name for name in names() if is_perplexity_of(load(name), config)), None)
 
 
-def measures(task: type[Task], config: ModelConfig) -> bool:
-    """Whether the task's validation is this network's perplexity."""
+def is_perplexity_of(task: type[Task], config: ModelConfig) -> bool:
+    """True if the task's validation is this network's perplexity."""
     return config.architecture in task.architectures and config.head in task.perplexity_of
 
 
@@ -45,12 +46,14 @@ def open_text(
     corpus: tuple[str, ...] = (),
     cache: Path | None = None,
     eval_tokens: int,
-    say: Callable[[str], None] = print,
+    info: Callable[[str], None] = print,
     **reading: str | None,
 ) -> Task | str:
-    """A text in the tokens of the folder, by default that which the run was trained on, or the built-in one; or why there is
-    none. `reading`: text_key and on_bad_text, where they are not the run's. Errors (DataError, TrainError) only where a corpus
-    was asked for."""
+    """Open held-out text in the tokens of the folder, as a task; or return the reason why there is none.
+
+    The corpus defaults to the one that the run was trained on, else the built-in one. `reading` overrides the run's text_key
+    and on_bad_text. Errors (DataError, TrainError) are raised only for a given `corpus`; otherwise they are the reason.
+    """
     objective = objective_of(config)
     if objective is None:
         return no_objective(config)
@@ -60,23 +63,23 @@ def open_text(
         is_run = folder.parent.name == "checkpoints" and (run / "config.toml").is_file()
         data = read_settings(run).data if is_run else DataConfig()
         given = {"corpus": corpus, "cache": cache, **reading}
-        if corpus:  # a corpus that is asked for has a held-out share of its own
+        if corpus:  # a given corpus has a validation split of its own
             data = replace(data, validation=())
         data = replace(data, **{name: value for name, value in given.items() if value})
         kind = load(objective)
         read = TrainConfig(run=RunConfig(objective=objective), data=data)
-        shards = kind.open_data(read, tokenizer, say, progress=sys.stderr.isatty())
-        # No window is longer than the text: what would fill it up costs time, and is not scored.
+        shards = kind.open_data(read, tokenizer, info, progress=sys.stderr.isatty())
+        # No window is longer than the text: padding costs time and is not scored.
         text = min(shards.validation.tokens, eval_tokens, shards.train.smallest_source)
         context = max(1, min(config.context, WINDOW, text - 1))
-        told = TrainConfig(
+        scoring = TrainConfig(
             run=RunConfig(objective=objective),
             data=data,
             network=NetworkConfig(context=context),
-            optimizer=OptimizerConfig(batch_size=max(1, TOKENS_AT_ONCE // context)),
+            optimizer=OptimizerConfig(batch_size=max(1, BATCH_TOKENS // context)),
             report=ReportConfig(eval_tokens=eval_tokens),
         )
-        return kind(told, shards)
+        return kind(scoring, shards)
     except (DataError, TrainError) as error:
         if corpus:
             raise
@@ -84,9 +87,9 @@ def open_text(
 
 
 def score(network: nn.Module, task: Task, what: str) -> Scores:
-    """Sums and counts over all of the held-out text."""
-    asked, device = task.config, next(network.parameters()).device
-    rows = asked.optimizer.batch_size * asked.network.context
+    """Sum scores and counts over all of the held-out text; `what` is shown in the progress bar."""
+    config, device = task.config, next(network.parameters()).device
+    rows = config.optimizer.batch_size * config.network.context
     loss = LOSSES[choose_loss(rows, network.config.vocab_size, device)]
     objective = task.objective(network, loss, loss)
     shown = tqdm(task.validation, unit="batch", desc=f"scoring {what}", disable=not sys.stderr.isatty(), leave=False)
@@ -94,7 +97,8 @@ def score(network: nn.Module, task: Task, what: str) -> Scores:
     return task.scores(evaluate(objective, batches))
 
 
-def described(task: Task) -> str:
-    scored, there = len(task.held_out), task.shards.validation.tokens
-    share = format_count(scored, "token") if scored == there else f"the first {scored:,} of {there:,} tokens"
-    return f"{' '.join(task.config.data.corpus)}, {share} in windows of {task.config.network.context:,}"
+def describe(task: Task) -> str:
+    """Describe the scored text: corpus, tokens, windows."""
+    scored, total = len(task.held_out), task.shards.validation.tokens
+    tokens = format_count(scored, "token") if scored == total else f"the first {scored:,} of {total:,} tokens"
+    return f"{' '.join(task.config.data.corpus)}, {tokens} in windows of {task.config.network.context:,}"

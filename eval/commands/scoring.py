@@ -1,4 +1,4 @@
-"""A model folder as scores want it: its network, its tokenizer, and documents in its ids."""
+"""Open a model folder or run with its tokenizer, and read documents as token ids."""
 
 import sys
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from train.runs.open import checked_device, resolve
 
 
 class Opened(NamedTuple):
-    """A network in eval mode, on its device, and the tokenizer beside it."""
+    """A network in eval mode on its device, with its folder and tokenizer."""
 
     folder: Path
     network: Network
@@ -31,7 +31,7 @@ class Opened(NamedTuple):
 
 
 class Document(NamedTuple):
-    """Ids without those that begin and end a document; the sizes of the text that they stand for, 0 where not known."""
+    """Token ids of a document without bos and eos, and the sizes of its text; 0 if unknown."""
 
     ids: list[int]
     bytes: int
@@ -40,7 +40,7 @@ class Document(NamedTuple):
 
 
 def open_folder(path: Path, *, device: str = "cpu", threads: int = 0) -> Opened:
-    """A run (its best checkpoint, else its last) or a model folder."""
+    """Open a run (its best checkpoint, else its last) or a model folder."""
     if threads:
         torch.set_num_threads(threads)
     where, folder = checked_device(device), resolve(path)
@@ -49,8 +49,8 @@ def open_folder(path: Path, *, device: str = "cpu", threads: int = 0) -> Opened:
     return Opened(folder, model.hub.load(folder, check_finite=True).to(where).eval(), tokenizer)
 
 
-def language_model(opened: Opened) -> str:
-    """What its perplexity is that of: "clm" or "mlm". Errors: none (TrainError)."""
+def perplexity_objective(opened: Opened) -> str:
+    """Return the objective that defines the network's perplexity, "clm" or "mlm". Errors: it has none (TrainError)."""
     objective = objective_of(opened.network.config)
     if objective is None:
         config = opened.network.config
@@ -58,49 +58,54 @@ def language_model(opened: Opened) -> str:
     return objective
 
 
-def documents(
-    opened: Opened, corpus: tuple[str, ...], text_key: str = "text", on_bad_text: BadText = "error", *, met: "Met | None" = None
+def read_documents(
+    opened: Opened,
+    corpus: tuple[str, ...],
+    text_key: str = "text",
+    on_bad_text: BadText = "error",
+    *,
+    notes: "ReadingNotes | None" = None,
 ) -> Iterator[Document]:
-    """Each text of the corpus, in ids; "-" is standard input, one document. `met`: filled on the way."""
-    met = met or Met()
+    """Yield each text of the corpus as token ids; "-" is standard input, one document. Counts are added to `notes`."""
+    notes = notes or ReadingNotes()
     others = tuple(entry for entry in corpus if entry != "-")
     if len(others) < len(corpus):
-        text = decode(sys.stdin.buffer.read(), "standard input", 0, on_bad_text, met.read)
+        text = decode(sys.stdin.buffer.read(), "standard input", 0, on_bad_text, notes.read)
         if text is not None:
-            yield document(opened, text, met)
+            yield encode_document(opened, text, notes)
     if others:
         try:
             config = DataConfig(corpus=others, text_key=text_key, on_bad_text=on_bad_text)
-            find_corpus(config, met.left_out)
-            for found in read_corpus(config, met.read):
-                yield document(opened, found.text, met)
+            find_corpus(config, notes.left_out)
+            for found in read_corpus(config, notes.read):
+                yield encode_document(opened, found.text, notes)
         except DataError as error:
             raise DataError(str(error).removeprefix("--corpus ")) from None
 
 
-def document(opened: Opened, text: str, met: "Met") -> Document:
+def encode_document(opened: Opened, text: str, notes: "ReadingNotes") -> Document:
     ids = opened.tokenizer.encode(text)
-    met.unknown += ids.count(opened.tokenizer.unknown_id)
-    met.tokens += len(ids)
+    notes.unknown += ids.count(opened.tokenizer.unknown_id)
+    notes.tokens += len(ids)
     return Document(ids, len(text.encode()), len(text), len(text.split()))
 
 
 @dataclass
-class Met:
-    """What reading texts met that a score does not show."""
+class ReadingNotes:
+    """Files left out, texts repaired or skipped, and unknown tokens, counted while reading."""
 
     left_out: list[str] = field(default_factory=list)  # lines of `data.sources.find`
     read: ReadReport = field(default_factory=ReadReport)
     unknown: int = 0
     tokens: int = 0
 
-    def notes(self, tokenizer: Tokenizer) -> list[str]:
+    def lines(self, tokenizer: Tokenizer) -> list[str]:
         return [*self.left_out, *describe_reading(vars(self.read)), *describe_unknown(self.unknown, self.tokens, tokenizer)]
 
 
-def held_out(opened: Opened) -> tuple[str, Iterator[Document]]:
-    """The text that a run was validated on, document by document; what it is, in words."""
-    task = open_text(opened.folder, opened.network.config, eval_tokens=sys.maxsize, say=lambda line: None)
+def held_out_documents(opened: Opened) -> tuple[str, Iterator[Document]]:
+    """Return a description of a run's validation text, and its documents."""
+    task = open_text(opened.folder, opened.network.config, eval_tokens=sys.maxsize, info=lambda line: None)
     if isinstance(task, str):
         raise DataError(f"no text is named, and there is no held-out one: {task}")
     split, tokenizer, report = task.shards.validation, task.shards.tokenizer, task.shards.report
@@ -112,11 +117,11 @@ def held_out(opened: Opened) -> tuple[str, Iterator[Document]]:
         found = []
         starts = (ids == tokenizer.bos_id).nonzero()[:, 0].tolist()
         for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-            kept = [token for token in ids[start + 1 : end].tolist() if token != tokenizer.eos_id]
-            if kept:  # one id both begins and ends: nothing follows the last one
-                found.append(kept)
-        sizes = [int(tokenizer.byte_lengths[kept].sum()) for kept in found]
-        for kept, size in zip(found, split_in_proportion(split.bytes, sizes), strict=True):
-            yield Document(kept, size, 0, 0)
+            tokens = [token for token in ids[start + 1 : end].tolist() if token != tokenizer.eos_id]
+            if tokens:  # if one id is both bos and eos, nothing follows the last one
+                found.append(tokens)
+        sizes = [int(tokenizer.byte_lengths[tokens].sum()) for tokens in found]
+        for tokens, size in zip(found, split_in_proportion(split.bytes, sizes), strict=True):
+            yield Document(tokens, size, 0, 0)
 
     return f"held-out text of {' '.join(task.config.data.corpus)}", read()

@@ -1,4 +1,4 @@
-"""Texts to score, out of files and a batch at a time: lines of text, or records; hypotheses beside their references.
+"""Read hypotheses and their references from files, batch by batch: lines of text, or records.
 
 A file whose name ends in .jsonl holds one JSON value a line, a .json an array of them (or lines too), a .csv, .tsv or .parquet
 a row for each (`data.sources`); any other one text a line. .gz is unpacked; `-` is standard input. A JSON value is a text, a
@@ -31,16 +31,16 @@ from data.sources.record_files import (
 
 HYPOTHESIS_FIELDS = ("hypothesis", "prediction", "output", "generated", "text")
 REFERENCE_FIELDS = ("references", "reference", "answers", "answer", "target", "label", "text")
-BATCH = 1000  # examples that are held, and counted, at once
+BATCH = 1000  # examples held and scored at once
 
 
 class EvalError(Exception):
-    """Input that cannot be scored; the message names the file, the line and what would be right."""
+    """Invalid input or options; the message names the file and line, and what is expected."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples in a row: texts of each system, and streams of references; `first` is the number of the first one."""
+    """Consecutive examples: texts of each system, and streams of references; `first` is the index of the first example."""
 
     first: int
     hypotheses: dict[str, list[str]]
@@ -53,17 +53,17 @@ class Source:
 
     path: str
     fields: tuple[str, ...]
-    several: bool  # whether a line may hold several texts
-    empty: bool = False  # or none
+    is_reference: bool  # an example may have several texts
+    may_be_empty: bool = False  # or none
 
     @property
     def name(self) -> str:
         return "standard input" if self.path == "-" else self.path
 
     def lines(self, stack: ExitStack) -> Iterator[Line]:
-        """Numbered from 1, with their ends."""
-        with self.reading():
-            file = sys.stdin.buffer if self.path == "-" else stack.enter_context(self.opened())
+        """Yield lines with their line ends, numbered from 1."""
+        with self.read_errors():
+            file = sys.stdin.buffer if self.path == "-" else stack.enter_context(self.open())
             for number, line in enumerate(file, 1):
                 line = line.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"")
                 if number == 1 and is_utf16(line):
@@ -71,20 +71,20 @@ class Source:
                 try:
                     yield number, line.decode("utf-8")
                 except UnicodeDecodeError as error:
-                    what = f"byte 0x{line[error.start]:02x} at its byte {error.start + 1}"
-                    raise EvalError(f"{self.name}, line {number}: not UTF-8 ({what})") from None
+                    where = f"byte 0x{line[error.start]:02x} at its byte {error.start + 1}"
+                    raise EvalError(f"{self.name}, line {number}: not UTF-8 ({where})") from None
 
     def rows(self, stack: ExitStack) -> Iterator[Record]:
-        """Those of Parquet."""
-        with self.reading():
-            yield from read_parquet(stack.enter_context(self.opened()))
+        """Yield the rows of a Parquet file."""
+        with self.read_errors():
+            yield from read_parquet(stack.enter_context(self.open()))
 
-    def opened(self) -> BinaryIO:
+    def open(self) -> BinaryIO:
         return (gzip.open if self.path.lower().endswith(".gz") else open)(self.path, "rb")
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Every way in which a file cannot be read, as a message."""
+    def read_errors(self) -> Iterator[None]:
+        """Convert read errors to EvalError."""
         try:
             yield
         except FileNotFoundError:
@@ -95,7 +95,7 @@ class Source:
             raise EvalError(f"{self.name}: it cannot be read ({error})") from error
 
     def texts(self, stack: ExitStack) -> Iterator[list[str]]:
-        """The texts of each line or record, one or several."""
+        """Yield the texts of each line or record, one or several."""
         refuse_columnar(self.path)
         suffix, lines = file_suffix(self.path), self.lines(stack)
         if suffix not in LINE_FORMATS or suffix == ".jsonl":
@@ -110,28 +110,29 @@ class Source:
                 if isinstance(record.value, dict) and len(self.fields) > 1:
                     name = self.field_of(record.value, where)
                     if guessed not in (None, name):
-                        has = f"the {self.which} are the field {name!r} here, and {guessed!r} before"
+                        has = f"the {self.kind} are the field {name!r} here, and {guessed!r} before"
                         raise EvalError(f"{where}: {has}: name one by {self.option}")
                     guessed = name
                 yield self.texts_of(record.value, where)
             if guessed is not None:  # at the end: an error stands alone
-                print(f"note: {self.name}: the {self.which} are the field {guessed!r} of its records", file=sys.stderr)
+                print(f"note: {self.name}: the {self.kind} are the field {guessed!r} of its records", file=sys.stderr)
         except RecordError as error:
-            raise EvalError(f"{self.name}{error.place and f', {error.place}'}: {problem(error)}") from None
+            raise EvalError(f"{self.name}{error.place and f', {error.place}'}: {describe_error(error)}") from None
 
     @property
-    def which(self) -> str:
-        return "references" if self.several else "hypotheses"
+    def kind(self) -> str:
+        return "references" if self.is_reference else "hypotheses"
 
     @property
     def option(self) -> str:
-        return "--reference-field" if self.several else "--hypothesis-field"
+        return "--reference-field" if self.is_reference else "--hypothesis-field"
 
     def field_of(self, value: dict[str, Any], where: str) -> str:
-        """The field with the text, by the order of `fields`. Of references several are refused: one may be the question."""
+        """Choose the field with the text, in the order of `fields`; several reference fields are refused: one may be the
+        question."""
         found = [name for name in self.fields if name in value]
-        if len(found) > 1 and self.several:
-            raise EvalError(f"{where}: the fields {', '.join(found)} may each be the {self.which}: name one by {self.option}")
+        if len(found) > 1 and self.is_reference:
+            raise EvalError(f"{where}: the fields {', '.join(found)} may each be the {self.kind}: name one by {self.option}")
         if found:
             return found[0]
         has = ", ".join(f"{name:.60}" for name in value) or "nothing"
@@ -141,7 +142,7 @@ class Source:
         )
 
     def texts_of(self, value: Any, where: str) -> list[str]:
-        """The texts of a JSON value or of a table's row."""
+        """Extract the texts of a JSON value or of a table row."""
         if isinstance(value, dict):
             name = self.field_of(value, where)
             where, value = f"{where}, field {name!r}", value[name]
@@ -149,13 +150,14 @@ class Source:
                 value = value["text"]
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise EvalError(f"{where}: a text is wanted{', or a list of texts' if self.several else ''}, got {value!r:.60}")
-        if (not texts and not self.empty) or (len(texts) > 1 and not self.several):
-            raise EvalError(f"{where}: {len(texts)} texts, {'one at least' if self.several else 'a hypothesis is one'}")
+            expected = "a text is wanted, or a list of texts" if self.is_reference else "a text is wanted"
+            raise EvalError(f"{where}: {expected}, got {value!r:.60}")
+        if (not texts and not self.may_be_empty) or (len(texts) > 1 and not self.is_reference):
+            raise EvalError(f"{where}: {len(texts)} texts, {'one at least' if self.is_reference else 'a hypothesis is one'}")
         return texts
 
 
-def problem(error: RecordError) -> str:
+def describe_error(error: RecordError) -> str:
     cause = error.__cause__
     if isinstance(cause, JSONDecodeError):
         return f"not JSON ({cause.msg} at character {cause.pos + 1})"
@@ -168,7 +170,7 @@ def problem(error: RecordError) -> str:
 
 @dataclass
 class Sources:
-    """All files of a comparison; `read` counts what came out of them."""
+    """All files of a comparison; `read` counts the examples read so far."""
 
     systems: dict[str, Source]
     references: list[Source]
@@ -183,7 +185,7 @@ class Sources:
         return [*self.systems.values(), *self.references]
 
     def batches(self, size: int = BATCH) -> Iterator[Batch]:
-        """Errors (EvalError): files of unequal length, with the lengths; no line at all; whatever a file is not."""
+        """Yield batches. Errors (EvalError): files of unequal length (with the lengths), no line at all, unreadable content."""
         with ExitStack() as stack:
             streams = [source.texts(stack) for source in self.all]
             while rows := list(itertools.islice(self.rows(streams), size)):
@@ -207,7 +209,7 @@ class Sources:
 
 
 def reference_streams(columns: Sequence[Sequence[list[str]]]) -> list[list[str | None]]:
-    """Streams of equal length, one at least of each column; None where an example has fewer texts than another.
+    """Convert columns of text lists to streams of equal length; None where an example has fewer texts than another.
 
     >>> reference_streams([[["a"], ["b"]], [["c", "d"], ["e"]]])
     [['a', 'b'], ['c', 'e'], ['d', None]]

@@ -70,7 +70,7 @@ def trained(out: Path | str, *options: str) -> Path:
 def show(base: Path, folder: Path, steps: int) -> None:
     config = model.hub.read_config(base)
     objective = objective_of(config)
-    text = open_text(base, config, eval_tokens=200_000, say=lambda line: None)
+    text = open_text(base, config, eval_tokens=200_000, info=lambda line: None)
     before, rates = quantized(base, text), RATES[objective]
 
     def side(name: str, seed: int, *options: str) -> Path:

@@ -13,8 +13,8 @@ from eval.commands.texts import HYPOTHESIS_FIELDS, REFERENCE_FIELDS, EvalError, 
 
 def sources(hypothesis, *references) -> Sources:
     return Sources(
-        {"": Source(str(hypothesis), HYPOTHESIS_FIELDS, several=False)},
-        [Source(str(reference), REFERENCE_FIELDS, several=True) for reference in references],
+        {"": Source(str(hypothesis), HYPOTHESIS_FIELDS, is_reference=False)},
+        [Source(str(reference), REFERENCE_FIELDS, is_reference=True) for reference in references],
     )
 
 

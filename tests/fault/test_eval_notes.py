@@ -207,7 +207,7 @@ def test_counts_of_batches_add_up():
 
 @pytest.fixture(params=[2, 1000])
 def files(request, tmp_path, monkeypatch):
-    monkeypatch.setattr("eval.__main__.BATCH", request.param)
+    monkeypatch.setattr("eval.commands.score_texts.BATCH", request.param)
 
     def written(**texts: list[str]) -> list[str]:
         for name, lines in texts.items():

@@ -11,7 +11,7 @@ import model.__main__
 import quant.__main__
 import train.__main__
 import train.start
-from eval.commands.options import KINDS as SCORES
+from eval.commands.options import SUBCOMMANDS as SCORES
 from lora.config import CONFIGS
 from quant.commands.options import KINDS as SCHEMES
 from quant.config import QatConfig

@@ -11,7 +11,7 @@ import pytest
 from data.config import DataConfig, DataError
 from data.corpus.ingest import find_corpus, read_corpus
 from data.corpus.prepare import prepare
-from eval.commands.scoring import Met, Opened, documents
+from eval.commands.scoring import Opened, ReadingNotes, read_documents
 from tests.texts import prose
 
 
@@ -190,9 +190,9 @@ def test_what_is_left_out_is_said_once():
         assert is_built == any("preparing" in line for line in said)
     shutil.rmtree("corpus/cache")
     opened = Opened(Path("model"), None, SimpleNamespace(encode=list, unknown_id=None))
-    met = Met()
-    assert len(list(documents(opened, ("corpus",), met=met))) == 30
-    assert met.notes(opened.tokenizer) == [pages, objects]
+    notes = ReadingNotes()
+    assert len(list(read_documents(opened, ("corpus",), notes=notes))) == 30
+    assert notes.lines(opened.tokenizer) == [pages, objects]
     with pytest.raises(DataError, match=r"package\.json: one object, with the keys 'name', and no list of records"):
         list(read_corpus(DataConfig(corpus=("corpus/*.json",))))
     write("other/dataset.json", '{"data": []}')

@@ -45,7 +45,7 @@ def place(texts, tmp_path_factory):
 @pytest.fixture(autouse=True, params=[7, 1000])
 def batch(request, monkeypatch):
     """The files in one batch and in many: nothing may depend on it."""
-    monkeypatch.setattr("eval.__main__.BATCH", request.param)
+    monkeypatch.setattr("eval.commands.score_texts.BATCH", request.param)
 
 
 def scored(*options):

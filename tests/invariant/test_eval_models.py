@@ -14,7 +14,7 @@ import model.hub
 from data.tokenizer.open import load_tokenizer
 from eval.__main__ import main
 from eval.bertscore import BertScore
-from eval.commands.scoring import held_out, open_folder
+from eval.commands.scoring import held_out_documents, open_folder
 from eval.perplexity import perplexity_score, pseudo_perplexity
 from tests.conftest import randomized, tiny_config
 from tests.fault.test_command import assert_one_clear_line
@@ -41,7 +41,7 @@ def opened(finished):
 def test_a_run_on_its_held_out_text(finished, opened):
     """Stride = context is how training validates, but that its windows do not begin with the documents."""
     score, found = scored("perplexity", finished, "--stride", "32")
-    _, documents = held_out(opened)
+    _, documents = held_out_documents(opened)
     documents = list(documents)
     ids, sizes = [each.ids for each in documents], [each.bytes for each in documents]
     ends = {"bos_id": opened.tokenizer.bos_id, "eos_id": opened.tokenizer.eos_id}
@@ -115,7 +115,7 @@ def test_pseudo_perplexity_of_an_encoder(masked, tmp_path):
     assert score["parts"]["bytes"] == len(TEXT * 3), "of the text, not of what is left of it"
     assert_one_clear_line(command("perplexity", masked, tmp_path / "text.txt", "--stride", "3", main=main), "--stride")
     said = command("perplexity", masked, tmp_path / "text.txt", "--bos", "every-window", main=main)
-    assert_one_clear_line(said, "--bos every-window is of causal models")
+    assert_one_clear_line(said, "--bos every-window applies to causal models")
 
 
 def test_what_has_no_perplexity(finished, tmp_path):

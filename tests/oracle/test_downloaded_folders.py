@@ -125,7 +125,7 @@ def test_perplexity_of_a_text(around, tmp_path):
     (tmp_path / "text.txt").write_text(text)
     said = command("perplexity", tmp_path, tmp_path / "text.txt", "--json", main=eval.__main__.main)
     if around == "two":
-        assert said.code == 2 and "--bos auto: this tokenizer puts <|x|> <s> there" in said.err
+        assert said.code == 2 and "--bos auto: this tokenizer adds <|x|> <s>, " in said.err
         return
     assert said.code == 0, said.err
     network = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).double()

@@ -23,7 +23,7 @@ from model.linear import Linear, linear
 from model.mlp import DownProjection
 from quant.layer import QuantizedLinear
 from quant.nf4 import QuantizedTensor
-from quant.product import compute_dtype, input_gradient, product
+from quant.product import compute_dtype, input_gradient, multiply_4bit
 
 FUSIBLE = (nn.Linear, Linear, DownProjection, QuantizedLinear)  # they compute x Wᵀ + b in the weight's format, and no more
 
@@ -41,7 +41,7 @@ def products_in_place(
     x: Tensor, W_OI: Tensor | QuantizedTensor, b_O: Tensor | None, h_RN: Tensor, B_OR: Tensor, scale: float
 ) -> Tensor:
     """y = x Wᵀ + b, then y += s hᵀ Bᵀ in place."""
-    y = product(x, W_OI, b_O) if isinstance(W_OI, QuantizedTensor) else linear(x, W_OI, b_O)
+    y = multiply_4bit(x, W_OI, b_O) if isinstance(W_OI, QuantizedTensor) else linear(x, W_OI, b_O)
     y_NO = y.view(-1, y.size(-1))
     if is_in_torch_dispatch_mode():  # selective recomputation saves each product's result, which must not change
         return torch.addmm(y_NO, h_RN.T, B_OR.T, alpha=scale).view_as(y)

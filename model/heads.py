@@ -94,7 +94,7 @@ class LanguageHead(Head, nn.Linear, name="lm"):
     def forward(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         features = self.transform(hidden)
         if self.packed is not None:
-            return self.packed.product(features, self.bias)
+            return self.packed.multiply(features, self.bias)
         return linear(features, self.weight, self.bias)
 
 

@@ -11,7 +11,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from quant.config import Int8, QuantError
 from quant.formats import OwnFormats
 from quant.int8 import AFFINE, SYMMETRIC, Codes, Grid, Int8Tensor, quantize, scales_for, symmetric_scale, to_codes
-from quant.int8_product import product
+from quant.int8_product import multiply_int8
 from quant.layer import QuantizedLinear
 from quant.product import compute_dtype
 
@@ -34,7 +34,7 @@ class DynamicInput(nn.Module):
             scale, zero = scales_for(*x_NI.aminmax(dim=1, keepdim=True), self.grid)
         return Codes(to_codes(x_NI, scale, zero, self.grid).to(torch.int8), scale, zero)
 
-    def inside(self, x_NI: Tensor) -> Tensor | None:
+    def unclipped(self, x_NI: Tensor) -> Tensor | None:
         """Return where x has a gradient; None: everywhere."""
         return None
 
@@ -55,7 +55,7 @@ class StaticInput(OwnFormats):
         zero = None if self.grid.symmetric else self.zero
         return Codes(to_codes(x_NI, self.scale, zero, self.grid).to(torch.int8), with_non_finite_rows(self.scale, x_NI), zero)
 
-    def inside(self, x_NI: Tensor) -> Tensor | None:
+    def unclipped(self, x_NI: Tensor) -> Tensor | None:
         """Return where x is inside the grid, to half a step: x has a gradient there, and none where it was clipped."""
         unclipped = (x_NI.float() * (1 / self.scale)).round_().add_(self.zero)
         return (unclipped >= self.grid.low) & (unclipped <= self.grid.high)
@@ -103,26 +103,26 @@ class Int8Linear(QuantizedLinear):
         return self if order is None else self.reordered(order.argsort())
 
     @torch.compiler.disable  # torch's packed weights are objects that a compiled graph cannot hold
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if x.size(-1) != self.in_features:
             raise ValueError(f"x of {tuple(x.shape)} does not go with a weight of {tuple(self.weight.shape)}")
         dtype = compute_dtype(x)
         with torch.autocast(x.device.type, enabled=False):
             x_NI = x.reshape(-1, x.size(-1))
-            multiply = Int8Product.apply if torch.is_grad_enabled() else rounded_product
-            return multiply(x_NI, self.weight, bias, self.input, dtype).view(*x.shape[:-1], self.out_features)
+            product = Int8Product.apply if torch.is_grad_enabled() else quantize_and_multiply
+            return product(x_NI, self.weight, bias, self.input, dtype).view(*x.shape[:-1], self.out_features)
 
     def rounded(self, x: Tensor) -> Tensor:
         """Return x̂, straight through the rounding: x has its gradient, and none where it was clipped."""
         x_NI = x.reshape(-1, x.size(-1))
-        q, inside_NI = self.input(x_NI.detach()), self.input.inside(x_NI.detach())
+        q, inside_NI = self.input(x_NI.detach()), self.input.unclipped(x_NI.detach())
         codes_NI = q.codes.float() if q.zero is None else q.codes.float() - q.zero
         through_NI = x_NI if inside_NI is None else x_NI * inside_NI
         return ((codes_NI * q.scale).to(x.dtype) + (through_NI - through_NI.detach())).view_as(x)
 
 
-def rounded_product(x_NI: Tensor, w: Int8Tensor, b_O: Tensor | None, input: Input, dtype: torch.dtype) -> Tensor:
-    return product(input(x_NI), w, None if b_O is None else b_O.float(), dtype)
+def quantize_and_multiply(x_NI: Tensor, w: Int8Tensor, b_O: Tensor | None, input: Input, dtype: torch.dtype) -> Tensor:
+    return multiply_int8(input(x_NI), w, None if b_O is None else b_O.float(), dtype)
 
 
 class Int8Product(torch.autograd.Function):
@@ -132,8 +132,8 @@ class Int8Product(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, x_NI: Tensor, w: Int8Tensor, b_O: Tensor | None, input: Input, dtype: torch.dtype
     ) -> Tensor:
-        ctx.w, ctx.mask = w, input.inside(x_NI) if ctx.needs_input_grad[0] else None
-        return rounded_product(x_NI, w, b_O, input, dtype)
+        ctx.w, ctx.mask = w, input.unclipped(x_NI) if ctx.needs_input_grad[0] else None
+        return quantize_and_multiply(x_NI, w, b_O, input, dtype)
 
     @staticmethod
     @once_differentiable

@@ -32,7 +32,7 @@ HALVES = torch.tensor([-0.25, 0.25], device="cpu")[:, None, None]
 PIECE = 1 << 18  # numbers of W converted to float32 at a time: they stay in the cache
 
 
-def product(x: Codes, w: Int8Tensor, b_O: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+def multiply_int8(x: Codes, w: Int8Tensor, b_O: Tensor | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return y = x Wᵀ + b, N × O, rounded once to `dtype`; the formula is at the top of this file.
 
     x: codes N × I with their scales · w: O × I · b_O: float32 or None.
@@ -135,4 +135,4 @@ def product_cuda(x: Codes, w: Int8Tensor, b_O: Tensor | None = None, dtype: torc
 PRODUCTS: dict[str, Callable[..., Tensor]] = {"cpu": product_cpu, "cuda": product_cuda}
 
 
-multiply_int8, int8_product_reference = product, product_reference  # their names in `from quant import …`
+int8_product_reference = product_reference  # its name in `from quant import …`

@@ -44,9 +44,9 @@ class QuantizedLinear(nn.Module):
         return layer
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.product(x, self.bias)
+        return self.multiply(x, self.bias)
 
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return x Wᵀ + bias."""
         if self.compute is None:
             return linear_4bit(x, self.weight, bias)
@@ -89,7 +89,7 @@ class ReorderedLinear(QuantizedLinear):
         self.register_buffer("order", order, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.product(x, None)[..., self.order]
+        y = self.multiply(x, None)[..., self.order]
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:

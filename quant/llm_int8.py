@@ -87,13 +87,13 @@ def quantize(weight: Tensor) -> LlmInt8Tensor:
     at_once = max(1, CHUNK // weight.shape[1])
     for first in range(0, weight.shape[0], at_once):
         rows = slice(first, first + at_once)
-        codes[rows], absmax[rows] = vectorwise(weight[rows].half())
+        codes[rows], absmax[rows] = quantize_rowwise(weight[rows].half())
     if not bool(absmax.isfinite().all()):
         raise QuantError(f"in float16, {describe_non_finite(weight.half())}")
     return LlmInt8Tensor(codes, absmax, dtype=weight.dtype)
 
 
-def vectorwise(x_NI: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rowwise(x_NI: Tensor) -> tuple[Tensor, Tensor]:
     """Return (codes int8, largest magnitude of each row, float32) of float16 numbers."""
     absmax_N = x_NI.abs().amax(dim=1).float()
     return to_codes(x_NI, absmax_N), absmax_N
@@ -104,7 +104,7 @@ def to_codes(x_NI: Tensor, absmax_N: Tensor) -> Tensor:
     return codes.to(torch.int8)
 
 
-def split(x_NI: Tensor, threshold: float) -> tuple[Codes, Tensor]:
+def split_outliers(x_NI: Tensor, threshold: float) -> tuple[Codes, Tensor]:
     """Return x without its outliers as codes, and the outliers' columns. The codes' scale: largest magnitudes, N × 1."""
     x_NI = x_NI.half()
     magnitude_NI = x_NI.abs()
@@ -114,22 +114,22 @@ def split(x_NI: Tensor, threshold: float) -> tuple[Codes, Tensor]:
         return Codes(to_codes(x_NI, absmax_N), absmax_N[:, None], None), x_NI.new_empty(0, dtype=torch.long)
     outlier_NI = magnitude_NI >= threshold
     columns = outlier_NI.any(dim=0).nonzero().squeeze(1)
-    codes, absmax_N = vectorwise(x_NI.masked_fill(outlier_NI, 0))
+    codes, absmax_N = quantize_rowwise(x_NI.masked_fill(outlier_NI, 0))
     codes[:, columns] = 0
     return Codes(codes, absmax_N[:, None], None), columns
 
 
-def product(x_NI: Tensor, w: LlmInt8Tensor, b_O: Tensor | None, threshold: float, dtype: torch.dtype) -> Tensor:
+def multiply_llm_int8(x_NI: Tensor, w: LlmInt8Tensor, b_O: Tensor | None, threshold: float, dtype: torch.dtype) -> Tensor:
     """Return y = x Wᵀ + b, in `dtype`."""
-    q, columns = split(x_NI, threshold)
-    y_NO = sums(q.codes, w).mul_(q.scale * w.absmax).mul_(RESCALE)
+    q, columns = split_outliers(x_NI, threshold)
+    y_NO = sum_products(q.codes, w).mul_(q.scale * w.absmax).mul_(RESCALE)
     y_NO = (y_NO if b_O is None else y_NO.add_(b_O.to(dtype))).to(dtype)
     if not len(columns):
         return y_NO
     return y_NO.addmm(x_NI[:, columns].to(dtype), w.columns(columns).to(dtype).T)
 
 
-def sums(q_NI: Tensor, w: LlmInt8Tensor) -> Tensor:
+def sum_products(q_NI: Tensor, w: LlmInt8Tensor) -> Tensor:
     """Return Σ q p, in float32."""
     if w.device.type == "cuda":
         one = torch.ones(1, 1, device=w.device)
@@ -161,7 +161,7 @@ class LlmInt8Linear(QuantizedLinear):
         return self if order is None else self.reordered(order.argsort())
 
     @torch.compiler.disable  # shapes depend on which columns have outliers
-    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if x.size(-1) != self.in_features:
             raise ValueError(f"x of {tuple(x.shape)} does not go with a weight of {tuple(self.weight.shape)}")
         dtype = compute_dtype(x)
@@ -173,7 +173,7 @@ class LlmInt8Linear(QuantizedLinear):
     def rounded(self, x: Tensor) -> Tensor:
         """Return x̂, straight through the rounding; it includes the error of RESCALE."""
         x_NI = x.reshape(-1, x.size(-1))
-        q, columns = split(x_NI.detach(), self.threshold)
+        q, columns = split_outliers(x_NI.detach(), self.threshold)
         values_NI = (q.codes * q.scale * (RESCALE * 127)).to(x.dtype)
         values_NI[:, columns] = x_NI.detach()[:, columns]
         return (values_NI + (x_NI - x_NI.detach())).view_as(x)
@@ -190,7 +190,7 @@ class LlmInt8Product(torch.autograd.Function):
         ctx: FunctionCtx, x_NI: Tensor, w: LlmInt8Tensor, b_O: Tensor | None, threshold: float, dtype: torch.dtype
     ) -> Tensor:
         ctx.w = w
-        return product(x_NI, w, b_O, threshold, dtype)
+        return multiply_llm_int8(x_NI, w, b_O, threshold, dtype)
 
     @staticmethod
     @once_differentiable

@@ -75,9 +75,9 @@ def input_gradient_cpu(dy_NO: Tensor, quantized: PackedWeight) -> Tensor:
 
 def product_cuda(x_NI: Tensor, quantized: PackedWeight, b_O: Tensor | None) -> Tensor:
     """Return x Wᵀ + b, by a Triton kernel or cuBLAS."""
-    from quant.kernels.choice import product  # here: Triton is imported when a kernel is first used
+    from quant.kernels.choice import multiply_4bit as multiply  # here: Triton is imported when a kernel is first used
 
-    return product(x_NI, quantized, b_O)
+    return multiply(x_NI, quantized, b_O)
 
 
 def input_gradient_cuda(dy_NO: Tensor, quantized: PackedWeight) -> Tensor:
@@ -126,7 +126,7 @@ def from_parts(parts: Sequence[Tensor], shape: Sequence[int], block_size: int) -
     return PackedTensors(*parts, *[None] * (6 - len(parts)), shape, block_size)
 
 
-def product(x: Tensor, quantized: QuantizedTensor, b_O: Tensor | None) -> Tensor:
+def multiply_4bit(x: Tensor, quantized: QuantizedTensor, b_O: Tensor | None) -> Tensor:
     """Return x Wᵀ + b over the last axis, in x's dtype, without a gradient."""
     x_NI = x.reshape(-1, x.size(-1))
     if torch.compiler.is_compiling():
@@ -155,7 +155,7 @@ class Linear4bit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, quantized: QuantizedTensor, b_O: Tensor | None) -> Tensor:
         ctx.quantized = quantized
-        return product(x, quantized, b_O)
+        return multiply_4bit(x, quantized, b_O)
 
     @staticmethod
     @once_differentiable

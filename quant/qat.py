@@ -33,7 +33,7 @@ from quant.config import QatConfig, QuantError
 from quant.fake import fake_quantize
 from quant.int8 import AFFINE, EPS, Codes, Grid, Int8Tensor, check, min_max, scales_for
 from quant.int8_linear import DynamicInput, Input, Int8Linear, StaticInput, with_non_finite_rows
-from quant.int8_product import product
+from quant.int8_product import multiply_int8
 from quant.linear import quantizable_layers
 from quant.nf4 import describe_non_finite
 from quant.observe import OBSERVERS
@@ -69,7 +69,7 @@ class QatLinear(nn.Module):
         self.pending: tuple[Tensor, Tensor] | None = None
         self.train(linear.training)
 
-    @torch.compiler.disable  # as in Int8Linear.product
+    @torch.compiler.disable  # as in Int8Linear.multiply
     def forward(self, x: Tensor) -> Tensor:
         if x.size(-1) != self.in_features:
             raise ValueError(f"x of {tuple(x.shape)} does not go with a weight of {tuple(self.weight.shape)}")
@@ -210,7 +210,7 @@ class QatProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(*x, w.codes, w.scale)  # x̂ and Ŵ are four times as large
         ctx.bits = w.code_bits
-        return product(x, w, b_O)
+        return multiply_int8(x, w, b_O)
 
     @staticmethod
     @once_differentiable

@@ -19,7 +19,7 @@ from quant.packed import PackedWeight
 FEW, TILED = 8, 128
 
 
-def product(x_NI: Tensor, quantized: PackedWeight, b_O: Tensor | None) -> Tensor:
+def multiply_4bit(x_NI: Tensor, quantized: PackedWeight, b_O: Tensor | None) -> Tensor:
     """Return x Wᵀ + b, N × O."""
     if x_NI.dtype == torch.float64 or len(x_NI) > TILED:
         return torch.nn.functional.linear(x_NI, dequantize_4bit(quantized, x_NI.dtype), b_O)

@@ -102,7 +102,7 @@ def parts_of(network: nn.Module, call: Callable[[], object]) -> dict[str, float]
         layers = (quantized_layers(network) or quantizable_layers(network)).values()
         places = [(layer, "forward", "linear") for layer in layers]
         places += [(layer.input, "forward", "rounding") for layer in layers if isinstance(layer, Int8Linear)]
-        places += [(llm_int8, "split", "rounding"), (llm_int8, "sums", "sums")]
+        places += [(llm_int8, "split_outliers", "rounding"), (llm_int8, "sum_products", "sums")]
         places += [(int8_product, name, "sums") for name in ("int8_sums", "float_sums")]
         with contextlib.ExitStack() as patches:
             for owner, name, part in places:

@@ -134,7 +134,7 @@ def test_the_comparison_of_outputs_sees(wrong, monkeypatch):
     assert equal(outputs(convert(copy.deepcopy(network))), expected)
     layer = next(iter(qat_layers(network).values()))
     monkeypatch.setattr(*{
-        "a product in float32": (qat, "product", floats),
+        "a product in float32": (qat, "multiply_int8", floats),
         "a scale's last bit": (layer, "weight_scales", lambda: off_by_an_ulp(layer)),
     }[wrong])
     assert not equal(outputs(network), expected)

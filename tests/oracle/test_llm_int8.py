@@ -22,7 +22,7 @@ from quant import llm_int8
 from quant.bnb_8bit_io import config_entry, find_parts, from_tensors, read_config, to_tensors
 from quant.config import Int8, QuantError
 from quant.int8 import Codes
-from quant.llm_int8 import LlmInt8Linear, LlmInt8Tensor, quantize, split, vectorwise
+from quant.llm_int8 import LlmInt8Linear, LlmInt8Tensor, quantize, quantize_rowwise, split_outliers
 
 LIBRARY = f"bitsandbytes {bitsandbytes.__version__}"
 FOLDERS = f"transformers {transformers.__version__}, {LIBRARY}"
@@ -235,12 +235,12 @@ def divided(x_NI: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def splitting(rounded=Tensor.half, reaches=torch.ge, hide=True, clear=True):
-    """`split`, one decision changed."""
+    """`split_outliers`, one decision changed."""
 
     def other(x_NI: Tensor, threshold: float) -> tuple[Codes, Tensor]:
         x_NI = rounded(x_NI)
         outlier_NI = reaches(x_NI.abs(), threshold)
-        codes, absmax_N = vectorwise(x_NI.masked_fill(outlier_NI, 0) if hide else x_NI)
+        codes, absmax_N = quantize_rowwise(x_NI.masked_fill(outlier_NI, 0) if hide else x_NI)
         columns = outlier_NI.any(dim=0).nonzero().squeeze(1)
         if clear:
             codes[:, columns] = 0
@@ -251,19 +251,19 @@ def splitting(rounded=Tensor.half, reaches=torch.ge, hide=True, clear=True):
 
 def columnwise(x_NI: Tensor, threshold: float) -> tuple[Codes, Tensor]:
     """The rows' scales without all of an outlier's column."""
-    _, columns = split(x_NI, threshold)
-    codes, absmax_N = vectorwise(x_NI.half().index_fill(1, columns, 0))
+    _, columns = split_outliers(x_NI, threshold)
+    codes, absmax_N = quantize_rowwise(x_NI.half().index_fill(1, columns, 0))
     return Codes(codes, absmax_N[:, None], None), columns
 
 
 MUTANTS = {  # name: (home, attribute, what is there instead)
     "1/127² with all its digits": (llm_int8, "RESCALE", 1 / 127**2),
-    "divided, not multiplied": (llm_int8, "vectorwise", divided),
-    "x is not rounded to float16": (llm_int8, "split", splitting(rounded=Tensor.float)),
-    "above the threshold": (llm_int8, "split", splitting(reaches=torch.gt)),
-    "outliers measured": (llm_int8, "split", splitting(hide=False)),
-    "outliers' columns twice": (llm_int8, "split", splitting(clear=False)),
-    "outliers' columns not measured": (llm_int8, "split", columnwise),
+    "divided, not multiplied": (llm_int8, "quantize_rowwise", divided),
+    "x is not rounded to float16": (llm_int8, "split_outliers", splitting(rounded=Tensor.float)),
+    "above the threshold": (llm_int8, "split_outliers", splitting(reaches=torch.gt)),
+    "outliers measured": (llm_int8, "split_outliers", splitting(hide=False)),
+    "outliers' columns twice": (llm_int8, "split_outliers", splitting(clear=False)),
+    "outliers' columns not measured": (llm_int8, "split_outliers", columnwise),
     "outliers by the gradient's weight": (LlmInt8Tensor, "columns", lambda w, c: w.codes[:, c] * w.scale),
     "the gradient by the outliers' weight": (LlmInt8Tensor, "scale", property(lambda w: w.absmax[:, None] / 127)),
 }
@@ -286,7 +286,7 @@ def test_the_comparison_sees(name, monkeypatch):
 
 
 def test_the_mutants_differ_in_one_decision(monkeypatch):
-    monkeypatch.setattr(llm_int8, "split", splitting())
+    monkeypatch.setattr(llm_int8, "split_outliers", splitting())
     assert not mismatches()
 
 

@@ -143,7 +143,7 @@ def test_in_one_operation_with_the_layer(compute, tmp_path):
     place, x, layer.compute = network.get_submodule(path.removesuffix(".base")), torch.randn(2, 5, layer.in_features), compute
     y = place(x)
     assert gap(y, layer(x) + x @ place.parts["default"].delta().T) < 1e-6
-    assert (y.grad_fn.name() == "LoraLinearBackward") == (compute is None)
+    assert (y.grad_fn.name() == "LoraLinearFunctionBackward") == (compute is None)
 
 
 def randomize_in_place(network: Network) -> Network:

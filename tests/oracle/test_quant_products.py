@@ -101,7 +101,7 @@ def test_which_kernel(monkeypatch):
         backward = "dequantize_4bit" if rows > 128 else "input_gradient_4bit"
         for dtype in (torch.float32, torch.float64):
             x, dy, b = torch.randn(rows, 6, dtype=dtype), torch.randn(rows, 4, dtype=dtype), bias.to(dtype)
-            assert torch.equal(choice.product(x, small, b), twins["matmul_4bit"](x, small, b))
+            assert torch.equal(choice.multiply_4bit(x, small, b), twins["matmul_4bit"](x, small, b))
             assert torch.equal(choice.input_gradient(dy, small), twins["input_gradient_4bit"](dy, small))
             assert called == (["dequantize_4bit"] * 2 if dtype == torch.float64 else [kernel, backward])
             called.clear()

@@ -102,7 +102,7 @@ def test_logits(case, parity, label):
         expected, found = case.theirs(**case.batch).logits, case.ours(**case.batch).logits
         hook.remove()
         ((x, y),) = given
-        mine = case.layer.product(x, case.ours.head.bias)
+        mine = case.layer.multiply(x, case.ours.head.bias)
         if case.ours.config.family == "bart":  # which adds its bias behind the layer
             y = y + case.theirs.final_logits_bias
     clear = ~between_codes(case.layer, x).any(-1) if case.bits is None else torch.ones(x.shape[:-1], dtype=torch.bool)

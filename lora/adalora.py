@@ -128,8 +128,9 @@ class RankAllocator:
 
     name: the adapter's. steps: number of updates of the training. The last update of the warm-up is number `first`, counted
     from 1; from number `last` on the ranks are constant. State: `updates`, here, and buffers of the parts, in the network's
-    state. Errors (AdapterError): no AdaLoRA adapter of that name; settings that leave no steps for the allocation. Source:
-    Zhang et al. 2023, arXiv 2303.10512, algorithm 1.
+    state.
+    Errors (AdapterError): no AdaLoRA adapter of that name; settings that leave no steps for the allocation.
+    Source: Zhang et al. 2023, arXiv 2303.10512, algorithm 1.
     """
 
     def __init__(self, network: nn.Module, name: str, steps: int):

@@ -92,8 +92,7 @@ class LoraConfig(MethodConfig):
 
 @dataclass(frozen=True)
 class DoraConfig(LoraConfig):
-    """Weight-decomposed LoRA: W' = m (W + s B A) / ‖W + s B A‖, one norm per output row. Source: Liu et al. 2024, arXiv
-    2402.09353."""
+    """Weight-decomposed LoRA: W' = m (W + s B A) / ‖W + s B A‖, one norm per row. Source: Liu et al. 2024, arXiv 2402.09353."""
 
     method: ClassVar[str] = "dora"
     has_adapter_weight: ClassVar[bool] = False  # its norm is no linear function of the change
@@ -101,7 +100,7 @@ class DoraConfig(LoraConfig):
 
 @dataclass(frozen=True)
 class AdaloraConfig(LoraConfig):
-    """Adaptive ranks: W' = W + s P Λ Q, ranks allocated to layers during training. Source: Zhang et al. 2023, 2303.10512."""
+    """Adaptive ranks: W' = W + s P Λ Q, ranks allocated in training. Source: Zhang et al. 2023, arXiv 2303.10512."""
 
     method: ClassVar[str] = "adalora"
     MINIMUM: ClassVar = LoraConfig.MINIMUM | {"initial_r": 1, "warmup": 0, "final": 0, "every": 1, "orthogonality": 0}

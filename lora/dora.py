@@ -4,9 +4,9 @@
 
 m is initialized to the norms of W's rows, A and B as in LoRA. At first the network computes bit for bit what it did: B A is
 zero, and m and the norm are the same sums, so that m / ‖W‖ is exactly 1 (with another number of threads, or on another device,
-it may be off by its last bit). Source: Liu et al. 2024, arXiv 2402.09353, equation 5; a norm per output row as in the authors'
-code and PEFT (the paper's text says columns of W). As in the paper's section 4.3 and in PEFT, the norm is a constant in the
-backward pass.
+it may be off by its last bit).
+Source: Liu et al. 2024, arXiv 2402.09353, equation 5; a norm per output row as in the authors' code and PEFT (the
+paper's text says columns of W). As in the paper's section 4.3 and in PEFT, the norm is a constant in the backward pass.
 """
 
 from typing import ClassVar

@@ -1,8 +1,8 @@
-"""Adapters on a network: added, activated, removed; `merge` and `unmerge` are those of `lora.merging`.
+"""Adds, activates and removes the adapters of a network; `merge` and `unmerge` are those of `lora.merging`.
 
-All weights of the network are frozen, and the adapter's parameters stand beside them, in modules that replace its layers
-(`lora.layer`). Two exceptions: biases may be trained in place, and of whole modules a copy is trained; the network's own values
-are kept for both. `remove` puts the original modules back.
+All weights of the network are frozen. Modules that replace its layers hold the adapters' parameters (`lora.layer`). In two
+cases an adapter trains values of the network: biases, in place, and copies of modules; the network's own values are kept.
+`remove` restores the original modules.
 """
 
 from collections.abc import Mapping
@@ -41,17 +41,18 @@ Network = TypeVar("Network", bound=nn.Module)
 
 @torch.no_grad()
 def add_adapters(network: Network, config: object, name: str = "default", *, seed: int = 0) -> Network:
-    """Add an adapter of `config`'s method (`lora.config`), freeze all else, and make it the only active one. Returns the
-    network.
+    """Add an adapter to the network in place, and make it the only active and trainable one. Returns the network.
 
-    The network computes bit for bit what it did (except with a prompt or prefix, which act at once). It may be any nn.Module
-    with linear layers, of transformers for example; virtual tokens need one of this project. Further adapters, of any method,
-    need other names. Adapters are float32, or float64 on a float64 network, whatever format the network has. Initial values are
-    a function of (seed, parameter name).
+    network: any nn.Module with linear layers, also of transformers; virtual tokens need a network of this project.
+    config: of a method of `lora.config`, such as LoraConfig. name: further adapters, of any method, need other names.
 
-    Errors (AdapterError): targets that match nothing, an unknown method, a name that is taken.
+    At first the network computes bit for bit what it did (except with a prompt or prefix). Adapters are float32, or float64 on
+    a float64 network, whatever format the network has. Initial values are a function of (seed, parameter name). Errors
+    (AdapterError): targets that match nothing, an unknown method, a name that is taken; the network stays unchanged.
     """
     virtual_tokens = uses_virtual_tokens(config)
+    if state_of(network) is None and (found := holders(network)):
+        raise AdapterError(f"{next(iter(found))!r} has an adapter of its own (LoraLinear?), which add_adapters cannot manage")
     if state_of(network) is None and hasattr(network, "adapters"):
         raise AdapterError(f"this {type(network).__name__} has an attribute `adapters` of its own, which is needed here")
     if not name or "." in name or name in adapters(network) or hasattr(nn.ModuleDict(), name):

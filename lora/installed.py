@@ -1,6 +1,6 @@
-"""The adapters that a network has: by name, by layer, and what they train of the network itself.
+"""Queries on a network with adapters: their configs, parts and weights, and the network's own biases that they train.
 
-On a network with adapters stand two attributes: `adapters`, name → config, and `adapter_state` (`AdapterState`).
+Such a network has two more attributes: `adapters`, name → config, and `adapter_state` (`AdapterState`).
 """
 
 from collections.abc import Iterator
@@ -13,11 +13,11 @@ from lora.layer import AdaptedLayer, Holder, ModulesToSave, Part
 
 
 class TrainedBiases:
-    """The network's own biases that an adapter trains in place; the values not in use, the adapter's or the base's, are
-    kept."""
+    """The network's own biases that an adapter trains in place, and their other values: the base's while the adapter is active,
+    else the adapter's."""
 
     def __init__(self, pairs: list[tuple[nn.Parameter, Tensor]]):
-        self.pairs, self.are_adapters = pairs, True  # (the parameter, the values not in use)
+        self.pairs, self.are_adapters = pairs, True  # pairs: (parameter, its other values)
 
     @torch.no_grad()
     def use_adapters(self, wanted: bool) -> None:
@@ -72,7 +72,7 @@ def is_merged(network: nn.Module) -> bool:
 
 
 def modules_without_adapters(network: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield (path, module) as the network was without adapters: a holder stands at its base's path, its parts nowhere."""
+    """Yield (path, module) by the paths without adapters: a holder instead of its base, and no parts."""
     for name, module in network.named_children():
         if isinstance(module, Holder) and not hasattr(module, "base"):
             continue  # virtual tokens

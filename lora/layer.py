@@ -43,7 +43,7 @@ class Part(nn.Module):
     """
 
     adapter_weight: float = 1.0
-    PEFT_NAMES: ClassVar[dict[str, PeftName]] = {}  # parameter -> its name in an adapter's file
+    PEFT_NAMES: ClassVar[dict[str, PeftName]] = {}  # parameter → its name in an adapter's file
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Initialize the parameters, drawn on the CPU in float32 from the generator (None: torch's global one)."""

@@ -1,11 +1,13 @@
 """LoRA: a frozen linear layer and a trainable low-rank change of its weight.
 
-    y = W x + b + s B A drop(x),  s = α / r        A: R × I,  B: O × R
+    y = W x + b + s B A drop(x),  s = α / r        W: O × I,  A: R × I,  B: O × R,  R = r
 
-With rank stabilization s = α / √r. A is initialized uniform in ±1/√I (Kaiming), B to zero, so that at first the network
-computes bit for bit what it did. Source: Hu et al. 2021, arXiv 2106.09685, section 4.1; Kalajdzievski 2023, arXiv 2312.03732
-(rsLoRA). The paper draws A from a normal distribution; uniform is what its authors' code and PEFT do. Dropout on A's input, and
-an embedding's A = 0 with a normal B, follow PEFT.
+With rank stabilization (rsLoRA) s = α / √r. A is initialized uniform in ±1/√I (Kaiming), B to zero: at first y = W x + b.
+Source: Hu et al. 2021, arXiv 2106.09685, section 4.1; Kalajdzievski 2023, arXiv 2312.03732 (rsLoRA). The paper draws A from a
+normal distribution; uniform is what its authors' code and PEFT do. As in PEFT, dropout applies to the input of A only, and the
+A of an embedding is zero at first, its B normal.
+
+`LoraLinear` is a layer to be used by itself. `lora.inject.add_adapters` puts a `Lora` beside each layer of a network.
 """
 
 import math
@@ -37,7 +39,7 @@ def add_low_rank(y: Tensor, x: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float)
 
 
 class Lora(Part):
-    """A and B beside a linear layer."""
+    """The parameters A and B of one adapter beside one linear layer, `base`, which has W and b."""
 
     PEFT_NAMES: ClassVar = {"A": PeftName("lora_A.weight"), "B": PeftName("lora_B.weight", has_output_rows=True)}
 
@@ -58,12 +60,12 @@ class Lora(Part):
         return self.post_forward(x, base(x), base)
 
     def post_forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        """y + s B A drop(x), where y = W x + b, or what another adapter has made of it."""
+        """y + s B A drop(x), where y = W x + b, plus the changes of adapters before this one."""
         return add_low_rank(y, self.drop(x), self.A, self.B, self.s)
 
     @property
     def s(self) -> float:
-        """α / r (or α / √r), times the adapter's weight where several adapters are summed."""
+        """α / r (or α / √r), times the adapter's weight in a weighted sum of adapters (1 by default)."""
         return self.adapter_weight * self.scale
 
     def drop(self, x: Tensor) -> Tensor:
@@ -77,7 +79,7 @@ class Lora(Part):
         """W + s B A, added in the wider of the two formats, in the weight's format."""
         return (weight_OI + self.delta()).to(weight_OI.dtype), bias_O
 
-    # A loss that reads a head without its logits: [f, s drop(f) Aᵀ] [W, B]ᵀ (`lora.layer.AdaptedHead`)
+    # for a loss that reads a language head's factors instead of its logits: [f, s drop(f) Aᵀ] [W, B]ᵀ (`AdaptedHead`)
 
     def low_rank_features(self, features: Tensor) -> Tensor:
         """s drop(f) Aᵀ: ... × R."""
@@ -102,38 +104,16 @@ class FusedLora(Lora):
         return lora_linear(x, base.weight, base.bias, self.A, self.B, self.s)
 
 
-class EmbeddingLora(Lora):
-    """A and B beside an embedding: y = E[x] + s (B A)ᵀ[x]. A: R × V, one column per token; B: D × R. No dropout on ids."""
-
-    PEFT_NAMES: ClassVar = {"A": PeftName("lora_embedding_A"), "B": PeftName("lora_embedding_B")}
-
-    def __init__(self, base: nn.Embedding, config: LoraConfig, rank: int, alpha: float):
-        Part.__init__(self)
-        self.A = nn.Parameter(torch.empty(rank, base.num_embeddings))
-        self.B = nn.Parameter(torch.empty(base.embedding_dim, rank))
-        self.rank, self.scale, self.dropout = rank, scaling(config, rank, alpha), 0.0
-
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        self.A.data.zero_()
-        self.B.data.copy_(torch.empty(self.B.shape).normal_(generator=generator))
-
-    def post_forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        return y + (self.s * F.embedding(x, self.A.T) @ self.B.T).to(y.dtype)
-
-    def delta(self) -> Tensor:
-        """s (B A)ᵀ: V × D."""
-        return self.s * (self.B @ self.A).T
-
-
 class LoraLinear(AdaptedLayer):
     """A linear layer with LoRA, to be used by itself: y = W x + b + s B A drop(x), s = α / r, or α / √r if `rank_stabilized`.
 
-    W and b are frozen; A (R × I) and B (O × R) are trained, in float32, or float64 beside a float64 weight. B = 0 at first, so
-    that y = W x + b. x may have any leading axes. `merge()` adds s B A to W and `unmerge()` restores W bit for bit.
-    `lora.inject.add_adapters` puts the same pair, an `AdaptedLayer` and its `FusedLora`, in place of each layer of a network.
+    W and b are frozen. A (R × I) and B (O × R) are trained, in float32, or float64 beside a float64 weight. x: ... × I.
+    `merge()` adds s B A to W, `unmerge()` restores W bit for bit. It is what `lora.inject.add_adapters` puts in place of a
+    linear layer: an `AdaptedLayer` with one `FusedLora`.
 
-    linear: nn.Linear, transformers' Conv1D, or a quantized layer of `quant`. generator: of A's initial values.
+    linear: nn.Linear, transformers' Conv1D, or a quantized layer of `quant`. generator: for A's initial values.
     Errors (AdapterError): r < 1, a dropout outside [0, 1), a layer that is not linear.
+    Source: Hu et al. 2021, arXiv 2106.09685.
 
     >>> layer = LoraLinear(nn.Linear(6, 4), r=2, alpha=4.0)
     >>> [(name, tuple(value.shape)) for name, value in layer.named_parameters() if value.requires_grad]
@@ -164,16 +144,39 @@ class LoraLinear(AdaptedLayer):
         self.active = ("default",)
 
     @property
-    def lora(self) -> Lora:
-        return self.parts["default"]
-
-    @property
     def A(self) -> nn.Parameter:
-        return self.lora.A
+        return self.parts["default"].A
 
     @property
     def B(self) -> nn.Parameter:
-        return self.lora.B
+        return self.parts["default"].B
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = W x + b + s B A drop(x); while merged, W and b contain the change."""
+        return self.base(x) if self.is_merged else self.parts["default"].forward_with(x, self.base)
+
+
+class EmbeddingLora(Lora):
+    """A and B beside an embedding: y = E[x] + s (B A)ᵀ[x]. A: R × V, one column per token; B: D × R. No dropout on ids."""
+
+    PEFT_NAMES: ClassVar = {"A": PeftName("lora_embedding_A"), "B": PeftName("lora_embedding_B")}
+
+    def __init__(self, base: nn.Embedding, config: LoraConfig, rank: int, alpha: float):
+        Part.__init__(self)
+        self.A = nn.Parameter(torch.empty(rank, base.num_embeddings))
+        self.B = nn.Parameter(torch.empty(base.embedding_dim, rank))
+        self.rank, self.scale, self.dropout = rank, scaling(config, rank, alpha), 0.0
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        self.A.data.zero_()
+        self.B.data.copy_(torch.empty(self.B.shape).normal_(generator=generator))
+
+    def post_forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
+        return y + (self.s * F.embedding(x, self.A.T) @ self.B.T).to(y.dtype)
+
+    def delta(self) -> Tensor:
+        """s (B A)ᵀ: V × D."""
+        return self.s * (self.B @ self.A).T
 
 
 def scaling(config: LoraConfig, rank: int, alpha: float) -> float:

@@ -3,11 +3,11 @@
     [p_1 … p_P, e(x_1) … e(x_T)]
 
 They take the first P positions, the text's positions continue from there, and they have no loss (`model.virtual_tokens`). Each
-is initialized to the embedding of a token: a random one, or those of a text (Lester et al., section 3.2). Source: Lester et al.
-2021, arXiv 2104.08691. As in PEFT: in an encoder-decoder they stand before the encoder's text only, and the decoder attends to
-their encodings; they have token type 0; where a family scales its embeddings, they stand beside the scaled ones; a head that
-pools the first token ([CLS]) reads p_1. Unlike PEFT, position_ids continue from P rather than being ignored, and so do those of
-left-padded rows; a sliding window does not hide the prompt.
+is initialized to the embedding of a token: a random one, or those of a text (Lester et al., section 3.2).
+Source: Lester et al. 2021, arXiv 2104.08691. As in PEFT: in an encoder-decoder they stand before the encoder's text only, and
+the decoder attends to their encodings; they have token type 0; where a family scales its embeddings, they stand beside the
+scaled ones; a head that pools the first token ([CLS]) reads p_1. Unlike PEFT, position_ids continue from P rather than being
+ignored, and so do those of left-padded rows; a sliding window does not hide the prompt.
 """
 
 from collections.abc import Callable

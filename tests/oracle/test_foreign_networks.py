@@ -315,3 +315,16 @@ def test_lora_linear_drops_only_what_A_reads():
 def test_lora_linear_refuses(message, call):
     with pytest.raises(AdapterError, match=message):
         call()
+
+
+def test_lora_linear_inside_a_network():
+    """It trains with the network, moves with it, and keeps its state; `add_adapters` leaves such a network alone."""
+    network = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), LoraLinear(nn.Linear(5, 4), 2))
+    with pytest.raises(AdapterError, match="'2' has an adapter of its own"):
+        add_adapters(network, LoraConfig(r=2))
+    nn.init.normal_(network[2].B)
+    again = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), LoraLinear(nn.Linear(5, 4), 2))
+    again.load_state_dict(network.state_dict())
+    x = torch.randn(3, 6)
+    assert torch.equal(again(x), network(x)) and again.double()(x.double()).dtype == torch.float64
+    assert gap(copy.deepcopy(network)(x), network(x)) == 0

@@ -190,7 +190,7 @@ def _normalise_side(texts: Sequence[str | None], side: int, no_answer: Sequence[
     for example, text in enumerate(texts):
         if not isinstance(text, str) and (text is not None or side == 0):
             which = "hypothesis" if side == 0 else f"reference {side - 1}"
-            raise TypeError(f"{which} of example {example} is no text: {text!r:.60}")
+            raise TypeError(f"{which} of example {example} is not a string: {text!r:.60}")
     words = [None if text is None else normalise(text) for text in texts]
     if no_answer:
         words = [[] if found and " ".join(found) in no_answer else found for found in words]

@@ -94,7 +94,7 @@ class BertScore:
         found["model"] = (source.name if source else "unnamed") if self.model is None else self.model
         found["baseline_3"] = torch.zeros(3) if self.baseline is None else read_baseline(self.baseline, layer)
         if self.batch_tokens < 1:
-            raise ValueError(f"batch_tokens={self.batch_tokens}: a batch has one token at least")
+            raise ValueError(f"batch_tokens={self.batch_tokens} must be at least 1")
         if found["max_length"] is not None and found["max_length"] < 3:
             raise ValueError(f"max_length={found['max_length']}: two special tokens leave no room for a text")
         if context is not None and found["max_length"] > context:

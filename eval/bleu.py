@@ -71,7 +71,7 @@ class Bleu:
         elif SMOOTH_VALUES[self.smooth] is None or not 0 <= self.smooth_value < math.inf:
             raise ValueError(f"smooth={self.smooth!r} with smooth_value={self.smooth_value}: floor and add-k have one, from 0")
         if self.max_order < 1:
-            raise ValueError(f"max_order={self.max_order}: n-grams have one token at least")
+            raise ValueError(f"max_order={self.max_order} must be at least 1")
 
     def statistics(self, hypotheses: Sequence, references: Sequence[Sequence], *, notes: Notes | None = None) -> Tensor:
         check_streams(hypotheses, references)

@@ -101,7 +101,7 @@ def wilson_interval(correct: int, trials: int, *, confidence: float = 0.95) -> t
     ([0.490162, 0.943318], [0.722467, 1.0])
     """
     if not (0 <= correct <= trials and trials >= 1 and 0 < confidence < 1):
-        raise ValueError(f"{correct} right of {trials}, confidence={confidence}: of one at least, and between 0 and 1")
+        raise ValueError(f"{correct} correct of {trials} trials, confidence={confidence}: must be a proportion, and in (0, 1)")
     share, z2 = correct / trials, NormalDist().inv_cdf((1 + confidence) / 2) ** 2
     middle = share + z2 / (2 * trials)
     half = math.sqrt(z2 * (share * (1 - share) / trials + z2 / (4 * trials**2)))
@@ -155,7 +155,7 @@ def draw_counts(examples: int, *, samples: int, seed: int) -> Iterator[Tensor]:
             [1., 0., 2., 1.]], dtype=torch.float64)
     """
     if samples < 1:
-        raise ValueError(f"samples={samples}: one at least")
+        raise ValueError(f"samples={samples} must be at least 1")
     random, rows = np.random.default_rng(seed), max(1, CELLS // examples)
     for start in range(0, samples, rows):
         index_XB = random.choice(examples, size=(min(rows, samples - start), examples), replace=True)
@@ -166,7 +166,7 @@ def draw_counts(examples: int, *, samples: int, seed: int) -> Iterator[Tensor]:
 def percentile_interval(score_X: Tensor, *, confidence: float = 0.95, seed: int) -> Interval:
     """Percentile interval of resampled scores. At 0.95 the bounds are sacrebleu's: n // 40 sorted scores lie outside each."""
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence}: between 0 and 1")
+        raise ValueError(f"confidence={confidence} must be in (0, 1)")
     ordered_X = score_X.sort().values
     outside = int(len(ordered_X) * (1 - confidence) / 2 + 1e-9)  # 1 - 0.9 is slightly below 0.1
     outside = min(outside, (len(ordered_X) - 1) // 2)

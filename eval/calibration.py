@@ -43,7 +43,7 @@ class Calibration:
         if self.value not in NAMES:
             raise ValueError(f"value={self.value!r}: one of {', '.join(NAMES)}")
         if self.bins < 1:
-            raise ValueError(f"bins={self.bins}: there is one at least")
+            raise ValueError(f"bins={self.bins} must be at least 1")
 
     @property
     def name(self) -> str:
@@ -184,5 +184,5 @@ def calibration_error(
     metric = Calibration(bins, value, logits)
     sums_1K = metric.sums(probabilities, labels)
     if not int(sums_1K[0, 0]):
-        raise ValueError("no label to score: all are ignored, or there is none")
+        raise ValueError("no label to score: there is none, or all are ignored")
     return metric.score(sums_1K)

@@ -62,9 +62,9 @@ class Chrf:
 
     def __post_init__(self) -> None:
         if self.char_order < 1 or self.word_order < 0:
-            raise ValueError(f"char_order={self.char_order}, word_order={self.word_order}: from 1, and from 0")
+            raise ValueError(f"char_order={self.char_order} must be at least 1, word_order={self.word_order} at least 0")
         if not 0 < self.beta < math.inf:
-            raise ValueError(f"beta={self.beta}: recall's weight is above 0")
+            raise ValueError(f"beta={self.beta} must be positive and finite")
 
     @property
     def name(self) -> str:

@@ -136,7 +136,7 @@ def _check_classes(classes: Sequence, kind: type) -> tuple:
 
 def _unknown_class(name: str, value: object, row: tuple, classes: tuple) -> ValueError:
     place, shown = row[0] if len(row) == 1 else row, f"{', '.join(map(repr, classes[:5]))}{', …' if len(classes) > 5 else ''}"
-    return ValueError(f"{name} {value!r} of row {place} is none of the {len(classes)} classes {shown}")
+    return ValueError(f"{name} {value!r} of row {place} is not one of the {len(classes)} classes {shown}")
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Classification:
     def __post_init__(self) -> None:
         check_rates(self.average, self.zero_division)
         if not (self.classes if isinstance(self.classes, int) else len(self.classes)) >= 1:
-            raise ValueError(f"classes={self.classes}: there is one at least")
+            raise ValueError(f"classes={self.classes}: at least one class is needed")
         if self.value not in ("accuracy", *RATES, "mcc"):
             raise ValueError(f"value={self.value!r}: one of {', '.join(('accuracy', *RATES, 'mcc'))}")
 
@@ -260,7 +260,7 @@ def scores_from_confusion(confusion_CC: Tensor, *, classes: Classes = None, **se
     if confusion_CC.ndim != 2 or confusion_CC.shape[0] != confusion_CC.shape[1] or confusion_CC.is_floating_point():
         raise ValueError(f"a confusion matrix is C by C integers, got {tuple(confusion_CC.shape)} {confusion_CC.dtype}")
     if not int(confusion_CC.sum()):
-        raise ValueError("no label to score: all are ignored, or there is none")
+        raise ValueError("no label to score: there is none, or all are ignored")
     counts_C3 = torch.stack([confusion_CC.diagonal(), confusion_CC.sum(0), confusion_CC.sum(1)], 1)
     metric = Classification(len(confusion_CC) if classes is None else classes, **settings)
     score = metric.score(torch.cat([confusion_CC.sum()[None], counts_C3.flatten()])[None])
@@ -308,6 +308,6 @@ def top_k_accuracy(scores_NC: Tensor, labels_N: Tensor, k: int = 5) -> Score:
     count = int((labels_N != IGNORED).sum())
     correct = int(is_in_top_k(scores_NC, labels_N, k).sum())
     if not count:
-        raise ValueError("no label to score: all are ignored, or there is none")
+        raise ValueError("no label to score: there is none, or all are ignored")
     signature = f"labels:{count}|classes:{scores_NC.shape[1]}|k:{k}|ties:first"
     return Score(f"top-{k} accuracy", correct / count, {"correct": correct, "count": count}, signature)

@@ -107,7 +107,7 @@ class Entities:
             if bool(is_wrong_N.any()):
                 at = int(is_wrong_N.nonzero()[0])
                 where = f"{name} id {int(ids_N[at])} in sentence {int(sentence_N[at])}"
-                raise ValueError(f"{where} is none of the {len(self.tags)} tags")
+                raise ValueError(f"{where} is not one of the {len(self.tags)} tags")
         return predicted_N[is_counted_N], true_N[is_counted_N], sentence_N[is_counted_N]
 
     def _flatten(self, sentences: Tags, name: str) -> tuple[Tensor, list[int]]:
@@ -123,7 +123,7 @@ class Entities:
         if any(isinstance(tag, str) for tag in flat):
             places = {tag: place for place, tag in enumerate(self.tags)} | {IGNORED: IGNORED}
             if unknown := [tag for tag in flat if tag not in places]:
-                raise ValueError(f"{name} tag {unknown[0]!r} is none of {', '.join(self.tags)}")
+                raise ValueError(f"{name} tag {unknown[0]!r} is not one of {', '.join(self.tags)}")
             flat = [places[tag] for tag in flat]
         ids = np.array(flat) if flat else np.zeros(0, np.int64)
         if ids.dtype.kind not in "iu":
@@ -179,7 +179,7 @@ def _kind_and_type(tag: str) -> tuple[int, str]:
     """Split a tag: `B-PER` is (BEGIN, "PER"). A type may contain hyphens; a tag without one has "_", as in seqeval."""
     prefix, _, type_ = tag.partition("-")
     if prefix not in ("O", "B", "I") or (prefix == "O") != (tag == "O"):
-        raise ValueError(f"tag {tag!r} is none of IOB2: O, B-TYPE, I-TYPE")
+        raise ValueError(f"tag {tag!r} is not an IOB2 tag (O, B-TYPE, I-TYPE)")
     return "OBI".index(prefix), type_ or "_"
 
 

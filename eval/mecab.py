@@ -49,7 +49,7 @@ def load_tagger(how: str):
     found = tagger.dictionary_info()
     if found.size != wanted.entries or found.next is not None:
         more = " and another one beside it" if found.next is not None else ""
-        raise ValueError(f"tokenize={how!r}: {found.filename} has {found.size:,} entries{more}, {wanted.entries:,} are wanted")
+        raise ValueError(f"tokenize={how!r}: {found.filename} has {found.size:,} entries{more}, expected {wanted.entries:,}")
     return tagger
 
 

@@ -40,7 +40,7 @@ class Multilabel:
         if self.value not in ("accuracy", *RATES):
             raise ValueError(f"value={self.value!r}: one of {', '.join(('accuracy', *RATES))}")
         if self.columns < 1:
-            raise ValueError(f"classes={self.classes}: there is one at least")
+            raise ValueError(f"classes={self.classes}: at least one class is needed")
         if self.is_mean and math.isnan(self.zero_division):
             raise ValueError("average='samples' with zero_division=nan: an example may have no score, and each is to have one")
 
@@ -63,7 +63,7 @@ class Multilabel:
         predicted_NC, true_NC = label_matrix(hypotheses, "predictions"), label_matrix(references[0], "labels")
         if predicted_NC.shape != true_NC.shape or true_NC.shape[1] != self.columns:
             shapes = f"{tuple(predicted_NC.shape)}, labels {tuple(true_NC.shape)}"
-            raise ValueError(f"predictions have the shape {shapes}: (N, {self.columns}) are wanted, a column for each class")
+            raise ValueError(f"predictions have the shape {shapes}: expected (N, {self.columns}), one column per class")
         true_NC = true_NC.to(predicted_NC.device)
         correct_N1 = (predicted_NC == true_NC).all(1, keepdim=True).long()
         count_NC3 = torch.stack([predicted_NC * true_NC, predicted_NC, true_NC], 2)
@@ -122,13 +122,13 @@ def label_matrix(values: Sequence | Tensor, name: str) -> Tensor:
     try:
         value_NC = torch.as_tensor(values)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} are no label matrix, (N, C) of 0 and 1: {error}") from None
+        raise ValueError(f"{name} are not a label matrix, (N, C) of 0 and 1: {error}") from None
     if value_NC.ndim != 2:
         raise ValueError(f"{name} have the shape {tuple(value_NC.shape)}: a label matrix is (N, C)")
     if len(wrong := ((value_NC != 0) & (value_NC != 1)).nonzero()):
         row, column = wrong[0].tolist()
-        wanted = "0 or 1 is wanted (of scores, whether they are above a threshold)"
-        raise ValueError(f"{name}: row {row}, column {column} is {value_NC[row, column].item()}, {wanted}")
+        expected = "expected 0 or 1 (threshold the scores first)"
+        raise ValueError(f"{name}: row {row}, column {column} is {value_NC[row, column].item()}, {expected}")
     return value_NC.long()
 
 

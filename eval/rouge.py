@@ -96,7 +96,7 @@ class Rouge:
     def measures(self, statistics_XK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return P, R and F of each row of statistics. Errors: rows of another metric (ValueError)."""
         if statistics_XK.size(-1) != 4:
-            raise ValueError(f"these are no statistics of ROUGE: 4 columns wanted, got {statistics_XK.size(-1)}")
+            raise ValueError(f"not the statistics of ROUGE: expected 4 columns, got {statistics_XK.size(-1)}")
         _, match_X, hypothesis_X, reference_X = statistics_XK.unbind(-1)
         if self.kind == "rougeW":
             # f⁻¹(m / f(h)) = f⁻¹(m) / h. One by one: the last bit of a torch power depends on the value's position.
@@ -281,13 +281,13 @@ def _split_sides(texts: Sequence[Sequence], tokenize: str, notes: Notes | None) 
 def _split_lines(texts: Sequence[str | None], tokenize: str) -> list[str]:
     present = [text for text in texts if text is not None]
     if wrong := [text for text in present if not isinstance(text, str)]:
-        raise TypeError(f"tokenize={tokenize!r}, but {wrong[0]!r:.60} is no text: for that, tokenize is 'ids'")
+        raise TypeError(f"tokenize={tokenize!r}, but {wrong[0]!r:.60} is not a string: use tokenize='ids'")
     return "\n".join(present).lower().split("\n") if present else []
 
 
 def _check_ids(text: Sequence[Hashable] | None) -> Sequence[Hashable] | None:
     if isinstance(text, str):
-        raise TypeError(f"tokenize='ids', but {text!r:.60} is text: for that, tokenize is 'rouge-score'")
+        raise TypeError(f"tokenize='ids', but {text!r:.60} is a string: use tokenize='rouge-score'")
     return text.tolist() if hasattr(text, "tolist") else text
 
 

@@ -29,7 +29,7 @@ def bootstrap_aggregate(
     (0.5, 0.3333333333333333, 0.4)
     """
     if samples < 1 or not 0 <= confidence <= 1:
-        raise ValueError(f"samples={samples}, confidence={confidence}: one sample at least, and from 0 to 1")
+        raise ValueError(f"samples={samples} must be at least 1 and confidence={confidence} in [0, 1]")
     if not len(statistics_BK):
         raise ValueError("no example to draw")
     random = seed if isinstance(seed, np.random.RandomState) else np.random.RandomState(seed)

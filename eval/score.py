@@ -171,7 +171,7 @@ def check_streams(hypotheses: Sequence, references: Sequence[Sequence]) -> None:
     if missing := [place for place, hypothesis in enumerate(hypotheses) if hypothesis is None]:
         raise TypeError(f"hypothesis {missing[0]} is None: a missing text has no score; an empty string has one")
     if not len(references):
-        raise ValueError("there is no stream of references")
+        raise ValueError("at least one stream of references is needed")
     for number, stream in enumerate(references):
         if len(stream) != len(hypotheses):
             which = "references" if len(references) == 1 else f"references of stream {number}"

@@ -168,7 +168,7 @@ def examples_needed(
     Source: Card et al. 2020, arXiv 2010.06595.
     """
     if not (0 < level < 1 and 0 < power < 1 and samples > 1):
-        raise ValueError(f"level={level}, power={power}, samples={samples}: between 0 and 1 both, and two samples at least")
+        raise ValueError(f"level={level} and power={power} must be in (0, 1), samples={samples} at least 2")
     difference_X = resampled_difference(metric, baseline_BK, system_BK, samples=samples, seed=seed)
     difference = corpus_value(metric, system_BK) - corpus_value(metric, baseline_BK)
     if abs(difference) <= TIE or len(system_BK) < 2:
@@ -207,7 +207,7 @@ def draw_coins(examples: int, *, samples: int, seed: int) -> Iterator[Tensor]:
             [1, 0, 0, 1]], dtype=torch.int32)
     """
     if samples < 1:
-        raise ValueError(f"samples={samples}: one at least")
+        raise ValueError(f"samples={samples} must be at least 1")
     random, rows = np.random.default_rng(seed), WORD * max(1, CELLS // (WORD * examples))
     for start in range(0, samples, rows):
         yield torch.from_numpy(random.integers(2, size=(min(rows, samples - start), examples), dtype=bool))

@@ -149,8 +149,8 @@ def tokenize_texts(texts: Sequence[str | Sequence[Hashable] | None], how: str, *
     """
     present = [text for text in texts if text is not None]
     if wrong := [text for text in present if isinstance(text, str) == (how == "ids")]:
-        kind, right = ("text", f"one of {', '.join(TOKENIZERS)}") if how == "ids" else ("no text", "'ids'")
-        raise TypeError(f"tokenize={how!r}, but {wrong[0]!r:.60} is {kind}: for that, tokenize is {right}")
+        kind, right = ("a string", f"one of {', '.join(TOKENIZERS)}") if how == "ids" else ("not a string", "'ids'")
+        raise TypeError(f"tokenize={how!r}, but {wrong[0]!r:.60} is {kind}: use tokenize={right}")
     if how == "ids":
         return [text.tolist() if hasattr(text, "tolist") else text for text in texts]
     found = iter(TOKENIZERS[how]((text.lower() if lowercase else text).rstrip() for text in present))

@@ -36,7 +36,7 @@ class WordNet:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if missing := [name for name in FILES if not (self.folder / name).is_file()]:
-            raise FileNotFoundError(f"{self.folder} is no WordNet database folder: it has no {', '.join(missing)}")
+            raise FileNotFoundError(f"{self.folder} is not a WordNet database folder: missing {', '.join(missing)}")
         self._parts = [_Part(self.folder, name, letter, endings) for name, (letter, endings) in PARTS.items()]
 
     def synonyms(self, word: str) -> frozenset[str]:
@@ -103,7 +103,7 @@ class _Part:
                 if fields[0] != f"{offset:08}" or not len(names) == int(fields[3], 16) > 0:
                     raise ValueError
             except (ValueError, IndexError):
-                raise ValueError(f"{path}, byte {offset}: no synset: {line!r:.80}") from None
+                raise ValueError(f"{path}, byte {offset}: not a synset: {line!r:.80}") from None
             self.synsets[offset] = [MARKER.sub("", name) for name in names if "_" not in MARKER.sub("", name)]
         return self.synsets[offset]
 
@@ -112,4 +112,4 @@ def _lines(path: Path) -> list[tuple[int, str]]:
     try:
         return list(enumerate(path.read_text(encoding="utf-8").split("\n"), 1))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}, byte {error.start}: no UTF-8") from None
+        raise ValueError(f"{path}, byte {error.start}: not UTF-8") from None

@@ -153,7 +153,7 @@ class Rouge(Scored):
 
         wrong = [kind for kind in self.kinds if kind not in KINDS]
         if wrong or not self.kinds:
-            raise EvalError(f"--kinds {shlex.join(wrong)}: kinds are {', '.join(KINDS)}; files stand before --kinds")
+            raise EvalError(f"--kinds {shlex.join(wrong)}: kinds are {', '.join(KINDS)}; files come before --kinds")
         metrics = [Rouge(kind, stemmer=self.stemmer, tokenize=self.tokenize) for kind in self.kinds]
 
         def break_lines(texts: Sequence[str | None]) -> list[str | None]:

@@ -30,17 +30,17 @@ def open_sources(options: Scored) -> Sources:
     reference_fields = (options.reference_field,) if options.reference_field else REFERENCE_FIELDS
     files, systems = list(options.files), {}
     if not options.system and len(files) < 2:
-        last = "; files stand before --no-answer" if getattr(options, "no_answer", ()) else ""
-        raise EvalError(f"a file of hypotheses and one or more of references are wanted: HYP REF…{last}")
+        last = "; files come before --no-answer" if getattr(options, "no_answer", ()) else ""
+        raise EvalError(f"expected a file of hypotheses and one or more files of references: HYP REF…{last}")
     for system in options.system or ["=" + files.pop(0)]:
         name, equals, path = system.partition("=")
         if not (equals and path) or (options.system and not name):
-            raise EvalError(f"--system {system}: NAME=FILE is wanted")
+            raise EvalError(f"--system {system}: expected NAME=FILE")
         if name in systems:
             raise EvalError(f"--system {system}: there is a system {name!r} already")
         systems[name] = Source(path, hypothesis_fields, is_reference=False)
     if not files:
-        raise EvalError("a file of references is wanted beside the systems")
+        raise EvalError("expected a file of references in addition to the systems")
     may_be_empty = isinstance(options, F1) and options.version == "2.0"  # a question without an answer
     references = [Source(path, reference_fields, is_reference=True, may_be_empty=may_be_empty) for path in files]
     return Sources(systems, references)

@@ -107,7 +107,7 @@ def held_out_documents(opened: Opened) -> tuple[str, Iterator[Document]]:
     """Return a description of a run's validation text, and its documents."""
     task = open_text(opened.folder, opened.network.config, eval_tokens=sys.maxsize, info=lambda line: None)
     if isinstance(task, str):
-        raise DataError(f"no text is named, and there is no held-out one: {task}")
+        raise DataError(f"no text is given, and there is no held-out text: {task}")
     split, tokenizer, report = task.shards.validation, task.shards.tokenizer, task.shards.report
     for line in [*describe_reading(report), *describe_spelling(report, tokenizer)]:
         print(f"note: {line}", file=sys.stderr)

@@ -90,7 +90,7 @@ class Source:
         except FileNotFoundError:
             raise EvalError(f"{self.name}: no such file") from None
         except IsADirectoryError:
-            raise EvalError(f"{self.name} is a folder: a file of texts is wanted") from None
+            raise EvalError(f"{self.name} is a folder: expected a file of texts") from None
         except (OSError, EOFError, zlib.error) as error:
             raise EvalError(f"{self.name}: it cannot be read ({error})") from error
 
@@ -150,10 +150,11 @@ class Source:
                 value = value["text"]
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            expected = "a text is wanted, or a list of texts" if self.is_reference else "a text is wanted"
+            expected = "expected a text or a list of texts" if self.is_reference else "expected a text"
             raise EvalError(f"{where}: {expected}, got {value!r:.60}")
         if (not texts and not self.may_be_empty) or (len(texts) > 1 and not self.is_reference):
-            raise EvalError(f"{where}: {len(texts)} texts, {'one at least' if self.is_reference else 'a hypothesis is one'}")
+            expected = "at least one" if self.is_reference else "one hypothesis"
+            raise EvalError(f"{where}: {len(texts)} texts, expected {expected}")
         return texts
 
 

@@ -89,7 +89,7 @@ def test_an_array_of_texts(tmp_path):
         ("c.csv", 'text\n"open\n', ", record 1: unexpected end of data"),
         ("d.csv", b"text\nfine\nbr\xffken\n", ", line 3: not UTF-8 .byte 0xff at its byte 3"),
         ("f.json", '{"predictions": ["a", "b"]}', ": one object, with the keys 'predictions', and no list of records"),
-        ("g.json", '[{"text": "a"}, {"text": null}]', ", record 2, field 'text': a text is wanted, got None"),
+        ("g.json", '[{"text": "a"}, {"text": null}]', ", record 2, field 'text': expected a text, got None"),
         ("h.json", '["a",', ": not JSON .Expecting value at character"),
         ("i.json", '"a"\n\n"b"\n', ", line 2: not JSON"),
         ("j.json", "a text\n", ": not JSON"),
@@ -153,11 +153,11 @@ def test_files_that_cannot_be_read(tmp_path):
         ("[" * 100_000, "not JSON|nested too deep"),
         ('{"instruction": "x", "id": 1}', "hypothesis, prediction.*instruction, id.*--hypothesis-field"),
         ("{}", "nothing"),
-        ("3", "a text is wanted, got 3"),
-        ('{"text": null}', "field 'text': a text is wanted, got None"),
-        ('["a", "b"]', "2 texts, a hypothesis is one"),
+        ("3", "expected a text, got 3"),
+        ('{"text": null}', "field 'text': expected a text, got None"),
+        ('["a", "b"]', "2 texts, expected one hypothesis"),
         ("[]", "0 texts"),
-        ('["a", 2]', "a text is wanted"),
+        ('["a", 2]', "expected a text"),
     ],
 )
 def test_json_lines_that_hold_no_text(tmp_path, line, told):
@@ -169,6 +169,6 @@ def test_json_lines_that_hold_no_text(tmp_path, line, told):
 
 def test_a_reference_may_be_several_and_not_none(tmp_path):
     good = written(tmp_path, "good", "a\n")
-    assert "0 texts, one at least" in refused(good, written(tmp_path, "bad.jsonl", "[]"))
+    assert "0 texts, expected at least one" in refused(good, written(tmp_path, "bad.jsonl", "[]"))
     assert "or a list of texts" in refused(good, written(tmp_path, "bad.jsonl", "{\"references\": {}}"))
     assert json.loads('"\\ud800"') == read(good, written(tmp_path, "half.jsonl", '"\\ud800"'))[1][0][0][0]

@@ -244,7 +244,7 @@ def test_no_answer_of_the_command(files):
     told = command("f1", h, r, "--no-answer", "unanswerable", "n/a", "No answer", main=main)
     assert told.err == "" and "F1 = 100.00" in told.out and "|no_answer:unanswerable,na,no answer" in told.out
     told = command("f1", "--no-answer", "unanswerable", h, r, main=main)
-    assert told.code == 2 and "files stand before --no-answer" in told.err
+    assert told.code == 2 and "files come before --no-answer" in told.err
 
 
 def test_tokenized_text_of_the_command(files):

@@ -176,7 +176,7 @@ def test_a_text_of_a_million_characters():
         (lambda: answer_scores("a", ["a"]), TypeError, "one string"),
         (lambda: answer_scores(["a"], "a"), TypeError, "a string among them"),
         (lambda: answer_scores([None], ["a"]), TypeError, "hypothesis 0 is None"),
-        (lambda: answer_scores(["a", "b"], [["a", 7]]), TypeError, "reference 0 of example 1 is no text: 7"),
+        (lambda: answer_scores(["a", "b"], [["a", 7]]), TypeError, "reference 0 of example 1 is not a string: 7"),
         (lambda: Answers("f2"), ValueError, "kind='f2': one of exact, f1"),
         (lambda: answer_scores(["a"], ["a"], version="3"), ValueError, "version='3': one of 1.1, 2.0"),
         (lambda: Answers().statistics(["a"], ["a"]), TypeError, "a string among them"),

@@ -149,7 +149,7 @@ def test_parts_and_empty_texts():
     [
         ((["a", "b"], [["a"]]), {}, ValueError, "2 hypotheses, but 1 references"),
         ((["a"], [["a"], []]), {}, ValueError, "1 hypotheses, but 0 references of stream 1"),
-        ((["a"], []), {}, ValueError, "no stream"),
+        ((["a"], []), {}, ValueError, "at least one stream of references"),
         ((["a", "b"], [["a", None], [None, None]]), {}, ValueError, "example 1 has no reference"),
         (("a", [["a"]]), {}, TypeError, "one string"),
         ((["a"], ["a"]), {}, TypeError, "string among them"),

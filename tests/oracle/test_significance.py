@@ -330,7 +330,7 @@ def test_wilsons_interval_is_scipys(parity):
                 assert 0 <= ours[0] <= right / trials <= ours[1] <= 1
     parity("Wilson's interval", f"scipy {scipy_version}", worst, 1e-12, "float64, the same formula")
     for right, trials, confidence in ((3, 2, 0.9), (-1, 2, 0.9), (0, 0, 0.9), (1, 2, 1)):
-        with pytest.raises(ValueError, match=f"{right} right of {trials}, confidence={confidence}"):
+        with pytest.raises(ValueError, match=f"{right} correct of {trials} trials, confidence={confidence}"):
             wilson_interval(right, trials, confidence=confidence)
 
 
@@ -380,7 +380,7 @@ def test_bad_settings_are_refused():
         with pytest.raises(ValueError, match=f"confidence={confidence}"):
             bootstrap_interval(Mean(), statistics[0], confidence=confidence)
     for settings in ({"level": 0}, {"level": 1}, {"power": 0}, {"power": 1.0}):
-        with pytest.raises(ValueError, match="between 0 and 1"):
+        with pytest.raises(ValueError, match=r"must be in \(0, 1\)"):
             examples_needed(Mean(), *statistics, **settings)
     with pytest.raises(ValueError, match="no example"):
         bootstrap_interval(Bleu(), torch.zeros(0, 11))

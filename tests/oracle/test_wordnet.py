@@ -46,7 +46,7 @@ def test_what_a_word_finds(tmp_path):
 
 
 def test_a_missing_file_and_damaged_lines_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere is no WordNet.*index\.noun, data\.noun.*adv\.exc"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere is not a WordNet.*index\.noun, data\.noun.*adv\.exc"):
         WordNet(tmp_path / "nowhere")
     for name in FILES:
         (write(tmp_path) / name).unlink()
@@ -57,9 +57,9 @@ def test_a_missing_file_and_damaged_lines_are_named(tmp_path):
         "a noun": ("index.verb", "run v ", "run n ", r"index\.verb, line \d+: damaged: 'run"),
         "half a line": ("index.verb", "run v 2 2 @ ~ 2 0 ", "run v 2 \n", r"index\.verb, line \d+: damaged: 'run"),
         "no number": ("index.verb", "run v 2 2 @ ~ 2 0 0", "run v 2 2 @ ~ 2 0 O", r"index\.verb, line \d+: damaged: 'run"),
-        "moved bytes": ("data.verb", "  1 This", "  1 Thus this", r"data\.verb, byte \d+: no synset"),
-        "more words": ("data.verb", " v 03 run", " v ff run", r"data\.verb, byte \d+: no synset"),
-        "a word for their number": ("data.verb", " v 03 run", " v zz run", r"data\.verb, byte \d+: no synset"),
+        "moved bytes": ("data.verb", "  1 This", "  1 Thus this", r"data\.verb, byte \d+: not a synset"),
+        "more words": ("data.verb", " v 03 run", " v ff run", r"data\.verb, byte \d+: not a synset"),
+        "a word for their number": ("data.verb", " v 03 run", " v zz run", r"data\.verb, byte \d+: not a synset"),
     }
     for name, (file, old, new, message) in damage.items():
         text = (write(tmp_path) / file).read_text(encoding="utf-8")
@@ -69,5 +69,5 @@ def test_a_missing_file_and_damaged_lines_are_named(tmp_path):
             WordNet(tmp_path).synonyms("run")
         assert WordNet(tmp_path).synonyms("nicer") == {"nicer", "nice"}, name  # only what is wanted is read
     (write(tmp_path) / "noun.exc").write_bytes(b"mice mouse\n\xff\xfe\n")
-    with pytest.raises(ValueError, match=r"noun\.exc, byte 11: no UTF-8"):
+    with pytest.raises(ValueError, match=r"noun\.exc, byte 11: not UTF-8"):
         WordNet(tmp_path).synonyms("run")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 class TextStream:
     """Writes text as soon as it is final: a character once all its bytes are known, a stop string never.
 
-    `bytes_of`: the UTF-8 bytes of each id. A possible beginning of a stop string is held back; the text ends before the
+    `token_bytes`: the UTF-8 bytes of each id. A possible beginning of a stop string is held back; the text ends before the
     first stop string, and later tokens are dropped. Invalid UTF-8 becomes U+FFFD.
 
     >>> shown = []
@@ -19,15 +19,15 @@ class TextStream:
     ['caf', '\u00e9', ' ', 'ENd', ' ', 'EN']
     """
 
-    def __init__(self, write: Callable[[str], object], bytes_of: Sequence[bytes], stop_strings: Sequence[str] = ()):
-        self.write, self.bytes_of, self.stop_strings = write, bytes_of, tuple(stop_strings)
+    def __init__(self, write: Callable[[str], object], token_bytes: Sequence[bytes], stop_strings: Sequence[str] = ()):
+        self.write, self.token_bytes, self.stop_strings = write, token_bytes, tuple(stop_strings)
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.pending = ""
         self.is_stopped = False
 
     def add(self, token: int) -> None:
         """Add the next token."""
-        self._take(self.decoder.decode(self.bytes_of[token]))
+        self._take(self.decoder.decode(self.token_bytes[token]))
 
     def close(self) -> None:
         """Write the text that was held back."""

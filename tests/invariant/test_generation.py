@@ -144,7 +144,7 @@ def test_stop_strings_reach_over_tokens(monkeypatch):
     def last_token_only(self, new_BT):
         return torch.tensor([any(string in self.decode([row[-1]]) for string in self.strings) for row in new_BT.tolist()])
 
-    monkeypatch.setattr(Stop, "reached", last_token_only)
+    monkeypatch.setattr(Stop, "has_ended", last_token_only)
     assert not all(ends_right(network, string) for string in ("a", "bb", "abba", "aaaa", "babab"))
 
 

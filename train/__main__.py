@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
         if folder is None:
             refuse_idle(config, (*NEEDS, *load(config.run.objective).needs), arguments, TrainError)
         if folder is None and config.run.init is None and config.network.preset is not None:
-            ModelConfig.preset(config.network.preset)  # a wrong name is told before torch is imported
+            ModelConfig.preset(config.network.preset)  # refuse a wrong name before torch is imported
     except (TrainError, ConfigError, DataError, AdapterError, QuantError, OSError) as error:
         return fail(error)
 
@@ -59,8 +59,8 @@ def main(arguments: list[str]) -> int:
         with notes():
             stopped = start(config) if folder is None else resume(folder, given)
     except BrokenPipeError:
-        sys.stdout = None  # or Python complains once more at its end
-        return fail(f"the output was closed, so the run stopped; {way_on(folder or config.run.out)}")
+        sys.stdout = None  # or Python would report the closed pipe again at its end
+        return fail(f"the output was closed, so the run stopped; {advice_to_resume(folder or config.run.out)}")
     except (TrainError, DataError, ConfigError, AdapterError, QuantError, HubError, CheckpointError, OSError) as error:
         return fail(error)
     except OtherRankError:
@@ -68,19 +68,19 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("stopped at once, without saving; the checkpoints before are whole", file=sys.stderr)
         return STOPPED
-    return STOPPED if stopped == signal.SIGINT else 0  # a scheduler's SIGTERM has got what it asked for
+    return STOPPED if stopped == signal.SIGINT else 0  # a scheduler's SIGTERM is no failure
 
 
-def way_on(out: Path | None) -> str:
-    """How to go on with a run that ended before anybody could be told more."""
+def advice_to_resume(out: Path | None) -> str:
+    """How to resume a run whose output was closed."""
     from train.runs.checkpoint import checkpoints
 
     if out is None:
         return "--resume RUN goes on from its last checkpoint, or from step 0 where it has none"
     if not (out / "config.toml").is_file():
         return f"it had not begun, and {out} holds nothing to go on with"
-    whence = "its last checkpoint" if checkpoints(out) else "step 0, for it has no checkpoint yet"
-    return f"{command('train', '--resume', out)} goes on from {whence}"
+    start = "its last checkpoint" if checkpoints(out) else "step 0, for it has no checkpoint yet"
+    return f"{command('train', '--resume', out)} goes on from {start}"
 
 
 def fail(error: Exception | str) -> int:
@@ -90,9 +90,9 @@ def fail(error: Exception | str) -> int:
 
 if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # neither an emoji nor a file's name that is no UTF-8 may end a run
+        stream.reconfigure(errors="backslashreplace")  # an emoji, or a file name that is not UTF-8, must not end a run
     code = main(sys.argv[1:])
-    if "RANK" in os.environ:  # gloo's threads may still give tensors back, and an interpreter that ends under them aborts
+    if "RANK" in os.environ:  # gloo's threads may still free tensors, which aborts an ending interpreter
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()

@@ -1,4 +1,4 @@
-"""What all command lines share: messages for people, notes, Ctrl-C, a reader that leaves, and options that would do nothing.
+"""Shared by all command lines: error messages, notes, Ctrl-C, a closed pipe, and options without effect.
 
 Standard library only, so that `--help` stays fast.
 """
@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 FAILED = 2
-STOPPED = 130  # as a shell says of a process that SIGINT ended
+STOPPED = 130  # a shell's exit code after SIGINT
 
 
 class Needs(NamedTuple):
-    """Options that have an effect under a condition only."""
+    """Options that have an effect only under a condition."""
 
     options: tuple[str, ...]  # fields of the dataclass
     met: Callable[[object], bool]
@@ -23,7 +23,7 @@ class Needs(NamedTuple):
 
 
 def refuse_idle(options: object, rules: Iterable[Needs], arguments: Sequence[str], error: type[Exception] = ValueError) -> None:
-    """Raise where an option is given, even with its default value, that would do nothing beside the others.
+    """Raise for an option without effect beside the others, even one given with its default value.
 
     >>> rules = [Needs(("seed",), lambda options: options.temperature > 0, "--temperature 0 draws nothing")]
     >>> refuse_idle(type("Options", (), {"temperature": 0.0}), rules, ["--temperature", "0", "--seed", "3"])
@@ -38,13 +38,13 @@ def refuse_idle(options: object, rules: Iterable[Needs], arguments: Sequence[str
             raise error(f"{' and '.join(spelled(name) for name in idle)} would have no effect: {rule.reason}")
 
 
-# Options that take the name of a file or a folder. (An empty one would be read as the folder that a command runs in.)
+# Options that take a file or a folder. (pathlib reads an empty name as the current folder.)
 PATHS = {"out", "resume", "init", "recipe", "cache", "corpus", "calibrate", "base"}
 PATHS |= {"per_example", "baseline", "model", "wordnet"}
 
 
 def refuse_unreadable(arguments: Sequence[str], error: type[Exception] = ValueError) -> None:
-    """Raise for a name of a file or folder that is empty, or that begins with a dash and so is read as an option.
+    """Raise for a file name that is empty, or that begins with a dash and would be read as an option.
 
     >>> refuse_unreadable(["--corpus", "a.txt", ""])
     Traceback (most recent call last):
@@ -65,7 +65,7 @@ def refuse_unreadable(arguments: Sequence[str], error: type[Exception] = ValueEr
 
 
 def given_options(arguments: Sequence[str]) -> set[str]:
-    """The fields that a command line names: `--top-k 3`, `--top_k=3` and `--no-stream` are top_k and stream."""
+    """The fields that a command line names: `--top-k 3`, `--top_k=3` and `--no-stream` name top_k and stream."""
     named = {argument.split("=")[0].removeprefix("--").replace("-", "_") for argument in arguments if argument.startswith("--")}
     return named | {name.removeprefix("no_") for name in named if name.startswith("no_")}
 
@@ -79,19 +79,19 @@ def spelled(name: str) -> str:
 
 
 def run_command(act: Callable[[], int | None], errors: Callable[[], tuple[type[BaseException], ...]]) -> int:
-    """The exit code of a command: 0, or `act`'s; 2 after an error that a person can put right, told in one line; 130 after
-    Ctrl-C. `errors`: which these are, asked for when something is wrong."""
+    """Run a command and return its exit code: 0 or that of `act`; 2 after an error that the user can put right, printed in one
+    line; 130 after Ctrl-C. errors(): the classes of such errors, imported only after a failure."""
     try:
         with notes():
             code = act() or 0
         sys.stdout.flush()
         return code
-    except SystemExit:  # a command line that cannot be read, or --help: before `errors` imports anything
+    except SystemExit:  # a wrong option or --help: nothing need be imported
         raise
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return STOPPED
-    except BrokenPipeError:  # whoever read has seen enough
+    except BrokenPipeError:  # the reader has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except errors() as error:
@@ -101,7 +101,7 @@ def run_command(act: Callable[[], int | None], errors: Callable[[], tuple[type[B
 
 @contextmanager
 def notes() -> Iterator[None]:
-    """Warnings that are meant for people (UserWarning) as lines of their own: what is accepted and may surprise is said."""
+    """A block in which each UserWarning, about input that is accepted but may surprise, is printed as one line, `note: …`."""
     shown = warnings.showwarning
 
     def show(message, category, *place, **more) -> None:

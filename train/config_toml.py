@@ -1,4 +1,4 @@
-"""Settings as tables of plain values, such as TOML holds, and back. Standard library only.
+"""Settings as TOML tables, and back. Standard library only.
 
 TOML is UTF-8, and a file's name need not be: Python holds its other bytes as lone surrogates. Such text is written as a URI,
 `file:caf%E9.txt`, and so is text that begins as one.
@@ -22,14 +22,13 @@ URI = "file:"
 
 
 def to_plain(config: TrainConfig) -> dict:
-    """Tables of plain values for TOML, which has no null: a field that is None is left out, and so are adapters not asked
-    for."""
+    """The settings as TOML tables. TOML has no null, so fields that are None are omitted; so are adapters that are not used."""
     unused = CONFIGS.keys() - {config.run.adapter}
     return {k: _plain(v) for k, v in asdict(config).items() if v is not None and k not in unused and _plain(v) != {}}
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """The settings as a run's config.toml has them: they hold from whatever folder it is resumed."""
+    """The settings with absolute paths, so that a run can be resumed from any folder."""
 
     def absolute(path: str | Path) -> Path:
         return Path(path).expanduser().absolute()
@@ -68,7 +67,7 @@ def read_spelled(text: str) -> str:
 
 
 def from_plain(kind: type, table: dict, where: str) -> Any:
-    """The reverse; an unknown key, or a value of the wrong type, is an error that names it and the file."""
+    """Read a table into a dataclass. Errors (TrainError, naming file and key): an unknown key, a value of the wrong type."""
     if not isinstance(table, dict):
         raise TrainError(f"{where} = {table!r}: a table is expected")
     hints = typing.get_type_hints(kind)
@@ -110,14 +109,16 @@ def _typed(hint: Any, value: Any, place: str) -> Any:
 
 
 def objective_in(table: dict) -> str:
-    """What a table of settings trains."""
+    """The objective that a table of settings names."""
     run = table.get("run")
     return str(run.get("objective", RunConfig.objective)) if isinstance(run, dict) else RunConfig.objective
 
 
 def read_settings(folder: Path, *, to_train: bool = False, objective: str | None = None) -> TrainConfig:
-    """What stands in a run's config.toml. A user's own task file is run where `to_train`; else its settings are left out.
-    `objective`: where that file is now."""
+    """Read a run's config.toml. A user's own task file is run if `to_train`; otherwise its settings are omitted.
+
+    objective: the present path of that file. Errors (TrainError): no run, no TOML, or another task file than the run's.
+    """
     path = folder / "config.toml"
     if not path.is_file():
         raise TrainError(f"--resume {folder}: not a run, there is no {path.absolute()}")
@@ -134,7 +135,7 @@ def read_settings(folder: Path, *, to_train: bool = False, objective: str | None
 
 
 def same_file(objective: str, table: dict, path: Path) -> str:
-    """The task's file, if it is the one that a run began with."""
+    """The path of the task's file. Errors (TrainError): it is not the file that the run began with, by SHA-256."""
     stored, began = objective_in(table), table.get("recorded", {}).get("objective_sha256")
     if not is_file(stored) or not is_file(objective):
         raise TrainError(f"--objective {objective}: the run in {path.parent} trains {stored}")

@@ -1,4 +1,4 @@
-"""The loss on held-out text, and what a count of words would have reached on the same text."""
+"""The loss on held-out text, and n-gram baselines on the same text."""
 
 import math
 from collections import defaultdict
@@ -16,7 +16,7 @@ from train.parallel.ranks import Ranks
 
 
 class Baselines(NamedTuple):
-    """Bits per byte of two models that only count, on the scored targets of the same validation text."""
+    """Bits per byte of two n-gram models on the scored targets of the same validation text."""
 
     unigram: float
     bigram: float  # interpolated Kneser-Ney, discount 0.75
@@ -25,7 +25,10 @@ class Baselines(NamedTuple):
 def baselines(
     train_ids: np.ndarray, val_ids: np.ndarray, vocab_size: int, bos_id: int | None, val_bytes: int
 ) -> Baselines:
-    """`bos_id` None: one id both begins and ends documents, and every target counts."""
+    """Fit both n-gram models on the training ids and score the validation ids, whose text has `val_bytes` bytes.
+
+    bos_id: the id that is no target; None where one id both begins and ends documents, and every target counts.
+    """
     unigram = unigram_bits(train_ids, val_ids, vocab_size, bos_id)
     bigram = kneser_ney_bits(train_ids, val_ids, vocab_size, bos_id)
     return Baselines(unigram / val_bytes, bigram / val_bytes)
@@ -40,9 +43,12 @@ def evaluate(
     ranks: Ranks | None = None,
     sources: Sequence[str] = (),
 ) -> dict[str, tuple[float | Tensor, int]]:
-    """(sum, count) of each term and metric over all batches and ranks, dropout off: sums and counts, so that the size of a
-    batch does not matter. A sum with axes, such as a confusion matrix, is a float64 tensor on the CPU. Only one batch's logits
-    exist at a time. `sources`: of a mixture the one of each batch; there is then a `loss_NAME` of each beside the loss."""
+    """Sum each term and metric over all batches and ranks, without dropout: {name: (sum, count)}.
+
+    Sums and counts do not depend on the size of batches. A scalar sum is a float; any other, such as a confusion matrix, a
+    float64 tensor on the CPU. Only one batch's logits exist at a time. sources: the source of each batch of a mixture; each
+    then has a `loss_NAME` beside the loss.
+    """
     was_training = objective.training
     objective.eval()
     sums, counts = defaultdict(float), defaultdict(int)

@@ -1,4 +1,4 @@
-"""Options of `python -m train` that have an effect beside certain others only; given elsewhere, they are refused."""
+"""Options of `python -m train` that need others to have an effect; without these they are refused."""
 
 import os
 

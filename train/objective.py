@@ -1,4 +1,4 @@
-"""What is minimised: networks and a loss as one module, so that wrappers (compile, DDP, sharding) wrap all of it."""
+"""Networks and a loss as one module, so that compile, DDP and FSDP wrap all of it."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from data.transforms.causal import IGNORE
 from train.losses.cross_entropy import linear_cross_entropy
 
-ROWS = 1024  # whose guesses are made at a time
-BOOKKEEPING = ("group",)  # keys of a batch that are for those who cut it, and for objectives that compare rows
+ROWS = 1024  # of logits that exist at a time, for the accuracy
+BOOKKEEPING = ("group",)  # keys of a batch for its distribution over ranks, and for objectives that compare rows
 
 
 class Term(NamedTuple):
-    """One part of the objective over a batch: the mean is sum / count, and weight is its share of the total."""
+    """One term of the objective over a batch: the total is Σ weight · sum / count."""
 
     sum: Tensor
     count: Tensor
@@ -24,14 +24,14 @@ class Term(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """What is logged beside the terms and never minimised: sum / count over micro-batches and ranks."""
+    """A logged value that is not minimised: sum / count over micro-batches and ranks."""
 
     sum: Tensor
     count: Tensor
 
 
 def ids_of(batch: Mapping[str, Tensor]) -> list[Tensor]:
-    """What the network reads of a batch: input_ids B T; of an encoder-decoder decoder_input_ids B T, and input_ids B S."""
+    """The ids in a batch: [input_ids B T]; for an encoder-decoder [decoder_input_ids B T, input_ids B S]."""
     return [batch[name] for name in ("decoder_input_ids", "input_ids") if name in batch]
 
 
@@ -39,23 +39,22 @@ NONE: Mapping[str, Metric] = MappingProxyType({})
 
 
 class Result(NamedTuple):
-    """The first term is the one whose count says how much a step has learned from."""
+    """Terms and metrics of a batch. The first term's count is the number of labels that metrics.jsonl reports as tokens."""
 
     terms: dict[str, Term]
     metrics: Mapping[str, Metric] = NONE
 
 
 class Objective(nn.Module):
-    """forward(batch) -> Result: here the cross-entropy of a language head, `loss`.
+    """forward(batch) -> Result: the cross-entropy of a language head; other objectives are subclasses.
 
-    The loss sees the head's matrix rather than logits, so that one that never builds all N × V of them can take its place.
-    Every key of the batch goes to the network's body, or is in `uses`: one that is neither raises.
+    The loss takes hidden states and the head's matrix rather than logits, so that a loss that never builds N × V logits fits.
+    Every key of the batch is an argument of the network's body, or in `uses`; any other key raises.
 
-    `networks`: the one that is trained, or several by name: "policy" is trained, and the others are frozen and in eval mode,
-    whatever happens to the rest.
+    networks: the network to train, or several by name: "policy" is trained, the others are frozen and stay in eval mode.
     """
 
-    uses: tuple[str, ...] = ("labels",)  # keys that forward reads itself
+    uses: tuple[str, ...] = ("labels",)  # keys that `forward` reads itself
 
     def __init__(
         self,
@@ -63,7 +62,7 @@ class Objective(nn.Module):
         loss: Callable = linear_cross_entropy,
         held_out: Callable | None = None,
     ):
-        """`held_out`: the loss in eval mode, where it is another: without smoothing, such as is compared."""
+        """held_out: the loss in eval mode, where it differs: without label smoothing, so that it can be compared."""
         super().__init__()
         others = {} if isinstance(networks, nn.Module) else dict(networks)
         self.network = networks if isinstance(networks, nn.Module) else others.pop("policy")
@@ -73,14 +72,14 @@ class Objective(nn.Module):
 
     def train(self, mode: bool = True) -> "Objective":
         super().train(mode)
-        self.frozen.eval()  # a reference with dropout would be another one at each step
+        self.frozen.eval()  # with dropout a reference would differ at each step
         return self
 
     def loss(self, hidden: Tensor, weight_VD: Tensor, labels: Tensor, bias_V: Tensor | None) -> tuple[Tensor, Tensor]:
         return self.losses[self.training](hidden, weight_VD, labels, bias_V)
 
     def inputs_of(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What of a batch the network reads. Errors: a key that nobody would (ValueError)."""
+        """The batch's arguments for the network's body. Errors (ValueError): a key that nothing reads."""
         rest = {key: value for key, value in batch.items() if key not in (*self.uses, *BOOKKEEPING)}
         if unknown := sorted(rest.keys() - self.inputs):
             raise ValueError(
@@ -94,19 +93,20 @@ class Objective(nn.Module):
         return self.result(output.hidden, batch["labels"])
 
     def result(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Result:
+        """The loss of the last hidden states."""
         head = self.network.head
         return Result({"loss": Term(*self.loss(head.features(hidden_BTD), head.weight, labels_BT, head.bias))})
 
     @staticmethod
     def counts(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """How many labels each term will score, known before any forward."""
+        """The number of labels that each term scores, before any forward."""
         return {"loss": (batch["labels"] != IGNORE).sum()}
 
 
 class MaskedObjective(Objective):
-    """The same where few labels are scored: the head, with a layer of its own, sees only their hidden states.
+    """Cross-entropy where few positions are scored: the head, which has a layer of its own, reads their hidden states alone.
 
-    In eval mode there is a metric, "accuracy": how many of the labels are the best guess.
+    In eval mode with the metric "accuracy": the share of labels with the highest logit.
     """
 
     def result(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Result:
@@ -116,7 +116,7 @@ class MaskedObjective(Objective):
         term = Term(*self.loss(features_ND, head.weight, labels_N, head.bias))
         if self.training:
             return Result({"loss": term})
-        weight_VD, bias_V = head.weight, head.bias  # of a quantized head dequantized once
-        chunks = zip(features_ND.split(ROWS), labels_N.split(ROWS), strict=True)  # not all N × V logits, whatever the loss
+        weight_VD, bias_V = head.weight, head.bias  # a quantized head is dequantized once
+        chunks = zip(features_ND.split(ROWS), labels_N.split(ROWS), strict=True)  # never N × V logits
         right = sum((nn.functional.linear(x_RD, weight_VD, bias_V).argmax(-1) == y_R).sum() for x_RD, y_R in chunks)
         return Result({"loss": term}, {"accuracy": Metric(torch.as_tensor(right), term.count)})

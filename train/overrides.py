@@ -1,12 +1,12 @@
-"""What a resume may be told, and whether a run is the one that was asked for. Standard library only."""
+"""Options that a resume may change, and the settings in which two runs differ. Standard library only."""
 
 from collections.abc import Collection
 from dataclasses import fields, replace
 
 from train.config import TrainConfig
 
-# What a resume may be given: none of it changes what is learned, but by rounding, and by leaving out a batch that cannot be
-# learned from. (--init, --objective: where an adapter's base, a task's file has moved to; they must be the same.)
+# None of these changes the weights, except by rounding and by skipping a non-finite batch. (--init and --objective: the new
+# place of an adapter's base and of a task's file, which must be the same.)
 OVERRIDES = {
     "run": ("device", "threads", "mesh", "on_nonfinite", "init", "objective", "steps", "extend"),
     "report": ("verbose", "profile", "memory_report"),
@@ -14,16 +14,17 @@ OVERRIDES = {
 
 
 def overrides(asked: TrainConfig, said: Collection[str]) -> dict[str, dict]:
-    """Of `OVERRIDES` what a command line has said, also where it is the default."""
+    """The values of `OVERRIDES` that a command line gave (`said`), default values included."""
     return {group: {n: getattr(getattr(asked, group), n) for n in names if n in said} for group, names in OVERRIDES.items()}
 
 
 def override(config: TrainConfig, given: dict[str, dict]) -> TrainConfig:
+    """The settings with the given values in place of their own."""
     return replace(config, **{group: replace(getattr(config, group), **values) for group, values in given.items()})
 
 
 def differing(stored: TrainConfig, asked: TrainConfig) -> list[str]:
-    """What was asked for and is not what a run has, as "steps = 20, not 40"; what was left open is decided by the run."""
+    """The differences between a run's settings and a command line, as "steps = 20, not 40". "auto" and None match any value."""
     found = []
     if stored.run.objective != asked.run.objective:
         return [f"objective = {stored.run.objective}, not {asked.run.objective}"]

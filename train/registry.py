@@ -27,13 +27,13 @@ def names() -> list[str]:
 
 
 def summaries() -> dict[str, str]:
-    """The first line of each file, without running it."""
+    """The first docstring line of each objective, read without importing its file."""
     found = {name: ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8"))) for name in names()}
     return {name: (text or "").split("\n")[0] for name, text in found.items()}
 
 
 def is_file(objective: str) -> bool:
-    """Whether it names a user's own file."""
+    """True for the path of a user's own file."""
     return objective.endswith(".py")
 
 
@@ -56,7 +56,7 @@ def file_hash(objective: str) -> str | None:
 
 
 def load(objective: str) -> "type[Task]":
-    """The task of that name; importing a user's own file runs it."""
+    """The task class of that name; importing a user's own file runs its code. Errors (TrainError): no such objective."""
     if is_file(objective):
         return _load_file(str(Path(objective).expanduser().absolute()), file_hash(objective))
     if objective not in names():
@@ -82,7 +82,7 @@ def _load_file(path: str, digest: str) -> "type[Task]":
 
 
 def config_type(objective: str) -> type[TrainConfig]:
-    """TrainConfig, with the settings of the task under its name."""
+    """TrainConfig with a field for the settings of the task, under its name."""
     settings = load(objective).Settings
     return TrainConfig if settings is None else _with_settings(name_of(objective), settings)
 

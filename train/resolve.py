@@ -35,7 +35,7 @@ from train.task import Task
 
 
 def resolve_machine(config: TrainConfig, ranks: Ranks) -> TrainConfig:
-    """Device, threads, mesh, run folder; and the process-wide switches that follow from them."""
+    """Resolve device, threads, mesh, learning rates and run folder, and set torch's process-wide switches by them."""
     run, speed = config.run, config.speed
     device = run.device
     if device == "auto":
@@ -47,7 +47,7 @@ def resolve_machine(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     if deterministic == "auto":
         deterministic = "on" if kind == "cpu" else "off"
     if deterministic == "on":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats itself only with this
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with this
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a pass over memory
     mesh, on_nonfinite = run.mesh or "replicate", run.on_nonfinite or "stop"
@@ -67,7 +67,7 @@ def resolve_machine(config: TrainConfig, ranks: Ranks) -> TrainConfig:
 
 
 def resolve_steps(config: TrainConfig, task: Task) -> TrainConfig:
-    """--epochs in steps; how often a run of so many is validated and saved."""
+    """Convert --epochs to steps; resolve the steps between validations and between checkpoints."""
     run, report, recorded = config.run, config.report, config.recorded
     if run.epochs is not None:
         recorded = replace(recorded, epochs=run.epochs)
@@ -78,8 +78,8 @@ def resolve_steps(config: TrainConfig, task: Task) -> TrainConfig:
 
 
 def resolve_rates(config: TrainConfig) -> OptimizerConfig:
-    """The optimizer, its rates and its decay, where they are not asked for: by the objective, by the adapter's method, or lower
-    and by the width where the weights of --init are trained further."""
+    """Resolve optimizer, learning rates and decay: by the objective; with an adapter by its method; lower, and scaled by the
+    width, where the weights of --init are trained further."""
     asked, run, adapted = config.optimizer, config.run, config.method is not None
     usual = load(run.objective).defaults
     lr, matrix_lr = (usual.adapter_lr or ADAPTER_LR)[run.adapter] if adapted else usual.lr, DEFAULT_MATRIX_LR
@@ -97,14 +97,14 @@ def resolve_rates(config: TrainConfig) -> OptimizerConfig:
 
 
 def resolve_data(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:
-    """Write back into the settings what separates documents, and the size of a vocabulary that was made of them."""
+    """Record the token between documents, and the size of a vocabulary that was trained on the corpus."""
     separator = None if tokenizer.affixes.prefix else tokenizer.token_name(tokenizer.bos_id)
     vocab_size = tokenizer.vocab_size if config.run.init is None else config.data.vocab_size
     return replace(config, data=replace(config.data, separator=separator, vocab_size=vocab_size))
 
 
 def resolve_network(config: TrainConfig, ranks: Ranks, network: nn.Module) -> TrainConfig:
-    """Write what the network is and what speed will be used back into the settings."""
+    """Record the network's shape, and resolve context, precision, loss and compilation."""
     has, speed = network.config, config.speed
     before = max(network.body.num_virtual_tokens, getattr(network.body, "prompt_length", 0))  # of either stack
     room = has.context if has.position == "relative" else has.context - before

@@ -21,9 +21,7 @@ from quant.config import FourBit
 from quant.linear import follow_autocast, quantized_layers
 from train import qat
 from train.adapters import NAME, add_adapter, cast_frozen_weights, rate, role, table
-from train.config import (
-    TrainConfig,
-)
+from train.config import TrainConfig
 from train.engine import Engine
 from train.freeze import freeze
 from train.losses.choose import LOSSES
@@ -45,7 +43,7 @@ from train.task import Info, Task
 
 
 def own_device(config: TrainConfig, ranks: Ranks) -> torch.device:
-    """This rank's: under torchrun each of a machine's ranks has a GPU of its own."""
+    """This rank's device: under torchrun each rank of a machine has a GPU of its own."""
     device = torch.device(config.run.device)
     if device.type == "cuda" and ranks.world > 1:
         device = checked_device(f"cuda:{ranks.local}")
@@ -55,7 +53,8 @@ def own_device(config: TrainConfig, ranks: Ranks) -> torch.device:
 
 
 def network_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """The preset, changed by the options and by the tokenizer's vocabulary."""
+    """The preset's config with the options' changes and the tokenizer's vocabulary. Errors (TrainError): an architecture that
+    the objective cannot train."""
     asked, task = config.network, load(config.run.objective)
     base = ModelConfig.preset(asked.preset)
     if base.architecture not in task.architectures:
@@ -92,12 +91,12 @@ def trainable(task: type[Task]) -> str:
 
 
 def open_data(config: TrainConfig, checkpoint: Path | None, info: Info) -> object:
-    """The task's data; with --init, in the tokens of the folder that the weights come from."""
+    """Prepare the task's data; with --init, by the tokenizer in that folder."""
     tokenizer, task = None, load(config.run.objective)
     if config.data.weights and not task.can_mix:
         raise TrainError(f"--objective {config.run.objective} does not mix sources by weight: give --corpus without names")
-    if config.run.init is not None:  # a resume has them in its own checkpoint, and needs that folder no more
-        init = resolve(config.run.init) if checkpoint is None or config.method else None  # an adapter's resume needs it too
+    if config.run.init is not None:  # a checkpoint has its own tokenizer, and a resume needs that folder no more
+        init = resolve(config.run.init) if checkpoint is None or config.method else None  # but an adapter's resume does
         folder = checkpoint or init
         found = model.hub.read_config(init or folder)
         if found.architecture not in task.architectures:
@@ -114,46 +113,56 @@ def open_data(config: TrainConfig, checkpoint: Path | None, info: Info) -> objec
 def open_network(
     config: TrainConfig, data: object, checkpoint: Path | None, device: torch.device, info: Info = print
 ) -> nn.Module:
-    """From a checkpoint, else from --init, else new; in float32, unless all is to be in 16 bits.
+    """The network of a checkpoint, else of --init with its adapter, else a new one; in float32, or in 16 bits by --precision.
 
-    Of a checkpoint in parts the weights are not read here: each rank reads its own, when they have been spread.
+    The weights of a sharded checkpoint are not read here: each rank reads its own after sharding (`Engine.load`).
     """
-    task = load(config.run.objective)
-    run, asked = config.run, config.network
-    asked_for = PRECISIONS.get(config.speed.precision)  # None: "auto", which chooses among those with float32 weights
-    dtype = asked_for.parameters if asked_for else torch.float32
+    policy = PRECISIONS.get(config.speed.precision)  # None: "auto", which chooses among those with float32 weights
+    dtype = policy.parameters if policy else torch.float32
     common = {"dtype": dtype, "device": device, "attention": config.speed.attention}
     if checkpoint is not None and config.method is None:
-        if (checkpoint / SHARDED_INDEX).is_file():
-            return empty_network(model.hub.read_config(checkpoint), **common)
-        if run.qat == "none":
-            return model.hub.load(checkpoint, **common)
-        network = empty_network(model.hub.read_config(checkpoint), **common)  # what is trained stands beside what is published
-        for parameter in network.parameters():
-            parameter.data.zero_()
-        return qat.prepare_network(config, network)
-    if run.init is None:
-        network = build_network(task.network(config, network_config(config, data.tokenizer), data), seed=run.seed, **common)
-        return network if run.qat == "none" else qat.prepare_network(config, network)
+        return resumed_network(config, checkpoint, common)
+    if config.run.init is not None:
+        return initial_network(config, data, checkpoint, common, info)
+    task = load(config.run.objective)
+    network = build_network(task.network(config, network_config(config, data.tokenizer), data), seed=config.run.seed, **common)
+    return network if config.run.qat == "none" else qat.prepare_network(config, network)
+
+
+def resumed_network(config: TrainConfig, checkpoint: Path, common: dict) -> nn.Module:
+    """The network of a checkpoint; with zero weights where `Engine.load` reads them (sharded, or --qat)."""
+    if (checkpoint / SHARDED_INDEX).is_file():
+        return empty_network(model.hub.read_config(checkpoint), **common)
+    if config.run.qat == "none":
+        return model.hub.load(checkpoint, **common)
+    network = empty_network(model.hub.read_config(checkpoint), **common)
+    for parameter in network.parameters():
+        parameter.data.zero_()
+    return qat.prepare_network(config, network)
+
+
+def initial_network(config: TrainConfig, data: object, checkpoint: Path | None, common: dict, info: Info) -> nn.Module:
+    """The network of --init, with the head of the task and the adapter of the options. Errors (TrainError): quantized weights
+    without an adapter, or a shape other than the options'."""
+    task, run = load(config.run.objective), config.run
     folder = resolve(run.init)
     found = model.hub.read_config(folder)
     wanted = task.network(config, found.replace(head=task.head), data)
     labels = None if wanted.labels == found.labels else wanted.labels
     if found.head != task.head:
         info(f"{run.init} has the head {found.head!r}: {task.head!r} takes its place")
-    how = None if run.quantize == "none" else FourBit(scheme=run.quantize)
-    common |= {"head": task.head, "labels": labels, "seed": run.seed}
-    network = model.hub.load(folder, quantization=how, check_finite=True, **common)
+    four_bit = None if run.quantize == "none" else FourBit(scheme=run.quantize)
+    common = common | {"head": task.head, "labels": labels, "seed": run.seed}
+    network = model.hub.load(folder, quantization=four_bit, check_finite=True, **common)
     network.config = task.network(config, network.config, data)
-    packed = follow_autocast(network)
-    if packed and config.method is None:
-        kind = next(iter(quantized_layers(network).values())).weight.scheme
-        rest = "add --adapter lora" if run.qat == "none" else f"--qat {run.qat} begins with those it was made from"
-        raise TrainError(f"--init {run.init} has weights in {kind}, which cannot be trained: {rest}")
-    if how is not None and network.quantization is None:
+    if follow_autocast(network) and config.method is None:
+        scheme = next(iter(quantized_layers(network).values())).weight.scheme
+        advice = "add --adapter lora" if run.qat == "none" else f"--qat {run.qat} begins with those it was made from"
+        raise TrainError(f"--init {run.init} has weights in {scheme}, which cannot be trained: {advice}")
+    if four_bit is not None and network.quantization is None:
         info(f"{run.init} is quantized already, and is taken as it is: {next(iter(quantized_layers(network).values())).weight}")
     for name in ("context", "width", "depth", "heads", "mlp_width"):
-        given, has = getattr(asked, name), getattr(network.config, name)
+        given, has = getattr(config.network, name), getattr(network.config, name)
         if given is not None and given != has and not (name == "context" and given < has):
             raise TrainError(f"--{name.replace('_', '-')} {given} does not go with --init {run.init}, which has {has}")
     if config.method is not None:
@@ -162,12 +171,12 @@ def open_network(
         add_adapter(config, network, data.tokenizer, new_head=found.head != task.head or task.head in CLASSIFIERS)
         info(table(network))
     else:
-        also_end_with(network, data.tokenizer.eos_id)
+        add_stop_id(network, data.tokenizer.eos_id)
     return network if run.qat == "none" else qat.prepare_network(config, network)
 
 
-def also_end_with(network: nn.Module, eos_id: int) -> None:
-    """What ends documents in training ends generated texts too, also where the folder of --init did not say so."""
+def add_stop_id(network: nn.Module, eos_id: int) -> None:
+    """Make the id that ends documents in training a stop id of generation, where the folder of --init does not."""
     config = network.config
     if eos_id in (config.eos_id, *config.stop_ids):
         return
@@ -180,7 +189,7 @@ def also_end_with(network: nn.Module, eos_id: int) -> None:
 
 
 def compile_blocks(network: nn.Module, info: Info) -> bool:
-    """torch.compile, a block at a time: one small graph serves all. False, and a line why, where that cannot work."""
+    """Compile each block by torch.compile: one small graph serves all. Return False, and print the reason, where that fails."""
     device = next(network.parameters()).device
     try:
         torch.compile(lambda x: x * 2 + 1)(torch.ones(8, device=device))
@@ -196,8 +205,8 @@ def compile_blocks(network: nn.Module, info: Info) -> bool:
 def open_engine(
     config: TrainConfig, ranks: Ranks, device: torch.device, task: Task, network: nn.Module, info: Info
 ) -> tuple[Engine, TrainConfig]:
-    """The network made ready to train: recomputed, compiled, spread over the ranks, with its optimizers; and the settings,
-    which say "off" where compiling did not work."""
+    """Build the engine: freeze, recompute, compile and parallelize the network, and build its optimizers. Also return the
+    settings, with compile = "off" where compiling failed."""
     asked, speed, policy = config.optimizer, config.speed, PRECISIONS[config.speed.precision]
     loss = LOSSES[speed.loss]
     learned = partial(loss, smoothing=asked.label_smoothing, z_loss=asked.z_loss)
@@ -234,6 +243,7 @@ def open_engine(
 
 
 def open_optimizers(config: TrainConfig, network: nn.Module) -> Optimizers:
+    """Build the run's optimizers. Errors (TrainError): a value that the optimizer refuses."""
     asked = config.optimizer
     try:
         return build_optimizer(

@@ -1,4 +1,4 @@
-"""A run begins, or goes on: its settings made whole, its folder locked, its ranks connected."""
+"""Start or resume a run: resolve its settings, connect the ranks, lock its folder."""
 
 import os
 from collections.abc import Iterator
@@ -21,8 +21,8 @@ from train.runs.open import resolve
 
 
 def start(config: TrainConfig) -> int:
-    """A new run; returns the number of the signal that stopped it, else 0. Where torchrun starts its processes anew, the run
-    that they had begun goes on."""
+    """Train a new run; return the number of the signal that stopped it, else 0. After a restart by torchrun, the run that its
+    processes had begun is resumed."""
     config.check()
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and config.run.out is None:
@@ -47,9 +47,9 @@ def start(config: TrainConfig) -> int:
 
 
 def resume(folder: Path, given: dict[str, dict] | None = None) -> int:
-    """Go on with the run in `folder` from its latest whole checkpoint, or from step 0 if it has none.
+    """Resume the run in `folder` from its latest complete checkpoint, or from step 0 if it has none.
 
-    given: settings of `train.overrides.OVERRIDES` to have now instead of the run's.
+    given: values of `train.overrides.OVERRIDES` that replace the run's own.
     """
     given = given or {}
     asked = given.get("run", {})
@@ -72,7 +72,7 @@ def resume(folder: Path, given: dict[str, dict] | None = None) -> int:
 
 
 def extended(config: TrainConfig, steps: int | None, how: str | None) -> TrainConfig:
-    """The settings of a run that goes on to more steps than it had; `how`: --extend."""
+    """The settings of a run that is made longer; `how`: --extend. Errors (TrainError): no more steps, or no rate for them."""
     run, recorded, schedule = config.run, config.recorded, config.optimizer.schedule
     if steps is None:
         if how is not None:
@@ -102,7 +102,7 @@ def extended(config: TrainConfig, steps: int | None, how: str | None) -> TrainCo
 
 @contextmanager
 def held(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """The lock on a run's folder: rank 0 has it, for all."""
+    """A block that holds the lock on a run's folder: rank 0 takes it for all ranks."""
     with ExitStack() as stack:
         with ranks.together():
             if ranks.is_main:

@@ -17,10 +17,10 @@ from train.parallel.ranks import Ranks
 
 class StepResult(NamedTuple):
     loss: Tensor  # Σ over terms of weight · sum / count, in nats
-    count: Tensor  # what the first term counts: scored labels of all ranks
+    count: Tensor  # of the first term: scored labels of all ranks
     grad_norm: Tensor  # before clipping, the same on all ranks
-    updated: bool  # False: loss or gradients were inf or NaN, and nothing has moved
-    metrics: dict[str, float]  # what the objective logs beside its loss, of all micro-batches and ranks
+    updated: bool  # False: the loss or a gradient was inf or NaN, and neither weights nor optimizer state changed
+    metrics: dict[str, float]  # the means of what the objective logs beside its loss, over micro-batches and ranks
 
 
 def train_step(
@@ -38,11 +38,12 @@ def train_step(
 ) -> StepResult:
     """gradient = Σ over ranks and micro-batches of ∇(sum of token losses) / (count of scored labels of the whole step).
 
-    The count is known before the first forward, and every micro-batch's sum is divided by it *before* its backward:
-    micro-batches of unequal counts then weigh by their tokens, as one large batch would (averaging their means does
-    not), and gradients never stand undivided, where fp16 would overflow. The engines average gradients over ranks: the
-    factor `world` makes that a sum. `penalty()` is a function of the weights that is minimised too, though it is not in the
-    loss that is returned; `updated()` is called after an update, while the gradients are still there.
+    The labels give the count before the first forward, and each micro-batch's sum is divided by it before its backward. So
+    micro-batches weigh by their tokens, as in one large batch (a mean of their means would not), and no gradient exists
+    undivided, which overflows in fp16. DDP and FSDP average gradients over ranks; the factor `world` makes the average a sum.
+
+    max_norm: of the global gradient norm, None for no clipping. penalty(): a function of the weights that is minimised too; the
+    returned loss excludes it. updated(): called after an update, before the gradients are cleared.
     """
     ranks, scaler = ranks or Ranks(), scaler or GradScaler(enabled=False)
     counts = [unwrapped(objective).counts(batch) for batch in micro_batches]
@@ -54,36 +55,37 @@ def train_step(
                 terms, logged = objective(batch)
             if terms.keys() != total.keys():
                 raise ValueError(f"the objective has the terms {[*terms]}, and counts {[*total]}: each term is counted")
-            share = sum(term.weight * term.sum / total[name].clamp_min(1) for name, term in terms.items())
-            objective_share = share * ranks.world
-            if penalty is not None:  # of every rank and micro-batch its part of one
-                objective_share = objective_share + penalty() / len(micro_batches)
+            loss_share = sum(term.weight * term.sum / total[name].clamp_min(1) for name, term in terms.items())
+            minimised = loss_share * ranks.world
+            if penalty is not None:  # split over micro-batches; the ranks' average keeps it once
+                minimised = minimised + penalty() / len(micro_batches)
             with phase("backward"):
-                scaler.scale(objective_share).backward()
-        loss = loss + share.detach()
+                scaler.scale(minimised).backward()
+        loss = loss + loss_share.detach()
         add_metrics(metrics, logged)
     loss = ranks.sum(loss)
     with phase("optimizer"):
         scaler.unscale_(objective.parameters())
         grad_norm = clip_grad_norm_(objective.parameters(), max_norm)
-        sound = bool((grad_norm + loss).isfinite())  # waits for the gradients: no weight may take what is not a number
-        if sound:
+        is_finite = bool((grad_norm + loss).isfinite())  # waits for the device: a non-finite step must not reach the weights
+        if is_finite:
             scaler.step(optimizers)
             if updated is not None:
                 updated()
         scaler.update()
         optimizers.zero_grad(set_to_none=True)
-    return StepResult(loss, next(iter(total.values())), grad_norm, sound, mean_metrics(metrics, ranks))
+    return StepResult(loss, next(iter(total.values())), grad_norm, is_finite, mean_metrics(metrics, ranks))
 
 
 def add_metrics(totals: dict[str, Metric], logged: Mapping[str, Metric]) -> None:
+    """Add sums and counts, in float64."""
     for name, (value, count) in logged.items():
-        before = totals.get(name, Metric(0.0, 0))
-        totals[name] = Metric(before.sum + value.detach().double(), before.count + count)
+        total = totals.get(name, Metric(0.0, 0))
+        totals[name] = Metric(total.sum + value.detach().double(), total.count + count)
 
 
 def mean_metrics(totals: dict[str, Metric], ranks: Ranks) -> dict[str, float]:
-    """Over all ranks, in one exchange. A metric that nothing counted towards has no mean, and is left out."""
+    """sum / count over all ranks, by one all-reduce. A metric with count 0 is left out."""
     if not totals:
         return {}
     device = next((part.device for pair in totals.values() for part in pair if isinstance(part, Tensor)), None)

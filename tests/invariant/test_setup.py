@@ -20,7 +20,7 @@ from train.parallel.ranks import Ranks
 from train.registry import load
 from train.resolve import resolve_machine, resolve_rates
 from train.runs.errors import TrainError
-from train.setup import also_end_with, network_config, open_engine, open_network
+from train.setup import add_stop_id, network_config, open_engine, open_network
 from train.tasks.clm import CausalTask
 from train.token_task import validation_ids
 
@@ -177,11 +177,11 @@ def test_what_ends_documents_ends_texts():
     for said, ends in ((7, [7, 9]), ([7, 5], [7, 5, 9]), ([7, 9], [7, 9])):
         network = randomized(tiny_config("llama", eos_id=7, stop_ids=(9,) if said == [7, 9] else ()))
         network.generation = {"eos_token_id": said, "top_k": 4}
-        also_end_with(network, 9)
+        add_stop_id(network, 9)
         assert network.generation == {"eos_token_id": ends, "top_k": 4}
         assert (network.config.eos_id, network.config.stop_ids) == (7, (9,))
     network = randomized(tiny_config("llama", eos_id=None))
-    also_end_with(network, 9)
+    add_stop_id(network, 9)
     assert network.config.eos_id == 9 and not network.config.stop_ids
 
 

@@ -21,6 +21,7 @@ class MethodConfig:
     """Base class of the configs: registers them, and refuses invalid values by field name and value (AdapterError)."""
 
     method: ClassVar[str]
+    learning_rate: ClassVar[float]  # the default of `python -m train`: for small networks (large ones want less; LoRA 2e-4)
     mergeable: ClassVar[bool] = False  # the method changes the layers' weights, so that it can be merged into them
     has_adapter_weight: ClassVar[bool] = False  # `lora.inject.activate` may multiply its change by a number
     MINIMUM: ClassVar[dict[str, float]] = {}  # field -> smallest valid value
@@ -62,6 +63,7 @@ class LoraConfig(MethodConfig):
     """Low-rank adaptation: W' = W + s B A, with A r × I and B O × r. Source: Hu et al. 2021, arXiv 2106.09685."""
 
     method: ClassVar[str] = "lora"
+    learning_rate: ClassVar[float] = 1e-2
     mergeable: ClassVar[bool] = True
     has_adapter_weight: ClassVar[bool] = True
     MINIMUM: ClassVar = {"r": 1, "alpha": 0, "b_lr_ratio": 0}
@@ -95,6 +97,7 @@ class DoraConfig(LoraConfig):
     """Weight-decomposed LoRA: W' = m (W + s B A) / ‖W + s B A‖, one norm per row. Source: Liu et al. 2024, arXiv 2402.09353."""
 
     method: ClassVar[str] = "dora"
+    learning_rate: ClassVar[float] = 1e-2
     has_adapter_weight: ClassVar[bool] = False  # its norm is no linear function of the change
 
 
@@ -103,6 +106,7 @@ class AdaloraConfig(LoraConfig):
     """Adaptive ranks: W' = W + s P Λ Q, ranks allocated in training. Source: Zhang et al. 2023, arXiv 2303.10512."""
 
     method: ClassVar[str] = "adalora"
+    learning_rate: ClassVar[float] = 1e-2
     MINIMUM: ClassVar = LoraConfig.MINIMUM | {"initial_r": 1, "warmup": 0, "final": 0, "every": 1, "orthogonality": 0}
     FRACTIONS: ClassVar = ("dropout", "beta1", "beta2")
 
@@ -142,6 +146,7 @@ class Ia3Config(MethodConfig):
     arXiv 2205.05638."""
 
     method: ClassVar[str] = "ia3"
+    learning_rate: ClassVar[float] = 1e-1
     mergeable: ClassVar[bool] = True
 
     targets: str = r"project\.(key|value|qkv)$|mlp\.down$"
@@ -157,6 +162,7 @@ class AdapterConfig(MethodConfig):
     """Bottleneck adapter after a sublayer: y + f(y Wdownᵀ) Wupᵀ. Source: Houlsby et al. 2019, arXiv 1902.00751."""
 
     method: ClassVar[str] = "adapter"
+    learning_rate: ClassVar[float] = 5e-3
     MINIMUM: ClassVar = {"width": 1}
     FRACTIONS: ClassVar = ("dropout",)
 
@@ -182,6 +188,7 @@ class PromptConfig(MethodConfig):
     """Prompt tuning: learned virtual tokens before the embedded text. Source: Lester et al. 2021, arXiv 2104.08691."""
 
     method: ClassVar[str] = "prompt"
+    learning_rate: ClassVar[float] = 1e-1
     MINIMUM: ClassVar = {"tokens": 1}
 
     tokens: int = 20
@@ -204,6 +211,7 @@ class PtuningConfig(MethodConfig):
     """P-tuning: virtual tokens that an MLP computes from embeddings of its own. Source: Liu et al. 2021, arXiv 2103.10385."""
 
     method: ClassVar[str] = "ptuning"
+    learning_rate: ClassVar[float] = 5e-3
     MINIMUM: ClassVar = {"tokens": 1, "width": 1}
 
     tokens: int = 20
@@ -219,6 +227,7 @@ class PrefixConfig(MethodConfig):
     """Prefix tuning: learned keys and values before each layer's own. Source: Li and Liang 2021, arXiv 2101.00190."""
 
     method: ClassVar[str] = "prefix"
+    learning_rate: ClassVar[float] = 1e-1
     MINIMUM: ClassVar = {"tokens": 1, "width": 0}
 
     tokens: int = 20

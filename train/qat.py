@@ -11,17 +11,15 @@ from torch import Tensor, nn
 from model.weights import role_of
 from quant.config import QuantError
 from quant.qat import prepare, qat_layers
-from train.config import TrainConfig
+from train.config import QAT_BITS, TrainConfig
 from train.parallel.ranks import Ranks
 from train.runs.errors import TrainError
-
-BITS = {"int8": 8, "int4": 4}
 
 
 def prepare_network(config: TrainConfig, network: nn.Module) -> nn.Module:
     """Replace the network's linear layers by layers that round by --qat. Errors (TrainError): a layer that cannot."""
     try:
-        return prepare(network, config.qat, BITS[config.run.qat])
+        return prepare(network, config.qat, QAT_BITS[config.run.qat])
     except QuantError as error:
         raise TrainError(f"--qat {config.run.qat}: {str(error).replace('--skip', '--qat.skip')}") from None
 

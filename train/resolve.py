@@ -14,11 +14,10 @@ import model.hub
 from data.tokenizer.base import Tokenizer
 from model.training import USUAL_CONTEXT
 from train.config import (
-    ADAPTER_LR,
     DEFAULT_DECAY,
     DEFAULT_MATRIX_LR,
-    FURTHER,
-    WIDTH,
+    DEFAULT_WIDTH,
+    INIT_LR_DIVISOR,
     OptimizerConfig,
     TrainConfig,
     optimizer_of,
@@ -82,10 +81,12 @@ def resolve_rates(config: TrainConfig) -> OptimizerConfig:
     width, where the weights of --init are trained further."""
     asked, run, adapted = config.optimizer, config.run, config.method is not None
     usual = load(run.objective).defaults
-    lr, matrix_lr = (usual.adapter_lr or ADAPTER_LR)[run.adapter] if adapted else usual.lr, DEFAULT_MATRIX_LR
+    lr, matrix_lr = usual.lr, DEFAULT_MATRIX_LR
+    if adapted:
+        lr = (usual.adapter_lr or {}).get(run.adapter, config.method.learning_rate)
     if run.init is not None and not adapted:
-        width = model.hub.read_config(resolve(run.init)).width if asked.lr is None else WIDTH
-        lr, matrix_lr = float(f"{lr / FURTHER * min(1.0, WIDTH / width):.2g}"), matrix_lr / FURTHER
+        width = model.hub.read_config(resolve(run.init)).width if asked.lr is None else DEFAULT_WIDTH
+        lr, matrix_lr = float(f"{lr / INIT_LR_DIVISOR * min(1.0, DEFAULT_WIDTH / width):.2g}"), matrix_lr / INIT_LR_DIVISOR
     decay = 0.0 if adapted else DEFAULT_DECAY
     return replace(
         asked,

@@ -37,7 +37,7 @@ class Defaults:
 
     preset: str
     lr: float
-    adapter_lr: Mapping[str, float] | None = None  # by adapter method; None: `train.config.ADAPTER_LR`
+    adapter_lr: Mapping[str, float] | None = None  # by adapter method; else `learning_rate` of its config in lora/config.py
 
 
 class BatchSource(Protocol):

@@ -27,7 +27,7 @@ STEPS, STOPPED, FREEZE = 6, 4, 3
 SMALL = {"context": 16, "steps": STEPS, "save-every": 9, "eval-every": 9, "log-every": 1, "eval-tokens": 400, "warmup": 0}
 STATIC = "--qat int8 --qat.inputs static --qat.observer minmax"
 LEARNED = f"{STATIC} --qat.learned --qat.granularity tensor"
-WITHOUT = "--qat.… says how numbers are rounded in a training that is not asked for: add --qat int8"
+WITHOUT = "--qat.… has no effect without --qat, such as --qat int8"
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +53,10 @@ def ask(options: list[str], line: str) -> list[str]:
 
 
 REFUSED = {
-    "--qat int8 --adapter lora --init nowhere": ("--qat int8 trains all weights, and --adapter lora leaves them as they are",),
+    "--qat int8 --adapter lora --init nowhere": ("--qat int8 trains all weights, and --adapter lora freezes them",),
     "--qat int8 --mesh shard": ("--qat int8 does not go with --mesh shard: replicate does",),
     "--qat int8 --mesh replicate=1,shard=1": ("--qat int8 does not go with --mesh replicate=1,shard=1",),
-    "--qat int4 --precision bf16-pure": ("--qat int4: 16-bit weights lose small steps; --precision bf16",),
+    "--qat int4 --precision bf16-pure": ("--qat int4: bfloat16 weights lose small updates; --precision bf16",),
     "--qat.learned": (WITHOUT,),
     "--qat.inputs static": (WITHOUT,),
     "--qat.freeze 0.25": (WITHOUT,),

@@ -25,7 +25,7 @@ from tests.conftest import randomized, tiny_config
 from tests.oracle.adapter_twins import randomize, trained
 from tests.runs import arguments, assert_same_end, command, further, last_checkpoint, metrics, stopped_at
 from train.adapters import add_adapter, cast_frozen_weights, has_memory_estimate
-from train.config import ADAPTER_LR, OptimizerConfig, RunConfig, TrainConfig
+from train.config import OptimizerConfig, RunConfig, TrainConfig
 from train.config_toml import from_plain, to_plain
 from train.engine import Engine
 from train.objective import Objective
@@ -64,7 +64,7 @@ def adapt(options, base, method: str, *more: object, **changes) -> list[object]:
 
 
 def test_every_method_is_here():
-    assert METHODS.keys() == CONFIGS.keys() == ADAPTER_LR.keys()
+    assert METHODS.keys() == CONFIGS.keys()
 
 
 LATER = ("dora", "adalora", "ia3", "adapter", "prompt", "ptuning")
@@ -78,7 +78,7 @@ def test_a_run_trains_and_saves_the_adapter_alone(method, options, base, tmp_pat
     assert said.code == 0 and "before the first step: loss" in said.out, said.err
     assert ("python -m lora merge" in said.out) == CONFIGS[method].mergeable
     chosen = tomllib.loads((run / "config.toml").read_text())["optimizer"]
-    assert (chosen["optimizer"], chosen["lr"], chosen["weight_decay"]) == ("adamw", ADAPTER_LR[method], 0.0)
+    assert (chosen["optimizer"], chosen["lr"], chosen["weight_decay"]) == ("adamw", CONFIGS[method].learning_rate, 0.0)
     checkpoint = last_checkpoint(run)
     names = {path.name for path in checkpoint.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "base.json", "raw.safetensors"} <= names

@@ -1,4 +1,4 @@
-"""A closer look at a few steps, where it was asked for: --profile, --memory-report."""
+"""Observe a few steps: --profile, --memory-report."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +17,7 @@ from train.step import StepResult
 
 
 class StepProfiler:
-    """Takes the steps of a run, and tells what was seen."""
+    """Run the steps of a run, and print what was observed in some of them."""
 
     def __init__(self, run: RunView):
         self.run, self.taken, asked = run, 0, run.config.report
@@ -25,9 +25,10 @@ class StepProfiler:
         self.profiler = Profiler(run.out / "profile", run.device) if asked.profile and run.ranks.is_main else None
 
     def step(self, micro_batches: list[dict[str, Tensor]], phase: Callable) -> StepResult:
+        """One step of the engine; the second one with a report of its memory."""
         self.taken += 1
         engine = self.run.engine
-        if self.memory and self.taken == 2:  # the first one makes the optimizer's state
+        if self.memory and self.taken == 2:  # the first step allocates the optimizer's state
             results = []
 
             def observed(inner: Callable) -> None:

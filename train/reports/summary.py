@@ -14,7 +14,7 @@ from data.shell import command
 from model.flops import flops_per_token
 from quant.linear import count_parameters, quantized_layers
 from quant.qat import qat_layers
-from train.config import FURTHER, WIDTH, RunConfig, TrainConfig
+from train.config import DEFAULT_WIDTH, INIT_LR_DIVISOR, RunConfig, TrainConfig
 from train.freeze import frozen_names
 from train.optimizers.precision import PRECISIONS
 from train.registry import name_of, settings_of
@@ -66,8 +66,8 @@ def rates(run: RunView) -> str:
     if config.run.init is None or config.method is not None or not taken:
         return ""
     shown = ", ".join(f"{name.replace('_', '-')} {getattr(config.optimizer, name):g}" for name in taken)
-    wide = f" (lr times {WIDTH}/{width}, for its width)" if width > WIDTH and "lr" in taken else ""
-    return f"rates    {shown}: 1/{FURTHER} of pretraining's, as --init has weights that are trained further{wide}\n"
+    wide = f" (lr times {DEFAULT_WIDTH}/{width}, for its width)" if width > DEFAULT_WIDTH and "lr" in taken else ""
+    return f"rates    {shown}: 1/{INIT_LR_DIVISOR} of pretraining's, as --init has weights that are trained further{wide}\n"
 
 
 def comparable(run: RunView) -> str:

@@ -12,10 +12,10 @@ minimised), `engine` (the state that a step advances, and its files), `loop` (th
     task registry   the interface of an objective; the objectives by name, ours and a user's own files
     tasks/       one file an objective: its batches, its scores beside a baseline, an example of what was learned
     token_task record_task   shared by objectives on blocks of plain text, and on records with columns
-    label_objective label_scores   the loss of classified texts; their scores, and those of a guess that ignores the text
+    label_objective label_scores label_report   text classification: loss; scores beside a baseline without the text; tables
     evaluate     sums and counts over held-out text; bits per byte, and the n-gram baseline
     freeze adapters qat   frozen weights; runs that train an adapter; quantization-aware training
-    recompute allocator   blocks that run again in the backward; memory that a step frees is kept for the next
+    recompute allocator   activation checkpointing; malloc keeps the memory that a step frees
     losses/      losses of tokens, with Triton's kernel
     optimizers/  AdamW, Muon, SGD; schedules, clipping, precision, averaged weights
     parallel/    ranks, DDP, FSDP2, sharded tensors

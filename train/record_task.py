@@ -1,4 +1,4 @@
-"""Objectives on records with columns: each record makes examples, and these are padded or packed into rows."""
+"""Objectives on records with columns: a record gives examples, which are padded or packed into rows."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 class RecordTask(Task):
-    """A task of which an example is made of a record: `transform` does it, and draws from nothing but what it is given.
+    """A task whose examples are made from records by `transform`, a function of its arguments alone.
 
-    `sees`: "neighbours" gives transform all records and an index. `is_random`: it draws.
+    `sees`: "neighbours" gives transform all records and an index. `is_random`: it uses its random generator.
     """
 
     can_mix: ClassVar[bool] = True
@@ -31,22 +31,22 @@ class RecordTask(Task):
     sees: ClassVar[str] = "record"
     is_random: ClassVar[bool] = False
     needs_mask: ClassVar[bool] = False
-    around: ClassVar[Mapping[str, bool]] = MappingProxyType({})  # a text, by a tokenizer that is trained: `trained_tokenizer`
-    wants_mask: ClassVar[bool] = False  # a tokenizer that is trained has a mask token, and so stands on both sides of a text
+    affix_flags: ClassVar[Mapping[str, bool]] = MappingProxyType({})  # special tokens that a new tokenizer adds
+    wants_mask: ClassVar[bool] = False  # a new tokenizer has a mask token, and special tokens on both sides of a text
 
     @classmethod
     @abstractmethod
     def columns(cls, settings: Any) -> list[tuple[str, str]]:
-        """(column, the option that names it) of each that a record must have."""
+        """Return (column, the option that names it) of each required column."""
 
     @classmethod
     @abstractmethod
     def texts(cls, settings: Any, row: "Row") -> list[str]:
-        """The texts of a record: by them it is held out or not, and on them a tokenizer is trained."""
+        """Return the texts of a record: a hash of them decides if it is held out, and the tokenizer is trained on them."""
 
     @classmethod
     def check(cls, settings: Any, row: "Row") -> str | None:
-        """What is wrong with a record, if anything; its name is put before it."""
+        """Return the fault of a record, or None; the message is prefixed by the record's name."""
         return None
 
     @classmethod
@@ -69,7 +69,7 @@ class RecordTask(Task):
         if tokenizer is None:
             texts = (text for row in train.values for text in cls.texts(settings, row))
             mask = cls.needs_mask or cls.wants_mask
-            tokenizer = train_or_load_tokenizer(config.data, texts, info, mask=mask, affix_flags=cls.around)
+            tokenizer = train_or_load_tokenizer(config.data, texts, info, mask=mask, affix_flags=cls.affix_flags)
         else:
             tokenizer = tokenizer.with_separator(config.data.separator)
         return RecordData(tokenizer, train, validation, hash_rows(train, validation))
@@ -84,24 +84,24 @@ class RecordTask(Task):
             "batch_size": asked.batch_size,
             "seed": config.run.seed,
             "pad_id": self.pad_id,
-            "max_lengths": self.room,
+            "max_lengths": self.max_lengths,
             "sees": self.sees,
         }
-        learned = common | {"accumulate": asked.accumulate, "packing": self.packing, "is_random": self.is_random}
+        training = common | {"accumulate": asked.accumulate, "packing": self.packing, "is_random": self.is_random}
         weights = config.data.weights
         parts = {name: data.train.from_source(name) for name in weights or ("",)}
         for name, rows in parts.items():
             if not len(rows):
                 raise TrainError(f"the source {name} has no record to train on: none in it, or all of them are held out")
-        streams = [(number,) if weights else () for number in range(1, len(parts) + 1)]  # each source draws for itself
+        streams = [(number,) if weights else () for number in range(1, len(parts) + 1)]  # independent random streams
         self.sources = {
-            name: ExampleSource(rows.values, self.transform, names=rows.names.__getitem__, stream=stream, **learned)
+            name: ExampleSource(rows.values, self.transform, names=rows.names.__getitem__, stream=stream, **training)
             for (name, rows), stream in zip(parts.items(), streams, strict=True)
         }
-        several = list(self.sources.values())
-        self.source = MixedExamples(several, list(weights.values()), config.run.seed) if weights else several[0]
-        for source in several:
-            source.epoch(0)  # tells which keys are of a whole text
+        sources = list(self.sources.values())
+        self.source = MixedExamples(sources, list(weights.values()), config.run.seed) if weights else sources[0]
+        for source in sources:
+            source.epoch(0)  # finds the keys that are one value a text
         names = data.validation.names.__getitem__
         common["sequence_level"] = self.source.sequence_level
         held_out = ExampleSource(data.validation.values, self.transform, names=names, **common)
@@ -109,7 +109,7 @@ class RecordTask(Task):
 
     @property
     def pad_id(self) -> int:
-        """No mask lets it be seen, and no label scores it."""
+        """The id of padding; it is masked and not scored."""
         known = (self.tokenizer.pad_id, self.tokenizer.eos_id, self.tokenizer.unknown_id, 0)
         return next(id for id in known if id is not None)
 
@@ -119,13 +119,13 @@ class RecordTask(Task):
         return "pad"
 
     @property
-    def room(self) -> tuple[int, ...]:
-        """The longest row, along each axis of an example's lengths."""
+    def max_lengths(self) -> tuple[int, ...]:
+        """The maximal length of a row, along each axis of an example's lengths."""
         return (self.config.network.context,)
 
     @abstractmethod
     def transform(self, row: "Row", random: "np.random.Generator") -> "list[Example]":
-        """The examples of one record."""
+        """Make the examples of one record."""
 
     def identity(self) -> dict:
         return {"tokenizer_sha256": self.tokenizer.sha256, "records_sha256": self.data.sha256}
@@ -140,19 +140,19 @@ class RecordTask(Task):
         return format_count(rows, "packed row" if self.packing == "first_fit" else "record")
 
     def introduction(self) -> str:
-        data, where = self.config.data, " ".join(self.config.data.corpus)
+        data, corpus = self.config.data, " ".join(self.config.data.corpus)
         held_out = f"in {' '.join(data.validation)}" if data.validation else "held out"
         return (
-            f"records  {where}: {len(self.data.train):,} to train on, {len(self.data.validation):,} {held_out}\n"
+            f"records  {corpus}: {len(self.data.train):,} to train on, {len(self.data.validation):,} {held_out}\n"
             f"tokens   {self.tokenizer.vocab_size:,} pieces; "
-            f"{'; '.join(f'{name} {source.describe()}'.strip() for name, source in self.sources.items())}\n{self.shares()}"
+            f"{'; '.join(f'{name} {source.describe()}'.strip() for name, source in self.sources.items())}\n{self.mixture()}"
         )
 
-    def shares(self) -> str:
-        """A line on the sources of a mixture, as `train.token_task` has it."""
+    def mixture(self) -> str:
+        """Describe the sources of a mixture: the fraction of each, and its number of epochs."""
         weights, asked, shown = self.config.data.weights, self.config.optimizer, []
         rows = self.config.run.steps * asked.batch_size * asked.accumulate
         for name, weight in weights.items():
-            share = weight / sum(weights.values())
-            shown.append(f"{name} {share:.1%}, {rows * share / self.sources[name].rows_in_epoch(0):.1f} epochs")
+            fraction = weight / sum(weights.values())
+            shown.append(f"{name} {fraction:.1%}, {rows * fraction / self.sources[name].rows_in_epoch(0):.1f} epochs")
         return f"mixture  {'; '.join(shown)}\n" if shown else ""

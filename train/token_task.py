@@ -1,4 +1,4 @@
-"""Objectives on plain text: blocks of a stream of tokens, in which documents stand one after another."""
+"""Objectives on plain text: blocks of a token stream of concatenated documents."""
 
 from abc import abstractmethod
 from pathlib import Path
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class BlockBatches:
-    """The micro-batches of a task's blocks, and the documents that they hold parts of."""
+    """The micro-batches of a task's blocks, and the documents in them."""
 
     is_on_policy = False
 
@@ -29,7 +29,7 @@ class BlockBatches:
         return [self.task.batch(block_BT1, step, i * asked.batch_size) for i, block_BT1 in enumerate(parts)]
 
     def documents(self, step: int) -> list[int]:
-        """The training documents, counted from 0 in the order of the shards."""
+        """Return the indices of a step's training documents, in the order of the shards."""
         import numpy as np
 
         starts = np.flatnonzero(self.task.shards.train.ids == self.task.tokenizer.bos_id)
@@ -46,10 +46,10 @@ class BlockBatches:
 
 
 class TokenTask(Task):
-    """A task of which an example is a block of the stream: `batch` makes inputs and labels of some."""
+    """A task whose examples are blocks of the token stream: `batch` makes inputs and labels."""
 
     can_mix = True
-    needs_mask = False  # whether the tokenizer must have a mask token
+    needs_mask = False  # the tokenizer must have a mask token
 
     @classmethod
     def open_data(cls, config: "TrainConfig", tokenizer: "Tokenizer | None", info: Info, *, progress: bool = False) -> "Shards":
@@ -73,18 +73,18 @@ class TokenTask(Task):
         self.source = BlockBatches(self)
         self.held_out = validation_ids(config, shards)
         check_length(self.held_out, 1, "the validation split")
-        parts = validation_parts(config, shards)
+        parts = validation_ids_by_source(config, shards)
         blocks = [(name, block) for name, part in parts.items() for block in sequential_blocks(part, context, asked.batch_size)]
         self.validation = [self.validation_batch(block, i * asked.batch_size) for i, (_, block) in enumerate(blocks)]
         self.validation_sources = [name for name, _ in blocks] if shards.validation.ranges else []
 
     @abstractmethod
     def batch(self, block_BT1: "Tensor", step: int, first_row: int) -> Batch:
-        """Inputs and labels of some rows of a step's global batch, the first of which is row `first_row`."""
+        """Make inputs and labels of rows of a step's global batch, from row `first_row` on."""
 
     @abstractmethod
     def validation_batch(self, block_BT1: "Tensor", first_row: int) -> Batch:
-        """The same of held-out text; of one block always the same."""
+        """Make inputs and labels of held-out text; always the same for a block."""
 
     def identity(self) -> dict:
         splits = {"train_tokens": self.shards.train.tokens, "validation_tokens": self.shards.validation.tokens}
@@ -105,48 +105,48 @@ class TokenTask(Task):
             f"{shards.validation.bytes:,} held out\n"
             f"tokens   {self.tokenizer.vocab_size:,} pieces, {shards.train.bytes / shards.train.targets:.2f} bytes a token; "
             f"{shards.train.tokens:,} to train on; shards in {cache} ({'built' if shards.is_new else 'reused'})\n"
-            f"{self.shares()}{separation(self.tokenizer)}"
+            f"{self.mixture()}{separator_line(self.tokenizer)}"
         )
 
-    def shares(self) -> str:
-        """A line on the sources of a mixture: the share of each, and how often all the steps go through it."""
+    def mixture(self) -> str:
+        """Describe the sources of a mixture: the fraction of each, and its number of epochs."""
         weights, config = self.config.data.weights, self.config
         rows = config.run.steps * config.optimizer.batch_size * config.optimizer.accumulate
         shown = []
         for name, (start, end) in self.shards.train.ranges.items():
-            share = weights[name] / sum(weights.values())
-            shown.append(f"{name} {share:.1%}, {rows * share * config.network.context / (end - start):.1f} epochs")
+            fraction = weights[name] / sum(weights.values())
+            shown.append(f"{name} {fraction:.1%}, {rows * fraction * config.network.context / (end - start):.1f} epochs")
         return f"mixture  {'; '.join(shown)}\n" if shown else ""
 
-    def losses_of_sources(self, totals: Totals) -> Scores:
-        """`loss_NAME` of each source of a mixture that has held-out text."""
-        found = {name: totals.get(f"loss_{name}", (0.0, 0)) for name in dict.fromkeys(self.validation_sources)}
-        return {f"loss_{name}": nats / count for name, (nats, count) in found.items() if count}
+    def source_losses(self, totals: Totals) -> Scores:
+        """Return `loss_NAME` of each source of a mixture that has held-out text."""
+        losses = {name: totals.get(f"loss_{name}", (0.0, 0)) for name in dict.fromkeys(self.validation_sources)}
+        return {f"loss_{name}": nats / count for name, (nats, count) in losses.items() if count}
 
-    def of_sources(self, scores: Scores) -> str:
-        """The same for a person, after the loss."""
+    def source_line(self, scores: Scores) -> str:
+        """Format the losses of the sources, after the total loss."""
         names = [name for name in dict.fromkeys(self.validation_sources) if f"loss_{name}" in scores]
         shown = ", ".join("{} {:.4f}".format(name, scores[f"loss_{name}"]) for name in names)
         return f" ({shown})" if names else ""
 
-    def opening(self, tokens: int = 16) -> list[int]:
-        """The first ids of the last document that validation scores, to the end of a word."""
+    def sample_prompt(self, tokens: int = 16) -> list[int]:
+        """Return the first ids of the last held-out document, up to the end of a word."""
         import numpy as np
 
         ids = self.held_out
         starts = np.flatnonzero(ids == self.tokenizer.bos_id)
         if self.tokenizer.bos_id == self.tokenizer.eos_id and len(starts) > 1:
-            starts = starts[:-1]  # the last one only ends a document
+            starts = starts[:-1]  # the last one ends a document
         start = int(starts[-1])
-        opening = ids[start : start + 4 * tokens].astype("int64").tolist()
-        if self.tokenizer.eos_id in opening[1:]:
-            opening = opening[: opening.index(self.tokenizer.eos_id, 1)]
-        begins_word = (i for i, id in enumerate(opening) if i > tokens and self.tokenizer.token_bytes[id][:1].isspace())
-        return opening[: next(begins_word, tokens + 1)]
+        prompt = ids[start : start + 4 * tokens].astype("int64").tolist()
+        if self.tokenizer.eos_id in prompt[1:]:
+            prompt = prompt[: prompt.index(self.tokenizer.eos_id, 1)]
+        begins_word = (i for i, id in enumerate(prompt) if i > tokens and self.tokenizer.token_bytes[id][:1].isspace())
+        return prompt[: next(begins_word, tokens + 1)]
 
 
-def separation(tokenizer: "Tokenizer") -> str:
-    """Which id stands between documents, and why, where the tokenizer puts none before a text."""
+def separator_line(tokenizer: "Tokenizer") -> str:
+    """Describe the id between documents, and its reason, where the tokenizer has no bos before a text."""
     if tokenizer.affixes.prefix:
         return ""
     why = "as --separator asks" if tokenizer.separator else "its eos: it puts no token before a text"
@@ -154,26 +154,26 @@ def separation(tokenizer: "Tokenizer") -> str:
 
 
 def validation_ids(config: "TrainConfig", shards: "Shards") -> "np.ndarray":
-    """What is scored: all held-out ids, or --eval-tokens of them; of a mixture so many of each source as is its share."""
+    """Return the scored ids: all held-out ids, or --eval-tokens of them; of a mixture in proportion to each source's size."""
     import numpy as np
 
-    split, most = shards.validation, config.report.eval_tokens
-    if not split.ranges or split.tokens <= most:
-        return split.ids[:most]
-    return np.concatenate(list(validation_parts(config, shards).values()))
+    split, limit = shards.validation, config.report.eval_tokens
+    if not split.ranges or split.tokens <= limit:
+        return split.ids[:limit]
+    return np.concatenate(list(validation_ids_by_source(config, shards).values()))
 
 
-def validation_parts(config: "TrainConfig", shards: "Shards") -> "dict[str, np.ndarray]":
-    """The same by source, "" where they are not mixed; sources without a target are left out."""
+def validation_ids_by_source(config: "TrainConfig", shards: "Shards") -> "dict[str, np.ndarray]":
+    """Return the scored ids by source ("" without a mixture); sources without a target are left out."""
     split = shards.validation
     if not split.ranges:
         return {"": validation_ids(config, shards)}
-    share = min(1.0, config.report.eval_tokens / split.tokens)
-    most = {name: max(2, int((end - start) * share)) for name, (start, end) in split.ranges.items()}
-    parts = {name: split.ids[start:end][: most[name]] for name, (start, end) in split.ranges.items()}
+    fraction = min(1.0, config.report.eval_tokens / split.tokens)
+    limits = {name: max(2, int((end - start) * fraction)) for name, (start, end) in split.ranges.items()}
+    parts = {name: split.ids[start:end][: limits[name]] for name, (start, end) in split.ranges.items()}
     return {name: part for name, part in parts.items() if len(part) > 1}
 
 
-def built_in(config: "TrainConfig") -> bool:
-    """Whether the corpus is the one that comes with Python, on which a known prompt makes sense."""
+def is_built_in_corpus(config: "TrainConfig") -> bool:
+    """Tell if the corpus is Python's own documentation, for which the example prompts are written."""
     return config.data.corpus == type(config.data)().corpus

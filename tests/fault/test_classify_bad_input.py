@@ -104,7 +104,7 @@ def test_an_encoder_decoder_whose_tokenizer_has_no_end(tmp_path):
 def test_settings_of_another_kind():
     settings = train.tasks.classify.ClassifySettings(multi=True)
     with pytest.raises(TrainError, match="--z-loss"):
-        train.tasks.classify.check_settings(settings, TrainConfig(optimizer=OptimizerConfig(z_loss=1e-4)))
+        train.tasks.classify.check_classify_settings(settings, TrainConfig(optimizer=OptimizerConfig(z_loss=1e-4)))
 
 
 # ---- predict

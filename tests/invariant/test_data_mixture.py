@@ -25,7 +25,7 @@ from train.record_task import RecordTask
 from train.reports.summary import text_options
 from train.runs.errors import TrainError
 from train.tasks.clm import CausalTask
-from train.token_task import validation_parts
+from train.token_task import validation_ids_by_source
 
 SMALL = {"preset": "tiny", "width": 16, "depth": 1, "heads": 2, "context": 16, "batch-size": 8, "vocab-size": 300, "steps": 40}
 SMALL |= {"threads": 1, "device": "cpu", "precision": "fp32", "eval-every": 20, "sample-every": 0, "log-every": 10}
@@ -178,7 +178,7 @@ def test_a_task_mixes_and_scores_each_source_once(mixed):
     assert scored == {name: len(part) - int((part == 1).sum()) for name, part in held_out.items()}
     assert sum(scored.values()) == shards.validation.targets
     limited = task_of(shards, mixed, report=ReportConfig(eval_tokens=200))
-    sizes = {name: len(part) for name, part in validation_parts(limited.config, shards).items()}
+    sizes = {name: len(part) for name, part in validation_ids_by_source(limited.config, shards).items()}
     whole = {name: end - start for name, (start, end) in shards.validation.ranges.items()}
     assert sum(sizes.values()) in (199, 200) and abs(sizes["b"] / 200 - whole["b"] / sum(whole.values())) < 0.01
     assert len(limited.held_out) == sum(sizes.values())
@@ -264,7 +264,7 @@ def test_records_that_cannot_be_mixed(inside):
     made = replace(made, network=replace(made.network, context=16))
     with pytest.raises(TrainError, match="the source b has no record to train on"):
         Lines(made, Lines.open_data(made, None, print))
-    with patch.object(CausalTask, "mixes", False):
+    with patch.object(CausalTask, "can_mix", False):
         said = command("--corpus", *MIXED, "--out", inside / "run")
     assert said.code == 2 and "--objective clm does not mix sources by weight: give --corpus without names" in said.err
 

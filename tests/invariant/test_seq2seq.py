@@ -143,7 +143,7 @@ def test_generated_texts_do_not_depend_on_the_batch(folder, pairs):
     """Sources of several lengths side by side, padded, give what each gives alone, in the order of the records."""
     task, network = opened(folder, pairs, batch_size=5)
     some = task.data.validation.values
-    together = task.written(network, torch.device("cpu"), some)
+    together = task.generate_texts(network, torch.device("cpu"), some)
     longest = 2 * max(len(pair.target_ids) for pair in some)
     alone = []
     for pair in some:

@@ -1,6 +1,7 @@
-"""The class of a whole text, or several labels of it: learned from records with a text and a label.
+"""Text classification: the class of a text, or several labels of it, from records with a text and a label.
 
-The family's own head stands on any body: an encoder, a decoder (its last token speaks), an encoder-decoder (as BART and T5 do).
+The network has its family's classification head: on an encoder, on the last token of a decoder, or on an encoder-decoder as
+BART and T5 do.
 """
 
 from dataclasses import dataclass
@@ -21,47 +22,46 @@ if TYPE_CHECKING:
     from data.example import Example
     from data.sources.records import Row
     from data.tokenizer.base import Tokenizer
-    from data.transforms.framing import Encoding
+    from data.transforms.framing import Encoding, Framer
     from data.transforms.labels import LabelledData
     from model.config import ModelConfig
     from train.config import TrainConfig
     from train.objective import Objective
 
-SHOWN_CLASSES = 12  # in tables
-SAMPLES, SAMPLE_LETTERS = 5, 60
+SAMPLES = 5
 
 
 @dataclass(frozen=True)
 class ClassifySettings:
-    """Classification: which columns hold text and label, and how long texts, rare classes and several labels are treated."""
+    """Classification: the columns of text and label, and the treatment of long texts, rare classes and several labels."""
 
     text: str = "text"
     """The column with the text."""
     pair: str | None = None
-    """The column with a second text, which is read beside the first one."""
+    """The column with a second text: the network reads both as a pair."""
     label: str = "label"
     """The column with the label: a string, an integer or a boolean."""
     multi: bool = False
-    """A text has any number of labels, each decided for itself: a list, or a string that --classify.separator parts."""
+    """Multi-label: a text has any number of labels, in a list or in a string that is split at --classify.separator."""
     separator: str = ","
-    """What stands between the labels of a text in one string, with --classify.multi."""
+    """The separator between the labels of a text in one string, with --classify.multi."""
     balance: bool = False
-    """Weigh each class by the inverse of its frequency in the loss; with --classify.multi, each label's texts that have it."""
+    """Weight each class by the inverse of its frequency in the loss; with --classify.multi, the texts that have a label."""
     max_length: int | None = None
-    """The tokens of a text at most, with those that the tokenizer puts around it. Default: the context."""
+    """Maximal tokens of a text, special tokens included. Default: the context."""
     overlong: Literal["cut", "drop", "error"] = "cut"
-    """A longer text: cut its end off (of two texts the longer one's first), leave the record out, or stop."""
+    """A longer text: truncate it (of a pair the longer text first), leave the record out, or stop."""
     best: Literal["loss", "accuracy", "f1"] = "loss"
-    """The score that decides which checkpoint is the best: the loss tells probabilities apart where few held-out texts give
-    accuracy and F1 the same value again and again."""
+    """The score that selects the best checkpoint: the loss distinguishes checkpoints where few held-out texts give the same
+    accuracy and F1 again and again."""
 
 
 class ClassifyTask(RecordTask):
-    """Scored by accuracy, macro F1 and Matthews' correlation, beside a guess that ignores the text and knows how frequent each
-    class is; of several labels by micro and macro F1 and the share of texts whose labels are all right."""
+    """Text classification, scored by accuracy, macro F1 and Matthews' correlation; multi-label by micro and macro F1 and the
+    fraction of texts whose labels are all correct. The baseline ignores the text: it predicts by class frequency."""
 
     Settings = ClassifySettings
-    needs = (Needs(("loss",), lambda config: False, "the logits of a text are as many as there are labels"),)
+    needs = (Needs(("loss",), lambda config: False, "a text has only as many logits as there are labels"),)
     defaults = Defaults("tiny-encoder", 3e-3)
     architectures, head, unit = ("encoder", "decoder", "encoder-decoder"), "sequence", "texts"
     wants_mask = True
@@ -88,7 +88,7 @@ class ClassifyTask(RecordTask):
         from data.transforms.labels import LabelledData, training_labels
 
         settings: ClassifySettings = settings_of(config)
-        check_settings(settings, config)
+        check_classify_settings(settings, config)
         data = super().open_data(config, tokenizer, info, progress=progress)
         for rows in (data.train, data.validation):
             for row, place in zip(rows.values, rows.names, strict=True):
@@ -96,12 +96,12 @@ class ClassifyTask(RecordTask):
                     if column is not None and not isinstance(row[column], str):
                         has = "null" if row[column] is None else type(row[column]).__name__
                         raise DataError(f"{place}: the value of {column!r} is {has}, not a string")
-        labels = training_labels(data.train, data.validation, settings.label, separator_of(settings), names_before(config))
+        labels = training_labels(data.train, data.validation, settings.label, separator_of(settings), initial_labels(config))
         return LabelledData(data.tokenizer, data.train, data.validation, data.sha256, labels)
 
     @classmethod
     def network(cls, config: "TrainConfig", base: "ModelConfig", data: "LabelledData") -> "ModelConfig":
-        """As many classes as labels, with their names; a pad that ends no text."""
+        """Set the number and names of the classes; choose a pad that ends no text."""
         from data.transforms.framing import choose_pad_id
         from model.config import ConfigError
         from model.predict import MULTI_LABEL
@@ -133,8 +133,8 @@ class ClassifyTask(RecordTask):
         self.separator, self.labels = separator_of(settings), data.labels
         self.framer = framer_of(settings, data.tokenizer, config.network.context)
         self.overlong: set[int] = set()  # id() of the records that were cut or left out
-        both = (data.train, data.validation)
-        self.places = {id(row): place for rows in both for row, place in zip(rows.values, rows.names, strict=True)}
+        splits = (data.train, data.validation)
+        self.row_names = {id(row): name for rows in splits for row, name in zip(rows.values, rows.names, strict=True)}
         self.train_counts = count_labels(data.labels, row_labels(data.train, settings.label, self.separator))
         self.best, self.higher_is_better = settings.best, settings.best != "loss"
         super().__init__(config, data)
@@ -150,13 +150,13 @@ class ClassifyTask(RecordTask):
     def room(self) -> tuple[int, ...]:
         return (self.framer.max_length,)
 
-    def framed(self, row: "Row") -> "Encoding":
+    def encode(self, row: "Row") -> "Encoding":
         from data.config import DataError
 
         try:
             return self.framer(*self.texts(self.settings, row))
         except DataError as error:
-            raise DataError(f"{self.places[id(row)]}: {error}") from None
+            raise DataError(f"{self.row_names[id(row)]}: {error}") from None
 
     def transform(self, row: "Row", random: "np.random.Generator") -> "list[Example]":
         import numpy as np
@@ -165,64 +165,58 @@ class ClassifyTask(RecordTask):
         from data.example import Example
         from data.transforms.labels import label_names
 
-        framed = self.framed(row)
-        if framed.truncated:
+        encoding = self.encode(row)
+        if encoding.truncated:
             if self.settings.overlong == "error":
                 raise DataError(
-                    f"{self.places[id(row)]} has {len(framed.ids) + framed.truncated:,} tokens, and there is room for "
+                    f"{self.row_names[id(row)]} has {len(encoding.ids) + encoding.truncated:,} tokens, and there is room for "
                     f"{self.framer.max_length:,} (--classify.max-length, --context). --classify.overlong cut or drop goes on "
                     "without"
                 )
             self.overlong.add(id(row))
             if self.settings.overlong == "drop":
                 return []
-        named = [self.ids[name] for name in label_names(row, "", self.settings.label, self.separator)]
-        if self.settings.multi:  # with an axis of 1: as many labels as tokens would otherwise seem to be labels of tokens
+        label_ids = [self.ids[name] for name in label_names(row, "", self.settings.label, self.separator)]
+        if self.settings.multi:  # 1 C: C labels could otherwise be taken for labels of C tokens
             labels = np.zeros((1, len(self.labels)), dtype=np.int64)
-            labels[0, named] = 1
+            labels[0, label_ids] = 1
         else:
-            labels = np.array(named[0], dtype=np.int64)
-        extra = {"token_type_ids": np.array(framed.type_ids, dtype=np.int64)} if self.settings.pair is not None else {}
-        return [Example(np.array(framed.ids, dtype=np.int64), labels, extra=extra)]
+            labels = np.array(label_ids[0], dtype=np.int64)
+        extra = {"token_type_ids": np.array(encoding.type_ids, dtype=np.int64)} if self.settings.pair is not None else {}
+        return [Example(np.array(encoding.ids, dtype=np.int64), labels, extra=extra)]
 
     def identity(self) -> dict:
         return super().identity() | {"labels": list(self.labels)}
 
     def introduction(self) -> str:
-        return f"{super().introduction()}{self._classes()}{self._shortened()}"
+        return f"{super().introduction()}{self._class_table()}{self._overlong_line()}"
 
-    def _classes(self) -> str:
-        """How often each class comes, and what it weighs."""
-        from model.account import align_columns
+    def _class_table(self) -> str:
+        from train.label_report import class_table
 
-        train, held_out = len(self.data.train), self.baseline.texts
-        rows = [("label", "trained on", "", "held out", "")]
-        weights = self.weights()
-        for id in range(len(self.labels)) if len(self.labels) <= SHOWN_CLASSES else range(SHOWN_CLASSES - 1):
-            ours, theirs = self.train_counts[id], self.baseline.counts[id]
-            rows.append((self.labels[id], f"{ours:,}", f"{ours / train:.1%}", f"{theirs:,}", f"{theirs / held_out:.1%}"))
-        if weights is not None:
-            rows = [(*row, cell) for row, cell in zip(rows, ["weight", *(f"{w:.3f}" for w in weights)], strict=False)]
-        rest = len(self.labels) + 1 - len(rows)
-        more = f"  and {rest} more, of {min(self.train_counts):,} to {max(self.train_counts):,} records each\n" if rest else ""
-        what = "labels, any number a text" if self.settings.multi else "classes"
-        return f"labels   {len(self.labels)} {what}, in the column {self.settings.label!r}\n{align_columns(rows)}\n{more}"
+        kind = "labels, any number a text" if self.settings.multi else "classes"
+        totals = len(self.data.train), self.baseline.texts
+        table = class_table(self.labels, self.train_counts, self.baseline.counts, totals, self.weights())
+        return f"labels   {len(self.labels)} {kind}, in the column {self.settings.label!r}\n{table}"
 
-    def _shortened(self) -> str:
-        """How many texts were too long; known when the epoch's lengths are."""
+    def _overlong_line(self) -> str:
+        """Count the texts that were too long; known when the epoch's lengths are."""
         self.source.epoch(0)
         if not self.overlong:
             return ""
-        what = {"cut": "cut to", "drop": "left out, longer than"}[self.settings.overlong]
-        whole = len(self.data.train) + len(self.data.validation)
-        share = f"{len(self.overlong):,} of {whole:,} texts"
-        return f"long     {share} {what} {self.framer.max_length:,} tokens (--classify.max-length)\n"
+        action = {"cut": "cut to", "drop": "left out, longer than"}[self.settings.overlong]
+        total = len(self.data.train) + len(self.data.validation)
+        counts = f"{len(self.overlong):,} of {total:,} texts"
+        return f"long     {counts} {action} {self.framer.max_length:,} tokens (--classify.max-length)\n"
 
     # ---- learning
 
     def weights(self) -> list[float] | None:
-        """Of each class in the loss: texts / (classes · its texts), so that the texts weigh 1 on average; with --classify.multi
-        what a text that has the label weighs: texts without it / texts with it. None: all alike."""
+        """Return the weight of each class in the loss, None without --classify.balance.
+
+        texts / (classes · its texts), so that the texts weigh 1 on average; multi-label: texts without it / texts with it, the
+        weight of a text that has the label.
+        """
         if not self.settings.balance:
             return None
         total = len(self.data.train)
@@ -249,53 +243,42 @@ class ClassifyTask(RecordTask):
         from train.label_scores import multiclass_scores, multilabel_scores
 
         nats, count = totals["loss"]
-        found = {"loss": nats / count, "baseline_loss": self.baseline.loss}
+        losses = {"loss": nats / count, "baseline_loss": self.baseline.loss}
         if self.settings.multi:
-            return found | multilabel_scores(totals["columns"][0].long(), self.baseline.accuracy)
-        return found | multiclass_scores(totals["confusion"][0].long(), self.baseline.accuracy)
+            return losses | multilabel_scores(totals["columns"][0].long(), self.baseline.accuracy)
+        return losses | multiclass_scores(totals["confusion"][0].long(), self.baseline.accuracy)
 
     def score_line(self, scores: Scores) -> str:
-        said = (
+        line = (
             f"loss {scores['loss']:.4f} (ignoring the text {scores['baseline_loss']:.4f}) · "
             f"{'all labels right' if self.settings.multi else 'accuracy'} {scores['accuracy']:.1%} "
             f"({'most frequent ones' if self.settings.multi else 'most frequent class'} {scores['baseline_accuracy']:.1%}) · "
         )
         if self.settings.multi:
-            return f"{said}micro F1 {scores['micro_f1']:.3f} · macro F1 {scores['f1']:.3f}"
-        return f"{said}macro F1 {scores['f1']:.3f} · MCC {scores['mcc']:.3f}"
+            return f"{line}micro F1 {scores['micro_f1']:.3f} · macro F1 {scores['f1']:.3f}"
+        return f"{line}macro F1 {scores['f1']:.3f} · MCC {scores['mcc']:.3f}"
 
     def verdict(self, scores: Scores) -> str:
-        said = self.score_line(scores).partition(" · ")[2]
-        return f"ignoring the text {scores['baseline_loss']:.4f}; {said}, chosen by {self.best}{self._confusion(scores)}"
+        rest = self.score_line(scores).partition(" · ")[2]
+        return f"ignoring the text {scores['baseline_loss']:.4f}; {rest}, chosen by {self.best}{self._confusion_table(scores)}"
 
-    def _confusion(self, scores: Scores) -> str:
-        """True classes down, predicted ones across."""
-        from model.account import align_columns
+    def _confusion_table(self, scores: Scores) -> str:
+        from train.label_report import confusion_table
 
-        if "confusion" not in scores:
-            return ""
-        rows = [("true, down; predicted", *self.labels, "recall")]
-        for name, counts, id in zip(self.labels, scores["confusion"], range(len(self.labels)), strict=True):
-            recall = f"{counts[id] / sum(counts):.1%}" if sum(counts) else "–"
-            rows.append((name, *(f"{count:,}" for count in counts), recall))
-        return f"\n{align_columns(rows)}"
+        return f"\n{confusion_table(self.labels, scores['confusion'])}" if "confusion" in scores else ""
 
     def sample(self, network: "nn.Module", device: "torch.device") -> tuple[str, str]:
         from data.transforms.labels import label_names
-        from model.predict import Text, predicted_labels, probabilities
+        from model.predict import Text, probabilities
+        from train.label_report import sample_line
 
         rows = self.data.validation.values[:SAMPLES]
-        texts = [Text(framed.ids, framed.type_ids) for framed in map(self.framed, rows)]
+        texts = [Text(encoding.ids, encoding.type_ids) for encoding in map(self.encode, rows)]
         lines = []
         for row, probability_C in zip(rows, probabilities(network, texts, pad_id=self.pad_id), strict=True):
             true = label_names(row, "", self.settings.label, self.separator)
-            short = " ".join(" | ".join(self.texts(self.settings, row)).split())
-            short = short if len(short) <= SAMPLE_LETTERS else f"{short[: SAMPLE_LETTERS - 1]}…"
-            guess = predicted_labels(self.labels, probability_C, multi=self.settings.multi)
-            chance = " ".join(f"{float(probability_C[self.ids[name]]):.2f}" for name in guess)
-            mark = "✓" if set(guess) == set(true) else "✗"
-            said = f"{mark} {short}  →  {', '.join(guess) or 'none'} {chance}".rstrip()
-            lines.append(f"{said}  (true: {', '.join(true) or 'none'})")
+            text = " | ".join(self.texts(self.settings, row))
+            lines.append(sample_line(text, self.labels, self.ids, probability_C, true, multi=self.settings.multi))
         return "held-out texts, their predicted labels with probabilities, and the true ones", "\n".join(lines)
 
     def example_command(self, folder: Path) -> str:
@@ -303,32 +286,32 @@ class ClassifyTask(RecordTask):
 
 
 def separator_of(settings: ClassifySettings) -> str | None:
-    """None: one label a text."""
+    """Return the separator of a text's labels; None for one label a text."""
     return settings.separator if settings.multi else None
 
 
-def framer_of(settings: ClassifySettings, tokenizer: "Tokenizer", context: int):
+def framer_of(settings: ClassifySettings, tokenizer: "Tokenizer", context: int) -> "Framer":
     from data.transforms.framing import Framer
 
     return Framer(tokenizer, max_length=min(context, settings.max_length or context), is_pair=settings.pair is not None)
 
 
-def check_settings(settings: ClassifySettings, config: "TrainConfig") -> None:
+def check_classify_settings(settings: ClassifySettings, config: "TrainConfig") -> None:
     from train.runs.errors import TrainError
 
-    usual, asked = ClassifySettings(), config.optimizer
-    if not settings.multi and settings.separator != usual.separator:
-        raise TrainError("--classify.separator would have no effect: it parts several labels a text, --classify.multi")
+    defaults, asked = ClassifySettings(), config.optimizer
+    if not settings.multi and settings.separator != defaults.separator:
+        raise TrainError("--classify.separator would have no effect: it separates several labels a text, --classify.multi")
     if not settings.separator:
         raise TrainError("--classify.separator is empty")
     if settings.max_length is not None and settings.max_length < 1:
         raise TrainError(f"--classify.max-length {settings.max_length}: must be at least 1")
     if settings.multi and (asked.label_smoothing or asked.z_loss):
-        raise TrainError("--label-smoothing and --z-loss are of one class a text, not of --classify.multi")
+        raise TrainError("--label-smoothing and --z-loss are for one class a text, not for --classify.multi")
 
 
-def names_before(config: "TrainConfig") -> tuple[str, ...] | None:
-    """The labels in the order of the ids that the weights have: of the run's own checkpoints, else of --init."""
+def initial_labels(config: "TrainConfig") -> tuple[str, ...] | None:
+    """Return the labels in the order of the weights' ids: from the run's own checkpoints, else from --init."""
     from data.transforms.labels import labels_from_config
     from model.folders import HubError
     from model.hub import read_config
@@ -338,7 +321,7 @@ def names_before(config: "TrainConfig") -> tuple[str, ...] | None:
     if config.run.init is None:
         return None
     own = checkpoints(config.run.out) if config.method is None and config.run.out is not None else []
-    for folder in own:  # all are alike; --init may have gone since
+    for folder in own:  # all have the same; --init may have been deleted
         try:
             return labels_from_config(read_config(folder, any_head=True).extra.get("id2label"))
         except HubError:

@@ -1,4 +1,4 @@
-"""The next token: every token of the text is a target, given those before it in its document."""
+"""Causal language modelling: every token of the text is a target, given the tokens before it in its document."""
 
 import math
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from data.shell import command
 from train.task import Batch, Defaults, Scores, Totals
-from train.token_task import TokenTask, built_in
+from train.token_task import TokenTask, is_built_in_corpus
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,7 @@ SAMPLE_TOKENS = 80
 
 
 class CausalTask(TokenTask):
-    """Scored in bits per byte, beside n-gram baselines (unigrams, bigrams) on the same text."""
+    """Causal language modelling, scored in bits per byte beside unigram and bigram baselines on the same text."""
 
     defaults = Defaults("tiny", 8e-3)
     architectures, head = ("decoder",), "lm"
@@ -60,12 +60,12 @@ class CausalTask(TokenTask):
             "bits_per_byte": bits_per_byte(nats, self.validation_bytes),
             "unigram_bits_per_byte": self.baselines.unigram,
             "bigram_bits_per_byte": self.baselines.bigram,
-            **self.losses_of_sources(totals),
+            **self.source_losses(totals),
         }
 
     def score_line(self, scores: Scores) -> str:
         return (
-            f"loss {scores['loss']:.4f}{self.of_sources(scores)} · perplexity {scores['perplexity']:.1f} · "
+            f"loss {scores['loss']:.4f}{self.source_line(scores)} · perplexity {scores['perplexity']:.1f} · "
             f"{scores['bits_per_byte']:.3f} bits per byte "
             f"(n-gram baselines: bigrams {scores['bigram_bits_per_byte']:.3f}, unigrams {scores['unigram_bits_per_byte']:.3f})"
         )
@@ -81,23 +81,23 @@ class CausalTask(TokenTask):
 
         from model.generate import generate
 
-        opening, tokenizer = self.opening(), self.tokenizer
+        prompt, tokenizer = self.sample_prompt(), self.tokenizer
         new = generate(
             network,
-            torch.tensor([opening], device=device),
+            torch.tensor([prompt], device=device),
             max_new_tokens=SAMPLE_TOKENS,
             temperature=0.7,
             top_k=50,
             eos_id=tokenizer.eos_id,
             generator=torch.Generator(device).manual_seed(self.config.run.seed),
         )
-        text = f"{tokenizer.decode(opening)}[…]{tokenizer.decode(new[0].tolist())}".strip("\n")
+        text = f"{tokenizer.decode(prompt)}[…]{tokenizer.decode(new[0].tolist())}".strip("\n")
         return "from […] on, the network goes on from a held-out document's opening", text
 
     def example_command(self, folder: Path) -> str:
         prompt = "Return the"
-        if not built_in(self.config):
-            prompt = " ".join(self.tokenizer.decode(self.opening()).split()[:3])
+        if not is_built_in_corpus(self.config):
+            prompt = " ".join(self.tokenizer.decode(self.sample_prompt()).split()[:3])
         return command("model", "generate", folder, "--prompt", prompt)
 
 

@@ -1,4 +1,4 @@
-"""The masked token: 15 % of the tokens are targets, given all others of their document on both sides."""
+"""Masked-language modelling: 15 % of the tokens are targets, given the others of their document on both sides."""
 
 import math
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from data.config import DataError
 from data.shell import command
 from train.task import Batch, Defaults, Scores, Totals
-from train.token_task import TokenTask, built_in
+from train.token_task import TokenTask, is_built_in_corpus
 
 if TYPE_CHECKING:
     import torch
@@ -22,11 +22,11 @@ SAMPLE_TOKENS, SAMPLE_EVERY = 40, 6
 
 
 class MaskedTask(TokenTask):
-    """Scored on fixed masks: the share of masked tokens that are guessed, and the pseudo-perplexity, exp of the mean nats a
-    masked token; beside a guess that knows only how frequent each token is.
+    """Masked-language modelling, scored on fixed masks: accuracy at masked tokens, and pseudo-perplexity, exp of the mean nats
+    per masked token; beside the unigram baseline.
 
-    In validation every chosen token is masked, so that no target stands in its own context (training leaves or replaces
-    a fifth). Salazar et al. 2020, arXiv 1910.14659, mask one token at a time; here 15 % are missing at once.
+    In validation every chosen token is masked, so that no target is in its own context (training keeps or replaces a fifth).
+    Salazar et al. 2020, arXiv 1910.14659, mask one token at a time; here 15 % are masked at once.
     """
 
     defaults = Defaults("tiny-encoder", 3e-3)
@@ -51,7 +51,7 @@ class MaskedTask(TokenTask):
 
         return self._masked(block_BT1, VALIDATION_STEP, first_row, mask_replace_prob=1.0, random_replace_prob=0.0)
 
-    def _masked(self, block_BT1: "Tensor", step: int, first_row: int, **shares: float) -> Batch:
+    def _masked(self, block_BT1: "Tensor", step: int, first_row: int, **fractions: float) -> Batch:
         from data.transforms.masked import mlm_batch
 
         tokenizer = self.tokenizer
@@ -64,7 +64,7 @@ class MaskedTask(TokenTask):
             special_ids=tokenizer.special_ids,
             vocab_size=tokenizer.vocab_size,
             bos_id=tokenizer.bos_id,
-            **shares,
+            **fractions,
         )
 
     def objective(self, networks, loss, held_out=None) -> "Objective":
@@ -81,12 +81,12 @@ class MaskedTask(TokenTask):
             "masked_accuracy": correct / count,
             "unigram_perplexity": self.baseline.perplexity,
             "unigram_accuracy": self.baseline.accuracy,
-            **self.losses_of_sources(totals),
+            **self.source_losses(totals),
         }
 
     def score_line(self, scores: Scores) -> str:
         return (
-            f"loss {scores['loss']:.4f}{self.of_sources(scores)} · pseudo-perplexity {scores['perplexity']:.1f} · masked "
+            f"loss {scores['loss']:.4f}{self.source_line(scores)} · pseudo-perplexity {scores['perplexity']:.1f} · masked "
             f"accuracy {100 * scores['masked_accuracy']:.1f} % (unigram baseline: {scores['unigram_perplexity']:.1f}, "
             f"{100 * scores['unigram_accuracy']:.1f} %)"
         )
@@ -99,29 +99,29 @@ class MaskedTask(TokenTask):
         )
 
     def sample(self, network: "nn.Module", device: "torch.device") -> tuple[str, str]:
-        """Every sixth token of a held-out opening is masked; what is guessed stands in brackets, beside what was there."""
+        """Mask every sixth token of a held-out document's start; show each prediction in brackets, beside the true token."""
         import torch
 
         from model.decoding import eval_mode
 
-        tokenizer, ids = self.tokenizer, self.opening(SAMPLE_TOKENS)[: self.config.network.context]
-        places = [i for i in range(SAMPLE_EVERY // 2, len(ids), SAMPLE_EVERY) if ids[i] not in tokenizer.special_ids]
+        tokenizer, ids = self.tokenizer, self.sample_prompt(SAMPLE_TOKENS)[: self.config.network.context]
+        positions = [i for i in range(SAMPLE_EVERY // 2, len(ids), SAMPLE_EVERY) if ids[i] not in tokenizer.special_ids]
         masked = torch.tensor([ids], device=device)
-        masked[0, places] = tokenizer.mask_id
+        masked[0, positions] = tokenizer.mask_id
         with eval_mode(network):
-            guesses = network(masked).logits[0].argmax(-1).tolist()
-        shown = b""  # put together from bytes: a character may need several tokens
-        for place, there in enumerate(ids):
-            guess, text = tokenizer.token_bytes[guesses[place]], tokenizer.token_bytes[there]
-            gap = b"[%b]" % text if guesses[place] == there else b"[%b, not %b]" % (guess, text)
-            shown += gap if place in places else text
+            predicted = network(masked).logits[0].argmax(-1).tolist()
+        shown = b""  # joined as bytes: a character may need several tokens
+        for position, true_id in enumerate(ids):
+            guess, text = tokenizer.token_bytes[predicted[position]], tokenizer.token_bytes[true_id]
+            gap = b"[%b]" % text if predicted[position] == true_id else b"[%b, not %b]" % (guess, text)
+            shown += gap if position in positions else text
         what = "in brackets, what the network reads into the gaps of a held-out document's opening"
         return what, shown.decode(errors="replace").strip("\n")
 
     def example_command(self, folder: Path) -> str:
         text = f"The {MASK} statement"
-        if not built_in(self.config):
-            first, _, *rest = [*self.tokenizer.decode(self.opening()).split(), "", "", ""][:4]
+        if not is_built_in_corpus(self.config):
+            first, _, *rest = [*self.tokenizer.decode(self.sample_prompt()).split(), "", "", ""][:4]
             text = " ".join([first, MASK, *rest]).strip()
         return command("model", "fill", folder, text)
 

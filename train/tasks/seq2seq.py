@@ -1,4 +1,4 @@
-"""A text from another: records with a source and a target, for an encoder-decoder (translation, summaries, answers)."""
+"""Sequence to sequence: records with a source and a target, for an encoder-decoder (translation, summaries, answers)."""
 
 import math
 from dataclasses import dataclass, replace
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from train.objective import Objective
     from train.parallel.ranks import Ranks
 
-START = "<s>"  # what the decoder begins with, of a network from nothing
-SHOWN = 200  # characters of a source in a printed command
+START = "<s>"  # the decoder's first token in a new network
+MAX_SOURCE = 200  # characters of a source in a printed command
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,21 @@ class Settings:
     target: str = "target"
     """The column of the text that the decoder learns to write."""
     prefix: str = ""
-    """Put before each source: T5's "translate English to German: "."""
+    """A prefix of each source, as T5's "translate English to German: "."""
     packing: Literal["pad", "first_fit"] = "pad"
-    """A pair a row, beside others of its length; or pairs side by side in rows of --context tokens, unseen by one another."""
+    """A pair per row, in batches of similar lengths; or several pairs packed into a row of --context tokens, masked apart."""
     max_source: int | None = None
-    """Tokens of a source at the most, </s> and the like included. Default: --context."""
+    """Maximal tokens of a source, special tokens included. Default: --context."""
     max_target: int | None = None
-    """Tokens of a target at the most. Default: --context."""
+    """Maximal tokens of a target. Default: --context."""
     overlong: Literal["error", "cut", "drop"] = "error"
-    """Longer ones: stop, cut them at their end, or leave the pair out."""
+    """A longer text: stop, truncate it, or leave the pair out."""
     specials: bool = False
-    """Read a control token that is written out in a text (</s>, <extra_id_0>) as that token, as transformers does."""
+    """Parse special tokens in a text (</s>, <extra_id_0>), as transformers does."""
     generated: int = 64
-    """Validation writes the targets of so many held-out sources (greedily) and counts those that are the reference; 0: none."""
+    """Validation generates (greedily) from so many held-out sources and scores exact match with the reference; 0: none."""
     bleu: bool = False
-    """Score the generated texts by BLEU too (13a tokens, smoothed, as sacrebleu)."""
+    """Score the generated texts by BLEU too (13a tokenization, smoothed, as sacrebleu)."""
 
     def __post_init__(self) -> None:
         if self.source == self.target:
@@ -66,7 +66,7 @@ class Settings:
 
 
 class Pair(NamedTuple):
-    """A record's ids, with all that stands around a text, and its texts."""
+    """A record: its token ids, special tokens included, and its texts."""
 
     source_ids: "np.ndarray"
     target_ids: "np.ndarray"
@@ -75,19 +75,18 @@ class Pair(NamedTuple):
 
 
 class Seq2SeqTask(RecordTask):
-    """The decoder is given the reference up to each token (teacher forcing), and scored on that token.
+    """Sequence to sequence with teacher forcing: each target token is predicted from the source and the reference before it.
 
-    Scored beside a guess that knows only how frequent each target token is; and on texts that the network writes alone, each
-    token its best guess.
+    Scored beside the unigram baseline of target tokens, and on greedily generated texts.
     """
 
     Settings: ClassVar[type] = Settings
     needs = (
-        Needs(("seq2seq.bleu",), lambda config: config.seq2seq.generated, "--seq2seq.generated 0 writes no texts to score"),
+        Needs(("seq2seq.bleu",), lambda config: config.seq2seq.generated, "--seq2seq.generated 0 generates no texts to score"),
     )
     defaults = Defaults("tiny-seq2seq", 8e-3)
     architectures, head, unit = ("encoder-decoder",), "lm", "target tokens"
-    around: ClassVar = {"add_bos_token": False, "add_eos_token": True}  # as T5's
+    affix_flags: ClassVar = {"add_bos_token": False, "add_eos_token": True}  # as T5's
 
     # ---- data
 
@@ -97,7 +96,7 @@ class Seq2SeqTask(RecordTask):
 
     @classmethod
     def texts(cls, settings: Settings, row: "Row") -> list[str]:
-        """Without the prefix: with another, the same records are held out."""
+        """Return source and target without the prefix: the same records are held out with any prefix."""
         return [row[settings.source], row[settings.target]]
 
     @classmethod
@@ -105,7 +104,7 @@ class Seq2SeqTask(RecordTask):
         for column in (settings.source, settings.target):
             value = row[column]
             if not isinstance(value, str):
-                return f"{column!r} is {value!r:.60}, and not a text ({type(value).__name__})"
+                return f"{column!r} is {value!r:.60}, not a string ({type(value).__name__})"
             if not value.strip():
                 return f"{column!r} is empty"
         return None
@@ -117,16 +116,16 @@ class Seq2SeqTask(RecordTask):
             start = tokenizer.control_tokens[START]
             base = base.replace(bos_id=start, decoder_start_id=start)
         if base.decoder_start_id is None:
-            raise ConfigError(f"--init {config.run.init}: no decoder_start_token_id in its config.json to begin a target with")
-        before = config.run.adapter if config.run.adapter in ("prompt", "ptuning", "prefix") else None
-        if before and settings.packing == "first_fit" and base.position == "relative":
+            raise ConfigError(f"--init {config.run.init}: no decoder_start_token_id in its config.json begins targets")
+        virtual = config.run.adapter if config.run.adapter in ("prompt", "ptuning", "prefix") else None
+        if virtual and settings.packing == "first_fit" and base.position == "relative":
             raise ConfigError(
-                f"--seq2seq.packing first_fit with --adapter {before}: relative positions would count the other pairs of a row "
-                "between a text and what stands before it; --seq2seq.packing pad does not"
+                f"--seq2seq.packing first_fit with --adapter {virtual}: relative positions would count the other pairs "
+                "of a row between the virtual tokens and a text; --seq2seq.packing pad does not"
             )
         for option, asked in (("max-source", settings.max_source), ("max-target", settings.max_target)):
             if asked is not None and asked > base.context and base.position != "relative":
-                raise ConfigError(f"--seq2seq.{option} {asked}: this network reads {base.context} tokens at the most")
+                raise ConfigError(f"--seq2seq.{option} {asked}: this network reads at most {base.context} tokens")
         return base
 
     def __init__(self, config: TrainConfig, data: "RecordData"):
@@ -134,16 +133,16 @@ class Seq2SeqTask(RecordTask):
 
         self.config, self.tokenizer, self.settings = config, data.tokenizer, settings_of(config)
         if self.tokenizer.eos_id is None:
-            raise DataError("this tokenizer has no token that ends a text: what is generated would have no end")
+            raise DataError("this tokenizer has no eos token: generated texts would not end")
         self.start_id, self.too_long = config.recorded.decoder_start_id, []
-        train, held_out = self._encoded(data.train), self._encoded(data.validation, most=config.report.eval_tokens)
+        train, held_out = self._encode(data.train), self._encode(data.validation, max_tokens=config.report.eval_tokens)
         super().__init__(config, replace(data, train=train, validation=held_out))
         targets = [pair.target_ids for pair in held_out.values]
         self.baseline = unigram_nats((pair.target_ids for pair in train.values), targets, self.tokenizer.vocab_size)
 
     @property
-    def most(self) -> tuple[int, int]:
-        """Tokens of a target and of a source."""
+    def max_tokens(self) -> tuple[int, int]:
+        """Maximal tokens of a target and of a source."""
         context = self.config.network.context
         return self.settings.max_target or context, self.settings.max_source or context
 
@@ -152,42 +151,42 @@ class Seq2SeqTask(RecordTask):
         return self.settings.packing
 
     @property
-    def room(self) -> tuple[int, ...]:
+    def max_lengths(self) -> tuple[int, ...]:
         if self.packing == "pad":
-            return self.most
-        return tuple(max(self.config.network.context, most) for most in self.most)
+            return self.max_tokens
+        return tuple(max(self.config.network.context, tokens) for tokens in self.max_tokens)
 
-    def _encoded(self, rows: "Rows", most: float = math.inf) -> "Rows":
-        """The pairs of the rows; of held-out ones no more than have `most` target tokens."""
+    def _encode(self, rows: "Rows", max_tokens: float = math.inf) -> "Rows":
+        """Tokenize rows into pairs, up to `max_tokens` target tokens."""
         from data.sources.records import Rows
         from data.transforms.seq2seq import encode_text
 
-        pairs, kept, tokens, settings = [], [], 0, self.settings
-        limits = dict(zip(("target", "source"), self.most, strict=True))
-        for place, (name, row) in enumerate(zip(rows.names, rows.values, strict=True)):
+        pairs, indices, tokens, settings = [], [], 0, self.settings
+        limits = dict(zip(("target", "source"), self.max_tokens, strict=True))
+        for index, (name, row) in enumerate(zip(rows.names, rows.values, strict=True)):
             texts = {"source": settings.prefix + row[settings.source], "target": row[settings.target]}
             ids, is_long = {}, False
             for side, text in texts.items():
-                told = {"max_length": limits[side], "add_eos": side == "target", "parse_special": settings.specials}
-                ids[side], length = encode_text(self.tokenizer, text, **told)
+                options = {"max_length": limits[side], "add_eos": side == "target", "parse_special": settings.specials}
+                ids[side], length = encode_text(self.tokenizer, text, **options)
                 if length > limits[side] and settings.overlong == "error":
                     raise DataError(
                         f"{name}: its {side} has {length:,} tokens, more than {limits[side]:,}: --seq2seq.max-{side} says how "
-                        "many there may be; --seq2seq.overlong cut (or drop) cuts such texts at their end (or leaves them out)"
+                        "many there may be; --seq2seq.overlong cut (or drop) truncates such texts (or leaves them out)"
                     )
                 is_long |= length > limits[side]
             if is_long:
                 self.too_long.append(name)
                 if settings.overlong == "drop":
                     continue
-            if pairs and tokens + len(ids["target"]) > most:
+            if pairs and tokens + len(ids["target"]) > max_tokens:
                 break
             tokens += len(ids["target"])
             pairs.append(Pair(ids["source"], ids["target"], texts["source"], texts["target"]))
-            kept.append(place)
+            indices.append(index)
         if not pairs:
             raise DataError(f"--seq2seq.overlong drop leaves none of {format_count(len(rows), 'record')}")
-        return Rows(pairs, *([each[place] for place in kept] for each in (rows.names, rows.sources)))
+        return Rows(pairs, *([each[index] for index in indices] for each in (rows.names, rows.sources)))
 
     def transform(self, row: Pair, random: "np.random.Generator") -> "list[Example]":
         from data.transforms.seq2seq import seq2seq_example
@@ -195,12 +194,13 @@ class Seq2SeqTask(RecordTask):
         return [seq2seq_example(row.source_ids, row.target_ids, self.start_id)]
 
     def introduction(self) -> str:
-        done = {"cut": "cut at their ends", "drop": "left out"}.get(self.settings.overlong)
+        action = {"cut": "cut at their ends", "drop": "left out"}.get(self.settings.overlong)
         if not self.too_long:
             return super().introduction()
-        of_target, of_source = self.most
-        what = f"of more than {of_source:,} tokens of source or {of_target:,} of target {done}: {shorten_list(self.too_long)}"
-        return f"{super().introduction()}         {format_count(len(self.too_long), 'record')} {what}\n"
+        max_target, max_source = self.max_tokens
+        limits = f"of more than {max_source:,} tokens of source or {max_target:,} of target"
+        line = f"{format_count(len(self.too_long), 'record')} {limits} {action}: {shorten_list(self.too_long)}"
+        return f"{super().introduction()}         {line}\n"
 
     # ---- learning
 
@@ -212,24 +212,26 @@ class Seq2SeqTask(RecordTask):
     # ---- evaluation
 
     def generation_totals(self, network: "nn.Module", device: "torch.device", ranks: "Ranks") -> Totals:
-        """Every rank writes all of the texts: a sharded network is one, and all must call it alike."""
+        """Score generated texts. Every rank generates all of them: a sharded network must be called alike on all ranks."""
         pairs = self.data.validation.values[: self.settings.generated]
         if not pairs:
             return {}
-        written = self.written(network, device, pairs)
+        generated = self.generate_texts(network, device, pairs)
         references = [self.tokenizer.decode(pair.target_ids.tolist()) for pair in pairs]
-        right = sum(is_whole and text == there for (text, is_whole), there in zip(written, references, strict=True))
-        totals = {"exact_match": (float(right), len(pairs))}
+        matches = sum(has_ended and text == target for (text, has_ended), target in zip(generated, references, strict=True))
+        totals = {"exact_match": (float(matches), len(pairs))}
         if self.settings.bleu:
             from eval.bleu import corpus_bleu
 
-            score = corpus_bleu([text for text, _ in written], [[pair.target for pair in pairs]], force=True)
+            score = corpus_bleu([text for text, _ in generated], [[pair.target for pair in pairs]], force=True)
             totals["bleu"] = (score.value, 1)
         return totals
 
-    def written(self, network: "nn.Module", device: "torch.device", pairs: list[Pair]) -> list[tuple[str, bool]]:
-        """What the network makes of each source, greedily, up to twice the tokens of the longest reference here; and whether it
-        came to an end."""
+    def generate_texts(self, network: "nn.Module", device: "torch.device", pairs: list[Pair]) -> list[tuple[str, bool]]:
+        """Generate greedily from each source, up to twice the tokens of the longest reference here.
+
+        Returns (text, if a stop token ended it).
+        """
         import numpy as np
 
         from data.packing.collate import pad_rows
@@ -237,38 +239,38 @@ class Seq2SeqTask(RecordTask):
 
         config, size = network.config, self.config.optimizer.batch_size
         stop_ids = [id for id in dict.fromkeys((self.tokenizer.eos_id, config.eos_id, *config.stop_ids)) if id is not None]
-        longest = min(self.most[0], 2 * max(len(pair.target_ids) for pair in pairs))
+        longest = min(self.max_tokens[0], 2 * max(len(pair.target_ids) for pair in pairs))
         order = sorted(range(len(pairs)), key=lambda i: len(pairs[i].source_ids))
         texts: dict[int, tuple[str, bool]] = {}
-        for some in (order[i : i + size] for i in range(0, len(order), size)):
-            source = [pairs[i].source_ids.astype(np.int64) for i in some]
-            room = max(map(len, source))
-            mask_BS = pad_rows([np.ones_like(ids) for ids in source], room, 0).to(device)
-            input_ids = pad_rows(source, room, self.pad_id).to(device)
-            told = {"attention_mask": mask_BS, "max_new_tokens": longest, "stop_ids": stop_ids, "temperature": 0.0}
-            new_BN = generate(network, input_ids, **told).tolist()
-            for i, ids in zip(some, new_BN, strict=True):
-                end = next((place for place, id in enumerate(ids) if id in stop_ids), None)
+        for batch in (order[i : i + size] for i in range(0, len(order), size)):
+            source = [pairs[i].source_ids.astype(np.int64) for i in batch]
+            width = max(map(len, source))
+            mask_BS = pad_rows([np.ones_like(ids) for ids in source], width, 0).to(device)
+            input_ids = pad_rows(source, width, self.pad_id).to(device)
+            options = {"attention_mask": mask_BS, "max_new_tokens": longest, "stop_ids": stop_ids, "temperature": 0.0}
+            new_BN = generate(network, input_ids, **options).tolist()
+            for i, ids in zip(batch, new_BN, strict=True):
+                end = next((index for index, id in enumerate(ids) if id in stop_ids), None)
                 texts[i] = self.tokenizer.decode(ids[:end]), end is not None
         return [texts[i] for i in range(len(pairs))]
 
     def scores(self, totals: Totals) -> Scores:
         (nats, count), (correct, _) = totals["loss"], totals["accuracy"]
-        own = {name: totals[name][0] / totals[name][1] for name in ("exact_match", "bleu") if name in totals}
+        generation = {name: totals[name][0] / totals[name][1] for name in ("exact_match", "bleu") if name in totals}
         return {
             "loss": nats / count,
             "baseline_loss": self.baseline,
             "perplexity": math.exp(min(nats / count, 700)),
             "token_accuracy": correct / count,
-        } | own
+        } | generation
 
     def score_line(self, scores: Scores) -> str:
         return (
             f"loss {scores['loss']:.4f} (unigram baseline: {scores['baseline_loss']:.4f}) · perplexity "
-            f"{scores['perplexity']:.1f} · token accuracy {100 * scores['token_accuracy']:.1f} %{self.generation(scores)}"
+            f"{scores['perplexity']:.1f} · token accuracy {100 * scores['token_accuracy']:.1f} %{self._generation_line(scores)}"
         )
 
-    def generation(self, scores: Scores) -> str:
+    def _generation_line(self, scores: Scores) -> str:
         match = f" · exact match {100 * scores['exact_match']:.1f} %" if "exact_match" in scores else ""
         return match + (f" · BLEU {scores['bleu']:.1f}" if "bleu" in scores else "")
 
@@ -276,18 +278,18 @@ class Seq2SeqTask(RecordTask):
         unigrams = math.exp(min(scores["baseline_loss"], 700))
         return (
             f"perplexity {scores['perplexity']:.2f} (unigrams: {unigrams:.1f}), token accuracy "
-            f"{100 * scores['token_accuracy']:.1f} %{self.generation(scores)}"
+            f"{100 * scores['token_accuracy']:.1f} %{self._generation_line(scores)}"
         )
 
     def sample(self, network: "nn.Module", device: "torch.device") -> tuple[str, str]:
         pair = self.data.validation.values[0]
-        text, is_whole = self.written(network, device, [pair])[0]
-        shown = {"source": pair.source, "reference": pair.target, "output": text + " […]" * (not is_whole)}
+        text, has_ended = self.generate_texts(network, device, [pair])[0]
+        shown = {"source": pair.source, "reference": pair.target, "output": text + " […]" * (not has_ended)}
         return "a held-out source, its reference and the greedy output", "\n".join(f"{k:9}  {v}" for k, v in shown.items())
 
     def example_command(self, folder: Path) -> str:
         source = self.data.validation.values[0].source
-        source = source if len(source) <= SHOWN else source[:SHOWN].rsplit(maxsplit=1)[0]
+        source = source if len(source) <= MAX_SOURCE else source[:MAX_SOURCE].rsplit(maxsplit=1)[0]
         return command("model", "generate", folder, "--source", source)
 
 

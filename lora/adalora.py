@@ -204,5 +204,5 @@ class RankAllocator:
 def adalora(base: nn.Module, config: AdaloraConfig, name: LayerName) -> Adalora:
     """Build the part for a linear layer."""
     if isinstance(base, nn.Embedding) or not is_linear(base):
-        raise AdapterError(f"{name.name}: AdaLoRA has no form for a {type(base).__name__}: linear layers have one")
+        raise AdapterError(f"{name.name}: AdaLoRA does not support a {type(base).__name__}: linear layers have one")
     return Adalora(base, config)

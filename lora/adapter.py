@@ -56,5 +56,5 @@ class Adapter(Part):
 def adapter(base: nn.Module, config: AdapterConfig, name: LayerName) -> Adapter:
     """Build the part for a linear layer."""
     if not is_linear(base):
-        raise AdapterError(f"{name.name}: a bottleneck stands behind a linear layer, this is a {type(base).__name__}")
+        raise AdapterError(f"{name.name}: a bottleneck adapter follows a linear layer, not a {type(base).__name__}")
     return Adapter(config, in_out(base)[1])

@@ -59,7 +59,7 @@ def combine_adapters(network: nn.Module, weights: Mapping[str, float], name: str
     for each, weight in weights.items():
         for path, part in parts(network, each).items():
             if not isinstance(part, Lora):
-                raise AdapterError(f"{path} was trained whole: a sum of modules is not an adapter")
+                raise AdapterError(f"{path} was trained in full: copies of a module cannot be combined")
             layer = path.removesuffix(f".parts.{each}")
             changes.setdefault(layer, []).append((weight * part.scale, part.A, part.B))
     if not changes:

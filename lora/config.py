@@ -40,7 +40,7 @@ class MethodConfig:
             if name in known and hint is int and type(value) is not int:
                 raise AdapterError(f"{self.method}: {name}={value!r} must be an integer")
             if name in ("targets", "feedforward") and not (isinstance(value, str) and value):
-                raise AdapterError(f"{self.method}: {name}={value!r} must be one text, such as 'q_proj|v_proj'")
+                raise AdapterError(f"{self.method}: {name}={value!r} must be a string, such as 'q_proj|v_proj'")
         for name, least in self.MINIMUM.items():
             value = getattr(self, name)
             if name in known and not (isinstance(value, int | float) and least <= value < math.inf):
@@ -203,7 +203,7 @@ class PromptConfig(MethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.text == "" or (self.text is not None and self.ids):
-            raise AdapterError("prompt: text must hold something, and does not go with ids, which say the same")
+            raise AdapterError("prompt: text must hold something, and does not go with ids")
 
 
 @dataclass(frozen=True)

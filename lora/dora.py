@@ -123,5 +123,5 @@ def dora(base: nn.Module, config: DoraConfig, name: LayerName) -> Dora:
     if is_linear(base) and not isinstance(base, LanguageHead):
         return Dora(base, config, rank, alpha)
     raise AdapterError(
-        f"{name.name}: DoRA has no form for a {type(base).__name__}: linear layers of the body and embeddings have one"
+        f"{name.name}: DoRA does not support a {type(base).__name__}: linear layers of the body and embeddings have one"
     )

@@ -68,6 +68,6 @@ class ScaledOutput(Part):
 def ia3(base: nn.Module, config: Ia3Config, name: LayerName) -> Part:
     """Build the part for a linear layer: it scales the input where `config.feedforward` matches the layer's name."""
     if isinstance(base, LanguageHead) or not is_linear(base):
-        raise AdapterError(f"{name.name}: (IA)³ has no form for a {type(base).__name__}: linear layers of the body have one")
+        raise AdapterError(f"{name.name}: (IA)³ does not support a {type(base).__name__}: linear layers of the body have one")
     is_feedforward = any(re.search(config.feedforward, each) for each in name)
     return ScaledInput(base) if is_feedforward else ScaledOutput(base)

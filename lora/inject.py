@@ -60,7 +60,7 @@ def add_adapters(network: Network, config: object, name: str = "default", *, see
     if is_merged(network):
         raise AdapterError("adapters are merged into this network's weights: unmerge them before another one is added")
     if adapters(network) and any(map(trains_biases, (config, *adapters(network).values()))):
-        raise AdapterError("an adapter that trains biases trains the network's own, which others would see: it stands alone")
+        raise AdapterError("an adapter that trains biases changes them for every other adapter: it must be the only adapter")
     modules_to_save = match_modules_to_save(network, config)
     targets = [] if virtual_tokens else match_layers(network, config.targets)
     targets = [path for path in targets if path not in modules_to_save and not is_inside(path, modules_to_save)]
@@ -132,7 +132,7 @@ def wrap_module(network: nn.Module, module: nn.Module, kind: type[Holder], path:
     """Return the holder in a module's place, newly built if there is none yet."""
     if isinstance(module, Holder):
         if not isinstance(module, kind):
-            raise AdapterError(f"{path} would be trained whole by one adapter and have parts of another: not on one network")
+            raise AdapterError(f"{path} cannot be trained in full by one adapter and adapted by another on the same network")
         return module
     holder = (AdaptedHead if kind is AdaptedLayer and isinstance(module, LanguageHead) else kind)(module)
     replace_module(network, module, holder)
@@ -163,10 +163,10 @@ def activate(network: Network, names: str | Mapping[str, float] | tuple[str, ...
         config = adapters(network)[name]
         if weight != 1 and (not config.has_adapter_weight or config.train_whole or trains_biases(config)):
             what = "a module or bias that was trained itself" if config.has_adapter_weight else config.method
-            raise AdapterError(f"adapter {name!r}: {what} cannot be taken {weight} times")
+            raise AdapterError(f"adapter {name!r}: {what} cannot have the weight {weight}")
     for path, holder in holders(network).items():
         if isinstance(holder, ModulesToSave) and len(both := sorted(set(weights) & set(holder.parts))) > 1:
-            raise AdapterError(f"{path} was trained whole by {' and '.join(both)}: one of them can be active")
+            raise AdapterError(f"{path} was trained in full by {' and '.join(both)}: only one of them can be active")
     for holder in holders(network).values():
         holder.active = tuple(name for name in weights if name in holder.parts)
         for name, part in holder.parts.items():

@@ -64,7 +64,7 @@ class Part(nn.Module):
 
     def merge_into(self, weight_OI: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the weight and bias with which the layer alone computes the same as with this part."""
-        raise AdapterError(f"{type(self).__name__} cannot be merged: it is not a change of the layer's weight")
+        raise AdapterError(f"{type(self).__name__} cannot be merged: it does not change the layer's weight")
 
 
 class Holder(nn.Module):

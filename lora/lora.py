@@ -196,4 +196,4 @@ def lora(base: nn.Module, config: LoraConfig, name: LayerName) -> Lora:
         return EmbeddingLora(base, config, rank, alpha)
     if is_linear(base):
         return FusedLora(base, config, rank, alpha)
-    raise AdapterError(f"{name.name}: LoRA has no form for a {type(base).__name__}: linear layers and embeddings have one")
+    raise AdapterError(f"{name.name}: LoRA does not support a {type(base).__name__}: linear layers and embeddings have one")

@@ -64,10 +64,10 @@ class MergedWeights:
         self.holders: dict[str, Holder] = {base_name(path): holder for path, holder in active.items()}
         for path, holder in self.holders.items():
             if not isinstance(holder, AdaptedLayer | ModulesToSave):
-                raise AdapterError("a prompt or prefix is no change of weights: it cannot be merged")
+                raise AdapterError("a prompt or prefix does not change weights: it cannot be merged")
             for part in holder.parts.values():
                 if isinstance(part, Part) and type(part).merge_into is Part.merge_into:
-                    raise AdapterError(f"{path}: a {type(part).__name__.lower()} is no change of weights: it cannot be merged")
+                    raise AdapterError(f"{path}: a {type(part).__name__.lower()} does not change weights: it cannot be merged")
         self.filled = {id(places[key].parameter) for key in contents.keys}
         own = {base_name(path): value for path, value in network.named_parameters() if ".parts." not in path}
         self.trained = {name: value for name, value in own.items() if not value.is_meta}  # biases that are trained in place

@@ -31,7 +31,7 @@ def merge(network: Network, *, untie: bool = False) -> Network:
         raise AdapterError("adapters are merged already")
     active = {path: holder for path, holder in holders(network).items() if holder.active}
     if any(not isinstance(holder, AdaptedLayer | ModulesToSave) for holder in active.values()):
-        raise AdapterError("a prompt or prefix is no change of weights: it cannot be merged")
+        raise AdapterError("a prompt or prefix does not change weights: it cannot be merged")
     for path, holder in active.items():
         if quantized_part(holder.base) is None:  # a quantized matrix is not shared
             untie_weight(network, path, untie)

@@ -55,7 +55,7 @@ def read_lora(peft_config: dict, layers: FileLayers) -> LoraConfig:
     first = peft_config.get("init_lora_weights", True)
     if isinstance(first, str) and not first.startswith(("gaussian", "eva", "orthogonal", "mica")):
         raise AdapterError(
-            f"init_lora_weights={first!r} has changed the base too, so that this is no difference from it: convert it with "
+            f"init_lora_weights={first!r} changed the base too, so that the adapter is no difference from it: convert it with "
             "PEFT's save_pretrained(folder, path_initial_model_for_weight_conversion=…)"
         )
     kind = DoraConfig if peft_config.get("use_dora") else LoraConfig
@@ -162,11 +162,11 @@ def refuse_what_peft_ignores(network: nn.Module, peft_config: dict, changed: Col
     if network.config.architecture != "encoder-decoder" or kind.startswith(OWN_PREFIX):
         return
     if "body.embedding" in changed:
-        raise AdapterError("an embedding that both stacks share: PEFT's adapter of it changes nothing, here it would")
+        raise AdapterError("the embedding that both stacks share: an adapter of it has no effect in PEFT, but has one here")
     if peft_config.get("ensure_weight_tying") and "head" in changed and network.config.tie_embeddings:
-        raise AdapterError("ensure_weight_tying=True: of an embedding that both stacks and the head share, it is not supported")
+        raise AdapterError("ensure_weight_tying=True is not supported for an embedding that both stacks and the head share")
     if network.config.head in CLASSIFIERS and kind in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"):
-        raise AdapterError(f"{kind} of an encoder-decoder's classifier changes nothing in PEFT, here it would")
+        raise AdapterError(f"{kind} of an encoder-decoder's classifier has no effect in PEFT, but has one here")
 
 
 def targeted_modules(peft_config: dict, modules: Collection[str]) -> set[str] | None:

@@ -50,7 +50,7 @@ def save_adapter(network: nn.Module, folder: str | Path, name: str = "default", 
     how = getattr(network, "quantization", None)
     if source is not None and how is None and quantized_layers(network) and not is_stored_quantized(Path(source)):
         raise AdapterError(
-            f"the network was quantized after it was read from {source}: nothing there says how. Read it with "
+            f"the network was quantized after it was read from {source}: its folder does not say how. Read it with "
             "model.hub.load(…, quantization=…), or save the quantized network first and load that"
         )
     found = saved_head(network, name) | entries(network, name)

@@ -121,8 +121,8 @@ def require_equal_ends(network: nn.Module, name: str, folder: Path) -> None:
     if embedding is None or head is None:
         return
     if not same_change(embedding, head):
-        raise AdapterError(f"{folder} says ensure_weight_tying, and has other values for the embedding than for the head")
-    warnings.warn(f"{folder}: PEFT trains the embedding and the head of it as one; trained on here, they part", stacklevel=4)
+        raise AdapterError(f"{folder} says ensure_weight_tying, but its embedding and head have different values")
+    warnings.warn(f"{folder}: PEFT trains its embedding and head as one; further training here separates them", stacklevel=4)
 
 
 def parse_file(network: nn.Module, peft_config: dict, file: WeightFile, base: "NetworkWeights") -> FileContents:
@@ -133,7 +133,7 @@ def parse_file(network: nn.Module, peft_config: dict, file: WeightFile, base: "N
     if size != network.config.vocab_size:
         raise AdapterError(
             f"{file.path} is for a vocabulary of {size} tokens, this network has {network.config.vocab_size}: "
-            "lora.peft_io.open_network reads the base with as many"
+            "lora.peft_io.open_network resizes the base's vocabulary"
         )
     for key, weight in list(contents.saved_along.items()):
         if resized_from is not None or equals_base(network, BaseCopy(weight, contents.keys[key], frozen=False), contents, base):
@@ -148,7 +148,7 @@ def layers_of(network: nn.Module, contents: FileContents) -> FileLayers:
     every, named = adaptable_layers(network), contents.modules_to_save
     saved = {module for module in named if not any(module.startswith(f"{other}.") for other in named)}
     if strange := sorted(saved - set(every)):
-        raise AdapterError(f"modules_to_save: only linear layers and embeddings can be trained whole here, not {strange[0]}")
+        raise AdapterError(f"modules_to_save: only linear layers and embeddings can be trained in full, not {strange[0]}")
     scaled = {key: ours for key, ours in contents.layers.items() if key.endswith(".ia3_l")}
     scaled_inputs = [ours for key, ours in scaled.items() if contents.file.shape(contents.keys[key])[:1] == (1,)]
     targets, modules_to_save = regex_for(set(contents.layers.values()), every), (regex_for(saved, every),) if saved else ()

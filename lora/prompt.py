@@ -29,7 +29,7 @@ class Prompt(Part):
         if wrong := [token for token in config.ids if not 0 <= token < vocab_size]:
             raise AdapterError(f"prompt: the id {wrong[0]} is not among the {vocab_size} of this network's vocabulary")
         if config.text is not None and not config.ids:
-            raise AdapterError("prompt: to begin with a text, give the ids that its tokenizer makes of it, `ids`")
+            raise AdapterError("prompt: to initialize from a text, give its token ids, `ids`")
         self.vectors = nn.Parameter(torch.empty(config.tokens, width))
         self.ids, self.vocab_size, self.embed_tokens = config.ids, vocab_size, embed_tokens
 

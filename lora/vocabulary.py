@@ -86,7 +86,7 @@ def resized_weights(network: nn.Module, contents: FileContents) -> dict[str, Bas
             name = "body.embedding.weight" if copy.weight == "head.weight" and is_tied(network) else copy.weight
             if name in found and not equal_tensors(contents, found[name].stored_name, copy.stored_name):
                 names = f"{copy.stored_name!r} and {found[name].stored_name!r}"
-                raise AdapterError(f"{contents.file.path}: {names} differ, and are one matrix")
+                raise AdapterError(f"{contents.file.path}: {names} differ, but are one matrix")
             found.setdefault(name, copy)
     return found
 

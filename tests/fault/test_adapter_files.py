@@ -93,7 +93,7 @@ FAULTS = {  # name: (what happens to the folder, what is said)
     "tokens alone": (lambda f: say(f, trainable_token_indices=[3]), r"trainable_token_indices=\[3\] is not supported"),
     "parameters": (lambda f: say(f, target_parameters=["w"]), r"target_parameters=\['w'\] is not supported"),
     "activated": (lambda f: say(f, alora_invocation_tokens=[3]), r"alora_invocation_tokens=\[3\] is not supported"),
-    "a base that changed": (lambda f: say(f, init_lora_weights="pissa"), "'pissa' has changed the base too"),
+    "a base that changed": (lambda f: say(f, init_lora_weights="pissa"), "'pissa' changed the base too"),
     "setting of tomorrow": (lambda f: say(f, use_magic=True), "use_magic=True is not supported"),
     "how the base was quantized": (lambda f: note(f, quantization="nf4"), r"base\.json cannot be read: AttributeError"),
     "an unknown scheme": (lambda f: note(f, quantization={"scheme": "nf3"}), r"base\.json cannot be read: QuantError"),

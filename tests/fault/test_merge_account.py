@@ -150,7 +150,10 @@ BASES = {  # name: (what happens to the base, what is said)
     "GPTQ": (packed, r"holds 'model\.layers\.\d\..*\.qweight', which llama of this config has no place for"),
     "a tensor of another family": (lambda t: t.update(extra=torch.ones(2)), "holds 'extra', which llama of this config has"),
     "misshapen": (lambda t: t.update({f"{Q}.weight": torch.ones(20, 24)}), rf"{Q}.weight' has shape \(20, 24\)"),
-    "codes": (lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"].char()}), f"{Q}.weight' is of int8, and nothing says"),
+    "codes": (
+        lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"].char()}),
+        f"{Q}.weight' is of int8: neither floating-point nor a complete quantized weight",
+    ),
 }
 
 

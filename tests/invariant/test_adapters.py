@@ -21,7 +21,7 @@ from tests.oracle.adapter_twins import gap, randomize, trained
 IDS = torch.arange(3, 12)[None]
 
 FAILING = {
-    "DoRA has no form for a LanguageHead": DoraConfig(targets="q_proj|lm_head"),
+    "DoRA does not support a LanguageHead": DoraConfig(targets="q_proj|lm_head"),
     "is not among the 61": PromptConfig(ids=(99999,)),
     "leave no room for it": PrefixConfig(tokens=32),
     "matches no layer": LoraConfig(targets="q_proj", train_whole=("q_prj",)),
@@ -67,7 +67,7 @@ def test_none_active_is_the_network_without_adapters(config):
     randomize(network)
     beside = network(IDS).logits
     assert gap(beside, before) > 1e-3
-    with pytest.raises(AdapterError, match="cannot be taken 0"):
+    with pytest.raises(AdapterError, match="cannot have the weight 0"):
         activate(network, {"a": 0.0})
     assert torch.equal(activate(network)(IDS).logits, before) and not trained(network)
     assert torch.equal(activate(network, "a")(IDS).logits, beside) and trained(network)
@@ -78,7 +78,7 @@ def test_one_of_two_whole_modules():
     network = randomized(tiny_config("bert"))
     for name in ("a", "b"):
         add_adapters(network, LoraConfig(r=2, train_whole=("up$",), targets="query"), name)
-    with pytest.raises(AdapterError, match="was trained whole by a and b: one of them can be active"):
+    with pytest.raises(AdapterError, match="was trained in full by a and b: only one of them can be active"):
         activate(network, ("a", "b"))
 
 
@@ -117,8 +117,8 @@ def test_what_has_adapters_is_not_saved_as_a_network(tmp_path):
 WRONG = {
     "bias='lora_only' must be one of none, all, adapted": lambda: LoraConfig(bias="lora_only"),
     "placement='pfeifer' must be one of": lambda: AdapterConfig(placement="pfeifer"),
-    "must be one text, such as 'q_proj|v_proj'": lambda: LoraConfig(targets=["q_proj", "v_proj"]),
-    "targets='' must be one text": lambda: Ia3Config(targets=""),
+    "must be a string, such as 'q_proj|v_proj'": lambda: LoraConfig(targets=["q_proj", "v_proj"]),
+    "targets='' must be a string": lambda: Ia3Config(targets=""),
     "r=2.5 must be an integer": lambda: LoraConfig(r=2.5),
     "r=True must be an integer": lambda: LoraConfig(r=True),
     "rank_pattern: 'q' = 0 must be a number, at least 1": lambda: LoraConfig(rank_pattern={"q": 0}),

@@ -297,5 +297,5 @@ def test_what_cannot_be_is_said():
         add_adapters(network, PrefixConfig(tokens=32))
     with pytest.raises(AdapterError, match="the id 61 is not among the 61"):
         add_adapters(network, PromptConfig(ids=(3, 61)))
-    with pytest.raises(AdapterError, match="give the ids that its tokenizer makes of it"):
+    with pytest.raises(AdapterError, match="give its token ids"):
         add_adapters(network, PromptConfig(text="Answer:"))

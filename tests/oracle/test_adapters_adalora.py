@@ -240,5 +240,5 @@ def test_errors():
         RankAllocator(add_adapters(network, AdaloraConfig(warmup=0.3, final=0.3), "third"), "third", 2)
     with pytest.raises(AdapterError, match="there are no gradients"):
         RankAllocator(network, "second", UPDATES).after_update()
-    with pytest.raises(AdapterError, match="AdaLoRA has no form for a Embedding"):
+    with pytest.raises(AdapterError, match="AdaLoRA does not support a Embedding"):
         add_adapters(network, AdaloraConfig(targets=r"body\.embedding$"), "fourth")

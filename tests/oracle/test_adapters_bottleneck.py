@@ -125,5 +125,5 @@ def test_dropout_formats_and_what_cannot_be():
     half = add_adapters(randomized(tiny_config("gpt2"), dtype=torch.bfloat16), AdapterConfig(width=4))
     assert {value.dtype for value in own(half).values()} == {torch.float32}
     assert half(ids).logits.dtype == torch.bfloat16
-    with pytest.raises(AdapterError, match="stands behind a linear layer, this is a Embedding"):
+    with pytest.raises(AdapterError, match="adapter follows a linear layer, not a Embedding"):
         adapter(nn.Embedding(3, 4), AdapterConfig(), LayerName("body.embedding", "wte"))

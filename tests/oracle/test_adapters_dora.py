@@ -164,5 +164,5 @@ def test_the_norm_is_a_constant_in_the_backward_pass():
 
 def test_a_head_is_refused():
     network = randomized(tiny_config("llama", tie_embeddings=False))
-    with pytest.raises(AdapterError, match="head: DoRA has no form for a LanguageHead"):
+    with pytest.raises(AdapterError, match="head: DoRA does not support a LanguageHead"):
         add_adapters(network, DoraConfig(targets=r"^head$"))

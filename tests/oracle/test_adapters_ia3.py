@@ -78,7 +78,7 @@ def test_sixteen_bit_network(dtype):
 @pytest.mark.parametrize("targets, kind", [("^head$", "LanguageHead"), (r"body\.embedding$", "Embedding")])
 def test_what_has_no_form_is_refused(targets, kind):
     network = randomized(tiny_config("llama", tie_embeddings=False))
-    with pytest.raises(AdapterError, match=f"has no form for a {kind}"):
+    with pytest.raises(AdapterError, match=f"does not support a {kind}"):
         add_adapters(network, Ia3Config(targets=targets))
 
 

@@ -228,7 +228,7 @@ def test_a_sum_that_is_not_finite_is_named(llama, capsys):
 def test_what_is_no_change_of_weights(config, tmp_path):
     model.hub.save(randomized(tiny_config("gpt2")), tmp_path / "base")
     peft_io.save(add_adapters(model.hub.load(tmp_path / "base"), config), tmp_path / "adapter")
-    with pytest.raises(AdapterError, match="is no change of weights: it cannot be merged"):
+    with pytest.raises(AdapterError, match="does not change weights: it cannot be merged"):
         merge_to_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

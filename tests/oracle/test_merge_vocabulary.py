@@ -195,12 +195,12 @@ REFUSED = {  # name: (case, what happens to the adapter, what is said)
     "a tied matrix in two versions": (
         "llama, tied, saved along",
         broken(lambda tensors: tensors["base_model.model.lm_head.weight"].add_(1)),
-        "differ, and are one matrix",
+        "differ, but are one matrix",
     ),
     "two ends that PEFT had as one": (
         "llama, tied, whole as one",
         broken(lambda tensors: [tensors[name].add_(1) for name in tensors if "lm_head" in name and "original" not in name]),
-        "says ensure_weight_tying, and has other values for the embedding than for the head",
+        "says ensure_weight_tying, but its embedding and head have different values",
     ),
 }
 

@@ -56,7 +56,7 @@ def test_what_changes_nothing_opens(name, bases, tmp_path, parity):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         ours = peft_io.load(network, tmp_path).eval()(**inputs(network.config)).logits
-    told = [str(each.message) for each in said if "trained on here, they part" in str(each.message)]
+    told = [str(each.message) for each in said if "further training here separates them" in str(each.message)]
     assert bool(told) == name.startswith("ties two")
     parity(f"peft settings: {name}", f"peft {peft.__version__}", gap(ours, expected), *ROUNDING)
 
@@ -67,7 +67,7 @@ def test_what_is_tied_merges_into_one_matrix(name, bases, tmp_path, parity):
     base = bases / "tied=True"
     network = model.hub.load(base)
     peft_folder(twin(network.config, base), OPEN[name][1], tmp_path / "adapter")
-    with pytest.warns(UserWarning, match="trained on here, they part"):
+    with pytest.warns(UserWarning, match="further training here separates them"):
         merge_to_folder(base, tmp_path / "adapter", tmp_path / "out")
     merged = model.hub.load(tmp_path / "out")
     assert merged.head.weight is merged.body.embedding.weight

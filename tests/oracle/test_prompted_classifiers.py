@@ -187,7 +187,7 @@ def test_of_two_stacks_peft_computes_nothing_with_it(tmp_path):
         said.append(logits_of(made, "qa", 9))
     assert torch.equal(*said)
     made.save_pretrained(tmp_path / "theirs")
-    with pytest.raises(AdapterError, match="PREFIX_TUNING of an encoder-decoder's classifier changes nothing in PEFT"):
+    with pytest.raises(AdapterError, match="PREFIX_TUNING of an encoder-decoder's classifier has no effect in PEFT"):
         peft_io.open_network(tmp_path / "theirs", base=tmp_path / "base")
     network = add_adapters(model.hub.load(tmp_path / "base"), PrefixConfig(tokens=3)).eval()
     shake(network)

@@ -279,10 +279,15 @@ def bert_score(
     device: torch.device | str | None = None,
     **settings: object,
 ) -> Score:
-    """BERTScore of a corpus, with the mean precision, recall and fmeasure of its examples as parts; settings: `BertScore`'s.
+    """BERTScore of a corpus: the mean F over examples, with the mean `.precision`, `.recall` and `.fmeasure` as parts.
 
-    `references` is one text for each hypothesis, or streams: `references[r][i]` is a reference of hypothesis i, or None.
-    `device`: where the network is moved to first.
+        P = Σ over hypothesis tokens of w · max cosine    R = Σ over reference tokens of w · max cosine    F = 2 P R / (P + R)
+
+    Values are at most 1 (from -1 without a baseline). `references` is one text per hypothesis, or streams: `references[r][i]`
+    is a reference of hypothesis i, or None. `network` is an encoder and `tokenizer` its tokenizer; settings are those of
+    `BertScore`: layer, idf, baseline, max_length, model, batch_tokens, progress. `device` moves the network first. Errors:
+    those of `BertScore`; streams of unequal length, an example without a reference, non-finite embeddings (ValueError).
+    Source: Zhang et al. 2020, arXiv 1904.09675; values are bert-score's.
     """
     if not isinstance(references, str) and all(text is None or isinstance(text, str) for text in references):
         references = [references]

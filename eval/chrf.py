@@ -169,10 +169,10 @@ def encode_characters(sides: Sequence[Sequence[str | None]], *, whitespace: bool
     """
     found = []
     for texts in sides:
-        kept = [text if text is None or whitespace else "".join(text.split()) for text in texts]
-        encoded = "".join(text for text in kept if text is not None).encode("utf-32-le", "surrogatepass")
+        stripped = [text if text is None or whitespace else "".join(text.split()) for text in texts]
+        encoded = "".join(text for text in stripped if text is not None).encode("utf-32-le", "surrogatepass")
         ids = np.frombuffer(encoded, np.dtype("<u4")).astype(np.int64)
-        lengths = [-1 if text is None else len(text) for text in kept]
+        lengths = [-1 if text is None else len(text) for text in stripped]
         found.append(Ragged(torch.from_numpy(ids), torch.tensor(lengths, dtype=torch.int64)))
     return found
 

@@ -68,10 +68,10 @@ class Entities:
             raise ValueError(f"{len(references)} streams of true tags: a sentence has one tagging")
         predicted_N, true_N, sentence_N = self._ids(hypotheses, references[0])
         kind_V, type_V = self._tables(true_N.device)
-        strict, sentences, types = self.mode == "strict", len(hypotheses), len(self.types)
+        is_strict, sentences, types = self.mode == "strict", len(hypotheses), len(self.types)
         predicted_type_N, true_type_N = type_V[predicted_N], type_V[true_N]
-        first_M, last_M = entity_spans(kind_V[predicted_N], predicted_type_N, sentence_N, strict=strict)
-        true_first_M, true_last_M = entity_spans(kind_V[true_N], true_type_N, sentence_N, strict=strict)
+        first_M, last_M = entity_spans(kind_V[predicted_N], predicted_type_N, sentence_N, is_strict=is_strict)
+        true_first_M, true_last_M = entity_spans(kind_V[true_N], true_type_N, sentence_N, is_strict=is_strict)
         last_N = torch.full_like(true_N, -1)
         last_N[true_first_M] = true_last_M
         is_correct_M = (last_N[first_M] == last_M) & (true_type_N[first_M] == predicted_type_N[first_M])
@@ -157,7 +157,7 @@ class Entities:
         return signature_of(settings | {"types": len(self.types), "zero_division": f"{self.zero_division:g}"})
 
 
-def entity_spans(kind_N: Tensor, type_N: Tensor, sentence_N: Tensor, *, strict: bool) -> tuple[Tensor, Tensor]:
+def entity_spans(kind_N: Tensor, type_N: Tensor, sentence_N: Tensor, *, is_strict: bool) -> tuple[Tensor, Tensor]:
     """Find the first and last token of each entity in flattened tags, (M,) and (M,), in order.
 
     An `I-` continues an entity if the previous token is in the same sentence and has the same type (`O` has type -1). Any other
@@ -169,7 +169,7 @@ def entity_spans(kind_N: Tensor, type_N: Tensor, sentence_N: Tensor, *, strict: 
     is_continued_N[1:] &= (type_N[1:] == type_N[:-1]) & (sentence_N[1:] == sentence_N[:-1])
     is_last_N = is_inside_N & ~torch.cat([is_continued_N[1:], is_continued_N.new_zeros(1)])[: len(kind_N)]
     first_M, last_M = ((is_inside_N & ~is_continued_N).nonzero().squeeze(1), is_last_N.nonzero().squeeze(1))
-    if strict:
+    if is_strict:
         has_begin_M = kind_N[first_M] == BEGIN
         first_M, last_M = first_M[has_begin_M], last_M[has_begin_M]
     return first_M, last_M

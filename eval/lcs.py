@@ -36,7 +36,7 @@ FEW = 16  # a mask of fewer positions is faster to make bit by bit than from an 
 
 
 def lcs_reference(hypothesis: Sequence[Hashable], reference: Sequence[Hashable]) -> list[int]:
-    """Return the reference positions of the LCS, by the full table; the plain twin of `lcs_members`.
+    """Return the reference positions of the longest common subsequence, by the full table; the plain twin of `lcs_members`.
 
     >>> lcs_reference([2, 5, 3, 4], [1, 2, 3, 4, 5])
     [1, 2, 3]
@@ -58,7 +58,11 @@ def lcs_reference(hypothesis: Sequence[Hashable], reference: Sequence[Hashable])
 
 
 def weighted_lcs_reference(hypothesis: Sequence[Hashable], reference: Sequence[Hashable], weight: float) -> float:
-    """Compute `weighted_lcs` of one pair, cell by cell."""
+    """Compute the weighted LCS of one pair, with k^weight for a run of k matches; the plain twin of `weighted_lcs`.
+
+    >>> weighted_lcs_reference("abcd", "abxcd", 2.0)  # two runs of two
+    8.0
+    """
     value = [[0.0] * (len(hypothesis) + 1) for _ in range(len(reference) + 1)]
     run = [[0] * (len(hypothesis) + 1) for _ in range(len(reference) + 1)]
     for i, token in enumerate(reference, 1):
@@ -253,10 +257,7 @@ def _vectors(hypothesis_PT: Tensor, reference_PS: Tensor) -> Iterator[Tensor]:
 
 
 def _masks(hypothesis_PT: Tensor, reference_PS: Tensor, words: int) -> tuple[Tensor, Tensor]:
-    """Bit masks M of the reference positions equal to each hypothesis token: row numbers (P, T) into masks (U, W).
-
-    Row 0 is the empty mask.
-    """
+    """Bit masks M of the reference positions equal to each hypothesis token: rows (P, T) of masks (U, W); row 0 is empty."""
     width = 1 + int(torch.maximum(hypothesis_PT.amax(), reference_PS.amax()))
     pair_P1 = torch.arange(len(hypothesis_PT), device=hypothesis_PT.device)[:, None]
     is_token_PT, is_token_PS = hypothesis_PT >= 0, reference_PS >= 0

@@ -49,7 +49,10 @@ class Score:
 
 
 class Proportion(NamedTuple):
-    """A score that is a proportion of correct examples: value = scale · correct / trials."""
+    """A score that is a proportion of correct examples: value = scale · correct / trials.
+
+    `scale` is the score if all are correct: 1, or 100 for per cent. Wilson's interval applies to it (`eval.bootstrap`).
+    """
 
     correct: int
     trials: int
@@ -87,7 +90,11 @@ class Metric(Protocol):
 
 
 def corpus_value(metric: Metric, statistics_BK: Tensor) -> float:
-    """Score of a corpus, independent of the order of its examples; 0 for an empty corpus."""
+    """Score of a corpus from its statistics (B, K), in the metric's units; 0 for an empty corpus.
+
+    It is the mean of the examples' scores if `metric.is_mean`, else the score of the summed statistics. It does not depend on
+    the order of the examples, to the last bit.
+    """
     if not len(statistics_BK):
         return 0.0
     if metric.is_mean:

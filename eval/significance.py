@@ -124,7 +124,11 @@ def smallest_p_value(differing: int) -> float:
 
 
 def min_differing_examples(level: float = LEVEL) -> int:
-    """Smallest number of differing examples that allows a two-sided p-value of `level`: six for 0.05."""
+    """Smallest number of differing examples that allows a two-sided p-value of `level`: ceil(1 - log2 level).
+
+    >>> min_differing_examples(0.05)
+    6
+    """
     return math.ceil(1 - math.log2(level))
 
 

@@ -107,7 +107,7 @@ def _word_pattern():
 
 
 def tokenize_char(texts: Iterable[str]) -> Tokens:
-    """Split into characters, without whitespace.
+    """Split into characters, without whitespace; sacrebleu's "char".
 
     >>> tokenize_char(["to be"])
     [['t', 'o', 'b', 'e']]
@@ -116,7 +116,11 @@ def tokenize_char(texts: Iterable[str]) -> Tokens:
 
 
 def tokenize_none(texts: Iterable[str]) -> Tokens:
-    """Split at whitespace."""
+    """Split at whitespace: the text is tokenized already; sacrebleu's "none".
+
+    >>> tokenize_none(["it 's"])
+    [['it', "'s"]]
+    """
     return [text.split() for text in texts]
 
 

@@ -50,7 +50,7 @@ def test_a_missing_file_and_damaged_lines_are_named(tmp_path):
         WordNet(tmp_path / "nowhere")
     for name in FILES:
         (write(tmp_path) / name).unlink()
-        with pytest.raises(FileNotFoundError, match=f"{tmp_path.name}.* it has no {name}$"):
+        with pytest.raises(FileNotFoundError, match=f"{tmp_path.name}.*: missing {name}$"):
             WordNet(tmp_path)
     damage = {  # of the word run: the file, what stands there, in its place, the message
         "a synset fewer": ("index.verb", "run v 2 ", "run v 3 ", r"index\.verb, line \d+: damaged: 'run"),

@@ -1,18 +1,57 @@
 """Text in, batches out.
 
-    config      the data options, the entries of --corpus, and the one error of bad input     imports the standard library only
-    sources/    files, records, shards, mixtures: where text and examples come from
-    corpus/     built-in corpora and user's files as documents; duplicates removed; a validation split
+    config      the data options, the entries of --corpus, and the error for bad input     imports the standard library only
+    sources/    files, records, shards, mixtures: the origin of text and examples
+    corpus/     documents of built-in corpora and of files; deduplication; the validation split; prepare builds the shards
     tokenizer/  one interface to all tokenizers
     example     one example: ids and labels, before packing
-    transforms/ one file a way of making labels: causal, masked, seq2seq, labels, framing
+    transforms/ labels for causal, masked and sequence-to-sequence modelling, and for classes; special tokens around texts
     packing/    examples, or blocks of tokens, -> rows of a batch; the batch of a step is a pure function of (seed, step)
     prefetch    batches made ahead, in a thread
-    sizes       bytes of text, where only its tokens are at hand
-    notes       lines on text that was left out, mended or not spelled
-    shell words commands as they are typed; numbers with their nouns, in messages
+    sizes       bytes of the text behind a range of tokens
+    notes       lines on text that was skipped, repaired or not encodable
+    shell messages  quoted commands; counts with their nouns and shortened lists, in messages
 
-`python -m data prepare` builds the shards and prints what they hold.
-In reading order: sources/find, sources/files, corpus/ingest, corpus/dedup, tokenizer/base, sources/shards, packing/blocks,
-transforms/causal, transforms/masked, transforms/seq2seq.
+`python -m data prepare` builds the shards and prints their sizes.
+In reading order: sources/find, sources/files, corpus/ingest, corpus/dedup, tokenizer/base, corpus/prepare, sources/shards,
+packing/blocks, transforms/causal, transforms/masked, transforms/seq2seq.
 """
+
+from importlib import import_module
+
+PUBLIC = {  # file: the names that it offers; `from data import load_tokenizer` is the stable interface
+    "config": ("DataConfig", "DataError"),
+    "corpus.dedup": ("deduplicate", "find_covered", "shingle_overlap"),
+    "corpus.prepare": ("prepare",),
+    "example": ("Example",),
+    "packing.blocks": ("BlockStream", "MixedBlocks", "sequential_blocks"),
+    "packing.collate": ("pack_batch", "pad_batch"),
+    "packing.examples": ("ExampleSource",),
+    "packing.first_fit": ("fill_ratio", "first_fit"),
+    "packing.length_groups": ("group_by_length",),
+    "packing.mixed": ("MixedExamples",),
+    "prefetch": ("Prefetcher",),
+    "sources.mixture": ("Mixture",),
+    "sources.shards": ("Shards", "Split", "open_shards"),
+    "tokenizer.base": ("Affixes", "Tokenizer"),
+    "tokenizer.open": ("load_tokenizer",),
+    "tokenizer.sentencepiece": ("SentencePieceTokenizer",),
+    "tokenizer.tokenizer_json": ("JsonTokenizer",),
+    "tokenizer.training": ("train_tokenizer",),
+    "transforms.causal": ("clm_batch",),
+    "transforms.framing": ("Framer",),
+    "transforms.masked": ("mlm_batch", "unigram_baseline"),
+    "transforms.seq2seq": ("encode_text", "seq2seq_example"),
+}
+_FILE_OF = {name: file for file, names in PUBLIC.items() for name in names}
+__all__ = sorted(_FILE_OF)
+
+
+def __getattr__(name: str):
+    if name in _FILE_OF:
+        return getattr(import_module(f"{__name__}.{_FILE_OF[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,23 +1,24 @@
-"""Settings of the data part, and its error. Standard library only: --help imports this and no torch."""
+"""Options of the data package, and its error. Imports the standard library only, so that --help is fast."""
 
 import math
 import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
-BUILT_IN = ("stdlib-docs", "stdlib-code")
-DEFAULT_VOCAB_SIZE = 2048  # of the tokenizer, where nothing else is asked for and the text can fill it
+BUILT_IN = {"stdlib-docs": "read_docs", "stdlib-code": "read_code"}  # corpus: its function in data.corpus.stdlib
+BadText = Literal["error", "replace", "skip"]
+DEFAULT_VOCAB_SIZE = 2048  # or fewer, if the text cannot fill it
 MIN_VOCAB_SIZE = 264  # 3 control ids, 256 bytes, 5 characters
 
 
 class DataError(ValueError):
-    """Bad input. The message names the thing and what to do; command lines print it without a traceback."""
+    """Bad input. The message names the cause and a remedy; command lines print it without a traceback."""
 
 
 class CorpusEntry(NamedTuple):
-    """One path of --corpus; where sources are mixed, with the name and the weight of its source."""
+    """One entry of --corpus: a path; in a mixture also the name and weight of its source."""
 
     path: str
     name: str = ""
@@ -31,7 +32,7 @@ NAMED_ENTRY = re.compile(r"([A-Za-z][\w-]*)=(.+):([^:]+)", re.ASCII | re.DOTALL)
 
 
 def parse_entry(text: str) -> CorpusEntry:
-    """NAME=PATH:WEIGHT, or a path; a file that has such a name is a path.
+    """Parse NAME=PATH:WEIGHT, or a path. An existing file of such a name is a path.
 
     >>> parse_entry("web=crawl/*.txt:0.7"), parse_entry("crawl/*.txt").name
     (CorpusEntry(path='crawl/*.txt', name='web', weight=0.7), '')
@@ -51,36 +52,36 @@ def default_cache() -> Path:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which text, and how it becomes tokens."""
+    """Text to train on, and how it is split and tokenized."""
 
     corpus: tuple[str, ...] = ("stdlib-docs",)
-    """What to read: stdlib-docs, stdlib-code, or files, folders and globs of .txt .md .py, and of records: .jsonl .json .csv
-    .tsv .parquet; each also .gz. NAME=PATH:WEIGHT NAME=PATH:WEIGHT … mixes sources: rows of batches by weight. A NAME may come
-    again, with another PATH and the same weight. Hidden files of a folder are left out."""
+    """stdlib-docs, stdlib-code, or files, folders and globs: texts .txt .md .py, records .jsonl .json .csv .tsv .parquet; each
+    also .gz. NAME=PATH:WEIGHT NAME=PATH:WEIGHT … mixes sources: each gets its weight's share of the rows of batches. A NAME
+    may be repeated, with another PATH and the same weight. Hidden files in a folder are skipped."""
 
     text_key: str = "text"
-    """The key, or the column of a table, that holds a record's text."""
+    """Key or column of a record that holds its text."""
 
-    on_bad_text: Literal["error", "replace", "skip"] = "error"
-    """Text that is not valid UTF-8: stop, put U+FFFD in its place, or leave that document out."""
+    on_bad_text: BadText = "error"
+    """For text that is not valid UTF-8: stop, replace the bytes by U+FFFD, or skip the document."""
 
     vocab_size: int | None = None
-    """Pieces of the tokenizer, 3 control and 256 byte pieces included. Default: 2,048, or what the text can fill."""
+    """Vocabulary size of the trained tokenizer, with 3 control and 256 byte pieces. Default: 2,048, or what the text fills."""
 
     validation: tuple[str, ...] = ()
-    """Files, folders or globs to validate on, instead of a share of the corpus. What training has of their text is dropped."""
+    """Files, folders or globs to validate on, instead of a share of the corpus. Their text is dropped from training."""
 
     val_fraction: float = 0.05
-    """Share of the documents or records held out for validation, chosen by a hash of each one's text."""
+    """Share of documents or records held out for validation, chosen by a hash of the text."""
 
     dedup: bool = True
-    """Drop near duplicates before the split. (Exact duplicates always go.)"""
+    """Drop near duplicates before the split. Exact duplicates are always dropped."""
 
     separator: str | None = None
-    """The control token between documents, where the tokenizer of --init puts none before a text. Default: its eos."""
+    """Special token between documents, for a tokenizer of --init that adds none before a text. Default: its eos."""
 
     cache: Path = field(default_factory=default_cache)
-    """Folder for prepared shards; they are reused while the corpus and these settings stay the same."""
+    """Folder of prepared shards, reused while the corpus and these options stay the same."""
 
     def __post_init__(self) -> None:
         if isinstance(self.corpus, str):
@@ -94,8 +95,8 @@ class DataConfig:
             raise DataError(f"--vocab-size {self.vocab_size}: from {least} to {1 << 24}")
         if not 0 < self.val_fraction < 1:
             raise DataError(f"--val-fraction {self.val_fraction}: a fraction above 0 and below 1")
-        if self.on_bad_text not in ("error", "replace", "skip"):
-            raise DataError(f"--on-bad-text {self.on_bad_text!r}: one of error, replace, skip")
+        if self.on_bad_text not in get_args(BadText):
+            raise DataError(f"--on-bad-text {self.on_bad_text!r}: one of {', '.join(get_args(BadText))}")
         self.check_sources()
 
     def check_sources(self) -> None:
@@ -114,23 +115,24 @@ class DataConfig:
 
     @property
     def entries(self) -> tuple[CorpusEntry, ...]:
-        """Read the entries of `corpus`; those of one source stand together."""
+        """Entries of `corpus`, grouped by source."""
         entries = [parse_entry(text) for text in self.corpus]
         names = list(dict.fromkeys(entry.name for entry in entries))
         return tuple(sorted(entries, key=lambda entry: names.index(entry.name)))
 
     @property
     def paths(self) -> tuple[str, ...]:
+        """Paths and built-in names of `entries`."""
         return tuple(entry.path for entry in self.entries)
 
     @property
     def all_paths(self) -> tuple[str, ...]:
-        """All that is read, to train on and to validate on."""
+        """Paths of the corpus and of `validation`."""
         return (*self.paths, *self.validation)
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weight of each source, by name; {} where none has one."""
+        """{name: weight} of the sources of a mixture; {} without a mixture."""
         weights: dict[str, float] = {}
         for entry in self.entries:
             if entry.name:
@@ -138,5 +140,5 @@ class DataConfig:
         return weights
 
     def validation_config(self) -> "DataConfig":
-        """The same with the files of `validation` for its corpus."""
+        """Return a copy whose corpus is the files of `validation`."""
         return replace(self, corpus=self.validation, validation=())

@@ -1,4 +1,4 @@
-"""One example: what a transform makes of a record, before examples are packed into rows."""
+"""One training example: the result of a transform on a record, before packing."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -11,15 +11,15 @@ NO_EXTRA: Mapping[str, Array] = MappingProxyType({})
 
 
 class Example(NamedTuple):
-    """Ids, labels, and whatever else the objective reads.
+    """Input ids, labels, and further keys for the objective.
 
-        ids         (T,) of the network's input; the decoder's, where there are source_ids
-        labels      (T,) the target of each position, already shifted, -100 where unscored; or () or (C,), for the whole text
-        source_ids  (S,) the encoder's input, of an encoder-decoder
-        extra       more keys of the batch: (T,) for each position (token types, weights …), or any other shape, alike in all
-                    examples, for the whole text
-        group       examples of one record with the same number, above 0, stay in one micro-batch of one rank, side by side: a
-                    preference pair, a prompt's samples. 0: alone
+        ids         (T,) input ids; the decoder's, where there are source_ids
+        labels      (T,) the target of each position, already shifted, -100 where unscored; or () or (C,) for the whole text
+        source_ids  (S,) input ids of the encoder, for an encoder-decoder
+        extra       further keys of the batch: (T,) one value a position (token types, weights …), or another shape, the same
+                    in all examples, for the whole text
+        group       0: none. Examples of one record with the same number above 0 stay adjacent in one micro-batch of one rank:
+                    a preference pair, the samples of a prompt
     """
 
     ids: Array
@@ -34,22 +34,22 @@ class Example(NamedTuple):
         return (len(self.ids),) if self.source_ids is None else (len(self.ids), len(self.source_ids))
 
 
-Unit = list[Example]  # what packing moves as a whole: one example, or those of one group
+Unit = list[Example]  # indivisible for packing: one example, or the examples of one group
 
 
 def group_units(examples: list[Example]) -> list[Unit]:
-    """A record's examples, those of one group together, in the order of their first.
+    """Return the units of a record: the examples of each group together, in the order of their first.
 
     >>> ids = np.arange(3)
     >>> [len(unit) for unit in group_units([Example(ids, ids, group=1), Example(ids, ids), Example(ids, ids, group=1)])]
     [2, 1]
     """
     units: list[Unit] = []
-    places: dict[int, int] = {}
+    index_of: dict[int, int] = {}
     for example in examples:
-        if example.group and example.group in places:
-            units[places[example.group]].append(example)
+        if example.group and example.group in index_of:
+            units[index_of[example.group]].append(example)
         else:
-            places[example.group] = len(units)
+            index_of[example.group] = len(units)
             units.append([example])
     return units

@@ -1,4 +1,4 @@
-"""Notes on text that was left out, mended or not spelled on its way to tokens: a line for each kind that there is."""
+"""Lines for the user about text that was skipped, repaired or not encodable, one for each kind that occurred."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def describe_reading(report: Mapping[str, Any]) -> list[str]:
-    """Lines about documents that were left out or mended. `report`: the fields of `data.sources.files.ReadReport`."""
+    """Return lines about skipped and repaired documents. `report`: the fields of `data.sources.files.ReadReport`."""
     lines = []
     for names, what in ((report["skipped"], "left out"), (report["replaced"], "mended with U+FFFD")):
         if names:
@@ -25,8 +25,10 @@ def describe_reading(report: Mapping[str, Any]) -> list[str]:
 
 
 def describe_spelling(report: Mapping[str, Any], tokenizer: "Tokenizer") -> list[str]:
-    """Lines about text that a tokenizer dropped or could not spell. `report`: counts `unspelled` documents, of which no token
-    is left, and of all the others `unknown` and other `tokens`, without those around a document."""
+    """Return lines about text that a tokenizer dropped or encoded as unknown.
+
+    report: "unspelled", documents without any token; of the others "tokens", without bos and eos, and how many are "unknown".
+    """
     lines = []
     if report["unspelled"]:
         lines.append(f"{format_count(report['unspelled'], 'document')} left out: this tokenizer drops all of the text")
@@ -34,7 +36,7 @@ def describe_spelling(report: Mapping[str, Any], tokenizer: "Tokenizer") -> list
 
 
 def describe_unknown(unknown: int, tokens: int, tokenizer: "Tokenizer", what: str = "the tokens") -> list[str]:
-    """A line about unknown tokens, with their share; none where there are none."""
+    """Return a line about unknown tokens and their share; no line where there are none."""
     if not unknown:
         return []
     name = tokenizer.token_name(tokenizer.unknown_id)
@@ -45,7 +47,8 @@ def describe_unknown(unknown: int, tokens: int, tokenizer: "Tokenizer", what: st
 
 
 def format_percent(part: int, whole: int) -> str:
-    """
+    """Return a share in percent.
+
     >>> format_percent(79, 1000), format_percent(1, 100_000), format_percent(3, 3)
     ('7.9 %', 'less than 0.1 %', '100.0 %')
     """
@@ -54,7 +57,7 @@ def format_percent(part: int, whole: int) -> str:
 
 
 def unknown_words(text: str, tokenizer: "Tokenizer", most: int = 3) -> list[str]:
-    """The first words of a text, between white space, that make an unknown token."""
+    """Return the first words of a text, split at white space, that encode to an unknown token."""
     found = []
     for word in dict.fromkeys(text.split()):
         if len(found) < most and tokenizer.unknown_id in tokenizer.encode(word):

@@ -1,4 +1,4 @@
-"""Batches made ahead, in a thread."""
+"""Prefetch batches in a thread."""
 
 import queue
 import threading
@@ -9,9 +9,13 @@ from torch import Tensor
 
 
 class Prefetcher:
-    """make(start), make(start + 1), … made ahead in a thread, `depth` of them waiting; tensors pinned if asked.
+    """Iterator over make(start), make(start + 1), …, computed ahead in a thread.
 
-    Iterate over it, inside a `with`: leaving that ends the thread. What `make` raises is raised by the iteration.
+        stop         the first step that is not made; None: no end
+        depth        batches that wait in the queue
+        pin_memory   tensors in page-locked memory
+
+    Use it in a `with`: its exit ends the thread. The iteration raises what `make` raises.
 
     >>> with Prefetcher(lambda step: step * step, start=2, stop=5) as squares:
     ...     list(squares)
@@ -63,7 +67,7 @@ class Prefetcher:
         what, value = self.ended or self.queue.get()
         if what == "value":
             return value
-        self.ended = (what, value)  # asked again, it says the same
+        self.ended = (what, value)  # the next call ends in the same way
         if what == "error":
             raise value
         raise StopIteration
@@ -80,7 +84,7 @@ class Prefetcher:
 
 
 def pin(value: Any) -> Any:
-    """Tensors, alone or in a dict, into page-locked memory, from which copies to a GPU need not wait."""
+    """Copy a tensor, or those of a dict, to page-locked memory, from which copies to a GPU are asynchronous."""
     if isinstance(value, dict):
         return {name: pin(item) for name, item in value.items()}
     return value.pin_memory() if isinstance(value, Tensor) else value

@@ -1,4 +1,4 @@
-"""Commands that are printed to be typed: as bash reads them."""
+"""Quote commands in messages, so that bash reads them back."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def quote(name: str | Path) -> str:
 
 
 def command(*words: str | Path) -> str:
-    """Words as they are typed. A text that begins with a dash is tied to its option.
+    """Return a command line. A value that begins with a dash is joined to its option by =.
 
     >>> command("train", "--resume", "my run"), command("model", "generate", "--prompt", "---")
     ("python -m train --resume 'my run'", 'python -m model generate --prompt=---')

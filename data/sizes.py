@@ -1,7 +1,7 @@
-"""Bytes of text where only its tokens are at hand. Bits per byte divide by the bytes of the text itself, in UTF-8.
+"""Bytes of the text behind a range of tokens, for bits per byte, which divide by the UTF-8 bytes of the original text.
 
-A lossless tokenizer's pieces say them. Another one's say those of the text as it was normalised, where an unknown token is no
-byte: the bytes that were counted when the text was read are then shared out in proportion to them.
+A lossless tokenizer's tokens add up to exactly these bytes. Other tokenizers' tokens add up to the normalized text, and an
+unknown token has none: the bytes counted when the text was read are then divided in proportion.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,10 @@ CHUNK = 1 << 24  # ids: a memory-mapped split need not fit in memory
 
 
 def text_bytes(split: "Split", tokenizer: "Tokenizer", tokens: int) -> int:
-    """The bytes of the text of a split's first `tokens` ids: exact where they are all, or the tokenizer is lossless."""
+    """Return the bytes of text of a split's first `tokens` ids.
+
+    Exact for all ids, and for a lossless tokenizer; otherwise in proportion to the bytes of the tokens.
+    """
     part = int(tokenizer.byte_lengths[split.ids[:tokens]].sum())
     if tokenizer.is_lossless:
         return part
@@ -27,11 +30,11 @@ def text_bytes(split: "Split", tokenizer: "Tokenizer", tokens: int) -> int:
 
 
 def split_in_proportion(total: int, weights: Sequence[int]) -> Iterable[int]:
-    """Integers in proportion to the weights, which sum to `total`; alike where all weights are 0.
+    """Return integers in proportion to the weights that sum to `total`; equal parts where all weights are 0.
 
     >>> list(split_in_proportion(10, [1, 1, 1])), list(split_in_proportion(7, [3, 4])), list(split_in_proportion(4, [0, 0]))
     ([3, 3, 4], [3, 4], [2, 2])
     """
     weights = weights if any(weights) else [1] * len(weights)
-    reached, whole = [0, *accumulate(weights)], max(1, sum(weights))
-    return (total * end // whole - total * start // whole for start, end in pairwise(reached))
+    ends, whole = [0, *accumulate(weights)], max(1, sum(weights))
+    return (total * end // whole - total * start // whole for start, end in pairwise(ends))

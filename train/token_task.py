@@ -33,7 +33,7 @@ class BlockBatches:
         import numpy as np
 
         starts = np.flatnonzero(self.task.shards.train.ids == self.task.tokenizer.bos_id)
-        return np.unique(np.searchsorted(starts, self.task.stream.places(step)[:, :-1], side="right") - 1).tolist()
+        return np.unique(np.searchsorted(starts, self.task.stream.token_indices(step)[:, :-1], side="right") - 1).tolist()
 
     def origin(self, step: int) -> list[str]:
         return [f"document {number}" for number in self.documents(step)]

@@ -1,4 +1,4 @@
-"""Exact and near duplicates, so that the validation split is text that training has not seen."""
+"""Drop exact and near duplicates, so that validation text does not occur in training."""
 
 import hashlib
 import re
@@ -10,16 +10,16 @@ import numpy as np
 from data.sources.files import Document
 
 SHINGLE_WORDS = 8  # words
-THRESHOLD = 0.5  # a document goes when this share of it stands in others
+THRESHOLD = 0.5  # a document with this share of its shingles in others is dropped
 SAMPLE_ABOVE = 1 << 26  # shingles; 64 Mi of them take about 2 GB here
 
-# A script without spaces gives a word a character.
+# In scripts without spaces each character is a word.
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_]+")
 
 
 @dataclass(frozen=True)
 class DedupReport:
-    """List what was dropped: (document, its kept twin), and (document, the kept one with most of it, share in kept ones)."""
+    """Dropped documents. exact: (name, kept equal one); near: (name, the kept document that covers most, share covered)."""
 
     documents: int
     exact: list[tuple[str, str]] = field(default_factory=list)
@@ -27,16 +27,17 @@ class DedupReport:
 
 
 def deduplicate(documents: list[Document], near: bool = True) -> tuple[list[Document], DedupReport]:
-    """The documents that stay, in their order, and the report.
+    """Return the kept documents, in order, and a DedupReport.
 
-    The first of exact duplicates stays, and the longest of near ones.
+    Of exact duplicates (up to case and white space) the first is kept, of near duplicates (`find_covered`) the longest.
+    near: drop near duplicates too.
     """
     first: dict[bytes, Document] = {}
     exact = []
     for document in documents:
-        kept = first.setdefault(fingerprint(document.text), document)
-        if kept is not document:
-            exact.append((document.name, kept.name))
+        original = first.setdefault(fingerprint(document.text), document)
+        if original is not document:
+            exact.append((document.name, original.name))
     unique = list(first.values())
     covered = find_covered([document.text for document in unique]) if near else {}
     report = DedupReport(
@@ -48,9 +49,9 @@ def deduplicate(documents: list[Document], near: bool = True) -> tuple[list[Docu
 def drop_held_out(
     documents: list[Document], held_out: list[Document], near: bool = True
 ) -> tuple[list[Document], list[str], list[tuple[str, float]]]:
-    """The documents without those that validation has: (kept, names of the equal ones, near ones with the share it has).
+    """Drop documents that validation has. Return (kept, names of exact duplicates, (name, share) of near duplicates).
 
-    A near one is a document of which COVERED or more of the shingles stand in `held_out`, all of it together.
+    A near duplicate has at least THRESHOLD of its shingles in the union of `held_out`.
     """
     equal = {fingerprint(document.text) for document in held_out}
     words: dict[str, int] = {}
@@ -71,22 +72,21 @@ def drop_held_out(
 
 
 def fingerprint(text: str) -> bytes:
-    """Equal for texts that differ in case and white space alone."""
+    """Return a hash that is equal for texts which differ only in case and white space."""
     return hashlib.blake2b(" ".join(text.casefold().split()).encode(), digest_size=16).digest()
 
 
 def find_covered(texts: list[str], length: int = SHINGLE_WORDS, threshold: float = THRESHOLD) -> dict[int, tuple[int, float]]:
-    """Texts that stand in other texts already: {index: (the kept text that holds most of it, share covered)}.
+    """Return near duplicates: {index: (index of the kept text that covers most of it, share covered)}.
 
     With S(A) the set of A's hashed shingles (runs of `length` words), from the largest S to the smallest,
 
         A is dropped  when  |S(A) & union of S(B), B kept so far| / |S(A)|  >=  threshold.
 
-    This is the containment of Broder 1997 ("On the resemblance and containment of documents"), measured against the
-    union of what is kept: it finds a text inside a longer one, where the Jaccard index |A & B| / |A | B| is small, and
-    one put together from several. As containment of the smaller set >= Jaccard, near copies are found too.
-    All shingles are compared, so no candidates need verifying; the time is that of one sort. Above SAMPLE_ABOVE
-    shingles, only hashes divisible by a power of two are (FracMinHash; Irber et al. 2022), which estimates that share.
+    This is the containment of Broder 1997 ("On the resemblance and containment of documents") in the union of the kept texts.
+    It finds a text inside a longer one, where the Jaccard index |A & B| / |A | B| is small, and a text composed of several.
+    Near copies are found too, as the smaller set's containment >= Jaccard. All shingles are compared, in the time of one sort;
+    above SAMPLE_ABOVE shingles only hashes divisible by a power of two (FracMinHash; Irber et al. 2022): an estimate.
     """
     hashes, total = [], 0
     word_hash: dict[str, int] = {}
@@ -99,7 +99,7 @@ def find_covered(texts: list[str], length: int = SHINGLE_WORDS, threshold: float
     _, ids = np.unique(np.concatenate([*hashes, np.empty(0, np.uint64)]), return_inverse=True)
     sizes = np.array([len(h) for h in hashes], dtype=np.int64)
     starts = np.cumsum(sizes) - sizes
-    owner = np.full(ids.max(initial=-1) + 1, -1, dtype=np.int64)  # shingle -> the kept text that had it first
+    owner = np.full(ids.max(initial=-1) + 1, -1, dtype=np.int64)  # shingle -> the first kept text with it
     covered = {}
     for i in np.argsort(-sizes, kind="stable").tolist():
         mine = ids[starts[i] : starts[i] + sizes[i]]
@@ -113,13 +113,13 @@ def find_covered(texts: list[str], length: int = SHINGLE_WORDS, threshold: float
 
 
 def shingles(text: str, length: int, word_hash: dict[str, int] | None = None) -> np.ndarray:
-    """uint64 hashes of the runs of `length` words, in order: h_i = mix(sum_j w_{i+j} * M^(j+1)), modulo 2^64.
+    """Return uint64 hashes of the runs of `length` words, in order: h_i = mix(sum_j w_{i+j} * M^(j+1)) modulo 2^64.
 
-    A text of fewer words is one shingle; one without words has none. `word_hash` remembers the words' own hashes w.
+    A shorter text is one shingle; a text without words has none. `word_hash` caches the hashes w of words.
     """
     word_hash = {} if word_hash is None else word_hash
     words = WORD.findall(text.casefold())
-    for word in set(words) - word_hash.keys():  # str's own hash differs from process to process
+    for word in set(words) - word_hash.keys():  # Python's hash of a str differs between processes
         word_hash[word] = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
     w = np.fromiter((word_hash[word] for word in words), np.uint64, len(words))
     length = min(length, len(w))
@@ -129,13 +129,13 @@ def shingles(text: str, length: int, word_hash: dict[str, int] | None = None) ->
     for j in range(length):
         power = power * multiplier % 2**64
         h += w[j : len(w) - length + 1 + j] * np.uint64(power)
-    h ^= h >> np.uint64(32)  # the low bits choose the sample: let the high ones reach them
+    h ^= h >> np.uint64(32)  # mix the high bits into the low bits, which choose the sample
     h *= np.uint64(0xD6E8FEB86659FD93)
     return h ^ (h >> np.uint64(32))
 
 
 def shingle_overlap(texts: list[str], others: list[str], length: int = SHINGLE_WORDS) -> float:
-    """The share of the distinct shingles of `texts` that `others` have too: how much of a validation split has leaked.
+    """Return the share of distinct shingles of `texts` that `others` have too: the leakage of a validation split.
 
     >>> shingle_overlap(["a b c"], ["x a b c"], length=2)
     1.0

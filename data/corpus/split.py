@@ -1,4 +1,4 @@
-"""Training and validation: documents chosen by a hash of their text, after few long ones have been cut."""
+"""Split documents into training and validation by a hash of their text; a few long documents are cut before."""
 
 import hashlib
 from collections.abc import Callable
@@ -6,21 +6,23 @@ from collections.abc import Callable
 import numpy as np
 
 from data.config import DataConfig, DataError
-from data.corpus.ingest import cut_at_blank_lines, cut_long_lines
+from data.corpus.cut import cut_at_blank_lines, cut_long_lines
 from data.messages import format_count
 from data.sources.files import Document
 
-LARGEST_PIECE = 1 << 14  # bytes, when a corpus of few documents is cut
+MAX_PIECE = 1 << 14  # bytes, when a corpus of few documents is cut
 
 
 def split_fraction(text: str) -> float:
-    """A document's place in [0, 1), by its text alone: below `val_fraction` it is validation, wherever it stood."""
+    """Return a number in [0, 1) that depends on the text alone; below `val_fraction` the document is held out."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def split_documents(documents: list[Document], val_fraction: float, *, dropped: int = 0) -> dict[str, list[Document]]:
-    """Training and validation documents. Where chance leaves one split empty, the nearest document goes there. `dropped`:
-    how many duplicates there were, for a message."""
+    """Return {"train": documents, "validation": documents}; a split that chance leaves empty gets the nearest document.
+
+    dropped: number of duplicates, for the message of the DataError for fewer than two documents.
+    """
     if len(documents) < 2:
         after = f" after {format_count(dropped, 'duplicate was', 'duplicates were')} dropped" * (dropped > 0)
         raise DataError(
@@ -36,38 +38,39 @@ def split_documents(documents: list[Document], val_fraction: float, *, dropped: 
 
 
 def cut_few_documents(documents: list[Document], val_fraction: float, info: Callable[[str], None]) -> list[Document]:
-    """A book in one file in pieces, of which some can be held out: validation would get all of it or nothing.
+    """Cut the documents of a source with too few to hold out `val_fraction` of them, such as a book in one file.
 
-    A source of a mixture is cut where it has few documents, whatever the others have.
+    Each source of a mixture is considered by itself.
     """
-    cut_ones: list[Document] = []
+    result: list[Document] = []
     for source in dict.fromkeys(document.source for document in documents):
         mine = [document for document in documents if document.source == source]
-        cut_ones += cut_source(mine, val_fraction, info) if len(mine) * val_fraction < 1 else mine
-    return cut_ones
+        result += cut_source(mine, val_fraction, info) if len(mine) * val_fraction < 1 else mine
+    return result
 
 
 def cut_source(documents: list[Document], val_fraction: float, info: Callable[[str], None]) -> list[Document]:
-    held = sum(len(document.text.encode()) for document in documents)
-    size = int(min(LARGEST_PIECE, max(256, held * val_fraction / 4)))
+    """Cut the documents of one source into pieces small enough to hold out `val_fraction` of them."""
+    total = sum(len(document.text.encode()) for document in documents)
+    size = int(min(MAX_PIECE, max(256, total * val_fraction / 4)))
     where = "after blank lines"
     pieces = [cut_at_blank_lines(document, size) for document in documents]
-    made = sum(map(len, pieces))
-    if made * val_fraction < 1:  # text8 is one line of 100 MB
-        pieces = [cut_long_lines(parts, size, max_bytes=held // 4) for parts in pieces]
-        where += ", and long lines at white space," if sum(map(len, pieces)) > made else ""
-    found = [piece for parts in pieces for piece in parts]
+    count = sum(map(len, pieces))
+    if count * val_fraction < 1:  # text8 is one line of 100 MB
+        pieces = [cut_long_lines(parts, size, max_bytes=total // 4) for parts in pieces]
+        where += ", and long lines at white space," if sum(map(len, pieces)) > count else ""
+    result = [piece for parts in pieces for piece in parts]
     what = format_count(len(documents), "document") + (f" of {documents[0].source}" if documents[0].source else "")
     wanted = f"{what} cannot have {100 * val_fraction:.3g}% held out"
-    if len(found) > len(documents):
-        info(f"{wanted}: cut {where} into {len(found):,}")
+    if len(result) > len(documents):
+        info(f"{wanted}: cut {where} into {len(result):,}")
     elif len(documents) > 1:
         info(f"{wanted}, and they are too short to be cut: one or more of them are held out whole")
-    return found
+    return result
 
 
 def check_sources(config: DataConfig, documents: list[Document], train: list[Document]) -> None:
-    """Raise DataError where a source of a mixture has nothing to train on."""
+    """Raise DataError if a source of a mixture has nothing to train on."""
     for name in config.weights:
         if not any(document.source == name for document in train):
             read = sum(document.source == name for document in documents)

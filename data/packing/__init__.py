@@ -1,10 +1,9 @@
-"""How examples become rows of a batch.
+"""From examples, or blocks of tokens, to the rows of a batch. The batch of a step is a pure function of (seed, step).
 
-    blocks      a ring of tokens cut into blocks: rows of one length, without padding, documents cut where a block ends
-    first_fit   whole examples side by side in rows of one length: first-fit decreasing
-    pad         an example a row, beside others of about its length
-    plan        which units stand in which row of which step
-    collate     the examples of some rows as a batch of tensors
-    examples    records -> examples -> rows -> micro-batches, by one of the two packings of examples
-    mixed       the same of several sources, by weight
+    blocks         a ring of tokens cut into blocks: rows of one length, without padding; a block may end within a document
+    first_fit      whole examples side by side in rows of one length: first-fit decreasing
+    length_groups  one example a row, beside others of similar length, so that little is padding
+    collate        the examples of some rows as a batch of tensors, padded or packed
+    examples       records -> examples -> rows -> micro-batches, by first fit or by groups of length
+    mixed          the same for several sources, by weight
 """

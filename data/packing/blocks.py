@@ -1,4 +1,4 @@
-"""Tokens into blocks: the global batch of a step as a pure function of (seed, step)."""
+"""Cut tokens into blocks: the global batch of a step is a pure function of (seed, step)."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,19 +10,20 @@ from data.config import DataError
 from data.messages import format_count
 from data.sources.mixture import Mixture
 
-FILLER = -1  # no token: bos takes its place in a network's input, and nothing scores it
+FILLER = -1  # no token: bos replaces it in the input, and its label is -100
 
 
 class BlockStream:
-    """Shuffled blocks of `context` + 1 tokens (each ends with the first token of the next: its last target).
+    """Shuffled blocks of `context` + 1 tokens; each ends with the first token of the next, its last target.
 
-    The N tokens form a ring, joined where the last document's eos meets the first one's bos. Epoch e cuts it into
-    floor(N / context) blocks, from an offset in [0, context) and in an order that are drawn from (seed, e):
+    The N tokens form a ring: the last document's eos is followed by the first one's bos. Epoch e cuts it into
+    floor(N / context) blocks, with an offset in [0, context) and an order drawn from (seed, e):
 
         block(i) = ids[(offset_e + order_e[i mod blocks] * context + 0..context) mod N],   e = floor(i / blocks)
         batch(step) = blocks step * batch_size ... (step + 1) * batch_size - 1
 
-    so every block of an epoch comes once, boundaries move from epoch to epoch, and any step's batch costs the same.
+    Every block comes once in an epoch, boundaries differ between epochs, and any step's batch costs the same.
+    stream: more numbers for the random key. Errors: DataError for fewer than context + 1 tokens.
 
     >>> stream = BlockStream(np.arange(10), context=3, batch_size=3, seed=0)
     >>> stream.blocks, stream.batch(5).shape
@@ -32,7 +33,6 @@ class BlockStream:
     is_on_policy = False
 
     def __init__(self, ids: np.ndarray, context: int, batch_size: int, seed: int, stream: Sequence[int] = ()):
-        """`stream`: more numbers that the order is drawn from."""
         if context < 1 or batch_size < 1 or seed < 0:
             raise DataError(f"context={context} and batch_size={batch_size} must be at least 1, seed={seed} at least 0")
         check_length(ids, context, "the training split")
@@ -41,33 +41,33 @@ class BlockStream:
         self._last: tuple[int, int, np.ndarray] | None = None
 
     def epoch(self, epoch: int) -> tuple[int, np.ndarray]:
-        """(offset, order) of one epoch; the last one asked for is kept."""
+        """Return (offset, order) of an epoch; the last epoch is cached."""
         last = self._last  # read once: another thread may replace it
         if last is None or last[0] != epoch:
             random = np.random.Generator(np.random.PCG64([self.seed, epoch, *self.stream]))
             last = self._last = (epoch, int(random.integers(self.context)), random.permutation(self.blocks))
         return last[1], last[2]
 
-    def places(self, step: int) -> np.ndarray:
-        """Where in `ids` each token of a step's batch stands, of (batch_size, context + 1)."""
-        return self.rows(np.arange(step * self.batch_size, (step + 1) * self.batch_size))
+    def token_indices(self, step: int) -> np.ndarray:
+        """Return the index in `ids` of each token of a step's batch, int64 of (batch_size, context + 1)."""
+        return self.row_indices(np.arange(step * self.batch_size, (step + 1) * self.batch_size))
 
-    def rows(self, index_B: np.ndarray) -> np.ndarray:
-        """The same of any rows of the run, in ascending order."""
+    def row_indices(self, index_B: np.ndarray) -> np.ndarray:
+        """Return the same for rows of the run with ascending indices."""
         start_B = np.empty_like(index_B)
         for epoch in range(index_B[0] // self.blocks, index_B[-1] // self.blocks + 1):
             offset, order = self.epoch(epoch)
-            here = index_B // self.blocks == epoch
-            start_B[here] = offset + order[index_B[here] % self.blocks] * self.context
+            in_epoch_B = index_B // self.blocks == epoch
+            start_B[in_epoch_B] = offset + order[index_B[in_epoch_B] % self.blocks] * self.context
         return (start_B[:, None] + np.arange(self.context + 1)) % len(self.ids)
 
     def batch(self, step: int) -> Tensor:
-        """int64 of (batch_size, context + 1). It may take the end of one epoch and the beginning of the next."""
-        return torch.from_numpy(self.ids[self.places(step)].astype(np.int64))
+        """Return the blocks of a step, int64 of (batch_size, context + 1). A batch may span two epochs."""
+        return torch.from_numpy(self.ids[self.token_indices(step)].astype(np.int64))
 
 
 class MixedBlocks:
-    """Rows of several rings, by weight: each is a range of `ids`, with an order of its own.
+    """Rows of several sources, by weight (`Mixture`): each is a range of `ids` and a BlockStream of its own.
 
     >>> stream = MixedBlocks(np.arange(40), [(0, 10), (10, 40)], (0.25, 0.75), context=3, batch_size=4, seed=0)
     >>> sum(int((stream.batch(step)[:, 0] < 10).sum()) for step in range(256))
@@ -90,25 +90,25 @@ class MixedBlocks:
         self.rings = [BlockStream(ids[start:end], context, 1, seed, (k,)) for k, (start, end) in enumerate(ranges, start=1)]
         self.mixture = Mixture(weights, seed)
 
-    def places(self, step: int) -> np.ndarray:
-        """As BlockStream's."""
-        source_B, index_B = self.mixture.rows(step * self.batch_size, self.batch_size)
-        places_BT = np.empty((self.batch_size, self.context + 1), dtype=np.int64)
+    def token_indices(self, step: int) -> np.ndarray:
+        """Return the index in `ids` of each token of a step's batch, int64 of (batch_size, context + 1)."""
+        source_B, row_B = self.mixture.rows(step * self.batch_size, self.batch_size)
+        index_BT = np.empty((self.batch_size, self.context + 1), dtype=np.int64)
         for source, (ring, start) in enumerate(zip(self.rings, self.starts, strict=True)):
-            if (mine := source_B == source).any():
-                places_BT[mine] = start + ring.rows(index_B[mine])
-        return places_BT
+            if (is_mine_B := source_B == source).any():
+                index_BT[is_mine_B] = start + ring.row_indices(row_B[is_mine_B])
+        return index_BT
 
     def batch(self, step: int) -> Tensor:
-        return torch.from_numpy(self.ids[self.places(step)].astype(np.int64))
+        """Return the blocks of a step, int64 of (batch_size, context + 1)."""
+        return torch.from_numpy(self.ids[self.token_indices(step)].astype(np.int64))
 
 
 def sequential_blocks(ids: np.ndarray, context: int, batch_size: int, filler: int = FILLER) -> Iterator[Tensor]:
-    """Blocks in order, int64 of (batch_size, context + 1), in which each of the N - 1 transitions comes exactly once.
+    """Yield blocks in order, int64 of (batch_size, context + 1), with each of the N - 1 transitions exactly once.
 
-    The last block and the last batch are filled up with `filler`, so that all have one shape: it is never scored
-    (data.transforms). The scored targets are then N minus the number of documents, or N - 1 where one id is both
-    bos and eos.
+    The last block and batch are filled up with `filler`, which is never scored (data.transforms). The number of scored targets
+    is N minus the number of documents, or N - 1 where one id is bos and eos.
     """
     check_length(ids, 1, "the validation split")
     rows = -(-(len(ids) - 1) // context)
@@ -122,6 +122,7 @@ def sequential_blocks(ids: np.ndarray, context: int, batch_size: int, filler: in
 
 
 def check_length(ids: np.ndarray, context: int, what: str) -> None:
+    """Raise DataError for fewer than context + 1 ids."""
     if len(ids) < context + 1:
         raise DataError(
             f"{what} has {format_count(len(ids), 'token')}, fewer than one block of context={context} and its last "

@@ -1,4 +1,4 @@
-"""The examples of some rows as one batch of tensors: any keys, padded or packed."""
+"""Collate the examples of some rows into one batch of tensors: any keys, padded or packed."""
 
 from collections.abc import Collection, Sequence
 
@@ -10,9 +10,9 @@ from data.config import DataError
 from data.example import Example, Unit
 from data.transforms.causal import IGNORE
 
-PAD_MULTIPLE = 8  # of the lengths of padded rows
-FILLER = -2  # the document of what fills a row up; -1 are vectors before the text (model.virtual_tokens)
-GROUP = "group"  # the key of a batch that says which rows stay together
+PAD_MULTIPLE = 8  # padded lengths are multiples of it
+FILLER = -2  # document id of padding; -1 is that of virtual tokens (model.virtual_tokens)
+GROUP = "group"  # key of a batch: rows with one number stay together
 
 
 def pad_batch(
@@ -22,12 +22,12 @@ def pad_batch(
     max_lengths: tuple[int, ...] | None = None,
     sequence_level: Collection[str] = (),
 ) -> dict[str, Tensor]:
-    """An example a row, padded at its end to the longest (rounded up to a multiple of 8, at most `max_lengths`).
+    """Return a batch, one example a row, right-padded to the longest (rounded up to a multiple of 8, at most `max_lengths`).
 
-        input_ids B T, attention_mask B T      of ids; with a source: of it, and ids are decoder_input_ids
-        labels B T, B or B C                   -100 in padding
-        group B                                where a unit has several rows: alike in rows that stay together
-        and the keys of `extra`: B T, 0 in padding, or B …
+        input_ids, attention_mask (B, T)       of ids; with a source (B, S) of it, and ids are decoder_input_ids (B, T)
+        labels (B, T), (B,) or (B, C)          -100 in padding
+        group (B,)                             if a unit has several rows: the unit's number in each
+        and the keys of `extra`: (B, T), 0 in padding, or (B, …)
 
     `sequence_level`: keys with values for the whole text, though their shape may look like one value a token (5 classes, 5
     tokens). The decoder of an encoder-decoder needs no mask: it is causal, and its padding follows all scored positions.
@@ -54,14 +54,15 @@ def pad_batch(
 
 
 def pack_batch(packs: Sequence[Sequence[Unit]], pad_id: int, max_lengths: tuple[int, ...]) -> dict[str, Tensor]:
-    """The units of a pack side by side in one row, of room[0] tokens (and room[1] of the source).
+    """Return a batch, the units of each pack side by side in a row of max_lengths[0] tokens (max_lengths[1] of the source).
 
-        input_ids, labels, document_ids, position_ids B T     with a source: input_ids, document_ids, position_ids B S of it,
-        decoder_input_ids, decoder_document_ids, decoder_position_ids, labels B T of the target
-        and the keys of `extra`, B T
+        input_ids, labels, document_ids, position_ids (B, T); with a source:
+        input_ids, document_ids, position_ids (B, S) of the source,
+        decoder_input_ids, decoder_document_ids, decoder_position_ids, labels (B, T) of the target
+        and the keys of `extra`, (B, T)
 
-    Documents are counted in each row, alike for source and target, and positions in each document; what fills a row up is
-    document -2.
+    document_ids number the examples of a row from 0, the same for source and target, and are -2 in padding; position_ids begin
+    at 0 in each. Errors: DataError for values of whole texts.
     """
     rows_of = [[example for unit in pack for example in unit] for pack in packs]
     keys = extra_keys([e for examples in rows_of for e in examples])
@@ -80,7 +81,7 @@ def pack_batch(packs: Sequence[Sequence[Unit]], pad_id: int, max_lengths: tuple[
 
 
 def extra_keys(examples: Sequence[Example]) -> list[str]:
-    """The keys of `extra`, alike in all examples. Errors: none, or different ones (DataError)."""
+    """Return the keys of `extra`. Errors (DataError): no example; examples with different keys."""
     if not examples:
         raise DataError("a batch has one example at least")
     keys, has_source = examples[0].extra.keys(), examples[0].source_ids is not None
@@ -93,13 +94,13 @@ def extra_keys(examples: Sequence[Example]) -> list[str]:
 
 
 def sequence_level_keys(examples: Sequence[Example]) -> set[str]:
-    """The keys that cannot be of positions, as they are not as long as an example's ids."""
-    found = {key for e in examples for key, value in e.extra.items() if np.shape(value) != e.ids.shape}
-    return found | {"labels" for e in examples if e.labels.shape != e.ids.shape}
+    """Return the keys with one value for the whole text: their shape differs from that of the ids."""
+    keys = {key for e in examples for key, value in e.extra.items() if np.shape(value) != e.ids.shape}
+    return keys | {"labels" for e in examples if e.labels.shape != e.ids.shape}
 
 
 def pad_rows(arrays: Sequence[np.ndarray], room: int, filler: int) -> Tensor:
-    """B T, each array from the left."""
+    """Return (B, T): each array on the left, then `filler`."""
     dtype = np.result_type(*arrays) if any(np.issubdtype(a.dtype, np.floating) for a in arrays) else np.int64
     table_BT = np.full((len(arrays), room), filler, dtype=dtype)
     for row, array in zip(table_BT, arrays, strict=True):
@@ -107,9 +108,9 @@ def pad_rows(arrays: Sequence[np.ndarray], room: int, filler: int) -> Tensor:
     return torch.from_numpy(table_BT)
 
 
-def stack_or_pad(arrays: Sequence[np.ndarray], is_of_positions: bool, room: int, filler: int) -> Tensor:
-    """B T of positions, else B …"""
-    if is_of_positions:
+def stack_or_pad(arrays: Sequence[np.ndarray], is_token_level: bool, room: int, filler: int) -> Tensor:
+    """Return (B, T) of arrays with a value a position, else (B, …)."""
+    if is_token_level:
         return pad_rows(arrays, room, filler)
     if len(shapes := sorted({array.shape for array in arrays})) > 1:
         raise DataError(f"a key of whole texts has one shape in all examples, and here {' and '.join(map(str, shapes))}")
@@ -117,14 +118,16 @@ def stack_or_pad(arrays: Sequence[np.ndarray], is_of_positions: bool, room: int,
 
 
 def pack_rows(arrays: Sequence[Sequence[np.ndarray]], room: int, filler: int) -> Tensor:
+    """Return (B, T): the arrays of each row joined, then `filler`."""
     return pad_rows([np.concatenate(several) for several in arrays], room, filler)
 
 
 def packed_inputs(ids: Sequence[Sequence[np.ndarray]], room: int, pad_id: int) -> dict[str, Tensor]:
-    counted = [[np.full(len(array), number) for number, array in enumerate(several)] for several in ids]
+    """Return input_ids, document_ids and position_ids, each (B, T)."""
+    documents = [[np.full(len(array), number) for number, array in enumerate(several)] for several in ids]
     positions = [[np.arange(len(array)) for array in several] for several in ids]
     return {
         "input_ids": pack_rows(ids, room, pad_id),
-        "document_ids": pack_rows(counted, room, FILLER),
+        "document_ids": pack_rows(documents, room, FILLER),
         "position_ids": pack_rows(positions, room, 0),
     }

@@ -1,15 +1,15 @@
-"""An example a row, beside others of about its length, so that little is padding."""
+"""Group examples of similar length into batches, so that little is padding."""
 
 import numpy as np
 
-SORTED_BATCHES = 64  # that are sorted by length together: more leave less padding, and make the same batches again and again
+SORTED_BATCHES = 64  # sorted by length together: more give less padding, but similar batches in every epoch
 
 
 def group_by_length(length_N: np.ndarray, size: int, shift: int, random: np.random.Generator) -> np.ndarray:
-    """The order of an epoch: N units, of which each `size` in a row, from the first `shift` on, have about one length.
+    """Return an order of N units in which consecutive batches of `size` units have similar lengths.
 
-    Units are shuffled; BATCHES · size of them at a time are sorted by length and cut into batches; batches are shuffled.
-    `shift`: how many units of the epoch complete the batch that the epoch before has begun.
+    Units are shuffled; SORTED_BATCHES · size of them at a time are sorted by length and cut into batches; batches are shuffled.
+    shift: the first `shift` units complete the last batch of the epoch before.
 
     >>> group_by_length(np.array([3, 9, 1, 8, 2]), 2, 1, np.random.default_rng(0)).shape
     (5,)

@@ -1,4 +1,4 @@
-"""Records of several sources, by weight, into micro-batches: which source a row comes from is a function of (seed, row)."""
+"""Mix the rows of several sources by weight: the source of a row is a function of (seed, row)."""
 
 from collections.abc import Sequence
 
@@ -9,9 +9,9 @@ from data.sources.mixture import Mixture
 
 
 class MixedExamples:
-    """As one ExampleSource, with rows of `sources` in the shares of `weights`: each source goes through its own epochs.
+    """Rows of several ExampleSources by weight (`Mixture`), with the methods of one; each source has its own epochs.
 
-    All have one packing and one size of batches. A batch is padded to the longest of its rows, whatever their source.
+    All have the same packing, batch_size and accumulate. A batch is padded to its longest row of any source.
     """
 
     is_on_policy = False
@@ -25,7 +25,7 @@ class MixedExamples:
         return frozenset().union(*(source.sequence_level for source in self.sources))
 
     def rows(self, first: int, count: int) -> list[tuple[int, int]]:
-        """Of some rows of the run: which source, and the row in it."""
+        """Return (source, row in it) of rows of the run."""
         source_B, index_B = self.mixture.rows(first, count)
         return list(zip(source_B.tolist(), index_B.tolist(), strict=True))
 
@@ -38,7 +38,7 @@ class MixedExamples:
         return self.sources[0].collate(packs, sequence_level=self.sequence_level)
 
     def origin(self, step: int) -> list[str]:
-        """The records of a step's batch, by name."""
+        """Return the names of the records in a step's batch."""
         size = self.batch_size * self.accumulate
         named = {(k, i) for k, row in self.rows(step * size, size) for _, i, _ in self.sources[k].row_indices(row)}
         return [self.sources[k].names(index) for k, index in sorted(named)]

@@ -1,27 +1,26 @@
-"""Read a user's files as documents: a text file is one, so is each record of `record_files`; also .gz."""
+"""Read a user's files as documents: a text file is one document, a record of `record_files` is one; also .gz."""
 
 import gzip
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Literal, TypeVar
+from typing import BinaryIO, TypeVar
 
-from data.config import DataConfig, DataError
+from data.config import BadText, DataConfig, DataError
 from data.messages import quote_names
 from data.sources.find import readable_suffix
 from data.sources.parquet import read_parquet
 from data.sources.record_files import FORMATS, Line, NoRecordsError, Record, RecordError, is_utf16, read_records
 
 T = TypeVar("T")
-BadText = Literal["error", "replace", "skip"]
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 JSON_KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text and where it came from; of a mixture, also the name of its source."""
+    """A text, its origin for messages, and in a mixture the name of its source."""
 
     name: str
     text: str
@@ -30,24 +29,24 @@ class Document:
 
 @dataclass
 class ReadReport:
-    """What reading met: filled while the documents are consumed."""
+    """Counts and names of documents read, skipped and repaired; filled while documents are consumed."""
 
     documents: int = 0
     bytes: int = 0
-    skipped: list[str] = field(default_factory=list)  # documents left out: not valid UTF-8, on_bad_text="skip"
-    replaced: list[str] = field(default_factory=list)  # documents that hold U+FFFD now, on_bad_text="replace"
-    empty: int = 0  # documents without text, left out
-    without_records: list[str] = field(default_factory=list)  # files of records that hold none
-    no_records: list[str] = field(default_factory=list)  # JSON files left out: met in a folder, and no list of records
+    skipped: list[str] = field(default_factory=list)  # documents: not valid UTF-8, on_bad_text="skip"
+    replaced: list[str] = field(default_factory=list)  # documents with U+FFFD now, on_bad_text="replace"
+    empty: int = 0  # documents without text, skipped
+    without_records: list[str] = field(default_factory=list)  # files of records without any
+    no_records: list[str] = field(default_factory=list)  # skipped JSON files of a folder: no list of records
 
 
 def read_files(
     paths: Iterable[Path], text_key: str, on_bad_text: BadText, report: ReadReport, *, is_named: bool = True
 ) -> Iterator[Document]:
-    """The documents of `paths`, in order. A DataError names the file, and its line, record or byte offset.
+    """Yield the documents of `paths`, in order. A DataError names the file, and its line, record or byte offset.
 
-    `is_named`: the user asked for these very files. Else a .json that is no list of records, as a folder may have for other
-    ends, is left out and noted.
+    is_named: the user named these files. Otherwise a .json that is no list of records, as folders may have, is skipped and
+    reported.
     """
 
     def documents(path: Path, stream: BinaryIO) -> Iterator[Document]:
@@ -62,7 +61,7 @@ def read_files(
 def read_rows(
     paths: Iterable[Path], on_bad_text: BadText, report: ReadReport, *, is_named: bool = True
 ) -> Iterator[tuple[str, dict]]:
-    """The records of `paths` with all their keys, each with its name for messages; strings in them have a UTF-8."""
+    """Yield (name for messages, record with all its keys) for the records of `paths`; their strings are valid UTF-8."""
 
     def records(path: Path, stream: BinaryIO) -> Iterator[tuple[str, dict]]:
         for record in read_stream(path, stream, on_bad_text, report):
@@ -85,15 +84,15 @@ def read_rows(
 def read_each(
     paths: Iterable[Path], read: Callable[[Path, BinaryIO], Iterator[T]], report: ReadReport, is_named: bool
 ) -> Iterator[T]:
-    """Yield what `read` makes of each file, opened and unpacked; each way in which that fails becomes a DataError."""
+    """Yield the results of `read` on each file, opened and decompressed. Errors: every failure becomes a DataError."""
     for path in paths:
-        met, before = False, len(report.skipped)
+        is_empty, skipped = True, len(report.skipped)
         try:
             with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
-                for one in read(path, stream):
-                    met = True
-                    yield one
-                if readable_suffix(path) in FORMATS and not met and len(report.skipped) == before:
+                for item in read(path, stream):
+                    is_empty = False
+                    yield item
+                if readable_suffix(path) in FORMATS and is_empty and len(report.skipped) == skipped:
                     report.without_records.append(str(path))
         except NoRecordsError as error:
             if is_named:
@@ -111,7 +110,7 @@ def read_each(
 def read_record_file(
     path: Path, stream: BinaryIO, text_key: str, on_bad_text: BadText, report: ReadReport
 ) -> Iterator[Document]:
-    """Each record is one document: the string under `text_key`."""
+    """Yield a document for each record: the string under `text_key`."""
     what = "key" if readable_suffix(path) in (".jsonl", ".json") else "column"
     for record in read_stream(path, stream, on_bad_text, report, text_key):
         name = record_name(path, record.place)
@@ -124,7 +123,7 @@ def read_record_file(
 def read_stream(
     path: Path, stream: BinaryIO, on_bad_text: BadText, report: ReadReport, column: str | None = None
 ) -> Iterator[Record]:
-    """The records of an open file. `column`: the one that is wanted, where a format can leave out others."""
+    """Yield the records of an open file. `column`: the only one needed, for formats that can skip the others."""
     suffix = readable_suffix(path)
     if suffix == ".parquet":
         return read_parquet(stream, column)
@@ -132,7 +131,8 @@ def read_stream(
 
 
 def record_name(path: Path, place: str) -> str:
-    """
+    """Return the name of a record in messages.
+
     >>> record_name(Path("a.jsonl"), "line 3"), record_name(Path("a.csv"), "record 2"), record_name(Path("a.json"), "")
     ('a.jsonl:3', 'a.csv, record 2', 'a.json')
     """
@@ -144,9 +144,9 @@ def record_name(path: Path, place: str) -> str:
 def decoded_lines(
     path: Path, stream: Iterable[bytes], is_record: bool, on_bad_text: BadText, report: ReadReport
 ) -> Iterator[Line]:
-    """Numbered lines with their ends. A line that is a record (`is_record`) is mended or left out here, by `on_bad_text`.
+    """Yield (number, line with its end). With `is_record`, a bad line is repaired or skipped here, by `on_bad_text`.
 
-    Elsewhere a record may be several lines, or a part of one: bytes that are no UTF-8 stay in it as lone surrogates, for
+    Otherwise a record may span lines, or be part of one: bytes that are not UTF-8 stay as lone surrogates, for
     `replace_surrogates`.
     """
     offset, is_strict = 0, is_record or on_bad_text == "error"
@@ -161,7 +161,7 @@ def decoded_lines(
 
 
 def record_text(record: Record, name: str, text_key: str, what: str) -> str:
-    """The string under `text_key`; a record may be a plain string too."""
+    """Return the string under `text_key`; a record may also be a plain string. Errors: DataError without such a string."""
     if isinstance(record.value, str):
         if text_key != DataConfig.text_key:
             raise DataError(f"{name}: a plain string, which has no key {text_key!r}: leave --text-key out to read it")
@@ -182,11 +182,12 @@ def record_text(record: Record, name: str, text_key: str, what: str) -> str:
 
 
 def is_chat(value: object) -> bool:
+    """Return True for a list of messages, as in chat data."""
     return isinstance(value, list) and bool(value) and all(isinstance(each, dict) and "content" in each for each in value)
 
 
 def replace_surrogates(text: str, name: str, text_key: str, on_bad_text: BadText, report: ReadReport) -> str | None:
-    """Text that has a UTF-8; None when on_bad_text="skip" leaves it out. "\\ud800" is valid JSON and no text."""
+    """Replace lone surrogates, such as "\\ud800" in JSON; return None if on_bad_text="skip" skips the text."""
     try:
         text.encode()
         return text
@@ -200,7 +201,7 @@ def replace_surrogates(text: str, name: str, text_key: str, on_bad_text: BadText
 
 
 def decode(raw: bytes, name: str, offset: int, on_bad_text: BadText, report: ReadReport) -> str | None:
-    """UTF-8 bytes into text; None when on_bad_text="skip" leaves them out. `offset`: where `raw` begins in its file."""
+    """Decode UTF-8; return None if on_bad_text="skip" skips the text. `offset`: of `raw` in its file."""
     try:
         text, problem = raw.decode(), ""
     except UnicodeDecodeError as error:
@@ -215,12 +216,12 @@ def decode(raw: bytes, name: str, offset: int, on_bad_text: BadText, report: Rea
 
 
 def strip_byte_order_mark(text: str, offset: int) -> str:
-    """A byte order mark at the beginning of a file is no text."""
+    """Remove a byte order mark at the beginning of a file."""
     return text.removeprefix("\ufeff") if offset == 0 else text
 
 
 def handle_bad_text(problem: str, name: str, on_bad_text: BadText, report: ReadReport) -> str | None:
-    """Act on one document of bad text: raise, note it as replaced, or note it as skipped (None)."""
+    """Handle one document of bad text: raise DataError, report it as replaced, or report it as skipped and return None."""
     if on_bad_text == "error":
         way_on = "--on-bad-text replace puts U+FFFD in its place, --on-bad-text skip leaves the document out"
         raise DataError(f"{problem}. {way_on}")

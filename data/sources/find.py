@@ -1,8 +1,7 @@
-"""Files that an entry of --corpus names: a file, a folder with what its links lead to, or a glob; and what is left out.
+"""Find the files of an entry of --corpus: a file, a folder (links are followed) or a glob; and count the files left out.
 
-Each real folder and each real file comes once, however many links lead to it, so that loops of links end. Links come last: a
-file that a folder holds itself keeps its path there. Hidden names and other suffixes are passed over, and are counted: text
-must not go missing in silence.
+Each real folder and file is listed once, however many links lead to it, so loops of links end. Links come last: a file in a
+folder keeps its path there. Hidden names and other suffixes are skipped and counted: no text goes missing silently.
 """
 
 import errno
@@ -23,16 +22,18 @@ from data.sources.record_files import FORMATS, file_suffix, refuse_columnar
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 SUFFIXES = (*TEXT_SUFFIXES, *FORMATS)
 READABLE = f"read are {' '.join(SUFFIXES)}, each also with .gz"
-MAX_LISTED = 8  # suffixes and names that a line names
+MAX_LISTED = 8  # suffixes and names in a line
 
 
 class FoundFiles(NamedTuple):
-    files: dict[str, Path]  # real path -> the one by which it is read
-    left_out: str  # a line that says what there is beside; "" for nothing
+    """Files to read, and a line about the files left out."""
+
+    files: dict[str, Path]  # real path -> path by which it is read
+    left_out: str  # "" if there are none
 
 
 def readable_suffix(path: Path) -> str | None:
-    """The suffix that says how a file is read, without .gz; None when it is not read. Raises DataError for Arrow.
+    """Return the suffix that decides how a file is read, without .gz; None if it is not read. Errors: DataError for Arrow.
 
     >>> readable_suffix(Path("a/b.JSONL.gz")), readable_suffix(Path("photo.png"))
     ('.jsonl', None)
@@ -43,7 +44,7 @@ def readable_suffix(path: Path) -> str | None:
 
 
 def may_hold_records(entries: Iterable[str]) -> bool:
-    """Whether a key of records could matter: not to a built-in, nor to files whose suffix says that they are text.
+    """Return True unless every entry is a built-in corpus or has the suffix of a text.
 
     >>> may_hold_records(["stdlib-docs", "a/*.txt"]), may_hold_records(["a.md", "a.jsonl.gz"]), may_hold_records(["folder"])
     (False, True, True)
@@ -52,23 +53,23 @@ def may_hold_records(entries: Iterable[str]) -> bool:
 
 
 def find_files(entry: str, cache: Path) -> FoundFiles | None:
-    """The files of one entry; None when there is no such thing. `cache`: a folder of our own, which holds no text.
+    """Return the files of one entry; None if nothing matches. `cache`: our own folder, which is skipped.
 
-    Raises DataError for what is there and cannot be read.
+    Errors: DataError for an entry that exists and cannot be read.
     """
     path = expand_home(entry)
-    if path.is_file():  # named outright, a file needs no suffix to be text: text8 has none
+    if path.is_file():  # a file named explicitly may have no suffix, like text8
         if readable_suffix(path) is None and file_suffix(path):
             raise DataError(f"{path}: its suffix is not one that is read ({READABLE})")
         return FoundFiles({os.path.realpath(path): path}, "")
     search = FileSearch(cache.expanduser())
     if path.is_dir():
-        search.folder(path)
+        search.add_folder(path)
     elif path.exists():
         raise DataError(f"{path}: neither a file nor a folder")
     elif path.is_symlink():
         raise DataError(f"{path}: a link to {os.readlink(path)}, and nothing is there")
-    elif not search.matches(path):
+    elif not search.add_matches(path):
         return None
     left_out = search.left_out.line(f"{path}{os.sep}" if path.is_dir() else str(path))
     if not search.files:
@@ -77,7 +78,7 @@ def find_files(entry: str, cache: Path) -> FoundFiles | None:
 
 
 def expand_home(entry: str) -> Path:
-    """A leading ~ or ~name is a home; where nobody has that name, it is a file's."""
+    """Expand a leading ~ or ~user; without such a user it is part of a file's name."""
     try:
         return Path(entry).expanduser()
     except RuntimeError:
@@ -86,15 +87,16 @@ def expand_home(entry: str) -> Path:
 
 @dataclass
 class LeftOut:
-    """Names and counts of what is not read."""
+    """Names and counts of the files that are not read."""
 
     suffixes: Counter[str] = field(default_factory=Counter)
-    broken: list[str] = field(default_factory=list)  # links that lead nowhere
+    broken: list[str] = field(default_factory=list)  # broken links
     special: list[str] = field(default_factory=list)  # pipes, sockets, devices
-    hidden: Counter[str] = field(default_factory=Counter)  # "file", "folder": whose name begins with a dot
+    hidden: Counter[str] = field(default_factory=Counter)  # "file", "folder": number of names with a leading dot
 
     def line(self, where: str) -> str:
-        """
+        """Return one line about all of them; "" if there are none.
+
         >>> LeftOut(Counter({".pdf": 3, "": 1, ".html": 12}), ["a.txt"]).line("corpus/")
         'left out of corpus/: 12 files of .html, 3 of .pdf, 1 without a suffix; links that lead nowhere: a.txt'
         >>> LeftOut(hidden=Counter(file=2, folder=1)).line("corpus/")
@@ -116,19 +118,19 @@ class LeftOut:
 
 
 class FileSearch:
-    """Collect the files of folders and globs, and count what is left out."""
+    """Collects the files of folders and globs, and counts those left out."""
 
     def __init__(self, cache: Path) -> None:
-        self.files: dict[str, Path] = {}  # the real path -> the one by which it is read
-        self.folders: set[str] = set()  # real paths of those that were entered
+        self.files: dict[str, Path] = {}  # real path -> path by which it is read
+        self.folders: set[str] = set()  # real paths of visited folders
         self.cache = os.path.realpath(cache)
         self.left_out = LeftOut()
 
-    def matches(self, pattern: Path) -> bool:
-        """Collect all that a pattern names, folders with what is below them; False when that is nothing.
+    def add_matches(self, pattern: Path) -> bool:
+        """Collect everything that a glob matches, folders recursively; return False if it matches nothing.
 
-        What exists is a name, brackets and all. `**` is matched here: the library's follows loops of links to their
-        fortieth round.
+        An existing path is taken literally, brackets included. `**` is matched here: the library's follows loops of links for
+        forty rounds.
         """
         parts = pattern.parts
         known = next(n for n in range(len(parts), -1, -1) if n == 0 or os.path.exists(Path(*parts[:n])))
@@ -137,13 +139,13 @@ class FileSearch:
         found = glob.glob(os.path.join(glob.escape(str(Path(*parts[:known]))), *rest[:depth]))
         for top in sorted(map(Path, found), key=lambda path: (path.is_symlink(), path)):
             if top.is_dir():
-                self.folder(top, rest[depth:])
+                self.add_folder(top, rest[depth:])
             elif depth == len(rest):
-                self.file(top)
+                self.add_file(top)
         return bool(found) if depth == len(rest) else bool(self.files or self.left_out.line(""))
 
-    def folder(self, top: Path, pattern: tuple[str, ...] = ()) -> None:
-        """Collect what is below a folder, fits the parts of a glob and is not hidden; links last."""
+    def add_folder(self, top: Path, pattern: tuple[str, ...] = ()) -> None:
+        """Collect the files below a folder that match the parts of a glob and are not hidden; links last."""
         pending, links = [top], []
         while pending:
             for root, folders, names in os.walk(pending.pop(0), onerror=raise_unreadable):
@@ -152,7 +154,7 @@ class FileSearch:
                     folders.clear()
                     continue
                 self.folders.add(real)
-                if not pattern:  # a glob names hidden files by a dot of its own, as in a shell
+                if not pattern:  # as in a shell, a glob matches hidden files only by a dot of its own
                     self.left_out.hidden["file"] += len(names) - len(visible(names))
                     self.left_out.hidden["folder"] += len(folders) - len(visible(folders))
                 folders[:] = visible(folders)
@@ -163,17 +165,17 @@ class FileSearch:
                     if os.path.islink(path):
                         links.append(path)
                     else:
-                        self.file(path, os.path.join(real, path.name))
+                        self.add_file(path, os.path.join(real, path.name))
         for path in links:
-            self.file(path)
+            self.add_file(path)
 
-    def file(self, path: Path, real: str | None = None) -> None:
+    def add_file(self, path: Path, real: str | None = None) -> None:
         try:
             mode = path.stat().st_mode
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                 raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-            if path.is_symlink():  # what is no link has gone since it was listed
+            if path.is_symlink():  # a file that is no link was deleted since it was listed
                 self.left_out.broken.append(str(path))
             return
         if not stat.S_ISREG(mode):
@@ -189,12 +191,12 @@ def visible(names: Iterable[str]) -> list[str]:
 
 
 def raise_unreadable(error: OSError) -> None:
-    """os.walk would pass over an unreadable folder in silence."""
+    """Raise DataError; os.walk would skip an unreadable folder silently."""
     raise DataError(f"{error.filename}: cannot be read ({error.strerror})")
 
 
 def matches_glob(names: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """True if a path, or a folder above it, matches the parts of a glob.
+    """Return True if a path, or a folder above it, matches the parts of a glob.
 
     >>> matches_glob(("a", "b", "c.txt"), ("**", "*.txt")), matches_glob(("a", "b"), ("**", "a"))
     (True, True)

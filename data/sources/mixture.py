@@ -1,4 +1,4 @@
-"""Several sources by weight: which source each row of a run comes from, as a pure function of (seed, row)."""
+"""Mix sources by weight: the source of each row of a run is a pure function of (seed, row)."""
 
 from collections.abc import Sequence
 
@@ -6,14 +6,15 @@ import numpy as np
 
 from data.config import DataError
 
-STREAM = 0x6D6978  # "mix": no other use of a seed draws these numbers
-PERIOD = 1024  # rows in which every source has its share, to the nearest row
+STREAM = 0x6D6978  # "mix": separates these random numbers from other uses of the seed
+PERIOD = 1024  # rows in which every source has its exact share, up to rounding
 
 
 class Mixture:
-    """Every PERIOD rows hold w_k · PERIOD of source k (largest remainders), in an order drawn from (seed, period).
+    """Each period of PERIOD rows has w_k · PERIOD rows of source k (largest remainders), in an order drawn from (seed, period).
 
-    So any row costs the same, and shares are exact, not drawn: after n rows source k is less than PERIOD rows off w_k · n.
+    Any row costs the same. Shares are exact, not random: after n rows source k is less than PERIOD rows off w_k · n.
+    weights: positive, not necessarily normalized. Errors: DataError for others, and for a share below 1 / PERIOD.
 
     >>> source, index = Mixture((0.75, 0.25), seed=0).rows(0, 1024)
     >>> (source == 0).sum(), sorted(index[source == 1])[-1]
@@ -27,7 +28,7 @@ class Mixture:
         share_K = share_K / share_K.sum()
         exact_K = share_K * PERIOD
         count_K = np.floor(exact_K).astype(np.int64)
-        order = np.argsort(count_K - exact_K, kind="stable")  # those that rounding down took most from
+        order = np.argsort(count_K - exact_K, kind="stable")  # largest remainders first
         count_K[order[: PERIOD - count_K.sum()]] += 1
         if not count_K.all():
             shown = ", ".join(f"{weight:g}" for weight in weights)
@@ -36,7 +37,7 @@ class Mixture:
         self._last: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def period(self, period: int) -> tuple[np.ndarray, np.ndarray]:
-        """(source, index in it) of each of a period's rows; the last one asked for is kept."""
+        """Return (source, index in it) of each row of a period; the last period is cached."""
         last = self._last  # read once: another thread may replace it
         if last is None or last[0] != period:
             random = np.random.Generator(np.random.PCG64([self.seed, period, STREAM]))
@@ -48,7 +49,7 @@ class Mixture:
         return last[1], last[2]
 
     def rows(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """(source, index in it) of some rows of the run."""
+        """Return (source, index in it), each int64 of (count,), of the rows first … first + count - 1 of the run."""
         parts = [self.period(p) for p in range(first // PERIOD, (first + count - 1) // PERIOD + 1)]
         skip = first % PERIOD
         source, index = (np.concatenate(each)[skip : skip + count] for each in zip(*parts, strict=True))

@@ -1,8 +1,8 @@
-"""Records of a Parquet file: rows of named columns, some at a time. Values become those of JSON; what is null is missing.
+"""Read the records of a Parquet file, a batch of rows at a time. Values become JSON values; null means a missing key.
 
-    lists, structs, maps     lists and objects, whatever is null in an object left out too
-    binary                   text: older writers mark none of theirs as such
-    times, decimals, …       as they are spelled: '2026-11-30 00:00:00'
+    lists, structs, maps     lists and objects, without their null values
+    binary                   text: older writers do not mark text as such
+    times, decimals, …       strings: '2026-11-30 00:00:00'
 
 Source: the Apache Parquet format, read by pyarrow (the extra `parquet`).
 """
@@ -15,12 +15,12 @@ from data.sources.record_files import Record, RecordError
 if TYPE_CHECKING:
     import pyarrow
 
-BATCH_ROWS = 1024  # that are held as Python values at once
+BATCH_ROWS = 1024  # held as Python values at once
 INSTALL = "pip install -c constraints.txt -e '.[parquet]'"
 
 
 def read_parquet(stream: BinaryIO, column: str | None = None) -> Iterator[Record]:
-    """The rows, in order; of one `column` alone where the file has it. Errors: not such a file, no pyarrow (RecordError)."""
+    """Yield the rows; only `column` where the file has it. Errors: RecordError for another format, or without pyarrow."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -38,7 +38,7 @@ def read_parquet(stream: BinaryIO, column: str | None = None) -> Iterator[Record
                 number += 1
                 yield Record(f"record {number}", {n: v for n, v in zip(names, row, strict=True) if v is not None})
     except (pyarrow.ArrowException, OSError) as error:
-        if getattr(error, "errno", None) is not None:  # the disk's; what pyarrow cannot decode has none
+        if getattr(error, "errno", None) is not None:  # from the disk: pyarrow's own errors have no errno
             raise
         why = " ".join(str(error).split())
         place = f"record {number + 1}" if number else ""
@@ -46,11 +46,12 @@ def read_parquet(stream: BinaryIO, column: str | None = None) -> Iterator[Record
 
 
 def column_values(column: "pyarrow.Array", before: int) -> list:
+    """Return a column's JSON values. `before`: rows read before, for messages."""
     import pyarrow
 
     kinds = pyarrow.types
     if kinds.is_string(column.type) or kinds.is_large_string(column.type) or kinds.is_string_view(column.type):
-        wide = column.cast(pyarrow.large_binary())  # what is no UTF-8 is told by who reads text: --on-bad-text
+        wide = column.cast(pyarrow.large_binary())  # bad UTF-8 is handled later, by --on-bad-text
         return [None if value is None else value.decode(errors="surrogateescape") for value in wide.to_pylist()]
     if kinds.is_temporal(column.type):
         return column.cast(pyarrow.string()).to_pylist()
@@ -62,7 +63,8 @@ def column_values(column: "pyarrow.Array", before: int) -> list:
 
 
 def to_json_value(value: Any) -> Any:
-    """
+    """Convert a value of pyarrow to one of JSON.
+
     >>> to_json_value({"role": "user", "parts": [b"hi", None], "name": None})
     {'role': 'user', 'parts': ['hi', None]}
     """

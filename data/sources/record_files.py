@@ -1,12 +1,11 @@
-"""Records of a file: JSON lines, a JSON array, a table (.csv, .tsv); each with its place, for messages.
+"""Read the records of a file: JSON lines, a JSON array, a table; each with its place, for messages.
 
-    .jsonl       a JSON value a line
-    .json        a JSON array, its elements are the records; or JSON lines, as published data sets often have them: what the
-                 file holds tells
-    .csv .tsv    a header with the names of the columns, then a record a row
+    .jsonl       a JSON value on each line
+    .json        a JSON array of records, or JSON lines, as in many published data sets: the content decides
+    .csv .tsv    a header with the names of the columns, then a record on each row
 
-Files are given as numbered lines of text with their ends, so that whoever opens one decides about broken UTF-8.
-Source of the tables: RFC 4180, and what spreadsheets write beyond it: `;` for a separator, a line `sep=;` above the header.
+A file is given as numbered lines of text with their ends: the caller opens it and handles broken UTF-8.
+Source of the tables: RFC 4180, and two extensions of spreadsheets: `;` as separator, a line `sep=;` above the header.
 """
 
 import csv
@@ -15,6 +14,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,13 +23,11 @@ from data.config import DataError
 from data.messages import quote_names
 from data.shell import quote
 
-LINE_FORMATS = (".jsonl", ".json", ".csv", ".tsv")  # what is read here
-FORMATS = (*LINE_FORMATS, ".parquet")  # that one in `data.sources.parquet`
-CSV_SEPARATORS = ",;\t"  # of .csv: the one that cuts the header into most columns
+CSV_SEPARATORS = ",;\t"  # of .csv: the one that gives the header the most columns
 LONGEST_FIELD = 2**31 - 1  # characters; csv's own limit is 128 Ki
-PROBED_BYTES = 1 << 16  # bytes by which UTF-16 without a mark is told
+PROBED_BYTES = 1 << 16  # to detect UTF-16 without a byte order mark
 
-# What has records too, and is not read; pyarrow makes JSON lines of it. (.arrow: the stream that `datasets` keeps.)
+# Formats that are not read; pyarrow converts them to JSON lines. (.arrow: the stream format of `datasets`.)
 UNREADABLE = {
     ".arrow": ("Arrow", "import pyarrow, sys; pyarrow.ipc.open_stream(pyarrow.memory_map(sys.argv[1])).read_pandas()"),
 }
@@ -39,14 +37,14 @@ Line = tuple[int, str]
 
 
 class Record(NamedTuple):
-    """One record. `place`: "line 3" of JSON lines, "record 3" of an array or a table, counted from 1."""
+    """One record. `place`: "line 3" of JSON lines, "record 3" of an array or a table, from 1."""
 
     place: str
-    value: Any  # a JSON value; of a table {column: text}
+    value: Any  # a JSON value; for a table {column: text}
 
 
 class RecordError(DataError):
-    """A record that cannot be read. `place` says which, "" where it is the file; whoever opened it knows its name."""
+    """A record that cannot be read. `place`: its place, or "" for the whole file. The caller knows the file's name."""
 
     def __init__(self, place: str, problem: str):
         super().__init__(problem)
@@ -54,16 +52,16 @@ class RecordError(DataError):
 
 
 class NoRecordsError(RecordError):
-    """A JSON file that holds something else than a list of records."""
+    """A JSON file without a list of records."""
 
 
 def is_utf16(start: bytes) -> bool:
-    """True for the beginning of a file that is NUL bytes by more than a quarter: valid UTF-8, and no text."""
+    """Return True if more than a quarter of a file's first bytes are NUL: valid UTF-8, and no text."""
     return start.count(0, 0, PROBED_BYTES) > min(len(start), PROBED_BYTES) // 4
 
 
 def file_suffix(path: str | Path) -> str:
-    """The suffix that says how a file is read: in small letters, without .gz.
+    """Return the suffix that decides how a file is read: in lower case, without .gz.
 
     >>> file_suffix("a/b.JSONL.gz"), file_suffix("a.b/c")
     ('.jsonl', '')
@@ -84,19 +82,15 @@ def refuse_columnar(path: str | Path) -> None:
 
 
 def read_records(lines: Iterable[Line], suffix: str, *, skip_blank: bool = True) -> Iterator[Record]:
-    """The records of a file with a suffix of LINES. `skip_blank`: blank lines of JSON lines are passed over.
+    """Yield the records of a file with a suffix of LINE_FORMATS. skip_blank: skip the blank lines of JSON lines.
 
-    Raises RecordError.
+    Errors: RecordError.
     """
-    if suffix == ".jsonl":
-        return read_json_lines(lines, skip_blank)
-    if suffix == ".json":
-        return read_json_file(lines, skip_blank)
-    return read_table(lines, "\t" if suffix == ".tsv" else None)
+    return LINE_READERS[suffix](lines, skip_blank)
 
 
 def read_json_lines(lines: Iterable[Line], skip_blank: bool = True) -> Iterator[Record]:
-    """A record a line; a byte order mark before one comes from a file that was appended to another."""
+    """Yield a record for each line. A byte order mark within the file comes from appending one file to another."""
     for number, line in lines:
         if not skip_blank or line.strip():
             place = f"line {number}"
@@ -104,27 +98,27 @@ def read_json_lines(lines: Iterable[Line], skip_blank: bool = True) -> Iterator[
 
 
 def read_json_file(lines: Iterable[Line], skip_blank: bool = True) -> Iterator[Record]:
-    """A JSON array, or JSON lines: these are where the first line is a whole value, and another one follows.
+    """Yield the records of a JSON array, or of JSON lines: the first line is then a complete value and another follows.
 
     >>> [record.value for record in read_json_file([(1, "[1,"), (2, "2]")])]
     [1, 2]
     >>> list(read_json_file([(1, "{}"), (2, "[2]")]))
     [Record(place='line 1', value={}), Record(place='line 2', value=[2])]
     """
-    lines, held, filled = iter(lines), [], []
+    lines, seen, filled = iter(lines), [], []
     for line in lines:
-        held.append(line)
+        seen.append(line)
         filled += [line[1]] if line[1].strip() else []
         if len(filled) == 2:
             break
     if not filled:
         return
     try:
-        value, is_whole = parse_json(filled[0], ""), True
+        value, is_complete = parse_json(filled[0], ""), True
     except RecordError:
-        value, is_whole = parse_json("".join(line for _, line in chain(held, lines)), ""), False
-    if is_whole and len(filled) == 2:
-        yield from read_json_lines(chain(held, lines), skip_blank)
+        value, is_complete = parse_json("".join(line for _, line in chain(seen, lines)), ""), False
+    if is_complete and len(filled) == 2:
+        yield from read_json_lines(chain(seen, lines), skip_blank)
         return
     if not isinstance(value, list):
         what = f"one object, with the keys {quote_names(value)}" if isinstance(value, dict) else f"one {type(value).__name__}"
@@ -134,28 +128,29 @@ def read_json_file(lines: Iterable[Line], skip_blank: bool = True) -> Iterator[R
 
 
 def parse_json(text: str, place: str) -> Any:
+    """Return the JSON value of a text. Errors: RecordError with the place."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RecordError(place, f"not {'a JSON line' if place.startswith('line ') else 'JSON'} ({error})") from error
 
 
-def read_table(lines: Iterable[Line], separator: str | None = None) -> Iterator[Record]:
-    """Rows below a header. `separator` None: the one of SEPARATORS that the header has.
+def read_table(lines: Iterable[Line], skip_blank: bool = True, *, separator: str | None = None) -> Iterator[Record]:
+    """Yield the rows below a header; blank lines are always skipped. `separator` None: the best of CSV_SEPARATORS.
 
     >>> [record.value for record in read_table([(1, "id;text\\n"), (2, '7;"one;\\n'), (3, 'two"\\n')])]
     [{'id': '7', 'text': 'one;\\ntwo'}]
     """
-    csv.field_size_limit(LONGEST_FIELD)  # of the whole process: csv has no other
+    csv.field_size_limit(LONGEST_FIELD)  # global: csv has no other setting
     physical = split_lines(line for _, line in lines)
     first, above = next(physical, ""), 0
     if stated := re.fullmatch(r'"?sep=([,;|\t])"?\s*', first):
         separator, first, above = stated[1], next(physical, ""), 1
     separator = separator or max(CSV_SEPARATORS, key=lambda each: len(next(csv.reader([first], delimiter=each), ())))
-    # strict: a quote that is never closed would swallow all rows below it.
+    # strict: otherwise an unclosed quote would swallow all rows below it
     rows = csv.reader(chain([first], physical), delimiter=separator, strict=True)
     header: list[str] = []
-    number = 0  # of the record that is read; 0 is the header
+    number = 0  # of the record; 0 is the header
     while True:
         place = f"record {number}" if number else "header"
         try:
@@ -169,11 +164,11 @@ def read_table(lines: Iterable[Line], separator: str | None = None) -> Iterator[
             continue
         if not number:
             header = row
-            if twice := [name for name, count in Counter(header).items() if name and count > 1]:
-                raise RecordError(place, f"{quote_names(twice)}: more than one column has this name")
+            if repeated := [name for name, count in Counter(header).items() if name and count > 1]:
+                raise RecordError(place, f"{quote_names(repeated)}: more than one column has this name")
             alike = Counter(name.strip() for name in header)
-            if twice := [name for name in header if name.strip() and alike[name.strip()] > 1]:
-                raise RecordError(place, f"{quote_names(twice)}: names of columns that differ by white space only")
+            if repeated := [name for name in header if name.strip() and alike[name.strip()] > 1]:
+                raise RecordError(place, f"{quote_names(repeated)}: names of columns that differ by white space only")
         elif len(row) != len(header):
             has = f"{len(row)} fields (line {above + rows.line_num}, separated by {separator!r})"
             raise RecordError(place, f"{has}, and the header has {len(header)}: {quote_names(header)}")
@@ -185,6 +180,16 @@ def read_table(lines: Iterable[Line], separator: str | None = None) -> Iterator[
 
 
 def split_lines(lines: Iterable[str]) -> Iterator[str]:
-    """Lines that end at \\r too, as old spreadsheets write them; csv refuses them within a line."""
+    """Split lines at \\r too, the line end of old spreadsheets; csv refuses it within a line."""
     for line in lines:
         yield from io.StringIO(line, newline="") if "\r" in line.rstrip("\r\n") else (line,)
+
+
+LINE_READERS = {  # suffix -> reader (lines, skip_blank)
+    ".jsonl": read_json_lines,
+    ".json": read_json_file,
+    ".csv": read_table,
+    ".tsv": partial(read_table, separator="\t"),
+}
+LINE_FORMATS = tuple(LINE_READERS)
+FORMATS = (*LINE_FORMATS, ".parquet")  # Parquet is read by `data.sources.parquet`

@@ -1,4 +1,4 @@
-"""Records of files, as rows of named columns; and which of them are held out."""
+"""Records of files as rows of named columns, and which of them are held out."""
 
 import hashlib
 import json
@@ -27,23 +27,23 @@ NO_FLAGS: Mapping[str, bool] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Rows:
-    """Some records: their values, and their names for messages."""
+    """Records: values, names for messages, and in a mixture the source of each (else "")."""
 
     values: list[Row]
     names: list[str]
-    sources: list[str]  # of a mixture which one each is of; else ""
+    sources: list[str]
 
     def __len__(self) -> int:
         return len(self.values)
 
     def from_source(self, source: str) -> "Rows":
-        """Those of one source."""
+        """Return the rows of one source."""
         return select_rows(self, [each == source for each in self.sources])
 
 
 @dataclass(frozen=True)
 class RecordData:
-    """What a task on records is made of. `sha256`: of all records in order and of the split."""
+    """Tokenizer and records of a task. `sha256`: hash of all records in order and of the split."""
 
     tokenizer: Tokenizer
     train: Rows
@@ -59,10 +59,14 @@ def open_records(
     check: Callable[[Row], str | None] = lambda row: None,
     info: Info = lambda line: None,
 ) -> tuple[Rows, Rows]:
-    """(train, validation). `columns`: the ones that every record must have, each with the option that names it. `text_of`: the
-    text by which a record is held out or not, so that what stands twice is on one side. `check`: what is wrong with a record.
+    """Return (train, validation) rows.
 
-    Where `config.validation` names files, these are held out and all of the corpus is learned from.
+        columns   (column, the option that names it): every record must have these
+        text_of   the text of a record; its hash decides the split, so equal texts are on one side
+        check     returns a record's problem, or None
+
+    With `config.validation`, its files are the validation rows and the whole corpus is the training rows.
+    Errors (DataError): fewer than two records, or all with one text; a missing column; a problem.
     """
     rows = read_corpus_rows(config, columns, info, check)
     if config.validation:
@@ -74,15 +78,16 @@ def open_records(
     fractions = [split_fraction(text_of(row)) for row in rows.values]
     if len(set(fractions)) < 2:
         raise DataError(f"all {len(rows):,} records have the same text: none can be held out. Give --validation FILE")
-    # Where chance leaves one side empty, the nearest goes there.
+    # A side that chance leaves empty gets the record with the nearest hash.
     threshold = min(max(config.val_fraction, sorted(set(fractions))[1]), max(fractions))
     is_held_out = [fraction < threshold for fraction in fractions]
     return select_rows(rows, [not out for out in is_held_out]), select_rows(rows, is_held_out)
 
 
 def select_rows(rows: Rows, flags: list[bool]) -> Rows:
-    places = [place for place, flag in enumerate(flags) if flag]
-    return Rows(*([each[place] for place in places] for each in (rows.values, rows.names, rows.sources)))
+    """Return the rows whose flag is set."""
+    indices = [index for index, flag in enumerate(flags) if flag]
+    return Rows(*([each[index] for index in indices] for each in (rows.values, rows.names, rows.sources)))
 
 
 def read_corpus_rows(
@@ -92,25 +97,25 @@ def read_corpus_rows(
     check: Callable[[Row], str | None] = lambda row: None,
     option: str = "--corpus",
 ) -> Rows:
-    """All records of the corpus, in a fixed order. Errors name the record, the columns it has and the option (DataError)."""
-    left_out: list[str] = []
+    """Return all records of the corpus, in a fixed order. Errors (DataError) name the record, its columns and the option."""
+    lines: list[str] = []
     rows, report, texts = Rows([], [], []), ReadReport(), []
-    for (entry, source, _), (built_in, paths) in zip(config.entries, find_corpus(config, left_out, option), strict=True):
+    for (entry, source, _), (built_in, paths) in zip(config.entries, find_corpus(config, lines, option), strict=True):
         if built_in or entry in BUILT_IN:
             raise DataError(f"{entry} has documents, and no records with columns: name files, {option} FILE.jsonl")
         texts += [str(path) for path in paths if readable_suffix(path) not in FORMATS]
         tables = [path for path in paths if readable_suffix(path) in FORMATS]
         is_named = not expand_home(entry).is_dir()
         for name, row in read_rows(tables, config.on_bad_text, report, is_named=is_named):
-            for column, names_it in columns:
+            for column, named_by in columns:
                 if column not in row:
-                    raise DataError(f"{name}: no column {column!r}; its columns: {quote_names(row)}. Name it by {names_it}")
+                    raise DataError(f"{name}: no column {column!r}; its columns: {quote_names(row)}. Name it by {named_by}")
             if (problem := check(row)) is not None:
                 raise DataError(f"{name}: {problem}")
             rows.values.append(row)
             rows.names.append(name)
             rows.sources.append(source)
-    for line in left_out:
+    for line in lines:
         info(line)
     if texts:
         info(f"left out, as they hold no records: {shorten_list(texts)}")
@@ -127,7 +132,7 @@ def read_corpus_rows(
 
 
 def hash_rows(*parts: Rows) -> str:
-    """Of all values, in order."""
+    """Return the SHA-256 of all values, in order."""
     digest = hashlib.sha256()
     for rows in parts:
         for row in rows.values:
@@ -144,8 +149,8 @@ def train_or_load_tokenizer(
     affix_flags: add_bos_token, add_eos_token of tokenizer_config.json. Default: <s> before the text.
     """
     texts, size = list(texts), config.vocab_size or DEFAULT_VOCAB_SIZE
-    made_by = json.dumps([sentencepiece.__version__, trainer_options(size, mask)])
-    key = hashlib.sha256("\0".join([made_by, str(config.vocab_size), *texts]).encode()).hexdigest()[:16]
+    trainer = json.dumps([sentencepiece.__version__, trainer_options(size, mask)])
+    key = hashlib.sha256("\0".join([trainer, str(config.vocab_size), *texts]).encode()).hexdigest()[:16]
     file = config.cache.expanduser() / f"{key}.model"
     beside = {TOKENIZER_CONFIG: json.dumps(dict(affix_flags)).encode()} if affix_flags else None
     try:
@@ -158,9 +163,9 @@ def train_or_load_tokenizer(
         info(describe_smaller_vocabulary(tokenizer.vocab_size))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        making = Path(f"{file}.{key}.partial")
-        making.write_bytes(tokenizer.model_bytes)
-        making.replace(file)
+        partial = Path(f"{file}.{key}.partial")
+        partial.write_bytes(tokenizer.model_bytes)
+        partial.replace(file)
     except OSError as error:
         raise DataError(f"{config.cache}: {error.strerror}. Name another cache folder by --cache") from error
     return SentencePieceTokenizer(tokenizer.model_bytes, side_files=beside) if affix_flags else tokenizer

@@ -1,8 +1,8 @@
-"""From a record or a block of tokens to labelled examples: one file a way of making labels.
+"""From a record or a block of tokens to labelled examples: one file for each way of making labels.
 
-causal    the next token
-masked    masked tokens
-seq2seq   a source and a target
-labels    the classes of records: their names, sorted into ids
-framing   one text or two with the control tokens around them, cut so that these stay
+    causal    causal language modelling: the next token
+    masked    masked language modelling
+    seq2seq   source and target of an encoder-decoder
+    labels    class labels of records, and their ids
+    framing   special tokens and token types around one text or two, and truncation
 """

@@ -1,4 +1,4 @@
-"""Causal language modelling: blocks of packed documents into inputs and labels."""
+"""Causal language modelling: inputs and labels of blocks of packed documents."""
 
 import torch
 from torch import Tensor
@@ -7,15 +7,15 @@ IGNORE = -100  # a label that is not scored
 
 
 def clm_batch(block_BT1: Tensor, bos_id: int, eos_id: int | None = None) -> dict[str, Tensor]:
-    """Inputs and labels of blocks of T + 1 tokens, in which every document begins with `bos_id`.
+    """Return inputs and labels of blocks of T + 1 tokens, in which every document begins with `bos_id`.
 
-        input_ids[t]     block[t]; bos where block[t] is a filler, below 0
-        labels[t]        block[t + 1], the target of position t; -100 where it is bos (what comes next is chance) or a filler
-        document_ids[t]  0 for the document the row begins in, one more at each bos
+        input_ids[t]     block[t]; bos where block[t] is a filler (< 0)
+        labels[t]        block[t + 1], the target of position t; -100 where it is bos (the next document is random) or a filler
+        document_ids[t]  0 for the first document of the row, one more at each bos
         position_ids[t]  t - (position of the last bos at or before t, or 0)
 
-    All are int64 of (B, T). Labels are masked by that rule alone: an eos is a target like any other. Where `eos_id` is
-    `bos_id`, so is the bos that ends a document; only one right after another, at the joint of the ring, ends nothing.
+    All are int64 of (B, T). No other label is masked: an eos is a target like any other. If `eos_id` equals `bos_id`, the bos
+    that ends a document is a target too; only the second of two in a row, at the joint of the ring, is not.
 
     >>> batch = clm_batch(torch.tensor([[7, 8, 2, 1, 5, 6]]), bos_id=1)
     >>> batch["labels"].tolist(), batch["document_ids"].tolist(), batch["position_ids"].tolist()
@@ -34,7 +34,7 @@ def clm_batch(block_BT1: Tensor, bos_id: int, eos_id: int | None = None) -> dict
 
 
 def document_positions(input_BT: Tensor, bos_id: int) -> dict[str, Tensor]:
-    """document_ids and position_ids of rows of packed documents, each of which begins with `bos_id`."""
+    """Return document_ids and position_ids of rows of packed documents, each beginning with `bos_id`."""
     starts_BT = input_BT == bos_id
     document_BT = starts_BT.cumsum(-1)
     position_T = torch.arange(input_BT.size(-1), device=input_BT.device)

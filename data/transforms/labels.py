@@ -1,4 +1,4 @@
-"""Labels of records: names out of columns, sorted into ids; how often each comes."""
+"""Class labels of records: names from columns, their ids in sorted order, and counts."""
 
 import json
 import re
@@ -20,7 +20,7 @@ class LabelledData(RecordData):
 
 
 def natural_key(name: str) -> tuple:
-    """Sort key: integers by value and first, other names by their parts, in which numbers count by value and case does not.
+    """Return a natural sort key: integers first, by value; other names with their numbers by value, ignoring case.
 
     >>> sorted(["b10", "B2", "10", "-1", "9", "a"], key=natural_key)
     ['-1', '9', '10', 'a', 'B2', 'b10']
@@ -31,7 +31,7 @@ def natural_key(name: str) -> tuple:
 
 
 def label_name(value: object, place: str, column: str) -> str:
-    """A label's name: a string without white space around it, an integer's digits, "true" or "false". Errors name the record.
+    """Return a label's name: a stripped string, an integer's digits, "true" or "false". Errors (DataError) name the record.
 
     >>> label_name(" good ", "a.csv, record 1", "label"), label_name(True, "", ""), label_name(3, "", "")
     ('good', 'true', '3')
@@ -51,8 +51,9 @@ def label_name(value: object, place: str, column: str) -> str:
 
 
 def label_names(row: Row, place: str, column: str, separator: str | None) -> tuple[str, ...]:
-    """The labels of a record, each once: of the whole column, or with a `separator` of its parts or of a list. A text of
-    several labels may have none: an empty list, or an empty string.
+    """Return the distinct labels of a record: the column's value, or with a `separator` its parts or the items of a list.
+
+    With a separator an empty list or string means no label.
 
     >>> label_names({"label": "b; a;b"}, "", "label", ";"), label_names({"label": []}, "", "label", ";")
     (('b', 'a'), ())
@@ -64,21 +65,21 @@ def label_names(row: Row, place: str, column: str, separator: str | None) -> tup
         return (label_name(value, place, column),)
     if isinstance(value, str):
         value = [part for part in value.split(separator) if part.strip()]
-    several = value if isinstance(value, list) else [value]
-    return tuple(dict.fromkeys(label_name(each, place, column) for each in several))
+    values = value if isinstance(value, list) else [value]
+    return tuple(dict.fromkeys(label_name(value, place, column) for value in values))
 
 
 def row_labels(rows: Rows, column: str, separator: str | None) -> list[tuple[str, ...]]:
-    """The labels of each record."""
+    """Return the labels of each record."""
     return [label_names(row, place, column, separator) for row, place in zip(rows.values, rows.names, strict=True)]
 
 
 def training_labels(
     train: Rows, validation: Rows, column: str, separator: str | None, known: Sequence[str] | None = None
 ) -> tuple[str, ...]:
-    """The labels of the training records, sorted; in the order of `known` where these are the same names.
+    """Return the labels of the training records, sorted; in the order of `known` where the names are the same.
 
-    Errors (DataError): fewer than two classes; a label that held-out records alone have, with the first of these.
+    Errors (DataError): fewer than two classes; a label of a held-out record that no training record has.
     """
     found = {name for names in row_labels(train, column, separator) for name in names}
     if len(found) < (1 if separator is not None else 2):
@@ -96,7 +97,7 @@ def training_labels(
 
 
 def count_labels(labels: Sequence[str], named: Iterable[tuple[str, ...]]) -> list[int]:
-    """Count the records of each label.
+    """Return the number of records of each label.
 
     >>> count_labels(("a", "b"), [("a",), ("a", "b"), ()])
     [2, 1]
@@ -109,7 +110,7 @@ def count_labels(labels: Sequence[str], named: Iterable[tuple[str, ...]]) -> lis
 
 
 def labels_from_config(id2label: object) -> tuple[str, ...] | None:
-    """The names of config.json's id2label in the order of ids; None where it is no such table.
+    """Return the names in config.json's id2label in the order of ids; None where it is no such table.
 
     >>> labels_from_config({"1": "b", "0": "a"}), labels_from_config({"0": "a", "2": "b"}), labels_from_config(None)
     (('a', 'b'), None, None)
@@ -124,5 +125,5 @@ def labels_from_config(id2label: object) -> tuple[str, ...] | None:
 
 
 def join_labels(names: Sequence[str], separator: str) -> str:
-    """Several labels as one cell of a table."""
+    """Return several labels as one cell of a table."""
     return separator.join(names) if all(separator not in name for name in names) else json.dumps(names, ensure_ascii=False)

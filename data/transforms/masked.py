@@ -1,4 +1,4 @@
-"""Masked language modelling: blocks of packed documents into inputs with gaps, and labels for the gaps alone."""
+"""Masked language modelling: inputs with masked tokens, and labels for these alone, of blocks of packed documents."""
 
 from collections.abc import Iterable
 from functools import lru_cache
@@ -11,9 +11,9 @@ from torch import Tensor
 from data.config import DataError
 from data.transforms.causal import IGNORE, document_positions
 
-MASK_REPLACE_PROB, RANDOM_REPLACE_PROB = 0.8, 0.1  # shares of the chosen; the rest stays as it is
-STREAM = 0x6D61736B  # "mask": the second half of the key, so that no other use of a seed draws these numbers
-VALIDATION_STEP = 2**64 - 1  # a step that training never reaches: the fixed masks of validation
+MASK_REPLACE_PROB, RANDOM_REPLACE_PROB = 0.8, 0.1  # of the chosen tokens; the others stay unchanged
+STREAM = 0x6D61736B  # "mask", half of the key: separates these random numbers from other uses of the seed
+VALIDATION_STEP = 2**64 - 1  # never reached in training: the fixed masks of validation
 
 
 def mlm_batch(
@@ -30,49 +30,49 @@ def mlm_batch(
     mask_replace_prob: float = MASK_REPLACE_PROB,
     random_replace_prob: float = RANDOM_REPLACE_PROB,
 ) -> dict[str, Tensor]:
-    """Inputs and labels of blocks of T tokens, in which every document begins with `bos_id`.
+    """Return inputs and labels of blocks of T tokens, in which every document begins with `bos_id`.
 
-        chosen[t]        u0 < mlm_probability, for a token that is neither special nor a filler (below 0)
+        chosen[t]        u0 < mlm_probability, for a token that is neither special nor a filler (< 0)
         labels[t]        block[t] where chosen, else -100: nothing is shifted
-        input_ids[t]     where chosen: mask_id if u1 < mask_replace_prob; a random token that is not special if
+        input_ids[t]     where chosen: mask_id if u1 < mask_replace_prob; a random non-special token if
                          0 <= u1 - mask_replace_prob < random_replace_prob; block[t] otherwise.
                          Elsewhere block[t], and bos for a filler
         document_ids, position_ids   as in data.transforms.causal
 
-    All are int64 of (B, T). The u of row r and position t are a pure function of (seed, step, first_row + r, t), for one
-    T: `first_row` is the row's place in the global batch, so the split into micro-batches and ranks changes nothing.
-    Philox counts: position r T + t is block number r T + t of key (seed, STREAM) at step `step`, 4 words of 64 bits.
+    All are int64 of (B, T). The uniform numbers u of row r and position t are a pure function of (seed, step, first_row + r, t)
+    for a given T. `first_row` is the row's index in the global batch, so micro-batches and ranks do not change them.
+    Philox with key (seed, STREAM): its counter at step `step` and position t is (first_row + r) T + t, 4 words of 64 bits each.
     Source: Devlin et al. 2019, arXiv 1810.04805, appendix A.1. transformers' DataCollatorForLanguageModeling has the
-    same shares, but replaces by any id, special ones too; Salmon et al. 2011 (Philox).
+    same probabilities, but replaces by any id, special ones included; Salmon et al. 2011 (Philox).
     """
     if not 0 < mlm_probability <= 1:
         raise DataError(f"mlm_probability={mlm_probability} is outside (0, 1]")
     if not (0 <= mask_replace_prob and 0 <= random_replace_prob and mask_replace_prob + random_replace_prob <= 1):
         probabilities = f"mask_replace_prob={mask_replace_prob} and random_replace_prob={random_replace_prob}"
         raise DataError(f"{probabilities} are shares of the chosen: their sum is at most 1")
-    is_special_V, ordinary = non_special_ids(special_ids | {mask_id, bos_id}, vocab_size)
+    is_special_V, regular = non_special_ids(special_ids | {mask_id, bos_id}, vocab_size)
     block = block_BT.numpy()
     rows, length = block.shape
     counter = np.array([first_row * length, 0, 0, step], dtype=np.uint64)
     random = np.random.Philox(counter=counter, key=np.array([seed, STREAM], dtype=np.uint64))
     word_BT4 = random.random_raw(4 * block.size).reshape(rows, length, 4)
-    u_BT2 = (word_BT4[..., :2] >> np.uint64(11)) * 2.0**-53  # in [0, 1), as numpy's own
+    u_BT2 = (word_BT4[..., :2] >> np.uint64(11)) * 2.0**-53  # in [0, 1), like numpy's random()
     input_BT = np.where(block < 0, bos_id, block)
-    is_chosen = (u_BT2[..., 0] < mlm_probability) & ~is_special_V[input_BT]  # bos is special, and so are fillers
+    is_chosen = (u_BT2[..., 0] < mlm_probability) & ~is_special_V[input_BT]  # fillers became bos, which is special
     labels = np.where(is_chosen, block, IGNORE)
     is_masked = is_chosen & (u_BT2[..., 1] < mask_replace_prob)
     is_replaced = is_chosen & ~is_masked & (u_BT2[..., 1] < mask_replace_prob + random_replace_prob)
     input_ids = np.where(is_masked, mask_id, input_BT)
-    # The remainder of 64 bits favours no id by more than V / 2^64.
-    input_ids[is_replaced] = ordinary[word_BT4[is_replaced, 2] % np.uint64(len(ordinary))]
-    # Documents are told by the text, not by what stands in its place.
+    # The remainder of 64 bits is uniform up to V / 2^64.
+    input_ids[is_replaced] = regular[word_BT4[is_replaced, 2] % np.uint64(len(regular))]
+    # Document boundaries are those of the text, not of the masked input.
     places = document_positions(torch.from_numpy(input_BT), bos_id)
     return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels), **places}
 
 
 @lru_cache(maxsize=8)
 def non_special_ids(special_ids: frozenset[int], vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(bool of (V,), whether an id is special; the ids that are not, ascending)."""
+    """Return (bool of (V,), True for special ids; the other ids, ascending)."""
     is_special_V = np.zeros(vocab_size, dtype=bool)
     is_special_V[sorted(special_ids)] = True
     if is_special_V.all():
@@ -81,7 +81,7 @@ def non_special_ids(special_ids: frozenset[int], vocab_size: int) -> tuple[np.nd
 
 
 class UnigramBaseline(NamedTuple):
-    """What a guess without context achieves on masked tokens."""
+    """Scores of a guess without context on masked tokens."""
 
     accuracy: float
     perplexity: float
@@ -90,18 +90,18 @@ class UnigramBaseline(NamedTuple):
 def unigram_baseline(
     train_ids: np.ndarray, labels: Iterable[Tensor], special_ids: frozenset[int], vocab_size: int
 ) -> UnigramBaseline:
-    """Always the most frequent training token, and its perplexity under add-one frequencies, on exactly these labels.
+    """Return the scores of a unigram model on `labels`: the most frequent token, and add-one frequencies.
 
-        accuracy    share of the labels w that are argmax c
+        accuracy    share of the labels w with w = argmax c
         perplexity  exp(-mean of ln P(w)),   P(w) = (c(w) + 1) / (N + V')
 
-    c counts the training tokens that are not special, N of them, and V' is the number of ids that are not; -100 is no
-    label. Raises DataError when there is none.
+    c counts the N non-special training tokens; V' is the number of non-special ids; labels of -100 are skipped.
+    Errors: DataError without any label.
 
     >>> unigram_baseline(np.array([0, 1, 1, 2]), [torch.tensor([1, -100, 2])], frozenset({0}), 3)
     UnigramBaseline(accuracy=0.5, perplexity=2.04...)
     """
-    is_special_V, ordinary = non_special_ids(special_ids, vocab_size)
+    is_special_V, regular = non_special_ids(special_ids, vocab_size)
     count_V = np.zeros(vocab_size, dtype=np.int64)
     for start in range(0, len(train_ids), 1 << 24):  # a memory-mapped corpus need not fit in memory
         count_V += np.bincount(train_ids[start : start + (1 << 24)], minlength=vocab_size)
@@ -116,7 +116,7 @@ def unigram_baseline(
         )
     if not target_V.sum():
         raise DataError("no token is masked: there is nothing to score. Use more text, or a higher rate")
-    log_p_V = np.log((count_V + 1) / (count_V.sum() + len(ordinary)))
+    log_p_V = np.log((count_V + 1) / (count_V.sum() + len(regular)))
     return UnigramBaseline(
         float(target_V[count_V.argmax()] / target_V.sum()), float(np.exp(-(target_V * log_p_V).sum() / target_V.sum()))
     )

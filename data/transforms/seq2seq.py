@@ -1,4 +1,4 @@
-"""Sequence to sequence: a source and a target into what encoder and decoder read, and what the decoder is to say."""
+"""Sequence to sequence: inputs of encoder and decoder, and labels, from a source and a target."""
 
 from collections.abc import Iterable, Sequence
 
@@ -25,9 +25,9 @@ def encode_text(
 
 
 def seq2seq_example(source_ids: np.ndarray, target_ids: np.ndarray, start_id: int) -> Example:
-    """decoder_input[0] = start, decoder_input[t] = label[t - 1]; labels are the whole target, its eos included.
+    """Return the example for teacher forcing: ids[0] = start_id, ids[t] = labels[t - 1]; labels = target with its eos.
 
-    As `shift_tokens_right` of transformers; what pads a row comes later (`data.packing`): -100 in labels, an id in inputs.
+    Equals `shift_tokens_right` of transformers. `data.packing` pads later: -100 in labels, an id in inputs.
 
     >>> example = seq2seq_example(np.array([5, 6, 1]), np.array([7, 1]), 0)
     >>> example.ids.tolist(), example.labels.tolist(), example.source_ids.tolist()
@@ -38,8 +38,9 @@ def seq2seq_example(source_ids: np.ndarray, target_ids: np.ndarray, start_id: in
 
 
 def unigram_nats(train: Iterable[np.ndarray], labels: Sequence[np.ndarray], vocab_size: int) -> float:
-    """The mean of -ln P(w) over the labels, P(w) = (c(w) + 1) / (N + V): the best guess that knows neither source nor what
-    stands before. c counts the N target tokens of training; -100 is no label.
+    """Return the mean of -ln P(w) in nats over the labels, P(w) = (c(w) + 1) / (N + V): a unigram baseline without context.
+
+    c counts the N target tokens of training; labels of -100 are skipped.
 
     >>> round(unigram_nats([np.array([0, 1, 1])], [np.array([1, 1, -100])], 2), 4)  # -ln 3/5
     0.5108

@@ -48,7 +48,7 @@ BAD = {  # records, options: what the message holds
     ),
     "separator": (GOOD, ["--classify.separator", ";"], ["--classify.separator would have no effect", "--classify.multi"]),
     "smoothing": (GOOD, ["--classify.multi", "--label-smoothing", 0.1], ["--label-smoothing", "--classify.multi"]),
-    "no room": (GOOD, ["--classify.max-length", 2], ["2 tokens have no room for a text: 2 stand around it"]),
+    "no room": (GOOD, ["--classify.max-length", 2], ["2 tokens have no room for a text: 2 are special tokens"]),
     "too long": (
         [*GOOD, {"text": "a " * 99, "label": "a"}],
         ["--classify.overlong", "error", "--context", 64],

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import regex
 
+from data.corpus.cut import cut_at_blank_lines, cut_at_spaces, cut_long_lines
 from data.corpus.dedup import deduplicate, find_covered, shingle_overlap, shingles
-from data.corpus.ingest import cut_at_blank_lines, cut_at_spaces, cut_long_lines
 from data.sources.files import Document
 from tests.texts import prose
 
@@ -34,9 +34,9 @@ def test_built_in_documentation(documents):
 def test_built_in_corpus_imports_nothing():
     names = ["antigravity", "this", "turtle", "pydoc_data.topics"]
     code = (
-        "import sys; from data.corpus.ingest import stdlib_docs, stdlib_files;"
-        "paths = [p for p in stdlib_files() if p.stem in ('antigravity', 'this', 'turtle', 'topics')];"
-        "found = list(stdlib_docs(paths));"
+        "import sys; from data.corpus.stdlib import list_files, read_docs;"
+        "paths = [p for p in list_files() if p.stem in ('antigravity', 'this', 'turtle', 'topics')];"
+        "found = list(read_docs(paths));"
         f"print(len(found) > 50, set({names}) & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -166,7 +166,7 @@ def test_a_task_mixes_and_scores_each_source_once(mixed):
     task = task_of(shards, mixed)
     assert isinstance(task.stream, MixedBlocks)
     start = shards.train.ranges["b"][0]
-    from_b = sum((task.stream.places(step)[:, 0] >= start).sum() for step in range(128))
+    from_b = sum((task.stream.token_indices(step)[:, 0] >= start).sum() for step in range(128))
     assert from_b == 256
     labels = [batch["labels"] for batch in task.validation]
     scored = {

@@ -123,7 +123,7 @@ BOUNDS = [(0, 400), (400, 460), (460, 1160)]
 
 def test_blocks_are_mixed_by_weight_and_stay_in_their_source():
     stream = MixedBlocks(IDS, BOUNDS, (2, 1, 1), context=8, batch_size=16, seed=0)
-    places = np.concatenate([stream.places(step) for step in range(64)])
+    places = np.concatenate([stream.token_indices(step) for step in range(64)])
     of = np.select([places < end for _, end in BOUNDS], range(3))
     assert (of == of[:, :1]).all(), "a block has tokens of one source"
     assert np.bincount(of[:, 0]).tolist() == [512, 256, 256]
@@ -135,7 +135,7 @@ def test_blocks_are_mixed_by_weight_and_stay_in_their_source():
             assert len(set(taken)) == len(taken) and start <= taken.min() and taken.max() < end
         ring = np.where(mine[:, :-1] + 1 == end, start, mine[:, :-1] + 1)
         assert np.array_equal(mine[:, 1:], ring)
-    assert torch.equal(stream.batch(3), torch.from_numpy(IDS[stream.places(3)].astype(np.int64)))
+    assert torch.equal(stream.batch(3), torch.from_numpy(IDS[stream.token_indices(3)].astype(np.int64)))
 
 
 def test_a_mixed_batch_is_a_pure_function_of_seed_and_step():
@@ -156,7 +156,7 @@ def test_sources_are_independent():
     """Two of the same text do not go through it in the same order; and a third one changes nothing in the order of these."""
     both = np.concatenate([IDS, IDS])
     stream = MixedBlocks(both, [(0, 1160), (1160, 2320)], (1, 1), context=8, batch_size=64, seed=0)
-    places = np.concatenate([stream.places(step)[:, 0] for step in range(4)])
+    places = np.concatenate([stream.token_indices(step)[:, 0] for step in range(4)])
     one, other = places[places < 1160], places[places >= 1160] - 1160
     assert abs(np.corrcoef(one[:120], other[:120])[0, 1]) < 0.3
     for count in (1, 2, 3):

@@ -32,12 +32,12 @@ class MethodConfig:
             CONFIGS[cls.method] = cls
 
     def __post_init__(self) -> None:
-        known = {entry.name for entry in fields(self)}
-        for name, hint in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if name in known and get_origin(hint) is Literal and value not in get_args(hint):
+        hints, known = get_type_hints(type(self)), {entry.name for entry in fields(self)}
+        for name in (entry.name for entry in fields(self)):
+            hint, value = hints[name], getattr(self, name)
+            if get_origin(hint) is Literal and value not in get_args(hint):
                 raise AdapterError(f"{self.method}: {name}={value!r} must be one of {', '.join(get_args(hint))}")
-            if name in known and hint is int and type(value) is not int:
+            if hint is int and type(value) is not int:
                 raise AdapterError(f"{self.method}: {name}={value!r} must be an integer")
             if name in ("targets", "feedforward") and not (isinstance(value, str) and value):
                 raise AdapterError(f"{self.method}: {name}={value!r} must be a string, such as 'q_proj|v_proj'")

@@ -1,20 +1,27 @@
 """What holds for adapters of every method: nothing is half done, what is switched off is off, wrong settings are told."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 
 import model.hub
 from lora.config import (
+    CONFIGS,
     AdaloraConfig,
     AdapterConfig,
     AdapterError,
     DoraConfig,
     Ia3Config,
     LoraConfig,
+    MethodConfig,
     PrefixConfig,
     PromptConfig,
 )
 from lora.inject import activate, adapters, add_adapters, merge, remove, unmerge
+from lora.layer import Part
+from lora.methods import LAYER_METHODS, layer_method
 from tests.conftest import randomized, tiny_config
 from tests.oracle.adapter_twins import gap, randomize, trained
 
@@ -137,3 +144,42 @@ def test_settings_that_no_adapter_can_have(error):
     with pytest.raises(AdapterError) as raised:
         WRONG[error]()
     assert error in str(raised.value)
+
+
+def test_a_method_registers_itself():
+    """A config class and a function are all that a new method needs: neither is named in a second place."""
+
+    @dataclass(frozen=True)
+    class ShiftConfig(MethodConfig):
+        method: ClassVar[str] = "shift"
+        learning_rate: ClassVar[float] = 1e-2
+        targets: str = "q_proj|v_proj"
+        train_whole: tuple[str, ...] = ()
+
+    class Shift(Part):
+        def __init__(self, base):
+            super().__init__()
+            self.shift = torch.nn.Parameter(torch.empty(base.out_features))
+
+        def reset_parameters(self, generator=None):
+            self.shift.data.zero_()
+
+        def post_forward(self, x, y, base):
+            return y + self.shift
+
+    try:
+        layer_method(ShiftConfig)(lambda base, config, name: Shift(base))
+        network = randomized(tiny_config("llama"))
+        before = network(IDS).logits
+        add_adapters(network, ShiftConfig())
+        assert torch.equal(network(IDS).logits, before) and len(trained(network)) == 4
+        randomize(network)
+        assert gap(network(IDS).logits, before) > 1e-3
+        with pytest.raises(AdapterError, match="Shift cannot be merged"):
+            merge(network)
+        assert torch.equal(remove(network)(IDS).logits, before)
+    finally:
+        CONFIGS.pop("shift")
+        LAYER_METHODS.pop("shift")
+    with pytest.raises(AdapterError, match="unknown method 'shift'; methods: "):
+        add_adapters(network, ShiftConfig())

@@ -78,7 +78,7 @@ class Bleu:
         sides = [tokenize_texts(texts, self.tokenize, lowercase=self.lowercase) for texts in (hypotheses, *references)]
         hypothesis, *found = number_tokens(*sides)
         check_has_reference(references)
-        self._notice([hypotheses, *references], sides, notes)
+        self._add_notes([hypotheses, *references], sides, notes)
         length_BR = torch.stack([reference.lengths_B for reference in found], 1)
         return torch.cat(
             [
@@ -91,7 +91,7 @@ class Bleu:
             1,
         )
 
-    def _notice(self, texts: Sequence[Sequence], sides: Sequence[Sequence], notes: Notes | None) -> None:
+    def _add_notes(self, texts: Sequence[Sequence], sides: Sequence[Sequence], notes: Notes | None) -> None:
         """Note texts that this tokenizer does not segment into words, and texts that look tokenized already."""
         if self.tokenize not in ("char", "ids"):
             scripts.note_unsegmented(f"BLEU ({self.tokenize})", scripts.USE_TOKENIZERS, texts, sides, notes)

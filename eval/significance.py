@@ -79,7 +79,7 @@ def paired_bootstrap(
     """
     difference_X = resampled_difference(metric, baseline_BK, system_BK, samples=samples, seed=seed)
     beyond_X = difference_X.abs() - difference_X.abs().mean()
-    found = _compared("bs", metric, baseline_BK, system_BK, beyond_X, percentile_interval(difference_X, seed=seed))
+    found = _make_comparison("bs", metric, baseline_BK, system_BK, beyond_X, percentile_interval(difference_X, seed=seed))
     note_or_warn("p", describe_meaningless, found, notes)
     return found
 
@@ -104,7 +104,7 @@ def approximate_randomisation(
     first_XK = swapped_sums(*columns, samples=samples, seed=seed)
     second_XK = (columns[0] + columns[1]).sum(0) - first_XK
     beyond_X = (score_of_sums(metric, first_XK) - score_of_sums(metric, second_XK)).abs()
-    found = _compared("ar", metric, baseline_BK, system_BK, beyond_X, percentile_interval(difference_X, seed=seed))
+    found = _make_comparison("ar", metric, baseline_BK, system_BK, beyond_X, percentile_interval(difference_X, seed=seed))
     note_or_warn("p", describe_meaningless, found, notes)
     return found
 
@@ -217,7 +217,7 @@ def draw_coins(examples: int, *, samples: int, seed: int) -> Iterator[Tensor]:
         yield torch.from_numpy(random.integers(2, size=(min(rows, samples - start), examples), dtype=bool))
 
 
-def _compared(
+def _make_comparison(
     test: str, metric: Metric, baseline_BK: Tensor, system_BK: Tensor, beyond_X: Tensor, near: Interval
 ) -> Comparison:
     baseline, system = corpus_value(metric, baseline_BK), corpus_value(metric, system_BK)

@@ -34,7 +34,8 @@ def is_perplexity_of(task: type[Task], config: ModelConfig) -> bool:
     return config.architecture in task.architectures and config.head in task.perplexity_of
 
 
-def no_objective(config: ModelConfig) -> str:
+def explain_no_objective(config: ModelConfig) -> str:
+    """Explain why a network has no perplexity."""
     article = "a" if config.architecture == "decoder" else "an"
     return f"it is that of words in plain text, and this is {article} {config.architecture} with the head {config.head!r}"
 
@@ -56,7 +57,7 @@ def open_text(
     """
     objective = objective_of(config)
     if objective is None:
-        return no_objective(config)
+        return explain_no_objective(config)
     try:
         tokenizer = load_tokenizer(folder, config.vocab_size)
         run = folder.parent.parent

@@ -61,7 +61,7 @@ def indexed_files(folder: Path) -> list[Path]:
         if Path(name).name != name:
             raise HubError(f"{INDEX} points outside its folder: {name!r}")
         if not (folder / name).is_file():
-            raise HubError(f"{INDEX} names {name}, which is not there: the folder is not whole, or the index is of other files")
+            raise HubError(f"{INDEX} names {name}, which is not there: the folder is incomplete, or has another's index")
     return [folder / name for name in names]
 
 

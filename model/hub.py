@@ -264,7 +264,7 @@ def _match(
             elif heads.is_weight(published):
                 found.other_heads.append(published)
             elif spelled not in names.ignored:
-                raise HubError(f"{path.name} holds {published!r}, which {config.family} of this config has no place for")
+                raise HubError(f"{path.name} holds {published!r}, which {config.family} with this config does not have")
     for path, published, name in copies:  # a file may hold a tied weight under any of its names
         if name not in found.sources:
             found.sources[name] = (path, published)

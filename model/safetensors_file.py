@@ -189,7 +189,7 @@ class WeightFile:
         header_size = int.from_bytes(length, "little")
         longest = min(MAX_HEADER_BYTES, size - 8)
         if header_size > longest:
-            raise self._error(f"the header's length is given as {header_size} bytes, {longest} are possible")
+            raise self._error(f"the header's length is {header_size} bytes, at most {longest} are possible")
         text = bytearray(header_size)
         self._read_bytes(memoryview(text), 8, "the header")
         header = self._parse(text)

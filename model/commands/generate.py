@@ -79,7 +79,7 @@ class Generate:
         Needs(
             ("specials",),
             lambda options: bool(options.prompt or options.source),
-            "it says how --prompt or --source is read, and there is none",
+            "it is for --prompt or --source, and there is neither",
         ),
     )
 
@@ -125,7 +125,7 @@ def generate(options: Generate) -> None:
     beams, early = int(settings.pop("beams")), settings.pop("early_stopping", False)
     length_penalty = settings.pop("length_penalty")
     if beams == 1 and options.length_penalty is not None:
-        raise ConfigError("--length-penalty would have no effect: it is of beam search, --beams above 1")
+        raise ConfigError("--length-penalty would have no effect: it is for beam search, --beams above 1")
     if beams != 1:
         if stop_strings:
             raise ConfigError("--stop does not go with --beams, which end at ids: name control tokens")
@@ -165,10 +165,10 @@ def check_text(options: Generate, config: "ModelConfig") -> None:
     """Refuse --prompt with an encoder-decoder, and --source with a decoder."""
     if config.architecture != "encoder-decoder":
         if options.source:
-            raise ConfigError(f"--source is of an encoder-decoder; this {config.architecture} goes on: --prompt TEXT")
+            raise ConfigError(f"--source is for an encoder-decoder; this {config.architecture} continues a text: --prompt TEXT")
     elif options.prompt or not options.source:
-        what = "--prompt is of a decoder, which goes on" if options.prompt else "there is no text to answer"
-        raise ConfigError(f"{what}; this is an encoder-decoder, which reads a text and writes another: --source TEXT")
+        what = "--prompt is for a decoder, which continues a text" if options.prompt else "there is no text to answer"
+        raise ConfigError(f"{what}; this is an encoder-decoder, which answers a text: --source TEXT")
 
 
 def context_window(network: "Network") -> int | None:

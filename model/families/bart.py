@@ -70,7 +70,7 @@ def read_config(hf: dict) -> dict:
 
 def write_config(config) -> dict:
     if config.norm_eps != 1e-5:
-        raise ValueError(f"a bart config.json has no place for norm_eps={config.norm_eps}: it is 1e-5")
+        raise ValueError(f"a bart config.json cannot hold norm_eps={config.norm_eps}: it is 1e-5")
     return {
         "is_encoder_decoder": True,
         "vocab_size": config.vocab_size,

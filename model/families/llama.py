@@ -103,7 +103,7 @@ def read_common(hf: dict, family: dict, **default) -> dict:
 def write_common(config) -> dict:
     """Return the fields of `read_common`."""
     if config.dropout:
-        raise ValueError(f"a {config.family} config.json has no place for dropout={config.dropout}; set it to 0 before saving")
+        raise ValueError(f"a {config.family} config.json cannot hold dropout={config.dropout}; set it to 0 before saving")
     return (
         {
             "vocab_size": config.vocab_size,

@@ -31,7 +31,7 @@ def read_config(hf: dict) -> dict:
 
 def write_config(config) -> dict:
     if config.rope != Rope():
-        raise ValueError(f"a roformer config.json has no place for rope={config.rope}: it is {Rope()}")
+        raise ValueError(f"a roformer config.json cannot hold rope={config.rope}: it is {Rope()}")
     return bert.write_config(config) | {"embedding_size": config.width, "rotary_value": False}
 
 

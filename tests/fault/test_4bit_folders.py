@@ -129,7 +129,7 @@ CASES = {  # name: (folder, change, message)
     "no state": (
         "double",
         without(STATE),
-        rf"model\.safetensors holds '{NAME}\.[a-z_]+', which llama of this config has no place",
+        rf"model\.safetensors holds '{NAME}\.[a-z_]+', which llama with this config does not have",
     ),
     "not JSON": ("double", text('{"quant'), UNREADABLE + "JSONDecodeError"),
     "nothing": ("double", text(""), UNREADABLE + "JSONDecodeError"),

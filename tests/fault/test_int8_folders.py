@@ -171,7 +171,7 @@ CASES = {  # name: (folder, change, message)
     ),
     "the head": ("dynamic", more("lm_head.weight_scale", 1), r"lm_head\.weight has a weight_scale, but is not a matrix"),
     "llm: no codes": ("llm", lost("weight"), f"lacks {NAME}"),
-    "llm: no SCB": ("llm", lost("SCB"), rf"holds '{LAYER}\.weight_format', which llama of this config has no place for"),
+    "llm: no SCB": ("llm", lost("SCB"), rf"holds '{LAYER}\.weight_format', which llama with this config does not have"),
     "llm: SCB cut": ("llm", of("SCB", lambda s: s[1:]), shown("SCB has 39 numbers, [40, 24] wants 40")),
     "llm: SCB of NaN": ("llm", of("SCB", lambda s: s * math.nan), shown("SCB has values that are negative or non-finite")),
     "llm: SCB below 0": ("llm", of("SCB", lambda s: -s), shown("SCB has values that are negative or non-finite")),

@@ -147,8 +147,8 @@ BASES = {  # name: (what happens to the base, what is said)
     "an adapted weight is missing": (lost(f"{Q}.weight"), f"lacks {Q}.weight"),
     "another one is missing": (lost("model.norm.weight"), "lacks model.norm.weight"),
     "the head is missing": (lost("lm_head.weight"), "lacks lm_head.weight"),
-    "GPTQ": (packed, r"holds 'model\.layers\.\d\..*\.qweight', which llama of this config has no place for"),
-    "a tensor of another family": (lambda t: t.update(extra=torch.ones(2)), "holds 'extra', which llama of this config has"),
+    "GPTQ": (packed, r"holds 'model\.layers\.\d\..*\.qweight', which llama with this config does not have"),
+    "a tensor of another family": (lambda t: t.update(extra=torch.ones(2)), "holds 'extra', which llama with this config"),
     "misshapen": (lambda t: t.update({f"{Q}.weight": torch.ones(20, 24)}), rf"{Q}.weight' has shape \(20, 24\)"),
     "codes": (
         lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"].char()}),

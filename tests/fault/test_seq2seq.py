@@ -102,9 +102,9 @@ def test_generate_names_the_other_option(place, tmp_path):
     llama(tmp_path / "llama")
     write_tokenizer(tmp_path / "llama", byte_level(["</s>"]), ["</s>"], eos_token="</s>")
     cases = {
-        (place / "bart", "--prompt", "a"): "--prompt is of a decoder, which goes on; this is an encoder-decoder",
+        (place / "bart", "--prompt", "a"): "--prompt is for a decoder, which continues a text; this is an encoder-decoder",
         (place / "bart",): "there is no text to answer; this is an encoder-decoder",
-        (tmp_path / "llama", "--source", "a"): "--source is of an encoder-decoder; this decoder goes on: --prompt TEXT",
+        (tmp_path / "llama", "--source", "a"): "--source is for an encoder-decoder; this decoder continues a text: --prompt",
     }
     for words, expected in cases.items():
         said = command("generate", *words, main=model.__main__.main)

@@ -226,7 +226,7 @@ def test_the_header_that_is_broken_above_can_be_read_whole(path):
 @pytest.mark.parametrize("length", [2**64 - 1, 100_000_001, 1000, 9])
 def test_a_length_that_cannot_be_is_refused_before_memory_is_asked_for(length, path):
     path.write_bytes(length.to_bytes(8, "little") + b"{}")
-    with pytest.raises(WeightFileError, match=f"given as {length} bytes, 2 are possible"):
+    with pytest.raises(WeightFileError, match=f"length is {length} bytes, at most 2 are possible"):
         WeightFile(path)
 
 
@@ -234,7 +234,7 @@ def test_a_header_past_the_limit_is_refused_though_the_file_is_as_long(path):
     with open(path, "wb") as file:
         file.write((100_000_001).to_bytes(8, "little"))
         file.truncate(200_000_000)  # a hole: takes no room on the disk
-    with pytest.raises(WeightFileError, match="given as 100000001 bytes, 100000000 are possible"):
+    with pytest.raises(WeightFileError, match="length is 100000001 bytes, at most 100000000 are possible"):
         WeightFile(path)
 
 

@@ -1,8 +1,8 @@
 """Networks of other libraries: any `nn.Module` with linear layers, such as a model of transformers.
 
-LoRA and its kin go on these too. A foreign network has no table of weights (`model.weights`), so that nothing that needs one
-works there: virtual tokens, the presets "attention" and "query-value", PEFT's folders. transformers' Conv1D (GPT-2) is a linear
-layer whose weight is stored I × O.
+They can have every adapter that stands beside layers. They have no table of weights (`model.weights`), which virtual tokens,
+the presets "attention" and "query-value", and PEFT's folders need. transformers' Conv1D (GPT-2) is a linear layer whose weight
+is stored I × O.
 """
 
 import torch
@@ -12,15 +12,16 @@ from lora.config import AdapterError
 from model.config import ModelConfig
 from quant.linear import dense_weight
 
-CLASSIFIERS = ("score", "classifier")  # transformers' names of a classifier's last layer
+CLASSIFIERS = ("score", "classifier")  # transformers' names of a classifier's head
 
 
 def is_foreign(network: nn.Module) -> bool:
+    """True unless the network is one of this project: its config is a `ModelConfig`."""
     return not isinstance(getattr(network, "config", None), ModelConfig)
 
 
 def require_own(network: nn.Module, what: str) -> None:
-    """Error (AdapterError) if the network is foreign: `what` needs a network of this project."""
+    """Raise AdapterError if the network is foreign; `what` begins the message."""
     if is_foreign(network):
         raise AdapterError(f"{what} a network of model.hub.load or model.network, not a {type(network).__name__}")
 
@@ -45,15 +46,13 @@ def weight_of(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     return weight.T if is_conv1d(layer) else weight
 
 
-def all_linear(network: nn.Module) -> list[str]:
-    """Paths of a foreign network's linear layers, without its head, as PEFT's target_modules="all-linear".
+def head_of(network: nn.Module) -> nn.Module | None:
+    """Return the head of a transformers network, which adapters of all linear layers leave out; None of another module.
 
-    The head is what transformers' `get_output_embeddings` returns; where that is None (a classifier), `score` or `classifier`.
+    It is what `get_output_embeddings` returns, or where that is None, in a classifier, `score` or `classifier`.
     """
-    head = None
-    if hasattr(network, "get_output_embeddings"):
-        named = (getattr(network, name, None) for name in CLASSIFIERS)
-        head = network.get_output_embeddings() or next((module for module in named if module is not None), None)
-    inside = set() if head is None else set(head.modules())
-    layers = ((path, layer) for path, layer in network.named_modules() if isinstance(layer, nn.Linear) or is_conv1d(layer))
-    return [path for path, layer in layers if layer not in inside]
+    if not hasattr(network, "get_output_embeddings"):
+        return None
+    named = (getattr(network, name, None) for name in CLASSIFIERS)
+    head = network.get_output_embeddings()
+    return head if head is not None else next((module for module in named if module is not None), None)

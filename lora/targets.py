@@ -6,7 +6,7 @@ import re
 from torch import nn
 
 from lora.config import AdapterError
-from lora.foreign import all_linear, is_foreign, is_linear
+from lora.foreign import head_of, is_conv1d, is_foreign, is_linear
 from lora.installed import modules_without_adapters
 from lora.layer import AdaptedLayer, LayerName, ModulesToSave
 from model.parameters import TARGETS, adapted_matrices
@@ -43,11 +43,22 @@ def adaptable_layers(network: nn.Module) -> dict[str, nn.Module]:
     return dict(found.values())
 
 
+def all_linear(network: nn.Module) -> list[str]:
+    """Return the paths of a foreign network's linear layers outside its head, as PEFT's target_modules="all-linear"."""
+    head, found = head_of(network), []
+    inside = set() if head is None else set(head.modules())
+    for path, module in adaptable_layers(network).items():
+        layer = module.base if isinstance(module, AdaptedLayer | ModulesToSave) else module
+        if (isinstance(layer, nn.Linear) or is_conv1d(layer)) and layer not in inside:
+            found.append(path)
+    return found
+
+
 def match_layers(network: nn.Module, targets: str, what: str = "targets") -> list[str]:
     """Return our names of the layers that `targets` matches.
 
     all-linear, attention, query-value: matrices of the blocks (`model.parameters.TARGETS`; a foreign network has all-linear,
-    `lora.foreign.all_linear`). Otherwise a regular expression, searched in each layer's name, ours and the published one, such
+    `all_linear`). Otherwise a regular expression, searched in each layer's name, ours and the published one, such
     as "q_proj|v_proj", PEFT's target_modules=["q_proj", "v_proj"].
     Errors (AdapterError): no match, with the nearest names; an invalid regular expression.
     """

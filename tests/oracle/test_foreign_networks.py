@@ -22,9 +22,9 @@ from lora.config import (
     PrefixConfig,
     PromptConfig,
 )
-from lora.foreign import all_linear
 from lora.inject import activate, add_adapters, merge, parts, remove, unmerge
 from lora.lora import LoraLinear
+from lora.targets import all_linear
 from tests.oracle.adapter_twins import LIBRARY, gap
 from tests.oracle.test_model import ROUNDING
 
@@ -144,6 +144,37 @@ def test_add_adapters_is_pefts(kind, setting, parity):
     back = remove(network).state_dict()
     assert back.keys() == before.keys() and all(torch.equal(back[name], before[name]) for name in before)
     assert all(value.requires_grad for value in network.parameters())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_two_adapters_are_pefts_weighted_sum(kind, parity):
+    """Active together, each with a weight, as PEFT's add_weighted_adapter ("cat"); then each one alone."""
+    network, theirs = made(kind), None
+    targets = all_linear(network)
+    for name, rank in (("one", 2), ("two", 3)):
+        config = peft.LoraConfig(r=rank, lora_alpha=6, target_modules=targets, fan_in_fan_out=kind == "gpt2")
+        theirs = peft.get_peft_model(made(kind), config, name) if theirs is None else theirs
+        if name == "two":
+            theirs.add_adapter(name, config)
+        add_adapters(network, LoraConfig(r=rank, alpha=6), name)
+        assert len(parts(network, name)) == len(targets)
+    theirs.double().eval()
+    have = dict(theirs.named_parameters())
+    with torch.no_grad():
+        for path, part in (each for name in ("one", "two") for each in parts(network, name).items()):
+            layer, _, name = path.partition(".parts.")
+            for leaf in ("A", "B"):
+                value = torch.randn(getattr(part, leaf).shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+                getattr(part, leaf).copy_(value)
+                have[f"base_model.model.{layer}.lora_{leaf}.{name}.weight"].copy_(value)
+    for name in ("one", "two"):
+        theirs.set_adapter(name)
+        error = gap(loss(activate(network, name), kind)[0], loss(theirs, kind)[0])
+        parity(f"LoRA on transformers' {kind}: one of two", LIBRARY, error, *ROUNDING)
+    theirs.add_weighted_adapter(["one", "two"], [0.7, -0.4], "sum", combination_type="cat")
+    theirs.set_adapter("sum")
+    error = gap(loss(activate(network, {"one": 0.7, "two": -0.4}), kind)[0], loss(theirs, kind)[0])
+    parity(f"LoRA on transformers' {kind}: a weighted sum", LIBRARY, error, *ROUNDING)
 
 
 def test_merged_for_good_keeps_transformers_names():

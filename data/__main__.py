@@ -1,4 +1,4 @@
-"""`python -m data prepare`: build the shards of a corpus and print what they hold."""
+"""`python -m data prepare`: build the shards of a corpus and print their sizes."""
 
 import sys
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ from train.command_line import Needs, refuse_idle, refuse_unreadable, run_comman
 
 @dataclass(frozen=True)
 class Prepare(DataConfig):
-    """Read, deduplicate, split and tokenize a corpus into shards that training maps into memory."""
+    """Read, deduplicate, split and tokenize a corpus into memory-mapped shards for training."""
 
     NEEDS: ClassVar = (
         Needs(("text_key",), lambda config: may_hold_records(config.all_paths), "the corpus holds no records"),
         Needs(
             ("on_bad_text",),
             lambda config: any(path not in BUILT_IN for path in config.all_paths),
-            "the corpus comes with Python, and is no file of yours",
+            "the corpus comes with Python",
         ),
         Needs(("val_fraction",), lambda config: not config.validation, "--validation says what is held out"),
     )

@@ -55,9 +55,10 @@ class DataConfig:
     """Text to train on, and how it is split and tokenized."""
 
     corpus: tuple[str, ...] = ("stdlib-docs",)
-    """stdlib-docs, stdlib-code, or files, folders and globs: texts .txt .md .py, records .jsonl .json .csv .tsv .parquet; each
-    also .gz. NAME=PATH:WEIGHT NAME=PATH:WEIGHT … mixes sources: each gets its weight's share of the rows of batches. A NAME
-    may be repeated, with another PATH and the same weight. Hidden files in a folder are skipped."""
+    """stdlib-docs, stdlib-code, or files, folders and globs. Hidden files in a folder are skipped.
+    Texts: .txt .md .py; records: .jsonl .json .csv .tsv .parquet; each also .gz.
+    NAME=PATH:WEIGHT NAME=PATH:WEIGHT … mixes sources: each gets its weight's share of the rows of batches.
+    A NAME may be repeated, with another PATH and the same weight."""
 
     text_key: str = "text"
     """Key or column of a record that holds its text."""

@@ -1,8 +1,9 @@
 """Wording of messages: counts with their nouns, shortened lists of names."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 MAX_NAMES = 20  # in a message
+Info = Callable[[str], None]  # shows a line to the user
 
 
 def format_count(number: int, one: str, several: str | None = None) -> str:

@@ -41,8 +41,8 @@ def describe_unknown(unknown: int, tokens: int, tokenizer: "Tokenizer", what: st
         return []
     name = tokenizer.token_name(tokenizer.unknown_id)
     return [
-        f"{format_percent(unknown, tokens)} of {what} ({unknown:,} of {tokens:,}) are the unknown one ({name}), alike whatever "
-        "the text is: take a tokenizer that knows its script"
+        f"{format_percent(unknown, tokens)} of {what} ({unknown:,} of {tokens:,}) are the unknown token ({name}), whatever "
+        "the text is: use a tokenizer that supports its script"
     ]
 
 

@@ -14,14 +14,12 @@ from data.config import DEFAULT_VOCAB_SIZE, DataConfig, DataError
 from data.corpus.dedup import deduplicate, drop_held_out
 from data.corpus.ingest import find_corpus, read_corpus
 from data.corpus.split import check_sources, cut_few_documents, split_documents
-from data.messages import format_count
+from data.messages import Info, format_count
 from data.notes import describe_reading, describe_spelling
 from data.sources.files import Document, ReadReport
 from data.sources.shards import FORMAT, SPLITS, DamagedError, Shards, open_shards, publish, sync, write_split
 from data.tokenizer.base import Tokenizer
 from data.tokenizer.training import describe_smaller_vocabulary, train_to_fit, trainer_options
-
-Info = Callable[[str], None]
 
 
 def prepare(

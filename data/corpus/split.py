@@ -1,13 +1,12 @@
 """Split documents into training and validation by a hash of their text; a few long documents are cut before."""
 
 import hashlib
-from collections.abc import Callable
 
 import numpy as np
 
 from data.config import DataConfig, DataError
 from data.corpus.cut import cut_at_blank_lines, cut_long_lines
-from data.messages import format_count
+from data.messages import Info, format_count
 from data.sources.files import Document
 
 MAX_PIECE = 1 << 14  # bytes, when a corpus of few documents is cut
@@ -37,7 +36,7 @@ def split_documents(documents: list[Document], val_fraction: float, *, dropped: 
     }
 
 
-def cut_few_documents(documents: list[Document], val_fraction: float, info: Callable[[str], None]) -> list[Document]:
+def cut_few_documents(documents: list[Document], val_fraction: float, info: Info) -> list[Document]:
     """Cut the documents of a source with too few to hold out `val_fraction` of them, such as a book in one file.
 
     Each source of a mixture is considered by itself.
@@ -49,7 +48,7 @@ def cut_few_documents(documents: list[Document], val_fraction: float, info: Call
     return result
 
 
-def cut_source(documents: list[Document], val_fraction: float, info: Callable[[str], None]) -> list[Document]:
+def cut_source(documents: list[Document], val_fraction: float, info: Info) -> list[Document]:
     """Cut the documents of one source into pieces small enough to hold out `val_fraction` of them."""
     total = sum(len(document.text.encode()) for document in documents)
     size = int(min(MAX_PIECE, max(256, total * val_fraction / 4)))

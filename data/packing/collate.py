@@ -11,7 +11,7 @@ from data.example import Example, Unit
 from data.transforms.causal import IGNORE
 
 PAD_MULTIPLE = 8  # padded lengths are multiples of it
-FILLER = -2  # document id of padding; -1 is that of virtual tokens (model.virtual_tokens)
+PADDING_DOCUMENT = -2  # document id of padding; virtual tokens have -1 (model.virtual_tokens)
 GROUP = "group"  # key of a batch: rows with one number stay together
 
 
@@ -128,6 +128,6 @@ def packed_inputs(ids: Sequence[Sequence[np.ndarray]], room: int, pad_id: int) -
     positions = [[np.arange(len(array)) for array in several] for several in ids]
     return {
         "input_ids": pack_rows(ids, room, pad_id),
-        "document_ids": pack_rows(documents, room, FILLER),
+        "document_ids": pack_rows(documents, room, PADDING_DOCUMENT),
         "position_ids": pack_rows(positions, room, 0),
     }

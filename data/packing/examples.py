@@ -74,7 +74,7 @@ class ExampleSource:
         self._last: tuple[int, Epoch] | None = None
         # Along two axes the number of rows of first fit depends on the random order.
         self.is_uneven = is_random or (packing == "first_fit" and len(max_lengths) > 1)
-        self._planning = threading.RLock()  # a thread prefetches batches while messages ask for an origin
+        self._lock = threading.RLock()  # a thread prefetches batches while messages ask for an origin
         self._cached: list[list[Unit]] | None = None
         if not len(records):
             raise DataError("there is no record to learn from")
@@ -96,7 +96,7 @@ class ExampleSource:
         """Return the plan of an epoch; the last one is cached."""
         last = self._last  # read once: another thread may replace it
         if last is None or last[0] != epoch:
-            with self._planning:
+            with self._lock:
                 last = self._last
                 if last is None or last[0] != epoch:
                     last = self._last = (epoch, self._plan(epoch))

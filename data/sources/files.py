@@ -223,7 +223,7 @@ def strip_byte_order_mark(text: str, offset: int) -> str:
 def handle_bad_text(problem: str, name: str, on_bad_text: BadText, report: ReadReport) -> str | None:
     """Handle one document of bad text: raise DataError, report it as replaced, or report it as skipped and return None."""
     if on_bad_text == "error":
-        way_on = "--on-bad-text replace puts U+FFFD in its place, --on-bad-text skip leaves the document out"
-        raise DataError(f"{problem}. {way_on}")
+        remedy = "--on-bad-text replace puts U+FFFD in its place, --on-bad-text skip leaves the document out"
+        raise DataError(f"{problem}. {remedy}")
     (report.replaced if on_bad_text == "replace" else report.skipped).append(name)
     return name if on_bad_text == "replace" else None

@@ -51,8 +51,8 @@ def column_values(column: "pyarrow.Array", before: int) -> list:
 
     kinds = pyarrow.types
     if kinds.is_string(column.type) or kinds.is_large_string(column.type) or kinds.is_string_view(column.type):
-        wide = column.cast(pyarrow.large_binary())  # bad UTF-8 is handled later, by --on-bad-text
-        return [None if value is None else value.decode(errors="surrogateescape") for value in wide.to_pylist()]
+        binary = column.cast(pyarrow.large_binary())  # bad UTF-8 is handled later, by --on-bad-text
+        return [None if value is None else value.decode(errors="surrogateescape") for value in binary.to_pylist()]
     if kinds.is_temporal(column.type):
         return column.cast(pyarrow.string()).to_pylist()
     try:

@@ -122,7 +122,7 @@ def read_json_file(lines: Iterable[Line], skip_blank: bool = True) -> Iterator[R
         return
     if not isinstance(value, list):
         what = f"one object, with the keys {quote_names(value)}" if isinstance(value, dict) else f"one {type(value).__name__}"
-        raise NoRecordsError("", f"{what}, and no list of records: what is read of a .json is an array, or JSON lines")
+        raise NoRecordsError("", f"{what}, and no list of records: a .json must be an array, or JSON lines")
     for number, element in enumerate(value, start=1):
         yield Record(f"record {number}", element)
 
@@ -142,13 +142,13 @@ def read_table(lines: Iterable[Line], skip_blank: bool = True, *, separator: str
     [{'id': '7', 'text': 'one;\\ntwo'}]
     """
     csv.field_size_limit(LONGEST_FIELD)  # global: csv has no other setting
-    physical = split_lines(line for _, line in lines)
-    first, above = next(physical, ""), 0
+    single_lines = split_lines(line for _, line in lines)
+    first, above = next(single_lines, ""), 0
     if stated := re.fullmatch(r'"?sep=([,;|\t])"?\s*', first):
-        separator, first, above = stated[1], next(physical, ""), 1
+        separator, first, above = stated[1], next(single_lines, ""), 1
     separator = separator or max(CSV_SEPARATORS, key=lambda each: len(next(csv.reader([first], delimiter=each), ())))
     # strict: otherwise an unclosed quote would swallow all rows below it
-    rows = csv.reader(chain([first], physical), delimiter=separator, strict=True)
+    rows = csv.reader(chain([first], single_lines), delimiter=separator, strict=True)
     header: list[str] = []
     number = 0  # of the record; 0 is the header
     while True:
@@ -166,8 +166,8 @@ def read_table(lines: Iterable[Line], skip_blank: bool = True, *, separator: str
             header = row
             if repeated := [name for name, count in Counter(header).items() if name and count > 1]:
                 raise RecordError(place, f"{quote_names(repeated)}: more than one column has this name")
-            alike = Counter(name.strip() for name in header)
-            if repeated := [name for name in header if name.strip() and alike[name.strip()] > 1]:
+            stripped = Counter(name.strip() for name in header)
+            if repeated := [name for name in header if name.strip() and stripped[name.strip()] > 1]:
                 raise RecordError(place, f"{quote_names(repeated)}: names of columns that differ by white space only")
         elif len(row) != len(header):
             has = f"{len(row)} fields (line {above + rows.line_num}, separated by {separator!r})"

@@ -12,7 +12,7 @@ import sentencepiece
 from data.config import BUILT_IN, DEFAULT_VOCAB_SIZE, DataConfig, DataError
 from data.corpus.ingest import find_corpus
 from data.corpus.split import split_fraction
-from data.messages import format_count, quote_names, shorten_list
+from data.messages import Info, format_count, quote_names, shorten_list
 from data.sources.files import ReadReport, read_rows
 from data.sources.find import expand_home, readable_suffix
 from data.sources.record_files import FORMATS
@@ -21,7 +21,6 @@ from data.tokenizer.sentencepiece import SentencePieceTokenizer
 from data.tokenizer.training import describe_smaller_vocabulary, train_to_fit, trainer_options
 
 Row = dict[str, object]
-Info = Callable[[str], None]
 NO_FLAGS: Mapping[str, bool] = MappingProxyType({})
 
 

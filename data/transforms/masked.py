@@ -66,8 +66,8 @@ def mlm_batch(
     # The remainder of 64 bits is uniform up to V / 2^64.
     input_ids[is_replaced] = regular[word_BT4[is_replaced, 2] % np.uint64(len(regular))]
     # Document boundaries are those of the text, not of the masked input.
-    places = document_positions(torch.from_numpy(input_BT), bos_id)
-    return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels), **places}
+    positions = document_positions(torch.from_numpy(input_BT), bos_id)
+    return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels), **positions}
 
 
 @lru_cache(maxsize=8)
@@ -111,8 +111,8 @@ def unigram_baseline(
         target_V += np.bincount(label[label != IGNORE].numpy(), minlength=vocab_size)
     if not target_V.sum() and not count_V.sum():
         raise DataError(
-            "no token is masked: all tokens of the text are special, as the unknown one is. This tokenizer cannot spell the "
-            "text: start from a network that knows its script, or from nothing"
+            "no token is masked: all tokens of the text are special, as the unknown token is. This tokenizer cannot encode the "
+            "text: start from a network whose tokenizer supports its script, or from random weights"
         )
     if not target_V.sum():
         raise DataError("no token is masked: there is nothing to score. Use more text, or a higher rate")

@@ -82,7 +82,7 @@ def test_shards_say_how_much_is_unknown_when_built_and_when_reused(decoder, mixe
         heard.append([line for line in said if "unknown" in line])
     (line,), again = heard
     assert heard[0] == again and not shards.is_new
-    assert line.startswith("9.1 % of the tokens (40 of 440) are the unknown one ([UNK])")
+    assert line.startswith("9.1 % of the tokens (40 of 440) are the unknown token ([UNK])")
     split = shards.validation
     assert split.bytes == sum(len(text.encode()) for text in texts_of(split, mixed, tokenizer))
     assert text_bytes(split, tokenizer, split.tokens) == split.bytes > tokenizer.byte_lengths[split.ids[:]].sum()
@@ -100,7 +100,7 @@ def texts_of(split, path, tokenizer) -> list[str]:
 
 def test_perplexity_of_unknown_text(decoder, mixed):
     said = command("perplexity", decoder, mixed, "--json", main=eval.__main__.main)
-    assert said.code == 0 and "9.1 % of the tokens (40 of 440) are the unknown one" in said.err
+    assert said.code == 0 and "9.1 % of the tokens (40 of 440) are the unknown token" in said.err
     (score,) = json.loads(said.out)["scores"]
     assert score["parts"]["bytes"] == sum(len(json.loads(line)["text"].encode()) for line in mixed.read_text().splitlines())
     assert score["signature"].endswith("|dtype:float32")
@@ -109,12 +109,12 @@ def test_perplexity_of_unknown_text(decoder, mixed):
 def test_quantization_says_it_of_the_text_that_is_scored(decoder, mixed, tmp_path):
     where = ("--cache", tmp_path / "cache", "--out", tmp_path / "small")
     said = command("nf4", decoder, "--corpus", mixed, *where, main=quant.__main__.main)
-    assert said.code == 0 and "9.1 % of the tokens (40 of 440) are the unknown one" in said.out, said.err
+    assert said.code == 0 and "9.1 % of the tokens (40 of 440) are the unknown token" in said.out, said.err
 
 
 def test_prompts_and_gaps(decoder, encoder):
     said = command("generate", decoder, "--prompt", ENGLISH + RUSSIAN, "--max-new-tokens", 1, main=model.__main__.main)
-    assert said.code == 0 and "25.0 % of the tokens of --prompt (2 of 8) are the unknown one ([UNK])" in said.err
+    assert said.code == 0 and "25.0 % of the tokens of --prompt (2 of 8) are the unknown token ([UNK])" in said.err
     assert "('список', 'слов.')" in said.err
     said = command("fill", encoder, "a [MASK] слов", main=model.__main__.main)
     assert said.code == 0 and "50.0 % of the tokens of the text (1 of 2)" in said.err
@@ -123,7 +123,7 @@ def test_prompts_and_gaps(decoder, encoder):
 
 def test_a_masked_objective_names_the_cause():
     labels = [torch.tensor([-100, -100])]
-    with pytest.raises(DataError, match=r"all tokens of the text are special, as the unknown one is"):
+    with pytest.raises(DataError, match=r"all tokens of the text are special, as the unknown token is"):
         unigram_baseline(np.array([2, 1, 1, 3]), labels, frozenset({1, 2, 3}), 9)
     with pytest.raises(DataError, match=r"Use more text, or a higher rate"):
         unigram_baseline(np.array([2, 5, 1, 3]), labels, frozenset({1, 2, 3}), 9)

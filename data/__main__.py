@@ -51,8 +51,8 @@ def print_shards(config: DataConfig) -> None:
         print(f"held out     {' '.join(config.validation)}: {exact:,} equal and {near:,} near documents dropped from training")
     for name, weight in config.weights.items():
         tokens = [end - start for part in (shards.train, shards.validation) for start, end in [part.ranges.get(name, (0, 0))]]
-        share = weight / sum(config.weights.values())
-        print(f"source       {name}: weight {weight:g} ({share:.1%}), {tokens[0]:,} tokens to train on, {tokens[1]:,} held out")
+        fraction = weight / sum(config.weights.values())
+        print(f"source       {name}: weight {weight:g} ({fraction:.1%}), {tokens[0]:,} tokens to train on, {tokens[1]:,} held out")
     print(f"tokenizer    {shards.tokenizer.vocab_size:,} ids")
     print(f"{'built' if shards.is_new else 'reused':13}{shards.folder}")
 

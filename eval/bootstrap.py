@@ -102,9 +102,9 @@ def wilson_interval(correct: int, trials: int, *, confidence: float = 0.95) -> t
     """
     if not (0 <= correct <= trials and trials >= 1 and 0 < confidence < 1):
         raise ValueError(f"{correct} correct of {trials} trials, confidence={confidence}: must be a proportion, and in (0, 1)")
-    share, z2 = correct / trials, NormalDist().inv_cdf((1 + confidence) / 2) ** 2
-    middle = share + z2 / (2 * trials)
-    half = math.sqrt(z2 * (share * (1 - share) / trials + z2 / (4 * trials**2)))
+    fraction, z2 = correct / trials, NormalDist().inv_cdf((1 + confidence) / 2) ** 2
+    middle = fraction + z2 / (2 * trials)
+    half = math.sqrt(z2 * (fraction * (1 - fraction) / trials + z2 / (4 * trials**2)))
     low, high = ((middle + side) / (1 + z2 / trials) for side in (-half, half))
     return max(0.0, low) if correct else 0.0, min(1.0, high) if correct < trials else 1.0
 

@@ -59,8 +59,8 @@ def split_words(how: str, texts: Iterable[str]) -> list[list[str]]:
     try:
         "".join(texts).encode()
     except UnicodeEncodeError as error:
-        around = error.object[max(0, error.start - 20) : error.end]
-        raise ValueError(f"tokenize={how!r}: MeCab reads UTF-8, which has no half of a surrogate pair: {around!r}") from None
+        context = error.object[max(0, error.start - 20) : error.end]
+        raise ValueError(f"tokenize={how!r}: MeCab reads UTF-8, which has no half of a surrogate pair: {context!r}") from None
     return [parse(text.strip()).split() for text in texts]
 
 

@@ -51,8 +51,8 @@ def tokenize_13a(texts: Iterable[str]) -> Tokens:
 
 def _separate_points(found: re.Match) -> str:
     """Apply the two rules to several points in a row with their context."""
-    around = found.string[found.start() - 1 : found.end() + 1]
-    return POINT_BEFORE_NO_DIGIT.sub(r" \1 \2", POINT_AFTER_NO_DIGIT.sub(r"\1 \2 ", around))[1:-1]
+    context = found.string[found.start() - 1 : found.end() + 1]
+    return POINT_BEFORE_NO_DIGIT.sub(r" \1 \2", POINT_AFTER_NO_DIGIT.sub(r"\1 \2 ", context))[1:-1]
 
 
 def tokenize_zh(texts: Iterable[str]) -> Tokens:

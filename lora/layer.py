@@ -229,6 +229,3 @@ def dequantized_linear(layer: QuantizedLinear, weight: Tensor, bias: Tensor | No
     new.weight = nn.Parameter(weight, requires_grad=False)
     new.bias = None if bias is None else nn.Parameter(bias.data, requires_grad=False)
     return new.train(layer.training)
-
-
-Place, Whole = LayerName, ModulesToSave  # their names of before, for one version

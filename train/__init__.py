@@ -1,27 +1,68 @@
 """The loop: batches + network -> checkpoint.
 
-Where to read first: `step` (one optimizer step: the heart, in 40 lines), then `objective` and `losses/` (the loss that is
+Where to read first: `step` (one optimizer step, the heart, in 40 lines), then `objective` and `losses/` (the loss that is
 minimised), `engine` (the state that a step advances, and its files), `loop` (the run around the steps; `start` begins it):
 
-    config       the options of `python -m train`; `needs`: options that ask for others; `config_toml`: config.toml, both ways
-    command_line shared by all command lines: messages, notes, options that would have no effect
-    options overrides   a command line read into the settings; options that a resume may change
-    start loop   a run begins or goes on; the run around the steps; `interrupt`: Ctrl-C and SIGTERM
-    resolve setup   every "auto" decided; from settings to objects: data, network, optimizers
-    engine step objective   the network with its optimizers; one step; the loss of a batch
-    task registry   the interface of an objective; the objectives by name, ours and a user's own files
-    tasks/       one file an objective: its batches, its scores beside a baseline, an example of what was learned
-    token_task record_task   shared by objectives on blocks of plain text, and on records with columns
-    label_objective label_scores label_report   text classification: loss; scores beside a baseline without the text; tables
-    evaluate     sums and counts over held-out text; bits per byte, and the n-gram baseline
-    freeze adapters qat   frozen weights; runs that train an adapter; quantization-aware training
-    recompute allocator   activation checkpointing; malloc keeps the memory that a step frees
-    losses/      losses of tokens, with Triton's kernel
-    optimizers/  AdamW, Muon, SGD; schedules, clipping, precision, averaged weights
-    parallel/    ranks, DDP, FSDP2, sharded tensors
-    runs/        run folders: checkpoint, sharded state, export, lock
-    reports/     progress, metrics.jsonl, curves.png, time and memory
-    recipes/     settings in TOML, for `--recipe`
+    config            the options of `python -m train`; `options` reads them, `needs` has those that need others
+    config_toml       config.toml, in and out; `overrides`: options that a resume may change
+    command_line      shared by all command lines: messages, notes, options without effect
+    start, loop       start or resume a run; the run around the steps; `interrupt`: Ctrl-C and SIGTERM
+    resolve, setup    every "auto" decided; from settings to objects: data, network, optimizers
+    engine, step, objective    the network with its optimizers; one step; the loss of a batch
+    task, registry    the interface of an objective; the objectives by name, ours and a user's own files
+    tasks/            one file an objective: its batches, its scores beside a baseline, a sample
+    token_task, record_task    shared by objectives on blocks of plain text, and on records with columns
+    label_objective, label_scores, label_report    text classification: loss, scores beside a baseline, tables
+    evaluate          sums and counts over held-out text; bits per byte, and the n-gram baseline
+    freeze, adapters, qat      frozen weights; runs that train an adapter; quantization-aware training
+    recompute, allocator       activation checkpointing; freed memory that is kept for the next step
+    losses/           cross-entropy, with Triton's kernel
+    optimizers/       AdamW, Muon, SGD; schedules, clipping, precision, averaged weights
+    parallel/         ranks, DDP, FSDP2, sharded tensors
+    runs/             run folders: checkpoint, sharded state, export, lock
+    reports/          progress, metrics.jsonl, curves.png, time and memory
+    recipes/          settings in TOML, for `--recipe`
+
+`schedule` forwards to `optimizers/schedule`. `optim`, `precision`, `clip` and `loss/` forward the names that moved, for one
+version.
 
 Labels are shifted already: `labels[t]` is the target of position t, and -100 is ignored.
 """
+
+from importlib import import_module
+
+PUBLIC = {  # file: the names that it offers; `from train import AdamW` is the stable interface
+    "config": ("TrainConfig",),
+    "engine": ("Engine",),
+    "evaluate": ("bits_per_byte",),
+    "losses.chunked": ("chunked_linear_cross_entropy",),
+    "losses.cross_entropy": ("cross_entropy_reference", "linear_cross_entropy"),
+    "objective": ("MaskedObjective", "Metric", "Objective", "Result", "Term"),
+    "optimizers.adamw": ("AdamW", "adamw_update"),
+    "optimizers.adamw8bit": ("AdamW8bit",),
+    "optimizers.build": ("build_optimizer",),
+    "optimizers.clip": ("clip_grad_norm_", "total_norm_reference"),
+    "optimizers.ema": ("EMA",),
+    "optimizers.groups": ("parameter_groups",),
+    "optimizers.muon": ("Muon", "orthogonalize"),
+    "optimizers.precision": ("autocast", "choose_precision"),
+    "optimizers.rounding": ("stochastic_round_",),
+    "optimizers.scaler": ("GradScaler",),
+    "optimizers.schedule": ("SCHEDULES",),
+    "optimizers.sgd": ("SGD", "sgd_update"),
+    "runs.errors": ("CheckpointError", "TrainError"),
+    "step": ("StepResult", "train_step"),
+    "task": ("Defaults", "Task"),
+}
+_FILE_OF = {name: file for file, names in PUBLIC.items() for name in names}
+__all__ = sorted(_FILE_OF)
+
+
+def __getattr__(name: str):
+    if name in _FILE_OF:
+        return getattr(import_module(f"{__name__}.{_FILE_OF[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> int:
 
 
 def advice_to_resume(out: Path | None) -> str:
-    """How to resume a run whose output was closed."""
+    """The advice to resume a run whose output was closed."""
     from train.runs.checkpoint import checkpoints
 
     if out is None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from data.tokenizer.base import Tokenizer
 from lora.config import AdapterError, LoraConfig
 from lora.inject import add_adapters, parts
-from lora.layer import Place, Whole
+from lora.layer import LayerName, ModulesToSave
 from lora.targets import by_pattern, published_modules
 from model.account import align_columns
 from model.parameters import TARGETS
@@ -31,7 +31,7 @@ def add_adapter(config: TrainConfig, network: nn.Module, tokenizer: Tokenizer, *
     add_adapters(network, method, NAME, seed=config.run.seed)
     published = published_modules(network)
     names = [path.partition(".parts.")[0].replace(".base", "") for path in parts(network, NAME)]
-    places = [Place(name, published.get(name, name)) for name in names]
+    places = [LayerName(name, published.get(name, name)) for name in names]
     for field in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(method, field, {}):
             if not any(by_pattern({pattern: True}, place, False) for place in places):
@@ -43,7 +43,7 @@ def role(network: nn.Module, name: str) -> str:
     """The role that decides weight decay: "matrix" for an adapter's matrices, "bias" for its vectors, prompts and prefixes.
     For the network's own biases, and for trained copies of its modules, the role in the family's table."""
     path, found, leaf = name.partition(f".parts.{NAME}.")
-    if found and not isinstance(network.get_submodule(path), Whole):
+    if found and not isinstance(network.get_submodule(path), ModulesToSave):
         return "matrix" if leaf in MATRICES else "bias"
     own = f"{path}.{leaf}" if found else name
     return role_of(network.config, own.replace(".base.", "."))

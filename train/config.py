@@ -300,12 +300,12 @@ class TrainConfig(_Fields):
             raise TrainError(f"--adapter {chosen} is trained in float32: --precision bf16 casts the frozen weights alone")
         for name in CONFIGS:
             if name != chosen and getattr(self, name) != CONFIGS[name]():
-                raise TrainError(f"--{name}.… has no effect without --adapter {name}")
+                raise TrainError(f"--{name}.… has no effect: add --adapter {name}")
 
     def check_qat(self) -> None:
         chosen = self.run.qat
         if chosen == "none" and self.qat != QatConfig():
-            raise TrainError("--qat.… has no effect without --qat, such as --qat int8")
+            raise TrainError("--qat.… has no effect: add --qat int8")
         if chosen != "none" and self.run.adapter != "none":
             raise TrainError(f"--qat {chosen} trains all weights, and --adapter {self.run.adapter} freezes them")
         if chosen != "none" and "shard" in (self.run.mesh or ""):

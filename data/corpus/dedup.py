@@ -41,7 +41,7 @@ def deduplicate(documents: list[Document], near: bool = True) -> tuple[list[Docu
     unique = list(first.values())
     covered = find_covered([document.text for document in unique]) if near else {}
     report = DedupReport(
-        len(documents), exact, [(unique[i].name, unique[j].name, share) for i, (j, share) in sorted(covered.items())]
+        len(documents), exact, [(unique[i].name, unique[j].name, fraction) for i, (j, fraction) in sorted(covered.items())]
     )
     return [document for i, document in enumerate(unique) if i not in covered], report
 
@@ -57,18 +57,18 @@ def drop_held_out(
     words: dict[str, int] = {}
     hashes = [shingles(document.text, SHINGLE_WORDS, words) for document in held_out] if near else []
     theirs = np.unique(np.concatenate(hashes)) if near else None
-    kept, exact, covered = [], [], []
+    retained, exact, covered = [], [], []
     for document in documents:
         if fingerprint(document.text) in equal:
             exact.append(document.name)
             continue
         mine = np.unique(shingles(document.text, SHINGLE_WORDS, words)) if near else np.empty(0)
-        share = float(np.isin(mine, theirs).mean()) if len(mine) else 0.0
-        if share >= THRESHOLD:
-            covered.append((document.name, share))
+        fraction = float(np.isin(mine, theirs).mean()) if len(mine) else 0.0
+        if fraction >= THRESHOLD:
+            covered.append((document.name, fraction))
         else:
-            kept.append(document)
-    return kept, exact, covered
+            retained.append(document)
+    return retained, exact, covered
 
 
 def fingerprint(text: str) -> bytes:

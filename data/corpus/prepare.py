@@ -143,15 +143,15 @@ def build(
     uncut = len(documents)
     if not config.validation:
         documents = cut_few_documents(documents, config.val_fraction, info)
-    kept, dropped = deduplicate(documents, near=config.dedup)
-    if len(kept) < len(documents):
+    retained, dropped = deduplicate(documents, near=config.dedup)
+    if len(retained) < len(documents):
         counts = {"exact": len(dropped.exact), "near": len(dropped.near)}
         parts = (format_count(count, f"{kind} duplicate") for kind, count in counts.items())
         info(f"{format_count(len(documents), 'document')}: dropped {' and '.join(parts)}")
     if config.validation:
-        documents_of, leaked = split_by_files(config, kept, info)
+        documents_of, leaked = split_by_files(config, retained, info)
     else:
-        documents_of, leaked = split_documents(kept, config.val_fraction, dropped=len(documents) - len(kept)), {}
+        documents_of, leaked = split_documents(retained, config.val_fraction, dropped=len(documents) - len(retained)), {}
     check_sources(config, documents, documents_of["train"])
     if tokenizer is None:
         info(f"training a tokenizer of {vocab_size:,} pieces on {format_count(len(documents_of['train']), 'document')}")
@@ -207,10 +207,10 @@ def split_by_files(
     read = ReadReport()
     held_out = list(read_corpus(config.validation_config(), read))
     report_reading(read, info)
-    kept, exact, near = drop_held_out(documents, held_out, config.dedup)
+    retained, exact, near = drop_held_out(documents, held_out, config.dedup)
     if exact or near:
         what = f"{len(exact):,} that validation has too, and {len(near):,} that it has most of"
         info(f"{format_count(len(documents), 'document')} to train on: dropped {what}")
-    if not kept:
+    if not retained:
         raise DataError(f"nothing is left to train on: all of the corpus stands in --validation {' '.join(config.validation)}")
-    return {"train": kept, "validation": held_out}, {"held_out_exact": exact, "held_out_near": near}
+    return {"train": retained, "validation": held_out}, {"held_out_exact": exact, "held_out_near": near}

@@ -134,10 +134,10 @@ def rare_characters(sentences: list[str], max_kept: int) -> set[str]:
     for sentence in sentences:
         counts.update(sentence)
     del counts["\0"], counts[" "]  # a space always has a piece
-    kept, left = set(), COVERAGE * counts.total()
+    retained, left = set(), COVERAGE * counts.total()
     for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[: max(max_kept, 1)]:
         if left <= 0:
             break
-        kept.add(character)
+        retained.add(character)
         left -= count
-    return counts.keys() - kept
+    return counts.keys() - retained

@@ -150,8 +150,8 @@ class Framer:
     def __call__(self, first: str, second: str | None = None) -> Encoding:
         encoded = [self.tokenizer.encode(text, parse_special=True) for text in (first, second) if text is not None]
         room, lengths = self.max_length - self.special_count, [len(ids) for ids in encoded]
-        kept = truncate_longest_first(*lengths, room) if len(encoded) == 2 else (min(lengths[0], room),)
-        parts = dict(zip((FIRST, SECOND), map(self._truncate, encoded, kept), strict=False))
+        retained = truncate_longest_first(*lengths, room) if len(encoded) == 2 else (min(lengths[0], room),)
+        parts = dict(zip((FIRST, SECOND), map(self._truncate, encoded, retained), strict=False))
         ids: list[int] = []
         type_ids: list[int] = []
         for piece, kind in self.frame:
@@ -160,7 +160,7 @@ class Framer:
             type_ids += [kind] * len(part)
         if not ids:
             raise DataError("the text is empty, and this tokenizer adds no special tokens: there is nothing to read")
-        return Encoding(self.tokenizer.check_ids(ids), type_ids, sum(lengths) - sum(kept))
+        return Encoding(self.tokenizer.check_ids(ids), type_ids, sum(lengths) - sum(retained))
 
     def _truncate(self, ids: list[int], length: int) -> list[int]:
         return ids[len(ids) - length :] if self.truncates_left else ids[:length]

@@ -20,8 +20,8 @@ def encode_text(
     prefix, suffix = tokenizer.affixes
     suffix = suffix or ((tokenizer.eos_id,) if add_eos else ())
     ids, special_count = tokenizer.encode(text, parse_special=parse_special), len(prefix) + len(suffix)
-    kept = ids if max_length is None else ids[: max(0, max_length - special_count)]
-    return np.array(tokenizer.check_ids([*prefix, *kept, *suffix]), dtype=np.int32), len(ids) + special_count
+    retained = ids if max_length is None else ids[: max(0, max_length - special_count)]
+    return np.array(tokenizer.check_ids([*prefix, *retained, *suffix]), dtype=np.int32), len(ids) + special_count
 
 
 def seq2seq_example(source_ids: np.ndarray, target_ids: np.ndarray, start_id: int) -> Example:

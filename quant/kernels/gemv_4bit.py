@@ -81,13 +81,13 @@ def gemv_4bit_kernel(
         byte_i = tl.max_contiguous(tl.multiple_of(tl.arange(0, BLOCK_I // 2), CHUNK // 2), CHUNK // 2)
         byte_row = packed_ptr + (weight_row * tl.multiple_of(ins // 2, 16))[:, None]
         i = tl.arange(0, BLOCK_I)[None, :]
-        share = tl.arange(0, BLOCK_I // SHARE) * SHARE
+        offsets = tl.arange(0, BLOCK_I // SHARE) * SHARE
         sums = tl.zeros((BLOCK_O, LANES, ROWS), dtype=tl.float32)
         byte = tl.load(byte_row + byte_i[None, :], mask=byte_i[None, :] < ins // 2, other=0)
         for start in range(0, ins, BLOCK_I):
             ahead = (start + BLOCK_I) // 2 + byte_i
             next_byte = tl.load(byte_row + ahead[None, :], mask=ahead[None, :] < ins // 2, other=0)
-            block = (weight_row[:, None] * ins + tl.minimum(start + share, ins - 1)[None, :]) // BLOCK_SIZE
+            block = (weight_row[:, None] * ins + tl.minimum(start + offsets, ins - 1)[None, :]) // BLOCK_SIZE
             scale = block_scales(block, absmax_ptr, nested_absmax_ptr, nested_codebook_ptr, offset_ptr, NESTED)
             scale = tl.broadcast_to(scale[:, :, None], (BLOCK_O, BLOCK_I // SHARE, SHARE // CHUNK))
             scale = tl.reshape(scale, (BLOCK_O, BLOCK_I // CHUNK))

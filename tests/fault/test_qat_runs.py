@@ -27,7 +27,7 @@ STEPS, STOPPED, FREEZE = 6, 4, 3
 SMALL = {"context": 16, "steps": STEPS, "save-every": 9, "eval-every": 9, "log-every": 1, "eval-tokens": 400, "warmup": 0}
 STATIC = "--qat int8 --qat.inputs static --qat.observer minmax"
 LEARNED = f"{STATIC} --qat.learned --qat.granularity tensor"
-WITHOUT = "--qat.… has no effect without --qat, such as --qat int8"
+WITHOUT = "--qat.… has no effect: add --qat int8"
 
 
 @pytest.fixture(scope="module")

@@ -194,7 +194,7 @@ REFUSED = {
     "--init RUN or a model folder": ["--adapter", "lora"],
     "add --adapter lora": ["--lora.r", 4],
     "does not go with --mesh shard": ["--adapter", "lora", "--init", "BASE", "--mesh", "shard"],
-    "--precision bf16 has the network": ["--adapter", "lora", "--init", "BASE", "--precision", "bf16-pure"],
+    "--precision bf16 casts the frozen weights": ["--adapter", "lora", "--init", "BASE", "--precision", "bf16-pure"],
     "targets='c_atn' matches no layer; nearest: transformer.h.N.attn.c_attn": [
         *("--adapter", "lora", "--init", "BASE", "--lora.targets", "c_atn"),
     ],

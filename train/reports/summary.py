@@ -130,29 +130,29 @@ def speed(run: RunView, session: Session) -> str:
 
 def conclude(run: RunView, stopped: str, session: Session) -> None:
     """Print the result, the speed, the curves' verdict, and commands to go on with; draw curves.png."""
-    say, out, has, config = print, run.out, run.engine.network.config, run.config
+    info, out, has, config = print, run.out, run.engine.network.config, run.config
     if not session.steps:
         why = f"stopped {stopped}" if stopped else f"reached the last of its {config.run.steps:,} steps"
-        say(f"\nnothing is left to do: this run has {why}, and is as it was\nnext")
+        info(f"\nnothing is left to do: this run has {why}, and is as it was\nnext")
         for line in following(run, stopped):
-            say(f"  {line}")
+            info(f"  {line}")
         return
-    say(f"\nstopped {stopped}, saved at step {run.step}" if stopped else f"\ndone at step {run.step}")
-    say(speed(run, session))
+    info(f"\nstopped {stopped}, saved at step {run.step}" if stopped else f"\ndone at step {run.step}")
+    info(speed(run, session))
     if run.best:
-        say(f"best     step {run.best['step']}: validation loss {run.best['loss']:.4f}, {run.task.verdict(run.best)}")
-    say(f"compare  a rerun gives these numbers on {comparable(run)}; elsewhere they are close")
+        info(f"best     step {run.best['step']}: validation loss {run.best['loss']:.4f}, {run.task.verdict(run.best)}")
+    info(f"compare  a rerun gives these numbers on {comparable(run)}; elsewhere they are close")
     try:
         name = f"{out.name}: {has.family}, {has.depth} × {has.width}"
         diagnosis = plot(read_metrics(out / "metrics.jsonl"), out / "curves.png", name, training=training_curve(config, has))
-        say(f"curves   {out / 'curves.png'} ({diagnosis.verdict}: {diagnosis.why})")
+        info(f"curves   {out / 'curves.png'} ({diagnosis.verdict}: {diagnosis.why})")
     except ImportError:
-        say("curves   not drawn: matplotlib is not installed (pip install -c constraints.txt -e '.[plots]')")
+        info("curves   not drawn: matplotlib is not installed (pip install -c constraints.txt -e '.[plots]')")
     except OSError as error:
-        say(f"curves   not drawn: {error}")
-    say("next")
+        info(f"curves   not drawn: {error}")
+    info("next")
     for line in following(run, stopped):
-        say(f"  {line}")
+        info(f"  {line}")
 
 
 def following(run: RunView, stopped: str) -> Iterator[str]:

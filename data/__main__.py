@@ -52,7 +52,8 @@ def print_shards(config: DataConfig) -> None:
     for name, weight in config.weights.items():
         tokens = [end - start for part in (shards.train, shards.validation) for start, end in [part.ranges.get(name, (0, 0))]]
         fraction = weight / sum(config.weights.values())
-        print(f"source       {name}: weight {weight:g} ({fraction:.1%}), {tokens[0]:,} tokens to train on, {tokens[1]:,} held out")
+        counts = f"{tokens[0]:,} tokens to train on, {tokens[1]:,} held out"
+        print(f"source       {name}: weight {weight:g} ({fraction:.1%}), {counts}")
     print(f"tokenizer    {shards.tokenizer.vocab_size:,} ids")
     print(f"{'built' if shards.is_new else 'reused':13}{shards.folder}")
 

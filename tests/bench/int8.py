@@ -3,7 +3,7 @@
 Networks of random weights, llama-like; greedy generation with a cache, prompts of 8 tokens, 32 new ones, the whole call. Of the
 INT8 networks all but the blocks' linear layers is float32; inputs of int8-static were observed on random tokens. All networks
 take turns in one process. Where their time goes is measured in calls of their own: linear layers, and in them the rounding of
-x and the sums of whole numbers.
+x and the sums of integers.
 """
 
 import contextlib
@@ -43,12 +43,12 @@ LAYERS, ROWS = ((384, 1536), (768, 3072), (3072, 768)), (1, 16, 128, 512)  # lay
 def bench_int8(rounds: int) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says at each call that it rounds to float16
     has, planes = ("has no", "two planes") if int8_product.has_saturating_sums() else ("has", "one plane")
-    print(f"This CPU {has} VNNI: few rows of whole numbers are multiplied in {planes}\n")
+    print(f"This CPU {has} VNNI: few rows of integers are multiplied in {planes}\n")
     print(f"Generation, prompt {PROMPT}, {NEW} new tokens; tokens a second; ratio: median of the rounds")
     for name in SIZES:
         rows = [row for batch_size in BATCHES for row in generation(name, batch_size, rounds)]
         print("\n" + table((name, "in", "tokens/s", "over bfloat16", "why: milliseconds a step"), rows), flush=True)
-    print("\nOne linear layer, milliseconds; planes, floats: our two ways to add up whole numbers, with the rounding of x\n")
+    print("\nOne linear layer, milliseconds; planes, floats: our two ways to add up integers, with the rounding of x\n")
     found = [row for size in LAYERS for row in one_layer(*size, rounds)]
     print(table(("layer, I × O", "rows", *found[0][2]), [(name, rows, *ms.values()) for name, rows, ms in found]), flush=True)
 

@@ -95,7 +95,7 @@ def test_what_is_refused_while_options_are_read(given, options, tmp_path):
 
 
 def test_weights_to_begin_with(options, stopped, halfway, tmp_path):
-    """One that is NaN, by its place; and such as are whole numbers already: of a run like this one, or of a folder."""
+    """One that is NaN, by its place; and such as are integers already: of a run like this one, or of a folder."""
     out, bad, packed = (tmp_path / name for name in ("out", "bad", "packed"))
     plain = ["--width", "32", "--depth", "2"]
     shutil.copytree(last_checkpoint(halfway), bad)

@@ -176,7 +176,7 @@ def test_float_weights_are_there(way, made):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_opened_it_scores_what_the_run_said(way, made):
-    """Bit for bit, autocast too: the validation's products are those of whole numbers already, and its sums are the same."""
+    """Bit for bit, autocast too: the validation's products are those of integers already, and its sums are the same."""
     run, _ = made(way)
     network = model.hub.load(last_checkpoint(run))
     for step, opened in ((FREEZE, model.hub.load(at(run, FREEZE))), (STEPS, network)):

@@ -296,7 +296,7 @@ def fused(code) -> int:
 
 
 def compiled(variants: dict[str, tuple]) -> dict:
-    """{card and variant: [registers, bytes of stack, of shared memory, whether tensor cores multiply whole numbers, fused
+    """{card and variant: [registers, bytes of stack, of shared memory, whether tensor cores multiply integers, fused
     multiply-adds]}, and how many of these are in {kernel: a mutant}, which may have them."""
     found, mutants = {}, {}
     for card, (name, variant) in itertools.product(CARDS, variants.items()):

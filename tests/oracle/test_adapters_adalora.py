@@ -135,7 +135,7 @@ def test_budget(tmp_path, parity):
         schedule = model.base_model.rankallocator.budget_schedule
         numbers = [cubic_budget(n, tinit, total - tfinal, 7, 3) for n in range(1, total + 1)]
         errors += [abs(schedule(n)[0] - mine) for n, mine in enumerate(numbers, 1)]
-    parity("adalora: budget", LIBRARY, max(errors), 0, "whole numbers")
+    parity("adalora: budget", LIBRARY, max(errors), 0, "integers")
 
 
 def test_resuming_half_way_is_bit_for_bit():

@@ -166,7 +166,7 @@ def tails() -> list[Tensor]:
 
 @cache
 def evenly() -> list[Tensor]:
-    """So many that a hundred-thousandth of them is a whole number: whether a sum is below it, the last bit decides."""
+    """So many that a hundred-thousandth of them is an integer: whether a sum is below it, the last bit decides."""
     return [torch.randn(200_000, generator=torch.Generator().manual_seed(10))]
 
 

@@ -60,12 +60,12 @@ class RecordTask(Task):
         if cls.needs_mask and tokenizer is not None and tokenizer.mask_id is None:
             raise DataError(f"--objective {config.run.objective} needs a tokenizer with a mask token")
 
-        asked = {
+        options = {
             "columns": cls.columns(settings),
             "text_of": lambda row: "\0".join(cls.texts(settings, row)),
             "check": lambda row: cls.check(settings, row),
         }
-        train, validation = open_records(config.data, info=info, **asked)
+        train, validation = open_records(config.data, info=info, **options)
         if tokenizer is None:
             texts = (text for row in train.values for text in cls.texts(settings, row))
             mask = cls.needs_mask or cls.wants_mask
@@ -79,24 +79,24 @@ class RecordTask(Task):
         from data.packing.mixed import MixedExamples
 
         self.config, self.data, self.tokenizer, self.settings = config, data, data.tokenizer, settings_of(config)
-        asked = config.optimizer
+        optimizer = config.optimizer
         common = {
-            "batch_size": asked.batch_size,
+            "batch_size": optimizer.batch_size,
             "seed": config.run.seed,
             "pad_id": self.pad_id,
             "max_lengths": self.max_lengths,
             "sees": self.sees,
         }
-        training = common | {"accumulate": asked.accumulate, "packing": self.packing, "is_random": self.is_random}
+        training = common | {"accumulate": optimizer.accumulate, "packing": self.packing, "is_random": self.is_random}
         weights = config.data.weights
-        parts = {name: data.train.from_source(name) for name in weights or ("",)}
-        for name, rows in parts.items():
+        rows_by_source = {name: data.train.from_source(name) for name in weights or ("",)}
+        for name, rows in rows_by_source.items():
             if not len(rows):
                 raise TrainError(f"the source {name} has no record to train on: none in it, or all of them are held out")
-        streams = [(number,) if weights else () for number in range(1, len(parts) + 1)]  # independent random streams
+        streams = [(number,) if weights else () for number in range(1, len(rows_by_source) + 1)]  # independent random streams
         self.sources = {
             name: ExampleSource(rows.values, self.transform, names=rows.names.__getitem__, stream=stream, **training)
-            for (name, rows), stream in zip(parts.items(), streams, strict=True)
+            for (name, rows), stream in zip(rows_by_source.items(), streams, strict=True)
         }
         sources = list(self.sources.values())
         self.source = MixedExamples(sources, list(weights.values()), config.run.seed) if weights else sources[0]
@@ -131,12 +131,13 @@ class RecordTask(Task):
         return {"tokenizer_sha256": self.tokenizer.sha256, "records_sha256": self.data.sha256}
 
     def epochs(self, steps: int) -> float:
-        asked = self.config.optimizer
-        return steps * asked.batch_size * asked.accumulate / sum(source.rows_in_epoch(0) for source in self.sources.values())
+        optimizer = self.config.optimizer
+        rows = sum(source.rows_in_epoch(0) for source in self.sources.values())
+        return steps * optimizer.batch_size * optimizer.accumulate / rows
 
     def per_step(self) -> str:
-        asked = self.config.optimizer
-        rows = asked.batch_size * asked.accumulate
+        optimizer = self.config.optimizer
+        rows = optimizer.batch_size * optimizer.accumulate
         return format_count(rows, "packed row" if self.packing == "first_fit" else "record")
 
     def introduction(self) -> str:
@@ -150,9 +151,9 @@ class RecordTask(Task):
 
     def mixture(self) -> str:
         """Describe the sources of a mixture: the fraction of each, and its number of epochs."""
-        weights, asked, shown = self.config.data.weights, self.config.optimizer, []
-        rows = self.config.run.steps * asked.batch_size * asked.accumulate
+        weights, optimizer, sources = self.config.data.weights, self.config.optimizer, []
+        rows = self.config.run.steps * optimizer.batch_size * optimizer.accumulate
         for name, weight in weights.items():
             fraction = weight / sum(weights.values())
-            shown.append(f"{name} {fraction:.1%}, {rows * fraction / self.sources[name].rows_in_epoch(0):.1f} epochs")
-        return f"mixture  {'; '.join(shown)}\n" if shown else ""
+            sources.append(f"{name} {fraction:.1%}, {rows * fraction / self.sources[name].rows_in_epoch(0):.1f} epochs")
+        return f"mixture  {'; '.join(sources)}\n" if sources else ""

@@ -111,8 +111,8 @@ class Task(ABC):
 
     def per_step(self) -> str:
         """Describe the amount of data of a step."""
-        asked = self.config.optimizer
-        return format_count(asked.batch_size * asked.accumulate * self.config.network.context, "token")
+        optimizer = self.config.optimizer
+        return format_count(optimizer.batch_size * optimizer.accumulate * self.config.network.context, "token")
 
     # ---- learning
 

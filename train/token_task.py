@@ -24,9 +24,9 @@ class BlockBatches:
         self.task = task
 
     def batches(self, step: int, policy: object = None) -> list[Batch]:
-        asked = self.task.config.optimizer
-        parts = self.task.stream.batch(step).chunk(asked.accumulate)
-        return [self.task.batch(block_BT1, step, i * asked.batch_size) for i, block_BT1 in enumerate(parts)]
+        optimizer = self.task.config.optimizer
+        micro_batches = self.task.stream.batch(step).chunk(optimizer.accumulate)
+        return [self.task.batch(block_BT1, step, i * optimizer.batch_size) for i, block_BT1 in enumerate(micro_batches)]
 
     def documents(self, step: int) -> list[int]:
         """Return the indices of a step's training documents, in the order of the shards."""
@@ -61,8 +61,8 @@ class TokenTask(Task):
         from data.packing.blocks import BlockStream, MixedBlocks, check_length, sequential_blocks
 
         self.config, self.data, self.shards, self.tokenizer = config, shards, shards, shards.tokenizer
-        asked, context = config.optimizer, config.network.context
-        ids, ranges, rows = shards.train.ids, shards.train.ranges, asked.batch_size * asked.accumulate
+        optimizer, context = config.optimizer, config.network.context
+        ids, ranges, rows = shards.train.ids, shards.train.ranges, optimizer.batch_size * optimizer.accumulate
         for name, (start, end) in ranges.items():
             check_length(ids[start:end], context, f"what is trained on of the source {name}")
         if ranges:
@@ -73,9 +73,10 @@ class TokenTask(Task):
         self.source = BlockBatches(self)
         self.held_out = validation_ids(config, shards)
         check_length(self.held_out, 1, "the validation split")
-        parts = validation_ids_by_source(config, shards)
-        blocks = [(name, block) for name, part in parts.items() for block in sequential_blocks(part, context, asked.batch_size)]
-        self.validation = [self.validation_batch(block, i * asked.batch_size) for i, (_, block) in enumerate(blocks)]
+        ids_by_source = validation_ids_by_source(config, shards)
+        size = optimizer.batch_size
+        blocks = [(name, block) for name, ids in ids_by_source.items() for block in sequential_blocks(ids, context, size)]
+        self.validation = [self.validation_batch(block, i * size) for i, (_, block) in enumerate(blocks)]
         self.validation_sources = [name for name, _ in blocks] if shards.validation.ranges else []
 
     @abstractmethod
@@ -91,8 +92,8 @@ class TokenTask(Task):
         return {"tokenizer_sha256": self.tokenizer.sha256, **splits}
 
     def epochs(self, steps: int) -> float:
-        asked = self.config.optimizer
-        return steps * asked.batch_size * asked.accumulate * self.config.network.context / self.shards.train.tokens
+        optimizer = self.config.optimizer
+        return steps * optimizer.batch_size * optimizer.accumulate * self.config.network.context / self.shards.train.tokens
 
     def introduction(self) -> str:
         shards, home = self.shards, str(Path.home())
@@ -112,11 +113,11 @@ class TokenTask(Task):
         """Describe the sources of a mixture: the fraction of each, and its number of epochs."""
         weights, config = self.config.data.weights, self.config
         rows = config.run.steps * config.optimizer.batch_size * config.optimizer.accumulate
-        shown = []
+        sources = []
         for name, (start, end) in self.shards.train.ranges.items():
             fraction = weights[name] / sum(weights.values())
-            shown.append(f"{name} {fraction:.1%}, {rows * fraction * config.network.context / (end - start):.1f} epochs")
-        return f"mixture  {'; '.join(shown)}\n" if shown else ""
+            sources.append(f"{name} {fraction:.1%}, {rows * fraction * config.network.context / (end - start):.1f} epochs")
+        return f"mixture  {'; '.join(sources)}\n" if sources else ""
 
     def source_losses(self, totals: Totals) -> Scores:
         """Return `loss_NAME` of each source of a mixture that has held-out text."""
@@ -126,8 +127,8 @@ class TokenTask(Task):
     def source_line(self, scores: Scores) -> str:
         """Format the losses of the sources, after the total loss."""
         names = [name for name in dict.fromkeys(self.validation_sources) if f"loss_{name}" in scores]
-        shown = ", ".join("{} {:.4f}".format(name, scores[f"loss_{name}"]) for name in names)
-        return f" ({shown})" if names else ""
+        losses = ", ".join("{} {:.4f}".format(name, scores[f"loss_{name}"]) for name in names)
+        return f" ({losses})" if names else ""
 
     def sample_prompt(self, tokens: int = 16) -> list[int]:
         """Return the first ids of the last held-out document, up to the end of a word."""
@@ -170,8 +171,8 @@ def validation_ids_by_source(config: "TrainConfig", shards: "Shards") -> "dict[s
         return {"": validation_ids(config, shards)}
     fraction = min(1.0, config.report.eval_tokens / split.tokens)
     limits = {name: max(2, int((end - start) * fraction)) for name, (start, end) in split.ranges.items()}
-    parts = {name: split.ids[start:end][: limits[name]] for name, (start, end) in split.ranges.items()}
-    return {name: part for name, part in parts.items() if len(part) > 1}
+    ids_by_source = {name: split.ids[start:end][: limits[name]] for name, (start, end) in split.ranges.items()}
+    return {name: ids for name, ids in ids_by_source.items() if len(ids) > 1}
 
 
 def is_built_in_corpus(config: "TrainConfig") -> bool:

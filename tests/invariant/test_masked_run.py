@@ -45,7 +45,7 @@ def test_what_it_says(run):
     assert all(set(row) == {"step", "split", "loss", "tokens", "time"} | keys for row in held_out)
     assert all(row["perplexity"] == pytest.approx(math.exp(row["loss"])) for row in held_out)
     assert held_out[-1]["loss"] < held_out[0]["loss"]
-    for part in ("pseudo-perplexity", "masked accuracy", "unigrams", "reads into the gaps", f"model fill {folder}"):
+    for part in ("pseudo-perplexity", "masked accuracy", "unigrams", "predictions for masked tokens", f"model fill {folder}"):
         assert part in shown
 
 

@@ -101,7 +101,7 @@ class GradScaler:
         for grad in grads:
             shard = grad._values() if grad.is_sparse else local(grad)
             shards_by_kind.setdefault((shard.device, shard.dtype, shard_groups(grad)), []).append(shard)
-        found = torch.zeros((), dtype=torch.float32, device=local(grads[0]).device)
+        found_inf = torch.zeros((), dtype=torch.float32, device=local(grads[0]).device)
         for (_, _, groups), shards in shards_by_kind.items():
             # inf and NaN stay so under the multiplication, and a gradient that overflows in it is found as well.
             torch._foreach_mul_(shards, 1.0 / self._scale)
@@ -111,11 +111,11 @@ class GradScaler:
             found_here = (~torch.stack(largest).isfinite()).any().float()
             for group in groups:
                 dist.all_reduce(found_here, dist.ReduceOp.MAX, group)
-            found = torch.maximum(found, found_here.to(found.device))
+            found_inf = torch.maximum(found_inf, found_here.to(found_inf.device))
         if self.group is not None:
-            dist.all_reduce(found, dist.ReduceOp.MAX, self.group)
-        self._checked.append((set(grads_by_id), found > 0))
-        return found > 0
+            dist.all_reduce(found_inf, dist.ReduceOp.MAX, self.group)
+        self._checked.append((set(grads_by_id), found_inf > 0))
+        return found_inf > 0
 
     def step(self, optimizer: torch.optim.Optimizer | Optimizers, *args: Any, **kwargs: Any) -> Any:
         """Call `optimizer.step(*args, **kwargs)` and return its value; skip it, and return None, after a non-finite gradient.
@@ -134,7 +134,7 @@ class GradScaler:
             self.unscale_(unchecked)
         self._stepped.add(id(optimizer))
         ids = set(map(id, params))
-        if any(bool(found) for checked, found in self._checked if checked & ids):  # waits: a step cannot be taken back
+        if any(bool(found_inf) for checked, found_inf in self._checked if checked & ids):  # waits: a step cannot be taken back
             return None
         return optimizer.step(*args, **kwargs)
 
@@ -148,7 +148,7 @@ class GradScaler:
             self._scale = rounded_to_float32(float(new_scale))
         elif not self._checked:
             raise RuntimeError("update has nothing to go by: unscale_ or step comes first")
-        elif any(bool(found) for _, found in self._checked):
+        elif any(bool(found_inf) for _, found_inf in self._checked):
             self._scale, self._growth_tracker = rounded_to_float32(self._scale * self._backoff_factor), 0
         elif self._growth_tracker + 1 == self._growth_interval:
             larger = rounded_to_float32(self._scale * self._growth_factor)

@@ -76,12 +76,12 @@ def diagnose(rows: list[dict]) -> Diagnosis:
             "underfitting",
             f"{bits:.3f} bits per byte is no better than the bigram baseline ({bigram:.3f}): more steps, or a larger network",
         )
-    before = max((row for row in held_out if row["step"] <= 0.8 * last["step"]), key=lambda row: row["step"], default=None)
-    if before is not None and last["loss"] < before["loss"] * (1 - UNDERFITTING_FALL):
-        fall = 100 * (1 - last["loss"] / before["loss"])
+    earlier = max((row for row in held_out if row["step"] <= 0.8 * last["step"]), key=lambda row: row["step"], default=None)
+    if earlier is not None and last["loss"] < earlier["loss"] * (1 - UNDERFITTING_FALL):
+        fall = 100 * (1 - last["loss"] / earlier["loss"])
         return Diagnosis(
             "underfitting",
-            f"validation loss still fell {fall:.1f} % since step {before['step']}: more steps would help",
+            f"validation loss still fell {fall:.1f} % since step {earlier['step']}: more steps would help",
         )
     return Diagnosis("healthy", f"validation loss {last['loss']:.3f} is within 1 % of its best and hardly falls any more")
 

@@ -74,10 +74,10 @@ def observing_phase(weights: list[Tensor], gradients: list[int], forward_ends: C
 def measure_on_gpu(step: Callable[[Phase], object], device: torch.device, weights: list[Tensor]) -> tuple[int, int, int]:
     """Return (gradients, added when the forward ends, added at the peak), from the allocator's counters."""
     gradients, ends = [], []
-    before = torch.cuda.memory_allocated(device)
+    start = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     step(observing_phase(weights, gradients, lambda: ends.append(torch.cuda.memory_allocated(device))))
-    return gradients[0], ends[0] - before, torch.cuda.max_memory_allocated(device) - before
+    return gradients[0], ends[0] - start, torch.cuda.max_memory_allocated(device) - start
 
 
 def measure_on_cpu(step: Callable[[Phase], object], device: torch.device, weights: list[Tensor]) -> tuple[int, int, int]:
@@ -190,18 +190,18 @@ def changed_options(old: Training, new: Training, ranks: int = 1) -> str:
 
 def training_settings(config: TrainConfig, ranks: Ranks, scored: float, *, packed: bool, frozen: frozenset[str]) -> Training:
     """Describe one rank's step for `model.memory`, which knows LoRA alone of the adapters. `packed`: over 4-bit weights."""
-    asked, speed = config.optimizer, config.speed
+    optimizer, speed = config.optimizer, config.speed
     return Training(
-        batch_size=-(-asked.batch_size // ranks.world),
+        batch_size=-(-optimizer.batch_size // ranks.world),
         context=config.network.context,
         precision=speed.precision,
         recompute=speed.recompute,
         recompute_every=speed.recompute_every,
         loss=speed.loss,
         scored=scored,
-        accumulate=asked.accumulate,
-        optimizer=asked.optimizer,
-        ema=asked.ema > 0,
+        accumulate=optimizer.accumulate,
+        optimizer=optimizer.optimizer,
+        ema=optimizer.ema > 0,
         method="full" if config.method is None else "qlora" if packed else "lora",
         rank=getattr(config.method, "r", 8),
         targets=config.method.targets if getattr(config.method, "targets", "") in TARGETS else "all-linear",

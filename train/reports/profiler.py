@@ -77,21 +77,21 @@ def operator_table(profiled: profile, device: torch.device, steps: int, seconds:
     clock: a GPU that is busy for a third of the time waits for the CPU.
     """
     gpu = device.type == "cuda"
-    found = []
+    operators = []
     for event in profiled.key_averages():
         if event.device_type == DeviceType.CPU:  # the others are the kernels, counted with their operators
             own = event.self_device_time_total if gpu else event.self_cpu_time_total
-            found.append((own / 1e6 / steps, event.count / steps, event.key))
-    found = sorted((row for row in found if row[0] > 0), reverse=True)
-    total = sum(own for own, _, _ in found)
+            operators.append((own / 1e6 / steps, event.count / steps, event.key))
+    operators = sorted((row for row in operators if row[0] > 0), reverse=True)
+    total = sum(own for own, _, _ in operators)
     lines = [
         f"{format_count(steps, 'step')} profiled: {1000 * seconds / steps:,.1f} ms a step by the clock, "
         f"{1000 * total:,.1f} ms in operators on the {'GPU' if gpu else 'CPU'}",
         f"{'self, ms':>10} {'share':>8} {'calls':>8}   operator",
     ]
-    for own, calls, name in found[:rows]:
+    for own, calls, name in operators[:rows]:
         lines.append(f"{1000 * own:10,.2f} {own / total:8.1%} {calls:8,.0f}   {name}"[:110])
-    if rest := found[rows:]:
+    if rest := operators[rows:]:
         own = sum(row[0] for row in rest)
         calls, others = sum(row[1] for row in rest), format_count(len(rest), "other")
         lines.append(f"{1000 * own:10,.2f} {own / total:8.1%} {calls:8,.0f}   {others}")

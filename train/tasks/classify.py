@@ -91,11 +91,11 @@ class ClassifyTask(RecordTask):
         check_classify_settings(settings, config)
         data = super().open_data(config, tokenizer, info, progress=progress)
         for rows in (data.train, data.validation):
-            for row, place in zip(rows.values, rows.names, strict=True):
+            for row, name in zip(rows.values, rows.names, strict=True):
                 for column in (settings.text, settings.pair):
                     if column is not None and not isinstance(row[column], str):
                         has = "null" if row[column] is None else type(row[column]).__name__
-                        raise DataError(f"{place}: the value of {column!r} is {has}, not a string")
+                        raise DataError(f"{name}: the value of {column!r} is {has}, not a string")
         labels = training_labels(data.train, data.validation, settings.label, separator_of(settings), initial_labels(config))
         return LabelledData(data.tokenizer, data.train, data.validation, data.sha256, labels)
 
@@ -229,12 +229,12 @@ class ClassifyTask(RecordTask):
 
         from train.label_objective import LabelObjective
 
-        asked, weights = self.config.optimizer, self.weights()
+        optimizer, weights = self.config.optimizer, self.weights()
         return LabelObjective(
             networks,
             weight_C=None if weights is None else torch.tensor(weights, dtype=torch.float64),
-            smoothing=asked.label_smoothing,
-            z_loss=asked.z_loss,
+            smoothing=optimizer.label_smoothing,
+            z_loss=optimizer.z_loss,
         )
 
     # ---- evaluation
@@ -299,14 +299,14 @@ def framer_of(settings: ClassifySettings, tokenizer: "Tokenizer", context: int) 
 def check_classify_settings(settings: ClassifySettings, config: "TrainConfig") -> None:
     from train.runs.errors import TrainError
 
-    defaults, asked = ClassifySettings(), config.optimizer
+    defaults, optimizer = ClassifySettings(), config.optimizer
     if not settings.multi and settings.separator != defaults.separator:
         raise TrainError("--classify.separator would have no effect: it separates several labels a text, --classify.multi")
     if not settings.separator:
         raise TrainError("--classify.separator is empty")
     if settings.max_length is not None and settings.max_length < 1:
         raise TrainError(f"--classify.max-length {settings.max_length}: must be at least 1")
-    if settings.multi and (asked.label_smoothing or asked.z_loss):
+    if settings.multi and (optimizer.label_smoothing or optimizer.z_loss):
         raise TrainError("--label-smoothing and --z-loss are for one class a text, not for --classify.multi")
 
 

@@ -92,7 +92,7 @@ class CausalTask(TokenTask):
             generator=torch.Generator(device).manual_seed(self.config.run.seed),
         )
         text = f"{tokenizer.decode(prompt)}[…]{tokenizer.decode(new[0].tolist())}".strip("\n")
-        return "from […] on, the network goes on from a held-out document's opening", text
+        return "the beginning of a held-out document, and from […] on what the network generates", text
 
     def example_command(self, folder: Path) -> str:
         prompt = "Return the"

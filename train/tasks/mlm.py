@@ -110,13 +110,13 @@ class MaskedTask(TokenTask):
         masked[0, positions] = tokenizer.mask_id
         with eval_mode(network):
             predicted = network(masked).logits[0].argmax(-1).tolist()
-        shown = b""  # joined as bytes: a character may need several tokens
+        filled = b""  # joined as bytes: a character may need several tokens
         for position, true_id in enumerate(ids):
             guess, text = tokenizer.token_bytes[predicted[position]], tokenizer.token_bytes[true_id]
             gap = b"[%b]" % text if predicted[position] == true_id else b"[%b, not %b]" % (guess, text)
-            shown += gap if position in positions else text
-        what = "in brackets, what the network reads into the gaps of a held-out document's opening"
-        return what, shown.decode(errors="replace").strip("\n")
+            filled += gap if position in positions else text
+        description = "in brackets, the network's predictions for masked tokens of a held-out document's beginning"
+        return description, filled.decode(errors="replace").strip("\n")
 
     def example_command(self, folder: Path) -> str:
         text = f"The {MASK} statement"

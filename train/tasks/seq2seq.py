@@ -123,9 +123,9 @@ class Seq2SeqTask(RecordTask):
                 f"--seq2seq.packing first_fit with --adapter {virtual}: relative positions would count the other pairs "
                 "of a row between the virtual tokens and a text; --seq2seq.packing pad does not"
             )
-        for option, asked in (("max-source", settings.max_source), ("max-target", settings.max_target)):
-            if asked is not None and asked > base.context and base.position != "relative":
-                raise ConfigError(f"--seq2seq.{option} {asked}: this network reads at most {base.context} tokens")
+        for option, length in (("max-source", settings.max_source), ("max-target", settings.max_target)):
+            if length is not None and length > base.context and base.position != "relative":
+                raise ConfigError(f"--seq2seq.{option} {length}: this network reads at most {base.context} tokens")
         return base
 
     def __init__(self, config: TrainConfig, data: "RecordData"):
@@ -284,8 +284,8 @@ class Seq2SeqTask(RecordTask):
     def sample(self, network: "nn.Module", device: "torch.device") -> tuple[str, str]:
         pair = self.data.validation.values[0]
         text, has_ended = self.generate_texts(network, device, [pair])[0]
-        shown = {"source": pair.source, "reference": pair.target, "output": text + " […]" * (not has_ended)}
-        return "a held-out source, its reference and the greedy output", "\n".join(f"{k:9}  {v}" for k, v in shown.items())
+        sample = {"source": pair.source, "reference": pair.target, "output": text + " […]" * (not has_ended)}
+        return "a held-out source, its reference and the greedy output", "\n".join(f"{k:9}  {v}" for k, v in sample.items())
 
     def example_command(self, folder: Path) -> str:
         source = self.data.validation.values[0].source

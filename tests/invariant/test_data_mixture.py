@@ -232,7 +232,7 @@ class Lines(RecordTask):
         ids = np.frombuffer(row["text"][:14].encode(), np.uint8).astype(np.int64)
         return [Example(ids, ids, extra={"of": np.array(len(row["text"]) > 500)})]
 
-    scores = line = verdict = sample = try_it = objective = None
+    scores = score_line = verdict = sample = example_command = objective = None
 
 
 Lines.__abstractmethods__ = frozenset()

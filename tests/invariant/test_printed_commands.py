@@ -188,7 +188,7 @@ def test_of_a_run_in_parts():
     assert answer.code == 2
     all_work(answer, "model export parted --out FOLDER")
     config = read_settings(Path("parted"))
-    task = SimpleNamespace(suffixes=SUFFIXES, try_it=lambda folder: f"python -m model generate {folder} --prompt the")
+    task = SimpleNamespace(suffixes=SUFFIXES, example_command=lambda folder: f"python -m model generate {folder} --prompt the")
     lines = list(following(SimpleNamespace(out=Path("parted"), config=config, task=task), ""))
     shown = "\n".join(lines)
     all_work(shown, "model export parted", "model generate parted-model ", "train --corpus", "train --init parted-model ")

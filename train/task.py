@@ -4,6 +4,7 @@ This file and the tasks' import torch inside functions only: `--help` shows thei
 """
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,6 +61,16 @@ class BatchSource(Protocol):
     def load_state_dict(self, state: dict) -> None: ...
 
 
+# Names that a user's own task file may still have, forwarded for one version.
+OLD_NAMES = {
+    "around": "affix_flags",
+    "line": "score_line",
+    "mixes": "can_mix",
+    "more_totals": "generation_totals",
+    "try_it": "example_command",
+}
+
+
 class Task(ABC):
     """One objective on one prepared corpus: a function of (config, data), so that a resume is the same."""
 
@@ -75,6 +86,12 @@ class Task(ABC):
     higher_is_better: ClassVar[bool] = False
     can_mix: ClassVar[bool] = False  # takes sources by weight, --corpus NAME=PATH:WEIGHT
     validation_sources: Sequence[str] = ()  # the source of each batch of `validation`, where there are several
+
+    def __init_subclass__(cls, **options) -> None:
+        super().__init_subclass__(**options)
+        for old in OLD_NAMES.keys() & vars(cls).keys():
+            warnings.warn(f"{cls.__name__}.{old} is now {OLD_NAMES[old]}: rename it", stacklevel=2)
+            setattr(cls, OLD_NAMES[old], vars(cls)[old])
 
     config: "TrainConfig"
     data: Any

@@ -16,7 +16,7 @@ TABLES = {name: importlib.import_module(name).PUBLIC for name in PACKAGES}
 NAMES = [(package, file, name) for package, table in TABLES.items() for file, names in table.items() for name in names]
 OPENERS = re.compile(r"(Of|As|What|Where|How|Whether|Which)\b")
 # Words of our own, for which the field has other names.
-OLD_NAMES = set(
+OLD_WORDS = set(
     "Before Plan Memory STRETCHES lay_out spread kept_local put_on narrow kept apart Watch IN_PARTS seal point say enter leave "
     "around Whole double share".split()
 )
@@ -71,7 +71,7 @@ def definitions(tree: ast.Module) -> set[str]:
 def test_the_field_has_words_for_it(file):
     """Neither old identifiers, nor docstrings that open with a question."""
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-    assert definitions(tree) & OLD_NAMES == set()
+    assert definitions(tree) & OLD_WORDS == set()
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
     texts = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, documented)]
     assert [text.split("\n")[0] for text in texts if OPENERS.match(text)] == []

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from tests.runs import assert_same_end, command, last_checkpoint, metrics, stopped_at
+from train.record_task import RecordTask
 from train.registry import FOLDER, load, names, summaries
+from train.task import OLD_NAMES, Task
 
 SEAM = Path(__file__).parents[1] / "seam"
 WORDS = "the cat sat on a mat and saw dogs run by rivers with cold water under old bridges".split()
@@ -134,3 +136,15 @@ def test_a_reference_has_neither_dropout_nor_gradient():
     assert not torch.equal(objective.network(ids).logits, objective.network(ids).logits)
     assert not any(parameter.requires_grad for parameter in reference.parameters())
     assert all(parameter.requires_grad for parameter in objective.network.parameters())
+
+
+def test_a_task_file_of_the_last_version_is_heard():
+    """A method under its old name takes effect, and a note says the new one: it would else be ignored in silence."""
+    with pytest.warns(UserWarning, match="Older.line is now score_line"):
+
+        class Older(load("clm")):
+            def line(self, scores):
+                return "an old line"
+
+    assert Older.score_line(None, {}) == "an old line"
+    assert set(OLD_NAMES.values()) <= {name for kind in (RecordTask, Task) for name in dir(kind)}

@@ -1,4 +1,4 @@
-"""Text in, batches out.
+"""The data pipeline, text in, batches out: read, clean, tokenize, label, pack.
 
     config      the data options, the entries of --corpus, and the error for bad input     imports the standard library only
     sources/    files, records, shards, mixtures: the origin of text and examples

@@ -79,7 +79,7 @@ class DataConfig:
     """Drop near duplicates before the split. Exact duplicates are always dropped."""
 
     separator: str | None = None
-    """Special token between documents, for a tokenizer of --init that adds none before a text. Default: its eos."""
+    """Special token between documents, if the tokenizer of --init adds no bos token. Default: its eos token."""
 
     cache: Path = field(default_factory=default_cache)
     """Folder of prepared shards, reused while the corpus and these options stay the same."""

@@ -110,7 +110,7 @@ def wilson_interval(correct: int, trials: int, *, confidence: float = 0.95) -> t
 
 
 def additive_columns(metric: Metric, statistics_BK: Tensor) -> Tensor:
-    """Return float64 columns that sum over examples: the statistics, or (score, 1) of each example for a mean.
+    """Return per-example float64 columns that a resample can sum: the statistics, or (score, 1) if the corpus score is a mean.
 
     Errors: no example, or an example with NaN or infinity, which would pass for a difference (ValueError with its index).
     """

@@ -142,7 +142,7 @@ class _Search:
                         yield from _single_bits(self.bits[other] & ~taken)
 
     def _may_leave_stage(self, token: int, taken: int, seen: Counter[int]) -> bool:
-        """True if a hypothesis token may go unmatched in its own stage: fewer than its excess have done so.
+        """True if a hypothesis token may stay unmatched in its stage: fewer of it than its excess have done so.
 
         All reference positions of a token in excess in the hypothesis are matched in its own stage, so the number that left the
         stage is seen minus taken.

@@ -32,11 +32,12 @@ LARGEST = 1 << 16  # numbers per pair in a batch; beyond that, from about 2,000 
 FEW = 16  # a mask of fewer positions is faster to make bit by bit than from an array
 
 
-# ---- the plain twins: one pair, the full table
+# ---- the reference implementations: one pair, the full table
 
 
 def lcs_reference(hypothesis: Sequence[Hashable], reference: Sequence[Hashable]) -> list[int]:
-    """Return the reference positions of the longest common subsequence, by the full table; the plain twin of `lcs_members`.
+    """Return the reference positions of the longest common subsequence, by the full table; the reference implementation of
+    `lcs_members`.
 
     >>> lcs_reference([2, 5, 3, 4], [1, 2, 3, 4, 5])
     [1, 2, 3]
@@ -58,7 +59,8 @@ def lcs_reference(hypothesis: Sequence[Hashable], reference: Sequence[Hashable])
 
 
 def weighted_lcs_reference(hypothesis: Sequence[Hashable], reference: Sequence[Hashable], weight: float) -> float:
-    """Compute the weighted LCS of one pair, with k^weight for a run of k matches; the plain twin of `weighted_lcs`.
+    """Compute the weighted LCS of one pair, with k^weight for a run of k matches; the reference implementation of
+    `weighted_lcs`.
 
     >>> weighted_lcs_reference("abcd", "abxcd", 2.0)  # two runs of two
     8.0
@@ -242,7 +244,7 @@ def _skew(value_PT: Tensor, width: int, fill: int) -> Iterator[Tensor]:
 
 
 def _vectors(hypothesis_PT: Tensor, reference_PS: Tensor) -> Iterator[Tensor]:
-    """Yield V after each step, (P, W): word w of step t belongs to token t - w."""
+    """Yield the bit vectors V after each step, (P, W). Word w is w steps behind: in step t it has processed token t - w."""
     words = -(-reference_PS.size(1) // WORD)
     row_PT, mask_UW = _masks(hypothesis_PT, reference_PS, words)
     mask_V, word_W = mask_UW.flatten(), torch.arange(words, device=row_PT.device)

@@ -1,20 +1,22 @@
 """ROUGE: overlap of words, n-grams or longest common subsequences between a hypothesis (a summary) and its reference.
 
-    P = f⁻¹(m / f(h))      R = f⁻¹(m / f(r))      F = 2 P R / (P + R)
+    P = m / h      R = m / r      F = 2 P R / (P + R)
 
-h and r are the sizes of hypothesis and reference, m is what they have in common, and f(k) = k except for rougeW:
+h and r are the sizes of hypothesis and reference, m is the number of matches:
 
 - rouge1 … rouge9: sizes are numbers of n-grams; m = Σ over n-grams of min(count in the hypothesis, count in the reference)
 - rougeL: sizes are numbers of words; m is the length of the longest common subsequence (LCS)
-- rougeLsum: as rougeL, for texts of several lines. m counts the words in the union of each reference line's LCS with every
-  hypothesis line, a word at most as often as either text has it. For texts of one line it equals rougeL. A line is a sentence:
-  insert the line breaks first, sentences are not detected
-- rougeW: m is the weighted LCS, in which k consecutive matches count f(k) = k^weight
+- rougeLsum: as rougeL, for texts of several lines, one sentence a line (sentences are not split here). For each reference line
+  take the union of its LCS with every hypothesis line. m is the number of words in these unions; a word counts at most as often
+  as it occurs in the hypothesis. For texts of one line it equals rougeL
+- rougeW: m is the weighted LCS, in which k consecutive matches count f(k) = k^weight; P = f⁻¹(m / f(h)), R = f⁻¹(m / f(r))
 
-The score of a corpus is the mean over its examples; an example with several references has the one with the largest F, the
-first if several are equal. Words and values are rouge-score's; rougeW (which rouge-score lacks) is the paper's.
-B examples, R references, K statistics, X any leading dimensions, N tokens flattened, L lines, P pairs of lines.
-Source: Lin 2004, aclanthology.org/W04-1013.
+The score of a corpus is the mean over its examples. Of several references the one with the largest F is used, the first if
+several are equal. Words and values are rouge-score's; rougeW (which rouge-score lacks) is the paper's.
+
+Shapes: B examples, R references per example, K statistics, X any leading dimensions, N tokens flattened, L lines, P pairs of
+lines, M lines of a chunk, O n-gram orders. A stream of references is a list with one reference, or None, for each hypothesis;
+there are R streams. Source: Lin 2004, aclanthology.org/W04-1013.
 """
 
 from collections import Counter
@@ -45,7 +47,7 @@ from eval.score import (
 from eval.tokenize import TOKENIZERS, check_tokenizer, tokenize_unicode, tokenizer_name
 
 ROUGE_SCORE_VERSION = "0.1.2"  # the release of rouge-score whose values are reproduced
-WEIGHT = 1.2  # ROUGE-1.5.5's default
+WEIGHT = 1.2  # the value that ROUGE-1.5.5 recommends
 MAX_WEIGHT = 20.0  # a million words to this power still fit into a float64
 SENTENCE_PAIRS = 1 << 18  # pairs of lines compared at once by rougeLsum
 
@@ -59,13 +61,14 @@ class Rouge:
 
     - `kind`: rouge1 … rouge9, rougeL, rougeLsum or rougeW
     - `stemmer`: replace words of more than three characters by their Porter stems
-    - `tokenize`: "rouge-score": words are runs of a-z and 0-9 after lower-casing; a text in another script has no words and
-      scores 0, as in rouge-score. "unicode": words are runs of letters and digits of any script, identical for ASCII. One of
-      BLEU's tokenizers, on lower-cased text, with punctuation as words: "zh", "ja-mecab" or "char" for scripts without
-      spaces. "ids": texts are sequences of tokens or ids already, each a single line
+    - `tokenize`:
+      "rouge-score": words are runs of a-z and 0-9, lower-cased; text in another script has no words and scores 0
+      "unicode": words are runs of letters and digits of any script; identical for ASCII
+      one of BLEU's tokenizers ("zh", "ja-mecab", "char" … for scripts without spaces): lower-cased, punctuation is words too
+      "ids": texts are sequences of tokens or ids already, each a single line
     - `weight`: the exponent of rougeW, 1.2 by default
 
-    Statistics of an example: number of references, m, h, r with the chosen reference. P, R and F of an empty text are 0.
+    Columns of the statistics of an example: number of references, m, h, r (for the chosen reference). Empty texts score 0.
     """
 
     kind: str = "rouge1"
@@ -99,10 +102,10 @@ class Rouge:
             raise ValueError(f"not the statistics of ROUGE: expected 4 columns, got {statistics_XK.size(-1)}")
         _, match_X, hypothesis_X, reference_X = statistics_XK.unbind(-1)
         if self.kind == "rougeW":
-            # f⁻¹(m / f(h)) = f⁻¹(m) / h. One by one: the last bit of a torch power depends on the value's position.
+            # f⁻¹(m / f(h)) = f⁻¹(m) / h. A Python loop: torch's vectorized pow may round a number differently by its position.
             roots = [value ** (1 / self.weight) for value in match_X.flatten().tolist()]
             match_X = torch.tensor(roots, dtype=torch.float64, device=match_X.device).view_as(match_X)
-        # A root may be an ulp too large.
+        # Rounding may give slightly more than 1.
         precision_X, recall_X = (ratio(match_X, size_X).clamp(max=1) for size_X in (hypothesis_X, reference_X))
         return precision_X, recall_X, f_measure(precision_X, recall_X)
 
@@ -127,11 +130,11 @@ class Rouge:
         return signature_of(settings | {"version": ROUGE_SCORE_VERSION})
 
 
-# ---- m, what hypothesis and reference have in common: (B,) for each kind
+# ---- m, the number of matches of each example (B,), by kind
 
 
 class Side(NamedTuple):
-    """The tokenized hypotheses, or one stream of references: tokens by line and by text, and the number of lines per text."""
+    """One side, tokenized: all hypotheses, or one stream of references. Tokens by line, lines per text, tokens by text."""
 
     lines: Ragged
     lines_B: Tensor
@@ -149,7 +152,7 @@ def _weighted_lcs(hypothesis: Side, reference: Side, weight: float) -> Tensor:
 
 
 def summary_lcs_reference(hypothesis: Sequence[Sequence], reference: Sequence[Sequence]) -> int:
-    """rougeLsum's m of one pair of texts, given as lists of tokenized lines; the plain twin of the batched version.
+    """rougeLsum's m for one pair of texts, given as lists of tokenized lines: the reference implementation.
 
         union(i) = ∪_j (positions in reference line i of its LCS with hypothesis line j)
         m = Σ over words w of min(count of w in all unions, count of w in the hypothesis)
@@ -180,7 +183,7 @@ def _summary_lcs(hypothesis: Side, reference: Side) -> Tensor:
 
 
 def _line_pairs(hypothesis_B: Tensor, reference_B: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield all pairs (hypothesis line, reference line) of the same example, as indices (P,) among the lines of each side.
+    """Yield index pairs (hypothesis line, reference line) within each example, (P,) each, in chunks.
 
     `hypothesis_B` and `reference_B` are numbers of lines per text. About SENTENCE_PAIRS pairs at a time.
 
@@ -238,7 +241,7 @@ def rouge_statistics(
 
 
 def _best_reference(metric: Rouge, match_BR: Tensor, length_B: Tensor, length_BR: Tensor, order: int) -> Tensor:
-    """Select the statistics of the reference with the largest F, the first of equals. T words have T - order + 1 n-grams."""
+    """Return the statistics of the best reference: highest F, first if tied. A text of T words has T - order + 1 n-grams."""
     has_reference_BR = length_BR >= 0
     columns = [has_reference_BR.sum(1, keepdim=True).expand_as(length_BR), match_BR]
     columns += [(words_BR - (order - 1)).clamp(min=0) for words_BR in (length_B[:, None].expand_as(length_BR), length_BR)]
@@ -266,7 +269,7 @@ TOKENIZE = (*WORD_TOKENIZERS, "ids")
 
 
 def _split_sides(texts: Sequence[Sequence], tokenize: str, notes: Notes | None) -> list[list]:
-    """Tokenize all lines of each side, and note letters that the words drop or scripts that they do not segment."""
+    """Tokenize all lines of each side; note characters that the tokenizer ignores and scripts that it cannot segment."""
     if tokenize == "ids":
         return [[_check_ids(text) for text in side] for side in texts]
     lines = [_split_lines(side, tokenize) for side in texts]
@@ -323,10 +326,10 @@ def rouge_scores(
     """ROUGE of a corpus: kind → Score, the mean F = 2 P R / (P + R) over examples, from 0 to 1.
 
     Each Score has the means `.precision`, `.recall` and `.fmeasure`. `references` is one text per hypothesis, or streams:
-    `references[r][i]` is a reference of hypothesis i, or None; with `tokenize="ids"` always streams. `weight` is rougeW's.
-    Words are runs of a-z and 0-9: text in other scripts has none and scores 0 unless `tokenize` is another one (see `Rouge`);
-    a warning states how many letters are dropped. Errors: those of `rouge_statistics`; an unknown kind or tokenizer.
-    Source: Lin 2004, aclanthology.org/W04-1013; values are rouge-score's.
+    `references[r][i]` is the r-th reference of hypothesis i, or None (transposed, as in sacrebleu). Token ids are always given
+    in streams. `weight` is rougeW's. Words are runs of a-z and 0-9: text in other scripts has none and scores 0 unless
+    `tokenize` is another one (see `Rouge`); a warning states how many letters are dropped. Errors: those of
+    `rouge_statistics`; an unknown kind or tokenizer. Source: Lin 2004, aclanthology.org/W04-1013; values are rouge-score's.
 
     >>> print(rouge_scores(["testing one"], ["testing one two"])["rouge2"])
     ROUGE-2 = 0.6667 nrefs:1|kind:rouge2|stemmer:no|tok:rouge-score|beta:1|version:0.1.2

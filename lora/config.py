@@ -77,7 +77,7 @@ class LoraConfig(MethodConfig):
     """The layers to adapt: all-linear, attention, query-value, or a regular expression, searched in each layer's name (ours and
     the family's published one)."""
     dropout: float = 0.0
-    """Dropout on the input of A. (Above 0 the layer and its LoRA are not fused: a slower step.)"""
+    """Dropout on the input of A. (Above 0 LoRA is not fused with its layer: a slower step.)"""
     rank_stabilized: bool = False
     """rsLoRA: s = alpha / √r."""
     bias: Literal["none", "all", "adapted"] = "none"
@@ -85,7 +85,7 @@ class LoraConfig(MethodConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Regular expression → r, for layers whose name ends with a match."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """Regular expression → alpha, likewise."""
+    """Regular expression → alpha, for layers whose name ends with a match."""
     train_whole: tuple[str, ...] = ()
     """Modules to train in full, such as a new head (PEFT's modules_to_save): regular expressions, as targets."""
     b_lr_ratio: float = 1.0
@@ -125,7 +125,7 @@ class AdaloraConfig(LoraConfig):
     beta1: float = 0.85
     """Decay of the running mean of the sensitivity."""
     beta2: float = 0.85
-    """Decay of the running mean of its uncertainty."""
+    """Decay of the running mean of the sensitivity's uncertainty."""
     orthogonality: float = 0.5
     """Weight of the penalty that keeps P and Q orthogonal."""
 
@@ -142,7 +142,7 @@ class AdaloraConfig(LoraConfig):
 
 @dataclass(frozen=True)
 class Ia3Config(MethodConfig):
-    """Keys, values and the feed-forward's inner activations, each times a learned vector. Source: Liu et al. 2022,
+    """(IA)³: multiply keys, values and feed-forward activations by learned vectors. Source: Liu et al. 2022,
     arXiv 2205.05638."""
 
     method: ClassVar[str] = "ia3"
@@ -152,7 +152,7 @@ class Ia3Config(MethodConfig):
     targets: str = r"project\.(key|value|qkv)$|mlp\.down$"
     """The layers to adapt, as for lora."""
     feedforward: str = r"mlp\.down$"
-    """Those among them whose input is scaled rather than their output: a regular expression."""
+    """Regular expression: the target layers that scale their input instead of their output."""
     train_whole: tuple[str, ...] = ()
     """Modules to train in full."""
 
@@ -196,7 +196,7 @@ class PromptConfig(MethodConfig):
     text: str | None = None
     """Initialize from the embeddings of this text, repeated or cut to `tokens`, instead of random tokens' embeddings."""
     ids: tuple[int, ...] = ()
-    """The same, from token ids."""
+    """Initialize from the embeddings of these token ids."""
     train_whole: tuple[str, ...] = ()
     """Modules to train in full."""
 

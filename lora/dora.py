@@ -27,7 +27,7 @@ from model.heads import LanguageHead
 def dora_reference(
     x: Tensor, W_OI: Tensor, b_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, m_O: Tensor, scale: float
 ) -> Tensor:
-    """y = x W'ᵀ + b with W' = m (W + s B A) / ‖W + s B A‖: the plain twin of `Dora`. x: ... × I, in any dtype."""
+    """y = x W'ᵀ + b with W' = m (W + s B A) / ‖W + s B A‖: the reference implementation of `Dora`. x: ... × I, in any dtype."""
     changed_OI = W_OI + scale * B_OR @ A_RI
     norm_O1 = changed_OI.detach().norm(dim=1, keepdim=True)
     return F.linear(x, m_O[:, None] * changed_OI / norm_O1, b_O)

@@ -47,7 +47,7 @@ def weight_of(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def head_of(network: nn.Module) -> nn.Module | None:
-    """Return the head of a transformers network, which adapters of all linear layers leave out; None of another module.
+    """Return the output head of a transformers network, which targets=all-linear excludes; None if it has none.
 
     It is what `get_output_embeddings` returns, or where that is None, in a classifier, `score` or `classifier`.
     """

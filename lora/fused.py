@@ -9,7 +9,7 @@ gradients of x. Here each product accumulates into the result of the previous on
 Saved for the backward: x and h. The thin matrices are stored rank first: on a CPU, products with few columns and a long inner
 axis are slow, products with few rows are not (measured in float32, one thread, N 2,048, I = O = 384, R 8, where the base's
 product takes 6.9 ms: h 0.28 ms instead of 0.44, dh 0.28 instead of 1.02, dB 0.25 instead of 2.2; dA is 0.25 either way).
-Plain twin: `lora.lora.lora_reference`.
+Reference implementation: `lora.lora.lora_reference`.
 """
 
 from collections.abc import Callable
@@ -50,9 +50,9 @@ def products_in_place(
 
 
 def triton_product(x: Tensor, W_OI: Tensor, b_O: Tensor | None, h_RN: Tensor, B_OR: Tensor, scale: float) -> Tensor:
-    """The same in one Triton kernel; needs a GPU. Not the default: cuBLAS's product and a second, thin one that accumulates
-    (at rank 8 1/256 of the work at O = I = 4,096, and y read and written once more) may be as fast. `python -m tests.bench gpu`
-    compares the two."""
+    """Compute `products_in_place` in one Triton kernel; needs a GPU. Not the default: cuBLAS's product and a second, thin one
+    that accumulates (at rank 8 1/256 of the work at O = I = 4,096, and y read and written once more) may be as fast. `python
+    -m tests.bench gpu` compares the two."""
     from lora.kernels.lora_linear import lora_linear as in_one_kernel  # here: triton is imported with the first kernel
 
     return in_one_kernel(x.reshape(-1, x.size(-1)), W_OI, b_O, h_RN, B_OR, scale).view(*x.shape[:-1], W_OI.size(0))

@@ -13,8 +13,8 @@ from lora.layer import AdaptedLayer, Holder, ModulesToSave, Part
 
 
 class TrainedBiases:
-    """The network's own biases that an adapter trains in place, and their other values: the base's while the adapter is active,
-    else the adapter's."""
+    """Biases of the network that an adapter trains in place. Stores the inactive values: the base's while the adapter is
+    active, the adapter's while it is not."""
 
     def __init__(self, pairs: list[tuple[nn.Parameter, Tensor]]):
         self.pairs, self.are_adapters = pairs, True  # pairs: (parameter, its other values)
@@ -72,7 +72,7 @@ def is_merged(network: nn.Module) -> bool:
 
 
 def modules_without_adapters(network: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield (path, module) by the paths without adapters: a holder instead of its base, and no parts."""
+    """Yield (path, module) with the paths of the network without adapters; the adapters' own modules are skipped."""
     for name, module in network.named_children():
         if isinstance(module, Holder) and not hasattr(module, "base"):
             continue  # virtual tokens

@@ -68,7 +68,7 @@ class Part(nn.Module):
 
 
 class Holder(nn.Module):
-    """`parts`, one per adapter; those named in `active` are computed, in that order."""
+    """Base class of modules that hold one trainable part per adapter; only those named in `active` are used, in that order."""
 
     def __init__(self):
         super().__init__()

@@ -2,12 +2,13 @@
 
     y = W x + b + s B A drop(x),  s = α / r        W: O × I,  A: R × I,  B: O × R,  R = r
 
-With rank stabilization (rsLoRA) s = α / √r. A is initialized uniform in ±1/√I (Kaiming), B to zero: at first y = W x + b.
+With rank stabilization (rsLoRA) s = α / √r. A is initialized uniformly in ±1/√I (Kaiming), B to zero, so that the adapted layer
+starts equal to the base layer. In the code x has rows: W x is x @ W.T, or F.linear(x, W).
 Source: Hu et al. 2021, arXiv 2106.09685, section 4.1; Kalajdzievski 2023, arXiv 2312.03732 (rsLoRA). The paper draws A from a
-normal distribution; uniform is what its authors' code and PEFT do. As in PEFT, dropout applies to the input of A only, and the
-A of an embedding is zero at first, its B normal.
+normal distribution; its authors' code and PEFT use a uniform one. As in PEFT, dropout applies to the input of A only, and for
+embeddings A starts at zero and B is normal.
 
-`LoraLinear` is a layer to be used by itself. `lora.inject.add_adapters` puts a `Lora` beside each layer of a network.
+`LoraLinear` is a layer to be used by itself. `lora.inject.add_adapters` gives each layer of a network such a pair A, B.
 """
 
 import math
@@ -26,12 +27,12 @@ from lora.targets import by_pattern
 
 
 def lora_reference(x: Tensor, W_OI: Tensor, b_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
-    """y = x Wᵀ + b + s (x Aᵀ) Bᵀ: the plain twin of every other form. x: ... × I, in any dtype."""
+    """y = x Wᵀ + b + s (x Aᵀ) Bᵀ: the reference implementation, which all faster forms must equal. x: ... × I, any dtype."""
     return F.linear(x, W_OI, b_O) + scale * (x @ A_RI.T) @ B_OR.T
 
 
 def add_low_rank(y: Tensor, x: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
-    """y + s (x Aᵀ) Bᵀ, the product added to y as it is computed: two passes over ... × O fewer."""
+    """y + s (x Aᵀ) Bᵀ, in one addmm, which saves two passes over ... × O."""
     h = F.linear(x.to(A_RI.dtype), A_RI)
     if y.dtype != h.dtype and not torch.is_autocast_enabled(y.device.type):  # float32 adapters on a 16-bit base
         return y + (scale * F.linear(h, B_OR)).to(y.dtype)
@@ -39,7 +40,10 @@ def add_low_rank(y: Tensor, x: Tensor, A_RI: Tensor, B_OR: Tensor, scale: float)
 
 
 class Lora(Part):
-    """The parameters A and B of one adapter beside one linear layer, `base`, which has W and b."""
+    """The LoRA parameters A and B of one adapter for one linear layer, `base`, which has W and b.
+
+    `base` is not stored here: the layer that holds both passes it in. `reset_parameters` must be called once.
+    """
 
     PEFT_NAMES: ClassVar = {"A": PeftName("lora_A.weight"), "B": PeftName("lora_B.weight", has_output_rows=True)}
 
@@ -60,12 +64,12 @@ class Lora(Part):
         return self.post_forward(x, base(x), base)
 
     def post_forward(self, x: Tensor, y: Tensor, base: nn.Module) -> Tensor:
-        """y + s B A drop(x), where y = W x + b, plus the changes of adapters before this one."""
+        """Return y + s B A drop(x). y is W x + b, plus the updates of earlier adapters."""
         return add_low_rank(y, self.drop(x), self.A, self.B, self.s)
 
     @property
     def s(self) -> float:
-        """α / r (or α / √r), times the adapter's weight in a weighted sum of adapters (1 by default)."""
+        """α / r (or α / √r), times `adapter_weight`: 1, unless several adapters are mixed."""
         return self.adapter_weight * self.scale
 
     def drop(self, x: Tensor) -> Tensor:
@@ -76,10 +80,10 @@ class Lora(Part):
         return self.s * (self.B @ self.A)
 
     def merge_into(self, weight_OI: Tensor, bias_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """W + s B A, added in the wider of the two formats, in the weight's format."""
+        """W + s B A, added in the wider dtype, returned in the weight's dtype."""
         return (weight_OI + self.delta()).to(weight_OI.dtype), bias_O
 
-    # for a loss that reads a language head's factors instead of its logits: [f, s drop(f) Aᵀ] [W, B]ᵀ (`AdaptedHead`)
+    # used by losses that never build logits: logits = [f, s drop(f) Aᵀ] [W, B]ᵀ (`AdaptedHead`)
 
     def low_rank_features(self, features: Tensor) -> Tensor:
         """s drop(f) Aᵀ: ... × R."""
@@ -94,7 +98,7 @@ class Lora(Part):
 class FusedLora(Lora):
     """LoRA as one operation with its layer (`lora.fused`), where the layer allows it and no dropout is active.
 
-    A class of its own: a method that subclasses `Lora` and overrides `post_forward` must not inherit the fused form.
+    A separate class, because subclasses of `Lora` with another `post_forward` must not use the fused code.
     """
 
     def forward_with(self, x: Tensor, base: nn.Module) -> Tensor:
@@ -108,11 +112,11 @@ class LoraLinear(AdaptedLayer):
     """A linear layer with LoRA, to be used by itself: y = W x + b + s B A drop(x), s = α / r, or α / √r if `rank_stabilized`.
 
     W and b are frozen. A (R × I) and B (O × R) are trained, in float32, or float64 beside a float64 weight. x: ... × I.
-    `merge()` adds s B A to W, `unmerge()` restores W bit for bit. It is what `lora.inject.add_adapters` puts in place of a
-    linear layer: an `AdaptedLayer` with one `FusedLora`.
+    `merge()` adds s B A to W, `unmerge()` restores W bit for bit. `add_adapters` builds the same structure: an
+    `AdaptedLayer` with one `FusedLora`.
 
     linear: nn.Linear, transformers' Conv1D, or a quantized layer of `quant`. generator: for A's initial values.
-    Errors (AdapterError): r < 1, a dropout outside [0, 1), a layer that is not linear.
+    Errors (AdapterError): r < 1, a negative or infinite alpha, a dropout outside [0, 1), a layer that is not linear.
     Source: Hu et al. 2021, arXiv 2106.09685.
 
     >>> layer = LoraLinear(nn.Linear(6, 4), r=2, alpha=4.0)
@@ -133,9 +137,9 @@ class LoraLinear(AdaptedLayer):
         rank_stabilized: bool = False,
         generator: torch.Generator | None = None,
     ):
-        super().__init__(linear.requires_grad_(False))
         if not is_linear(linear):
             raise AdapterError(f"LoraLinear: a linear layer is expected, not a {type(linear).__name__}")
+        super().__init__(linear.requires_grad_(False))
         config = LoraConfig(r=r, alpha=alpha, dropout=dropout, rank_stabilized=rank_stabilized)
         lora = FusedLora(linear, config, r, alpha)
         lora.reset_parameters(generator)
@@ -152,8 +156,8 @@ class LoraLinear(AdaptedLayer):
         return self.parts["default"].B
 
     def forward(self, x: Tensor) -> Tensor:
-        """y = W x + b + s B A drop(x); while merged, W and b contain the change."""
-        return self.base(x) if self.is_merged else self.parts["default"].forward_with(x, self.base)
+        """y = W x + b + s B A drop(x). While merged, W contains the update; without an active adapter, y = W x + b."""
+        return self.base(x) if self.is_merged or not self.active else self.parts["default"].forward_with(x, self.base)
 
 
 class EmbeddingLora(Lora):
@@ -190,10 +194,11 @@ def scaling(config: LoraConfig, rank: int, alpha: float) -> float:
 
 @layer_method(LoraConfig)
 def lora(base: nn.Module, config: LoraConfig, name: LayerName) -> Lora:
-    """Build the part for a linear layer or an embedding, with its own rank and alpha where a pattern matches its name."""
+    """Build the LoRA module of a linear layer or an embedding; a pattern that matches its name gives it its own rank or
+    alpha."""
     rank, alpha = by_pattern(config.rank_pattern, name, config.r), by_pattern(config.alpha_pattern, name, config.alpha)
     if isinstance(base, nn.Embedding):
         return EmbeddingLora(base, config, rank, alpha)
     if is_linear(base):
         return FusedLora(base, config, rank, alpha)
-    raise AdapterError(f"{name.name}: LoRA does not support a {type(base).__name__}: linear layers and embeddings have one")
+    raise AdapterError(f"{name.name}: LoRA supports linear layers and embeddings, not a {type(base).__name__}")

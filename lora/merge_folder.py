@@ -152,8 +152,8 @@ def dtype_name(base: Path, dtype: torch.dtype | None) -> str:
 
 
 def untied_config(base: BaseWeights, end: str | None, untie: bool) -> ModelConfig:
-    """Return the config with a matrix of its own for the head, whose input is scaled as before. Errors: no need to, or no
-    way."""
+    """Return the base's config with an untied head. Errors (AdapterError): it is untied already, --untie was not given, or the
+    format cannot store it."""
     if not base.tied:
         raise AdapterError("--untie (untie=…) would have no effect: the head has a matrix of its own already")
     if not untie:

@@ -84,7 +84,8 @@ class MergedWeights:
         return same_change(*(next(iter(self.holders[end].parts.values())) for end in TIED_ENDS))
 
     def changed_end(self) -> str | None:
-        """Return the end of a tied matrix whose change the other end does not have; None: they need no untying."""
+        """Return which of embedding and head the adapter changes differently from the other; None if the matrix can stay
+        tied."""
         if not self.base.tied or self.ends_equal:
             return None
         return next((end for end in TIED_ENDS if self.is_changed(f"{end}.weight")), None)
@@ -95,8 +96,8 @@ class MergedWeights:
         return ours is not None and (ours in self.trained or self.holder(ours) is not None)
 
     def holder(self, ours: str) -> tuple[str, str] | None:
-        """Return the path of the holder that a weight is in, and the weight's name there. Of a module trained in full, the file
-        may hold some weights only."""
+        """Return (path of the adapted module, the weight's name inside it); None if no adapter changes the weight. The file of
+        a module trained in full may hold some weights only."""
         for path, holder in self.holders.items():
             leaf = ours.removeprefix(f"{path}.")
             if leaf == ours:

@@ -40,7 +40,8 @@ def load_methods() -> None:
 
 
 def uses_virtual_tokens(config: object) -> bool:
-    """True if the method's part stands in front of the text, False if beside layers. Error (AdapterError): unknown method."""
+    """True for prompt, P- and prefix tuning (virtual tokens), False for methods on layers. Error (AdapterError): unknown
+    method."""
     load_methods()
     if config.method not in LAYER_METHODS and config.method not in VIRTUAL_TOKEN_METHODS:
         raise AdapterError(f"unknown method {config.method!r}; methods: {', '.join((*LAYER_METHODS, *VIRTUAL_TOKEN_METHODS))}")

@@ -63,7 +63,7 @@ class FileContents:
         self.keys[key] = stored_name
 
     def mark_untrained(self, key: str) -> None:
-        """Count a tensor of `saved_along` as a copy of the base's."""
+        """Move a tensor of `saved_along` from the trained tensors to the copies of base weights."""
         self.base_copies.append(BaseCopy(self.saved_along[key], self.keys.pop(key), frozen=False))
         self.module_of_key.pop(key, None)
 

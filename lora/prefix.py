@@ -25,8 +25,8 @@ from lora.ptuning import reset_embedding_and_mlp
 
 
 class Prefix(Part):
-    """`embedding`: the table, P × 2LGK, or the input of `mlp`, P × GK. A row of the table has, layer by layer, the keys of G
-    heads, then their values, as in PEFT."""
+    """The parameters of prefix tuning. `embedding`: the table, P × 2LGK, or the input of `mlp`, P × GK. A row of the table
+    has, layer by layer, the keys of G heads, then their values, as in PEFT."""
 
     def __init__(self, config: PrefixConfig, layers: int, kv_heads: int, head_width: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Activation memory: the tensors that a training step saves for its backward, operation by operation, as a tape of bytes.
+"""Estimate activation memory: the tensors that each operation saves for the backward, in order, with their bytes (a tape).
 
 Each operation saves only what its derivative needs: a matrix its input, a norm its input and the statistics, an activation
 function its input, a product both factors, attention q, k, v, its result and one logsumexp a query, dropout its mask, the
@@ -79,7 +79,7 @@ def activation_bytes(config: ModelConfig, training: Training) -> int:
 
 
 class Recorder:
-    """Writes the tape of a network, following `forward` of stacks, blocks and heads line by line."""
+    """Builds the tape of a network, following `forward` of stacks, blocks and heads line by line."""
 
     def __init__(self, config: ModelConfig, training: Training):
         self.config, self.training = config, training

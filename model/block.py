@@ -1,24 +1,27 @@
-"""One layer: self-attention, cross-attention in a decoder that reads an encoder, and the feed-forward sublayer.
+"""One transformer layer: self-attention, optional cross-attention (the decoder of an encoder–decoder), feed-forward.
 
-`BLOCKS` holds the two places of the norm, by `ModelConfig.norm_first`.
+`BLOCKS[norm_first]`: True is the pre-norm layer, False the post-norm layer. The letters of shapes are those of
+`model/__init__`.
 """
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.attention import Attention, CrossAttention
-from model.cache import CrossCache, LayerCache
+from model.cache import CrossCache
 from model.config import ModelConfig
 from model.mask import AttentionInputs
 from model.mlp import MLPS
 from model.norm import NORMS
+from model.virtual_tokens import PastKeyValues
 
 
 class Block(nn.Module):
-    """The sublayers of one layer, their norms and their dropout; a subclass's `forward` joins them to the residual stream.
+    """Base class of a layer: the sublayers, their norms and their dropout. The subclasses place norm and residual connection.
 
-    forward(x B T D, inputs, rope) → B T D. inputs: mask and bias of self-attention; rope: its cosines and sines, or None;
-    cache: its keys and values so far. With `cross` also encoder_hidden B S D, and cross_inputs and cross_cache likewise.
+    forward(x B T D, attention_inputs, rope, past_key_values) → B T D. inputs: mask and bias of self-attention; rope: tables of
+    cosines and sines, or None; cache: keys and values of earlier tokens, or None. With cross=True also encoder_hidden (B S D),
+    and mask and cache of cross-attention.
     """
 
     def __init__(self, config: ModelConfig, attention: str = "sdpa", *, cross: bool = False):
@@ -43,14 +46,14 @@ class PreNormBlock(Block):
     def forward(
         self,
         x_BTD: Tensor,
-        inputs: AttentionInputs,
+        attention_inputs: AttentionInputs,
         rope: tuple[Tensor, Tensor] | None,
-        cache: LayerCache | None = None,
+        past_key_values: PastKeyValues = None,
         encoder_hidden_BSD: Tensor | None = None,
         cross_inputs: AttentionInputs | None = None,
         cross_cache: CrossCache | None = None,
     ) -> Tensor:
-        x_BTD = x_BTD + self.drop(self.attention(self.attention_norm(x_BTD), inputs, rope, cache))
+        x_BTD = x_BTD + self.drop(self.attention(self.attention_norm(x_BTD), attention_inputs, rope, past_key_values))
         if encoder_hidden_BSD is not None:
             x_BTD = x_BTD + self.drop(self.cross(self.cross_norm(x_BTD), encoder_hidden_BSD, cross_inputs, cross_cache))
         return x_BTD + self.drop(self.mlp(self.mlp_norm(x_BTD)))
@@ -62,14 +65,14 @@ class PostNormBlock(Block):
     def forward(
         self,
         x_BTD: Tensor,
-        inputs: AttentionInputs,
+        attention_inputs: AttentionInputs,
         rope: tuple[Tensor, Tensor] | None,
-        cache: LayerCache | None = None,
+        past_key_values: PastKeyValues = None,
         encoder_hidden_BSD: Tensor | None = None,
         cross_inputs: AttentionInputs | None = None,
         cross_cache: CrossCache | None = None,
     ) -> Tensor:
-        x_BTD = self.attention_norm(x_BTD + self.drop(self.attention(x_BTD, inputs, rope, cache)))
+        x_BTD = self.attention_norm(x_BTD + self.drop(self.attention(x_BTD, attention_inputs, rope, past_key_values)))
         if encoder_hidden_BSD is not None:
             x_BTD = self.cross_norm(x_BTD + self.drop(self.cross(x_BTD, encoder_hidden_BSD, cross_inputs, cross_cache)))
         return self.mlp_norm(x_BTD + self.drop(self.mlp(x_BTD)))

@@ -134,7 +134,8 @@ POOLS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {"first": first, "
 
 
 class PooledHead(Head):
-    """One token represents the text: logits B C = tanh(h Wdᵀ + bd) Wᵀ + b, or h Wᵀ + b where the family has no dense layer.
+    """Classification head on one pooled token: logits B C = tanh(h Wdᵀ + bd) Wᵀ + b, or h Wᵀ + b where the family has no dense
+    layer.
 
     RoFormer has its own activation instead of tanh. Dropout precedes the last matrix (RoBERTa's code applies it before the
     dense layer as well). Where the first token is pooled and a prompt precedes the text, that is the prompt's first vector,

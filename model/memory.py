@@ -115,7 +115,7 @@ def backward_peak(segments: list[Segment], waiting: float) -> float:
 
 
 def update_workspace(config: ModelConfig, training: Training) -> float:
-    """Return the update's workspace beside gradients and state: nothing for AdamW's kernel, a piece of the moments with 8 bits,
+    """Return the temporary memory of the optimizer's update: nothing for AdamW's kernel, a piece of the moments with 8 bits,
     the decayed gradients for SGD, the iteration for Muon; and float32 copies of 16-bit weights."""
     sizes, eight_bit = trained_sizes(config, training), training.optimizer == "adamw8bit"
     widened = piece = float(PIECE_BYTES * min(max(sizes), PIECE[training.device]) if eight_bit else 0)

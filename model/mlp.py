@@ -33,8 +33,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class DownProjection(Linear):
-    """The matrix back to the model's width. It may have a wider dtype than the rest: T5's overflows float16, so that
-    `model.hub.load` keeps it in float32, and the residual stream becomes float32 too."""
+    """The output projection of the feed-forward layer, F → D. It may have a wider dtype than the rest: T5's overflows float16,
+    so that `model.hub.load` keeps it in float32, and the residual stream becomes float32 too."""
 
     def forward(self, x_BTF: Tensor) -> Tensor:
         return super().forward(x_BTF if torch.is_autocast_enabled(x_BTF.device.type) else x_BTF.to(self.weight.dtype))

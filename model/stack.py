@@ -1,4 +1,4 @@
-"""A stack of layers between embedding and hidden state: the part that encoder and decoder share."""
+"""Embeddings, transformer layers and final norm: the code that encoder and decoder share."""
 
 from typing import NamedTuple
 
@@ -19,10 +19,11 @@ from model.virtual_tokens import PastKeyValues, Positions, VirtualTokens, read_v
 class Output(NamedTuple):
     """The outputs of a network.
 
-    logits come from the head: B T V of a language model; `model.heads` has the others' shapes. hidden: B T D, after the last
-    norm (the decoder's, of an encoder-decoder). hidden_states, where asked for: the embedding, then each layer's output; the
-    last one is hidden. encoder_hidden B S D and encoder_hidden_states: the encoder's. pair_logits B 2: next-sentence
-    prediction, of the head that has both. prompt B P D: the outputs at the prompt's positions, where this call has read them.
+    logits: B T V for a language model; other heads have other shapes, see `model.heads`. hidden: B T D after the last norm; for
+    an encoder–decoder, of the decoder. hidden_states, if requested: embedding output, then each layer's output; the last entry
+    is `hidden`. encoder_hidden (B S D), encoder_hidden_states: those of the encoder. pair_logits B 2: next-sentence logits,
+    only from BERT's pretraining head. prompt B P D: outputs at a prompt's positions, only in the call that processed the
+    prompt.
     """
 
     logits: Tensor | None
@@ -35,9 +36,9 @@ class Output(NamedTuple):
 
 
 class EncoderOutput(NamedTuple):
-    """The encoder's last hidden state, as cross-attention reads it: with its mask (1 real, 0 pad) and its packed documents.
+    """The encoder's output for cross-attention: last hidden state, padding mask (1 real, 0 pad), document ids of packed rows.
 
-    Its first `prompt_length` positions are virtual tokens, which every document may attend to.
+    The first `prompt_length` positions are virtual tokens, which every document may attend to.
     """
 
     hidden_BSD: Tensor
@@ -46,7 +47,7 @@ class EncoderOutput(NamedTuple):
     prompt_length: int = 0
 
     def attention_inputs(self, queries: int, document_ids_BS: Tensor | None) -> AttentionInputs:
-        """Return the mask of cross-attention. document_ids_BS: of the decoder's positions; the queries are the last."""
+        """Return the mask of cross-attention. document_ids_BS: of all decoder positions; the queries are the last `queries`."""
         if (self.document_ids_BS is None) != (document_ids_BS is None):
             raise ConfigError("packed rows of an encoder-decoder need both document_ids and decoder_document_ids")
         mask = Mask(
@@ -62,7 +63,7 @@ class EncoderOutput(NamedTuple):
 class BlockInputs(NamedTuple):
     """The arguments of `Block.forward` after x."""
 
-    inputs: AttentionInputs
+    attention_inputs: AttentionInputs
     rope: tuple[Tensor, Tensor] | None
     past_key_values: PastKeyValues
     encoder_hidden_BSD: Tensor | None
@@ -73,11 +74,11 @@ class BlockInputs(NamedTuple):
 class Stack(nn.Module):
     """ids → hidden states: token, position and segment embeddings, the layers, the last norm.
 
-    `attention` chooses the plain or the fused twin (`model.attention.ATTENTIONS`). `embedding` is given where two stacks
-    share one. With `norm_first` a last norm ends the stack; otherwise each layer has normalized its own sum.
+    attention: "sdpa" (fused) or "reference" (plain). embedding: given when two stacks share one table. Pre-norm networks have a
+    final norm; in post-norm networks each layer already ends with one.
 
-    Two optional parts make virtual tokens (`model.virtual_tokens`; `lora.prompt` and `lora.prefix` set them). Called without
-    arguments, `prompt` gives P × D vectors or None, `prefix` keys and values L 2 G P K or None; `length` of each is P.
+    Two optional modules make virtual tokens (`model.virtual_tokens`; `lora.prompt` and `lora.prefix` set them): `prompt()`
+    returns P × D vectors or None, `prefix()` keys and values, L 2 G P K, or None; the attribute `length` of each is P.
     """
 
     def __init__(
@@ -120,11 +121,11 @@ class Stack(nn.Module):
         hidden_states: bool = False,
         keep_prompt: bool = False,
     ) -> Output:
-        """input_ids B T → hidden B T D, of the text (keep_prompt: B P+T D, a prompt's positions first).
+        """Return the hidden states of the text, B T D; with keep_prompt also of the prompt, in front: B P+T D.
 
-        attention_mask B S (1 real, 0 pad; S counts cached positions too). position_ids B T (default: counted by the
-        mask). token_type_ids B T (default: 0). document_ids B T: packed documents, which must not see each other; all see
-        prompt and prefix, and a prompt then sees itself alone.
+        input_ids B T. attention_mask B S (1 real, 0 pad; S: cached positions of the text too). position_ids B T (default:
+        computed from the mask, not counting pads). token_type_ids B T (default: 0). document_ids B T: packed documents do not
+        attend to each other; every one attends to prompt and prefix, and virtual tokens attend only to each other.
         """
         if cache is not None and document_ids is not None:
             raise ConfigError("a cache holds one document a row; document_ids are for training on packed rows")
@@ -142,15 +143,15 @@ class Stack(nn.Module):
         return output if keep_prompt else split_prompt(output, virtual.prompt_length)
 
     def embed_tokens(self, input_ids: Tensor) -> Tensor:
-        """Look up the token embeddings, times √D where the family scales them."""
+        """Look up the token embeddings, times √D in families that scale them."""
         x_BTD = self.embedding(input_ids)
         return x_BTD * self.config.embedding_scale if self.config.scale_embedding else x_BTD
 
     def embed(
         self, input_ids: Tensor, token_type_ids: Tensor | None, positions: Positions, prompt_PD: Tensor | None
     ) -> Tensor:
-        """Sum token, position and segment embeddings, and normalize them where the family does so. A prompt's vectors are
-        token embeddings, of segment 0."""
+        """Sum token, position and segment embeddings, and apply the embedding norm if the family has one. A prompt's vectors
+        are treated as token embeddings of segment 0."""
         if self.config.position == "learned" and positions.keys > self.config.context:
             raise ConfigError(f"{positions.keys} positions were asked of a network with context={self.config.context}")
         x_BTD = self.embed_tokens(input_ids)
@@ -173,7 +174,8 @@ class Stack(nn.Module):
         encoder_output: EncoderOutput | None,
         cache: Cache | None,
     ) -> list[BlockInputs]:
-        """Collect each layer's inputs beside x. Layers of the same window share a mask, of the same RoPE its tables."""
+        """Return the inputs of each layer besides x. Layers with the same window share a mask, with the same RoPE its
+        tables."""
         masks = self.attention_inputs(positions, virtual.length, x_BTD.device)
         ropes = {
             rope: rope_tables(positions.position_ids, self.config.head_width, rope, x_BTD.dtype) if rope is not None else None
@@ -190,11 +192,11 @@ class Stack(nn.Module):
         ]
 
     def attention_inputs(
-        self, positions: Positions, prefix: int, device: torch.device
+        self, positions: Positions, num_virtual_tokens: int, device: torch.device
     ) -> dict[int | None, AttentionInputs]:
-        """Return mask and bias of self-attention for each window of the layers."""
+        """Return the mask and bias of self-attention, by the window of the layers."""
         mask = Mask(
-            self.causal, document_ids=positions.document_ids, attention_mask=positions.attention_mask, prefix=prefix
+            self.causal, document_ids=positions.document_ids, attention_mask=positions.attention_mask, prefix=num_virtual_tokens
         )
         queries, keys = positions.queries, positions.keys
         bias_1HTS = self.relative(queries, keys) if self.relative is not None else None

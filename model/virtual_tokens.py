@@ -1,8 +1,7 @@
 """Virtual tokens: trained vectors before the embedded text (a prompt), or keys and values of every layer (a prefix).
 
-Both are optional parts of a stack, `Stack.prompt` and `Stack.prefix`; `lora` makes them. They take the first positions, prefix
-before prompt, and the text's positions follow. The caller sees the text alone: masks, positions and token types cover the
-text, and so does the output.
+Both are optional modules of a stack, `Stack.prompt` and `Stack.prefix`; `lora` makes them. Order of positions: prefix, prompt,
+text. The caller handles the text only: its masks, positions and token types cover the text, and so does the output.
 """
 
 from typing import NamedTuple
@@ -17,9 +16,9 @@ from model.position import positions_from_mask
 
 
 class PrefixKeyValues(NamedTuple):
-    """A prefix of one layer, where there is no cache to write it into: it precedes the keys and values of this call.
+    """Prefix keys and values of one layer, used without a cache: they are concatenated in front of the current ones.
 
-    Position and normalization do not change these keys, as they do not change those that a cache holds.
+    RoPE and key norms are not applied to them, as they are not applied again to cached keys.
     """
 
     key_1GPK: Tensor
@@ -38,7 +37,8 @@ PastKeyValues = LayerCache | PrefixKeyValues | None
 
 
 class Positions(NamedTuple):
-    """The positions that one call of a stack reads (T: a new prompt, then the text) and attends to (S: cached ones too)."""
+    """The positions of one call of a stack. T, here: those that are processed, a new prompt and the text; S: all that can be
+    attended to, with the cached ones."""
 
     queries: int  # T
     keys: int  # S
@@ -50,7 +50,7 @@ class Positions(NamedTuple):
 class VirtualTokens(NamedTuple):
     """The virtual tokens of one call of a stack."""
 
-    length: int  # of prefix and prompt together, whether this call or an earlier one reads them
+    length: int  # of prefix and prompt together, even if they are in the cache already
     cached: int  # positions of text that the cache holds
     prompt_PD: Tensor | None  # vectors that this call reads before the text
     past_key_values: list[PastKeyValues]  # one a layer
@@ -61,11 +61,11 @@ class VirtualTokens(NamedTuple):
         return 0 if self.prompt_PD is None else self.prompt_PD.size(0)
 
     def extend(self, x_BS: Tensor | None, value: int) -> Tensor | None:
-        """Give the virtual tokens a column each in a mask or in document ids."""
+        """Add a column per virtual token, filled with `value`, at the left of a mask or of document ids."""
         return x_BS if x_BS is None or not self.length else F.pad(x_BS, (self.length, 0), value=value)
 
     def shift(self, position_BT: Tensor) -> Tensor:
-        """Move the text's positions behind the virtual tokens, and put those of a new prompt before them."""
+        """Add `length` to the text's position ids, and put the position ids of a new prompt in front."""
         if not self.length:
             return position_BT
         prompt_P = torch.arange(self.length - self.prompt_length, self.length, device=position_BT.device)
@@ -74,7 +74,8 @@ class VirtualTokens(NamedTuple):
     def positions(
         self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, document_ids: Tensor | None
     ) -> Positions:
-        """Extend the text's mask, positions and documents to the virtual tokens; position ids default to counting the mask."""
+        """Extend the text's mask, positions and documents to the virtual tokens; without position_ids they are computed from
+        the mask."""
         queries = self.prompt_length + input_ids.size(1)
         keys = self.length + self.cached + input_ids.size(1)
         attention_mask, document_ids = self.extend(attention_mask, 1), self.extend(document_ids, -1)
@@ -90,8 +91,8 @@ class VirtualTokens(NamedTuple):
 
 
 def read_virtual_tokens(stack: nn.Module, cache: Cache | None) -> VirtualTokens:
-    """Compute a stack's prompt and prefix in the first call of a text, and write the prefix into the cache, which grows by
-    both; later calls find them in the cache."""
+    """Return a stack's virtual tokens. The first call of a text computes prompt and prefix, and stores the prefix in the cache,
+    which reserves room for both; later calls read the cache."""
     if cache is not None and cache.length:
         return VirtualTokens(cache.num_virtual_tokens, cache.length - cache.num_virtual_tokens, None, cache.layers)
     prompt_PD = stack.prompt() if stack.prompt is not None else None

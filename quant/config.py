@@ -100,7 +100,7 @@ class QatConfig:
     group_size: int = 64
     """Weights in a group."""
     inputs: Literal["dynamic", "static"] = "dynamic"
-    """Scales of a layer's 8-bit input: from each row as it comes, or observed in training and then frozen."""
+    """Scales of a layer's 8-bit input. dynamic: one per row, computed on the fly; static: observed in training, then frozen."""
     observer: Literal["moving", "minmax"] = "moving"
     """Range of static inputs: a moving average of each step's minimum and maximum, or the minimum and maximum of all."""
     freeze: float = 0.5
@@ -108,7 +108,7 @@ class QatConfig:
     learned: bool = False
     """Learn the scales of weights and static inputs as parameters (LSQ) instead of computing them from the largest number."""
     skip: tuple[str, ...] = ()
-    """Regular expressions: a layer is not rounded if one matches in its name. Heads and embeddings never are."""
+    """Regular expressions: a layer is not rounded if one matches in its name. Heads and embeddings are never rounded."""
 
     def __post_init__(self):
         if self.granularity not in GRANULARITIES:

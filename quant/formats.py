@@ -4,8 +4,8 @@ from torch import Tensor, nn
 
 
 class OwnFormats(nn.Module):
-    """A module that `.to(device)` moves and `.to(dtype)`, `.half()` … leave alone: codes are integers and scales float32 by
-    definition."""
+    """Module whose tensors keep their dtype: `.to(device)` moves them, `.to(dtype)` and `.half()` do not convert them. Codes
+    are integers and scales float32 by definition."""
 
     def _apply(self, fn, recurse: bool = True):
         def keep_dtype(tensor: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class DynamicInput(nn.Module):
         return Codes(to_codes(x_NI, scale, zero, self.grid).to(torch.int8), scale, zero)
 
     def unclipped(self, x_NI: Tensor) -> Tensor | None:
-        """Return where x has a gradient; None: everywhere."""
+        """Return the mask of inputs that were not clipped, which get a gradient; None: all of them."""
         return None
 
     def extra_repr(self) -> str:
@@ -113,7 +113,7 @@ class Int8Linear(QuantizedLinear):
             return product(x_NI, self.weight, bias, self.input, dtype).view(*x.shape[:-1], self.out_features)
 
     def rounded(self, x: Tensor) -> Tensor:
-        """Return x̂, straight through the rounding: x has its gradient, and none where it was clipped."""
+        """Return the rounded input x̂. Its backward is straight-through, with gradient 0 where x was clipped."""
         x_NI = x.reshape(-1, x.size(-1))
         q, inside_NI = self.input(x_NI.detach()), self.input.unclipped(x_NI.detach())
         codes_NI = q.codes.float() if q.zero is None else q.codes.float() - q.zero

@@ -15,7 +15,7 @@ rows 26 and 24; a product in bfloat16 0.3, 4.6 and 138, in float32 0.8, 2.1 and 
                 that cannot reach it, q/2 rounded down and up, each + 64 in 0 … 128: one product with twice the rows.
     many rows   W is converted to float32 a few rows at a time, and multiplied while it is in the cache.
 
-Plain twin: `product_reference`. On a GPU: `quant.kernels.int8_matmul`.
+Reference implementation: `product_reference`. On a GPU: `quant.kernels.int8_matmul`.
 """
 
 import warnings
@@ -41,7 +41,7 @@ def multiply_int8(x: Codes, w: Int8Tensor, b_O: Tensor | None = None, dtype: tor
 
 
 def product_reference(x: Codes, w: Int8Tensor, b_O: Tensor | None = None) -> Tensor:
-    """Return x Wᵀ + b, N × O, float32, from sums of 64-bit integers, group by group: the plain twin."""
+    """Return x Wᵀ + b, N × O, float32, from sums of 64-bit integers, group by group: the reference implementation."""
     groups = w.scale.size(1)
     q_GNI = x.codes.long().unflatten(1, (groups, -1)).transpose(0, 1)
     p_GOI = w.codes.long().unflatten(1, (groups, -1)).transpose(0, 1)

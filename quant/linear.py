@@ -85,7 +85,7 @@ def quantizable_layers(
 
 
 def has_unknown_product(module: nn.Module) -> bool:
-    """Return whether a module multiplies by matrices in its own way: torch's other layers, and stacked weights."""
+    """True if a module contains matrices that are not plain linear layers: torch's other layers, and stacked weights."""
     sizes = [parameter.dim() for parameter in module.parameters(recurse=False) if parameter.is_floating_point()]
     is_torch_layer = type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Embedding | nn.EmbeddingBag)
     return any(size > (1 if is_torch_layer else 2) for size in sizes) and not isinstance(module, NORMS)

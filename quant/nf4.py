@@ -2,16 +2,16 @@
 
     block     the weight is flattened and cut into blocks of 64 numbers; each keeps its scale, absmax = max |x|
     code      each number x becomes a code 0 … 15: the index of the codebook value that is nearest to x / absmax
-    codebook  16 values from -1 to 1. NF4's rise with the code; FP4's follow their bits: sign, 2 of exponent, 1 of fraction
-    decoding  x̂ = codebook[code] · absmax
+    codebook  16 values from -1 to 1 (bitsandbytes calls it `code`). NF4's rise with the code; FP4's follow the code's bits: 1
+    sign, 2 exponent, 1 fraction decoding  x̂ = codebook[code] · absmax
 
 The bytes are those of bitsandbytes:
 
-    packing   two codes a byte, the first in the high nibble; after an odd last code the low nibble is the code of 0
-    ties      a number half-way between two values gets the lower one
+    packing   two codes a byte, the first in the high nibble; with an odd number of codes the last low nibble is the code of 0
+    ties      a number exactly between two codebook values gets the lower one
     zeros     a block of zeros is packed as bytes 0x77 (NF4) or 0x00 (FP4)
     rounding  full blocks compute x · (1 / absmax); a shorter last block computes x / absmax, which may differ in the last bit.
-              Divisors are at least 1e-38, and so is the stored absmax of a shorter last block
+              Divisors are clamped to at least 1e-38; so is the stored absmax of a shorter last block
     double    double quantization subtracts the mean from all absmax, and quantizes the differences in blocks of 256 to the
               8-bit dynamic map (`quant.blockwise`)
 
@@ -33,7 +33,7 @@ from quant.packed import PackedWeight
 from quant.pages import advise_huge_pages
 
 SMALLEST = 1e-38  # the least divisor
-# Numbers per step, multiples of all block sizes: few enough for the cache, and for little memory beside the result.
+# Chunk sizes, multiples of all block sizes: small enough for the CPU cache, and for little temporary memory.
 QUANTIZE_CHUNK, DEQUANTIZE_CHUNK = {"cpu": 1 << 16}, 1 << 20
 
 
@@ -44,8 +44,9 @@ QUANTIZE_CHUNK, DEQUANTIZE_CHUNK = {"cpu": 1 << 16}, 1 << 20
 def nf4_codebook() -> Tensor:
     """NF4's 16 values: quantiles of the normal distribution, 8 above zero, 7 below, and zero itself, scaled to [-1, 1].
 
-    The quantiles lie at equal steps of probability from the outermost, 1 - (1/32 + 1/30)/2, to 1/2, which is zero: so zero has
-    a code of its own. (Computed in float32: in float64 the last bits would differ from the published values.)
+    On each side the probabilities go in equal steps from 1 - (1/32 + 1/30)/2 to 1/2. The quantile of 1/2 is 0, so zero is
+    represented exactly. (The probabilities are float32: with float64 ones the last bits would differ from the published
+    values.)
 
     >>> nf4_codebook()[[0, 1, 7, 8, 15]].tolist()
     [-1.0, -0.6961928009986877, 0.0, 0.07958029955625534, 1.0]
@@ -61,7 +62,8 @@ def nf4_codebook() -> Tensor:
 def fp4_codebook() -> Tensor:
     """FP4's 16 values: (-1)^s · 2^(4 - e) · (1 + f/2) / 12 for sign s, exponent e and fraction f; 0 and 1/192 where e = 0.
 
-    Exponents are in bitsandbytes' order: 1 is the largest, then 2 and 3. There is no minus zero: code 8 is 0 too.
+    bitsandbytes numbers exponents downwards: e = 1 is the largest magnitude, e = 3 the smallest. There is no minus zero: code
+    8 is 0 too.
 
     >>> [round(value, 4) for value in fp4_codebook()[:8].tolist()]
     [0.0, 0.0052, 0.6667, 1.0, 0.3333, 0.5, 0.1667, 0.25]
@@ -77,7 +79,7 @@ CODEBOOKS = {"nf4": nf4_codebook, "fp4": fp4_codebook}
 def decision_boundaries(scheme: str) -> tuple[Tensor, Tensor]:
     """The 15 midpoints between neighbouring codebook values, rising; and the 16 codes in the order of their values.
 
-    A number above k of the midpoints gets the code at index k.
+    A number that is larger than k midpoints gets the code order[k].
     """
     values, order = CODEBOOKS[scheme]().sort(stable=True)
     return (values[:-1] + values[1:]) / 2, order.to(torch.uint8)
@@ -87,11 +89,14 @@ def decision_boundaries(scheme: str) -> tuple[Tensor, Tensor]:
 
 
 class QuantizedTensor(OwnFormats):
-    """A tensor quantized to four bits a number; a module, so that its tensors have names and move with a network.
+    """A tensor quantized to four bits a number; an nn.Module, so that its tensors are in state_dict and follow .to(device).
 
-    packed: uint8, two codes a byte · absmax: a scale for each block, float32; with double quantization uint8, and then
-    nested_absmax: float32, one for each 256 of them; nested_codebook: float32, 256 values; offset: float32, the mean absmax ·
-    codebook: float32, 16 values · shape, dtype: those of the original tensor · block_size · scheme: "nf4" or "fp4".
+    packed           uint8, two codes a byte
+    absmax           float32, a scale for each block; with double quantization uint8
+    nested_absmax    float32, one for each 256 absmax; nested_codebook: float32, 256 values; offset: float32, the mean absmax.
+                     None without double quantization
+    codebook         float32, 16 values
+    shape, dtype     those of the original tensor; block_size: numbers per scale; scheme: "nf4" or "fp4"
     """
 
     def __init__(
@@ -178,8 +183,9 @@ def quantize(
 
     weight: float32, float16, bfloat16, or float64, which is rounded to float32 first · block_size: numbers that share a scale,
     one of `quant.config.BLOCK_SIZES` · double_quantized: store the scales in 8 bits · scheme: "nf4" or "fp4". Works in chunks:
-    beside the result it needs a few megabytes. Errors (QuantError): inf or NaN, with the index of the first; an unknown block
-    size or scheme. The format and its source are described at the top of this file.
+    temporary memory is a few megabytes on a CPU, 64 MiB for each float32 temporary elsewhere. Errors (QuantError): inf or NaN,
+    with the index of the first; an unknown block size or scheme. The format and its source are described at the top of this
+    file.
 
     >>> weight = torch.linspace(-2, 2, 128).view(2, 64)
     >>> quantized = quantize(weight)
@@ -239,7 +245,8 @@ def pack(codes: Tensor, scheme: str = "nf4") -> Tensor:
 def assemble(
     weight: Tensor, packed: Tensor, absmax: Tensor, *, block_size: int, double_quantized: bool, scheme: str
 ) -> QuantizedTensor:
-    """Build the QuantizedTensor of `weight` from its codes and scales; double quantization rounds the scales here."""
+    """Build the QuantizedTensor of `weight` from its codes and scales; with `double_quantized` the scales are quantized
+    here."""
     format = {"shape": tuple(weight.shape), "dtype": weight.dtype, "block_size": block_size, "scheme": scheme}
     if not double_quantized:
         return QuantizedTensor(packed, absmax, **format)
@@ -255,7 +262,8 @@ def assemble(
 
 
 def dequantize(quantized: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return x̂ = codebook[code] · absmax of its block, in the original shape: the plain twin of all other ways, on any device.
+    """Return x̂ = codebook[code] · absmax of its block, in the original shape. The reference implementation, on any
+    device; the faster versions equal it bit for bit.
 
     dtype: default the original tensor's; products are computed in float32 and rounded once.
     """
@@ -283,13 +291,13 @@ def block_scales(quantized: PackedWeight) -> Tensor:
 def dequantized_chunks(
     quantized: PackedWeight, multiple: int = 1, out: Tensor | None = None
 ) -> Iterator[tuple[int, Tensor]]:
-    """Dequantize about a million numbers at a time, on a CPU: yield (index of the first, the numbers, flat and float32).
+    """Dequantize on a CPU: yield (index of the first number, the numbers, flat and float32) in chunks of about a million.
 
-    Chunk sizes are multiples of `multiple`, except the last. Without `out`, each chunk overwrites the memory of the one before,
-    so that it stays in the cache; with `out`, flat and float32, the chunks are written there.
+    Chunk sizes are multiples of `multiple`, except the last. Without `out` one buffer, which fits the cache, is used for every
+    chunk, so a chunk is valid until the next one; with `out`, flat and float32, the chunks are written there.
 
-    Each byte is two numbers: a table of all 256 pairs, eight bytes each, makes unpacking one gather. Measured at 4,096 × 4,096
-    on two threads: 10 ms into memory that is in use already, 24 into new memory (`quant.pages`).
+    A table of 256 entries maps each byte to its two float32 values, so that unpacking is one index_select. Measured at 4,096 ×
+    4,096 on two threads: 10 ms into memory that is in use already, 24 into new memory (`quant.pages`).
     """
     block, packed, scales = quantized.block_size, quantized.packed.flatten(), quantized.scales()
     unit = math.lcm(multiple, 2 * block)  # a chunk begins with a byte and with a block
@@ -336,7 +344,7 @@ def describe_non_finite(weight: Tensor) -> str:
     """Describe the first non-finite value of a tensor and its index, for an error message."""
     first = (~weight.float().isfinite()).flatten().int().argmax()
     index = tuple(int(place) for place in torch.unravel_index(first, weight.shape))
-    return f"the value at {list(index)} is {float(weight[index])}: only finite values can be quantized"
+    return f"the value at {list(index)} is {float(weight[index])}: only numbers finite in float32 can be quantized"
 
 
 quantize_4bit, dequantize_4bit = quantize, dequantize  # their names in `from quant import …`

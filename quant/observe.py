@@ -215,7 +215,7 @@ SIDE = 1 << 15  # bins for each sign
 
 
 class Percentile(Observer):
-    """The range of n numbers without the fraction 1 - p/100 of them that is farthest out.
+    """Percentile observer: the range of p % of the n numbers; the outermost ones are ignored.
 
     affine     without the floor((n - 1)(1 - p/100)/2) smallest, and as many largest
     symmetric  without the floor((n - 1)(1 - p/100)) of largest magnitude; the range is -h … h
@@ -253,7 +253,7 @@ class Percentile(Observer):
 
 
 def bin_at_rank(counts: Tensor, rank: int) -> Tensor:
-    """Return the bin of the number that `rank` others are below."""
+    """Return the bin of the number with this rank, 0 for the smallest."""
     return (counts.cumsum(0) <= rank).sum()
 
 

@@ -1,4 +1,4 @@
-"""The tensors of a 4-bit weight, as everything that multiplies by one or dequantizes one reads them."""
+"""Interface of a 4-bit weight: the tensors that products, kernels and dequantization read."""
 
 from collections.abc import Sequence
 from typing import Protocol

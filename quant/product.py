@@ -4,7 +4,7 @@ The whole W is not dequantized where that can be avoided. On a CPU a chunk of it
 (`quant.nf4.dequantized_chunks`) and multiplied while it is in the cache. On a GPU Triton kernels unpack it in registers, or
 all of it for cuBLAS where there are many rows (`quant.kernels.choice`).
 
-Plain twin: `torch.nn.functional.linear(x, quantized.dequantize(x.dtype), b)`.
+Reference implementation: `torch.nn.functional.linear(x, quantized.dequantize(x.dtype), b)`.
 """
 
 import math

@@ -83,7 +83,7 @@ def measure(name: str, weight: Tensor, quantized: nn.Module) -> Layer:
 
 
 def together(name: str, layers: Sequence[Layer]) -> Layer:
-    """Sum matrices as if they were one."""
+    """Combine the sizes and error sums of several matrices into one `Layer`."""
     fields = ("numbers", "before", "after", "square", "square_after", "product", "square_error")
     return Layer(name, (), **{field: sum(getattr(layer, field) for layer in layers) for field in fields})
 

@@ -1,4 +1,4 @@
-"""The loop: batches + network -> checkpoint.
+"""Training: objectives, the optimizer step, the loop, checkpoints.
 
 Where to read first: `step` (one optimizer step, the heart, in 40 lines), then `objective` and `losses/` (the loss that is
 minimised), `engine` (the state that a step advances, and its files), `loop` (the run around the steps; `start` begins it):

@@ -1,4 +1,4 @@
-"""`python -m train`: options in, a run out. Nothing heavy is imported before the options are read."""
+"""Command line `python -m train`: read the options, and start or resume a run. Nothing heavy is imported before that."""
 
 import os
 import signal

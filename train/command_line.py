@@ -23,7 +23,7 @@ class Needs(NamedTuple):
 
 
 def refuse_idle(options: object, rules: Iterable[Needs], arguments: Sequence[str], error: type[Exception] = ValueError) -> None:
-    """Raise for an option without effect beside the others, even one given with its default value.
+    """Raise an error for an option that has no effect with the other options, even if it is set to its default.
 
     >>> rules = [Needs(("seed",), lambda options: options.temperature > 0, "--temperature 0 draws nothing")]
     >>> refuse_idle(type("Options", (), {"temperature": 0.0}), rules, ["--temperature", "0", "--seed", "3"])

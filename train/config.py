@@ -35,14 +35,15 @@ def also(*aliases: str) -> dict[str, tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The run: objective, start, folder, length, machine."""
+    """Run: what to train, from which weights, where, how long, on which device."""
 
     objective: str = "clm"
-    """The training objective: a file of train/tasks (listed above), or PATH.py, a task file of your own, whose code is run."""
+    """The training objective: a file of train/tasks (listed above), or PATH.py, your own task file (its code is run)."""
     out: Path | None = field(default=None, metadata=also("--output-dir"))
     """The run's folder. Default: runs/PRESET-DATE-TIME. Also --output-dir."""
     resume: Path | None = field(default=None, metadata=also("--resume-from-checkpoint"))
-    """Resume the run in this folder with its own settings; few other options go with it. Also --resume-from-checkpoint."""
+    """Resume the run in this folder with its own settings; only a few other options go with it. Also
+    --resume-from-checkpoint."""
     recipe: str | None = None
     """Take the defaults from this TOML file, or from train/recipes/NAME.toml; options override it."""
     init: Path | None = field(default=None, metadata=also("--model-name-or-path"))
@@ -59,8 +60,8 @@ class RunConfig:
     epochs: float | None = field(default=None, metadata=also("--num-train-epochs"))
     """Passes over the data, in place of --steps. Also --num-train-epochs."""
     extend: Literal["hold", "replan"] | None = None
-    """With --resume and more --steps: hold the schedule's last rate, or replan the schedule over all steps. Not needed for
-    --schedule constant and inverse_sqrt, which have no end."""
+    """With --resume and more --steps: hold keeps the last learning rate, replan recomputes the schedule over all steps. Not
+    needed for --schedule constant and inverse_sqrt, which have no end."""
     freeze: str | None = None
     """Freeze the weights whose name (ours or the published one) matches this regular expression: no gradient, moments or
     decay."""
@@ -113,18 +114,18 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """One optimizer step."""
+    """Batch size, optimizer and learning-rate schedule."""
 
     batch_size: int = 16
     """Sequences in a micro-batch, over all ranks."""
     accumulate: int = field(default=1, metadata=also("--gradient-accumulation-steps"))
     """Micro-batches in an optimizer step. Also --gradient-accumulation-steps."""
     optimizer: Literal[*optimizer_names()] | None = None
-    """adamw8bit: AdamW with its moments in 8 bits. muon: hidden matrices by Muon, the rest by AdamW. Default: muon, or adamw
-    with an adapter."""
+    """The optimizer. adamw8bit: AdamW with its moments in 8 bits. muon: hidden matrices by Muon, the rest by AdamW. sgd: with
+    momentum. Default: muon; with an adapter adamw."""
     lr: float | None = field(default=None, metadata=also("--learning-rate"))
-    """Peak learning rate (of AdamW; Muon has --matrix-lr). Default: the objective's, for networks as small as the default ones;
-    with --init an eighth, scaled by 128 / width; with an adapter by its method. Also --learning-rate."""
+    """Peak learning rate (of AdamW; Muon has --matrix-lr). Default: set by the objective, tuned for small networks; with
+    --init an eighth of it, times 128/width if the width is above 128; with --adapter the method's own. Also --learning-rate."""
     matrix_lr: float | None = None
     """Muon's peak learning rate. Default: 4e-2; with --init an eighth."""
     weight_decay: float | None = None
@@ -138,7 +139,7 @@ class OptimizerConfig:
     clip: float = field(default=1.0, metadata=also("--max-grad-norm"))
     """Largest global gradient norm; 0 turns clipping off. Also --max-grad-norm."""
     label_smoothing: float = 0.0
-    """Share of a target's probability that training spreads over the whole vocabulary."""
+    """Label smoothing: this much probability is spread evenly over the vocabulary."""
     z_loss: float = 0.0
     """Weight of (log Σ exp logits)², which keeps logits from drifting; 1e-4 is usual."""
     ema: float = 0.0
@@ -153,7 +154,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class SpeedConfig:
-    """Speed: the same numbers, faster."""
+    """Speed and memory: precision, loss, recomputation, compilation."""
 
     precision: Literal["auto", *PRECISIONS] = "auto"
     """bf16, fp16: autocast with float32 weights; bf16-pure: weights in bfloat16 too, with stochastic rounding. auto: bf16 on a
@@ -184,7 +185,7 @@ class ReportConfig:
     eval_every: int | None = field(default=None, metadata=also("--eval-steps"))
     """Steps between validations. Default: a sixth of the steps, at most 100. Also --eval-steps."""
     eval_tokens: int = 200_000
-    """Most tokens of the validation split to validate on."""
+    """Maximum number of validation tokens."""
     sample_every: int = 200
     """Steps between text samples, with one more at the end; 0: none."""
     save_every: int | None = field(default=None, metadata=also("--save-steps"))

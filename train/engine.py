@@ -34,7 +34,8 @@ from train.step import StepResult, train_step
 
 
 class Engine:
-    """One step trains `objective` (wrapped by `parallelize`), as a function of the state and the batch alone.
+    """Network, optimizers and their state. `train` takes one step on `objective` (wrapped by `parallelize`), whose result
+    depends only on the state and the batch.
 
     factor(update) is the schedule. Dropout's noise is a function of (seed, step, rank), and rounding's of (seed, step), so
     that no random state is saved. A step with a non-finite loss or gradient is skipped: weights, moments, averages and schedule
@@ -72,7 +73,7 @@ class Engine:
         return unwrapped(self.objective).network
 
     @property
-    def rate(self) -> float:
+    def lr_factor(self) -> float:
         """The schedule's factor for the next update."""
         return self.factor(self.step - self.skipped)
 
@@ -80,7 +81,7 @@ class Engine:
         """Take one step on this rank's rows."""
         torch.manual_seed(noise_seed("dropout", self.seed, self.step, self.ranks.rank))
         self.rounding.manual_seed(noise_seed("rounding", self.seed, self.step))
-        self.optimizers.set_lr(self.rate)
+        self.optimizers.set_lr(self.lr_factor)
         result = train_step(
             self.objective,
             micro_batches,
@@ -91,10 +92,10 @@ class Engine:
             ranks=self.ranks,
             phase=phase,
             penalty=self.allocator.penalty if self.allocator is not None else None,
-            updated=self._updated,
+            on_update=self._on_update,
         )
         self.step += 1
-        if not result.updated:
+        if not result.is_updated:
             self.skipped += 1
             if self.observers is not None:
                 self.observers.after_skip()
@@ -104,7 +105,7 @@ class Engine:
                 self.allocator.mask_averages(self.averages.averages)
         return result
 
-    def _updated(self) -> None:
+    def _on_update(self) -> None:
         """Run after an update, before the gradients are cleared."""
         if self.allocator is not None:
             self.allocator.after_update()

@@ -17,7 +17,7 @@ MAX_CONFUSION_CLASSES = 12  # the confusion matrix of more classes is not logged
 
 @dataclass(frozen=True)
 class Baseline:
-    """Scores of the best prediction without the text, on `texts` held-out texts with `counts` of each label."""
+    """Scores of the baseline that ignores the text, on `texts` held-out texts with `counts` of each label."""
 
     loss: float
     accuracy: float

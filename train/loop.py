@@ -1,4 +1,4 @@
-"""The run around the steps: batches in; then log, validate, sample, save, stop."""
+"""The training loop: feed batches to the engine, log, validate, sample, save, and stop."""
 
 import json
 import math
@@ -48,18 +48,18 @@ from train.setup import open_data, open_engine, open_network, own_device
 from train.step import StepResult
 
 SAVED = ("tokens", "best", "bad_evaluations")  # attributes that a checkpoint holds, beside the engine's state
-MAX_SKIPPED = 30  # steps in a row: beyond it, the cause is not one bad batch
+MAX_SKIPPED = 30  # skipped steps in a row; more mean that the run is broken, not one batch
 
 
 class Run:
-    """The data, screen and files of a run, on one rank, around the engine.
+    """A training run on one rank: its data, console output and files. The engine takes the steps.
 
-    A checkpoint holds the attributes `SAVED` and the engine's state, and nothing else: batches, learning rates and noise are
-    functions of the step.
+    A checkpoint stores the attributes `SAVED`, and the state of the engine and of the batch source. Learning rates, noise and
+    most batches are functions of the step, so they are not stored. A label that is not -100 is called scored.
     """
 
     def __init__(self, config: TrainConfig, ranks: Ranks, *, resume: bool, defaulted: tuple[str, ...] = ()):
-        """`defaulted`: the learning rates that no option gave."""
+        """`defaulted`: names of the learning rates that the user did not set."""
         self.out, self.ranks, self.defaulted = config.run.out, ranks, defaulted
         self.console = Console(config.report.verbose and ranks.is_main)
         info = self.console.info
@@ -68,7 +68,7 @@ class Run:
         data = ranks.local_first(lambda: open_data(config, checkpoint, info))
         self.tokenizer = data.tokenizer
         is_sharded = mesh_sizes(config.run.mesh, ranks.world)["shard"] > 1
-        # A network to be sharded is built on the CPU: the GPU then holds its shard alone.
+        # A network that will be sharded is built on the CPU, so that a GPU only ever holds its shard.
         network = open_network(config, data, checkpoint, torch.device("cpu") if is_sharded else self.device, info)
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -79,15 +79,16 @@ class Run:
         self.console.unit = self.task.unit
         self.engine, self.config = open_engine(config, ranks, self.device, self.task, network, info)
 
-        self.tokens = 0  # scored labels since step 0
+        self.tokens = 0  # scored labels since step 0, of skipped steps too
         self.best: dict | None = None  # the scores of the best validation, and its step
-        self.bad_evaluations = 0  # validations since then
+        self.bad_evaluations = 0  # validations since the best one
         self.skipped_in_a_row = 0
         self.signal = 0  # the signal that stopped the run
-        self.positions, self.rows = 0.0, 0  # read since the start or the resume, padding included
-        self.scored: float | None = None  # the share of positions with a label, in the first micro-batch of this session
+        self.positions, self.rows = 0.0, 0  # read in this session (since the start or the resume), padding included
+        self.label_fraction: float | None = None  # scored labels per position, in the first micro-batch of this session
         self.phases = Phases(self.device)
-        self.auxiliary = config.run.init if checkpoint is None else checkpoint  # its tokenizer settings, templates … are copied
+        # Chat template, label files … are copied from this folder into each checkpoint.
+        self.extra_files_from = config.run.init if checkpoint is None else checkpoint
         if checkpoint is not None:
             self._load(checkpoint)
         self._open_files(resume, checkpoint)
@@ -139,31 +140,33 @@ class Run:
         return self.signal
 
     def _train_steps(self) -> str:
-        """Return the reason for a stop before the last step, or ""."""
+        """Take the remaining steps. Return why the run stopped early, or "" after the last step."""
         steps, report = self.config.run.steps, self.config.report
         stopped = self._early_stop()
-        tokens, seconds = 0, 0.0  # since the last line of metrics.jsonl, validation and saving left out
+        tokens, seconds = 0, 0.0  # since the last line of metrics.jsonl; seconds exclude validation and saving
         profiler = StepProfiler(self)
         with StopRequest() as request, self._batches() as batches:
             while self.step < steps and not stopped:
-                started, rate = time.monotonic(), self.engine.rate
+                started, lr_factor = time.monotonic(), self.engine.lr_factor  # of this step
                 with self.phases("data"):
                     own, count = self._prepare(next(batches))
                 result = profiler.step(own, self.phases)
                 self.tokens, tokens = self.tokens + count, tokens + count
-                if result.updated:
+                if result.is_updated:
                     self.skipped_in_a_row = 0
                 else:
                     self._skip(result)
                 is_last = self.step == steps
-                is_logged = result.updated and (self.step % report.log_every == 0 or self.step == 1 or is_last)
-                loss = float(result.loss) if is_logged else None  # waits for a GPU, so it belongs to the time of the step
+                is_logged = result.is_updated and (self.step % report.log_every == 0 or self.step == 1 or is_last)
+                loss = float(result.loss) if is_logged else None  # waits for a GPU: before the timer stops
                 seconds += time.monotonic() - started
                 if is_logged:
-                    self._log(result, loss, rate, tokens / seconds)
+                    self._log(result, loss, lr_factor, tokens / seconds)
                     tokens, seconds = 0, 0.0
 
-                improved = (self.step % report.eval_every == 0 or is_last) and self._validate()
+                improved = False
+                if self.step % report.eval_every == 0 or is_last:
+                    improved = self._validate()
                 if report.sample_every and (self.step % report.sample_every == 0 or is_last):
                     self._show_sample()
                 stopped = self._early_stop()
@@ -176,7 +179,7 @@ class Run:
         return stopped
 
     def _batches(self) -> AbstractContextManager[Iterator[list[dict]]]:
-        """The micro-batches of each step from the current one on; for a GPU they are made ahead, in pinned memory."""
+        """The micro-batches of each remaining step. For a GPU a thread prepares them in advance, in pinned memory."""
         steps = range(self.step, self.config.run.steps)
         if self.source.is_on_policy:
             return nullcontext(map(self._rollout, steps))
@@ -192,13 +195,13 @@ class Run:
         """This rank's rows of the micro-batches, on its device; and the count of scored labels over all ranks."""
         objective = unwrapped(self.engine.objective)
         counts = [int(next(iter(objective.counts(batch).values()))) for batch in micro_batches]
-        if self.scored is None:
-            self.scored = counts[0] / ids_of(micro_batches[0])[0].numel()
+        if self.label_fraction is None:  # the first batch of this session
+            self.label_fraction = counts[0] / ids_of(micro_batches[0])[0].numel()
             if not self.step:
-                self.engine.begin(self._to_device(micro_batches[0]))
+                self.engine.begin(self._to_device(micro_batches[0]))  # observers of --qat; leaves eval mode on
             self.engine.objective.train()
         for batch in micro_batches:
-            ids = ids_of(batch)  # an encoder-decoder reads two texts: their mean counts
+            ids = ids_of(batch)  # an encoder-decoder reads source and target: count their mean
             self.positions += sum(each.numel() for each in ids) / len(ids)
             self.rows += len(ids[0])
         return [self._to_device(own_rows(batch, self.ranks)) for batch in micro_batches], sum(counts)
@@ -206,17 +209,17 @@ class Run:
     def _to_device(self, batch: dict) -> dict:
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
 
-    def _log(self, result: StepResult, loss: float, rate: float, tokens_per_s: float) -> None:
-        """Write a line of metrics.jsonl and update the bar. `rate`: the schedule's factor."""
+    def _log(self, result: StepResult, loss: float, lr_factor: float, tokens_per_s: float) -> None:
+        """Write a line of metrics.jsonl and update the bar. `lr_factor`: the schedule's, for this step."""
         asked, scaler = self.config.optimizer, self.engine.scaler
-        matrix_lr = {"matrix_lr": asked.matrix_lr * rate} if asked.optimizer == "muon" else {}
+        matrix_lr = {"matrix_lr": asked.matrix_lr * lr_factor} if asked.optimizer == "muon" else {}
         scale = {"loss_scale": scaler.get_scale()} if scaler.is_enabled() else {}
         self.metrics.write(
             step=self.step,
             split="train",
             loss=loss,
             tokens=self.tokens,
-            lr=asked.lr * rate,
+            lr=asked.lr * lr_factor,
             **matrix_lr,
             grad_norm=float(result.grad_norm),
             **result.metrics,
@@ -226,9 +229,10 @@ class Run:
         self.console.progress(self.step, loss, tokens_per_s)
 
     def _skip(self, result: StepResult) -> None:
-        """A step with a non-finite loss or gradient has changed nothing: stop the run, or go on as --on-nonfinite says.
+        """Handle a step with a non-finite loss or gradient, which changed no weight: stop, or continue with --on-nonfinite
+        skip.
 
-        Gradient overflow in fp16 is no error: the scaler lowers its scale.
+        In fp16 an overflowing gradient is normal: the scaler lowers its scale, and training continues.
         """
         self.skipped_in_a_row += 1
         may_go_on = self.skipped_in_a_row <= MAX_SKIPPED
@@ -251,7 +255,7 @@ class Run:
     # ---- validation and samples
 
     def _validate(self) -> bool:
-        """Score the validation batches; return True for the best scores so far."""
+        """Score the validation batches; return True if the scores are the best so far."""
         with self.phases("validation"):
             scores = self._scores()
         if not math.isfinite(scores["loss"]):
@@ -267,7 +271,7 @@ class Run:
         return improved
 
     def _scores(self) -> dict[str, float]:
-        """The task's scores of the validation batches, by the averaged weights where the run keeps any."""
+        """The task's scores on the validation batches, with the averaged weights if the run uses --ema."""
         batches = (self._to_device(own_rows(batch, self.ranks)) for batch in self.task.validation)
         options = {"autocast": self.engine.autocast, "ranks": self.ranks, "sources": self.task.validation_sources}
         with self.engine.averaged():
@@ -278,7 +282,8 @@ class Run:
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
-        """A block in which the network can generate text: gathered, eager, with integer weights after --qat."""
+        """Context manager in which the network can generate text: sharded weights are gathered, torch.compile is off, and
+        layers of --qat are replaced by integer layers."""
         is_compiled = self.config.speed.compile == "on"
         # Lengths vary, and compiling for each would take longer. (An eager run never loads the compiler.)
         eager = torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
@@ -296,14 +301,14 @@ class Run:
     # ---- checkpoints
 
     def _save(self, improved: bool) -> None:
-        """Write a checkpoint of this step and the pointers; a failure leaves the earlier checkpoints."""
+        """Save a checkpoint and update best.json and last.json. If saving fails, earlier checkpoints stay valid."""
         with self.phases("saving"):
             if not self.engine.is_finite():  # the update after a finite loss may have ruined the weights
                 raise TrainError(nonfinite_state(self, f"the weights are inf or NaN after step {self.step}"))
             self.metrics.sync()
             together, is_main = self.ranks.together, self.ranks.is_main
             folder = write_checkpoint(self.out, self.step, self._write, together=together, is_main=is_main)
-            self.auxiliary = folder if self.auxiliary is not None else None  # the folder of --init may be deleted meanwhile
+            self.extra_files_from = folder if self.extra_files_from is not None else None  # the --init folder may disappear
             if is_main:
                 if improved:
                     write_pointer(self.out, "best", folder, **{k: v for k, v in self.best.items() if k != "step"})
@@ -314,14 +319,14 @@ class Run:
         self.engine.save(folder)
         if self.ranks.is_main:
             self.tokenizer.save(folder)
-            if self.auxiliary is not None:
-                copy_auxiliary_files(self.auxiliary, folder, only=EXTRAS if self.config.method is not None else None)
+            if self.extra_files_from is not None:
+                copy_auxiliary_files(self.extra_files_from, folder, only=EXTRAS if self.config.method is not None else None)
             state = {key: getattr(self, key) for key in SAVED} | {"format": STATE_FORMAT, "text": self.task.identity()}
             state |= {"engine": self.engine.state(), "source": self.source.state_dict()}
             (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
     def _load(self, folder: Path) -> None:
-        """Restore `SAVED` and the engine's state from a verified checkpoint."""
+        """Restore `SAVED`, and the state of engine and batch source, from a verified checkpoint."""
         try:
             state = read_state(folder)
             if state["text"] != self.task.identity():
@@ -331,12 +336,12 @@ class Run:
                 )
             for key in SAVED:
                 setattr(self, key, state[key])
-            engine = state["engine"]
+            engine_state = state["engine"]
             self.source.load_state_dict(state["source"])
         except TrainError:
             raise
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{folder} does not fit this run: {error}") from error
-        self.engine.load(folder, engine)
+        self.engine.load(folder, engine_state)
         if self.step != step_of(folder):
             raise CheckpointError(f"{folder} says that it is step {self.step}")

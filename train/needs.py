@@ -1,4 +1,4 @@
-"""Options of `python -m train` that need others to have an effect; without these they are refused."""
+"""Options of `python -m train` that work only together with other options; given alone they are an error."""
 
 import os
 

@@ -104,7 +104,7 @@ class Objective(nn.Module):
 
 
 class MaskedObjective(Objective):
-    """Cross-entropy where few positions are scored: the head, which has a layer of its own, reads their hidden states alone.
+    """Masked-language-model cross-entropy: the head is applied only to the scored positions.
 
     In eval mode with the metric "accuracy": the share of labels with the highest logit.
     """

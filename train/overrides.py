@@ -13,9 +13,9 @@ OVERRIDES = {
 }
 
 
-def overrides(asked: TrainConfig, said: Collection[str]) -> dict[str, dict]:
-    """The values of `OVERRIDES` that a command line gave (`said`), default values included."""
-    return {group: {n: getattr(getattr(asked, group), n) for n in names if n in said} for group, names in OVERRIDES.items()}
+def overrides(asked: TrainConfig, given: Collection[str]) -> dict[str, dict]:
+    """The values of `OVERRIDES` that a command line gave, default values included."""
+    return {group: {n: getattr(getattr(asked, group), n) for n in names if n in given} for group, names in OVERRIDES.items()}
 
 
 def override(config: TrainConfig, given: dict[str, dict]) -> TrainConfig:

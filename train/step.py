@@ -1,4 +1,4 @@
-"""One optimizer step over micro-batches and ranks: count, forward, backward, unscale, clip, update."""
+"""One optimizer step with gradient accumulation: count labels, then forward, backward, unscale, clip, update."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -16,11 +16,11 @@ from train.parallel.ranks import Ranks
 
 
 class StepResult(NamedTuple):
-    loss: Tensor  # Σ over terms of weight · sum / count, in nats
+    loss: Tensor  # Σ over terms of weight · (sum / count), in nats
     count: Tensor  # of the first term: scored labels of all ranks
     grad_norm: Tensor  # before clipping, the same on all ranks
-    updated: bool  # False: the loss or a gradient was inf or NaN, and neither weights nor optimizer state changed
-    metrics: dict[str, float]  # the means of what the objective logs beside its loss, over micro-batches and ranks
+    is_updated: bool  # False: the loss or a gradient was inf or NaN, and neither weights nor optimizer state changed
+    metrics: dict[str, float]  # mean of every other metric that the objective logs
 
 
 def train_step(
@@ -34,16 +34,18 @@ def train_step(
     ranks: Ranks | None = None,
     phase: Callable[[str], AbstractContextManager] = lambda name: nullcontext(),
     penalty: Callable[[], Tensor] | None = None,
-    updated: Callable[[], None] | None = None,
+    on_update: Callable[[], None] | None = None,
 ) -> StepResult:
-    """gradient = Σ over ranks and micro-batches of ∇(sum of token losses) / (count of scored labels of the whole step).
+    """Take one optimizer step, with the gradient of one large batch:
 
-    The labels give the count before the first forward, and each micro-batch's sum is divided by it before its backward. So
-    micro-batches weigh by their tokens, as in one large batch (a mean of their means would not), and no gradient exists
-    undivided, which overflows in fp16. DDP and FSDP average gradients over ranks; the factor `world` makes the average a sum.
+        gradient = Σ over ranks and micro-batches of ∇(sum of token losses) / (number of scored labels in the whole step)
 
-    max_norm: of the global gradient norm, None for no clipping. penalty(): a function of the weights that is minimised too; the
-    returned loss excludes it. updated(): called after an update, before the gradients are cleared.
+    The scored labels are counted first; each micro-batch's loss sum is then divided by their number, before its backward. So
+    every token has the same weight, which an average of micro-batch means would not give, and fp16 gradients do not overflow.
+    DDP and FSDP average gradients over ranks; multiplying by `world`, the number of ranks, turns that average into a sum.
+
+    max_norm: largest global gradient norm, None for no clipping. penalty(): a further loss term, computed from the weights; the
+    returned loss excludes it. on_update(): called after an update, before the gradients are cleared.
     """
     ranks, scaler = ranks or Ranks(), scaler or GradScaler(enabled=False)
     counts = [unwrapped(objective).counts(batch) for batch in micro_batches]
@@ -54,10 +56,10 @@ def train_step(
             with phase("forward"), autocast():
                 terms, logged = objective(batch)
             if terms.keys() != total.keys():
-                raise ValueError(f"the objective has the terms {[*terms]}, and counts {[*total]}: each term is counted")
+                raise ValueError(f"the objective's terms {[*terms]} and counts {[*total]} must have the same names")
             loss_share = sum(term.weight * term.sum / total[name].clamp_min(1) for name, term in terms.items())
             minimised = loss_share * ranks.world
-            if penalty is not None:  # split over micro-batches; the ranks' average keeps it once
+            if penalty is not None:  # divided by the micro-batches; the average over ranks then counts it once
                 minimised = minimised + penalty() / len(micro_batches)
             with phase("backward"):
                 scaler.scale(minimised).backward()
@@ -67,18 +69,18 @@ def train_step(
     with phase("optimizer"):
         scaler.unscale_(objective.parameters())
         grad_norm = clip_grad_norm_(objective.parameters(), max_norm)
-        is_finite = bool((grad_norm + loss).isfinite())  # waits for the device: a non-finite step must not reach the weights
+        is_finite = bool((grad_norm + loss).isfinite())  # waits for the device: a non-finite step must not be applied
         if is_finite:
             scaler.step(optimizers)
-            if updated is not None:
-                updated()
+            if on_update is not None:
+                on_update()
         scaler.update()
         optimizers.zero_grad(set_to_none=True)
     return StepResult(loss, next(iter(total.values())), grad_norm, is_finite, mean_metrics(metrics, ranks))
 
 
 def add_metrics(totals: dict[str, Metric], logged: Mapping[str, Metric]) -> None:
-    """Add sums and counts, in float64."""
+    """Add sums (in float64) and counts."""
     for name, (value, count) in logged.items():
         total = totals.get(name, Metric(0.0, 0))
         totals[name] = Metric(total.sum + value.detach().double(), total.count + count)

@@ -10,7 +10,8 @@ spend 15 instructions on each, 7 of them on integers; compiled, this takes under
              A tree of selects takes 15 instructions; a load by pointer needs a 64-bit address
     scales   loaded before the values: the second of their two loads depends on the first, and both overlap with the bytes
 
-The product of nested code and nested absmax is rounded before the offset is added, as in the plain twin: no fused multiply-add.
+The product of nested code and nested absmax is rounded before the offset is added, as in the reference implementation: no
+fused multiply-add.
 """
 
 import torch
@@ -68,7 +69,8 @@ def dequantize_kernel(
 
 
 def dequantize_4bit(quantized: PackedWeight, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
-    """Return x̂ = codebook[code] · absmax of its block in `dtype` (default: the original dtype), equal to the plain twin's bits.
+    """Return x̂ = codebook[code] · absmax of its block in `dtype` (default: the original dtype), equal to the reference
+    implementation's bits.
 
     out: a contiguous tensor of the weight's shape to write to, which is returned; its dtype is then the default. Errors
     (QuantError): `out` has another shape, is not contiguous, or has another dtype than `dtype`.

@@ -4,8 +4,8 @@ Each program is one warp, which takes a few rows of W and moves along I. A threa
 few bytes that multiply them, so that a warp loads whole cache lines and threads exchange nothing: a byte's two values belong to
 neighbouring numbers of x. Their sum is multiplied by the scale once: y = Σ (Σ code · x) · scale, in float32. Values are looked
 up by a shuffle among the warp's threads, which hold the codebook. All rows of x use one unpacking; the next bytes are loaded
-one step ahead. Only y is rounded, so the result is nearer to the product by the float32 weight than the plain twin's, which
-rounds W to x's dtype. No atomic additions: the same bits in every run.
+one step ahead. Only y is rounded, so the result is nearer to the product by the float32 weight than the reference
+implementation's, which rounds W to x's dtype. No atomic additions: the same bits in every run.
 """
 
 import math

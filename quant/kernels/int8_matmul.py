@@ -6,7 +6,8 @@ Products of INT8 are summed in int32, over a group of a row or all of it. Σ (q 
 
 Σ p is cached with the weight (`Int8Tensor.row_sums`); Σ q is computed on the way where W has zero points. Only this result is
 converted to float32, multiplied by t of the weight's group, summed in the order of the groups, multiplied by s of the row, and
-added to b. Each step is rounded, as the plain twin's are (no fused multiply-add), and y is rounded once more, to its dtype.
+added to b. Each step is rounded, as the reference implementation's are (no fused multiply-add), and y is rounded once more, to
+its dtype.
 
 int32 holds the sum of a group of at least 131,071 products; 65,793 if x or W has zero points; 33,025 if both have. Partial sums
 must fit too: tensor cores wrap around on overflow. A row of x whose scale is inf or NaN gives NaN.

@@ -8,10 +8,10 @@ these, which are IEEE quotients, in the last bit.
                        them, and above it NaN, which a maximum of floats would ignore. For the minimum, the sign is flipped
                        first
     rounding           x · (1/s) + 1.5 · 2^23 has no bits for a fraction: it is rounded to an integer, ties to even, which is in
-                       its last bits. The product is rounded before (no fused multiply-add), as in the plain twin
+                       its last bits. The product is rounded before (no fused multiply-add), as in the reference implementation
 
 A row with inf or NaN has the scale inf or NaN, and the code of 0 everywhere: a product by it is NaN throughout, where the plain
-twin's codes depend on the machine.
+implementation's codes depend on the machine.
 """
 
 import torch

@@ -236,17 +236,17 @@ def test_a_step_that_is_skipped_moves_no_range(learned):
     """Nor does the next one learn of it."""
     engine, other = engine_of(9, learned), engine_of(9, learned)
     before = state(engine)
-    assert not spoilt(engine).updated and engine.skipped == 1
+    assert not spoilt(engine).is_updated and engine.skipped == 1
     assert same(before, state(engine)) and all(layer.pending is None for layer in engine.observers.layers)
     for each in (engine, other):
-        assert each.train([BATCH]).updated
+        assert each.train([BATCH]).is_updated
     assert same(state(engine), state(other)) and not same(before, state(engine))
 
 
 def test_observers_freeze_in_time_though_a_step_is_skipped():
     engine = engine_of(2)
     engine.train([BATCH])
-    assert not spoilt(engine).updated
+    assert not spoilt(engine).is_updated
     before = state(engine)
     engine.train([{name: ids + 30 for name, ids in BATCH.items()}])
     ends = {name: value for name, value in before.items() if ".observer." in name}

@@ -307,7 +307,7 @@ def test_a_step_takes_the_penalty_and_counts_for_the_ranks(orthogonality):
     allocator = RankAllocator(network, "default", 10)
     engine = Engine(Objective(network), open_optimizers(config, network), allocator=allocator)
     ids = torch.randint(3, 61, (2, 9))
-    assert engine.train([{"input_ids": ids, "labels": ids}]).updated and allocator.updates == 1
+    assert engine.train([{"input_ids": ids, "labels": ids}]).is_updated and allocator.updates == 1
     for name, value in trained(network).items():
         assert torch.equal(value, before[name]) == (orthogonality == 0 and not name.endswith(".E")), name
 

@@ -141,7 +141,7 @@ def test_a_skipped_step_moves_no_average_and_is_counted(monkeypatch, tmp_path):
     before = {name: value.clone() for name, value in engine.tensors().items()}
     with monkeypatch.context() as patched:
         patched.setattr(engine.scaler, "scale", lambda loss: loss * torch.inf)
-        assert not engine.train(batch()).updated
+        assert not engine.train(batch()).is_updated
     after = engine.tensors()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     state = engine.state()

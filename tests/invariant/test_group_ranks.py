@@ -129,7 +129,7 @@ def in_ranks(rank: int, folder: Path) -> None:
         for sizes in MICRO_BATCHES:
             expected, theirs = step_of(alone, sizes, Ranks())
             result, ours = step_of(objective, sizes, ranks)
-            assert result.updated and expected.count == result.count == sum(n - 1 for each in sizes for n in each)
+            assert result.is_updated and expected.count == result.count == sum(n - 1 for each in sizes for n in each)
             assert abs(result.loss - expected.loss) < 1e-12 and abs(result.grad_norm - expected.grad_norm) < 1e-12, mesh
             assert max((theirs[name] - ours[name]).abs().max() for name in theirs) < 1e-12, mesh
             assert max(grad.abs().max() for grad in ours.values()) > 1e-3

@@ -172,7 +172,7 @@ def test_what_is_no_number_moves_nothing(where):
 
     network = randomized(tiny_config("llama"))
     recorder = Recorder(Objective(network))
-    assert not train_step(Spoilt(network), [uneven_batch()], recorder).updated and not hasattr(recorder, "gradients")
+    assert not train_step(Spoilt(network), [uneven_batch()], recorder).is_updated and not hasattr(recorder, "gradients")
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
@@ -242,7 +242,7 @@ def test_updated_is_called_after_an_update_and_only_then():
     def updated():
         calls.append(not torch.equal(weight, before) and weight.grad is not None)
 
-    train_step(Objective(network), [batch], optimizer, updated=updated)
+    train_step(Objective(network), [batch], optimizer, on_update=updated)
     assert calls == [True]
-    result = train_step(Objective(network), [batch], optimizer, penalty=lambda: weight.sum() * torch.nan, updated=updated)
-    assert not result.updated and calls == [True]
+    result = train_step(Objective(network), [batch], optimizer, penalty=lambda: weight.sum() * torch.nan, on_update=updated)
+    assert not result.is_updated and calls == [True]

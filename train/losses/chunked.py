@@ -1,10 +1,10 @@
 """Cross-entropy from hidden states and the head's matrix, a chunk of rows at a time: N × V logits are never in memory at once.
 
-For 8,192 rows and Llama 3's 128,256 tokens those are 4.2 GB in float32, three times over at the peak of the plain twin. Here
-the logits of one chunk of rows are computed, replaced by their own gradient in place, multiplied into the gradients of hidden
-states and matrix, and overwritten by the next chunk. The gradient of a sum needs nothing from other rows but a factor, which
-the backward pass brings. So gradients are computed in the forward pass, with the three products that the plain twin takes;
-recomputing the logits in the backward pass would be a fourth.
+For 8,192 rows and Llama 3's 128,256 tokens those are 4.2 GB in float32, three times over at the peak of the reference
+implementation. Here the logits of one chunk of rows are computed, replaced by their own gradient in place, multiplied into the
+gradients of hidden states and matrix, and overwritten by the next chunk. The gradient of a sum needs nothing from other rows
+but a factor, which the backward pass brings. So gradients are computed in the forward pass, with the three products that the
+reference implementation takes; recomputing the logits in the backward pass would be a fourth.
 
 Source: Wijmans et al. 2024, arXiv 2411.09009 (which recomputes), and Hsu et al. 2024, arXiv 2410.10989, section 3.2 (gradients
 in the forward pass). Unlike there, the gradient of the matrix is summed in float32 in every number format.
@@ -61,9 +61,10 @@ def chunked_linear_cross_entropy(
     """Sum the cross-entropy as `linear_cross_entropy` does, `chunk_rows` rows of logits at a time.
 
     Returns (sum, number of scored labels); shapes, labels and units are those of `linear_cross_entropy`. `chunk_rows`: by
-    default 32 MiB of logits, at least 512 rows (GPU: 1,024). Under autocast the products are in its dtype, as the plain twin's
-    are. Gradients are in float32 or wider until the backward pass has multiplied them by the upstream gradient, so that none
-    is lost before float16's loss scale. A second backward pass through one call (retain_graph) recomputes them.
+    default 32 MiB of logits, at least 512 rows (GPU: 1,024). Under autocast the products are in its dtype, as the reference
+    implementation's are. Gradients are in float32 or wider until the backward pass has multiplied them by the upstream
+    gradient, so that none is lost before float16's loss scale. A second backward pass through one call (retain_graph)
+    recomputes them.
 
     Errors: `chunk_rows` below 1, shapes that do not match (ValueError); hidden states and a matrix of different dtypes without
     autocast (TypeError); gradients of gradients (RuntimeError).

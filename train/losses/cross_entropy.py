@@ -1,4 +1,5 @@
-"""Cross-entropy of the next token from hidden states and the head's matrix: the plain twins, with all N × V logits at once.
+"""Cross-entropy of the next token from hidden states and the head's matrix: the reference implementations, with all N × V
+logits at once.
 
 The token losses of this folder are called as `linear_cross_entropy` and may take its place; `choose` names them.
 """

@@ -1,4 +1,4 @@
-"""Optimizers, each beside its plain twin, and the parts around an update.
+"""Optimizers, each beside its reference implementation, and the parts around an update.
 
 adamw adamw8bit muon sgd   AdamW, also with moments of 8 bits, Muon and SGD; each says by its `OPTIMIZER` that it is one
 named_optimizer   their base class: one step for plain, sharded and bfloat16 weights, and state with names

@@ -1,4 +1,4 @@
-"""AdamW: Adam with decoupled weight decay, and its plain twin `adamw_update`."""
+"""AdamW: Adam with decoupled weight decay, and its reference implementation `adamw_update`."""
 
 import torch
 from torch import Tensor
@@ -53,8 +53,9 @@ class AdamW(NamedOptimizer):
     a group may have its own `lr`, `betas`, `eps`, `weight_decay` and `maximize` (step along the gradient, not against it).
     Closures, torch's learning-rate schedulers and `state_dict` work as there; `named_state` gives the state by name.
     Slots: `exp_avg` and `exp_avg_sq` in the parameter's dtype, `step` float32 (exact up to 2^24).
-    `fused`: True, False (the plain twin) or None: fused when every parameter can be. Both give torch.optim.AdamW's
-    numbers; where a gradient's strides are not its parameter's, torch's own fused AdamW mixes up elements on the CPU.
+    `fused`: True, False (the reference implementation) or None: fused when every parameter can be. Both give
+    torch.optim.AdamW's numbers; where a gradient's strides are not its parameter's, torch's own fused AdamW mixes up elements
+    on the CPU.
 
     Errors (ValueError): settings out of range; `fused=True` with parameters that cannot be; `amsgrad=True`, which is not built.
     Source: Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2; the decay is lr x weight_decay, as in torch.
@@ -98,7 +99,7 @@ class AdamW(NamedOptimizer):
         self.update = self._update_fused if self.fused else self._update_plain
 
     def new_state(self, param: Tensor) -> dict[str, Tensor]:
-        # The fused CUDA kernel reads the step on the device; the plain twin wants a number without waiting for a GPU.
+        # The fused CUDA kernel reads the step on the device; the reference wants a number without waiting.
         step = torch.zeros((), dtype=torch.float32, device=param.device if self.fused else "cpu")
         return {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param), "step": step}
 

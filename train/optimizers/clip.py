@@ -25,8 +25,8 @@ def clip_grad_norm_(
     Nothing waits for a GPU. The norm of sharded gradients is that of the whole, the same on all ranks, which must all take
     part. `max_norm` None or inf only measures. A norm that is inf or NaN: "keep" leaves the gradients as they are, and the
     caller, who sees it in the result, skips the step; "error" waits for the GPU, and raises RuntimeError before anything is
-    scaled. `foreach=False` is the plain twin. Errors (ValueError): a negative or NaN `max_norm`, an unknown `nonfinite`.
-    Source: Pascanu et al. 2013, arXiv 1211.5063, algorithm 1. The 1e-6 and the rest follow
+    scaled. `foreach=False` is the reference implementation. Errors (ValueError): a negative or NaN `max_norm`, an unknown
+    `nonfinite`. Source: Pascanu et al. 2013, arXiv 1211.5063, algorithm 1. The 1e-6 and the rest follow
     torch.nn.utils.clip_grad_norm_. Three things differ: the norms of bfloat16 and float16 gradients are float32
     (torch rounds each tensor's norm to its dtype); a parameter that comes twice counts once; and a norm of inf or NaN
     is not multiplied into the gradients.
@@ -82,7 +82,7 @@ def norm_over_groups(groups: tuple[dist.ProcessGroup, ...], shard_norms: list[Te
 
 
 def total_norm_reference(tensors: list[Tensor]) -> Tensor:
-    """Return sqrt(sum of squares of all elements): the plain twin of `total_norm`, over gathered tensors."""
+    """Return sqrt(sum of squares of all elements): the reference implementation of `total_norm`, over gathered tensors."""
     if not tensors:
         return torch.zeros(())
     wide = [full_tensor(local(tensor), tensor) for tensor in tensors]

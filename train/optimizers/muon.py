@@ -1,6 +1,7 @@
 """Muon: orthogonalised momentum, for the hidden matrices of a network.
 
-`orthogonalize` is the plain twin, one matrix at a time; `orthogonalize_batch` processes all matrices of one shape together.
+`orthogonalize` is the reference implementation, one matrix at a time; `orthogonalize_batch` processes all matrices of one
+shape together.
 """
 
 import math
@@ -77,8 +78,8 @@ class Muon(NamedOptimizer):
     `params` are parameters, (name, parameter) pairs or groups; `adjust_lr` is a name of `LR_ADJUSTMENTS`.
     Slot: `momentum`, in the parameter's dtype. `ns_dtype` is the dtype of the iteration; None: bfloat16 on CUDA
     (Jordan), elsewhere float32, or the parameter's own where that is wider (bfloat16 products are slow on many CPUs).
-    `batched=False` takes the plain twin. Errors (ValueError): a parameter that is not a matrix; settings out of range.
-    Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/. The paper's momentum sums gradients (no
+    `batched=False` takes the reference implementation. Errors (ValueError): a parameter that is not a matrix; settings out of
+    range. Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/. The paper's momentum sums gradients (no
     1 - momentum); the orthogonalised update is the same, as it does not depend on the scale. torch.optim.Muon, and
     Jordan's code, average as here. A fused projection (GPT-2's `c_attn`) is orthogonalised as the one matrix it is.
     """

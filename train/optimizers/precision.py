@@ -71,7 +71,7 @@ def autocast(device: "torch.device", precision: str) -> Callable[[], AbstractCon
 
 
 def choose_precision(device: "torch.device", width: int) -> str:
-    """Choose for `--precision auto`, by a rule and no stopwatch, so that the same command computes the same numbers.
+    """Choose the format for `--precision auto` from device and width. Speed is not measured, so the choice is reproducible.
 
     A GPU that has bfloat16: bf16. A CPU with instructions for bfloat16 products: bf16 where the network's width is at least
     `BF16_WIDTH`, from where it is about twice as fast (1.9 to 2.0 times with AVX512_BF16; `python -m tests.bench formats`). A

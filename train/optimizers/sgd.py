@@ -43,7 +43,7 @@ class SGD(NamedOptimizer):
         g = g + weight_decay param;   m = momentum m + g;   param = param - lr m      (Nesterov: lr (g + momentum m))
 
     `params` are parameters, (name, parameter) pairs or groups, of any shape and floating dtype. Equals torch.optim.SGD.
-    Slot: `momentum_sum`, in the parameter's dtype; none without momentum. `foreach=False` takes the plain twin.
+    Slot: `momentum_sum`, in the parameter's dtype; none without momentum. `foreach=False` takes the reference implementation.
     Errors (ValueError): settings out of range; `nesterov` without momentum.
     Source: Sutskever et al. 2013, https://proceedings.mlr.press/v28/sutskever13.html.
     """

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 class OtherRankError(RuntimeError):
-    """Another rank failed, and reports why; this one has nothing to add."""
+    """Raised on this rank because another rank failed; the failing rank reports the cause."""
 
 
 class Ranks:

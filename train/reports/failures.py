@@ -59,7 +59,7 @@ def nonfinite_step(run: RunView, description: str, in_a_row: int) -> str:
 
 
 def nonfinite_state(run: RunView, what: str) -> str:
-    """`what`: the loss or the weights that are inf or NaN, and the step."""
+    """The message for a non-finite loss or weight; `what`: which one, and at which step."""
     advice = "Try a lower --lr and --matrix-lr, or --precision fp32"
     return f"{what}; nothing was saved since the last checkpoint in {run.out}. {advice}"
 
@@ -76,6 +76,6 @@ def out_of_memory(run: RunView, error: Exception) -> str:
         return what + "Less is needed with a smaller --batch-size (and more --accumulate), --recompute blocks, --loss chunked."
     packed = bool(quantized_layers(run.engine.network))
     frozen = frozen_names(run.engine.network, run.config.run.freeze)
-    training = training_settings(run.config, run.ranks, run.scored or 1.0, packed=packed, frozen=frozen)
+    training = training_settings(run.config, run.ranks, run.label_fraction or 1.0, packed=packed, frozen=frozen)
     advice = suggest_options(run.engine.network.config, training, memory_of(run.device) - LIBRARIES, ranks=run.ranks.world)
     return what + advice

@@ -87,7 +87,8 @@ def processor() -> str:
 
 
 def training_curve(config: TrainConfig, network: "ModelConfig") -> str:
-    """The training loss's label in a plot, with the terms that the validation loss beside it lacks."""
+    """The legend label of the training curve: it names dropout, label smoothing and z-loss, which the validation loss
+    excludes."""
     asked = config.optimizer
     dropout = max(network.dropout, network.attention_dropout)
     parts = {"dropout": dropout, "label smoothing": asked.label_smoothing, "z-loss": asked.z_loss}
@@ -122,7 +123,7 @@ def speed(run: RunView, session: Session) -> str:
         phases,
         session.seconds,
         tokens_per_s=session.positions / max(training, 1e-9),
-        flops=flops_per_token(run.engine.network.config, length, scored=run.scored or 1.0, **adapted),
+        flops=flops_per_token(run.engine.network.config, length, scored=run.label_fraction or 1.0, **adapted),
         rate=max(matmul_rate(run.device, dtype) for dtype in formats) * run.ranks.world,
         memory=peak_memory(run.device),
     )

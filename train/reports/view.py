@@ -25,5 +25,5 @@ class RunView(Protocol):
     step: int
     tokens: int  # scored labels since step 0
     best: dict | None  # the best validation
-    scored: float | None  # the share of positions with a label, in the first micro-batch of this session
+    label_fraction: float | None  # scored labels per position, in the first micro-batch of this session
     defaulted: tuple[str, ...]  # the learning rates that no option gave

@@ -70,6 +70,6 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def unused(path: Path) -> Path:
-    """The path itself; with a number appended where it exists, as of a run of the same second."""
+    """A path that does not exist yet: the given one, with a number appended if needed."""
     numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
     return path if not path.exists() else next(other for other in numbered if not other.exists())

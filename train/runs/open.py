@@ -32,7 +32,8 @@ def checkpoint_of(path: str | Path) -> Path:
 
 
 def resolve(path: str | Path) -> Path:
-    """The same, with a CheckpointError for a sharded checkpoint, which must be exported as one model folder first."""
+    """Return the folder to open for a path, as `checkpoint_of`. Errors (CheckpointError): also a sharded checkpoint, which
+    must be exported as one model folder first."""
     folder = checkpoint_of(path)
     if (folder / SHARDED_INDEX).is_file():
         raise CheckpointError(

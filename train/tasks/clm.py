@@ -1,4 +1,4 @@
-"""Causal language modelling: every token of the text is a target, given the tokens before it in its document."""
+"""Causal language modelling: each token is predicted from the tokens before it in its document."""
 
 import math
 from pathlib import Path

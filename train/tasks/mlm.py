@@ -1,4 +1,4 @@
-"""Masked-language modelling: 15 % of the tokens are targets, given the others of their document on both sides."""
+"""Masked-language modelling: 15 % of the tokens are predicted from the rest of their document."""
 
 import math
 from pathlib import Path

@@ -28,7 +28,7 @@ def row_loss_kernel(
     BLOCK: tl.constexpr,
     GRADIENT: tl.constexpr,
 ):
-    """Compute the loss of row n in program n: the twin of `train.losses.chunked.row_loss_`."""
+    """Compute the loss of row n in program n: as `train.losses.chunked.row_loss_`."""
     row = tl.program_id(0).to(tl.int64)  # rows × V passes 2^31
     logits_ptr += row * row_stride
     label = tl.load(labels_ptr + row)

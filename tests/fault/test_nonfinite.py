@@ -94,7 +94,7 @@ def test_the_documents_are_those_of_the_batch(options, finished):
     def named(places):
         return {int((ends <= place).sum()) for place in places.flat}
 
-    places = [task.stream.places(step) for step in range(STEPS)]
+    places = [task.stream.token_indices(step) for step in range(STEPS)]
     beyond = next(step for step in range(STEPS) if named(places[step]) != named(places[step][:, :-1]))  # by a last target
     for step in (0, 3, 77, beyond):
         assert task.source.documents(step) == sorted(named(places[step][:, :-1]))

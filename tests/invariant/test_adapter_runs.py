@@ -192,7 +192,7 @@ def test_recomputed_blocks_give_adapters_their_gradients(kind):
 
 REFUSED = {
     "--init RUN or a model folder": ["--adapter", "lora"],
-    "has no effect without --adapter lora": ["--lora.r", 4],
+    "has no effect: add --adapter lora": ["--lora.r", 4],
     "does not go with --mesh shard": ["--adapter", "lora", "--init", "BASE", "--mesh", "shard"],
     "--precision bf16 casts the frozen weights": ["--adapter", "lora", "--init", "BASE", "--precision", "bf16-pure"],
     "targets='c_atn' matches no layer; nearest: transformer.h.N.attn.c_attn": [

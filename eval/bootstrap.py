@@ -172,3 +172,6 @@ def percentile_interval(score_X: Tensor, *, confidence: float = 0.95, seed: int)
     outside = min(outside, (len(ordered_X) - 1) // 2)
     low, high = float(ordered_X[outside]), float(ordered_X[-1 - outside])
     return Interval(float(ordered_X.mean()), (high - low) / 2, low, high, confidence, len(ordered_X), seed)
+
+
+bootstrap = bootstrap_interval  # the name of the last version

@@ -186,3 +186,6 @@ def calibration_error(
     if not int(sums_1K[0, 0]):
         raise ValueError("no label to score: there is none, or all are ignored")
     return metric.score(sums_1K)
+
+
+calibration = calibration_error  # the name of the last version

@@ -311,3 +311,6 @@ def top_k_accuracy(scores_NC: Tensor, labels_N: Tensor, k: int = 5) -> Score:
         raise ValueError("no label to score: there is none, or all are ignored")
     signature = f"labels:{count}|classes:{scores_NC.shape[1]}|k:{k}|ties:first"
     return Score(f"top-{k} accuracy", correct / count, {"correct": correct, "count": count}, signature)
+
+
+classification = classification_scores  # the name of the last version

@@ -272,3 +272,6 @@ def write_index(folder: Path, plan: dict[str, list[Item]]) -> None:
     weight_map = {item.name: name for name, items in plan.items() for item in items}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+merge_folder = merge_to_folder  # the name of the last version

@@ -7,3 +7,13 @@
     split    training and validation by a hash of the text
     prepare  corpus -> shards: read, deduplicate, split, train a tokenizer, encode; cached
 """
+
+from importlib import import_module
+
+MOVED = {"find_corpus": "ingest", "read_corpus": "ingest"}  # forwarded for one version
+
+
+def __getattr__(name: str):
+    if name in MOVED:
+        return getattr(import_module(f"{__name__}.{MOVED[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,3 +7,13 @@
     export          our SentencePiece models as tokenizer.json, for transformers
     training        trains our SentencePiece BPE on a corpus
 """
+
+from importlib import import_module
+
+MOVED = {"Tokenizer": "base", "load_tokenizer": "open"}  # forwarded for one version
+
+
+def __getattr__(name: str):
+    if name in MOVED:
+        return getattr(import_module(f"{__name__}.{MOVED[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

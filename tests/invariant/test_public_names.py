@@ -90,6 +90,19 @@ from train.clip import clip_grad_norm_
 from train.loss.cross_entropy import linear_cross_entropy
 from train.optim import AdamW, build_optimizer
 from train.precision import PRECISIONS, GradScaler
+from data.corpus import find_corpus, read_corpus
+from data.tokenizer import Tokenizer, load_tokenizer
+from eval.answers import answers
+from eval.bertscore import bertscore
+from eval.bootstrap import bootstrap
+from eval.calibration import calibration
+from eval.classification import classification
+from eval.entities import entities
+from eval.meteor import meteor
+from eval.perplexity import perplexity
+from eval.rouge import rouge
+from lora.merge_folder import merge_folder
+from lora.peft_io import load, save
 assert (AdamW, GradScaler, clip_grad_norm_) == (train.AdamW, train.GradScaler, train.clip_grad_norm_)
 assert callable(build_optimizer) and callable(linear_cross_entropy) and "bf16" in PRECISIONS
 assert train.schedule.cosine is train.SCHEDULES["cosine"]

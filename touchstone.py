@@ -42,8 +42,8 @@ def refuse_shadowed() -> None:
     """End with a message where a file of the user's hides a package of ours, before any of its code runs."""
     if not (files := shadowed()):
         return
-    names = " and ".join(map(str, files))
-    in_path = {Path(folder).resolve() for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder}
+    names = ", ".join(map(str, files))
+    in_path = {Path(folder).resolve() for folder in os.environ.get("PYTHONPATH", ".nowhere").split(os.pathsep)}  # "": here
     if any(in_path & {file.parent.resolve(), file.parent.parent.resolve()} for file in files):
         advice = "PYTHONPATH names that folder: unset it"
     else:

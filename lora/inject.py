@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from lora.config import AdapterError
+from lora.config import AdapterError, MethodConfig
 from lora.installed import (
     AdapterState,
     TrainedBiases,
@@ -50,13 +50,18 @@ def add_adapters(network: Network, config: object, name: str = "default", *, see
     a float64 network, whatever format the network has. Initial values are a function of (seed, parameter name). Errors
     (AdapterError): targets that match nothing, an unknown method, a name that is taken; the network stays unchanged.
     """
+    if not isinstance(config, MethodConfig):
+        given = f"{type(config).__module__}.{type(config).__qualname__}"
+        raise AdapterError(f"a config of lora.config is expected, such as LoraConfig(), not {given}")
     virtual_tokens = uses_virtual_tokens(config)
     if state_of(network) is None and (found := holders(network)):
         raise AdapterError(f"{next(iter(found))!r} has an adapter of its own (LoraLinear?), which add_adapters cannot manage")
     if state_of(network) is None and hasattr(network, "adapters"):
         raise AdapterError(f"this {type(network).__name__} has an attribute `adapters` of its own, which is needed here")
-    if not name or "." in name or name in adapters(network) or hasattr(nn.ModuleDict(), name):
-        raise AdapterError(f"{name!r} cannot be an adapter's name: empty, with a dot, torch's own, or already on this network")
+    if name in adapters(network):
+        raise AdapterError(f"{name!r} cannot be an adapter's name: this network has one of that name already")
+    if not name or "." in name or hasattr(nn.ModuleDict(), name):
+        raise AdapterError(f"{name!r} cannot be an adapter's name: it is empty, has a dot, or is torch's own")
     if is_merged(network):
         raise AdapterError("adapters are merged into this network's weights: unmerge them before another one is added")
     if adapters(network) and any(map(trains_biases, (config, *adapters(network).values()))):

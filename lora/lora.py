@@ -67,6 +67,9 @@ class Lora(Part):
         """Return y + s B A drop(x). y is W x + b, plus the updates of earlier adapters."""
         return add_low_rank(y, self.drop(x), self.A, self.B, self.s)
 
+    def extra_repr(self) -> str:
+        return f"r={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}"
+
     @property
     def s(self) -> float:
         """α / r (or α / √r), times `adapter_weight`: 1, unless several adapters are mixed."""

@@ -65,6 +65,9 @@ def match_layers(network: nn.Module, targets: str, what: str = "targets") -> lis
     layers, published = adaptable_layers(network), published_modules(network)
     if targets in TARGETS and not is_foreign(network):
         return [parameter.name.removesuffix(".weight") for parameter in adapted_matrices(network.config, targets)]
+    if targets in TARGETS and targets != "all-linear":
+        advice = f"on a {type(network).__name__} give all-linear, or names such as 'q_proj|v_proj'"
+        raise AdapterError(f"{what}={targets!r} is for networks of this project; {advice}")
     if targets == "all-linear":
         found = all_linear(network)
     else:

@@ -29,9 +29,10 @@ def attention_reference(
 
     allowed_TS: bool, True where query t may attend to key s; None: everywhere. A query without any allowed key yields 0.
     bias_TS: added to the scores. Both may have leading axes that broadcast to B H T S. is_causal: the causal mask, with
-    T = S and no allowed_TS (ValueError otherwise). dropout: the rate for the attention weights. scale: 1/√K by default.
-    With fewer key heads than query heads (G < H), key head g serves query heads g·H/G … (g+1)·H/G - 1: V0 V0 V1 V1.
-    Source: Vaswani et al. 2017, arXiv 1706.03762, equation 1; Ainslie et al. 2023, arXiv 2305.13245.
+    T = S and no allowed_TS. Errors: is_causal otherwise (ValueError), allowed_TS that is not bool (TypeError). dropout: the
+    rate for the attention weights. scale: 1/√K by default. With fewer key heads than query heads (G < H), key head g serves
+    query heads g·H/G … (g+1)·H/G - 1: V0 V0 V1 V1. Source: Vaswani et al. 2017, arXiv 1706.03762, equation 1; Ainslie et al.
+    2023, arXiv 2305.13245.
 
     >>> q, k, v = torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 3, 4), torch.tensor([1.0, 2.0, 6.0]).view(1, 1, 3, 1)
     >>> attention_reference(q, k, v).flatten().tolist()  # equal scores: the mean of the values
@@ -39,6 +40,8 @@ def attention_reference(
     >>> attention_reference(q, k, v, torch.tensor([[True, True, False], [False, False, False]])).flatten().tolist()
     [1.5, 0.0]
     """
+    if allowed_TS is not None and allowed_TS.dtype != torch.bool:
+        raise TypeError(f"allowed_TS is {allowed_TS.dtype}: a bool mask is expected, True where attention is allowed")
     k_BHSK, v_BHSK = (x.repeat_interleave(q_BHTK.size(1) // x.size(1), dim=1) for x in (k_BGSK, v_BGSK))
     score_BHTS = q_BHTK @ k_BHSK.mT * (1 / math.sqrt(q_BHTK.size(-1)) if scale is None else scale)
     if bias_TS is not None:
@@ -90,8 +93,10 @@ def attention_sdpa(
 def causal_mask(score_TS: Tensor, allowed_TS: Tensor | None) -> Tensor:
     """Return the dense mask that `is_causal` stands for, T × S bool: query t attends to the keys up to t."""
     queries, keys = score_TS.shape[-2:]
-    if allowed_TS is not None or queries != keys:
-        raise ValueError(f"is_causal needs as many queries as keys, not {queries} and {keys}, and no mask beside it")
+    if allowed_TS is not None:
+        raise ValueError("is_causal goes without allowed_TS: put the causal mask into it, allowed_TS & ones.tril()")
+    if queries != keys:
+        raise ValueError(f"is_causal needs as many queries as keys, not {queries} and {keys}")
     return torch.ones(queries, keys, dtype=torch.bool, device=score_TS.device).tril()
 
 

@@ -36,7 +36,10 @@ def read_config(folder: str | Path, *, any_head: bool = False) -> ModelConfig:
             "one of it and its base"
         )
     if not path.is_file():
-        raise HubError(f"{folder} is not a model folder: it holds no config.json")
+        if not path.parent.is_dir():
+            raise HubError(f"{folder} does not exist")
+        checkpoint = next((f"; a run's are {each}" for each in sorted(path.parent.glob("checkpoints/step-*"))[-1:]), "")
+        raise HubError(f"{folder} is not a model folder: it holds no config.json{checkpoint}")
     try:
         published = json.loads(refuse_lfs_pointer(path).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

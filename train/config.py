@@ -116,8 +116,8 @@ class NetworkConfig:
 class OptimizerConfig:
     """Batch size, optimizer and learning-rate schedule."""
 
-    batch_size: int = 16
-    """Sequences in a micro-batch, over all ranks."""
+    batch_size: int = field(default=16, metadata=also("--train-batch-size"))
+    """Sequences in a micro-batch, over all ranks. Also --train-batch-size."""
     accumulate: int = field(default=1, metadata=also("--gradient-accumulation-steps"))
     """Micro-batches in an optimizer step. Also --gradient-accumulation-steps."""
     optimizer: Literal[*optimizer_names()] | None = None

@@ -1,5 +1,6 @@
 """Options of `python -m train`, read into a `TrainConfig`: their other names, the short help, recipes. Imports no torch."""
 
+import difflib
 import tomllib
 from collections.abc import Sequence
 from dataclasses import fields, make_dataclass, replace
@@ -65,12 +66,14 @@ def main_options(settings: Any) -> Any:
 
 
 def resolve_aliases(arguments: Sequence[str]) -> list[str]:
-    """The command line with each option under its own name. Errors (TrainError): one option under two names.
+    """The command line with each option under its own name. Errors (TrainError): one option under two names; a name much like
+    an alias, which the parser could not suggest.
 
     >>> resolve_aliases(["--learning-rate", "1e-3", "--max_grad_norm=1"])
     ['--lr', '1e-3', '--clip=1']
     """
     names = {alias: spelled(each.name) for kind in option_groups() for each in fields(kind) for alias in aliases(each)}
+    options = {*names, *(spelled(each.name) for kind in option_groups() for each in fields(kind))}
     resolved, spoken = [], {}
     for argument in arguments:
         name, equals, value = argument.partition("=")
@@ -78,6 +81,8 @@ def resolve_aliases(arguments: Sequence[str]) -> list[str]:
         option = names.get(written, written)
         if option.startswith("--") and spoken.setdefault(option, written) != written:
             raise TrainError(f"{written} is another name of {spoken[option]}: give one of them")
+        if written not in options and (near := difflib.get_close_matches(written, names, 1, 0.85)):
+            raise TrainError(f"there is no option {written}: {near[0]} is meant?")
         resolved.append(f"{option}{equals}{value}" if written in names else argument)
     return resolved
 

@@ -331,3 +331,11 @@ def test_options_have_the_names_of_other_trainers_too(options, tmp_path):
     assert command(*words, *arguments({"steps": 1})).code == 0
     read = read_settings(run).optimizer
     assert (read.lr, read.accumulate, read.clip) == (0.0123, 2, 0.5)
+
+
+def test_names_that_are_nearly_right_and_rates_that_may_surprise(options, tmp_path):
+    said = command(*options, "--lerning-rate", "1e-3")
+    assert said.code == 2 and "there is no option --lerning-rate: --learning-rate is meant?" in said.err
+    run = tmp_path / "run"
+    said = command(*options, *arguments({"steps": 1, "optimizer": "muon", "lr": 1e-3, "out": run}))
+    assert "lr 0.001 for AdamW; hidden matrices are trained by Muon, at its default matrix-lr 0.04" in said.out, said.err

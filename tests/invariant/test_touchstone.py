@@ -67,7 +67,12 @@ def test_wrong_words_and_help():
 def test_the_wheel_installs_alone_and_trains(tmp_path):
     """Built, installed into a new environment that sees this one's libraries and no file of the checkout, and run."""
     source = tmp_path / "source"  # a build leaves files beside what it builds
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", "runs", "build", "*.egg-info", "__pycache__", ".venv*"))
+    source.mkdir()
+    for name in touchstone.PACKAGES:
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("touchstone.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copyfile(ROOT / name, source / name)
+    shutil.copytree(ROOT / "tests" / "seam", source / "tests" / "seam")  # which must not be in the wheel
     done = shown([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, source])
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("touchstone-*.whl")

@@ -252,7 +252,7 @@ def test_what_a_foreign_network_lacks_is_named(tmp_path):
     wrong = {
         "virtual tokens need a network of model.hub.load or model.network, not a LlamaForCausalLM": PromptConfig(),
         "virtual tokens need": PrefixConfig(),
-        "'query-value' matches no layer; ": LoraConfig(targets="query-value"),
+        "targets='query-value' is for networks of this project": LoraConfig(targets="query-value"),
         "matches no layer; nearest: model.layers.N.self_attn.q_proj, ": LoraConfig(targets="q_prj"),
         "train_whole='^lm$' matches no layer": AdapterConfig(train_whole=("^lm$",)),
     }
@@ -359,3 +359,17 @@ def test_lora_linear_inside_a_network():
     x = torch.randn(3, 6)
     assert torch.equal(again(x), network(x)) and again.double()(x.double()).dtype == torch.float64
     assert gap(copy.deepcopy(network)(x), network(x)) == 0
+
+
+def test_mistakes_are_told():
+    network = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    with pytest.raises(AdapterError, match=r"such as LoraConfig\(\), not peft\.tuners\.lora\.config\.LoraConfig"):
+        add_adapters(network, peft.LoraConfig(r=4))
+    with pytest.raises(AdapterError, match="NoneType"):
+        add_adapters(network, None)
+    for targets in ("attention", "query-value"):
+        with pytest.raises(AdapterError, match=f"targets='{targets}' is for networks of this project; on a Sequential"):
+            add_adapters(network, LoraConfig(targets=targets))
+    with pytest.raises(AdapterError, match="a linear layer is expected, not a int"):
+        LoraLinear(8, 4)
+    assert "r=2, scale=2" in repr(LoraLinear(torch.nn.Linear(4, 4), r=2, alpha=4.0))

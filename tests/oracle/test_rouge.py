@@ -350,7 +350,7 @@ def test_long_texts_score_the_same_alone(monkeypatch):
 
 MILLION = """
 import random, resource
-from eval.rouge import rouge
+from eval.rouge import rouge_scores
 draw = random.Random(0)
 words = draw.choices([f"w{rank}" for rank in range(30000)], [1 / (rank + 1) for rank in range(30000)], k=200_000)
 reference = (" ".join(words) + " x" * 500_000)[:1_000_000]

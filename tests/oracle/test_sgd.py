@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.oracle.test_optim import SHAPES, TORCH, difference, groups_of, train, weights
+from train.optimizers.adamw import AdamW
 from train.optimizers.build import build_optimizer
 from train.optimizers.sgd import SGD
 
@@ -20,7 +21,7 @@ def test_sgd_equals_torch(parity, kind, foreach):
     start = weights(SHAPES)
     train(optimizer, ours, range(50))
     train(oracle, theirs, range(50))
-    part = f"SGD: {'foreach' if foreach else 'plain twin'}, {kind}"
+    part = f"SGD: {'foreach' if foreach else 'reference'}, {kind}"
     parity(part, f"{TORCH} SGD", difference(ours, theirs), 1e-13, "float64, rounding of 50 steps")
     assert difference(ours, start) > 0.1
     slots = {f"{name}.momentum_sum" for name in ours} if "momentum" in KINDS[kind] else set()
@@ -28,6 +29,37 @@ def test_sgd_equals_torch(parity, kind, foreach):
     for name, param in theirs.items() if slots else ():
         expected = oracle.state[param]["momentum_buffer"]
         torch.testing.assert_close(optimizer.named_state()[f"{name}.momentum_sum"], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_settings_of_groups_equal_torchs(parity, foreach):
+    """Each group with a momentum and a look-ahead of its own, changed on the way by a scheduler that cycles the momentum."""
+
+    def trained(kind, **more):
+        params = weights(SHAPES)
+        groups = groups_of(params)
+        for group, settings in zip(groups, ({"momentum": 0.5}, {"momentum": 0.8, "nesterov": True}, {}), strict=False):
+            group.update(settings)
+        optimizer = kind(groups, lr=0.02, momentum=0.9, **more)
+        cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=40)
+        for step in range(30):
+            train(optimizer, params, range(step, step + 1))
+            cycle.step()
+        return params
+
+    ours, theirs = trained(SGD, foreach=foreach), trained(torch.optim.SGD)
+    parity("SGD: settings of groups", f"{TORCH} SGD", difference(ours, theirs), 1e-13, "float64, rounding of 30 steps")
+
+
+@pytest.mark.parametrize("setting", [{"dampening": 0.1}, {"maximize": True}])
+def test_what_a_group_asks_for_in_vain_is_refused(setting):
+    with pytest.raises(ValueError, match=f"SGD has no {next(iter(setting))}, and a group has"):
+        SGD([{"params": [torch.nn.Parameter(torch.ones(2))], **setting}], lr=0.1, momentum=0.9)
+    with pytest.raises(ValueError, match="AdamW has no amsgrad"):
+        AdamW([{"params": [torch.nn.Parameter(torch.ones(2))], "amsgrad": True}])
+    weight = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="AdamW has no amsgrad"):
+        AdamW([weight]).load_state_dict(torch.optim.AdamW([weight], amsgrad=True).state_dict())
 
 
 def test_the_comparison_sees_each_setting():
@@ -68,7 +100,7 @@ def test_a_run_can_choose_it():
     params = weights(SHAPES)
     built = build_optimizer("sgd", params.items(), lambda name: "bias" if name == "b" else "matrix", lr=0.1, momentum=0.7)
     (optimizer,) = built.optimizers
-    assert isinstance(optimizer, SGD) and optimizer.momentum == 0.7
+    assert isinstance(optimizer, SGD) and all(group["momentum"] == 0.7 for group in optimizer.param_groups)
     assert [(group["names"], group["weight_decay"]) for group in built.param_groups] == [(list("acdef"), 0.1), (["b"], 0.0)]
 
 

@@ -105,8 +105,10 @@ class Muon(NamedOptimizer):
             )
         if adjust_lr not in LR_ADJUSTMENTS:
             raise ValueError(f"unknown adjust_lr {adjust_lr!r}; known: {sorted(LR_ADJUSTMENTS)}")
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-        self.nesterov, self.ns_steps, self.ns_dtype = nesterov, ns_steps, ns_dtype
+        super().__init__(
+            params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov}
+        )
+        self.ns_steps, self.ns_dtype = ns_steps, ns_dtype
         self.lr_adjustment = LR_ADJUSTMENTS[adjust_lr]
         self.update = self._update_batched if batched else self._update_plain
 
@@ -134,7 +136,7 @@ class Muon(NamedOptimizer):
         for param, grad, state, network_param in zip(params, grads, states, network_params, strict=True):
             average = state["momentum"]
             average.lerp_(grad, 1 - momentum)
-            update = grad.lerp(average, momentum) if self.nesterov else average
+            update = grad.lerp(average, momentum) if group["nesterov"] else average
             direction = orthogonalize(full_tensor(update, network_param), self.ns_steps, self.iteration_dtype(param))
             param.mul_(1 - lr * group["weight_decay"])
             param.add_(shard_of(direction, network_param), alpha=-lr * self.lr_adjustment(*network_param.shape))
@@ -143,7 +145,7 @@ class Muon(NamedOptimizer):
         lr, momentum = group["lr"], group["momentum"]
         averages = [state["momentum"] for state in states]
         torch._foreach_lerp_(averages, grads, 1 - momentum)
-        updates = torch._foreach_lerp(grads, averages, momentum) if self.nesterov else averages
+        updates = torch._foreach_lerp(grads, averages, momentum) if group["nesterov"] else averages
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         by_shape: dict[tuple, list[tuple[Tensor, Tensor, Tensor]]] = {}
         for param, update, network_param in zip(params, updates, network_params, strict=True):

@@ -15,6 +15,7 @@ from train.optimizers.rounding import stochastic_round_
 from train.parallel.shard import copy_, local_grad
 from train.runs.sharded import is_sharded, local
 
+TORCH_SETTINGS = {"amsgrad", "maximize", "dampening", "nesterov", "momentum"}  # that change the update, where one is supported
 WIDENED_ELEMENTS = 1 << 24  # of parameters that are in float32 at one time (64 MiB, and as much for each slot)
 
 
@@ -38,6 +39,7 @@ class NamedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        self._check_group(group)
         group.setdefault("base_lr", group["lr"])
         if "names" not in group and "param_names" in group:
             group["names"] = list(group["param_names"])  # torch's own key, set when it was given (name, tensor) pairs
@@ -107,9 +109,16 @@ class NamedOptimizer(torch.optim.Optimizer):
         """Fill in what groups of torch's own optimizers lack (`load_state_dict` comes here)."""
         super().__setstate__(state)
         for group in self.param_groups:
+            self._check_group(group)
             group.setdefault("base_lr", group.get("initial_lr", group["lr"]))
             if "param_names" in group:
                 group.setdefault("names", list(group["param_names"]))
+
+    def _check_group(self, group: dict) -> None:
+        """Refuse a setting of torch's optimizers that would change the update, and that this one does not have."""
+        for name in sorted(TORCH_SETTINGS - self.defaults.keys()):
+            if group.get(name):
+                raise ValueError(f"{type(self).__name__} has no {name}, and a group has {name}={group[name]!r}")
 
     def state_of(self, param: Tensor) -> dict[str, Tensor]:
         if not self.state[param]:

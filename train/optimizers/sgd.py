@@ -44,7 +44,7 @@ class SGD(NamedOptimizer):
 
     `params` are parameters, (name, parameter) pairs or groups, of any shape and floating dtype. Equals torch.optim.SGD.
     Slot: `momentum_sum`, in the parameter's dtype; none without momentum. `foreach=False` takes the reference implementation.
-    Errors (ValueError): settings out of range; `nesterov` without momentum.
+    Errors (ValueError): settings out of range; `nesterov` without momentum; torch's `dampening` and `maximize`, not built.
     Source: Sutskever et al. 2013, https://proceedings.mlr.press/v28/sutskever13.html.
     """
 
@@ -64,29 +64,30 @@ class SGD(NamedOptimizer):
             )
         if nesterov and not momentum:
             raise ValueError("nesterov=True looks ahead along the momentum: momentum=0 has none")
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.slots = ("momentum_sum",) if momentum else ()
-        self.momentum, self.nesterov = momentum, nesterov
+        super().__init__(
+            params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+        )
+        self.slots = ("momentum_sum",) if any(group["momentum"] for group in self.param_groups) else ()
         self.update = self._update_foreach if foreach else self._update_plain
 
     def new_state(self, param: Tensor) -> dict[str, Tensor]:
         return {slot: torch.zeros_like(param) for slot in self.slots}
 
     def _update_plain(self, params, grads, states, group, network_params) -> None:
-        settings = {"lr": group["lr"], "weight_decay": group["weight_decay"], "nesterov": self.nesterov}
+        settings = {key: group[key] for key in ("lr", "momentum", "weight_decay", "nesterov")}
         for param, grad, state in zip(params, grads, states, strict=True):
             old = state.get("momentum_sum", torch.zeros_like(param))
-            new_param, new_sum = sgd_update(param, grad, old, momentum=self.momentum, **settings)
+            new_param, new_sum = sgd_update(param, grad, old, **settings)
             param.copy_(new_param)
             old.copy_(new_sum)
 
     def _update_foreach(self, params, grads, states, group, network_params) -> None:
         steps = torch._foreach_add(grads, params, alpha=group["weight_decay"]) if group["weight_decay"] else grads
-        if self.momentum:
+        if self.slots:
             sums = [state["momentum_sum"] for state in states]
-            torch._foreach_mul_(sums, self.momentum)
+            torch._foreach_mul_(sums, group["momentum"])
             torch._foreach_add_(sums, steps)
-            steps = torch._foreach_add(steps, sums, alpha=self.momentum) if self.nesterov else sums
+            steps = torch._foreach_add(steps, sums, alpha=group["momentum"]) if group["nesterov"] else sums
         torch._foreach_add_(params, steps, alpha=-group["lr"])
 
 

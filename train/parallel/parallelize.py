@@ -1,5 +1,6 @@
 """Wrap an objective so that ranks train one network: DistributedDataParallel, or fully_shard (FSDP2)."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,8 +27,9 @@ def replicated(objective: nn.Module, mesh: Mesh, device: torch.device) -> nn.Mod
     """DistributedDataParallel; bfloat16 gradients are averaged in float32."""
     ids = [device.index or 0] if device.type == "cuda" else None
     # Buffers (rotary tables, weights of four bits) are alike on all ranks: sent once, when it is wrapped, not at each forward.
-    options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
-    wrapped = DistributedDataParallel(objective, device_ids=ids, **options)
+    has_new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # from torch 2.13 on
+    options = {"forward_sync_buffers" if has_new_name else "broadcast_buffers": False}
+    wrapped = DistributedDataParallel(objective, device_ids=ids, gradient_as_bucket_view=True, **options)
     if any(parameter.dtype == torch.bfloat16 for parameter in objective.parameters()):
         wrapped.register_comm_hook(mesh.replicate, average_in_float32)
     return wrapped

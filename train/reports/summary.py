@@ -60,8 +60,12 @@ def introduction(run: RunView) -> str:
 
 
 def rates(run: RunView) -> str:
-    """The default learning rates of a run that trains existing weights further, with the reason; else ""."""
+    """A line about learning rates that a user may not expect, with the reason; else "": lower ones with --init, and Muon's own
+    where --lr alone was given."""
     config, width = run.config, run.engine.network.config.width
+    if run.defaulted == ("matrix_lr",) and config.optimizer.optimizer == "muon":
+        lr, matrix_lr = config.optimizer.lr, config.optimizer.matrix_lr
+        return f"rates    lr {lr:g} for AdamW; hidden matrices are trained by Muon, at its default matrix-lr {matrix_lr:g}\n"
     taken = [name for name in run.defaulted if name == "lr" or config.optimizer.optimizer == "muon"]
     if config.run.init is None or config.method is not None or not taken:
         return ""
@@ -74,7 +78,8 @@ def comparable(run: RunView) -> str:
     """The versions and hardware on which a rerun of the same settings gives the same numbers, bit for bit."""
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else processor()
     threads, ranks = format_count(run.config.run.threads, "thread"), f", {run.ranks.world} ranks" * (run.ranks.world > 1)
-    return f"torch {torch.__version__}, {device}, {threads}{ranks}, {run.config.speed.precision}"
+    python = f"Python {platform.python_version()}"  # the built-in corpora are its own documentation and code
+    return f"{python}, torch {torch.__version__}, {device}, {threads}{ranks}, {run.config.speed.precision}"
 
 
 def processor() -> str:
@@ -148,7 +153,7 @@ def conclude(run: RunView, stopped: str, session: Session) -> None:
         diagnosis = plot(read_metrics(out / "metrics.jsonl"), out / "curves.png", name, training=training_curve(config, has))
         info(f"curves   {out / 'curves.png'} ({diagnosis.verdict}: {diagnosis.why})")
     except ImportError:
-        info("curves   not drawn: matplotlib is not installed (pip install -c constraints.txt -e '.[plots]')")
+        info("curves   not drawn: matplotlib is not installed (pip install matplotlib)")
     except OSError as error:
         info(f"curves   not drawn: {error}")
     info("next")

@@ -27,7 +27,10 @@ from lora.targets import by_pattern
 
 
 def lora_reference(x: Tensor, W_OI: Tensor, b_O: Tensor | None, A_RI: Tensor, B_OR: Tensor, scale: float) -> Tensor:
-    """y = x Wᵀ + b + s (x Aᵀ) Bᵀ: the reference implementation, which all faster forms must equal. x: ... × I, any dtype."""
+    """y = x Wᵀ + b + s (x Aᵀ) Bᵀ: the reference implementation, which all faster forms must equal. x: ... × I, any dtype.
+
+    Source: Hu et al. 2021, arXiv 2106.09685, section 4.1.
+    """
     return F.linear(x, W_OI, b_O) + scale * (x @ A_RI.T) @ B_OR.T
 
 

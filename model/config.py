@@ -227,5 +227,9 @@ def load_family(name: str) -> ModuleType:
 
 
 def presets() -> dict[str, dict]:
-    """Return the field values of all presets by name."""
+    """Return preset name → field values of ModelConfig, of all families. `ModelConfig.preset(name)` builds one.
+
+    >>> presets()["gpt2"]["width"]
+    768
+    """
     return {name: values for key in FAMILIES for name, values in load_family(key).PRESETS.items()}

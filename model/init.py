@@ -71,7 +71,10 @@ def parameter_generator(seed: int, name: str) -> torch.Generator:
 
 @torch.no_grad()
 def initialize(network: nn.Module, seed: int, *, names: Collection[str] | None = None) -> None:
-    """Initialize every parameter of a network in place, or those of the given names."""
+    """Initialize every parameter of a network in place, or those of `names`, by the rule of its family for its role.
+
+    Values are a function of (seed, name), drawn in float32 on the CPU and rounded to the parameter's dtype.
+    """
     table = weight_table(network.config)
     for name, parameter in network.named_parameters():  # a tied parameter comes once, under its first name
         if names is None or name in names:
@@ -87,7 +90,8 @@ def empty_network(config: ModelConfig, *, device="cpu", dtype=torch.float32, att
 
 
 def build_network(config: ModelConfig, *, seed: int, device="cpu", dtype=torch.float32, attention: str = "sdpa") -> Network:
-    """Return a new network, initialized from the seed."""
+    """Build a network with initial values that are a function of (seed, parameter name): the same on any device and dtype, up
+    to rounding. Errors (ConfigError): a configuration that cannot be built."""
     network = empty_network(config, device=device, dtype=dtype, attention=attention)
     initialize(network, seed)
     return network

@@ -121,5 +121,9 @@ def interleaved_to_halves(weight_OI: Tensor, head_width: int) -> Tensor:
 
 
 def halves_to_interleaved(weight_OI: Tensor, head_width: int) -> Tensor:
-    """Reverse `interleaved_to_halves`."""
+    """Reverse `interleaved_to_halves`: head by head, 0 2 4 1 3 5 becomes 0 1 2 3 4 5; same shape.
+
+    >>> halves_to_interleaved(torch.tensor([0, 2, 1, 3]), head_width=4).tolist()
+    [0, 1, 2, 3]
+    """
     return weight_OI.unflatten(0, (-1, 2, head_width // 2)).transpose(1, 2).reshape(weight_OI.shape)

@@ -80,7 +80,11 @@ def quantize_8bit(
 
 
 def dequantize_8bit(codes: Tensor, absmax: Tensor, codebook: Tensor, *, block_size: int = BLOCK) -> Tensor:
-    """Return x̂ = codebook[code] · absmax of its block, float32."""
+    """Return x̂ = codebook[code] · absmax of its block, float32, in the shape of the codes: the inverse of `quantize_8bit`.
+
+    codes: uint8, any shape. absmax: float32, one for each block of `block_size` numbers. codebook: float32, 256 values.
+    Source: Dettmers et al. 2022, arXiv 2110.02861, section 2.
+    """
     values = split_into_blocks(codebook.index_select(0, codes.flatten().int()), block_size) * absmax[:, None]
     return values.flatten()[: codes.numel()].view(codes.shape)
 

@@ -17,7 +17,7 @@ LayerCallback = Callable[[str, Tensor, nn.Module], None]  # name, the weight, th
 
 
 def quantized_layers(network: nn.Module) -> dict[str, QuantizedLinear]:
-    """Return path → quantized layer; for a language head, the head's path."""
+    """Return path → quantized layer, for all of a network's; a quantized language head has the head's path."""
     found = {path: module for path, module in network.named_modules() if isinstance(module, QuantizedLinear)}
     return {path.removesuffix(".packed"): layer for path, layer in found.items()}
 
@@ -47,7 +47,7 @@ def count_parameters(network: nn.Module) -> int:
 
 
 def dense_weight(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
-    """Return the weight of a linear layer as a tensor, dequantized where it is quantized."""
+    """Return the weight of a linear layer, O × I, dequantized if it is quantized; in `dtype` (default: the layer's own)."""
     if (quantized := quantized_part(layer)) is not None:
         return quantized.dequantize(dtype)
     return layer.weight if dtype is None else layer.weight.to(dtype)

@@ -274,7 +274,7 @@ def dequantize(quantized: QuantizedTensor, dtype: torch.dtype | None = None) -> 
 
 
 def unpack(packed: Tensor, count: int) -> Tensor:
-    """Return the first `count` codes of packed bytes, uint8, flat."""
+    """Return the first `count` codes of packed bytes, uint8, flat: high nibbles come first. The inverse of `pack`."""
     return torch.stack((packed.flatten() >> 4, packed.flatten() & 15), dim=1).flatten()[:count]
 
 

@@ -231,7 +231,7 @@ class QatProduct(torch.autograd.Function):
 
 
 def qat_layers(network: nn.Module) -> dict[str, QatLinear]:
-    """Return path → layer."""
+    """Return path → layer, for all layers of a network that quantization-aware training rounds (`prepare_qat`)."""
     return {path: module for path, module in network.named_modules() if isinstance(module, QatLinear)}
 
 

@@ -71,5 +71,9 @@ def number(value: Tensor) -> float | Tensor:
 
 
 def bits_per_byte(nats: float, text_bytes: int) -> float:
-    """Σ nats / ln 2 / bytes of text: comparable between tokenizers, unlike the loss per token."""
+    """Σ nats / ln 2 / bytes of UTF-8 text: comparable between tokenizers, unlike the loss per token.
+
+    >>> bits_per_byte(math.log(2) * 6, 3)
+    2.0
+    """
     return nats / math.log(2) / text_bytes

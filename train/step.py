@@ -16,6 +16,8 @@ from train.parallel.ranks import Ranks
 
 
 class StepResult(NamedTuple):
+    """The result of one optimizer step, over all micro-batches and ranks."""
+
     loss: Tensor  # Σ over terms of weight · (sum / count), in nats
     count: Tensor  # of the first term: scored labels of all ranks
     grad_norm: Tensor  # before clipping, the same on all ranks
@@ -44,8 +46,11 @@ def train_step(
     every token has the same weight, which an average of micro-batch means would not give, and fp16 gradients do not overflow.
     DDP and FSDP average gradients over ranks; multiplying by `world`, the number of ranks, turns that average into a sum.
 
-    max_norm: largest global gradient norm, None for no clipping. penalty(): a further loss term, computed from the weights; the
-    returned loss excludes it. on_update(): called after an update, before the gradients are cleared.
+    micro_batches: batches as the objective takes them, such as input_ids B T and labels B T. max_norm: largest global gradient
+    norm, None for no clipping. autocast(): context of each forward. scaler: for fp16. phase(name): context that measures a
+    part. penalty(): a further loss term, computed from the weights; the returned loss excludes it. on_update(): called after
+    an update, before the gradients are cleared. Errors (ValueError): terms of the objective that differ from its counts.
+    Source: Micikevicius et al. 2018, arXiv 1710.03740 (scaling); Pascanu et al. 2013, arXiv 1211.5063 (clipping).
     """
     ranks, scaler = ranks or Ranks(), scaler or GradScaler(enabled=False)
     counts = [unwrapped(objective).counts(batch) for batch in micro_batches]

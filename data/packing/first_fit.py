@@ -73,5 +73,9 @@ def first_fit_nd(length_NA: np.ndarray, limit_A: np.ndarray) -> list[int]:
 
 
 def fill_ratio(length_NA: np.ndarray, rows: list[list[int]], capacity: tuple[int, ...]) -> float:
-    """Return the share of the rows' capacity that holds tokens, along the first axis."""
+    """Return the share of the rows' capacity that holds tokens, along the first axis, from 0 to 1.
+
+    length_NA: lengths of N examples along A axes (tokens; of an encoder-decoder target and source). rows: the examples of each
+    row, as `first_fit` gives them. capacity: tokens of a row along each axis.
+    """
     return float(np.asarray(length_NA).reshape(-1, len(capacity))[:, 0].sum() / max(1, len(rows) * capacity[0]))

@@ -50,6 +50,7 @@ def test_a_public_name_is_defined_in_its_file_and_explained(package, file, name)
     if inspect.isclass(value) or inspect.isfunction(value):
         assert value.__module__ == module, "the table names the file that defines it"
         assert value.__doc__ and not OPENERS.match(inspect.cleandoc(value.__doc__))
+        assert not value.__doc__.startswith(f"{value.__name__}("), "a docstring of its own, not the one that a NamedTuple gets"
 
 
 def definitions(tree: ast.Module) -> set[str]:

@@ -4,6 +4,7 @@ import fcntl
 import io
 import json
 import os
+import platform
 import re
 import struct
 import sys
@@ -209,10 +210,11 @@ def test_a_bar_on_a_terminal(monkeypatch):
 
 
 def test_what_two_runs_must_have_in_common(monkeypatch):
-    """Library, processor, its instructions, threads, ranks and precision: another one of each gives other last bits."""
+    """Python, whose documentation is the default corpus, library, processor, its instructions, threads, ranks and precision."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "A processor"})
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     config = TrainConfig(RunConfig(threads=3), speed=SpeedConfig(precision="bf16"))
     for world, ranks in ((1, ""), (4, ", 4 ranks")):
         run = SimpleNamespace(device=torch.device("cpu"), config=config, ranks=SimpleNamespace(world=world))
-        assert comparable(run) == f"torch {torch.__version__}, A processor with AVX2, 3 threads{ranks}, bf16"
+        versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+        assert comparable(run) == f"{versions}, A processor with AVX2, 3 threads{ranks}, bf16"

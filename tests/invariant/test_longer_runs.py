@@ -54,7 +54,7 @@ def test_a_longer_run_killed_goes_on_to_its_new_end(options, tmp_path):
     assert command("--resume", tmp_path / "once", "--steps", LONGER).code == 0
     assert stopped_at(STEPS + 12, "--resume", tmp_path / "twice", "--steps", LONGER).code == 130
     assert read_settings(tmp_path / "twice").run.steps == LONGER
-    assert (tmp_path / "twice" / "config.toml").read_text().startswith("# begun on torch")
+    assert (tmp_path / "twice" / "config.toml").read_text().startswith("# begun on Python")
     assert command("--resume", tmp_path / "twice").code == 0
     assert_same_end(tmp_path / "once", tmp_path / "twice", steps=LONGER)
 

@@ -175,8 +175,11 @@ def test_refused_folders(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(HubError, match=r"pickle.*convert it with"):
         model.hub.load(folder)
-    with pytest.raises(HubError, match=r"no config\.json"):
+    with pytest.raises(HubError, match="nothing does not exist"):
         model.hub.load(folder / "nothing")
+    (folder / "empty" / "checkpoints" / "step-3").mkdir(parents=True)
+    with pytest.raises(HubError, match=r"no config\.json; a run's are .*step-3"):
+        model.hub.load(folder / "empty")
 
 
 def test_an_index_cannot_leave_its_folder(folder):

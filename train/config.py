@@ -18,7 +18,7 @@ from train.optimizers.schedule import SCHEDULES
 from train.recompute import MODES
 from train.runs.errors import TrainError
 
-# Defaults of every objective; those of one objective stand in its task. Measured, see LOG.md.
+# Defaults of every objective; those of one objective stand in its task. Measured, see docs/LOG.md.
 DEFAULT_MATRIX_LR = 4e-2
 DEFAULT_DECAY = 0.2
 # With --init, learning rates are pretraining's divided by INIT_LR_DIVISOR: measured on the default network, of width 128. For a

@@ -34,7 +34,7 @@ Info = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Defaults:
-    """An objective's default settings; measured, see LOG.md."""
+    """An objective's default settings; measured, see docs/LOG.md."""
 
     preset: str
     lr: float

@@ -1,0 +1,247 @@
+"""Every command and every Python snippet of the README, docs/ and CONTRIBUTING.md runs, on tiny networks and texts."""
+
+import importlib
+import json
+import re
+import shlex
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import model.hub
+import quant.__main__
+from eval.bleu import corpus_bleu
+from lora.inject import adapters
+from quant.linear import quantized_layers
+from tests.conftest import randomized, tiny_config
+from tests.oracle.adapter_twins import gap
+from tests.pairs import word_pairs
+from tests.runs import ROOT, command, last_checkpoint, write_corpus
+from train.options import read_options, resolve_aliases
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+WRITTEN = {"LOG.md", "parity.md"}  # a diary, and a table that is generated
+COMMAND = re.compile(r"python -m (train|model|data|lora|quant|eval)\b.*|touchstone (?:train|generate)\b.*|torchrun .*")
+TINY = "--width 32 --depth 1 --heads 2 --context 32 --vocab-size 290 --val-fraction 0.2"
+SHORT = "--steps 1 --batch-size 2 --accumulate 1 --threads 1 --sample-every 0 --device cpu --compile off"
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page, command) of all blocks of code, and of the tables' cells; each once."""
+    found = {}
+    for page in (page for page in PAGES if page.name not in WRITTEN):
+        text = page.read_text(encoding="utf-8")
+        lines = [line for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+        cells = [cell for row in text.splitlines() if row.startswith("|") for cell in re.findall(r"`([^`]*)`", row)]
+        for line in (*lines, *cells):
+            if COMMAND.fullmatch(line) and "…" not in line:
+                found.setdefault(" ".join(shlex.split(line, comments=True, posix=False)), page.name)
+    return [(page, line) for line, page in found.items()]
+
+
+class Place(NamedTuple):
+    """Files and runs that stand for the capitals in commands."""
+
+    folder: Path
+    names: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Place:
+    folder = tmp_path_factory.mktemp("docs")
+    corpus = str(write_corpus(folder / "corpus"))
+    hypotheses, references = word_pairs(60)
+    for name, texts in {"HYP": hypotheses, "REF": references, "A": hypotheses[::-1], "B": references}.items():
+        (folder / name).write_text("\n".join(texts) + "\n", encoding="utf-8")
+    rows = [{"text": f"w{n} is it", "label": "ab"[n % 2], "source": f"w{n}", "target": "ab"[n % 2]} for n in range(60)]
+    (folder / "PAIRS.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (folder / "reviews.csv").write_text("text,label\n" + "".join(f'"{r["text"]}",{r["label"]}\n' for r in rows))
+    names = {name: str(folder / name) for name in ("HYP", "REF", "A", "B", "PAIRS.jsonl", "reviews.csv")}
+    names |= dict.fromkeys(("PATH", "CORPUS", "notes/", "stdlib-code"), corpus) | {"books/*.txt.gz": f"{corpus}/*.txt"}
+    other = write_corpus(folder / "other", seed=1)
+    names |= {"web=web/:7": f"web={corpus}:7", "code=src/:3": f"code={other}:3"}
+
+    def trained(name: str, line: str) -> str:
+        run = folder / name
+        said = command(*shlex.split(f"{line} {SHORT} --cache {folder / 'cache'} --out {run}"))
+        assert said.code == 0, said.err
+        return str(run)
+
+    plain = trained("plain", f"--corpus {corpus} {TINY}")
+    names |= dict.fromkeys(("RUN", "FOLDER", "BASE"), plain)
+    for kind, data in {"mlm": corpus, "classify": names["reviews.csv"], "seq2seq": names["PAIRS.jsonl"]}.items():
+        names[f"RUN of {kind}"] = trained(kind, f"--objective {kind} --corpus {data} {TINY}")
+    names["ENCODER"] = names["RUN of mlm"]
+    names["ADAPTED_RUN"] = trained("adapted", f"--init {plain} --adapter lora --corpus {corpus}")
+    names["QLORA_RUN"] = trained("qlora", f"--init {plain} --adapter lora --quantize nf4 --corpus {corpus}")
+    names["DIR"] = str(folder / "nf4")
+    line = ["nf4", plain, "--out", names["DIR"], "--no-perplexity"]
+    assert command(*line, main=quant.__main__.main).code == 0
+    return Place(folder, names)
+
+
+def filled(word: str, place: Place) -> str:
+    """A word of a command, with real names in the place of capitals."""
+    if word.endswith("/checkpoints/step-N"):
+        return str(last_checkpoint(Path(place.names[word.partition("/")[0]])))
+    name, equals, value = word.partition("=")
+    if equals and value in ("A", "B"):
+        return f"{name}={place.names[value]}"
+    return place.names.get(word, word)
+
+
+@pytest.mark.parametrize("page, line", commands())
+def test_a_command_runs(page, line, place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(line)
+    ranks = words[0] == "torchrun"
+    program, *words = words[words.index("-m") + 1 :] if "-m" in words else words[words.index("touchstone") + 1 :]
+    words, program = ([program, *words], "model") if program == "generate" else (words, program)
+    if kind := {"fill": "mlm", "predict": "classify"}.get(" ".join(words[:1])):
+        words = [place.names[f"RUN of {kind}"] if word == "RUN" else word for word in words]
+    new = [str(tmp_path / f"new{Path(word).suffix}") if last == "--out" else None for last, word in pairwise(["", *words])]
+    words = [name or filled(word, place) for name, word in zip(new, words, strict=True)]
+    if program == "train":
+        words = made_small(words, place, tmp_path)
+    if ranks:  # read alone: launching processes is tested elsewhere
+        assert read_options(resolve_aliases(words)).run.steps == 1
+        return
+    if program == "data":
+        words += ["--cache", str(tmp_path / "cache")]
+    if (program == "eval" and words[0] == "perplexity") or program == "quant":
+        words += ["--cache", str(tmp_path / "cache")] if program == "quant" else []
+    said = command(*words, main=importlib.import_module(f"{program}.__main__").main)
+    assert said.code == 0, said.err
+
+
+def made_small(words: list[str], place: Place, tmp_path: Path) -> list[str]:
+    """A training command on a tiny network, for one step."""
+    if "--resume" in words:
+        run = tmp_path / "resumed"
+        shutil.copytree(words[-1], run)
+        return [*words[:-1], str(run)]
+    for name in ("--steps", "--epochs"):
+        if name in words:
+            del words[words.index(name) : words.index(name) + 2]
+    words += [*shlex.split(SHORT), "--cache", str(place.folder / "cache"), "--out", str(tmp_path / "run")]
+    words += [] if "--init" in words else shlex.split(TINY)
+    words += [] if "--corpus" in words else ["--corpus", place.names["PATH"]]
+    return words
+
+
+def test_the_commands_are_found():
+    lines = [line for _, line in commands()]
+    assert len(lines) > 40 and any("torchrun" in line for line in lines)
+
+
+def test_what_pages_name_exists():
+    """Links, and the files of the project in backquotes; and the README is one that is read to the end."""
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 250
+    links, files = 0, 0
+    for page in (page for page in PAGES if page.name not in WRITTEN):
+        text = page.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+            links += 1
+        for name in re.findall(r"`((?:model|data|quant|eval|lora|train|tests)/[\w/.-]*)`", text):
+            if "NAME" not in name:
+                assert (ROOT / name).exists(), f"{page.name}: {name}"
+                files += 1
+    assert links > 15 and files > 80
+
+
+# ---- Python snippets
+
+
+def snippets(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_every_snippet_is_run_here():
+    """A page with Python that no test below runs is an error."""
+    pages = [str(page.relative_to(ROOT)) for page in PAGES if page.name not in WRITTEN]
+    assert {page: len(snippets(page)) for page in pages if snippets(page)} == {
+        "README.md": 1, "docs/adapters.md": 1, "docs/quantization.md": 2, "docs/metrics.md": 1, "docs/networks.md": 1,
+        "docs/training.md": 1,
+    }  # fmt: skip
+
+
+def test_the_example_of_the_readme(capsys):
+    (block,) = snippets("README.md")
+    names: dict = {}
+    exec(block, names)
+    q, k, v, y = (names[name] for name in "qkvy")
+    assert torch.allclose(y, torch.nn.functional.scaled_dot_product_attention(q, k, v), rtol=0, atol=1e-12)
+    assert capsys.readouterr().out.startswith("BLEU = ")
+
+
+def test_a_checkpoint_opens_in_transformers(place, monkeypatch):
+    (block,) = snippets("docs/training.md")
+    monkeypatch.chdir(place.folder)
+    block = block.replace("RUN/checkpoints/step-N", str(last_checkpoint(Path(place.names["RUN"]))))
+    names: dict = {}
+    exec(block, names)
+    assert sum(parameter.numel() for parameter in names["network"].parameters()) > 1000
+
+
+def test_the_adapters(tmp_path, monkeypatch):
+    (block,) = snippets("docs/adapters.md")
+    monkeypatch.chdir(tmp_path)
+    before = randomized(tiny_config("llama"))
+    model.hub.save(before, "FOLDER")
+    names: dict = {}
+    exec(block, names)
+    after = names["network"]
+    assert not adapters(after) and (tmp_path / "ADAPTER" / "adapter_model.safetensors").is_file()
+    for name, value in after.named_parameters():  # B was zero: the weights are what they were
+        assert gap(value, before.get_parameter(name)) < 1e-6, name
+
+
+def test_the_four_bits(tmp_path, monkeypatch):
+    block, _ = snippets("docs/quantization.md")
+    monkeypatch.chdir(tmp_path)
+    model.hub.save(randomized(tiny_config("llama")), "FOLDER")
+    names: dict = {"weight": torch.randn(64, 64), "network": randomized(tiny_config("llama"))}
+    exec(block, names)
+    assert names["small"].bits < 4.2 and quantized_layers(names["network"])
+    assert json.loads((tmp_path / "DIR" / "config.json").read_text())["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
+
+
+def test_the_eight_bits(tmp_path, monkeypatch):
+    _, block = snippets("docs/quantization.md")
+    monkeypatch.chdir(tmp_path)
+    before = randomized(tiny_config("llama"), dtype=torch.float32)
+    model.hub.save(before, "FOLDER")
+    batches = [{"input_ids": torch.arange(12).view(2, 6)}]
+    names: dict = {"weight": torch.randn(64, 64), "network": before, "batches": batches}
+    exec(block, names)
+    assert names["small"].group_size == 32 and quantized_layers(names["packed"])
+    assert json.loads((tmp_path / "DIR" / "config.json").read_text())["quantization_config"]["format"] == "int-quantized"
+    assert torch.equal(model.hub.load("DIR")(**batches[0]).logits, names["network"].eval()(**batches[0]).logits)
+
+
+def test_the_scores():
+    (block,) = snippets("docs/metrics.md")
+    hypotheses, references = word_pairs(7)
+    names: dict = {"hypotheses": hypotheses, "references": references, "baseline": hypotheses[::-1]}
+    names |= {"predicted": ["a", "b", "a"], "true": ["a", "b", "b"], "labels": torch.tensor([0, 1])}
+    names |= {"probabilities": torch.tensor([[0.9, 0.1], [0.6, 0.4]]), "documents": [[*range(5, 45)]]}
+    names["network"] = randomized(tiny_config("llama"))
+    exec(block, names)
+    assert names["test"].difference > 5 and names["report"].accuracy == 2 / 3 and names["loss"].targets == 39
+    assert names["error"].value > 0 and names["named"].precision == 0
+    assert names["whole"] == corpus_bleu(hypotheses, [references]) and "tok:intl" in names["score"].signature
+    assert names["interval"].low < names["whole"].value < names["interval"].high and names["scores"]["rouge1"].fmeasure > 0.3
+
+
+def test_networks_are_opened_and_written(tmp_path, monkeypatch):
+    (block,) = snippets("docs/networks.md")
+    monkeypatch.chdir(tmp_path)
+    model.hub.save(randomized(tiny_config("llama")), "FOLDER")
+    names: dict = {"input_ids": torch.arange(12).view(2, 6), "attention_mask": torch.ones(2, 6)}
+    exec(block, names)
+    assert names["output"].logits.shape == (2, 3) and len(names["output"].hidden_states) == 3 and (tmp_path / "OTHER").is_dir()

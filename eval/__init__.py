@@ -49,7 +49,7 @@ PUBLIC = {  # file: the names that it offers; `from eval import corpus_bleu` is 
     ),
     "porter": ("stem",),
     "wordnet": ("WordNet",),
-    "bleu": ("Bleu", "corpus_bleu", "sentence_bleu"),
+    "bleu": ("Bleu", "bleu_reference", "corpus_bleu", "sentence_bleu"),
     "chrf": ("Chrf", "corpus_chrf", "sentence_chrf"),
     "rouge": ("Rouge", "rouge_scores", "summary_lcs_reference"),
     "rouge_bootstrap": ("bootstrap_aggregate",),

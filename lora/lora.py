@@ -2,8 +2,10 @@
 
     y = W x + b + s B A drop(x),  s = α / r        W: O × I,  A: R × I,  B: O × R,  R = r
 
-With rank stabilization (rsLoRA) s = α / √r. A is initialized uniformly in ±1/√I (Kaiming), B to zero, so that the adapted layer
-starts equal to the base layer. In the code x has rows: W x is x @ W.T, or F.linear(x, W).
+Why low rank: what fine-tuning changes lies in few directions (Aghajanyan et al. 2020, arXiv 2012.13255), so R of 8 often does
+what all of I × O would, with R (I + O) parameters to train and to store. Why s = α / r: another r then needs no other learning
+rate. With rank stabilization (rsLoRA) s = α / √r. A is initialized uniformly in ±1/√I (Kaiming), B to zero, so that the
+adapted layer starts equal to the base layer. In the code x has rows: W x is x @ W.T, or F.linear(x, W).
 Source: Hu et al. 2021, arXiv 2106.09685, section 4.1; Kalajdzievski 2023, arXiv 2312.03732 (rsLoRA). The paper draws A from a
 normal distribution; its authors' code and PEFT use a uniform one. As in PEFT, dropout applies to the input of A only, and for
 embeddings A starts at zero and B is normal.

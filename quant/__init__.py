@@ -4,6 +4,7 @@
 
 4 bits
     nf4                NF4 and FP4: codebooks, block-wise quantization, packing, double quantization, and back; plain torch
+    dequantize         the same back, fast: in chunks on a CPU, by Triton on a GPU
     blockwise          block-wise 8-bit quantization with the dynamic map
     packed             the tensors of a 4-bit weight, as kernels and products read them
     product            y = x Wᵀ + b by a 4-bit weight, and the gradient of x
@@ -42,7 +43,16 @@ PUBLIC = {  # file: the names that it offers; `from quant import quantize_linear
     "layer": ("QuantizedLinear",),
     "linear": ("dense_weight", "quantizable_layers", "quantize_linears", "quantized_layers"),
     "llm_int8": ("LlmInt8Linear", "LlmInt8Tensor", "quantize_llm_int8"),
-    "nf4": ("QuantizedTensor", "dequantize_4bit", "fp4_codebook", "nf4_codebook", "pack", "quantize_4bit", "unpack"),
+    "nf4": (
+        "QuantizedTensor",
+        "dequantize_4bit",
+        "fp4_codebook",
+        "nf4_codebook",
+        "pack",
+        "quantize_4bit",
+        "quantize_reference",
+        "unpack",
+    ),
     "observe": ("Histogram", "MinMax", "MovingAverage", "Mse", "Observer", "Percentile"),
     "product": ("linear_4bit",),
     "qat": ("QatLinear", "convert_qat", "prepare_qat", "qat_layers"),

@@ -20,21 +20,20 @@ Source: Dettmers et al. 2023, QLoRA, arXiv 2305.14314, section 3 and appendix E.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from quant.blockwise import BLOCK as NESTED_BLOCK
-from quant.blockwise import constant, dequantize_8bit, dynamic_map, nearest_on_grid, quantize_8bit
+from quant.blockwise import constant, dynamic_map, nearest_on_grid, quantize_8bit
 from quant.config import BLOCK_SIZES, QuantError, accepts_old_names
+from quant.dequantize import DEQUANTIZE, block_scales, dequantized_chunks
 from quant.formats import OwnFormats
-from quant.packed import PackedWeight
-from quant.pages import advise_huge_pages
 
 SMALLEST = 1e-38  # the least divisor
-# Chunk sizes, multiples of all block sizes: small enough for the CPU cache, and for little temporary memory.
-QUANTIZE_CHUNK, DEQUANTIZE_CHUNK = {"cpu": 1 << 16}, 1 << 20
+# Numbers per chunk, a multiple of all block sizes: small enough for the CPU cache, and for little temporary memory.
+QUANTIZE_CHUNK = {"cpu": 1 << 16}
 
 
 # ---- the codebooks
@@ -207,6 +206,25 @@ def quantize(
     return assemble(weight, packed, absmax, block_size=block_size, double_quantized=double_quantized, scheme=scheme)
 
 
+def quantize_reference(weight: Tensor, block_size: int = 64, scheme: str = "nf4") -> Tensor:
+    """Return x̂, the values that `quantize` without double quantization stands for: the reference implementation, in ten lines.
+
+    A number becomes the codebook value nearest to x / absmax of its block, the lower of two, times absmax: as many values lie
+    below it as midpoints do. float32, any shape whose size block_size divides. Source: Dettmers et al. 2023, arXiv 2305.14314.
+
+    >>> weight = torch.linspace(-2, 2, 128)
+    >>> torch.equal(quantize_reference(weight), quantize(weight, double_quantized=False).dequantize())
+    True
+    """
+    codebook = CODEBOOKS[scheme]().sort().values
+    midpoints = (codebook[:-1] + codebook[1:]) / 2
+    block_BN = weight.reshape(-1, block_size)
+    absmax_B1 = block_BN.abs().amax(dim=1, keepdim=True).clamp(min=SMALLEST)
+    z_BN = block_BN * (1 / absmax_B1)
+    index_BN = (z_BN[..., None] > midpoints).sum(-1)
+    return (codebook[index_BN] * absmax_B1).view(weight.shape)
+
+
 def check_arguments(weight: Tensor, block_size: int, scheme: str) -> None:
     """Raise QuantError for an unknown block size or scheme, or a weight that is not floating-point."""
     if scheme not in CODEBOOKS:
@@ -276,68 +294,6 @@ def dequantize(quantized: QuantizedTensor, dtype: torch.dtype | None = None) -> 
 def unpack(packed: Tensor, count: int) -> Tensor:
     """Return the first `count` codes of packed bytes, uint8, flat: high nibbles come first. The inverse of `pack`."""
     return torch.stack((packed.flatten() >> 4, packed.flatten() & 15), dim=1).flatten()[:count]
-
-
-def block_scales(quantized: PackedWeight) -> Tensor:
-    """Return absmax of each block, float32, undoing double quantization: nested_codebook[absmax] · nested_absmax + offset."""
-    if not quantized.double_quantized:
-        return quantized.absmax
-    differences = dequantize_8bit(
-        quantized.absmax, quantized.nested_absmax, quantized.nested_codebook, block_size=NESTED_BLOCK
-    )
-    return differences + quantized.offset
-
-
-def dequantized_chunks(
-    quantized: PackedWeight, multiple: int = 1, out: Tensor | None = None
-) -> Iterator[tuple[int, Tensor]]:
-    """Dequantize on a CPU: yield (index of the first number, the numbers, flat and float32) in chunks of about a million.
-
-    Chunk sizes are multiples of `multiple`, except the last. Without `out` one buffer, which fits the cache, is used for every
-    chunk, so a chunk is valid until the next one; with `out`, flat and float32, the chunks are written there.
-
-    A table of 256 entries maps each byte to its two float32 values, so that unpacking is one index_select. Measured at 4,096 ×
-    4,096 on two threads: 10 ms into memory that is in use already, 24 into new memory (`quant.pages`).
-    """
-    block, packed, scales = quantized.block_size, quantized.packed.flatten(), quantized.scales()
-    unit = math.lcm(multiple, 2 * block)  # a chunk begins with a byte and with a block
-    most = min(max(DEQUANTIZE_CHUNK // unit, 1) * unit, quantized.numel())
-    codebook = quantized.codebook
-    pairs = torch.stack((codebook.repeat_interleave(16), codebook.repeat(16)), dim=1).view(torch.int64).flatten()
-    index, pair = torch.empty((most + 1) // 2, dtype=torch.int32), torch.empty((most + 1) // 2, dtype=torch.int64)
-    for first in range(0, quantized.numel(), most or 1):
-        count = min(most, quantized.numel() - first)
-        byte_count, full = (count + 1) // 2, count // block * block
-        index[:byte_count].copy_(packed[first // 2 :][:byte_count])
-        torch.index_select(pairs, 0, index[:byte_count], out=pair[:byte_count])
-        values = pair.view(torch.float32)[:count]
-        chunk, scale = values if out is None else out[first:][:count], scales[first // block :]
-        torch.mul(values[:full].view(-1, block), scale[: full // block, None], out=chunk[:full].view(-1, block))
-        torch.mul(values[full:], scale[full // block :][:1], out=chunk[full:])
-        yield first, chunk
-
-
-def dequantize_cpu(quantized: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-    """Return the result of `dequantize`, bit for bit, computed chunk by chunk."""
-    flat = advise_huge_pages(torch.empty(quantized.numel(), dtype=dtype))
-    for first, values in dequantized_chunks(quantized, out=flat if dtype == torch.float32 else None):
-        if dtype != torch.float32:
-            flat[first:][: values.numel()].copy_(values)
-    return flat.view(quantized.shape)
-
-
-def dequantize_cuda(quantized: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-    """Return the result of `dequantize`, bit for bit, from one Triton kernel."""
-    from quant.kernels.dequantize_4bit import dequantize_4bit  # here: Triton is imported when a kernel is first used
-
-    return dequantize_4bit(quantized, dtype)
-
-
-DEQUANTIZE: dict[str, Callable[[QuantizedTensor, torch.dtype], Tensor]] = {  # device type: function
-    "cpu": dequantize_cpu,
-    "cuda": dequantize_cuda,
-    "meta": lambda quantized, dtype: torch.empty(quantized.shape, dtype=dtype, device="meta"),
-}
 
 
 def describe_non_finite(weight: Tensor) -> str:

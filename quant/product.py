@@ -1,8 +1,8 @@
 """y = x Wᵀ + b with a frozen 4-bit W, and the gradient of x: dx = dy W.
 
 The whole W is not dequantized where that can be avoided. On a CPU a chunk of its rows is unpacked at a time
-(`quant.nf4.dequantized_chunks`) and multiplied while it is in the cache. On a GPU Triton kernels unpack it in registers, or
-all of it for cuBLAS where there are many rows (`quant.kernels.choice`).
+(`quant.dequantize`) and multiplied while it is in the cache. On a GPU Triton kernels unpack it in registers, or all of it
+for cuBLAS where there are many rows (`quant.kernels.choice`).
 
 Reference implementation: `torch.nn.functional.linear(x, quantized.dequantize(x.dtype), b)`.
 """
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from quant.nf4 import QuantizedTensor, block_scales, dequantized_chunks
+from quant.dequantize import block_scales, dequantized_chunks
+from quant.nf4 import QuantizedTensor
 from quant.packed import PackedWeight
 
 

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from quant import blockwise, nf4, pages
+from quant import blockwise, dequantize, nf4, pages
 from quant.blockwise import dynamic_map, nearest_on_grid
 from quant.config import BLOCK_SIZES, FourBit, QuantError, from_table, to_table
 from quant.linear import quantize_linears
@@ -114,7 +114,7 @@ def test_pieces_do_not_show(block_size, scheme, monkeypatch):
     whole = [quantize(weight, block_size=block_size, scheme=scheme) for weight in weights]
     values = [small.dequantize() for small in whole]
     monkeypatch.setattr(nf4, "QUANTIZE_CHUNK", {"cpu": 4096})
-    monkeypatch.setattr(nf4, "DEQUANTIZE_CHUNK", 4096)
+    monkeypatch.setattr(dequantize, "DEQUANTIZE_CHUNK", 4096)
     for weight, expected, value in zip(weights, whole, values, strict=True):
         small = quantize(weight, block_size=block_size, scheme=scheme)
         assert same(small, expected)
@@ -124,9 +124,10 @@ def test_pieces_do_not_show(block_size, scheme, monkeypatch):
 @pytest.mark.parametrize("multiple", [1, 96, 100, 5000])
 def test_pieces_begin_where_they_are_asked_to(multiple, monkeypatch):
     """At whole rows, say, of which blocks and bytes are no divisors."""
-    monkeypatch.setattr(nf4, "DEQUANTIZE_CHUNK", 4096)
+    monkeypatch.setattr(dequantize, "DEQUANTIZE_CHUNK", 4096)
     small = quantize(torch.randn(901, 100))
-    firsts, values = zip(*((first, value.clone()) for first, value in nf4.dequantized_chunks(small, multiple)), strict=True)
+    chunks = ((first, value.clone()) for first, value in dequantize.dequantized_chunks(small, multiple))
+    firsts, values = zip(*chunks, strict=True)
     assert len(firsts) > 1 and not any(first % multiple for first in firsts)
     assert torch.equal(torch.cat(values), nf4.dequantize(small).flatten())
 
@@ -249,3 +250,18 @@ def test_the_old_name_of_double_quantized_is_accepted_with_a_warning():
     assert not network[0].weight.double_quantized
     settings = FourBit("fp4", double_quantized=False, skip=("up",))
     assert to_table(settings)["double"] is False and from_table(to_table(settings)) == settings
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "fp4"])
+@pytest.mark.parametrize("block_size", [32, 64, 256])
+def test_the_ten_lines_equal_the_fast_way(scheme, block_size):
+    """Random, all midpoints and their neighbours, and blocks of zeros: bit for bit."""
+    generator = torch.Generator().manual_seed(0)
+    values = nf4.CODEBOOKS[scheme]().sort().values
+    midpoints = (values[:-1] + values[1:]) / 2
+    edges = torch.cat([midpoints, midpoints.nextafter(midpoints + 1), midpoints.nextafter(midpoints - 1), torch.ones(1)])
+    edges = torch.nn.functional.pad(edges, (0, -len(edges) % 256), value=1.0)
+    weight = torch.cat([torch.randn(2**16, generator=generator), edges, torch.zeros(256)])
+    expected = quantize(weight, block_size=block_size, scheme=scheme, double_quantized=False).dequantize()
+    assert torch.equal(nf4.quantize_reference(weight, block_size, scheme), expected)
+    assert not torch.equal(nf4.quantize_reference(weight.nextafter(weight + 1), block_size, scheme), expected)

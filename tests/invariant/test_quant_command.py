@@ -29,7 +29,7 @@ from data.tokenizer.open import load_tokenizer
 from data.transforms.masked import VALIDATION_STEP, mlm_batch
 from eval.commands import held_out
 from model.account import align_columns
-from quant import nf4, report
+from quant import dequantize, report
 from quant.config import FourBit
 from quant.layer import QuantizedLinear
 from quant.linear import quantized_layers
@@ -156,7 +156,7 @@ SHAPES = [(1, 1), (3, 5), (64, 64), (7, 4099), (100, 700)]
 @pytest.mark.parametrize("scheme", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_measured_in_pieces(scheme, dtype, monkeypatch):
-    monkeypatch.setattr(nf4, "DEQUANTIZE_CHUNK", 4096)
+    monkeypatch.setattr(dequantize, "DEQUANTIZE_CHUNK", 4096)
     monkeypatch.setattr(report, "IN_CACHE", 1000)
     for number, shape in enumerate(SHAPES):
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(number)).to(dtype)

@@ -13,7 +13,7 @@ import torch
 
 from eval import bleu, mecab, ngram
 from eval import tokenize as cutting
-from eval.bleu import Bleu, closest_length, corpus_bleu, sentence_bleu
+from eval.bleu import Bleu, bleu_reference, closest_length, corpus_bleu, sentence_bleu
 from eval.ngram import clipped_matches, clipped_matches_each, ngram_counts, number_tokens
 from eval.score import corpus_value
 from eval.tokenize import TOKENIZERS, tokenize_texts
@@ -225,6 +225,21 @@ def test_ids_are_words_by_number():
     for hypotheses, references in (ids, tensors, streams):
         score = corpus_bleu(hypotheses, [references], tokenize="ids")
         assert (score.value, score.parts) == (expected.value, expected.parts) and "|tok:ids|" in score.signature
+
+
+def test_the_papers_equations_give_the_same():
+    """`bleu_reference` beside the batched counts and sacrebleu: one to three references, other orders, no match at all."""
+    draw = random.Random(1)
+    for streams, order in [(1, 4), (2, 4), (3, 2), (1, 1)]:
+        hypotheses = [draw.choices("abcd", k=draw.randint(4, 20)) for _ in range(40)]
+        references = [[draw.choices("abcd", k=draw.randint(4, 20)) for _ in range(streams)] for _ in range(40)]
+        value = bleu_reference(hypotheses, references, order)
+        ours = corpus_bleu(hypotheses, [*zip(*references, strict=True)], tokenize="ids", smooth="none", max_order=order).value
+        texts, theirs = [" ".join(text) for text in hypotheses], [[" ".join(text) for text in each] for each in references]
+        metric = sacrebleu.BLEU(tokenize="none", smooth_method="none", max_ngram_order=order)
+        library = metric.corpus_score(texts, [*zip(*theirs, strict=True)]).score
+        assert 0 < value == pytest.approx(ours, abs=1e-9) == pytest.approx(library, abs=1e-9)
+    assert bleu_reference([["a"] * 5], [[["b"] * 5]]) == 0
 
 
 def twin(hypothesis: list[int], references: list[list[int] | None], order: int) -> tuple[int, list[int], int]:

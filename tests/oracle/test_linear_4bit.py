@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from quant import nf4, product
+from quant import dequantize, product
 from quant.layer import QuantizedLinear, ReorderedLinear
 from quant.nf4 import QuantizedTensor, quantize
 from quant.product import input_gradient, linear_4bit
@@ -37,7 +37,7 @@ PIECE = 4096
 
 @pytest.fixture(autouse=True)
 def pieces(monkeypatch):
-    monkeypatch.setattr(nf4, "DEQUANTIZE_CHUNK", PIECE)
+    monkeypatch.setattr(dequantize, "DEQUANTIZE_CHUNK", PIECE)
 
 
 def weight(outs: int, ins: int, form: str = "nf4") -> QuantizedTensor:
@@ -70,7 +70,7 @@ def with_gradients(call, x: Tensor, bias: Tensor | None, direction: Tensor) -> l
 def test_as_a_dense_layer(size, form, dtype, parity):
     n, o, i = SIZES[size]
     small, x, bias, dy = weight(o, i, form), torch.randn(n, i).to(dtype), torch.randn(o).to(dtype), torch.randn(n, o).to(dtype)
-    assert ("pieces" in size) == (len(list(nf4.dequantized_chunks(small, i))) > 1)
+    assert ("pieces" in size) == (len(list(dequantize.dequantized_chunks(small, i))) > 1)
     for b in (bias, None):
         found = with_gradients(lambda x, b: linear_4bit(x, small, b), x, b, dy)
         expected = with_gradients(lambda x, b: F.linear(x, small.dequantize(dtype), b), x, b, dy)
@@ -116,7 +116,7 @@ def test_layouts_of_x(layout, parity):
 def test_the_gradient_of_many_pieces_is_rounded_once(parity):
     """A hundred pieces, summed in bfloat16, would be further off."""
     small, dy = weight(6400, 64), torch.randn(3, 6400).bfloat16()
-    assert len(list(nf4.dequantized_chunks(small, 64))) == 100
+    assert len(list(dequantize.dequantized_chunks(small, 64))) == 100
     expected = dy.double() @ small.dequantize(torch.bfloat16).double()
     error = gap(input_gradient(dy, small).double(), expected)
     parity("4-bit product, dx: 100 pieces, torch.bfloat16", TWIN, error, 2**-8, "bfloat16 rounding, once")
@@ -251,7 +251,7 @@ def test_mistakes_would_be_seen(monkeypatch):
     """A weight that lies one block further on, a piece in the wrong rows, and no bias."""
     small, x, bias = weight(301, 65), torch.randn(6, 65), torch.randn(301)
     expected, tolerance = F.linear(x, small.dequantize(), bias), ROUNDING[torch.float32][0]
-    right = nf4.dequantized_chunks
+    right = dequantize.dequantized_chunks
 
     def shifted(small, *rest):
         yield from ((first, values.roll(small.block_size)) for first, values in right(small, *rest))

@@ -17,6 +17,7 @@
     meteor            METEOR; `meteor_alignment` aligns words, `chunks` searches for the fewest chunks
     bertscore         BERTScore with any encoder; `bertscore_inputs` has token ids, idf weights and baselines
     answers           exact match and token F1 of short answers; `unanswered` notes "no answer" in words
+    error_rate        word and character error rate
     rates             precision, recall and F1 from counts, and their averages
     classification    accuracy, precision, recall, F1, MCC, confusion matrix, top-k accuracy
     multilabel        the same for indicator matrices, one column per class
@@ -50,6 +51,7 @@ PUBLIC = {  # file: the names that it offers; `from eval import corpus_bleu` is 
     "porter": ("stem",),
     "wordnet": ("WordNet",),
     "bleu": ("Bleu", "bleu_reference", "corpus_bleu", "sentence_bleu"),
+    "error_rate": ("ErrorRate", "edit_distance", "error_rate_scores"),
     "chrf": ("Chrf", "corpus_chrf", "sentence_chrf"),
     "rouge": ("Rouge", "rouge_scores", "summary_lcs_reference"),
     "rouge_bootstrap": ("bootstrap_aggregate",),

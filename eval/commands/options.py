@@ -291,6 +291,27 @@ class Perplexity:
     )
 
 
+@dataclass(frozen=True)
+class Wer(Scored):
+    """Word error rate as in jiwer: edits per word of the references. From 0, which is best."""
+
+    lowercase: bool = False
+    """Lower-case the texts."""
+    unit: ClassVar[str] = "word"
+
+    def scorer(self) -> Scorer:
+        from eval.error_rate import ErrorRate
+
+        return single_metric(ErrorRate(self.unit, **self.settings()))
+
+
+@dataclass(frozen=True)
+class Cer(Wer):
+    """Character error rate as in jiwer: edits per character of the references. From 0, which is best."""
+
+    unit: ClassVar[str] = "character"
+
+
 SUBCOMMANDS: dict[str, type] = {
     "bleu": Bleu,
     "chrf": Chrf,
@@ -298,5 +319,7 @@ SUBCOMMANDS: dict[str, type] = {
     "meteor": Meteor,
     "bertscore": BertScore,
     "f1": F1,
+    "wer": Wer,
+    "cer": Cer,
     "perplexity": Perplexity,
 }

@@ -20,12 +20,16 @@ from train.options import read_options, resolve_aliases
 from train.overrides import OVERRIDES, overrides
 from train.parallel.mesh_sizes import mesh_sizes
 from train.registry import load
+from train.reports.compare import compare_command
 from train.runs.errors import TrainError
 
 
 def main(arguments: list[str]) -> int:
     try:
         refuse_unreadable(arguments, TrainError)
+        if arguments[:1] == ["compare"]:
+            compare_command(arguments[1:])
+            return 0
         arguments = resolve_aliases(arguments)
         config = read_options(arguments)
         folder = config.run.resume

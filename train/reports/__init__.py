@@ -2,6 +2,7 @@
 
 log            the bar, lines, metrics.jsonl
 curves         curves.png and its diagnosis
+compare        several runs: a table of what differs, one picture
 summary        the text before the first step and after the last
 phases rate    seconds by phase; speed, and model FLOPs utilization
 profiler       a trace of a few steps, and their operators

@@ -182,6 +182,8 @@ class ReportConfig:
 
     log_every: int = field(default=10, metadata=also("--logging-steps"))
     """Steps between lines of metrics.jsonl. Also --logging-steps."""
+    log: Literal["tensorboard"] | None = None
+    """Write the numbers of metrics.jsonl for TensorBoard too, in RUN/tensorboard (pip install tensorboard)."""
     eval_every: int | None = field(default=None, metadata=also("--eval-steps"))
     """Steps between validations. Default: a sixth of the steps, at most 100. Also --eval-steps."""
     eval_tokens: int = 200_000

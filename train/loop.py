@@ -30,6 +30,7 @@ from train.reports.log import Console, Metrics, truncate_metrics
 from train.reports.phases import Phases
 from train.reports.step_profiler import StepProfiler
 from train.reports.summary import Session, comparable, conclude, introduction
+from train.reports.tensorboard import TensorBoard
 from train.resolve import resolve_data, resolve_network, resolve_steps
 from train.runs.checkpoint import (
     STATE,
@@ -117,7 +118,9 @@ class Run:
             if checkpoint is not None:
                 restore_pointers(self.out, checkpoint, self.best)
             truncate_metrics(self.out / "metrics.jsonl", self.step)
-        self.metrics = Metrics(self.out / "metrics.jsonl" if self.ranks.is_main else None)
+        is_main, asked = self.ranks.is_main, self.config.report.log
+        board = TensorBoard(self.out / "tensorboard", self.step) if is_main and asked == "tensorboard" else None
+        self.metrics = Metrics(self.out / "metrics.jsonl" if is_main else None, board)
 
     # ---- steps
 

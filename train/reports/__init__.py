@@ -1,6 +1,7 @@
 """Reports on a run: progress, curves, time and memory.
 
 log            the bar, lines, metrics.jsonl
+tensorboard    the same numbers for TensorBoard
 curves         curves.png and its diagnosis
 compare        several runs: a table of what differs, one picture
 summary        the text before the first step and after the last

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from train.reports.tensorboard import TensorBoard
 from train.runs.checkpoint import write_atomically
 
 QUIET_SECONDS = 5.0  # the least time between lines of progress without a terminal
@@ -85,13 +86,15 @@ class Metrics:
     `time` is in seconds since 1970.
     """
 
-    def __init__(self, path: Path | None):
-        """Open for appending; None writes nothing. One of several ranks writes."""
-        self._file = open(path or os.devnull, "a", encoding="utf-8")
+    def __init__(self, path: Path | None, also: TensorBoard | None = None):
+        """Open for appending; None writes nothing. One of several ranks writes. `also` gets the same rows."""
+        self._file, self._also = open(path or os.devnull, "a", encoding="utf-8"), also
 
     def write(self, **values: object) -> None:
         self._file.write(json.dumps(values | {"time": round(time.time(), 3)}) + "\n")
         self._file.flush()
+        if self._also is not None:
+            self._also.write(values)
 
     def sync(self) -> None:
         """Sync to disk before a checkpoint, which must not be ahead of metrics.jsonl."""
@@ -102,6 +105,8 @@ class Metrics:
     def close(self) -> None:
         with suppress(OSError):  # each line was flushed: a line that is left had no room on the disk, and was reported
             self._file.close()
+        if self._also is not None:
+            self._also.close()
 
 
 def read_metrics(path: Path) -> list[dict]:

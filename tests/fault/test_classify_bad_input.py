@@ -13,7 +13,7 @@ from data.transforms.framing import Framer, choose_pad_id, read_pair_template
 from data.transforms.labels import label_name, training_labels
 from tests.conftest import randomized, tiny_config
 from tests.folders import byte_level, write_tokenizer
-from tests.oracle.test_classify import SPECIALS, template, write_labelled
+from tests.oracle.train.test_classify import SPECIALS, template, write_labelled
 from tests.runs import command
 from train.config import OptimizerConfig, TrainConfig
 from train.runs.errors import TrainError

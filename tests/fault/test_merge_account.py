@@ -21,8 +21,8 @@ from lora.peft_io import open_network, save
 from lora.vocabulary import same_change
 from model.folders import HubError
 from tests.conftest import randomized, tiny_config
-from tests.oracle.test_model import CLASSES
-from tests.oracle.test_peft_folders import inputs, peft_folder, shake
+from tests.oracle.lora.test_peft_io import inputs, peft_folder, shake
+from tests.oracle.model.test_network import CLASSES
 
 UNTIED = {"tie_embeddings": False}
 KINDS = {  # name: (family, changes, config)

@@ -8,7 +8,7 @@ import model.__main__
 import model.hub
 from tests.conftest import randomized, tiny_config
 from tests.folders import byte_level, llama, write_tokenizer
-from tests.invariant.test_seq2seq_runs import FOLDER, SETTINGS, options
+from tests.invariant.train.test_seq2seq_runs import FOLDER, SETTINGS, options
 from tests.runs import command
 from tests.seq2seq import write_folder, write_pairs
 

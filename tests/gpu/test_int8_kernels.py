@@ -1,4 +1,4 @@
-"""Triton's kernels for INT8 on a card: every bit of the twins' there; as tests/oracle/test_int8_kernels.py."""
+"""Triton's kernels for INT8 on a card: every bit of the twins' there; as tests/oracle/quant/test_int8_kernels.py."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from tests.oracle.int8_kernels import (
     not_numbers,
     rows_of_edges,
 )
-from tests.oracle.test_int8_kernels import EXACT, TWINS, check_not_numbers, check_product, check_rows
+from tests.oracle.quant.test_int8_kernels import EXACT, TWINS, check_not_numbers, check_product, check_rows
 
 KINDS = ("symmetric", "x affine", "both affine", "groups of 128", "groups of 128, both affine", "I odd")
 

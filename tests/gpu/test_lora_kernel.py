@@ -1,10 +1,10 @@
-"""Triton's LoRA linear on a card: the twin's numbers, in every format and layout; as tests/oracle/test_lora_kernel.py."""
+"""Triton's LoRA linear on a card: the twin's numbers, in every format and layout; as tests/oracle/lora/test_kernel.py."""
 
 import pytest
 import torch
 
+from tests.oracle.lora.test_kernel import TWIN, check
 from tests.oracle.lora_kernel import CASES, measure, whole
-from tests.oracle.test_lora_kernel import TWIN, check
 
 pytestmark = pytest.mark.gpu
 

@@ -1,11 +1,11 @@
-"""Triton's kernels for 4-bit weights on a card: every bit of the twins' there; as tests/oracle/test_quant_kernels.py."""
+"""Triton's kernels for 4-bit weights on a card: every bit of the twins' there; as tests/oracle/quant/test_kernels.py."""
 
 import pytest
 import torch
 
 from quant.nf4 import dequantize, quantize
+from tests.oracle.quant.test_kernels import EXACT, TWINS, check, check_refusals
 from tests.oracle.quant_kernels import CASES, DTYPES, decided, different, edges, float64, measure, parts, refusals
-from tests.oracle.test_quant_kernels import EXACT, TWINS, check, check_refusals
 
 pytestmark = pytest.mark.gpu
 SHAPE = (4096, 14336)  # of the MLP of Llama 3 8B

@@ -1,13 +1,13 @@
 """Triton's products by a 4-bit weight on a card: the twins' numbers, in every format, layout and size; as
-tests/oracle/test_quant_products.py."""
+tests/oracle/quant/test_products.py."""
 
 import pytest
 import torch
 
 from quant.nf4 import QuantizedTensor, quantize
 from tests.oracle.lora_kernel import DTYPES
+from tests.oracle.quant.test_products import TOLERANCES, TWIN, check
 from tests.oracle.quant_products import CASES, PRODUCTS, largest, measure
-from tests.oracle.test_quant_products import TOLERANCES, TWIN, check
 
 pytestmark = pytest.mark.gpu
 

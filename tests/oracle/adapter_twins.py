@@ -19,7 +19,7 @@ from lora.targets import match_layers, published_modules
 from model.network import Network
 from model.weights import to_published, weight_table
 from tests.conftest import randomized, tiny_config
-from tests.oracle.test_model import ROUNDING, gap, inputs, published
+from tests.oracle.model.test_network import ROUNDING, gap, inputs, published
 from tests.oracle.wide import widen
 
 LIBRARY = f"peft {peft.__version__}"

@@ -17,7 +17,7 @@ from train.config import TrainConfig
 from train.parallel.ranks import Ranks
 
 Phase = Callable[[str], AbstractContextManager]
-MARGIN = 0.05  # how far the estimate may be below the allocator (tests/oracle/test_memory.py)
+MARGIN = 0.05  # how far the estimate may be below the allocator (tests/oracle/model/test_memory.py)
 STEP_TIME = {"none": 1.0, "selective": 1.1, "blocks": 4 / 3}  # by recomputation, relative; a forward is a third of a step
 FORWARD_ENDS = "memory_report: forward ends"
 

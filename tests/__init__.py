@@ -6,5 +6,6 @@
     bench/       speed, as ratios: `python -m tests.bench`; figures and conditions in bench/RESULTS.md
     gpu/         what only a card can show; skips itself without one
 
-    conftest folders pairs ranks runs seq2seq texts wordnet   what tests share: the parity table, tiny folders, runs, texts
+    conftest compare folders pairs ranks runs seq2seq texts wordnet   what tests share: the parity table, measures, runs, texts
+    proofs       `python -m tests.proofs` writes docs/proofs.md: the tests of each public name
 """

@@ -12,6 +12,7 @@ import torch
 
 from model.config import ModelConfig, Rope
 from model.init import build_network
+from tests.compare import Error
 from tests.runs import _halfway, finished, halfway, options, uninterrupted  # noqa: F401, fixtures
 from tests.texts import documents, stdlib_docs  # noqa: F401, fixtures
 
@@ -41,14 +42,15 @@ def pytest_sessionfinish(session):
     if path is None or "PYTEST_XDIST_WORKER" in os.environ:
         return
     groups = defaultdict(list)
-    for part, library, error, tolerance, reason in ROWS:
-        groups[part.split(":")[0], library, tolerance, reason].append(error)
-    lines = ["| part | against | comparisons | largest error | tolerance | why this tolerance |", "|---|---|---|---|---|---|"]
-    for (part, library, tolerance, reason), errors in sorted(groups.items()):
-        lines.append(f"| {part} | {library} | {len(errors)} | {max(errors):.1e} | {tolerance:.0e} | {reason} |")
-    lines += ["", "Every comparison:", "", "| part | against | largest error | tolerance |", "|---|---|---|---|"]
-    for part, library, error, tolerance, _ in sorted(ROWS):
-        lines.append(f"| {part} | {library} | {error:.1e} | {tolerance:.0e} |")
+    for part, library, error, measure, tolerance, reason in ROWS:
+        groups[part.split(":")[0], library, measure, tolerance, reason].append(error)
+    titles = "| part | against | comparisons | largest error | measure | tolerance | why this tolerance |"
+    lines = [titles, "|---|---|---|---|---|---|---|"]
+    for (part, library, measure, tolerance, reason), errors in sorted(groups.items()):
+        lines.append(f"| {part} | {library} | {len(errors)} | {max(errors):.1e} | {measure} | {tolerance:.0e} | {reason} |")
+    lines += ["", "Every comparison:", "", "| part | against | largest error | measure | tolerance |", "|---|---|---|---|---|"]
+    for part, library, error, measure, tolerance, _ in sorted(ROWS):
+        lines.append(f"| {part} | {library} | {error:.1e} | {measure} | {tolerance:.0e} |")
     with open(path, "w", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
 
@@ -57,12 +59,12 @@ def pytest_sessionfinish(session):
 def parity(request):
     """parity(part, library, error, tolerance, reason): assert error <= tolerance and record the table's row.
 
-    Rows of one part, "bert: logits", "bert: gradients", become one in the short table, with the largest error.
+    The error is one of tests.compare's measures. Rows of one part, "bert: logits", "bert: gradients", become one in the short table, with the largest error.
     """
 
-    def record(part: str, library: str, error: float, tolerance: float, reason: str) -> None:
-        error = float(error.detach()) if isinstance(error, torch.Tensor) else float(error)
-        request.node.user_properties.append(("parity", (part, library, error, float(tolerance), reason)))
+    def record(part: str, library: str, error: Error, tolerance: float, reason: str) -> None:
+        row = (part, library, float(error), error.measure, float(tolerance), reason)
+        request.node.user_properties.append(("parity", row))
         assert error <= tolerance, f"{part} against {library}: {error:.3e} > {tolerance:.1e} ({reason})"
 
     return record

@@ -1,7 +1,7 @@
 """`python -m tests.proofs`: write docs/proofs.md, which names the tests of each public name and the library beside it.
 
-Nothing is declared: a test proves what it uses, by itself or through the helpers of its file; imports are resolved to objects, so that
-an alias counts as what it is.
+Nothing is declared: a test proves what it uses, by itself or through the helpers of its file; imports are resolved to objects,
+so that an alias counts as what it is.
 """
 
 import ast
@@ -48,13 +48,13 @@ def proofs() -> dict[str, list[tuple[str, tuple[str, ...]]]]:
     for name, value in names.items():
         by_id[id(value)].append(name)
     found: dict[str, list] = {name: [] for name in names}
-    for path in sorted(path for place in PLACES for path in (ROOT / "tests" / place).glob("test_*.py")):
+    for path in sorted(path for place in PLACES for path in (ROOT / "tests" / place).rglob("test_*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         libraries = tuple(sorted({LIBRARIES[name] for name in imported_roots(tree) if name in LIBRARIES}))
         for test, used in uses(tree).items():
             proven = {public for value in used for each in reached(value) for public in by_id.get(id(each), ())}
             for public in sorted(proven):
-                found[public].append((f"{path.parent.name}/{path.name}::{test}", libraries))
+                found[public].append((f"{path.relative_to(ROOT / 'tests')}::{test}", libraries))
     for name, value in names.items():
         if ">>> " in (value.__doc__ or "") and (inspect.isfunction(value) or inspect.isclass(value)):
             found[name].append((f"its doctest, {value.__module__}", ()))
@@ -154,8 +154,8 @@ def page() -> str:
     lines = [
         "# Proofs",
         "",
-        "Written by `python -m tests.proofs`; do not edit. For each public name the tests that use it, those beside another library",
-        "first: three of them, and how many there are.",
+        "Written by `python -m tests.proofs`; do not edit. For each public name the tests that use it, those beside another",
+        "library first: three of them, and how many there are.",
     ]
     for package in PACKAGES:
         lines += ["", f"## {package}", "", "| name | tests | beside | of |", "|---|---|---|---|"]

@@ -59,7 +59,8 @@ def pairs(ours, theirs) -> list[tuple[Tensor, Tensor]]:
     if isinstance(theirs, Mapping):
         assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
         return [pair for name in theirs for pair in pairs(ours[name], theirs[name])]
-    if isinstance(theirs, list | tuple) and any(isinstance(each, Tensor | np.ndarray | Mapping | list | tuple) for each in theirs):
+    nested = Tensor | np.ndarray | Mapping | list | tuple
+    if isinstance(theirs, list | tuple) and any(isinstance(each, nested) for each in theirs):
         return [pair for a, b in zip(ours, theirs, strict=True) for pair in pairs(a, b)]
     a, b = as_float64(ours), as_float64(theirs)
     assert a.shape == b.shape, f"shapes {tuple(a.shape)} and {tuple(b.shape)}"

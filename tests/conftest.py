@@ -59,7 +59,8 @@ def pytest_sessionfinish(session):
 def parity(request):
     """parity(part, library, error, tolerance, reason): assert error <= tolerance and record the table's row.
 
-    The error is one of tests.compare's measures. Rows of one part, "bert: logits", "bert: gradients", become one in the short table, with the largest error.
+    The error is one of `tests.compare`'s measures. Rows of one part, "bert: logits", "bert: gradients", become one in the short
+    table, with the largest error.
     """
 
     def record(part: str, library: str, error: Error, tolerance: float, reason: str) -> None:

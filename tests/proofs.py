@@ -42,24 +42,33 @@ def public_names() -> dict[str, object]:
 
 
 def proofs() -> dict[str, list[tuple[str, tuple[str, ...]]]]:
-    """public name -> (test, libraries that its file imports), tests beside a library first."""
+    """public name -> (test, libraries that its file imports).
+
+    First come tests with a row in the parity table, and among them those that stand where the name's source stands.
+    """
     names = public_names()
     by_id = defaultdict(list)
     for name, value in names.items():
         by_id[id(value)].append(name)
     found: dict[str, list] = {name: [] for name in names}
+    order = {}
     for path in sorted(path for place in PLACES for path in (ROOT / "tests" / place).rglob("test_*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         libraries = tuple(sorted({LIBRARIES[name] for name in imported_roots(tree) if name in LIBRARIES}))
+        compared = {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and "parity" in ast.unparse(node.args)}
         for test, used in uses(tree).items():
             proven = {public for value in used for each in reached(value) for public in by_id.get(id(each), ())}
-            for public in sorted(proven):
-                found[public].append((f"{path.relative_to(ROOT / 'tests')}::{test}", libraries))
+            for public in proven:
+                shown = f"{path.relative_to(ROOT / 'tests')}::{test}"
+                source = getattr(names[public], "__module__", "").rpartition(".")[2]
+                near = path.stem.removeprefix("test_") == source
+                order[public, shown] = (test not in compared, not near, path.parts[-3] != "oracle")
+                found[public].append((shown, libraries))
     for name, value in names.items():
         if ">>> " in (value.__doc__ or "") and (inspect.isfunction(value) or inspect.isclass(value)):
             found[name].append((f"its doctest, {value.__module__}", ()))
-    for tests in found.values():
-        tests.sort(key=lambda entry: (not entry[0].startswith("oracle"), not entry[1], entry[0]))
+    for name, tests in found.items():
+        tests.sort(key=lambda entry: (order.get((name, entry[0]), (True, True, True)), entry[0]))
     return found
 
 

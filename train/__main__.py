@@ -8,6 +8,7 @@ from pathlib import Path
 import touchstone
 
 touchstone.refuse_shadowed()  # before a file of the user's is imported in place of ours
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or torch's profiler writes two lines about itself
 
 from data.config import DataError
 from data.shell import command, quote
@@ -38,9 +39,9 @@ def main(arguments: list[str]) -> int:
         others = {name for name in said if name.removeprefix("no_") not in (*allowed, "resume")}
         if folder is not None and others:
             raise TrainError(
-                "--resume goes on with the run's own settings, so that it ends as it would have; only these go with it: "
-                f"{' '.join(map(spelled, allowed))}. To change others, start a new run from its weights: "
-                f"--init {quote(folder)} (an adapter's: merged first)"
+                f"--resume goes on with the run's own settings, without {' '.join(map(spelled, sorted(others)))}, so that it "
+                f"ends as it would have; only these go with it: {' '.join(map(spelled, allowed))}. To change others, start a "
+                f"new run from its weights: --init {quote(folder)} (an adapter's: merged first)"
             )
         config.check()
         if config.run.mesh is not None:
@@ -54,6 +55,7 @@ def main(arguments: list[str]) -> int:
 
     try:
         from model.hub import HubError
+        from train.dry_run import dry_run
         from train.parallel.ranks import OtherRankError
         from train.runs.errors import CheckpointError
         from train.start import resume, start
@@ -61,7 +63,10 @@ def main(arguments: list[str]) -> int:
         return STOPPED
     try:
         with notes():
-            stopped = start(config) if folder is None else resume(folder, given)
+            if config.report.dry_run:
+                stopped = dry_run(config, arguments)
+            else:
+                stopped = start(config) if folder is None else resume(folder, given)
     except BrokenPipeError:
         sys.stdout = None  # or Python would report the closed pipe again at its end
         return fail(f"the output was closed, so the run stopped; {advice_to_resume(folder or config.run.out)}")

@@ -203,6 +203,8 @@ class ReportConfig:
     """Profile a few steps: a Chrome trace and a table of the slowest operators in RUN/profile/."""
     memory_report: bool = False
     """After the second step, print its predicted and measured memory."""
+    dry_run: bool = False
+    """Set the run up, check everything, estimate memory, time and disk from a few steps in memory, and train nothing."""
 
 
 @dataclass(frozen=True)

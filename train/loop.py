@@ -26,7 +26,7 @@ from train.parallel.parallelize import unsharded, unwrapped
 from train.parallel.ranks import Ranks, own_rows
 from train.registry import load
 from train.reports.failures import batch_description, explained_errors, nonfinite_state, nonfinite_step
-from train.reports.log import Console, Metrics, truncate_metrics
+from train.reports.log import Console, Metrics
 from train.reports.phases import Phases
 from train.reports.step_profiler import StepProfiler
 from train.reports.summary import Session, comparable, conclude, introduction
@@ -90,10 +90,11 @@ class Run:
         self.phases = Phases(self.device)
         # Chat template, label files … are copied from this folder into each checkpoint.
         self.extra_files_from = config.run.init if checkpoint is None else checkpoint
+        self._resumes, self._checkpoint = resume, checkpoint
         if checkpoint is not None:
             self._load(checkpoint)
-        self._open_files(resume, checkpoint)
-        info(introduction(self))
+        self.introduction = introduction(self)
+        info(self.introduction)
 
     @property
     def step(self) -> int:
@@ -109,24 +110,24 @@ class Run:
         name = self.ranks.from_main(find)
         return self.out / "checkpoints" / name if name is not None else None
 
-    def _open_files(self, resume: bool, checkpoint: Path | None) -> None:
+    def _open_files(self) -> None:
         """Write config.toml of a new run; bring a resumed run's files back to its checkpoint; open metrics.jsonl."""
-        if self.ranks.is_main:
-            self.out.mkdir(parents=True, exist_ok=True)
-            if not resume:
-                write_settings(self.out, to_plain(with_absolute_paths(self.config)), f"begun on {comparable(self)}")
-            if checkpoint is not None:
-                restore_pointers(self.out, checkpoint, self.best)
-            truncate_metrics(self.out / "metrics.jsonl", self.step)
         is_main, asked = self.ranks.is_main, self.config.report.log
+        if is_main:
+            self.out.mkdir(parents=True, exist_ok=True)
+            if not self._resumes:
+                write_settings(self.out, to_plain(with_absolute_paths(self.config)), f"begun on {comparable(self)}")
+            if self._checkpoint is not None:
+                restore_pointers(self.out, self._checkpoint, self.best)
         board = TensorBoard(self.out / "tensorboard", self.step) if is_main and asked == "tensorboard" else None
-        self.metrics = Metrics(self.out / "metrics.jsonl" if is_main else None, board)
+        self.metrics = Metrics(self.out if is_main else None, self.step, board)
 
     # ---- steps
 
     def train(self) -> int:
         """Train until the last step, an early stop or a signal; return the signal's number, else 0."""
         began, first_step, first_tokens = time.monotonic(), self.step, self.tokens
+        self._open_files()
         if self.config.method is not None and not self.step:
             self.console.info(f"before the first step: {self.task.score_line(self._scores())}")
         self.console.begin(self.step, self.config.run.steps)
@@ -148,11 +149,11 @@ class Run:
         stopped = self._early_stop()
         tokens, seconds = 0, 0.0  # since the last line of metrics.jsonl; seconds exclude validation and saving
         profiler = StepProfiler(self)
-        with StopRequest() as request, self._batches() as batches:
+        with StopRequest() as request, self.batches() as batches:
             while self.step < steps and not stopped:
                 started, lr_factor = time.monotonic(), self.engine.lr_factor  # of this step
                 with self.phases("data"):
-                    own, count = self._prepare(next(batches))
+                    own, count = self.prepare(next(batches))
                 result = profiler.step(own, self.phases)
                 self.tokens, tokens = self.tokens + count, tokens + count
                 if result.is_updated:
@@ -181,7 +182,7 @@ class Run:
         profiler.close()
         return stopped
 
-    def _batches(self) -> AbstractContextManager[Iterator[list[dict]]]:
+    def batches(self) -> AbstractContextManager[Iterator[list[dict]]]:
         """The micro-batches of each remaining step. For a GPU a thread prepares them in advance, in pinned memory."""
         steps = range(self.step, self.config.run.steps)
         if self.source.is_on_policy:
@@ -194,7 +195,7 @@ class Run:
         with self._inference():
             return self.source.batches(step, self.engine.network)
 
-    def _prepare(self, micro_batches: list[dict]) -> tuple[list[dict], int]:
+    def prepare(self, micro_batches: list[dict]) -> tuple[list[dict], int]:
         """This rank's rows of the micro-batches, on its device; and the count of scored labels over all ranks."""
         objective = unwrapped(self.engine.objective)
         counts = [int(next(iter(objective.counts(batch).values()))) for batch in micro_batches]
@@ -297,9 +298,8 @@ class Run:
         with self.phases("samples"), self.engine.averaged(), self._inference():
             sample = self.task.sample(self.engine.network, self.device)
         if sample is not None:
-            title, text = sample
-            self.console.info(f"sample: {title}")
-            self.console.info("\n".join(f"    | {line}" for line in text.split("\n")))
+            self.console.sample(*sample)
+            self.metrics.write_sample(self.step, *sample)
 
     # ---- checkpoints
 

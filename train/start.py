@@ -32,18 +32,24 @@ def start(config: TrainConfig) -> int:
             raise TrainError(f"{config.run.out} already holds another run ({'; '.join(others)}): choose another --out")
         return resume(config.run.out)
     with connected() as ranks:
-        defaulted = tuple(name for name in ("lr", "matrix_lr") if getattr(config.optimizer, name) is None)
-        config = resolve_machine(config, ranks)
-        out = config.run.out
-        if out.exists() and not out.is_dir():
-            raise TrainError(f"--out {out} is a file")
-        with held(out, ranks):
+        config, defaulted = resolve_new(config, ranks)
+        with held(config.run.out, ranks):
             with ranks.together():
                 if ranks.is_main:
-                    refuse_taken(out)
-            if config.run.init is not None:  # a run's best checkpoint may be another one by the time of a resume
-                config = replace(config, run=replace(config.run, init=resolve(config.run.init)))
+                    refuse_taken(config.run.out)
             return Run(config, ranks, resume=False, defaulted=defaulted).train()
+
+
+def resolve_new(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, tuple[str, ...]]:
+    """The settings of a new run, resolved for this machine; and the learning rates that no option gave."""
+    config.check()
+    defaulted = tuple(name for name in ("lr", "matrix_lr") if getattr(config.optimizer, name) is None)
+    config = resolve_machine(config, ranks)
+    if config.run.out.exists() and not config.run.out.is_dir():
+        raise TrainError(f"--out {config.run.out} is a file")
+    if config.run.init is not None:  # a run's best checkpoint may be another one by the time of a resume
+        config = replace(config, run=replace(config.run, init=resolve(config.run.init)))
+    return config, defaulted
 
 
 def resume(folder: Path, given: dict[str, dict] | None = None) -> int:

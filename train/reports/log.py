@@ -1,4 +1,4 @@
-"""Progress on the screen, and `metrics.jsonl`."""
+"""Progress on the screen, `metrics.jsonl` and `samples.jsonl`."""
 
 import json
 import os
@@ -6,12 +6,14 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
 from train.reports.tensorboard import TensorBoard
 from train.runs.checkpoint import write_atomically
 
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"  # of a run: numbers, and the texts that it shows
 QUIET_SECONDS = 5.0  # the least time between lines of progress without a terminal
 
 
@@ -31,6 +33,10 @@ class Console:
             self.bar.write(text)
         else:
             print(text, flush=True)
+
+    def sample(self, title: str, text: str) -> None:
+        self.info(f"sample: {title}")
+        self.info("\n".join(f"    | {line}" for line in text.split("\n")))
 
     def begin(self, step: int, steps: int) -> None:
         """Start at `step` of `steps`. The bar counts all steps; the time left is estimated from this session's."""
@@ -79,38 +85,51 @@ def format_duration(seconds: float | None) -> str:
 
 
 class Metrics:
-    """`metrics.jsonl`: one object a line, appended and flushed.
+    """`metrics.jsonl`, and `samples.jsonl` with step, title and text: one object a line, appended and flushed.
 
     `tokens` counts the scored labels since step 0; `loss` is in nats a label; `lr` is AdamW's learning rate, `matrix_lr`
     Muon's; `grad_norm` is the norm before clipping; `tokens_per_s` is since the previous line, without validation and saving;
     `time` is in seconds since 1970.
     """
 
-    def __init__(self, path: Path | None, also: TensorBoard | None = None):
-        """Open for appending; None writes nothing. One of several ranks writes. `also` gets the same rows."""
-        self._file, self._also = open(path or os.devnull, "a", encoding="utf-8"), also
+    def __init__(self, folder: Path | None, step: int, also: TensorBoard | None = None):
+        """Open both files of a run's folder for appending, without the rows after `step`. None writes nothing: of several ranks
+        one writes. `also` gets the same numbers."""
+        paths = [Path(os.devnull)] * 2 if folder is None else [folder / METRICS, folder / SAMPLES]
+        if folder is not None:
+            for path in paths:
+                truncate(path, step)
+        self._metrics, self._samples = (open(path, "a", encoding="utf-8") for path in paths)
+        self._is_open, self._also = folder is not None, also
 
     def write(self, **values: object) -> None:
-        self._file.write(json.dumps(values | {"time": round(time.time(), 3)}) + "\n")
-        self._file.flush()
+        self._append(self._metrics, values)
         if self._also is not None:
             self._also.write(values)
 
+    def write_sample(self, step: int, title: str, text: str) -> None:
+        self._append(self._samples, {"step": step, "title": title, "text": text})
+
+    def _append(self, file: TextIO, values: dict[str, object]) -> None:
+        file.write(json.dumps(values | {"time": round(time.time(), 3)}) + "\n")
+        file.flush()
+
     def sync(self) -> None:
         """Sync to disk before a checkpoint, which must not be ahead of metrics.jsonl."""
-        self._file.flush()
-        if self._file.name != os.devnull:
-            os.fsync(self._file.fileno())
+        for file in (self._metrics, self._samples) if self._is_open else ():
+            file.flush()
+            os.fsync(file.fileno())
 
     def close(self) -> None:
-        with suppress(OSError):  # each line was flushed: a line that is left had no room on the disk, and was reported
-            self._file.close()
+        for file in (self._metrics, self._samples):
+            with suppress(OSError):  # each line was flushed: a line that is left had no room on the disk, and was reported
+                file.close()
         if self._also is not None:
             self._also.close()
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """Return the rows of metrics.jsonl; a last line that a kill truncated is left out."""
+    """Return the rows of metrics.jsonl or samples.jsonl; a last line that a kill truncated is left out."""
     rows = []
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -121,7 +140,8 @@ def read_metrics(path: Path) -> list[dict]:
     return [row for row in rows if isinstance(row, dict) and "step" in row]
 
 
-def truncate_metrics(path: Path, step: int) -> None:
+def truncate(path: Path, step: int) -> None:
     """Drop the rows after `step`, the checkpoint that a resume continues from."""
     rows = [row for row in read_metrics(path) if row["step"] <= step]
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+    if rows or path.is_file():
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -19,7 +19,8 @@ from train.freeze import frozen_names
 from train.optimizers.precision import PRECISIONS
 from train.registry import name_of, settings_of
 from train.reports.curves import plot
-from train.reports.log import format_duration, read_metrics
+from train.reports.log import METRICS, format_duration, read_metrics
+from train.reports.page import write_page
 from train.reports.rate import matmul_rate, peak_memory, speed_report
 from train.reports.view import RunView
 from train.runs.checkpoint import SHARDED_INDEX, read_pointer
@@ -135,7 +136,7 @@ def speed(run: RunView, session: Session) -> str:
 
 
 def conclude(run: RunView, stopped: str, session: Session) -> None:
-    """Print the result, the speed, the curves' verdict, and commands to go on with; draw curves.png."""
+    """Print the result, the speed, the curves' verdict, and commands to go on with; draw curves.png, write report.html."""
     info, out, has, config = print, run.out, run.engine.network.config, run.config
     if not session.steps:
         why = f"stopped {stopped}" if stopped else f"reached the last of its {config.run.steps:,} steps"
@@ -143,19 +144,25 @@ def conclude(run: RunView, stopped: str, session: Session) -> None:
         for line in following(run, stopped):
             info(f"  {line}")
         return
-    info(f"\nstopped {stopped}, saved at step {run.step}" if stopped else f"\ndone at step {run.step}")
-    info(speed(run, session))
+    result = f"stopped {stopped}, saved at step {run.step}" if stopped else f"done at step {run.step}"
+    result += f"\n{speed(run, session)}\n"
     if run.best:
-        info(f"best     step {run.best['step']}: validation loss {run.best['loss']:.4f}, {run.task.verdict(run.best)}")
-    info(f"compare  a rerun gives these numbers on {comparable(run)}; elsewhere they are close")
+        result += f"best     step {run.best['step']}: validation loss {run.best['loss']:.4f}, {run.task.verdict(run.best)}\n"
+    result += f"compare  a rerun gives these numbers on {comparable(run)}; elsewhere they are close\n"
     try:
         name = f"{out.name}: {has.family}, {has.depth} × {has.width}"
-        diagnosis = plot(read_metrics(out / "metrics.jsonl"), out / "curves.png", name, training=training_curve(config, has))
-        info(f"curves   {out / 'curves.png'} ({diagnosis.verdict}: {diagnosis.why})")
+        diagnosis = plot(read_metrics(out / METRICS), out / "curves.png", name, training=training_curve(config, has))
+        result += f"curves   {out / 'curves.png'} ({diagnosis.verdict}: {diagnosis.why})"
     except ImportError:
-        info("curves   not drawn: matplotlib is not installed (pip install matplotlib)")
+        result += "curves   not drawn: matplotlib is not installed (pip install matplotlib)"
     except OSError as error:
-        info(f"curves   not drawn: {error}")
+        result += f"curves   not drawn: {error}"
+    info(f"\n{result}")
+    try:
+        summary = f"{run.introduction}\n\n{result}"
+        info(f"page     {write_page(out, config, summary, run.phases.seconds(), session.seconds, session.steps)}")
+    except OSError as error:
+        info(f"page     not written: {error}")
     info("next")
     for line in following(run, stopped):
         info(f"  {line}")

@@ -26,4 +26,5 @@ class RunView(Protocol):
     tokens: int  # scored labels since step 0
     best: dict | None  # the best validation
     label_fraction: float | None  # scored labels per position, in the first micro-batch of this session
+    introduction: str  # the lines before the first step of this session
     defaulted: tuple[str, ...]  # the learning rates that no option gave

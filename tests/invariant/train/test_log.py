@@ -20,7 +20,7 @@ import train.reports.log
 from model.config import ModelConfig
 from train.config import OptimizerConfig, RunConfig, SpeedConfig, TrainConfig
 from train.reports.curves import diagnose, panels, plot
-from train.reports.log import Console, Metrics, format_duration, read_metrics, truncate_metrics
+from train.reports.log import Console, Metrics, format_duration, read_metrics, truncate
 from train.reports.summary import comparable, training_curve
 
 
@@ -114,7 +114,7 @@ def test_the_training_loss_says_what_it_holds():
 def test_metrics_are_read_without_a_line_that_was_cut(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert read_metrics(path) == []
-    metrics = Metrics(path)
+    metrics = Metrics(tmp_path, 0)
     metrics.write(step=1, loss=0.1)
     metrics.write(step=2, loss=1 / 3)
     metrics.close()
@@ -130,9 +130,9 @@ def test_cut_back(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in (1, 2, 2, 3)]
     path.write_text("".join(lines) + '{"step": 4, "lo')
-    truncate_metrics(path, 2)
+    truncate(path, 2)
     assert path.read_text() == "".join(lines[:3]) and list(tmp_path.iterdir()) == [path]
-    truncate_metrics(path, 0)
+    truncate(path, 0)
     assert path.read_text() == ""
 
 

@@ -159,7 +159,7 @@ def attribute(node: ast.Attribute, bound: dict[str, object]) -> object | None:
     return value
 
 
-def page() -> str:
+def page(found: dict[str, list]) -> str:
     lines = [
         "# Proofs",
         "",
@@ -168,16 +168,12 @@ def page() -> str:
     ]
     for package in PACKAGES:
         lines += ["", f"## {package}", "", "| name | tests | beside | of |", "|---|---|---|---|"]
-        for name, tests in proofs_of(package):
+        for name, tests in ((name, tests) for name, tests in found.items() if name.startswith(f"{package}.")):
             libraries = sorted({library for _, each in tests[:SHOWN] for library in each})
             shown = "<br>".join(f"`{test}`" for test, _ in tests[:SHOWN])
-            lines.append(f"| `{name}` | {shown} | {', '.join(libraries)} | {len(tests)} |")
+            lines.append(f"| `{name.partition('.')[2]}` | {shown} | {', '.join(libraries)} | {len(tests)} |")
     return "\n".join(lines) + "\n"
 
 
-def proofs_of(package: str) -> list[tuple[str, list]]:
-    return [(name.partition(".")[2], tests) for name, tests in proofs().items() if name.startswith(f"{package}.")]
-
-
 if __name__ == "__main__":
-    (ROOT / "docs" / "proofs.md").write_text(page(), encoding="utf-8")
+    (ROOT / "docs" / "proofs.md").write_text(page(proofs()), encoding="utf-8")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import lora.peft_io as peft_io
 import model.hub
 from lora.__main__ import main
-from lora.base import digest
+from lora.base import check_base, digest
 from lora.config import AdapterError, DoraConfig, LoraConfig
 from lora.inject import activate, add_adapters, parts
 from tests.conftest import randomized, tiny_config
@@ -141,6 +141,9 @@ def test_another_base_is_refused(place, capsys):
     other = model.hub.load(place / "other")
     with pytest.raises(AdapterError, match=rf"was trained on another base: on {place / 'base'}"):
         peft_io.load(other, place / "adapter")
+    check_base(place / "adapter", place / "base")
+    with pytest.raises(AdapterError, match=r"and those of .*other have [0-9a-f]{12}…"):
+        check_base(place / "adapter", place / "other")
     given = ["merge", str(place / "other"), str(place / "adapter"), "--out", str(place / "out")]
     assert main(given) == 2 and "was trained on another base" in capsys.readouterr().err
     assert main([*given, "--any-base"]) == 0

@@ -19,6 +19,7 @@ from data.corpus.ingest import read_corpus
 from data.corpus.prepare import prepare
 from data.corpus.split import split_documents
 from data.sources.files import Document, ReadReport
+from data.sources.shards import DamagedError, Split, open_shards
 from data.tokenizer.training import VocabularyError, train_tokenizer
 from tests.texts import prose
 
@@ -321,3 +322,23 @@ def test_command_prepares_and_names_errors(config):
     assert "bytes/token" in done.stdout and str(config.cache) in done.stdout and not done.stderr
     failed = subprocess.run([*arguments, str(Path(config.corpus[0]) / "no")], capture_output=True, text=True)
     assert failed.returncode == 2 and failed.stderr.startswith("error: ") and "Traceback" not in failed.stderr
+
+
+def test_shards_open_again_by_themselves(config):
+    """Without a tokenizer or with the one they were made with; with another, or with a byte less, not at all."""
+    made = prepare(config)
+    again = open_shards(made.folder, is_new=False)
+    assert isinstance(again.train, Split) and not again.is_new and again.tokenizer.sha256 == made.tokenizer.sha256
+    for name in ("train", "validation"):
+        mine, other = getattr(made, name), getattr(again, name)
+        assert np.array_equal(mine.ids, other.ids) and (mine.tokens, mine.documents, mine.bytes) == (
+            other.tokens, other.documents, other.bytes
+        )  # fmt: skip
+        assert other.targets == other.tokens - other.documents and other.smallest_source == other.tokens
+    stranger = train_tokenizer((prose(n) for n in range(40)), 280)
+    with pytest.raises(DamagedError, match="is not the one they were made with"):
+        open_shards(made.folder, False, stranger)
+    path = again.validation.path
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DamagedError, match=path.name):
+        open_shards(made.folder, is_new=False)

@@ -9,6 +9,7 @@ import torch
 import model.hub
 from data.config import DataConfig
 from data.corpus.prepare import prepare
+from model.config import ModelConfig
 from model.init import build_network
 from tests.conftest import randomized, tiny_config
 from tests.runs import torch_as_it_was, write_corpus
@@ -17,10 +18,11 @@ from train.objective import Objective
 from train.parallel.mesh import Mesh
 from train.parallel.parallelize import parallelize
 from train.parallel.ranks import Ranks
-from train.registry import load
+from train.registry import config_type, load, names
 from train.resolve import resolve_machine, resolve_rates
 from train.runs.errors import TrainError
 from train.setup import add_stop_id, network_config, open_engine, open_network
+from train.task import Defaults
 from train.tasks.clm import CausalTask
 from train.token_task import validation_ids
 
@@ -190,3 +192,14 @@ def test_a_folder_that_is_trained_further_ends_texts_so_too(tmp_path):
     config = TrainConfig(run=RunConfig(init=tmp_path), speed=SpeedConfig(precision="fp32"))
     network = open_network(config, SimpleNamespace(tokenizer=SimpleNamespace(eos_id=9)), None, torch.device("cpu"))
     assert network.config.stop_ids == (9,) and network.generation["eos_token_id"] == [7, 9]
+
+
+def test_each_task_s_defaults_fit_it():
+    """The preset is one that the task trains; its rate is taken, an eighth of it with --init, an adapter's own with one."""
+    for name in names():
+        task = load(name)
+        assert isinstance(task.defaults, Defaults)
+        assert ModelConfig.preset(task.defaults.preset).architecture in task.architectures
+        config = replace(config_type(name)(), run=RunConfig(objective=name))
+        assert resolve_rates(config).lr == task.defaults.lr
+        assert resolve_rates(replace(config, optimizer=OptimizerConfig(lr=0.5))).lr == 0.5

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import model.hub
 from model.generate import generate
-from model.sampling import filter_logits, penalize
+from model.sampling import Sampling, filter_logits, keep_min_p, keep_top_k, keep_top_p, penalize
+from tests.compare import count
 from tests.conftest import randomized, tiny_config
 from tests.oracle.model.test_network import LIBRARY as TRANSFORMERS
 
@@ -48,6 +49,21 @@ def filtered_by_theirs(logits: Tensor, settings: dict) -> Tensor:
 
 def words(settings: dict) -> str:
     return " ".join(f"{name}={value}" for name, value in settings.items())
+
+
+ALONE = {"top_k": (keep_top_k, [1, 4, 61, 99]), "top_p": (keep_top_p, [0.1, 0.8, 1.0]), "min_p": (keep_min_p, [0.0, 0.2, 1.0])}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_each_filter_alone(name, parity, stable):
+    keep, values = ALONE[name]
+    logits = torch.randn(50, 61, dtype=torch.float64).mul(4).round() / 2  # with ties
+    wrong = [value for value in values if not torch.equal(keep(logits, value), WARPERS[name](value)(None, logits))]
+    parity(f"sampling: {keep.__name__}", LIBRARY, count(wrong), 0, "bit for bit")
+    settings = Sampling(**{name: values[1]})
+    chosen = settings.choose(logits.repeat(40, 1), None, torch.Generator().manual_seed(0)).view(40, 50)
+    kept = keep(logits, values[1]).isfinite()
+    assert kept[torch.arange(50), chosen].all() and (kept.sum(1) > 1).any()
 
 
 @pytest.mark.parametrize("rounded", [None, torch.bfloat16, torch.float16], ids=["float64", "bfloat16", "float16"])

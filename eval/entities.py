@@ -1,10 +1,13 @@
-"""Entity F1 of sequence tagging: precision, recall and F1 of typed spans in IOB2 tags, with seqeval's values.
+"""Entity F1 of sequence tagging: precision, recall and F1 of typed spans in IOB2, IOBES or BILOU tags, with seqeval's values.
 
-`B-PER` begins an entity of type PER, `I-PER` continues it, `O` is outside. An entity is correct if its first token, last token
-and type are. A predicted `I-` may lack a preceding tag of its type; two readings:
+`B-PER` begins an entity of type PER, `I-PER` continues it, `O` is outside. IOBES writes the last token of an entity as `E-PER`,
+and the only one as `S-PER`; BILOU the same with the letters L and U. An entity is correct if its first token, last token and
+type are. Predicted tags need not fit together; two readings of those that do not:
 
-- "lenient": it begins an entity, like `B-`; conlleval's reading, and seqeval's default
-- "strict": it belongs to no entity; seqeval's with mode="strict", scheme=IOB2
+- "lenient": any run of tags that continue one another is an entity; conlleval's reading, and seqeval's default (which knows no
+  BILOU: it is read as IOBES)
+- "strict": only what is written in full is one, from B to the last I before another tag, or from B to E, or S alone; seqeval's
+  with mode="strict" and the scheme
 
 Averages over types are those of `eval.rates`, over the types with an entity on either side. B sentences, N tokens flattened,
 U types, M entities.
@@ -24,7 +27,8 @@ from eval.rates import RATES, average_rates, check_rates, precision_recall_f1
 from eval.score import Score, corpus_value, signature_of
 
 MODES = ("lenient", "strict")
-OUTSIDE, BEGIN, INSIDE = range(3)
+OUTSIDE, BEGIN, INSIDE, END, SINGLE = range(5)
+SCHEMES = {"IOB2": "OBI", "IOBES": "OBIES", "BILOU": "OBILU"}  # the letter of each kind
 Tags = Sequence[Sequence[str]] | Sequence[Sequence[int]] | Tensor
 
 
@@ -32,14 +36,16 @@ Tags = Sequence[Sequence[str]] | Sequence[Sequence[int]] | Tensor
 class Entities:
     """Settings of entity F1, from 0 to 1. `tags` are all tags; a tag id is its index.
 
-    `mode` is "lenient" or "strict"; `average` "micro", "macro" or "weighted". Errors: tags that are not IOB2, a repeated tag,
-    an unknown name (ValueError). Statistics of a sentence: references (1), then correct, predicted, true entities per type.
+    `mode` is "lenient" or "strict"; `average` "micro", "macro" or "weighted"; `scheme` "IOB2", "IOBES" or "BILOU". Errors: tags
+    that are not of the scheme, a repeated tag, an unknown name (ValueError). Statistics of a sentence: references (1), then
+    correct, predicted, true entities per type.
     """
 
     tags: tuple[str, ...]
     mode: str = "lenient"
     average: str = "micro"
     zero_division: float = 0.0
+    scheme: str = "IOB2"
 
     name: ClassVar[str] = "entity F1"
     is_mean: ClassVar[bool] = False
@@ -48,15 +54,17 @@ class Entities:
         check_rates(self.average, self.zero_division)
         if self.mode not in MODES:
             raise ValueError(f"mode={self.mode!r}: one of {', '.join(MODES)}")
+        if self.scheme not in SCHEMES:
+            raise ValueError(f"scheme={self.scheme!r}: one of {', '.join(SCHEMES)}")
         object.__setattr__(self, "tags", tuple(self.tags))
         for tag in self.tags:
-            _kind_and_type(tag)
+            _kind_and_type(tag, self.scheme)
         if len(set(self.tags)) < len(self.tags):
             raise ValueError(f"a tag comes twice among {', '.join(self.tags)}")
 
     @property
     def types(self) -> tuple[str, ...]:
-        return tuple(sorted({_kind_and_type(tag)[1] for tag in self.tags if tag != "O"}))
+        return tuple(sorted({_kind_and_type(tag, self.scheme)[1] for tag in self.tags if tag != "O"}))
 
     def statistics(self, hypotheses: Tags, references: Sequence[Tags]) -> Tensor:
         """Compute the statistics (B, 1 + 3 U) of B predicted sentences and one stream of true ones.
@@ -68,10 +76,11 @@ class Entities:
             raise ValueError(f"{len(references)} streams of true tags: a sentence has one tagging")
         predicted_N, true_N, sentence_N = self._ids(hypotheses, references[0])
         kind_V, type_V = self._tables(true_N.device)
-        is_strict, sentences, types = self.mode == "strict", len(hypotheses), len(self.types)
+        sentences, types = len(hypotheses), len(self.types)
+        strict = None if self.mode == "lenient" else self.scheme
         predicted_type_N, true_type_N = type_V[predicted_N], type_V[true_N]
-        first_M, last_M = entity_spans(kind_V[predicted_N], predicted_type_N, sentence_N, is_strict=is_strict)
-        true_first_M, true_last_M = entity_spans(kind_V[true_N], true_type_N, sentence_N, is_strict=is_strict)
+        first_M, last_M = entity_spans(kind_V[predicted_N], predicted_type_N, sentence_N, strict=strict)
+        true_first_M, true_last_M = entity_spans(kind_V[true_N], true_type_N, sentence_N, strict=strict)
         last_N = torch.full_like(true_N, -1)
         last_N[true_first_M] = true_last_M
         is_correct_M = (last_N[first_M] == last_M) & (true_type_N[first_M] == predicted_type_N[first_M])
@@ -85,7 +94,7 @@ class Entities:
 
     def _tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return lookup tables over tags: the kind, and the index of the type in `types` (-1 for O)."""
-        kinds, names = zip(*map(_kind_and_type, self.tags), strict=True) if self.tags else ((), ())
+        kinds, names = zip(*(_kind_and_type(tag, self.scheme) for tag in self.tags), strict=True) if self.tags else ((), ())
         places = {name: place for place, name in enumerate(self.types)}
         types = [-1 if kind == OUTSIDE else places[name] for kind, name in zip(kinds, names, strict=True)]
         return tuple(torch.tensor(table, dtype=torch.int64, device=device) for table in (kinds, types))
@@ -153,43 +162,48 @@ class Entities:
 
     def signature(self, statistics_BK: Tensor, **resampling: object) -> str:
         settings = {"sentences": len(statistics_BK)} | resampling
-        settings |= {"scheme": "IOB2", "mode": self.mode, "average": self.average}
+        settings |= {"scheme": self.scheme, "mode": self.mode, "average": self.average}
         return signature_of(settings | {"types": len(self.types), "zero_division": f"{self.zero_division:g}"})
 
 
-def entity_spans(kind_N: Tensor, type_N: Tensor, sentence_N: Tensor, *, is_strict: bool) -> tuple[Tensor, Tensor]:
-    """Find the first and last token of each entity in flattened tags, (M,) and (M,), in order.
+def entity_spans(kind_N: Tensor, type_N: Tensor, sentence_N: Tensor, *, strict: str | None) -> tuple[Tensor, Tensor]:
+    """Find the first and last token of each entity in flattened tags, (M,) and (M,), in order. `strict`: the scheme, or None.
 
-    An `I-` continues an entity if the previous token is in the same sentence and has the same type (`O` has type -1). Any other
-    `I-` begins a run, which "strict" does not count.
+    An `I-` or `E-` continues an entity if the tag before it is a `B-` or `I-` of the same type in the same sentence. Each run
+    of such tags is an entity. Strict reading: if it begins with `B-` or `S-`, and (but for IOB2) ends with `E-` or `S-`.
     """
     is_inside_N = kind_N != OUTSIDE
-    is_continued_N = kind_N == INSIDE
+    is_continued_N = (kind_N == INSIDE) | (kind_N == END)
     is_continued_N[:1] = False
-    is_continued_N[1:] &= (type_N[1:] == type_N[:-1]) & (sentence_N[1:] == sentence_N[:-1])
+    is_open_N = (kind_N == BEGIN) | (kind_N == INSIDE)
+    is_continued_N[1:] &= is_open_N[:-1] & (type_N[1:] == type_N[:-1]) & (sentence_N[1:] == sentence_N[:-1])
     is_last_N = is_inside_N & ~torch.cat([is_continued_N[1:], is_continued_N.new_zeros(1)])[: len(kind_N)]
     first_M, last_M = ((is_inside_N & ~is_continued_N).nonzero().squeeze(1), is_last_N.nonzero().squeeze(1))
-    if is_strict:
-        has_begin_M = kind_N[first_M] == BEGIN
-        first_M, last_M = first_M[has_begin_M], last_M[has_begin_M]
+    if strict is not None:
+        is_whole_M = (kind_N[first_M] == BEGIN) | (kind_N[first_M] == SINGLE)
+        if strict != "IOB2":
+            is_whole_M &= (kind_N[last_M] == END) | (kind_N[last_M] == SINGLE)
+        first_M, last_M = first_M[is_whole_M], last_M[is_whole_M]
     return first_M, last_M
 
 
-def _kind_and_type(tag: str) -> tuple[int, str]:
+def _kind_and_type(tag: str, scheme: str) -> tuple[int, str]:
     """Split a tag: `B-PER` is (BEGIN, "PER"). A type may contain hyphens; a tag without one has "_", as in seqeval."""
     prefix, _, type_ = tag.partition("-")
-    if prefix not in ("O", "B", "I") or (prefix == "O") != (tag == "O"):
-        raise ValueError(f"tag {tag!r} is not an IOB2 tag (O, B-TYPE, I-TYPE)")
-    return "OBI".index(prefix), type_ or "_"
+    letters = SCHEMES[scheme]
+    if len(prefix) != 1 or prefix not in letters or (prefix == "O") != (tag == "O"):
+        forms = ", ".join(f"{letter}-TYPE" for letter in letters[1:])
+        raise ValueError(f"tag {tag!r} is not an {scheme} tag (O, {forms})")
+    return letters.index(prefix), type_ or "_"
 
 
 def entity_scores(predicted_tags: Tags, true_tags: Tags, *, tags: Sequence[str] | None = None, **settings: object) -> Score:
     """Entity-level F1 of B tagged sentences, from 0 to 1: F1 = 2 correct / (predicted + true), with seqeval's values.
 
-    Sentences are lists of IOB2 tags, or of ids with `tags` giving the tag of each id. Tensors (B, T) of ids have -100 in
-    `true_tags` at padding. Settings are those of `Entities`: mode="lenient" or "strict", average, zero_division. Parts:
-    precision, recall, f1, correct, predicted, true, and the same for each type. Errors: those of `Entities` and its
-    `statistics`.
+    Sentences are lists of IOB2, IOBES or BILOU tags, or of ids with `tags` giving the tag of each id. Tensors (B, T) of ids
+    have -100 in `true_tags` at padding. Settings are those of `Entities`: mode="lenient" or "strict", average, zero_division,
+    scheme. Parts: precision, recall, f1, correct, predicted, true, and the same for each type. Errors: those of `Entities` and
+    its `statistics`.
     Source: conlleval (Tjong Kim Sang & De Meulder 2003); seqeval.
 
     >>> score = entity_scores([["B-PER", "I-PER", "O", "I-LOC"]], [["B-PER", "I-PER", "O", "B-LOC"]], mode="strict")

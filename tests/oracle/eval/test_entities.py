@@ -102,10 +102,10 @@ def test_the_oracle_catches_mutants(monkeypatch):
     predicted, true = corpus(100)
     spans = module.entity_spans
     mutants = {
-        "modes exchanged": lambda kind, kinds, row, *, is_strict: spans(kind, kinds, row, is_strict=not is_strict),
+        "modes exchanged": lambda kind, kinds, row, *, strict: spans(kind, kinds, row, strict=None if strict else "IOB2"),
         "types may change inside": lambda kind, kinds, row, **mode: spans(kind, -(kind == 0).long(), row, **mode),
-        "sentences run together": lambda kind, kinds, row, *, is_strict: spans(kind, kinds, row * 0, is_strict=is_strict),
-        "B- goes on": lambda kind, kinds, row, *, is_strict: spans(kind.sign() * 2, kinds, row, is_strict=False),
+        "sentences run together": lambda kind, kinds, row, *, strict: spans(kind, kinds, row * 0, strict=strict),
+        "B- goes on": lambda kind, kinds, row, *, strict: spans(kind.sign() * 2, kinds, row, strict=None),
     }
     for name, mutant in mutants.items():
         monkeypatch.setattr(module, "entity_spans", mutant)

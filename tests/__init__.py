@@ -6,6 +6,6 @@
     bench/       speed, as ratios: `python -m tests.bench`; figures and conditions in bench/RESULTS.md
     gpu/         what only a card can show; skips itself without one
 
-    conftest compare folders pairs ranks runs seq2seq texts wordnet   what tests share: the parity table, measures, runs, texts
+    conftest compare damage folders pairs ranks runs seq2seq texts wordnet   what tests share: parity table, measures, runs …
     proofs       `python -m tests.proofs` writes docs/proofs.md: the tests of each public name
 """

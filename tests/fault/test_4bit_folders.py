@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import model.hub
@@ -18,6 +17,7 @@ from quant.config import FourBit
 from quant.linear import quantize_linears
 from quant.nf4 import quantize
 from tests.conftest import randomized, tiny_config
+from tests.damage import damaged, settings, without
 
 NAME = "model.layers.1.mlp.up_proj.weight"  # 40 × 24: 480 bytes, 15 blocks
 STATE = f"{NAME}.quant_state.bitsandbytes__nf4"
@@ -30,24 +30,6 @@ def folders(tmp_path_factory) -> Path:
     for name, double in {"double": True, "single": False}.items():
         model.hub.save(model.hub.load(root / "dense", quantization=FourBit(double_quantized=double)), root / name)
     return root
-
-
-def damaged(source: Path, folder: Path, change: Callable[[dict, dict], object]) -> Path:
-    """A copy; change(tensors, config) alters it."""
-    tensors, config = load_file(source / "model.safetensors"), json.loads((source / "config.json").read_text())
-    change(tensors, config)
-    folder.mkdir()
-    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def settings(**changes):
-    return lambda tensors, config: config["quantization_config"].update(changes)
-
-
-def without(*names: str):
-    return lambda tensors, config: [(tensors if name in tensors else config).pop(name) for name in names]
 
 
 def part(name: str, change: Callable[[Tensor], Tensor]):

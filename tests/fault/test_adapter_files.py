@@ -15,6 +15,7 @@ from lora.base import check_base, digest
 from lora.config import AdapterError, DoraConfig, LoraConfig
 from lora.inject import activate, add_adapters, parts
 from tests.conftest import randomized, tiny_config
+from tests.damage import shorten
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NAME = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
@@ -49,8 +50,7 @@ def rename(tensors):
 
 
 def cut(folder):
-    path = folder / TENSORS
-    path.write_bytes(path.read_bytes()[:-5])
+    shorten(folder / TENSORS, 5)
 
 
 def bin_file(folder):

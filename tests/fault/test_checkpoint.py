@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import train.runs.checkpoint
+from tests.damage import flip_bit, shorten
 from tests.runs import assert_same_end, command, last_checkpoint, nothing_half_made, steps_of
 from train.runs.checkpoint import (
     SHARDED_INDEX,
@@ -45,22 +46,12 @@ def remove(path):
     path.unlink()
 
 
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def shorten(path):
-    path.write_bytes(path.read_bytes()[:-1])
-
-
 def test_a_checkpoint_holds_these_files(finished):
     assert sorted(path.name for path in last_checkpoint(finished).iterdir()) == FILES
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", [remove, flip, shorten])
+@pytest.mark.parametrize("damage", [remove, flip_bit, shorten])
 def test_damage_is_named_and_passed_over(halfway, name, damage):
     latest, before = checkpoints(halfway)[:2]
     damage(latest / name)
@@ -74,7 +65,7 @@ def test_damage_is_named_and_passed_over(halfway, name, damage):
 
 
 def test_resume_falls_back_to_the_one_before(halfway, finished):
-    flip(last_checkpoint(halfway) / "model.safetensors")
+    flip_bit(last_checkpoint(halfway) / "model.safetensors")
     said = command("--resume", halfway)
     assert said.code == 0, said.err
     assert "skipping checkpoint step-70" in said.out and "model.safetensors was changed" in said.out
@@ -108,7 +99,7 @@ def test_manifest_of_another_kind(tmp_path, manifest, message):
 def test_what_a_command_opens_is_verified(halfway):
     best = read_pointer(halfway, "best")
     assert resolve(halfway) == best and resolve(best) == best
-    flip(best / "model.safetensors")
+    flip_bit(best / "model.safetensors")
     for path in (halfway, best):
         with pytest.raises(CheckpointError, match=r"model\.safetensors was changed"):
             resolve(path)
@@ -312,7 +303,7 @@ def test_files_in_subfolders_are_of_the_checkpoint(tmp_path):
 
     folder = write_checkpoint(tmp_path, 1, write)
     verify(folder)
-    for damage in (flip, remove):
+    for damage in (flip_bit, remove):
         damage(folder / "additional_chat_templates" / "tool.jinja")
         with pytest.raises(CheckpointError, match=r"additional_chat_templates/tool\.jinja"):
             verify(folder)

@@ -7,44 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.damage import DAMAGES
 from tests.runs import SETTINGS, arguments, command, steps_of
 
 CASES, BATCHES = 200, 10
 LAST, BEFORE = 8, 6
-
-
-def flip(content: bytes, draw: random.Random) -> bytes:
-    """Every bit of 1 to 64 neighbouring bytes."""
-    start = draw.randrange(len(content))
-    stop = min(len(content), start + draw.choice((1, 1, 8, 64)))
-    return content[:start] + bytes(255 - byte for byte in content[start:stop]) + content[stop:]
-
-
-def cut_end(content: bytes, draw: random.Random) -> bytes:
-    return content[: draw.randrange(len(content))]
-
-
-def cut_middle(content: bytes, draw: random.Random) -> bytes:
-    start = draw.randrange(len(content))
-    return content[:start] + content[start + 1 + draw.randrange(100) :]
-
-
-def overwrite(content: bytes, draw: random.Random) -> bytes:
-    """A page of zeros, as a lost block leaves, of which at least one byte was another."""
-    start = draw.randrange(max(1, len(content) - 512))
-    spoilt = content[:start] + bytes(min(512, len(content) - start)) + content[start + 512 :]
-    return spoilt if spoilt != content else flip(content, draw)
-
-
-def append(content: bytes, draw: random.Random) -> bytes:
-    return content + draw.randbytes(1 + draw.randrange(100))
-
-
-def pickled(content: bytes, draw: random.Random) -> bytes:
-    return pickle.dumps(draw.random())
-
-
-DAMAGES = (flip, flip, flip, cut_end, cut_end, cut_middle, overwrite, append, pickled)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ from quant.calibrate import observe
 from quant.config import Int8, QuantError
 from quant.linear import quantize_linears
 from tests.conftest import randomized, tiny_config
-from tests.fault.test_4bit_folders import damaged, part, settings, without
+from tests.damage import damaged, settings, without
+from tests.fault.test_4bit_folders import part
 
 LAYER = "model.layers.1.mlp.up_proj"  # 40 × 24
 NAME = f"{LAYER}.weight"

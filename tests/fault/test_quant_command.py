@@ -15,6 +15,7 @@ from lora.config import LoraConfig
 from lora.inject import add_adapters
 from quant.__main__ import main
 from tests.conftest import randomized, tiny_config
+from tests.damage import shorten
 from tests.fault.test_command import assert_one_clear_line
 from tests.runs import command, last_checkpoint
 
@@ -129,7 +130,7 @@ def test_folders_that_are_none(place):
     shutil.copytree(place / "in", place / "pickle")
     (place / "pickle" / FILE).rename(place / "pickle" / "pytorch_model.bin")
     shutil.copytree(place / "in", place / "cut")
-    (place / "cut" / FILE).write_bytes((place / "in" / FILE).read_bytes()[:-7])
+    shorten(place / "cut" / FILE, 7)
     for folder, words in {
         "adapter": "holds an adapter, not a network",
         "nowhere": "does not exist",

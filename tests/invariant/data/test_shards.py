@@ -21,6 +21,7 @@ from data.corpus.split import split_documents
 from data.sources.files import Document, ReadReport
 from data.sources.shards import DamagedError, Split, open_shards
 from data.tokenizer.training import VocabularyError, train_tokenizer
+from tests.damage import flip_bit, shorten
 from tests.texts import prose
 
 
@@ -129,19 +130,9 @@ def test_many_pieces_take_four_bytes(config):
     assert shards.train.ids.dtype == np.uint32 and shards.train.ids[1] == 69_999
 
 
-def truncate(folder):
-    (folder / "train.bin").write_bytes((folder / "train.bin").read_bytes()[:-2])
-
-
-def flip(folder):
-    model = bytearray((folder / "tokenizer.model").read_bytes())
-    model[100] ^= 1
-    (folder / "tokenizer.model").write_bytes(model)
-
-
 DAMAGE = {
-    "train.bin has": truncate,
-    "tokenizer.model": flip,
+    "train.bin has": lambda folder: shorten(folder / "train.bin", 2),
+    "tokenizer.model": lambda folder: flip_bit(folder / "tokenizer.model", 100),
     "validation.bin: No such file": lambda folder: (folder / "validation.bin").unlink(),
     "index.json cannot be read": lambda folder: (folder / "index.json").write_text("{"),
     "index.json has format": lambda folder: (folder / "index.json").write_text('{"format": 999}'),
@@ -164,7 +155,7 @@ def test_damaged_cache_is_noticed_and_rebuilt(config, why):
 @pytest.mark.parametrize("damaged", [False, True])
 def test_two_processes_at_once(config, damaged):
     if damaged:
-        truncate(prepare(config).folder)
+        shorten(prepare(config).folder / "train.bin", 2)
     code = (
         "import sys; from pathlib import Path; from data.config import DataConfig; from data.corpus.prepare import prepare;"
         f"config = DataConfig({config.corpus!r}, vocab_size=300, val_fraction=0.2, cache=Path(sys.argv[1]));"
@@ -339,6 +330,6 @@ def test_shards_open_again_by_themselves(config):
     with pytest.raises(DamagedError, match="is not the one they were made with"):
         open_shards(made.folder, False, stranger)
     path = again.validation.path
-    path.write_bytes(path.read_bytes()[:-1])
+    shorten(path)
     with pytest.raises(DamagedError, match=path.name):
         open_shards(made.folder, is_new=False)

@@ -20,7 +20,7 @@ from train.runs.errors import TrainError
 
 # Defaults of every objective; those of one objective stand in its task. They are what two minutes on two cores are best spent
 # on, in bits per byte of runs like the default one (docs/LOG.md, 2026-11-21). Muon's rate: beside 0.03 with 8 texts a step,
-# 0.05 costs 0.040 and 0.02 costs 0.016; 0.04 goes with the 16 of the default. Decay: 0.1 costs 0.003, none 0.06, 0.4 costs 0.02.
+# 0.05 costs 0.040 and 0.02 costs 0.016; 0.04 goes with the 16 of the default. Decay: 0.1 costs 0.003, none 0.06, 0.4 0.02.
 DEFAULT_MATRIX_LR = 4e-2
 DEFAULT_DECAY = 0.2
 # With --init, learning rates are pretraining's divided by INIT_LR_DIVISOR: measured on the default network, of width 128. For a

@@ -24,12 +24,13 @@ class Error(float):
         return self
 
 
-def absolute(ours, theirs) -> Error:
+def absolute(ours, theirs, *, equal_nan: bool = False) -> Error:
     """max |a − b| over two numbers, arrays or tensors of one shape, or over sequences or dictionaries of such.
 
-    In float64 whatever the formats are. NaN on one side alone, and inf where the other has no equal one, are an infinite error.
+    In float64 whatever the formats are. NaN, and inf where the other has no equal one, are an infinite error; with equal_nan NaN
+    beside NaN is none.
     """
-    return Error(max((difference(a, b) for a, b in pairs(ours, theirs)), default=0.0), "absolute")
+    return Error(max((difference(a, b, equal_nan) for a, b in pairs(ours, theirs)), default=0.0), "absolute")
 
 
 def relative(ours, theirs, floor: float = 1e-30) -> Error:
@@ -71,8 +72,8 @@ def as_float64(values) -> Tensor:
     return (values.detach() if isinstance(values, Tensor) else torch.as_tensor(np.asarray(values))).double()
 
 
-def difference(a: Tensor, b: Tensor) -> float:
-    same = (a == b) | (a.isnan() & b.isnan())  # inf − inf is NaN
+def difference(a: Tensor, b: Tensor, equal_nan: bool = False) -> float:
+    same = (a == b) | (equal_nan & a.isnan() & b.isnan())  # inf − inf is NaN
     return float(torch.where(same, 0.0, a - b).abs().nan_to_num(torch.inf).max()) if a.numel() else 0.0
 
 

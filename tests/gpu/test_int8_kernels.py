@@ -6,14 +6,16 @@ from torch import Tensor
 
 from quant.int8 import AFFINE, SYMMETRIC, Codes, Int8Tensor, quantize
 from quant.int8_linear import DynamicInput
-from tests.oracle.int8_kernels import (
-    DTYPES,
+from tests.compare import count, differing
+from tests.oracle.quant.test_int8_kernels import EXACT, TWINS, check_not_numbers, check_product, check_rows
+from tests.oracle.triton.harness import DTYPES, poisoned
+from tests.oracle.triton.int8 import (
     FULL,
     GRIDS,
     PRODUCT_CASES,
     ROWS,
     changed,
-    different,
+    differing_parts,
     float64,
     full,
     measure_product,
@@ -21,7 +23,6 @@ from tests.oracle.int8_kernels import (
     not_numbers,
     rows_of_edges,
 )
-from tests.oracle.quant.test_int8_kernels import EXACT, TWINS, check_not_numbers, check_product, check_rows
 
 KINDS = ("symmetric", "x affine", "both affine", "groups of 128", "groups of 128, both affine", "I odd")
 
@@ -29,12 +30,9 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)
-def poisoned():
-    """Memory that is not written to is NaN, or the largest number."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # the twin's cuBLAS is not what is asked about
-    yield
-    torch.use_deterministic_algorithms(before)
+def poisoned_memory():
+    with poisoned(warn_only=True):  # the twin's cuBLAS is not what is asked about
+        yield
 
 
 def twin(x: Codes, w: Int8Tensor, b_O: Tensor | None = None) -> Tensor:
@@ -80,7 +78,7 @@ def test_products_at_a_networks_size(rows, kind, parity):
     bias = torch.randn(4096, device="cuda")
     expected = twin(x, w, bias)
     for name, dtype in DTYPES.items():
-        error = different(int8_matmul(x, w, bias, dtype), expected.to(dtype))
+        error = differing(int8_matmul(x, w, bias, dtype), expected.to(dtype))
         parity(f"Triton's INT8 product, on a GPU: {rows} x 4,096 x {ins}, {kind}, {name}", TWINS, error, *EXACT)
 
 
@@ -92,7 +90,7 @@ def test_sums_are_torchs(rows, parity):
     q, p = (torch.randint(-128, 128, (size, 4096), dtype=torch.int8, device="cuda") for size in (rows, 4096))
     one = torch.ones(1, 1, device="cuda")
     ours = int8_matmul(Codes(q, one, None), Int8Tensor(p, one, dtype=torch.float32))
-    error = different(ours, torch._int_mm(q, p.T).float())
+    error = differing(ours, torch._int_mm(q, p.T).float())
     parity(f"Triton's INT8 product, on a GPU: {rows} rows, scales of 1", "torch._int_mm", error, *EXACT)
 
 
@@ -105,7 +103,7 @@ def test_rows_at_a_networks_size(shape, dtype, grid, parity):
 
     x = rows_of_edges(*shape, DTYPES[dtype], GRIDS[grid])
     ours, expected = quantize_rows(x.cuda(), GRIDS[grid]), DynamicInput(GRIDS[grid])(x)
-    error = sum(different(part.cpu(), twins) for part, twins in zip(ours, expected, strict=True) if twins is not None)
+    error = differing_parts(ours, expected)
     parity(f"Triton's INT8 rows, on a GPU: {shape}, {dtype}, {grid}", TWINS, error, *EXACT)
 
 
@@ -120,16 +118,16 @@ def test_places_past_32_bits(parity):
     x = torch.randn(many, ins, device="cuda", dtype=torch.bfloat16)
     long = quantize_rows(x, AFFINE)
     end = DynamicInput(AFFINE)(x[-last:].cpu())
-    error = sum(different(part[-last:].cpu(), twins) for part, twins in zip(long, end, strict=True))
+    error = differing_parts(Codes(*(part[-last:] for part in long)), end)
     parity("Triton's INT8 rows, on a GPU: past 2^31", TWINS, error, *EXACT)
 
     del x
     few = Codes(long.codes[:last], one, None)
     w = Int8Tensor(long.codes, one, dtype=torch.float32)
     w_end = Int8Tensor(long.codes[-last:], one, dtype=torch.float32)
-    error = different(int8_matmul(few, w)[:, -last:].contiguous(), twin(few, w_end))
-    error += different(int8_matmul(Codes(long.codes, one, None), w_end)[-last:], twin(Codes(w_end.codes, one, None), w_end))
+    error = differing(int8_matmul(few, w)[:, -last:].contiguous(), twin(few, w_end))
+    error += differing(int8_matmul(Codes(long.codes, one, None), w_end)[-last:], twin(Codes(w_end.codes, one, None), w_end))
     short = Int8Tensor(long.codes[:, :32].contiguous(), one, dtype=torch.float32)
     y_end = int8_matmul(Codes(short.codes, one, None), short, dtype=torch.bfloat16)[-last:]
-    error += different(y_end, twin(Codes(short.codes[-last:], one, None), short).bfloat16())
-    parity("Triton's INT8 product, on a GPU: past 2^31", TWINS, error, *EXACT)
+    error += differing(y_end, twin(Codes(short.codes[-last:], one, None), short).bfloat16())
+    parity("Triton's INT8 product, on a GPU: past 2^31", TWINS, count(error), *EXACT)

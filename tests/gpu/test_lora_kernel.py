@@ -3,18 +3,18 @@
 import pytest
 import torch
 
+from tests.compare import relative
 from tests.oracle.lora.test_kernel import TWIN, check
-from tests.oracle.lora_kernel import CASES, measure, whole
+from tests.oracle.triton.harness import exact
+from tests.oracle.triton.lora import CASES, measure, whole
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)
-def exact():
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(precision)
+def without_tf32():
+    with exact():
+        yield
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -34,5 +34,5 @@ def test_at_a_networks_size(rank, parity):
     shapes = ((4096, 1024), (1024, 1024), (rank, 4096), (1024, rank))
     x, weight, h, up = (torch.randn(shape, device="cuda").bfloat16() for shape in shapes)
     expected = x.double() @ weight.double().T + 2 * h.double().T @ up.double().T
-    error = (lora_linear(x, weight, None, h, up, 2.0) - expected).abs().max() / expected.abs().max()
+    error = relative(lora_linear(x, weight, None, h, up, 2.0), expected)
     parity("Triton's LoRA, on a GPU: 4,096 × 1,024", TWIN, error, 8e-3, "bfloat16 results")

@@ -4,20 +4,19 @@ import pytest
 import torch
 
 from quant.nf4 import dequantize, quantize
+from tests.compare import count, differing
 from tests.oracle.quant.test_kernels import EXACT, TWINS, check, check_refusals
-from tests.oracle.quant_kernels import CASES, DTYPES, decided, different, edges, float64, measure, parts, refusals
+from tests.oracle.triton.harness import DTYPES, poisoned
+from tests.oracle.triton.quantize import CASES, decided, differing_parts, edges, float64, measure, refusals
 
 pytestmark = pytest.mark.gpu
 SHAPE = (4096, 14336)  # of the MLP of Llama 3 8B
 
 
 @pytest.fixture(autouse=True)
-def poisoned():
-    """Memory that is not written to is NaN, or the largest number."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
+def poisoned_memory():
+    with poisoned():
+        yield
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -44,9 +43,9 @@ def test_at_a_networks_size(numbers, dtype, scheme, parity):
     else:
         weight = edges(SHAPE, DTYPES[dtype], 64, "cuda")
     ours, expected = quantize_4bit(weight, scheme=scheme), quantize(weight, scheme=scheme)
-    error = sum(different(part, parts(expected)[name]) for name, part in parts(ours).items())
+    error = differing_parts(ours, expected)
     parity(f"Triton's 4-bit quantization, on a GPU: {SHAPE}, {numbers}, {dtype}, {scheme}", TWINS, error, *EXACT)
-    error = different(dequantize_4bit(expected), dequantize(expected))
+    error = differing(dequantize_4bit(expected), dequantize(expected))
     parity(f"Triton's 4-bit dequantization, on a GPU: {SHAPE}, {numbers}, {dtype}, {scheme}", TWINS, error, *EXACT)
 
 
@@ -62,7 +61,7 @@ def test_past_two_to_the_31st_number(parity):
     weight[1 << 31 :] = tail
     ours, expected = quantize_4bit(weight, double_quantized=False), quantize(tail, double_quantized=False)
     del weight
-    error = different(ours.packed[1 << 30 :], expected.packed) + different(ours.absmax[(1 << 31) // 64 :], expected.absmax)
-    parity("Triton's 4-bit quantization, on a GPU: past 2^31", TWINS, error, *EXACT)
-    error = different(dequantize_4bit(ours)[1 << 31 :], dequantize(expected))
+    error = differing(ours.packed[1 << 30 :], expected.packed) + differing(ours.absmax[(1 << 31) // 64 :], expected.absmax)
+    parity("Triton's 4-bit quantization, on a GPU: past 2^31", TWINS, count(error), *EXACT)
+    error = differing(dequantize_4bit(ours)[1 << 31 :], dequantize(expected))
     parity("Triton's 4-bit dequantization, on a GPU: past 2^31", TWINS, error, *EXACT)

@@ -5,29 +5,24 @@ import pytest
 import torch
 
 from quant.nf4 import QuantizedTensor, quantize
-from tests.oracle.lora_kernel import DTYPES
+from tests.compare import relative
 from tests.oracle.quant.test_products import TOLERANCES, TWIN, check
-from tests.oracle.quant_products import CASES, PRODUCTS, largest, measure
+from tests.oracle.triton.harness import DTYPES, FLOOR, exact, poisoned
+from tests.oracle.triton.products import CASES, PRODUCTS, measure
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(autouse=True)
-def exact():
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(precision)
+@pytest.fixture(autouse=True, scope="module")
+def without_tf32():
+    with exact():
+        yield
 
 
 @pytest.fixture(scope="module")
 def found():
-    before = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.use_deterministic_algorithms(True)
-    yield {name: measure(name, "cuda") for name in CASES}
-    torch.utils.deterministic.fill_uninitialized_memory = before[0]
-    torch.use_deterministic_algorithms(before[1])
+    with poisoned():
+        yield {name: measure(name, "cuda") for name in CASES}
 
 
 @pytest.mark.parametrize("what", PRODUCTS)
@@ -44,14 +39,14 @@ def test_at_a_networks_size(rows, parity):
 
     small = quantize(torch.randn(4096, 4096, device="cuda"))
     x = torch.randn(rows, 4096, device="cuda").bfloat16()
-    rounded, exact = small.dequantize(torch.bfloat16).double(), small.dequantize(torch.float32).double()
+    rounded, unrounded = small.dequantize(torch.bfloat16).double(), small.dequantize(torch.float32).double()
     pairs = {"product": (matmul_4bit(x, small), x.double() @ rounded.T)}
     pairs["gradient"] = (input_gradient_4bit(x, small), x.double() @ rounded)
     if rows <= MOST:
-        pairs["few rows"] = (gemv_4bit(x, small), x.double() @ exact.T)
+        pairs["few rows"] = (gemv_4bit(x, small), x.double() @ unrounded.T)
         assert torch.equal(gemv_4bit(x, small), pairs["few rows"][0])
     for what, (ours, expected) in pairs.items():
-        error = largest(ours.double() - expected, expected)
+        error = relative(ours, expected, FLOOR)
         parity(f"Triton's 4-bit {what}, on a GPU: {rows} × 4,096 × 4,096", TWIN, error, *TOLERANCES["bf16"])
 
 
@@ -75,4 +70,4 @@ def test_places_past_32_bits():
         (gemv_4bit(x, small)[:, -last:], x.double() @ weight.T),
         (input_gradient_4bit(dy, small), dy[:, -last:].double() @ weight),
     ):
-        assert largest(ours.double() - expected, expected) < 3e-6  # float32 sums of 32,768 numbers
+        assert relative(ours, expected, FLOOR) < 3e-6  # float32 sums of 32,768 numbers

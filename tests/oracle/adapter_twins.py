@@ -18,8 +18,9 @@ from lora.inject import add_adapters, merge, unmerge
 from lora.targets import match_layers, published_modules
 from model.network import Network
 from model.weights import to_published, weight_table
+from tests.compare import Error, mixed
 from tests.conftest import randomized, tiny_config
-from tests.oracle.model.test_network import ROUNDING, gap, inputs, published
+from tests.oracle.model.test_network import ROUNDING, inputs, published
 from tests.oracle.wide import widen
 
 LIBRARY = f"peft {peft.__version__}"
@@ -138,19 +139,19 @@ def loss_of(logits: Tensor, real: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits[real], labels[real])
 
 
-def gradients_gap(both: Twin) -> Tensor:
+def gradients_gap(both: Twin) -> Error:
     """Over every trained parameter of ours; nothing else of theirs may have one, and none is zero throughout."""
     errors = []
     for name, value in trained(both.network).items():
         expected = both.theirs.get_parameter(both.names[name]).grad
         assert expected.abs().max() > 0, f"{name} has no gradient: nothing is compared"
-        errors.append(gap(both.to_theirs(name, value.grad), expected))
+        errors.append(mixed(both.to_theirs(name, value.grad), expected))
     return max(errors)
 
 
-def parameters_gap(both: Twin) -> Tensor:
+def parameters_gap(both: Twin) -> Error:
     values = trained(both.network).items()
-    return max(gap(both.to_theirs(name, value), both.theirs.get_parameter(both.names[name])) for name, value in values)
+    return max(mixed(both.to_theirs(name, value), both.theirs.get_parameter(both.names[name])) for name, value in values)
 
 
 def compare(family: str, both: Twin, parity, *, draws: int = 0) -> None:
@@ -168,7 +169,7 @@ def compare(family: str, both: Twin, parity, *, draws: int = 0) -> None:
         return mine, both.theirs(**theirs).logits
 
     logits, expected = results()
-    parity(f"{family}: logits", LIBRARY, gap(logits[real], expected[real]), *ROUNDING)
+    parity(f"{family}: logits", LIBRARY, mixed(logits[real], expected[real]), *ROUNDING)
     labels = torch.randint(0, logits.size(-1), real.shape)
     loss_of(logits, real, labels).backward()
     loss_of(expected, real, labels).backward()
@@ -197,8 +198,8 @@ def check_merging(family: str, config: object, **changes) -> None:
         randomize(add_adapters(network, config))
         weights = {name: value.clone() for name, value in network.state_dict().items()}
         beside = network(**ours).logits
-        assert gap(plain, beside) > 1e-2  # the adapter does something
-        assert gap(merge(network)(**ours).logits, beside) <= tolerance
+        assert mixed(plain, beside) > 1e-2  # the adapter does something
+        assert mixed(merge(network)(**ours).logits, beside) <= tolerance
         changed = [name for name, value in network.state_dict().items() if not torch.equal(value, weights[name])]
         assert len([name for name in changed if name.endswith("weight")]) == len(match_layers(network, config.targets))
         back = unmerge(network).state_dict()

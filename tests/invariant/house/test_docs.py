@@ -17,8 +17,8 @@ import quant.__main__
 from eval.bleu import corpus_bleu
 from lora.inject import adapters
 from quant.linear import quantized_layers
+from tests.compare import mixed
 from tests.conftest import randomized, tiny_config
-from tests.oracle.adapter_twins import gap
 from tests.pairs import word_pairs
 from tests.runs import ROOT, command, last_checkpoint, write_corpus
 from train.options import read_options, resolve_aliases
@@ -198,7 +198,7 @@ def test_the_adapters(tmp_path, monkeypatch):
     after = names["network"]
     assert not adapters(after) and (tmp_path / "ADAPTER" / "adapter_model.safetensors").is_file()
     for name, value in after.named_parameters():  # B was zero: the weights are what they were
-        assert gap(value, before.get_parameter(name)) < 1e-6, name
+        assert mixed(value, before.get_parameter(name)) < 1e-6, name
 
 
 def test_the_four_bits(tmp_path, monkeypatch):

@@ -22,8 +22,9 @@ from lora.config import (
 from lora.inject import activate, adapters, add_adapters, merge, remove, unmerge
 from lora.layer import Part
 from lora.methods import LAYER_METHODS, layer_method
+from tests.compare import mixed
 from tests.conftest import randomized, tiny_config
-from tests.oracle.adapter_twins import gap, randomize, trained
+from tests.oracle.adapter_twins import randomize, trained
 
 IDS = torch.arange(3, 12)[None]
 
@@ -73,7 +74,7 @@ def test_none_active_is_the_network_without_adapters(config):
     add_adapters(network, config, "a")
     randomize(network)
     beside = network(IDS).logits
-    assert gap(beside, before) > 1e-3
+    assert mixed(beside, before) > 1e-3
     with pytest.raises(AdapterError, match="cannot have the weight 0"):
         activate(network, {"a": 0.0})
     assert torch.equal(activate(network)(IDS).logits, before) and not trained(network)
@@ -108,7 +109,7 @@ def test_dora_after_another_computes_alike_with_dropout_and_without():
     add_adapters(network, DoraConfig(r=2, dropout=1e-12), "b")
     randomize(network)
     activate(network, ("a", "b"))
-    assert gap(network.train()(IDS).logits, network.eval()(IDS).logits) < 1e-9
+    assert mixed(network.train()(IDS).logits, network.eval()(IDS).logits) < 1e-9
 
 
 def test_what_has_adapters_is_not_saved_as_a_network(tmp_path):
@@ -174,7 +175,7 @@ def test_a_method_registers_itself():
         add_adapters(network, ShiftConfig())
         assert torch.equal(network(IDS).logits, before) and len(trained(network)) == 4
         randomize(network)
-        assert gap(network(IDS).logits, before) > 1e-3
+        assert mixed(network(IDS).logits, before) > 1e-3
         with pytest.raises(AdapterError, match="Shift cannot be merged"):
             merge(network)
         assert torch.equal(remove(network)(IDS).logits, before)

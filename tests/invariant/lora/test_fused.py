@@ -16,6 +16,7 @@ from lora.fused import lora_linear
 from lora.inject import activate, add_adapters, merge, unmerge
 from lora.lora import FusedLora, Lora, lora_reference
 from model.linear import Linear
+from tests.compare import Error, relative
 from tests.conftest import randomized, tiny_config
 from train.objective import Objective
 from train.recompute import recompute
@@ -50,7 +51,7 @@ def test_forward_and_every_gradient(shape, trained, parity):
     pairs = [(ours, expected)]
     found, right = gradients(ours, inputs, weights), gradients(expected, inputs, weights)
     pairs += [(found[name], right[name]) for name in right]
-    error = max(float((a - b).detach().abs().sum()) for a, b in pairs)
+    error = max(Error((a - b).abs().sum(), "sum of differences") for a, b in pairs)
     parity("fused LoRA: forward and gradients", TWIN, error, 1e-11, "float64 rounding; sums in another order")
 
 
@@ -93,7 +94,7 @@ def test_16_bits(where, compiled, parity):
     found, right = gradients(ours.float(), inputs, weights), gradients(expected, wide, weights.double())
     assert all(found[name].dtype == inputs[name].dtype for name in found)
     pairs = [(ours, expected), *((found[name], right[name]) for name in right)]
-    error = max(float(((a.double() - b).abs().max() / b.abs().max()).detach()) for a, b in pairs)
+    error = max(relative(a, b) for a, b in pairs)
     parity("fused LoRA: bfloat16", TWIN, error, 2e-2, "bfloat16 products and results")
 
 

@@ -16,6 +16,7 @@ from model.generate import generate
 from model.mask import AttentionInputs, Mask
 from model.network import Network
 from model.virtual_tokens import VirtualTokens
+from tests.compare import absolute
 from tests.conftest import randomized, tiny_config
 from train.objective import MaskedObjective, Objective
 from train.recompute import recompute
@@ -43,10 +44,6 @@ def own(network: Network) -> dict[str, torch.nn.Parameter]:
     return {name: value for name, value in network.named_parameters() if value.requires_grad}
 
 
-def gap(a: Tensor, b: Tensor) -> float:
-    return (a - b).detach().abs().max().item()
-
-
 # ---- rows of packed documents
 
 LENGTHS = (6, 3, 5)
@@ -72,25 +69,25 @@ def test_packed_documents_are_as_separate_ones(family, method, monkeypatch):
     marked = network.config.architecture == "encoder" and method == "prompt"
     # A window is of places in the row; a prefix stands in every one of them, so that places do not matter.
     packed, separate = packed_and_separate(network, documents, ids=marked or family == "mistral")
-    assert gap(packed, separate) < 1e-12
+    assert absolute(packed, separate) < 1e-12
     gradients = []
     direction = torch.randn_like(packed)
     for hidden in (packed, separate):
         gradients.append(torch.autograd.grad((hidden * direction).sum(), list(own(network).values())))
-    assert all(gap(a, b) < 1e-11 and a.abs().max() > 1e-3 for a, b in zip(*gradients, strict=True))
+    assert all(absolute(a, b) < 1e-11 and a.abs().max() > 1e-3 for a, b in zip(*gradients, strict=True))
 
     other = (torch.randint(3, 61, (1, LENGTHS[0])), *documents[1:])
     changed, _ = packed_and_separate(network, other, ids=marked)
     assert torch.equal(changed[:, LENGTHS[0] :], packed[:, LENGTHS[0] :])
     with monkeypatch.context() as broken:  # the rule without its exception: documents but the first would see no prompt
         broken.setattr(model.stack, "Mask", lambda causal, prefix, **rules: Mask(causal, prefix=0, **rules))
-        assert gap(packed_and_separate(network, documents, ids=marked)[0], separate) > 1e-3
+        assert absolute(packed_and_separate(network, documents, ids=marked)[0], separate) > 1e-3
     with monkeypatch.context() as broken:  # no rule of documents
         broken.setattr(model.stack, "Mask", lambda causal, document_ids, **rules: Mask(causal, **rules))
-        assert gap(packed_and_separate(network, documents, ids=marked)[0], separate) > 1e-3
+        assert absolute(packed_and_separate(network, documents, ids=marked)[0], separate) > 1e-3
     with monkeypatch.context() as broken:  # positions that do not count on
         broken.setattr(VirtualTokens, "shift", lambda self, ids: torch.cat((torch.arange(self.prompt_length)[None], ids), 1))
-        assert gap(packed_and_separate(network, documents, ids=marked)[0], separate) > 1e-3
+        assert absolute(packed_and_separate(network, documents, ids=marked)[0], separate) > 1e-3
 
 
 def test_the_mask_by_hand():
@@ -107,7 +104,7 @@ def test_the_mask_by_hand():
     assert Mask(prefix=2).attention_inputs(3, 5).allowed_B1TS.sum() == 3 + 4 + 5
     q, k, v = (torch.randn(1, 4, length, 6, dtype=torch.float64) for length in (7, 7, 7))
     inputs = mask.attention_inputs(7, 7)
-    assert gap(attention_reference(q, k, v, *inputs), attention_sdpa(q, k, v, *inputs)) < 1e-12
+    assert absolute(attention_reference(q, k, v, *inputs), attention_sdpa(q, k, v, *inputs)) < 1e-12
 
 
 # ---- padding, caches, text
@@ -130,7 +127,7 @@ def test_padded_rows_are_as_single_ones(family, method, monkeypatch):
         for row, place in enumerate(real):
             options = {"decoder_input_ids": ids[row : row + 1, :5]} if options else {}
             alone = network(ids[row : row + 1, place], **options).logits[0]
-            errors.append(gap(together[row] if options else together[row, place], alone))
+            errors.append(absolute(together[row] if options else together[row, place], alone))
         return max(errors)
 
     assert worst() < 1e-12
@@ -170,7 +167,7 @@ def test_generation_is_recomputation(family, padded, method):
     assert torch.equal(best.tokens[:, 0], expected)
     beams = {"beams": 3, "max_new_tokens": 6, "attention_mask": mask}
     pair = [beam_search(network, ids, use_cache=use, **beams) for use in (True, False)]
-    assert torch.equal(pair[0].tokens, pair[1].tokens) and gap(pair[0].scores, pair[1].scores) < 1e-12
+    assert torch.equal(pair[0].tokens, pair[1].tokens) and absolute(pair[0].scores, pair[1].scores) < 1e-12
 
 
 @each_method
@@ -182,14 +179,14 @@ def test_a_cache_read_in_pieces(family, method):
         whole, cache, pieces = network(ids).logits, Cache(network.config, 2, 11, torch.float64), []
         for start, end in ((0, 4), (4, 5), (5, 9), (9, 11)):
             pieces.append(network(ids[:, start:end], cache=cache).logits)
-        assert gap(torch.cat(pieces, 1), whole) < 1e-12
+        assert absolute(torch.cat(pieces, 1), whole) < 1e-12
         assert (cache.length, cache.num_virtual_tokens) == (11 + P, P)
         with pytest.raises(ConfigError, match=f"holds {11 + P} positions"):
             network(ids[:, :1], cache=cache)
         cache = Cache(network.config, 2, 11, torch.float64)
         network(ids[:, :4], cache=cache)
         cache.num_virtual_tokens = 0  # a mutant that forgets them: the next token would stand elsewhere
-        assert gap(network(ids[:, 4:5], position_ids=torch.full((2, 1), 4), cache=cache).logits, whole[:, 4:5]) > 1e-3
+        assert absolute(network(ids[:, 4:5], position_ids=torch.full((2, 1), 4), cache=cache).logits, whole[:, 4:5]) > 1e-3
 
 
 @both_kinds
@@ -259,13 +256,13 @@ def test_switching_and_removing(family, method):
         add_adapters(network, METHODS[method], "b", seed=1)
         second = network(ids).logits
         both, turned = (network_with(network, order, ids) for order in (("a", "b"), ("b", "a")))
-        assert min(gap(a, b) for a, b in ((plain, first), (first, second), (both, first), (both, second))) > 1e-3
+        assert min(absolute(a, b) for a, b in ((plain, first), (first, second), (both, first), (both, second))) > 1e-3
         assert torch.equal(network_with(network, "a", ids), first) and torch.equal(network_with(network, "b", ids), second)
         assert torch.equal(network_with(network, (), ids), plain)
         if "prompt" in method and family in ("gpt2", "llama"):  # one after the other
             one = add_adapters(network, PromptConfig(tokens=2 * P), "both").body.prompt.parts
             one["both"].vectors.copy_(torch.cat((one["a"].vectors, one["b"].vectors)))
-            assert torch.equal(network(ids).logits, both) and gap(both, turned) > 1e-3
+            assert torch.equal(network(ids).logits, both) and absolute(both, turned) > 1e-3
         remove(network)
         assert torch.equal(network(ids).logits, plain)
     assert list(network.state_dict()) == names and dict(network.named_modules()) == modules and set(own(network)) == trained
@@ -288,7 +285,7 @@ def test_a_prefix_and_a_prompt_together(family):
     assert network.body.num_virtual_tokens == (P if family == "t5" else 2 * P)
     if family != "t5":
         together, alone = network(ids, mask).logits[0, 3:], network(ids[:1, 3:]).logits[0]
-        assert gap(together, alone) < 1e-12
+        assert absolute(together, alone) < 1e-12
 
 
 def test_what_cannot_be_is_said():

@@ -19,6 +19,7 @@ import train.__main__
 from eval.classification import classification_scores
 from eval.multilabel import multilabel_scores
 from model.predict import Text, probabilities
+from tests.compare import Error, absolute
 from tests.conftest import randomized, tiny_config
 from tests.invariant.train.test_classify_steps import task_of
 from tests.oracle.train.test_classify import word_piece, write_labelled
@@ -164,11 +165,11 @@ def test_the_folders_ids_are_kept(run, options, place, tmp_path):
     assert found["problem_type"] == "multi_label_classification"
 
 
-def opened_elsewhere(folder: Path, rows: list[dict], *, pair: bool) -> float:
+def opened_elsewhere(folder: Path, rows: list[dict], *, pair: bool) -> Error:
     """The largest difference between the probabilities of our rows and those of transformers' classes, in batches."""
     network = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    worst = 0.0
+    errors = []
     for row in rows:
         texts = ([row["text"]], [row["second"]]) if pair else ([row["text"]],)
         inputs = tokenizer(*texts, truncation=True, max_length=32, return_tensors="pt")
@@ -177,8 +178,8 @@ def opened_elsewhere(folder: Path, rows: list[dict], *, pair: bool) -> float:
         several = network.config.problem_type == "multi_label_classification"
         chances_C = logits_C.sigmoid() if several else logits_C.softmax(-1)
         assert [*row["probabilities"]] == [network.config.id2label[id] for id in range(len(chances_C))]
-        worst = max(worst, *(abs(a - b) for a, b in zip(chances_C.tolist(), row["probabilities"].values(), strict=True)))
-    return worst
+        errors.append(absolute(chances_C, [*row["probabilities"].values()]))
+    return max(errors)
 
 
 NEW = ["one", "several", "tiny", "t5-small", "bert-base"]

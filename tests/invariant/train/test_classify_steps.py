@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from data.config import DataConfig
+from tests.compare import absolute
 from tests.conftest import randomized, tiny_config
-from tests.invariant.train.test_step import Recorder, largest
+from tests.invariant.train.test_step import Recorder
 from tests.oracle.train.test_classify import write_labelled
 from train.config import NetworkConfig, OptimizerConfig, RunConfig, TrainConfig
 from train.evaluate import evaluate
@@ -59,7 +60,7 @@ def test_four_times_two_is_eight(several, place):
         recorder = Recorder(objective)
         results.append(train_step(objective, task.source.batches(3), recorder))
         gradients.append(recorder.gradients)
-    assert largest(*gradients) < 1e-12 and results[0].loss.item() == pytest.approx(results[1].loss.item(), abs=1e-12)
+    assert absolute(*gradients) < 1e-12 and results[0].loss.item() == pytest.approx(results[1].loss.item(), abs=1e-12)
     assert results[0].count == results[1].count == 8
     (batch,), total = whole.source.batches(3), 0
     objective = whole.objective(network, None).train()
@@ -67,7 +68,7 @@ def test_four_times_two_is_eight(several, place):
         total = total + objective(own_rows(batch, Ranks(rank, 2))).terms["loss"].sum
     objective.zero_grad()
     (total / 8).backward()
-    assert largest([parameter.grad for parameter in network.parameters()], gradients[0]) < 1e-12
+    assert absolute([parameter.grad for parameter in network.parameters()], gradients[0]) < 1e-12
 
 
 def test_what_fills_a_batch_up_is_not_scored(place):

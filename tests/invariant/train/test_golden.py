@@ -9,6 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from model.weights import to_published, weight_table
+from tests.compare import Error, absolute
 from tests.conftest import randomized, tiny_config
 from tests.invariant.golden.run import CURVE, DTYPES, FACTORS, STEPS, Way, covering, engine_of, follow, padded, pairs, walk
 from tests.ranks import in_two_ranks
@@ -19,9 +20,9 @@ TOLERANCE = {"float64": 1e-8, "float32": 1e-5}
 GOLDEN = {int(step): loss for step, loss in json.loads(CURVE.read_text())["losses"].items()}
 
 
-def largest(losses: dict[int, float]) -> float:
+def error(losses: dict[int, float]) -> Error:
     assert losses.keys() == GOLDEN.keys() == set(range(1, STEPS + 1))
-    return max(abs(loss - GOLDEN[step]) for step, loss in losses.items())
+    return absolute(losses, GOLDEN)
 
 
 def test_the_ways_are_few_and_cover_every_pair():
@@ -61,7 +62,7 @@ def test_the_curve_is_that_of_the_libraries(parity):
         optimizer.step()
         optimizer.zero_grad()
         losses[step + 1] = loss.item()
-    parity("golden curve", f"transformers and torch {torch.__version__}", largest(losses), 1e-8, "20 steps in float64")
+    parity("golden curve", f"transformers and torch {torch.__version__}", error(losses), 1e-8, "20 steps in float64")
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +76,14 @@ def walked(tmp_path_factory) -> dict[str, dict[int, float]]:
 @pytest.mark.parametrize("way", covering(), ids=str)
 @pytest.mark.parametrize("name", DTYPES)
 def test_every_way_follows_the_curve(name, way, walked):
-    assert largest(walked[f"{name} {way}"]) <= TOLERANCE[name]
+    assert error(walked[f"{name} {way}"]) <= TOLERANCE[name]
 
 
 def test_the_curve_notices_a_forgotten_factor(monkeypatch):
     """Mutants: one label too many in the count, and documents that see each other."""
     counts = Objective.counts
     monkeypatch.setattr(Objective, "counts", staticmethod(lambda batch: {"loss": counts(batch)["loss"] + 1}))
-    assert largest(follow(engine_of(Way(), Ranks(), torch.float64), Way())) > 1e-3
+    assert error(follow(engine_of(Way(), Ranks(), torch.float64), Way())) > 1e-3
     monkeypatch.undo()
 
     forward = Objective.forward
@@ -92,4 +93,4 @@ def test_the_curve_notices_a_forgotten_factor(monkeypatch):
 
     monkeypatch.setattr(Objective, "forward", without_documents)
     packed = Way(layout="packed")
-    assert largest(follow(engine_of(packed, Ranks(), torch.float64), packed)) > 1e-3
+    assert error(follow(engine_of(packed, Ranks(), torch.float64), packed)) > 1e-3

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import train.optimizers.clip
 import train.optimizers.muon
 import train.optimizers.scaler
+from tests.compare import Error, absolute, relative
 from tests.ranks import in_two_ranks
 from train.optimizers.adamw import AdamW
 from train.optimizers.adamw8bit import AdamW8bit
@@ -75,9 +76,9 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.detach().full_tensor() if is_sharded(tensor) else tensor.detach()
 
 
-def difference(one: dict[str, Tensor], both: dict[str, Tensor]) -> float:
-    assert one.keys() == both.keys()
-    return max((full(one[name]).double() - full(both[name]).double()).abs().max().item() for name in one)
+def difference(one: dict[str, Tensor], both: dict[str, Tensor]) -> Error:
+    """Of whole tensors."""
+    return absolute(*({name: full(value) for name, value in each.items()} for each in (one, both)))
 
 
 MATRICES = ("into.weight", "middle.weight", "out.weight")
@@ -263,8 +264,8 @@ def check_ema() -> list:
         with ours.applied():
             stale = both(x)  # the mutant: FSDP2's root still has the raw weights that it gathered
         with ours.applied(both), averages.applied():
-            errors.append((both(x) - one(x)).abs().max().item())
-            assert (both(x) - expected).abs().max() > 1e-4 and not torch.equal(stale, both(x))
+            errors.append(absolute(both(x), one(x)))
+            assert absolute(both(x), expected) > 1e-4 and not torch.equal(stale, both(x))
         assert torch.equal(both(x), before) and difference(raw, dict(both.named_parameters())) == 0
 
     again = EMA(both.named_parameters(), 0.8)
@@ -288,9 +289,9 @@ def check_clip() -> list:
             oracle = torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_norm).full_tensor()
             assert not is_sharded(norm)
             grads, expected = ({n: p.grad for n, p in net.named_parameters()} for net in (both, theirs))
-            error = max(abs(norm.item() / oracle.item() - 1), difference(grads, expected))
             part = f"clip_grad_norm_: sharded, {'foreach' if foreach else 'plain twin'}, max_norm {max_norm:g}"
-            rows.append((part, f"{TORCH} clip_grad_norm_", error, 1e-13, reason))
+            for error in (relative(norm, oracle), difference(grads, expected)):
+                rows.append((part, f"{TORCH} clip_grad_norm_", error, 1e-13, reason))
 
     # Slices, copies and plain tensors together, on a mesh of two dimensions: each element counts once.
     values = [torch.randn(6, 3, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(4)]
@@ -304,8 +305,8 @@ def check_clip() -> list:
             for param, grad in zip(params, grads, strict=True):
                 param.grad = grad.clone()
             norm = clip_grad_norm_(params, 1.0, foreach=foreach)
-            worst = max((full(p.grad) - v / (exact + 1e-6)).abs().max().item() for p, v in zip(params, values, strict=True))
-            assert abs(norm.item() / exact - 1) < 1e-14 and worst < 1e-15
+            worst = absolute([full(p.grad) for p in params], [v / (exact + 1e-6) for v in values])
+            assert relative(norm, exact) < 1e-14 and worst < 1e-15
         train.optimizers.clip.shard_groups = lambda grad: (dist.group.WORLD,)  # the mutant: over all ranks, copies too
         try:
             assert train.optimizers.clip.total_norm([param.grad for param in params]).item() > 1.1
@@ -334,7 +335,7 @@ def one_rank(rank: int, folder: Path) -> None:
     for name, check in CHECKS.items():
         torch.manual_seed(0)
         try:
-            found[name] = {"rows": check()}
+            found[name] = {"rows": [(*row, row[2].measure) for row in check()]}  # JSON keeps the number alone
         except Exception:
             found[name] = {"failure": traceback.format_exc()}
         failed = torch.tensor(float("failure" in found[name]))
@@ -357,5 +358,5 @@ def test_two_ranks(found, parity, name):
     for rank, results in enumerate(found):
         assert name in results, "not reached: a check before it failed"
         assert "failure" not in results[name], f"rank {rank}: {results[name]['failure']}"
-        for row in results[name]["rows"]:
-            parity(*row)
+        for part, library, error, tolerance, reason, measure in results[name]["rows"]:
+            parity(part, library, Error(error, measure), tolerance, reason)

@@ -7,6 +7,7 @@ import torch
 
 from model.init import build_network
 from model.weights import role_of
+from tests.compare import absolute
 from tests.conftest import randomized, tiny_config
 from train.evaluate import evaluate
 from train.objective import Metric, Objective, Result, Term
@@ -56,16 +57,12 @@ def gradients_of(network, micro_batches, mean_of_means: bool = False):
     return result, recorder.gradients
 
 
-def largest(one, other):
-    return max((a - b).abs().max().item() for a, b in zip(one, other, strict=True))
-
-
 @pytest.mark.parametrize("parts", [2, 4, 8])
 def test_accumulation_equals_one_batch(parts):
     network, batch = randomized(tiny_config("llama")), uneven_batch()
     whole, expected = gradients_of(network, [batch])
     result, gradients = gradients_of(network, split(batch, parts))
-    assert largest(gradients, expected) < 1e-12
+    assert absolute(gradients, expected) < 1e-12
     assert result.loss.item() == pytest.approx(whole.loss.item(), abs=1e-12)
     assert result.grad_norm.item() == pytest.approx(whole.grad_norm.item(), abs=1e-12)
     assert result.count == whole.count == (batch["labels"] != -100).sum()
@@ -75,7 +72,7 @@ def test_mutant_that_averages_means_is_caught():
     network, batch = randomized(tiny_config("llama")), uneven_batch()
     _, expected = gradients_of(network, [batch])
     _, mutant = gradients_of(network, split(batch, 8), mean_of_means=True)
-    assert largest(mutant, expected) > 1e-3
+    assert absolute(mutant, expected) > 1e-3
 
 
 def test_a_micro_batch_without_labels_weighs_nothing():
@@ -83,7 +80,7 @@ def test_a_micro_batch_without_labels_weighs_nothing():
     empty = {"input_ids": batch["input_ids"], "labels": torch.full_like(batch["labels"], -100)}
     _, expected = gradients_of(network, [batch])
     _, gradients = gradients_of(network, [batch, empty])
-    assert largest(gradients, expected) < 1e-12
+    assert absolute(gradients, expected) < 1e-12
     result, gradients = gradients_of(network, [empty])
     assert result.loss == 0 and all((gradient == 0).all() for gradient in gradients)
 
@@ -156,7 +153,7 @@ def test_a_scale_changes_neither_the_norm_nor_what_is_clipped():
         recorder = Recorder(objective)
         result = train_step(objective, [batch], recorder, max_norm=0.1, scaler=GradScaler(enabled=enabled))
         found.append([result.grad_norm, *recorder.gradients])
-    assert found[0][0] > 0.1 and largest(*found) < 1e-12
+    assert found[0][0] > 0.1 and absolute(*found) < 1e-12
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
@@ -186,7 +183,7 @@ def test_a_penalty_counts_once_a_step():
         result = train_step(
             objective, split(batch, parts), recorder, penalty=lambda: sum(p.square().sum() for p in network.parameters())
         )
-        seen.append(largest(recorder.gradients, [g + 2 * p for g, p in zip(without, network.parameters(), strict=True)]))
+        seen.append(absolute(recorder.gradients, [g + 2 * p for g, p in zip(without, network.parameters(), strict=True)]))
         assert result.loss.item() == pytest.approx(plain.loss.item(), abs=1e-12)
     assert max(seen) < 1e-11
 

@@ -8,6 +8,7 @@ import transformers
 
 from data.transforms.causal import IGNORE
 from data.transforms.masked import mlm_batch
+from tests.compare import Error
 
 V, CLS, SEP, MASK = 1000, 1, 2, 3
 
@@ -40,6 +41,6 @@ def test_rates_equal_transformers(parity):
     )
     for name, mine, other in zip(("chosen", "masked", "kept"), rates(block, ours), rates(block, theirs), strict=True):
         (p, n), (q, m) = [(float(part.sum() / whole.sum()), int(whole.sum())) for part, whole in (mine, other)]
-        sigmas = abs(p - q) / math.sqrt(p * (1 - p) / n + q * (1 - q) / m)
+        sigmas = Error(abs(p - q) / math.sqrt(p * (1 - p) / n + q * (1 - q) / m), "standard errors")
         library = f"transformers {transformers.__version__}"
-        parity(f"masks: share {name}", library, sigmas, 4, "standard deviations between two random shares")
+        parity(f"masks: share {name}", library, sigmas, 4, "two random shares")

@@ -14,6 +14,7 @@ import data.tokenizer.tokenizer_json
 from data.config import DataError
 from data.tokenizer.base import SIDE_FILES
 from data.tokenizer.open import load_tokenizer
+from tests.compare import count
 from tests.texts import prose
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -134,7 +135,8 @@ def test_ids_equal_transformers(folder, theirs, parity):
         wrong += ours.encode(text, parse_special=True) != expected
     for text in NAMED:
         wrong += ours.encode(text, parse_special=True) != theirs(text, add_special_tokens=False)["input_ids"]
-    parity(f"tokenizer.json: {kind(folder)}", f"transformers {transformers.__version__}", wrong, 0, "ids are equal or wrong")
+    library = f"transformers {transformers.__version__}"
+    parity(f"tokenizer.json: {kind(folder)}", library, count(wrong), 0, "ids are equal or wrong")
 
 
 def test_text_never_makes_a_control_id(folder, theirs):

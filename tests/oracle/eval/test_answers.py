@@ -9,6 +9,7 @@ import pytest
 from eval import answers as module
 from eval.answers import Answers, answer_scores, answers_statistics, normalise
 from eval.score import corpus_value
+from tests.compare import Error, absolute
 from tests.pairs import unicode_pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*letters of hypotheses:UserWarning")  # of arbitrary Unicode
@@ -73,7 +74,7 @@ def test_values_of_the_scripts(parity, version, column):
     exact, f1 = (Answers(kind, version) for kind in ("exact", "f1"))
     rows = answers_statistics([exact, f1], given, streams(rights))
     assert exact.examples(rows[0]).tolist() == [100 * row[column][0] for row in VECTORS]
-    error = max(abs(ours - 100 * row[column][1]) for ours, row in zip(f1.examples(rows[1]).tolist(), VECTORS, strict=True))
+    error = absolute(f1.examples(rows[1]), [100 * row[column][1] for row in VECTORS])
     parity("answers: vectors", f"SQuAD {version} script's values", error, 1e-12, "float64, per cent")
     assert rows[1][:2].tolist() == [[3, 1, 2, 2, 2], [1, 1, 2, 3, 2]]
     for alone, row in zip(given, VECTORS, strict=True):
@@ -98,16 +99,16 @@ def fuzz(count: int):
     return given, rights
 
 
-def error(version: str, count: int = 3000) -> float:
+def error(version: str, count: int = 3000) -> Error:
     given, rights = fuzz(count)
     expected = [plain(*pair, version) for pair in zip(given, rights, strict=True)]
     scores = answer_scores(given, streams(rights), version=version)
     metrics = [Answers("exact", version), Answers("f1", version)]
     rows = answers_statistics(metrics, given, streams(rights))
     assert metrics[0].examples(rows[0]).tolist() == [100.0 * exact for exact, _ in expected]
-    worst = max(abs(a - 100 * f1) for a, (_, f1) in zip(metrics[1].examples(rows[1]).tolist(), expected, strict=True))
+    of_examples = absolute(metrics[1].examples(rows[1]), [100 * f1 for _, f1 in expected])
     means = [100 * sum(column) / count for column in zip(*expected, strict=True)]
-    return max(worst, *(abs(score.value - mean) for score, mean in zip(scores.values(), means, strict=True)))
+    return max(of_examples, absolute([score.value for score in scores.values()], means))
 
 
 @pytest.mark.parametrize("version", module.SQUAD_VERSIONS)

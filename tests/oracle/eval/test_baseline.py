@@ -10,6 +10,7 @@ import torch
 
 from eval import baseline
 from eval.baseline import KneserNey, count_pairs, kneser_ney_bits, unigram_bits
+from tests.compare import absolute, relative
 
 BOS, EOS, VOCAB = 0, 1, 23
 UNSEEN = (20, 21, 22)  # ids that the training stream never holds
@@ -49,9 +50,9 @@ def test_equals_the_dictionary_twin(parity):
     model = KneserNey(stream(TRAIN), VOCAB, BOS, 0.75)
     ours = model.probability(np.arange(VOCAB)[:, None], np.arange(VOCAB)[None, :])
     twin = [[twin_probability(TRAIN, 0.75, v, w) for w in range(VOCAB)] for v in range(VOCAB)]
-    parity("Kneser-Ney bigrams", "dictionary twin", np.abs(ours - np.array(twin)).max(), 1e-15, "float64")
+    parity("Kneser-Ney bigrams", "dictionary twin", absolute(ours, np.array(twin)), 1e-15, "float64")
     bits = -sum(math.log2(twin[v][w]) for v, w in pairs_of(VALID))
-    error = abs(kneser_ney_bits(stream(TRAIN), stream(VALID), VOCAB, BOS) / bits - 1)
+    error = relative(kneser_ney_bits(stream(TRAIN), stream(VALID), VOCAB, BOS), bits)
     parity("Kneser-Ney bits", "dictionary twin", error, 1e-13, "float64 sum of 200 logarithms")
 
 
@@ -66,7 +67,7 @@ def test_equals_nltk_but_for_the_lowest_order(parity):
     oracle.fit([list(everygrams(text, max_len=2)) for text in texts], [token for text in texts for token in text])
     model = KneserNey(stream(TRAIN), VOCAB, BOS, 0.75, lowest_discount=0)
     seen = [w for w in range(VOCAB) if w not in UNSEEN]  # nltk maps the others to <UNK>
-    worst = max(abs(oracle.score(str(w), [str(v)]) - model.probability(v, w)) for v in seen for w in seen)
+    worst = max(absolute(model.probability(v, w), oracle.score(str(w), [str(v)])) for v in seen for w in seen)
     reason = "float64; nltk's lowest order taken, words it has seen"
     parity("Kneser-Ney bigrams", f"nltk {nltk.__version__} KneserNeyInterpolated", worst, 1e-15, reason)
     default = KneserNey(stream(TRAIN), VOCAB, BOS, 0.75)  # the mutant: our own convention is another one
@@ -93,7 +94,7 @@ def test_unigrams_by_hand(parity):
     targets = Counter(w for _, w in pairs_of(TRAIN))
     total = sum(targets.values()) + VOCAB
     bits = -sum(math.log2((targets[w] + 1) / total) for _, w in pairs_of(VALID))
-    error = abs(unigram_bits(stream(TRAIN), stream(VALID), VOCAB, BOS) / bits - 1)
+    error = relative(unigram_bits(stream(TRAIN), stream(VALID), VOCAB, BOS), bits)
     parity("unigram bits, add-one", "dictionary twin", error, 1e-13, "float64 sum of 200 logarithms")
 
 

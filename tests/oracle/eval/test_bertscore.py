@@ -17,6 +17,7 @@ import model.hub
 from data.tokenizer.open import load_tokenizer
 from eval.bertscore import BertScore, bertscore, first_blocks, idf_weights
 from eval.notes import Notes
+from tests.compare import Error, absolute
 from tests.conftest import randomized, tiny_config
 from tests.pairs import unicode_pairs, word_pairs
 
@@ -54,9 +55,9 @@ def library(hypotheses, references, layer, *, idf=False, batch_size=64) -> torch
     return torch.stack(theirs.score(hypotheses, references, batch_size=batch_size), 1)
 
 
-def error(ours_B4: torch.Tensor, theirs_B3: torch.Tensor) -> float:
-    assert len(ours_B4) == len(theirs_B3) and ours_B4.dtype == torch.float64
-    return float((ours_B4[:, 1:] - theirs_B3).abs().max())  # NaN fails, too
+def error(ours_B4: torch.Tensor, theirs_B3: torch.Tensor) -> Error:
+    assert theirs_B3.isfinite().all() and ours_B4.dtype == torch.float64
+    return absolute(ours_B4[:, 1:], theirs_B3)
 
 
 CASES = [(None, False, 60), (6, True, 30), (3, False, 200), (1, True, 200), (0, True, 40)]

@@ -9,6 +9,7 @@ import torch
 from eval import calibration as module
 from eval.calibration import Calibration, calibration_error
 from eval.score import corpus_value
+from tests.compare import absolute
 
 
 def rows(count: int, classes: int, seed: int = 0, sharpness: float = 2.0):
@@ -39,7 +40,7 @@ def test_equals_the_definitions(parity, classes, bins):
     from_logits = calibration_error(logits, labels, bins=bins, logits=True)
     for score in (calibration_error(probabilities, labels, bins=bins), from_logits):
         for name, value in expected.items():
-            parity(f"calibration: {name}, {bins} bins", "plain Python", abs(score.parts[name] - value), 1e-13, "float64")
+            parity(f"calibration: {name}, {bins} bins", "plain Python", absolute(score.parts[name], value), 1e-13, "float64")
     for name in expected:
         assert calibration_error(probabilities, labels, bins=bins, value=name).value == score.parts[name]
 
@@ -57,12 +58,12 @@ def test_equals_scikit_learn(parity):
         confidence, predicted = probabilities.max(1)
         accuracies, confidences = calibration_curve((predicted == labels).numpy(), confidence.numpy(), n_bins=15)
         there = np.array(score.counts) > 0
-        error = np.abs(np.array(score.accuracies)[there] - accuracies).max()
-        error = max(error, np.abs(np.array(score.confidences)[there] - confidences).max())
+        ours = [np.array(score.accuracies)[there], np.array(score.confidences)[there]]
+        error = absolute(ours, [accuracies, confidences])
         parity("calibration: bins", f"{library} calibration_curve", error, 1e-13, "float64")
         half = 2 if classes == 2 else 1  # scikit-learn halves it for two classes
         theirs = half * brier_score_loss(labels.numpy(), probabilities.numpy(), labels=range(classes))
-        parity("calibration: Brier score", library, abs(score.brier - theirs), 1e-13, "float64")
+        parity("calibration: Brier score", library, absolute(score.brier, theirs), 1e-13, "float64")
 
 
 def test_the_definitions_catch_mutants(monkeypatch):

@@ -22,6 +22,7 @@ from eval.classification import (
 )
 from eval.multilabel import MATRIX_AVERAGES, Multilabel, multilabel_scores
 from eval.score import corpus_value
+from tests.compare import Error, absolute
 
 LIBRARY = f"scikit-learn {sklearn.__version__}"
 REASON = "float64, sums in another order"
@@ -40,28 +41,21 @@ def problems():
     yield np.array([1, 2, 0, 0]), np.array([0, 1, 2, 1]), 3
 
 
-def distance(ours, theirs) -> float:
-    """The largest, with NaN equal to NaN alone."""
-    ours, theirs = np.atleast_1d(np.asarray(ours, float)), np.atleast_1d(np.asarray(theirs, float))
-    assert ours.shape == theirs.shape and (np.isnan(ours) == np.isnan(theirs)).all()
-    return float(np.nan_to_num(np.abs(ours - theirs)).max())
-
-
-def worst(zero_division: float) -> float:
+def worst(zero_division: float) -> Error:
     """Largest difference over all problems, with every class counted and with those that come."""
     errors = []
     for predictions, labels, count in problems():
         for classes, names in ((count, list(range(count))), (None, None)):
             score = classification_scores(predictions, labels, classes=classes, zero_division=zero_division)
             assert score.confusion == oracle.confusion_matrix(labels, predictions, labels=names).tolist()
-            errors.append(distance(score.value, oracle.accuracy_score(labels, predictions)))
-            errors.append(distance(score.mcc, oracle.matthews_corrcoef(labels, predictions)))
+            errors.append(absolute(score.value, oracle.accuracy_score(labels, predictions)))
+            errors.append(absolute(score.mcc, oracle.matthews_corrcoef(labels, predictions)))
             for average in (None, "micro", "macro", "weighted"):
                 theirs = oracle.precision_recall_fscore_support(
                     labels, predictions, labels=names, average=average, zero_division=zero_division
                 )
                 ours = score.parts if average is None else score.parts[average]
-                errors += [distance(ours[name], value) for name, value in zip(module.RATES, theirs, strict=False)]
+                errors += [absolute(ours[name], value) for name, value in zip(module.RATES, theirs, strict=False)]
                 assert average or score.support == theirs[3].tolist()
     return max(errors)
 
@@ -110,7 +104,7 @@ def test_any_split_and_any_kind_of_input_are_one():
             assert metric.score(rows_BK).value == expected
             resamples_XK = torch.stack([rows_BK.sum(0), rows_BK[::2].sum(0)])
             one_by_one = [float(metric.scores(sums_K)) for sums_K in resamples_XK]
-            assert distance(metric.scores(resamples_XK), one_by_one) <= 1e-15  # a sum of 13 rates, in another order
+            assert absolute(metric.scores(resamples_XK), one_by_one) <= 1e-15  # a sum of 13 rates, in another order
             assert torch.equal(metric.examples(rows_BK), torch.tensor(predictions == labels).double())
 
 
@@ -139,19 +133,19 @@ def label_matrices():
     yield some, np.zeros_like(some)
 
 
-def worst_of_matrices(zero_division: float) -> float:
+def worst_of_matrices(zero_division: float) -> Error:
     """Largest difference over all matrices: by column, by each average, subsets, cells."""
     errors = []
     for predictions, labels in label_matrices():
         score = classification_scores(predictions, labels, multilabel=True, value="f1", zero_division=zero_division)
-        errors.append(distance(score.accuracy, oracle.accuracy_score(labels, predictions)))
-        errors.append(distance(score.hamming_loss, oracle.hamming_loss(labels, predictions)))
+        errors.append(absolute(score.accuracy, oracle.accuracy_score(labels, predictions)))
+        errors.append(absolute(score.hamming_loss, oracle.hamming_loss(labels, predictions)))
         for average in (None, *MATRIX_AVERAGES):
             theirs = oracle.precision_recall_fscore_support(labels, predictions, average=average, zero_division=zero_division)
             ours = score.parts if average is None else score.parts[average]
-            errors += [distance(ours[name], value) for name, value in zip(module.RATES, theirs, strict=False)]
+            errors += [absolute(ours[name], value) for name, value in zip(module.RATES, theirs, strict=False)]
             assert average or score.support == theirs[3].tolist()
-        errors.append(distance(score.value, score.macro["f1"]))
+        errors.append(absolute(score.value, score.macro["f1"]))
     return max(errors)
 
 
@@ -237,7 +231,7 @@ def test_top_k_equals_scikit_learn(parity):
             # scikit-learn puts the higher id first among equal scores: with the classes turned round that is ours.
             theirs = oracle.top_k_accuracy_score(6 - labels, scores[:, ::-1], k=k, labels=range(7))
             ours = top_k_accuracy(torch.tensor(scores), torch.tensor(labels), k)
-            parity(f"top-k accuracy: {k}, ties {ties}", LIBRARY, abs(ours.value - theirs), 1e-15, "a ratio of integers")
+            parity(f"top-k accuracy: {k}, ties {ties}", LIBRARY, absolute(ours.value, theirs), 1e-15, "a ratio of integers")
         best_N = torch.tensor(scores.argmax(1) == labels)
         assert torch.equal(is_in_top_k(torch.tensor(scores), torch.tensor(labels), 1), best_N)
     other = oracle.top_k_accuracy_score(labels, scores, k=2, labels=range(7))  # the mutant: the other way of ties

@@ -4,7 +4,6 @@ import random
 import warnings
 from importlib.metadata import version
 
-import numpy as np
 import pytest
 import torch
 from seqeval.metrics import classification_report
@@ -15,6 +14,7 @@ from seqeval.scheme import IOB2
 from eval import entities as module
 from eval.entities import Entities, entity_scores
 from eval.score import corpus_value
+from tests.compare import Error, absolute
 
 LIBRARY = f"seqeval {version('seqeval')}"
 TYPES = ("LOC", "MISC", "ORG-NAME", "PER")
@@ -49,7 +49,7 @@ def oracle(predicted, true, mode, average, zero_division=0):
         return precision_recall_fscore_support(true, predicted, **settings)
 
 
-def error(predicted, true, mode, zero_division=0) -> float:
+def error(predicted, true, mode, zero_division=0) -> Error:
     """The largest, over averages and over each type; how many entities there are has to be the same."""
     errors = []
     for average in ("micro", "macro", "weighted", None):
@@ -61,7 +61,7 @@ def error(predicted, true, mode, zero_division=0) -> float:
         else:
             ours = [score.precision, score.recall, score.f1]
             assert score.value == score.f1 and score.true == theirs[3]
-        errors += [np.abs(np.array(one) - np.array(other)).max(initial=0) for one, other in zip(ours, theirs, strict=False)]
+        errors.append(absolute(ours, theirs[:3]))
     return max(errors)
 
 

@@ -13,6 +13,7 @@ from eval.chunks import fewest_chunks
 from eval.meteor import Meteor
 from eval.score import corpus_value
 from eval.wordnet import WordNet
+from tests.compare import absolute, count
 from tests.pairs import unicode_pairs, word_pairs
 from tests.wordnet import SYNSETS, nltk_reader, write
 
@@ -66,7 +67,7 @@ def test_equals_nltk(texts, readers, parity):
         ours = metric.examples(metric.statistics(hypotheses, [references]))
         expected = nltk_scores(hypotheses, [references], reader)
         part = f"METEOR: {texts}{', WordNet' if wordnet else ''}"
-        parity(part, f"nltk {nltk.__version__}", (ours - expected).abs().max(), 1e-9, REASON)
+        parity(part, f"nltk {nltk.__version__}", absolute(ours, expected), 1e-9, REASON)
         means.append(float(expected.mean()))
     assert means[0] > 0.1 and means[0] > 0.01 + means[-1] * (len(means) - 1)  # the third stage matters
 
@@ -78,7 +79,7 @@ def test_several_references_equal_nltk(readers, parity):
     streams = [references, cut, references[1:] + references[:1]]
     metric = Meteor(wordnet=readers[0])
     row_BK = metric.statistics(hypotheses, streams)
-    error = (metric.examples(row_BK) - nltk_scores(hypotheses, streams, readers[1])).abs().max()
+    error = absolute(metric.examples(row_BK), nltk_scores(hypotheses, streams, readers[1]))
     parity("METEOR: 2 or 3 references", f"nltk {nltk.__version__}", error, 1e-9, REASON)
     assert row_BK[:, 0].tolist() == [3 if place % 3 else 2 for place in range(150)]
     assert "nrefs:var" in metric.signature(row_BK)
@@ -98,7 +99,7 @@ def test_settings_equal_nltk(readers, parity):
     metric = Meteor(stem=False, wordnet=readers[0], **settings)
     ours = metric.examples(metric.statistics(hypotheses, [references]))
     expected = nltk_scores(hypotheses, [references], readers[1], stemmer=Same(), **settings)
-    error = (ours - expected).abs().max()
+    error = absolute(ours, expected)
     parity("METEOR: alpha, beta, gamma, no stems", f"nltk {nltk.__version__}", error, 1e-9, REASON)
 
 
@@ -160,7 +161,7 @@ def test_fewest_chunks_equal_all_alignments_tried(parity, monkeypatch):
         first = -kinds[0] - kinds[1]
         wrong += fewest_chunks(words, stems, synonyms, (first, first)) != (-sum(kinds), fewest, True)
         tried[fewest] += 1
-    parity("METEOR, fewest chunks", "all alignments tried", wrong, 0, "pairs of up to 5 words with another number")
+    parity("METEOR, fewest chunks", "all alignments tried", count(wrong), 0, "pairs of up to 5 words with another number")
     assert min(tried[fewest] for fewest in (1, 2, 3)) > 40
     ids, one_place = ([0, 1, 2], [3, 4, 5]), {0: {3, 4, 5}, 1: {3}, 2: {3}}
     assert fewest_chunks(ids, ids, one_place, (0, 0)) == (2, 2, True)  # 0 gives way to 1, and has nothing to give to 2
@@ -229,7 +230,7 @@ def test_a_text_of_a_hundred_thousand_words(parity):
     import nltk
     draw = random.Random(0)
     pair = [" ".join(f"w{draw.randrange(300)}{draw.choice(['', 's', 'ed'])}" for _ in range(100_000)) for _ in range(2)]
-    error = abs(meteor.meteor(pair[:1], pair[1:]).value - float(nltk_scores(pair[:1], [pair[1:]], Empty())[0]))
+    error = absolute(meteor.meteor(pair[:1], pair[1:]).value, nltk_scores(pair[:1], [pair[1:]], Empty())[0])
     parity("METEOR: a text of 100,000 words", f"nltk {nltk.__version__}", error, 1e-9, REASON)
     with pytest.warns(UserWarning, match="chunks of 1 pairs may not be the fewest, the first that of example 0"):
         assert meteor.meteor(pair[:1], pair[1:], alignment="fewest-chunks").value == meteor.meteor(pair[:1], pair[1:]).value

@@ -17,6 +17,7 @@ from eval.bootstrap import bootstrap_interval
 from eval.calibration import calibration_error
 from eval.perplexity import Perplexity, PseudoPerplexity, perplexity_score, pseudo_perplexity
 from eval.score import exact_sum
+from tests.compare import absolute, relative
 from tests.conftest import randomized, tiny_config
 from tests.oracle.model.test_network import published
 from tests.oracle.wide import widen
@@ -68,16 +69,12 @@ def strided(ids: torch.Tensor, length: int, stride: int) -> list[tuple[float, in
             return windows
 
 
-def error(ours: float, theirs: float) -> float:
-    return abs(ours / theirs - 1)
-
-
 @pytest.mark.parametrize(("bos", "eos"), [(False, False), (True, False), (False, True), (True, True)])
 def test_one_window_equals_direct_computation(bos, eos, parity):
     told = {"bos_id": BOS if bos else None, "eos_id": EOS if eos else None}
     score = perplexity_score(network(), documents(), context=70, **told)
     nll = torch.cat([direct(framed(document, bos, eos)) for document in documents()])
-    parity("Perplexity: one window", DIRECT, error(score.value, float(nll.mean().exp())), *ROUNDING)
+    parity("Perplexity: one window", DIRECT, relative(score.value, float(nll.mean().exp())), *ROUNDING)
     assert score.targets == len(nll) == sum(max(0, length + bos + eos - 1) for length in LENGTHS)
     assert (score.documents, score.skipped) == (8, sum(length + bos + eos < 2 for length in LENGTHS))
 
@@ -89,13 +86,13 @@ def test_strided_windows_equal_a_plain_loop(context, stride, parity):
     total, count, _ = (sum(column) for column in zip(*found, strict=True))
     score = perplexity_score(network(), documents(), context=context, stride=stride)
     assert count == score.targets == sum(max(0, length - 1) for length in LENGTHS)
-    parity("Perplexity: strided windows", "plain loop", error(score.value, math.exp(total / count)), *ROUNDING)
+    parity("Perplexity: strided windows", "plain loop", relative(score.value, math.exp(total / count)), *ROUNDING)
     averaged = math.exp(sum(nll / n for nll, n, _ in found) / len(found))
     weighted = math.exp(sum(nll / n * wrong for nll, n, wrong in found) / sum(wrong for *_, wrong in found))
-    assert error(score.value, averaged) > 1e-3 and error(score.value, weighted) > 1e-5
+    assert relative(score.value, averaged) > 1e-3 and relative(score.value, weighted) > 1e-5
     parts = [torch.cat(direct(torch.tensor(d)).split(stride)[1:] or [torch.zeros(0)]) for d in documents() if len(d) > stride]
     dropped = total - sum(float(nll[:1].sum()) for nll in parts)
-    assert error(score.value, math.exp(dropped / count)) > 1e-3
+    assert relative(score.value, math.exp(dropped / count)) > 1e-3
 
 
 @pytest.mark.parametrize(("context", "stride", "eos"), [(2, 1, 0), (3, 2, 1), (8, 3, 1), (8, 8, 0), (40, 5, 1)])
@@ -112,10 +109,10 @@ def test_a_bos_in_every_window_equals_direct_computation(context, stride, eos, p
     for size in (1, 3, None):
         settings = {"context": context, "stride": stride, "bos_id": BOS, "eos_id": EOS if eos else None, "batch_size": size}
         score = perplexity_score(network(), given, bos_at="every-window", **settings)
-        parity("Perplexity: a bos in every window", DIRECT, error(score.value, math.exp(total / count)), *ROUNDING)
+        parity("Perplexity: a bos in every window", DIRECT, relative(score.value, math.exp(total / count)), *ROUNDING)
         assert score.targets == count == sum(len(document) + eos for document in given)
         whole = perplexity_score(network(), given, **settings)
-        assert whole.targets == count and (error(whole.value, score.value) > 1e-6) == (context < 33)  # else one window
+        assert whole.targets == count and (relative(whole.value, score.value) > 1e-6) == (context < 33)  # else one window
     end = f"|top_k:1,5|bins:15|context:{context}|stride:{stride}"
     assert score.signature == f"per:token|bos:1|eos:{EOS if eos else 'none'}{end}|bos_at:every-window"
     assert whole.signature == score.signature.removesuffix("|bos_at:every-window")
@@ -152,7 +149,7 @@ def test_the_size_of_a_batch_does_not_matter(dtype, tolerance, parity):
     whole = [0, 2, 3, 4, 5, 6, 7, 8]
     for other in others:
         assert torch.equal(one[:, whole], other[:, whole])
-        difference = error(metric.score(other).value, metric.score(one).value)
+        difference = relative(metric.score(other).value, metric.score(one).value)
         parity("Perplexity: batch sizes", "one by one", difference, tolerance, f"rounding of {dtype}".replace("torch.", ""))
         assert torch.allclose(one, other, rtol=tolerance, atol=tolerance)
 
@@ -169,7 +166,7 @@ def test_splits_merge(parity):
             streams = [((d for d in given[piece]), iter(texts[piece])) for piece in pieces]
             parts = torch.cat([metric.statistics(network(), d, texts=t, **told) for d, t in streams])
             assert not exact or torch.equal(parts, whole)
-            same = error(metric.score(parts).value, metric.score(whole).value)
+            same = relative(metric.score(parts).value, metric.score(whole).value)
             parity("Perplexity: merged parts", "the whole set", same, *((0, "exact") if exact else ROUNDING))
 
 
@@ -205,10 +202,10 @@ def test_equals_transformers(tmp_path, parity):
     with torch.no_grad():
         output = theirs(ids, labels=ids)
     nll = torch.nn.functional.cross_entropy(output.logits[0, :-1], ids[0, 1:])
-    parity("Perplexity: GPT2LMHeadModel", library, error(score.value, float(nll.exp())), *ROUNDING)
-    parity("Perplexity: GPT2LMHeadModel's loss", library, abs(score.loss - float(output.loss)), *ROUNDING)
+    parity("Perplexity: GPT2LMHeadModel", library, relative(score.value, float(nll.exp())), *ROUNDING)
+    parity("Perplexity: GPT2LMHeadModel's loss", library, absolute(score.loss, output.loss), *ROUNDING)
     one, other = (perplexity_score(network, [document], context=20, stride=7) for network in (ours, theirs))
-    parity("Perplexity: their network, our windows", library, error(one.value, other.value), *ROUNDING)
+    parity("Perplexity: their network, our windows", library, relative(one.value, other.value), *ROUNDING)
 
 
 def test_equals_validation_in_training(parity):
@@ -220,14 +217,14 @@ def test_equals_validation_in_training(parity):
     size = 3 * count
     score = perplexity_score(network(), given, context=70, bos_id=BOS, eos_id=EOS, bytes=[3 * len(d) + 3 for d in given])
     assert score.targets == count and score.bytes == size
-    parity("Perplexity: validation", "train.evaluate", error(score.value, math.exp(nats / count)), *ROUNDING)
-    parity("Perplexity: bits per byte", "train.evaluate", error(score.bits_per_byte, bits_per_byte(nats, size)), *ROUNDING)
+    parity("Perplexity: validation", "train.evaluate", relative(score.value, math.exp(nats / count)), *ROUNDING)
+    parity("Perplexity: bits per byte", "train.evaluate", relative(score.bits_per_byte, bits_per_byte(nats, size)), *ROUNDING)
     (one,) = documents((50,))
     batches = [clm_batch(block, BOS, EOS) for block in sequential_blocks(framed(one, True, True).numpy(), 16, 2)]
     nats, count = evaluate(Objective(network()), batches)["loss"]  # a document longer than the context: stride = context
     strided = perplexity_score(network(), [one], context=16, stride=16, bos_id=BOS, eos_id=EOS)
     assert strided.targets == count
-    parity("Perplexity: validation in blocks", "train.evaluate", error(strided.value, math.exp(nats / count)), *ROUNDING)
+    parity("Perplexity: validation in blocks", "train.evaluate", relative(strided.value, math.exp(nats / count)), *ROUNDING)
 
 
 def test_units_by_hand():
@@ -263,7 +260,7 @@ def test_ranks_and_calibration_equal_a_loop(parity):
         assert score.accuracy == score.top_k_accuracy[1]
         context, target = map(list, zip(*pairs, strict=True))
         theirs = calibration_error(table[context].softmax(-1), target, bins=7)
-        parity("Calibration error: of tokens", "eval.calibration", abs(score.calibration_error - theirs.value), *ROUNDING)
+        parity("Calibration error: of tokens", "eval.calibration", absolute(score.calibration_error, theirs.value), *ROUNDING)
 
 
 def test_a_confidence_at_the_edge_is_of_the_lower_bin():
@@ -317,7 +314,7 @@ def test_low_precision_logits_are_widened():
     wide = perplexity_score(lambda ids: table.float()[ids], documents(), context=64)
     assert score.parts == wide.parts and score.value == wide.value
     exact = perplexity_score(lambda ids: table.double()[ids], documents(), context=64)
-    assert error(score.value, exact.value) < 1e-6
+    assert relative(score.value, exact.value) < 1e-6
 
 
 def test_dropout_is_off_and_comes_back():
@@ -341,7 +338,7 @@ def test_pseudo_perplexity_equals_a_loop(parity):
             told = {"mask_id": 4, "bos_id": BOS, "eos_id": EOS, "batch_size": size}
             score = pseudo_perplexity(network(family), documents((9, 0, 1, 14, 9)), **told)
             assert (score.targets, score.skipped, score.accuracy) == (count, 1, correct / count) == (33, 1, correct / 33)
-            parity(f"Pseudo-perplexity: {family}", "plain loop", error(score.value, math.exp(total / count)), *ROUNDING)
+            parity(f"Pseudo-perplexity: {family}", "plain loop", relative(score.value, math.exp(total / count)), *ROUNDING)
     assert score.signature == "per:token|bos:1|eos:2|top_k:1,5|bins:15|mask:4"
     bare = pseudo_perplexity(network("bert"), [[5, 6, 7]], mask_id=4)
     assert bare.targets == 3

@@ -21,6 +21,7 @@ from eval.rouge import KINDS, Rouge, rouge_scores, rouge_statistics, summary_lcs
 from eval.rouge_bootstrap import bootstrap_aggregate
 from eval.score import corpus_value
 from eval.tokenize import TOKENIZERS
+from tests.compare import absolute
 from tests.pairs import unicode_pairs, word_pairs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*letters of hypotheses:UserWarning")  # of arbitrary Unicode
@@ -60,7 +61,7 @@ def test_equals_rouge_score(texts, stemmer, parity):
     theirs = expected(hypotheses, [references], use_stemmer=stemmer)
     for kind in THEIRS:
         assert theirs[kind].amax() > 0 or texts == "unicode"
-        error = (ours[kind] - theirs[kind]).abs().amax()
+        error = absolute(ours[kind], theirs[kind])
         parity(f"ROUGE: {kind}, {texts}{', stems' * stemmer}", LIBRARY, error, 1e-9, SAME)
 
 
@@ -100,7 +101,7 @@ def test_other_words_equal_rouge_score_with_that_tokenizer(how, parity):
     ours = measured(hypotheses, [references], tokenize=how)
     theirs = expected(hypotheses, [references], tokenizer=TheirTokens(how))
     for kind in THEIRS:
-        parity(f"ROUGE: {kind}, {how}", LIBRARY, (ours[kind] - theirs[kind]).abs().amax(), 1e-9, SAME)
+        parity(f"ROUGE: {kind}, {how}", LIBRARY, absolute(ours[kind], theirs[kind]), 1e-9, SAME)
     assert theirs["rouge1"].amax() > 0
     other = measured(hypotheses, [references])["rouge1"]
     assert (other - ours["rouge1"]).abs().amax() > 0.1
@@ -130,7 +131,7 @@ def test_several_references(parity):
     references[2] = [None if draw.random() < 0.2 else text for text in references[2]]
     ours, theirs = measured(hypotheses, references), expected(hypotheses, references)
     for kind in THEIRS:
-        parity(f"ROUGE: {kind}, 3 references", LIBRARY, (ours[kind] - theirs[kind]).abs().amax(), 1e-9, SAME)
+        parity(f"ROUGE: {kind}, 3 references", LIBRARY, absolute(ours[kind], theirs[kind]), 1e-9, SAME)
     counts_B = Rouge("rougeL").statistics(hypotheses, references)[:, 0].tolist()
     assert counts_B == [sum(text is not None for text in column) for column in zip(*references, strict=True)]
 
@@ -190,7 +191,7 @@ def test_weighted_is_the_inverse_of_f(parity):
         common = weighted_lcs_reference(hypothesis, reference, 1.2)
         p, r = ((common / len(side) ** 1.2) ** (1 / 1.2) for side in (hypothesis, reference))
         rows.append((p, r, 2 * p * r / (p + r) if p + r else 0.0))
-    error = (ours - torch.tensor(rows, dtype=torch.float64)).abs().amax()
+    error = absolute(ours, torch.tensor(rows, dtype=torch.float64))
     parity("ROUGE-W", "the paper's equations", error, 1e-12, "float64: powers of sums")
 
 
@@ -279,7 +280,7 @@ def test_intervals_equal_the_aggregator(samples, confidence, parity, monkeypatch
     for kind in ("rouge1", "rougeL"):
         rows = Rouge(kind).statistics(hypotheses, [references])
         ours = bootstrap_aggregate(Rouge(kind), rows, samples=samples, confidence=confidence, seed=random_state)
-        error = np.abs(np.array(list(ours.values())) - np.array(intervals[kind])).max()
+        error = absolute(np.array(list(ours.values())), np.array(intervals[kind]))
         parity(f"ROUGE: intervals of {kind}", LIBRARY, error, 1e-12, "the same draws; float64 means")
     rows = Rouge().statistics(hypotheses, [references])
     assert bootstrap_aggregate(Rouge(), rows, samples=9, seed=3) == bootstrap_aggregate(Rouge(), rows, samples=9, seed=3)

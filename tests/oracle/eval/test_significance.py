@@ -28,6 +28,7 @@ from eval.significance import (
     reason_without_p_value,
     smallest_p_value,
 )
+from tests.compare import absolute
 from tests.pairs import word_pairs
 
 sacrebleu = pytest.importorskip("sacrebleu")
@@ -120,13 +121,13 @@ def test_the_bootstrap_is_sacrebleus(name, count, parity):
     scores = [oracle._compute_score_from_stats(row.astype("float64")) for row in sums]
     expected = TheirScore("", 0)
     expected.estimate_ci(scores)
-    error = max(abs(ours.mean - expected._mean), abs(ours.half_width - expected._ci))
+    error = absolute([ours.mean, ours.half_width], [expected._mean, expected._ci])
     parity(f"bootstrap: {name}, {count}, float64", LIBRARY, error, 1e-9, "float64 scores of the same sums")
     low, high = sorted(score.score for score in scores)[10 :: 400 - 21]
     assert max(abs(ours.low - low), abs(ours.high - high)) <= 1e-9
 
     expected.estimate_ci(_bootstrap_resample(theirs, oracle, 400)[1])
-    error = max(abs(ours.mean - expected._mean), abs(ours.half_width - expected._ci)) / 100
+    error = absolute([ours.mean / 100, ours.half_width / 100], [expected._mean / 100, expected._ci / 100])
     parity(f"bootstrap: {name}, {count}, as it is", LIBRARY, error, 1e-6, "of 100; sacrebleu divides in float32")
     assert (ours.samples, ours.seed, ours.confidence) == (400, 12345, 0.95)
     if count == 1:
@@ -147,9 +148,9 @@ def test_p_values_are_sacrebleus(test, name, parity, monkeypatch):
         (signature,), (first, second) = signatures.values(), results[next(reversed(results))]
         statistics = statistics_of(name, baseline, system, references)
         ours = TESTS[test](metric, *statistics, samples=200, seed=seed)
-        error = max(abs(ours.baseline - first.score), abs(ours.system - second.score))
+        error = absolute([ours.baseline, ours.system], [first.score, second.score])
         parity(f"significance: {test}, {name}, scores", LIBRARY, error, 1e-9, "float64, counts equal")
-        parity(f"significance: {test}, {name}, p", LIBRARY, abs(ours.p_value - second.p_value), 0, "the same draws")
+        parity(f"significance: {test}, {name}, p", LIBRARY, absolute(ours.p_value, second.p_value), 0, "the same draws")
         assert (ours.difference, ours.samples, ours.seed) == (ours.system - ours.baseline, 200, seed)
         if name != "mean":
             assert metric.signature(statistics[0], **ours.resampling) == signature.format()
@@ -320,15 +321,15 @@ def test_wilsons_interval_is_scipys(parity):
     from scipy import __version__ as scipy_version
     from scipy.stats import binomtest
 
-    worst = 0.0
+    errors = []
     for trials in (1, 2, 7, 30, 1000):
         for right in {0, 1, trials // 3, trials - 1, trials}:
             for confidence in (0.5, 0.95, 0.999):
                 near = binomtest(right, trials).proportion_ci(confidence, method="wilson")
                 ours = wilson_interval(right, trials, confidence=confidence)
-                worst = max(worst, abs(ours[0] - near.low), abs(ours[1] - near.high))
+                errors.append(absolute(ours, (near.low, near.high)))
                 assert 0 <= ours[0] <= right / trials <= ours[1] <= 1
-    parity("Wilson's interval", f"scipy {scipy_version}", worst, 1e-12, "float64, the same formula")
+    parity("Wilson's interval", f"scipy {scipy_version}", max(errors), 1e-12, "float64, the same formula")
     for right, trials, confidence in ((3, 2, 0.9), (-1, 2, 0.9), (0, 0, 0.9), (1, 2, 1)):
         with pytest.raises(ValueError, match=f"{right} correct of {trials} trials, confidence={confidence}"):
             wilson_interval(right, trials, confidence=confidence)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lora.adalora import RankAllocator, cubic_budget
 from lora.config import AdaloraConfig, AdapterError, LoraConfig
 from lora.inject import add_adapters
+from tests.compare import Error, absolute, mixed, relative
 from tests.conftest import randomized, tiny_config
 from tests.oracle.adapter_twins import (
     EPS,
@@ -21,7 +22,6 @@ from tests.oracle.adapter_twins import (
     check_merging,
     check_sixteen_bit,
     compare,
-    gap,
     inputs,
     loss_of,
     parameters_gap,
@@ -54,11 +54,11 @@ def test_penalty(family, tmp_path, parity):
     both.theirs.get_base_model().forward = lambda: SimpleNamespace(loss=zero.clone())
     expected = both.theirs.base_model().loss  # PeftModel itself passes AdaLoraModel by where its config names no task
     assert penalty > 0.1
-    parity("adalora: penalty", LIBRARY, gap(penalty, expected), *ROUNDING)
+    parity("adalora: penalty", LIBRARY, mixed(penalty, expected), *ROUNDING)
     penalty.backward()
     expected.backward()
     values = {name: value for name, value in trained(both.network).items() if not name.endswith(".E")}
-    errors = [gap(value.grad, both.theirs.get_parameter(both.names[name]).grad) for name, value in values.items()]
+    errors = [mixed(value.grad, both.theirs.get_parameter(both.names[name]).grad) for name, value in values.items()]
     parity("adalora: gradient of the penalty", LIBRARY, max(errors), *ROUNDING)
 
 
@@ -99,8 +99,8 @@ def test_ranks_are_shared_out_as_in_peft(family, tmp_path, parity):
         for path, part in race.allocator.parts.items():
             for leaf in ("A", "E", "B"):
                 name = race.name_in_peft(path, leaf)
-                sensitivities.append(relative(getattr(part, f"sensitivity_{leaf}"), shared.exp_avg_ipt.get(name)))
-                uncertainties.append(relative(getattr(part, f"uncertainty_{leaf}"), shared.exp_avg_unc.get(name)))
+                sensitivities.append(gap(getattr(part, f"sensitivity_{leaf}"), shared.exp_avg_ipt.get(name)))
+                uncertainties.append(gap(getattr(part, f"uncertainty_{leaf}"), shared.exp_avg_unc.get(name)))
             gone = both.theirs.get_parameter(both.names[f"{path}.parts.default.E"]) == 0
             assert torch.equal(part.E == 0, gone), (number, path)
         if pattern := both.theirs.peft_config["default"].rank_pattern:
@@ -118,12 +118,12 @@ def test_ranks_are_shared_out_as_in_peft(family, tmp_path, parity):
 RACE = (1e-10, "float64 rounding, through thirty updates of AdamW")
 
 
-def relative(ours: Tensor, theirs: Tensor | None) -> float:
-    """The largest difference as a share of the largest number: these are far below 1. PEFT throws its own away at the end."""
+def gap(ours: Tensor, theirs: Tensor | None) -> Error:
+    """Relative: these are far below 1. PEFT throws its own away at the end."""
     if theirs is None:
         assert not ours.any()
-        return 0.0
-    return float((ours - theirs).abs().max() / theirs.abs().max())
+        return Error(0.0, "relative")
+    return relative(ours, theirs)
 
 
 def test_budget(tmp_path, parity):
@@ -134,7 +134,7 @@ def test_budget(tmp_path, parity):
         model = peft.get_peft_model(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), config)
         schedule = model.base_model.rankallocator.budget_schedule
         numbers = [cubic_budget(n, tinit, total - tfinal, 7, 3) for n in range(1, total + 1)]
-        errors += [abs(schedule(n)[0] - mine) for n, mine in enumerate(numbers, 1)]
+        errors += [absolute(mine, schedule(n)[0]) for n, mine in enumerate(numbers, 1)]
     parity("adalora: budget", LIBRARY, max(errors), 0, "integers")
 
 
@@ -212,7 +212,7 @@ def test_features_and_weight_of_a_head():
     part, hidden = network.head.parts["default"], output.hidden
     assert network.head.weight.shape == (61, 24 + 3)
     expected = network.head.base(hidden) + hidden @ part.delta().T
-    assert gap(output.logits, expected) < 1e-13 and gap(output.logits, network.head.base(hidden)) > 1e-2
+    assert mixed(output.logits, expected) < 1e-13 and mixed(output.logits, network.head.base(hidden)) > 1e-2
 
 
 @pytest.mark.parametrize("family", FAMILIES)

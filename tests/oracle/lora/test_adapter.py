@@ -10,8 +10,9 @@ from lora.config import AdapterConfig, AdapterError
 from lora.inject import activate, add_adapters, merge, remove
 from lora.layer import LayerName
 from model.generate import generate
+from tests.compare import mixed
 from tests.conftest import randomized, tiny_config
-from tests.oracle.model.test_network import ROUNDING, gap, inputs, published
+from tests.oracle.model.test_network import ROUNDING, inputs, published
 from tests.oracle.wide import widen
 
 LIBRARY = f"transformers {transformers.__version__} with hooks"
@@ -72,12 +73,12 @@ def test_logits_and_gradients(family, curve, placement, tmp_path, parity):
         copies += four
     arguments, their_arguments, real, _ = inputs(network.config, padded=True)
     logits, expected = network(**arguments).logits, theirs(**their_arguments).logits
-    parity("adapter: logits", LIBRARY, gap(logits[real], expected[real]), *ROUNDING)
+    parity("adapter: logits", LIBRARY, mixed(logits[real], expected[real]), *ROUNDING)
     direction = torch.randn_like(logits)[real]
     gradients = torch.autograd.grad((logits[real] * direction).sum(), values)
     others = torch.autograd.grad((expected[real] * direction).sum(), copies)
     assert all(gradient.abs().max() > 1e-3 for gradient in others)
-    parity("adapter: gradients", LIBRARY, max(map(gap, gradients, others)), *ROUNDING)
+    parity("adapter: gradients", LIBRARY, mixed(gradients, others), *ROUNDING)
 
 
 @pytest.mark.parametrize("family", BEHIND)
@@ -95,7 +96,7 @@ def test_at_first_nothing_changes_and_at_last_nothing_is_left(family):
         randomize(network)
         second = network(ids).logits
         both = activate(network, ("a", "b"))(ids).logits
-        assert min(gap(a, b) for a, b in ((first, plain), (second, first), (both, first), (both, second))) > 1e-3
+        assert min(mixed(a, b) for a, b in ((first, plain), (second, first), (both, first), (both, second))) > 1e-3
         assert torch.equal(activate(network, "a")(ids).logits, first)
         assert torch.equal(activate(network)(ids).logits, plain)
         assert torch.equal(remove(network)(ids).logits, plain)
@@ -115,11 +116,11 @@ def test_dropout_formats_and_what_cannot_be():
     network, ids = randomized(tiny_config("gpt2")), torch.randint(3, 61, (2, 7))
     add_adapters(network, AdapterConfig(width=4, dropout=0.5))
     randomize(network)
-    assert gap(network.train()(ids).logits, network.eval()(ids).logits) > 1e-3
+    assert mixed(network.train()(ids).logits, network.eval()(ids).logits) > 1e-3
     part = network.body.blocks[0].mlp.down.parts["default"].train()
     y = torch.randn(4000, 24, dtype=torch.float64)
     seen = torch.stack([part.post_forward(y, y, network) for _ in range(50)]).mean(0)
-    assert gap(seen.mean(0), part.eval().post_forward(y, y, network).mean(0)) < 0.01  # what is kept is scaled up
+    assert mixed(seen.mean(0), part.eval().post_forward(y, y, network).mean(0)) < 0.01  # what is kept is scaled up
     with pytest.raises(AdapterError, match="cannot be merged"):
         merge(network)
     half = add_adapters(randomized(tiny_config("gpt2"), dtype=torch.bfloat16), AdapterConfig(width=4))

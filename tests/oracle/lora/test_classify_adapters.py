@@ -16,6 +16,7 @@ from data.transforms.framing import Framer, choose_pad_id
 from lora.config import CONFIGS
 from lora.methods import uses_virtual_tokens
 from model.predict import Text, pad_batch
+from tests.compare import absolute
 from tests.conftest import randomized, tiny_config
 from tests.folders import byte_level, write_tokenizer
 from tests.oracle.train.test_classify import EOS, SPECIALS, template, word_piece, write_labelled
@@ -93,5 +94,4 @@ def test_peft_opens_the_run(method, family, tmp_path, parity):
     with torch.no_grad():
         inputs = [pad_batch(batch, choose_pad_id(tokenizer, framer.last_token), types=False) for batch in batches]
         other = torch.cat([theirs(**each).logits.softmax(-1) for each in inputs])
-    error = (other - own).abs().max()
-    parity(f"classification run: {method} {family}", f"peft {peft.__version__}", error, 1e-5, "float32 rounding")
+    parity(f"classification run: {method} {family}", f"peft {peft.__version__}", absolute(own, other), 1e-5, "float32 rounding")

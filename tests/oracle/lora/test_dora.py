@@ -10,6 +10,7 @@ from lora.dora import Dora, EmbeddingDora, dora_reference
 from lora.inject import activate, add_adapters, merge
 from lora.layer import AdaptedLayer
 from model.init import parameter_generator
+from tests.compare import mixed
 from tests.conftest import randomized, tiny_config
 from tests.oracle.adapter_twins import (
     FAMILIES,
@@ -18,7 +19,6 @@ from tests.oracle.adapter_twins import (
     check_merging,
     check_sixteen_bit,
     compare,
-    gap,
     inputs,
     randomize,
     trained,
@@ -40,7 +40,7 @@ def test_first_magnitudes(family, tmp_path, parity):
     """Before anything is copied: PEFT's magnitudes are the norms of the same rows."""
     both = twin(family, DoraConfig(r=3, alpha=5), theirs(), tmp_path, random=False, copy=False)
     sizes = {name: value for name, value in trained(both.network).items() if name.endswith("magnitude")}
-    error = max(gap(value, both.theirs.get_parameter(both.names[name])) for name, value in sizes.items())
+    error = max(mixed(value, both.theirs.get_parameter(both.names[name])) for name, value in sizes.items())
     parity("dora: first magnitudes", LIBRARY, error, *ROUNDING)
 
 
@@ -61,7 +61,7 @@ def test_equation(outs, ins, bias):
     expected = dora_reference(x, base.weight, base.bias, part.A, part.B, part.magnitude, 1.5)
     direction, values = torch.randn_like(y), list(part.parameters())
     gradients = zip(*(torch.autograd.grad((out * direction).sum(), values) for out in (y, expected)), strict=True)
-    assert gap(y, expected) < 1e-14 and all(gap(one, other) < 1e-14 for one, other in gradients)
+    assert mixed(y, expected) < 1e-14 and all(mixed(one, other) < 1e-14 for one, other in gradients)
 
 
 def adapted(base: nn.Module, config: DoraConfig, kind: type[Dora] = Dora, random: bool = True) -> AdaptedLayer:
@@ -88,7 +88,7 @@ def test_start_is_the_base_bit_for_bit(kind, dtype):
     part = layer.parts["default"]
     exact = base.weight.double().norm(dim=1 if kind == "linear" else 0)
     assert part.magnitude.dtype == torch.promote_types(dtype, torch.float32)
-    assert gap(part.magnitude.double(), exact) < 1e-6
+    assert mixed(part.magnitude.double(), exact) < 1e-6
     part.magnitude.data[3] *= 1.5
     assert not torch.equal(layer(x), base(x))
 
@@ -140,7 +140,7 @@ def test_merging_beside_another_adapter(other, first):
     randomize(activate(network, ("one", "other") if first else ("other", "one")))
     ours, *_ = inputs(network.config, padded=False)
     beside = network(**ours).logits
-    assert gap(merge(network)(**ours).logits, beside) <= 1e-12
+    assert mixed(merge(network)(**ours).logits, beside) <= 1e-12
 
 
 def test_merging_an_embedding():
@@ -159,7 +159,7 @@ def test_the_norm_is_a_constant_in_the_backward_pass():
     gradient = torch.autograd.grad(layer(x).sum(), part.B)[0]
     changed = base.weight + part.B @ part.A
     through = (x @ (part.magnitude[:, None] * changed / changed.norm(dim=1, keepdim=True)).T).sum()
-    assert gap(gradient, torch.autograd.grad(through, part.B)[0]) > 1e-2
+    assert mixed(gradient, torch.autograd.grad(through, part.B)[0]) > 1e-2
 
 
 def test_a_head_is_refused():

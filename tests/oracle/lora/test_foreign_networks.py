@@ -25,7 +25,8 @@ from lora.config import (
 from lora.inject import activate, add_adapters, merge, parts, remove, unmerge
 from lora.lora import LoraLinear
 from lora.targets import all_linear
-from tests.oracle.adapter_twins import LIBRARY, gap
+from tests.compare import absolute, mixed
+from tests.oracle.adapter_twins import LIBRARY
 from tests.oracle.model.test_network import ROUNDING
 
 SMALL = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
@@ -123,23 +124,23 @@ def test_add_adapters_is_pefts(kind, setting, parity):
     assert add_adapters(network, config) is network and not network.training
     logits, _ = loss(network, kind)
     expected, _ = loss(theirs, kind)
-    parity(f"LoRA on transformers' {kind}: at first", LIBRARY, gap(logits, expected), *ROUNDING)
+    parity(f"LoRA on transformers' {kind}: at first", LIBRARY, mixed(logits, expected), *ROUNDING)
 
     pairs = same_values(network, theirs)
     logits, ours = loss(network, kind)
     expected, other = loss(theirs, kind)
-    parity(f"LoRA on transformers' {kind}: logits", LIBRARY, gap(logits, expected), *ROUNDING)
+    parity(f"LoRA on transformers' {kind}: logits", LIBRARY, mixed(logits, expected), *ROUNDING)
     ours.backward()
     other.backward()
     mine, have = dict(network.named_parameters()), dict(theirs.named_parameters())
-    error = max(float((mine[name].grad - have[pairs[name]].grad).abs().max()) for name in pairs)
+    error = max(absolute(mine[name].grad, have[pairs[name]].grad) for name in pairs)
     parity(f"LoRA on transformers' {kind}: gradients", LIBRARY, error, *ROUNDING)
     assert max(float(mine[name].grad.abs().max()) for name in pairs) > 1e-3
     assert all(value.grad is None for name, value in mine.items() if name not in pairs)
 
     merged, theirs_merged = loss(merge(network), kind)[0], loss(theirs.merge_and_unload(), kind)[0]
-    parity(f"LoRA on transformers' {kind}: merged", LIBRARY, gap(merged, theirs_merged), *ROUNDING)
-    assert gap(merged, logits) < 1e-10
+    parity(f"LoRA on transformers' {kind}: merged", LIBRARY, mixed(merged, theirs_merged), *ROUNDING)
+    assert mixed(merged, logits) < 1e-10
     assert torch.equal(loss(unmerge(network), kind)[0], logits)
     back = remove(network).state_dict()
     assert back.keys() == before.keys() and all(torch.equal(back[name], before[name]) for name in before)
@@ -169,11 +170,11 @@ def test_two_adapters_are_pefts_weighted_sum(kind, parity):
                 have[f"base_model.model.{layer}.lora_{leaf}.{name}.weight"].copy_(value)
     for name in ("one", "two"):
         theirs.set_adapter(name)
-        error = gap(loss(activate(network, name), kind)[0], loss(theirs, kind)[0])
+        error = mixed(loss(activate(network, name), kind)[0], loss(theirs, kind)[0])
         parity(f"LoRA on transformers' {kind}: one of two", LIBRARY, error, *ROUNDING)
     theirs.add_weighted_adapter(["one", "two"], [0.7, -0.4], "sum", combination_type="cat")
     theirs.set_adapter("sum")
-    error = gap(loss(activate(network, {"one": 0.7, "two": -0.4}), kind)[0], loss(theirs, kind)[0])
+    error = mixed(loss(activate(network, {"one": 0.7, "two": -0.4}), kind)[0], loss(theirs, kind)[0])
     parity(f"LoRA on transformers' {kind}: a weighted sum", LIBRARY, error, *ROUNDING)
 
 
@@ -184,7 +185,7 @@ def test_merged_for_good_keeps_transformers_names():
             part.B.normal_()
     expected = loss(network, "gpt2")[0]
     plain = remove(merge(network))
-    assert gap(loss(plain, "gpt2")[0], expected) < 1e-10
+    assert mixed(loss(plain, "gpt2")[0], expected) < 1e-10
     again = NETWORKS["gpt2"]().double().eval()
     again.load_state_dict(plain.state_dict())
     assert torch.equal(loss(again, "gpt2")[0], loss(plain, "gpt2")[0])
@@ -204,7 +205,7 @@ def test_other_methods_start_at_the_network_and_merge(config):
             if value.requires_grad:
                 value.add_(0.3 * torch.randn_like(value))
     beside = loss(network, "bert")[0]
-    assert gap(beside, before) > 1e-3 and gap(loss(merge(network), "bert")[0], beside) < 1e-10
+    assert mixed(beside, before) > 1e-3 and mixed(loss(merge(network), "bert")[0], beside) < 1e-10
 
 
 class Odd(nn.Module):
@@ -228,21 +229,21 @@ def test_any_module(training):
     network.encoder.linear1.bias.requires_grad_(False)
     before, frozen = network(x), [name for name, value in network.named_parameters() if not value.requires_grad]
     add_adapters(network, LoraConfig(r=2), "a")
-    assert gap(network(x), before) < 1e-12
+    assert mixed(network(x), before) < 1e-12
     with torch.no_grad():
         for part in parts(network, "a").values():
             part.B.normal_()
     assert len(parts(network, "a")) == 4  # base.base, out_proj, linear1, linear2
     beside = network(x)
-    assert gap(beside, before) > 1e-2
+    assert mixed(beside, before) > 1e-2
     with torch.no_grad():
-        assert gap(network(x), beside) < 1e-12  # torch's fast path too
+        assert mixed(network(x), beside) < 1e-12  # torch's fast path too
     beside.square().sum().backward()
     assert all(bool(part.A.grad.abs().max() > 0) for part in parts(network, "a").values())
-    assert gap(merge(network)(x), beside) < 1e-12
+    assert mixed(merge(network)(x), beside) < 1e-12
     unmerge(network)
     add_adapters(network, LoraConfig(r=2, targets=r"^base\.base$"), "b")
-    assert gap(activate(network)(x), before) < 1e-12
+    assert mixed(activate(network)(x), before) < 1e-12
     assert torch.equal(remove(network)(x), before)
     assert [name for name, value in network.named_parameters() if not value.requires_grad] == frozen
 
@@ -302,11 +303,11 @@ def test_lora_linear_is_pefts(kind, rank_stabilized, parity):
     (y * weights).sum().backward()
     (expected * weights).sum().backward()
     pairs = [(y, expected), (ours.A.grad, inner.lora_A.default.weight.grad), (ours.B.grad, inner.lora_B.default.weight.grad)]
-    parity("LoraLinear: forward and gradients", LIBRARY, max(float((a - b).detach().abs().max()) for a, b in pairs), *ROUNDING)
+    parity("LoraLinear: forward and gradients", LIBRARY, max(absolute(a, b) for a, b in pairs), *ROUNDING)
     own = layer.weight.clone()
     ours.merge()
     theirs.merge_adapter()
-    assert gap(layer.weight, inner.base_layer.weight) < 1e-12 and gap(ours(x), y) < 1e-12 and gap(layer(x), y) < 1e-12
+    assert mixed(layer.weight, inner.base_layer.weight) < 1e-12 and mixed(ours(x), y) < 1e-12 and mixed(layer(x), y) < 1e-12
     ours.unmerge()
     assert torch.equal(layer.weight, own) and torch.equal(ours(x), y)
 
@@ -331,8 +332,8 @@ def test_lora_linear_drops_only_what_A_reads():
     y = layer(x)
     torch.manual_seed(1)
     expected = layer.base(x) + 2 * nn.functional.dropout(x, 0.5) @ layer.A.T @ layer.B.T
-    assert gap(y, expected) < 1e-12
-    assert gap(layer.eval()(x), layer.base(x) + 2 * x @ layer.A.T @ layer.B.T) < 1e-12
+    assert mixed(y, expected) < 1e-12
+    assert mixed(layer.eval()(x), layer.base(x) + 2 * x @ layer.A.T @ layer.B.T) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -358,7 +359,7 @@ def test_lora_linear_inside_a_network():
     again.load_state_dict(network.state_dict())
     x = torch.randn(3, 6)
     assert torch.equal(again(x), network(x)) and again.double()(x.double()).dtype == torch.float64
-    assert gap(copy.deepcopy(network)(x), network(x)) == 0
+    assert mixed(copy.deepcopy(network)(x), network(x)) == 0
 
 
 def test_mistakes_are_told():

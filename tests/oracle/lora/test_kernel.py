@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from lora.fused import triton_product
-from tests.oracle.lora_kernel import CARDS, CASES
-from tests.oracle.triton_apart import fresh
+from tests.compare import Error
+from tests.oracle.triton.harness import check_resources, fresh
+from tests.oracle.triton.lora import CASES, VARIANTS
 
 TWIN = "our plain twin in float64"
 TOLERANCES = {
@@ -22,12 +23,12 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton is a dep
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
-    return fresh("tests.oracle.lora_kernel", "run", tmp_path_factory.mktemp("triton"), TRITON_INTERPRET="1")
+    return fresh("lora", "run", tmp_path_factory.mktemp("triton"))
 
 
 def check(found: dict, name: str, parity, where: str) -> None:
     tolerance, reason = TOLERANCES[CASES[name][1]]
-    parity(f"Triton's LoRA, {where}: {name}", TWIN, found["error"], tolerance, reason)
+    parity(f"Triton's LoRA, {where}: {name}", TWIN, Error(found["error"], "relative"), tolerance, reason)
     assert found["mutant"] > 2 * tolerance  # a rank too few, or a scale a tenth off, would be seen
 
 
@@ -37,15 +38,12 @@ def test_interpreted(name, interpreted, parity):
 
 
 def test_the_whole_operation_interpreted(interpreted, parity):
-    parity("Triton's LoRA: forward and gradients, interpreted", TWIN, interpreted["whole"], 3e-6, "float32")
+    parity("Triton's LoRA: forward and gradients, interpreted", TWIN, Error(interpreted["whole"], "relative"), 3e-6, "float32")
 
 
 @pytest.mark.slow
 def test_compiled_for_cards_that_are_not_here(tmp_path):
-    found = fresh("tests.oracle.lora_kernel", "compile", tmp_path)
-    assert len(found) == len(CARDS) * 5
-    assert {name: stack for name, (_, stack) in found.items() if stack} == {}  # nothing spilled
-    assert max(registers for registers, _ in found.values()) <= 255
+    check_resources(fresh("lora", "compile", tmp_path)["resources"], VARIANTS)
 
 
 def test_formats_that_it_does_not_take_are_errors():

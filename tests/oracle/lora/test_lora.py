@@ -14,6 +14,7 @@ from lora.layer import LayerName
 from lora.targets import by_pattern, match_layers, published_modules
 from model.config import ModelConfig
 from model.init import empty_network
+from tests.compare import mixed
 from tests.conftest import randomized, tiny_config
 from tests.oracle.adapter_twins import (
     FAMILIES,
@@ -21,7 +22,6 @@ from tests.oracle.adapter_twins import (
     ROUNDING,
     batch,
     compare,
-    gap,
     gradients_gap,
     loss_of,
     randomize,
@@ -105,7 +105,7 @@ def test_all_biases(tmp_path, parity):
     both = twin("bert", LoraConfig(r=2, alpha=2, bias="all"), theirs_of("bert", r=2, lora_alpha=2, bias="all"), tmp_path)
     ours, theirs, real = batch(both)
     logits, expected = both.network(**ours).logits, both.theirs(**theirs).logits
-    parity("lora, patterns and biases: logits", LIBRARY, gap(logits[real], expected[real]), *ROUNDING)
+    parity("lora, patterns and biases: logits", LIBRARY, mixed(logits[real], expected[real]), *ROUNDING)
     for each in (logits, expected):
         loss_of(each, real, ours["input_ids"]).backward()
     parity("lora, patterns and biases: gradients", LIBRARY, gradients_gap(both), *ROUNDING)
@@ -146,7 +146,7 @@ def test_dropout_is_on_what_a_reads(tmp_path):
     torch.manual_seed(7)
     logits = both.network(**ours).logits
     torch.manual_seed(7)
-    assert gap(logits[real], both.theirs(**theirs).logits[real]) < 1e-12 < gap(logits[real], quiet[real])
+    assert mixed(logits[real], both.theirs(**theirs).logits[real]) < 1e-12 < mixed(logits[real], quiet[real])
 
 
 def empty_with_one(preset: str):
@@ -204,10 +204,10 @@ def test_switched(several, parity):
         activate(network, name)
         model.set_adapter(name)
         assert all(f".parts.{name}." in path for path in trained(network))
-        parity("lora, several: switched", LIBRARY, gap(network(ids).logits, model(ids).logits), *ROUNDING)
+        parity("lora, several: switched", LIBRARY, mixed(network(ids).logits, model(ids).logits), *ROUNDING)
     activate(network)
     with model.disable_adapter():
-        parity("lora, several: none", LIBRARY, gap(network(ids).logits, model(ids).logits), *ROUNDING)
+        parity("lora, several: none", LIBRARY, mixed(network(ids).logits, model(ids).logits), *ROUNDING)
     assert not trained(network)
 
 
@@ -219,11 +219,11 @@ def test_combined(several, weights, how, theirs, parity):
     with Wide():  # PEFT's roots of the weights
         model.add_weighted_adapter(list(CONFIGS), list(weights), "both", combination_type=theirs)
     model.set_adapter("both")
-    parity(f"lora, {how}: logits", LIBRARY, gap(network(ids).logits, model(ids).logits), *ROUNDING)
+    parity(f"lora, {how}: logits", LIBRARY, mixed(network(ids).logits, model(ids).logits), *ROUNDING)
     if how == "concatenated":
         both = network(ids).logits
         activate(network, dict(zip(CONFIGS, weights, strict=True)))
-        assert gap(network(ids).logits, both) < 1e-12
+        assert mixed(network(ids).logits, both) < 1e-12
         assert list(adapters(network)) == ["one", "other", "both"]
 
 
@@ -238,9 +238,9 @@ def test_a_share_of_an_embedding_and_a_head():
     ids = torch.randint(0, 61, (2, 9))
     wanted, plain = merged(ids).logits, network(ids).logits
     activate(network, {"one": 0.7})
-    assert gap(network(ids).logits, wanted) < 1e-12 < gap(plain, wanted)
+    assert mixed(network(ids).logits, wanted) < 1e-12 < mixed(plain, wanted)
     combine_adapters(network, {"one": 0.7}, "both")
-    assert gap(network(ids).logits, wanted) < 1e-12
+    assert mixed(network(ids).logits, wanted) < 1e-12
 
 
 def test_what_cannot_be_combined(several):
@@ -319,5 +319,5 @@ def test_lora_plus(tmp_path, parity):
             optimizer.zero_grad()
             torch.nn.functional.cross_entropy(logits[real], labels[real]).backward()
             optimizer.step()
-    errors = [gap(value, both.theirs.get_parameter(both.names[name])) for name, value in trained(both.network).items()]
+    errors = [mixed(value, both.theirs.get_parameter(both.names[name])) for name, value in trained(both.network).items()]
     parity("lora+: parameters after 10 steps", LIBRARY, max(errors), 1e-10, "float64 rounding, through ten updates of AdamW")

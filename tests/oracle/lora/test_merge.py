@@ -19,6 +19,7 @@ from lora.inject import add_adapters
 from lora.merge_folder import merge_to_folder
 from model.config import ModelConfig
 from model.init import build_network
+from tests.compare import relative
 from tests.conftest import randomized, tiny_config
 from tests.oracle.lora.test_peft_io import inputs, peft_folder, shake
 from tests.oracle.model.test_network import CLASSES
@@ -75,7 +76,7 @@ def test_the_folder_is_what_peft_merges(name, dtype, tmp_path, parity, capsys):
         theirs = theirs.merge_and_unload(safe_merge=True)
     ours, batch = opened(tmp_path / "out", dtype, kind), inputs(network.config)
     assert next(ours.parameters()).dtype == dtype
-    error = (ours(**batch).logits - theirs(**batch).logits).abs().max() / theirs(**batch).logits.abs().max()
+    error = relative(ours(**batch).logits, theirs(**batch).logits)
     # the same, and not by chance: the base says something else
     base = opened(tmp_path / "base", dtype, kind)
     assert (base(**batch).logits - theirs(**batch).logits).abs().max() > 1e-3
@@ -162,7 +163,7 @@ def test_a_t5_whose_head_scales_with_and_without_a_tie(end, tmp_path, parity):
         merge_to_folder(base, adapter, out, untie=step == 0)
         expected = peft.PeftModel.from_pretrained(opened(base, torch.float64, "encoder-decoder"), adapter).double().eval()
         said = opened(out, torch.float64, "encoder-decoder")(**batch).logits
-        error = (said - expected(**batch).logits).abs().max() / said.abs().max()
+        error = relative(said, expected(**batch).logits)
         parity(f"merged folders: t5, untied, {target}, step {step}", "PEFT, transformers", error, *SAME)
         merged = model.hub.read_config(out)
         assert (merged.tie_embeddings, merged.scale_head) == (False, True)

@@ -15,6 +15,7 @@ import model.hub
 from lora.__main__ import main
 from lora.config import AdapterError, LoraConfig
 from lora.inject import add_adapters
+from tests.compare import relative
 from tests.conftest import randomized, tiny_config
 from tests.oracle.lora.test_peft_io import inputs, peft_folder, shake
 from tests.oracle.lora.test_prompted_classifiers import HEADS
@@ -62,10 +63,6 @@ def said_by(network: nn.Module, config) -> torch.Tensor:
     return torch.stack((found.start_logits, found.end_logits), -1) if config.head == "qa" else found.logits
 
 
-def gap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
-
-
 @pytest.mark.parametrize(
     ("name", "asked"), [*((name, False) for name in CASES), ("llama", True), ("llama, answers", True), ("roberta", True)]
 )
@@ -78,7 +75,7 @@ def test_it_is_pefts_classifier(name, asked, tmp_path, parity, capsys):
     assert ("read as with --head" in shown.err) == (not asked)
     assert f"try it:  python -m model info {tmp_path / 'out'}" in shown.out
     merged = by_class(head, tmp_path / "out")
-    parity(f"merged classifiers: {name}", LIBRARY, gap(said_by(merged, config), expected), *ROUNDING)
+    parity(f"merged classifiers: {name}", LIBRARY, relative(said_by(merged, config), expected), *ROUNDING)
     settings = json.loads((tmp_path / "out" / "config.json").read_text())
     assert settings["architectures"] == [type(merged).__name__] and "head" not in settings
     assert head == "qa" or len(settings["id2label"]) == len(settings["label2id"]) == 3
@@ -86,7 +83,8 @@ def test_it_is_pefts_classifier(name, asked, tmp_path, parity, capsys):
     assert model.hub.load(tmp_path / "out").config.replace(**labels) == config  # and nothing is there but what it needs
     with pytest.warns(UserWarning, match="read as with --head"):
         beside = peft_io.open_network(tmp_path / "adapter", base=tmp_path / "base")
-    assert gap(said(beside, config), expected) < (1e-12 if "bert" in name else 1e-5)  # transformers casts RMS norms to float32
+    tolerance = 1e-12 if "bert" in name else 1e-5  # transformers casts RMS norms to float32
+    assert relative(said(beside, config), expected) < tolerance
 
 
 def said(network: nn.Module, config) -> torch.Tensor:
@@ -120,12 +118,12 @@ def test_our_own_says_its_head(family, tmp_path, parity):
     peft_io.save(network, tmp_path / "adapter")
     expected = said(network, network.config)
     theirs = peft.PeftModel.from_pretrained(by_class("sequence", tmp_path / "classifier"), tmp_path / "adapter").double().eval()
-    assert gap(said_by(theirs, network.config), expected) < (1e-12 if family == "roberta" else 1e-5)
+    assert relative(said_by(theirs, network.config), expected) < (1e-12 if family == "roberta" else 1e-5)
     assert main(["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), "--out", str(tmp_path / "out")]) == 0
     merged = model.hub.load(tmp_path / "out")
-    error = gap(said(merged, merged.config), expected)
+    error = relative(said(merged, merged.config), expected)
     parity(f"merged classifiers: ours, {family}", "ours, beside the base", error, *ROUNDING)
-    assert gap(said(peft_io.open_network(tmp_path / "adapter"), network.config), expected) == 0
+    assert relative(said(peft_io.open_network(tmp_path / "adapter"), network.config), expected) == 0
 
 
 def say(folder, **values) -> None:

@@ -7,10 +7,10 @@ import lora.peft_io as peft_io
 import model.hub
 from lora.config import AdapterError, Ia3Config, LoraConfig
 from lora.inject import activate, add_adapters, merge, parts, remove, unmerge
+from tests.compare import mixed
 from tests.conftest import randomized, tiny_config
 from tests.oracle.adapter_twins import (
     FAMILIES,
-    gap,
     randomize,
     trained,
 )
@@ -29,13 +29,13 @@ def test_merged_is_the_same(family, dtype, tolerance):
     activate(network, {"one": 0.5, "other": -1.0})
     beside = network(ids).logits
     merge(network)
-    assert gap(network(ids).logits, beside) < tolerance
+    assert mixed(network(ids).logits, beside) < tolerance
     with pytest.raises(AdapterError, match="merged already"):
         merge(network)
     unmerge(network)
     assert torch.equal(network(ids).logits, beside)
     merged = remove(merge(network))
-    assert gap(merged(ids).logits, beside) < tolerance
+    assert mixed(merged(ids).logits, beside) < tolerance
     assert dict(merged.named_parameters()).keys() == before.keys()
     assert all(parameter.requires_grad for parameter in merged.parameters())
 
@@ -49,7 +49,7 @@ def test_a_tied_matrix_is_not_merged_at_one_end():
         merge(network)
     assert torch.equal(network(ids).logits, beside)
     merge(network, untie=True)
-    assert gap(network(ids).logits, beside) < 1e-12 and not network.config.tie_embeddings
+    assert mixed(network(ids).logits, beside) < 1e-12 and not network.config.tie_embeddings
 
 
 def test_several_on_one_head():
@@ -58,7 +58,7 @@ def test_several_on_one_head():
         randomize(add_adapters(network, LoraConfig(r=2 + number, targets="^head$"), name), seed=number)
     activate(network, {"one": 0.5, "other": -1.0})
     beside = network(ids).logits
-    assert gap(merge(network, untie=True)(ids).logits, beside) < 1e-12
+    assert mixed(merge(network, untie=True)(ids).logits, beside) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -110,14 +110,14 @@ def test_what_stands_when_adapters_are_taken_off():
         assert constants and not any(name.rpartition(".")[2] == "bias" and "head" in name for name in trained(network))
         randomize(network)
         beside = network(ids).logits
-        assert gap(beside, before) > 1e-3
+        assert mixed(beside, before) > 1e-3
         if merged:
             with pytest.raises(AdapterError, match="head was adapted, and its matrix is also"):
                 merge(network)
-            assert gap(network(ids).logits, beside) < 1e-12
+            assert mixed(network(ids).logits, beside) < 1e-12
             merge(network, untie=True)
         remove(network)
-        assert gap(network(ids).logits, beside if merged else before) < 1e-12
+        assert mixed(network(ids).logits, beside if merged else before) < 1e-12
         assert {n for n, value in network.named_parameters() if not value.requires_grad} == constants
     assert not network.config.tie_embeddings
 
@@ -132,7 +132,7 @@ def test_parts_of_several_methods_merge_in_their_order():
     for order in (("scaled", "changed"), ("changed", "scaled")):
         activate(network, order)
         beside = network(ids).logits
-        assert gap(merge(network)(ids).logits, beside) < 1e-12
+        assert mixed(merge(network)(ids).logits, beside) < 1e-12
         assert torch.equal(unmerge(network)(ids).logits, beside)  # biases too
 
 
@@ -152,4 +152,4 @@ def test_on_a_network_in_16_bits(dtype):
     wide = randomized(tiny_config("llama"), dtype=dtype).float()
     add_adapters(wide, LoraConfig(r=3, targets="query|up|embedding|head"))
     randomize(wide, scale=0.1)
-    assert gap(logits.float(), wide(ids).logits) < (0.02 if dtype == torch.float16 else 0.1)
+    assert mixed(logits.float(), wide(ids).logits) < (0.02 if dtype == torch.float16 else 0.1)

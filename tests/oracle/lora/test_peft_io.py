@@ -22,6 +22,7 @@ from lora.config import (
     PtuningConfig,
 )
 from lora.inject import activate, add_adapters, parts
+from tests.compare import Error, relative
 from tests.conftest import randomized, tiny_config
 from tests.oracle.model.test_network import CLASSES, ROUNDING, how
 from tests.oracle.wide import Wide, widen
@@ -67,9 +68,9 @@ def opened_by_peft(config, base, folder, head_class=None) -> nn.Module:
         return peft.PeftModel.from_pretrained(theirs, folder, autocast_adapter_dtype=False).eval()
 
 
-def gap(one, other) -> float:
-    """The largest difference, as a part of the largest number; PEFT gives logits of a prompt's positions too."""
-    return ((one - other[:, -one.size(1) :]).abs().max() / other.abs().max()).item()
+def gap(one, other) -> Error:
+    """Relative; PEFT gives logits of a prompt's positions too."""
+    return relative(one, other[:, -one.size(1) :])
 
 
 LORA = dict(r=4, lora_alpha=6, init_lora_weights=False)

@@ -15,6 +15,7 @@ import model.hub
 import model.stack
 from lora.config import AdapterError, PrefixConfig, PromptConfig
 from lora.inject import add_adapters
+from tests.compare import relative
 from tests.conftest import randomized, tiny_config
 from tests.oracle.model.test_network import how, widen
 
@@ -83,10 +84,6 @@ def shake(module: nn.Module) -> None:
             parameter.copy_((parameter + 0.3 * noise).float())
 
 
-def gap(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
-
-
 def by_peft(config, folder, adapter) -> nn.Module:
     return peft.PeftModel.from_pretrained(twin(config, folder), adapter, autocast_adapter_dtype=False).double().eval()
 
@@ -104,15 +101,15 @@ def test_there_and_back(family, head, method, tmp_path, parity):
     expected = logits_of(by_peft(config, tmp_path / "base", tmp_path / "theirs"), head, 9)
     real = mask.bool() if head != "sequence" else slice(None)
     bound = TABLES if family == "roformer" else ROUNDING
-    parity(f"prompted classifiers, in: {family}, {head}, {method}", LIBRARY, gap(ours[real], expected[real]), *bound)
-    assert gap(plain[real], expected[real]) > 1e-2
+    parity(f"prompted classifiers, in: {family}, {head}, {method}", LIBRARY, relative(ours[real], expected[real]), *bound)
+    assert relative(plain[real], expected[real]) > 1e-2
 
     peft_io.save(network, tmp_path / "ours")
     kept, said = (load_file(tmp_path / each / "adapter_model.safetensors") for each in ("theirs", "ours"))
     assert kept.keys() == said.keys()
     assert all(torch.equal(value.double(), said[name].double()) for name, value in kept.items())
     back = logits_of(by_peft(config, tmp_path / "base", tmp_path / "ours"), head, 9)
-    parity(f"prompted classifiers, out: {family}, {head}, {method}", LIBRARY, gap(back[real], expected[real]), *bound)
+    parity(f"prompted classifiers, out: {family}, {head}, {method}", LIBRARY, relative(back[real], expected[real]), *bound)
 
 
 MADE = {
@@ -135,7 +132,7 @@ def test_made_here_it_opens_in_peft(family, name, tmp_path, parity):
     ids, mask = inputs(family)
     theirs = logits_of(by_peft(config, tmp_path / "base", tmp_path / "ours"), "sequence", 9)
     ours = network(ids, mask).logits
-    parity(f"prompted classifiers, out: {family}, made here, {name}", LIBRARY, gap(ours, theirs), *ROUNDING)
+    parity(f"prompted classifiers, out: {family}, made here, {name}", LIBRARY, relative(ours, theirs), *ROUNDING)
     assert torch.equal(peft_io.open_network(tmp_path / "ours")(ids, mask).logits, ours)
 
 
@@ -148,10 +145,10 @@ def test_the_comparison_sees_where_the_head_looks(tmp_path, monkeypatch):
     expected = logits_of(by_peft(config, tmp_path / "base", tmp_path / "theirs"), "sequence", 9)
     network = peft_io.load(model.hub.load(tmp_path / "base"), tmp_path / "theirs").eval()
     ids, mask = inputs("bert")
-    assert gap(network(ids, mask).logits, expected) < 1e-12
+    assert relative(network(ids, mask).logits, expected) < 1e-12
     split = model.stack.split_prompt
     monkeypatch.setattr(model.stack, "split_prompt", lambda *inputs: split(*inputs)._replace(prompt=None))
-    assert gap(network(ids, mask).logits, expected) > 1e-2
+    assert relative(network(ids, mask).logits, expected) > 1e-2
 
 
 def test_what_peft_has_no_class_for_is_ours_alone(tmp_path):

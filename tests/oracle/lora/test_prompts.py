@@ -11,8 +11,9 @@ from lora.config import PrefixConfig, PromptConfig, PtuningConfig
 from lora.inject import add_adapters
 from model.generate import generate
 from model.network import Network
+from tests.compare import mixed
 from tests.conftest import randomized, tiny_config
-from tests.oracle.model.test_network import ROUNDING, gap, inputs, published
+from tests.oracle.model.test_network import ROUNDING, inputs, published
 from tests.oracle.wide import widen
 
 LIBRARY = f"peft {peft.__version__}"
@@ -109,14 +110,14 @@ def test_text_gradients_and_ten_steps(family, method, tmp_path, parity):
     logits = network(**arguments).logits
     expected = their_logits(theirs, their_arguments, logits.size(1))
     labels = torch.randint(0, logits.size(-1), real.shape)
-    parity(f"{method}: logits", LIBRARY, gap(logits[real], expected[real]), *ROUNDING)
+    parity(f"{method}: logits", LIBRARY, mixed(logits[real], expected[real]), *ROUNDING)
 
     loss_of(logits, real, labels).backward()
     loss_of(expected, real, labels).backward()
     errors = []
     for name, own in named.items():
         assert others[name].grad.abs().max() > 0, f"{name} has no gradient: nothing is compared"
-        errors.append(gap(to_theirs(trained(network)[own].grad, own, network, method), others[name].grad))
+        errors.append(mixed(to_theirs(trained(network)[own].grad, own, network, method), others[name].grad))
     parity(f"{method}: gradients", LIBRARY, max(errors), *ROUNDING)
 
     start = {name: value.detach().clone() for name, value in trained(network).items()}
@@ -130,7 +131,7 @@ def test_text_gradients_and_ten_steps(family, method, tmp_path, parity):
             optimizer.step()
     values = trained(network)
     assert all((value - start[name]).abs().max() > 1e-2 for name, value in values.items())
-    moved = [gap(to_theirs(values[own], own, network, method), others[name]) for name, own in named.items()]
+    moved = [mixed(to_theirs(values[own], own, network, method), others[name]) for name, own in named.items()]
     parity(f"{method}: parameters after 10 steps", LIBRARY, max(moved), *STEPS)
 
 
@@ -160,10 +161,10 @@ def test_token_types_and_where_heads_look(tmp_path, parity):
     ours = network(ids, token_type_ids=kinds, hidden_states=True)
     other = theirs(input_ids=ids, token_type_ids=kinds, output_hidden_states=True)
     pairs = zip(ours.hidden_states, other.hidden_states, strict=True)
-    parity("prompt: states, token types", LIBRARY, max(gap(a, b[:, P:]) for a, b in pairs), *ROUNDING)
+    parity("prompt: states, token types", LIBRARY, max(mixed(a, b[:, P:]) for a, b in pairs), *ROUNDING)
     vectors = network.body(ids, token_type_ids=kinds, keep_prompt=True).hidden
     assert torch.equal(network.head(vectors, None), ours.logits)
-    parity("prompt: classes", LIBRARY, gap(ours.logits, other.logits), *ROUNDING)
+    parity("prompt: classes", LIBRARY, mixed(ours.logits, other.logits), *ROUNDING)
 
 
 def test_the_first_values_are_those_of_words():

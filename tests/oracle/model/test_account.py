@@ -18,6 +18,7 @@ from model.memory import training_memory
 from model.parameters import PARTS, adapter_parameters, cache_bytes, parameters, parameters_by_part
 from model.training import Training
 from model.weights import head_spec
+from tests.compare import absolute, relative
 from tests.conftest import tiny_config
 from tests.oracle.model.test_memory import FAMILIES, TORCH, Scored, adapt, batch_of
 from train.objective import MaskedObjective
@@ -57,7 +58,7 @@ def test_every_preset_has_the_library_s_count(preset, parity):
     if not config.tie_embeddings and theirs.get_output_embeddings().weight is table:
         expected += table.numel()  # transformers 5 ties every T5, until it has read a checkpoint whose head differs
     ours = sum(p.size for p in parameters(config).values() if p.trained)  # BART's constant bias is a buffer there
-    parity(f"parameters: {preset}", LIBRARY, abs(ours - expected), 0, "a count")
+    parity(f"parameters: {preset}", LIBRARY, absolute(ours, expected), 0, "a count")
 
 
 def test_vaswani_by_hand():
@@ -101,7 +102,7 @@ def test_operations(name, parity):
     config = tiny_config(name)
     forward, backward = run_counted(build_network(config, seed=0, attention="reference"), batch_of(3, 20))
     ours = flops_per_token(config, 20, skip_masked=False)
-    error = max(abs(ours.forward * 60 / forward - 1), abs(ours.backward * 60 / backward - 1))
+    error = max(relative(ours.forward * 60, forward), relative(ours.backward * 60, backward))
     parity(f"operations a token: {name}", f"{TORCH} FlopCounterMode", error, 1e-12, "a count")
     skipped = flops_per_token(config, 20)
     assert skipped.scores == ours.scores if config.architecture == "encoder" else skipped.scores < ours.scores
@@ -114,7 +115,7 @@ def test_operations_of_adapters(parity):
     network.body.embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
     forward, backward = run_counted(network, batch_of(3, 20))
     ours = flops_per_token(config, 20, rank=4, skip_masked=False)
-    error = max(abs(ours.forward * 60 / forward - 1), abs(ours.backward * 60 / backward - 1))
+    error = max(relative(ours.forward * 60, forward), relative(ours.backward * 60, backward))
     parity("operations a token: llama with adapters", f"{TORCH} FlopCounterMode", error, 1e-12, "a count")
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from model.beam import beam_search
 from model.config import ModelConfig
 from model.generate import generate
+from tests.compare import absolute, count
 from tests.conftest import randomized, tiny_config
 from tests.oracle.model.test_network import LIBRARY, published
 from tests.oracle.wide import Wide, widen
@@ -84,7 +85,7 @@ def test_greedy_tokens(family, tmp_path, parity):
     penalized = generate(network, ids, repetition_penalty=1.7, **options)
     different += (penalized != their_new_tokens(theirs, ids, mask, None, repetition_penalty=1.7)).sum()
     assert not torch.equal(penalized, free)
-    parity(f"greedy tokens: {family}", LIBRARY, different, 0, "tokens are equal or not: count of different ones")
+    parity(f"greedy tokens: {family}", LIBRARY, count(different), 0, "tokens are equal or not: count of different ones")
     for row in range(0, PROMPTS, 4):  # and padding changes nothing
         alone = generate(network, ids[row, mask[row].bool()][None], max_new_tokens=NEW, temperature=0)
         assert torch.equal(alone[0], free[row])
@@ -96,10 +97,10 @@ def test_beam_tokens_and_scores(family, tmp_path, parity):
     network, theirs = pair(family, tmp_path)
     ids, mask = prompts(network.config)
     free = generate(network, ids, attention_mask=mask, max_new_tokens=NEW, temperature=0)
-    different, error, lengths = 0, 0.0, set()
+    different, errors, lengths = 0, [], set()
     cases = [(4, *case) for case in CASES] + [(2, *case) for case in CASES[1::2]]
-    for beams, penalty, early, count in cases:
-        stops = endings(free, count)
+    for beams, penalty, early, ends in cases:
+        stops = endings(free, ends)
         settings = {"length_penalty": penalty, "early_stopping": early}
         ours = beam_search(
             network, ids, attention_mask=mask, beams=beams, max_new_tokens=NEW, stop_ids=stops, num_return=2, **settings
@@ -111,11 +112,11 @@ def test_beam_tokens_and_scores(family, tmp_path, parity):
         first = 1 if theirs.config.is_encoder_decoder else ids.size(1)
         rows = upto(expected.sequences[:, first:], stops)
         different += sum(a != b for a, b in zip(upto(ours.tokens.flatten(0, 1), stops), rows, strict=True))
-        error = max(error, (ours.scores.flatten() - expected.sequences_scores).abs().max().item())
+        errors.append(absolute(ours.scores.flatten(), expected.sequences_scores))
         lengths |= {len(row) for row in rows}
     assert len(lengths) > 3
-    parity(f"beam tokens: {family}", LIBRARY, different, 0, "tokens are equal or not: count of different rows")
-    parity(f"beam scores: {family}", LIBRARY, error, 1e-6, "ours are given in float32")
+    parity(f"beam tokens: {family}", LIBRARY, count(different), 0, "tokens are equal or not: count of different rows")
+    parity(f"beam scores: {family}", LIBRARY, max(errors), 1e-6, "ours are given in float32")
 
 
 CASES = [

@@ -9,8 +9,9 @@ from model.config import ModelConfig
 from model.heads import CLASSIFIERS, HEADS, POOLED_HEADS, TIED_HEADS
 from model.network import Network
 from model.weights import head_spec, to_published, weight_table
+from tests.compare import mixed
 from tests.conftest import TINY_FAMILIES, randomized, tiny_config
-from tests.oracle.model.test_network import LIBRARY, ROUNDING, gap, how
+from tests.oracle.model.test_network import LIBRARY, ROUNDING, how
 from tests.oracle.wide import widen
 
 KINDS = ("nsp", "pretraining", "sequence", "token", "qa", "pooler", "none")
@@ -62,10 +63,10 @@ def test_head(family, head, tmp_path, parity):
     directions = [torch.randn_like(a) for a, _ in pairs]
     sum((a * d).sum() for (a, _), d in zip(pairs, directions, strict=True)).backward()
     sum((b * d).sum() for (_, b), d in zip(pairs, directions, strict=True)).backward()
-    errors = [gap(a, b) for a, b in pairs]
+    errors = [mixed(a, b) for a, b in pairs]
     table, gradients = weight_table(config), dict(theirs.named_parameters())
     for name, parameter in network.named_parameters():
-        errors.append(gap(to_published(table[name], parameter.grad, config), gradients[table[name].published].grad))
+        errors.append(mixed(to_published(table[name], parameter.grad, config), gradients[table[name].published].grad))
     parity(f"{family}: head {head}", LIBRARY, max(errors), *ROUNDING)
 
     theirs.save_pretrained(tmp_path / "theirs")

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 import model.linear
 from model.linear import MAX_FEW_ROWS, Linear, linear, linear_few_rows
+from tests.compare import absolute
 
 TORCH = f"torch {torch.__version__}"
 
@@ -16,7 +17,7 @@ TORCH = f"torch {torch.__version__}"
 def test_few_rows(rows, outs, ins, parts, bias, parity):
     x, weight = torch.randn(rows, ins, dtype=torch.float64), torch.randn(outs, ins, dtype=torch.float64)
     offset = torch.randn(outs, dtype=torch.float64) if bias else None
-    error = (linear_few_rows(x, weight, offset, parts) - F.linear(x, weight, offset)).abs().max()
+    error = absolute(linear_few_rows(x, weight, offset, parts), F.linear(x, weight, offset))
     parity("linear layer: few rows", TORCH, error, 1e-12, "float64 rounding; sums in another order")
 
 

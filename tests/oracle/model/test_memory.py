@@ -21,6 +21,7 @@ from model.memory import static_bytes, training_memory
 from model.parameters import adapted_matrices, adapter_parameters, parameters
 from model.training import Training
 from model.weights import role_of
+from tests.compare import relative
 from tests.conftest import tiny_config
 from train.losses.chunked import chunked_linear_cross_entropy
 from train.losses.cross_entropy import linear_cross_entropy
@@ -119,7 +120,7 @@ def test_activations(name, dropped, mixed, parity):
     training = Training(batch_size, length, precision="bf16" if mixed else "fp32", device="cpu")
     # BERT's head: on a CPU autocast leaves its norm in 16 bits, on a GPU it widens what comes in, which is counted.
     tolerance = (0.03, "the norm in the head") if name == "bert" and mixed else (1e-4, "a mask of a scalar or two")
-    error = abs(activation_bytes(config, training) / measured - 1)
+    error = relative(activation_bytes(config, training), measured)
     parity(f"activations: {name}{', dropout' * dropped}{', bf16' * mixed}", f"{TORCH} saved tensors", error, *tolerance)
     if dropped:  # and the measurement would see what is left out
         bare = activation_bytes(config.replace(**dict.fromkeys(DROPPED, 0.0)), training)
@@ -131,7 +132,7 @@ def test_activations(name, dropped, mixed, parity):
 def test_activations_at_other_shapes(name, shape, parity):
     config, batch_size, length = shaped(name, shape)
     measured = kept_bytes(build_network(config, seed=0), batch_of(batch_size, length), False)
-    error = abs(activation_bytes(config, Training(batch_size, length, device="cpu")) / measured - 1)
+    error = relative(activation_bytes(config, Training(batch_size, length, device="cpu")), measured)
     parity(f"activations: {name} {shape}", f"{TORCH} saved tensors", error, 1e-4, "a scalar or two")
 
 
@@ -141,7 +142,7 @@ def test_activations_of_adapters(name, targets, parity):
     config, batch_size, length = shaped(name, "small")
     measured = kept_bytes(adapt(build_network(config, seed=0), 8, targets), batch_of(batch_size, length), False)
     training = Training(batch_size, length, method="lora", rank=8, targets=targets, device="cpu")
-    error = abs(activation_bytes(config, training) / measured - 1)
+    error = relative(activation_bytes(config, training), measured)
     parity(f"activations with adapters: {name}, {targets}", f"{TORCH} saved tensors", error, *ALLOCATED)
 
 
@@ -270,7 +271,7 @@ def check_peak(config: ModelConfig, training: Training, label: str, parity, tole
     assert ours.gradients == pytest.approx(measured.gradients, rel=0.01)
     for part in ("forward", "peak"):
         what = {"forward": "memory when the forward ends", "peak": "memory of a step"}[part]
-        error = abs(getattr(ours, part) / getattr(measured, part) - 1)
+        error = relative(getattr(ours, part), getattr(measured, part))
         parity(f"{what}: {label}", f"{TORCH} allocator", error, tolerance, why)
     return ours, measured.peak
 
@@ -307,7 +308,7 @@ def test_peak_with_adapters(name, targets, recompute, parity):
     assert ours.gradients == 4 * adapter_parameters(config, 8, targets) == measured.gradients
     assert ours.optimizer == pytest.approx(measured.optimizer, rel=0.01)
     label = f"memory of a step: {name} adapters on {targets}, recompute {recompute}"
-    parity(label, f"{TORCH} allocator", abs(ours.peak / measured.peak - 1), *ALLOCATED)
+    parity(label, f"{TORCH} allocator", relative(ours.peak, measured.peak), *ALLOCATED)
 
 
 @pytest.mark.parametrize(("kind", "every"), [("none", 1), ("blocks", 1), ("blocks", 2), ("selective", 1)])
@@ -357,4 +358,4 @@ def test_peak_on_a_gpu(name, way, parity):
     config, training = tiny_config(name, **sizes), Training(4, 512, device="cuda", **WAYS[way])
     measured = measured_step(build_network(config, seed=0, device="cuda"), training)
     ours = training_memory(config, training)
-    parity(f"memory of a step on a GPU: {name}, {way}", f"{TORCH} allocator", abs(ours.peak / measured.peak - 1), *ALLOCATED)
+    parity(f"memory of a step on a GPU: {name}, {way}", f"{TORCH} allocator", relative(ours.peak, measured.peak), *ALLOCATED)

@@ -9,6 +9,7 @@ import model.hub
 from model.config import ModelConfig
 from model.network import Network
 from model.weights import to_published, weight_table
+from tests.compare import Error, mixed, relative
 from tests.conftest import randomized, tiny_config
 from tests.oracle.wide import widen
 
@@ -109,25 +110,20 @@ def test_as_shipped(family, tmp_path, parity):
     assert max(states, gradients) > ROUNDING[0]  # else it belongs to the others
 
 
-def errors_of(network: Network, theirs: nn.Module, padded: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def errors_of(network: Network, theirs: nn.Module, padded: bool) -> tuple[Error, Error]:
     """The largest error of logits and hidden states, and that of the parameters' gradients."""
     mine, their_inputs, scored, real = inputs(network.config, padded)
     ours, other = network(**mine, hidden_states=True), theirs(**their_inputs, output_hidden_states=True)
-    states = [gap(ours.logits[scored], other.logits[scored])]
+    states = [mixed(ours.logits[scored], other.logits[scored])]
     lists = [(ours.hidden_states, other.decoder_hidden_states if len(real) == 2 else other.hidden_states)]
     lists += [(ours.encoder_hidden_states, other.encoder_hidden_states)] if len(real) == 2 else []
     for (mine, their_states), which in zip(lists, real, strict=True):
-        states += [gap(a[which], b[which]) for a, b in zip(mine, their_states, strict=True)]
+        states += [mixed(a[which], b[which]) for a, b in zip(mine, their_states, strict=True)]
     direction = torch.randn_like(ours.logits) * scored[..., None]
     return max(states), gradients_gap(network, theirs, ours.logits, other.logits, direction)
 
 
-def gap(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-    """The largest difference, relative to the largest number where that is above 1."""
-    return ((ours - theirs).abs().max() / (1 + theirs.abs().max())).detach()
-
-
-def gradients_gap(network: Network, theirs: nn.Module, logits, their_logits, direction: torch.Tensor) -> torch.Tensor:
+def gradients_gap(network: Network, theirs: nn.Module, logits, their_logits, direction: torch.Tensor) -> Error:
     """Over all parameters; of theirs no other may have a gradient."""
     (logits * direction).sum().backward()
     (their_logits * direction).sum().backward()
@@ -138,7 +134,7 @@ def gradients_gap(network: Network, theirs: nn.Module, logits, their_logits, dir
         if not parameter.requires_grad:  # BART's constant bias: a buffer there
             assert row.published not in gradients
             continue
-        errors.append(gap(to_published(row, parameter.grad, network.config), gradients.pop(row.published).grad))
+        errors.append(mixed(to_published(row, parameter.grad, network.config), gradients.pop(row.published).grad))
     assert not [name for name, value in gradients.items() if value.grad is not None]
     return max(errors)
 
@@ -156,7 +152,7 @@ def test_packed(family, tmp_path, parity):
     places["document_ids"] = torch.cat([torch.full((document.size(1),), n) for n, document in enumerate(documents)])[None]
     ours = network(torch.cat(documents, 1), **places).logits
     other = torch.cat([theirs(input_ids=document).logits for document in documents], 1)
-    error = max(gap(ours, other), gradients_gap(network, theirs, ours, other, torch.randn_like(ours)))
+    error = max(mixed(ours, other), gradients_gap(network, theirs, ours, other, torch.randn_like(ours)))
     parity(f"{family}: packed", LIBRARY, error, *ROUNDING)
 
 
@@ -166,8 +162,7 @@ def test_default_network_in_float32(tmp_path, parity):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     ids = torch.randint(0, 2048, (2, 256))
     ours, other = network(ids).logits, theirs(ids).logits
-    error = (ours - other).abs().max() / other.abs().max()
-    parity("tiny logits, float32", LIBRARY, error, 1e-5, "float32 rounding over four layers")
+    parity("tiny logits, float32", LIBRARY, relative(ours, other), 1e-5, "float32 rounding over four layers")
 
 
 COUNTS = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200}

@@ -11,6 +11,7 @@ from model.mask import AttentionInputs, Mask
 from model.mlp import gelu_tanh
 from model.norm import LayerNorm, RMSNorm, layer_norm_reference, rms_norm_reference
 from model.position import relative_bucket
+from tests.compare import absolute
 
 TORCH = f"torch {torch.__version__}"
 ROUNDING = "float64 rounding; sums in another order"
@@ -19,10 +20,6 @@ ROUNDING = "float64 rounding; sums in another order"
 def gradients(output, inputs):
     direction = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(1))
     return torch.autograd.grad((output * direction).sum(), inputs)
-
-
-def worst(one, other):
-    return max((a - b).abs().max() for a, b in zip(one, other, strict=True))
 
 
 def leaf(*shape):
@@ -34,7 +31,7 @@ def test_layer_norm(parity):
     nn.init.normal_(module.weight), nn.init.normal_(module.bias)
     inputs = (x, module.weight, module.bias)
     twin, theirs = layer_norm_reference(x, module.weight, module.bias, 1e-5), F.layer_norm(x, (24,), *inputs[1:])
-    error = worst((twin, *gradients(twin, inputs)), (theirs, *gradients(theirs, inputs)))
+    error = absolute((twin, *gradients(twin, inputs)), (theirs, *gradients(theirs, inputs)))
     parity("layer norm", TORCH, error, 1e-12, ROUNDING)
     assert torch.equal(module(x), theirs)
 
@@ -44,7 +41,7 @@ def test_rms_norm(parity):
     nn.init.normal_(module.weight)
     inputs = (x, module.weight)
     twin, theirs = rms_norm_reference(x, module.weight, 1e-5), F.rms_norm(x, (24,), module.weight, 1e-5)
-    error = worst((twin, *gradients(twin, inputs)), (theirs, *gradients(theirs, inputs)))
+    error = absolute((twin, *gradients(twin, inputs)), (theirs, *gradients(theirs, inputs)))
     parity("RMS norm", TORCH, error, 1e-12, ROUNDING)
     assert torch.equal(module(x), theirs)
 
@@ -55,7 +52,7 @@ def test_gelu_tanh(compiling, parity, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     x = torch.linspace(-12, 12, 4001, dtype=torch.float64, requires_grad=True)
     ours, theirs = gelu_tanh(x), F.gelu(x, approximate="tanh")
-    error = worst((ours, *gradients(ours, (x,))), (theirs, *gradients(theirs, (x,))))
+    error = absolute((ours, *gradients(ours, (x,))), (theirs, *gradients(theirs, (x,))))
     parity(f"GELU by tanh{', as compiled' * compiling}", TORCH, error, 1e-12, "float64 rounding; another form")
     assert compiling == bool(error)  # the two forms round differently: 0 would mean that they are one
 
@@ -83,7 +80,7 @@ def test_attention(name, kv_heads, parity):
     assert twin.isfinite().all() and fast.isfinite().all()
     all_gradients = gradients(twin, (q, k, v)), gradients(fast, (q, k, v))
     assert all(gradient.isfinite().all() for pair in all_gradients for gradient in pair)  # rows without a key too
-    error = worst((twin, *all_gradients[0]), (fast, *all_gradients[1]))
+    error = absolute((twin, *all_gradients[0]), (fast, *all_gradients[1]))
     parity(f"attention: mask {name}, {kv_heads} of 4 key heads", f"{TORCH} SDPA", error, 1e-12, ROUNDING)
 
 
@@ -154,7 +151,7 @@ def test_attention_with_bias_and_scale(name, parity):
     inputs = (q, k, v, bias)
     all_gradients = gradients(twin, inputs), gradients(fast, inputs)
     assert all(x.isfinite().all() for x in (twin, fast, *all_gradients[0], *all_gradients[1]))
-    error = worst((twin, *all_gradients[0]), (fast, *all_gradients[1]))
+    error = absolute((twin, *all_gradients[0]), (fast, *all_gradients[1]))
     parity(f"attention: with bias, mask {name}", f"{TORCH} SDPA", error, 1e-12, ROUNDING)
     without = attention_reference(q, k, v, *attended._replace(bias_1HTS=None), scale=1.0)
     scaled = attention_reference(q, k, v, *attended)

@@ -10,8 +10,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 import model.hub
 from model.config import Rope
 from model.rope import ROPE_SCALINGS, halves_to_interleaved, interleaved_to_halves, rope_tables, rotate
+from tests.compare import absolute, mixed
 from tests.conftest import randomized, tiny_config
-from tests.oracle.model.test_network import LIBRARY, ROUNDING, gap, published
+from tests.oracle.model.test_network import LIBRARY, ROUNDING, published
 from tests.oracle.wide import widen
 
 # K = 48 and a base of 10000: over 64 positions the 24 pairs make between 0.001 and 10 turns, so that every branch is met.
@@ -45,7 +46,7 @@ def test_tables_against_transformers(name, length, parity):
     cos, sin = rotary(x, positions)
     expected, _ = apply_rotary_pos_emb(x, x, cos, sin)
     ours = rotate(x, *rope_tables(positions, 48, rope, torch.float32))
-    error = (ours - expected).abs().max()
+    error = absolute(ours, expected)
     parity(f"rotary positions, float32: {name}, length {length}", LIBRARY, error, 5e-5, "float32 phases up to 150 rad")
     if rope.kind != "plain" and not (rope.kind == "dynamic" and length <= 64):
         plain = rotate(x, *rope_tables(positions, 48, Rope(), torch.float32))
@@ -59,7 +60,7 @@ def test_complex_numbers(parity):
     turn = torch.polar(torch.ones(2, 1, 9, 3, dtype=torch.float64), positions[:, None, :, None] * frequency)
     turned = torch.complex(x[..., :3], x[..., 3:]) * turn
     expected = torch.cat((turned.real, turned.imag), -1)
-    error = (rotate(x, *rope_tables(positions, 6, Rope(), torch.float64)) - expected).abs().max()
+    error = absolute(rotate(x, *rope_tables(positions, 6, Rope(), torch.float64)), expected)
     parity("rotary positions, float64", "complex numbers", error, 1e-11, "float64 phases up to 5000 rad")
 
 
@@ -101,7 +102,7 @@ def test_whole_network(name, tmp_path, parity):
     network = randomized(tiny_config("llama", context=context, width=96, heads=2, kv_heads=1, rope=rope))
     theirs = widen(published(network, tmp_path))
     ids = torch.randint(3, 61, (2, 100))
-    error = gap(network(ids).logits, theirs(ids).logits)
+    error = mixed(network(ids).logits, theirs(ids).logits)
     parity(f"llama with stretched rotary positions: {name}", LIBRARY, error, *ROUNDING)
     assert model.hub.load(tmp_path).config == network.config
     theirs.save_pretrained(tmp_path / "theirs")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import model.hub
 from model.generate import generate
 from model.sampling import Sampling, filter_logits, keep_min_p, keep_top_k, keep_top_p, penalize
-from tests.compare import count
+from tests.compare import absolute, count
 from tests.conftest import randomized, tiny_config
 from tests.oracle.model.test_network import LIBRARY as TRANSFORMERS
 
@@ -76,7 +76,7 @@ def test_filters(settings, rounded, parity, stable):
     ours = filter_logits(logits, **({"top_k": None, "top_p": None} | settings))
     assert torch.equal(ours.isinf(), expected.isinf()) and ours.isinf().any()
     kept = ~expected.isinf()
-    error = (ours - expected)[kept].abs().max()
+    error = absolute(ours[kept], expected[kept])
     parity(f"sampling filters: {settings}, {rounded}", LIBRARY, error, 0.0, "the same operations")
 
 
@@ -93,7 +93,7 @@ def test_repetition_penalty(penalty, parity):
     logits, ids = torch.randn(50, 61, dtype=torch.float64), torch.randint(0, 61, (50, 12))
     expected = transformers.RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone())
     seen = torch.zeros(50, 61, dtype=torch.bool).scatter(1, ids, True)
-    error = (penalize(logits, seen, penalty) - expected).abs().max()
+    error = absolute(penalize(logits, seen, penalty), expected)
     parity(f"repetition penalty: {penalty}", TRANSFORMERS, error, 0.0, "the same operations")
 
 
@@ -174,8 +174,7 @@ def test_generate_draws_from_what_transformers_draws_from(settings, dtype, tmp_p
     new = generate(network, ids, max_new_tokens=12, **settings)
     assert torch.equal(new, made.sequences[:, 6:]) and len(found) == 12
     expected = [scores.softmax(-1) for scores in made.scores]
-    error = max((one - other).abs().max() for one, other in zip(found, expected, strict=True))
-    parity(f"sampling, whole: {words(settings)}, {dtype}", LIBRARY, error, 0.0, "the same operations")
+    parity(f"sampling, whole: {words(settings)}, {dtype}", LIBRARY, absolute(found, expected), 0.0, "the same operations")
     plain = network(ids).logits[:, -1].float().softmax(-1)
     assert not torch.equal(found[0], plain)  # the setting is seen
 

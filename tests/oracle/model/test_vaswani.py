@@ -9,6 +9,7 @@ from torch import nn
 import model.hub
 from model.init import build_network
 from model.position import sinusoid
+from tests.compare import mixed
 from tests.conftest import randomized, tiny_config
 from tests.oracle.model.test_network import ROUNDING
 
@@ -90,7 +91,7 @@ def test_logits_states_and_gradients(padded, parity):
     )
     logits, real, real_source = hidden @ table.T, target_mask.bool(), source_mask.bool()
     pairs = [(ours.logits, logits, real), (ours.hidden, hidden, real), (ours.encoder_hidden, memory, real_source)]
-    errors = [(a - b)[which].abs().max() / (1 + b.abs().max()) for a, b, which in pairs]
+    errors = [mixed(a[which], b[which]) for a, b, which in pairs]
     parity(f"vaswani: logits, states{', padded' * padded}", TORCH, max(errors), *ROUNDING)
 
     direction = torch.randn_like(logits) * real[..., None]
@@ -109,8 +110,8 @@ def test_logits_states_and_gradients(padded, parity):
             for one, two in zip(mine, yours, strict=True):
                 compared += [(one.weight.grad, two.weight.grad), (one.bias.grad, two.bias.grad)]
     assert len(compared) == len(list(theirs.parameters())) + 1
-    errors = [(a - b).abs().max() / (1 + b.abs().max()) for a, b in compared]
-    parity(f"vaswani: gradients{', padded' * padded}", TORCH, max(errors), *ROUNDING)
+    error = max(mixed(a, b) for a, b in compared)
+    parity(f"vaswani: gradients{', padded' * padded}", TORCH, error, *ROUNDING)
 
 
 def gradients(ours, theirs: nn.MultiheadAttention) -> list[tuple[torch.Tensor, torch.Tensor]]:

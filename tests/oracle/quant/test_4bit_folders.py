@@ -22,6 +22,7 @@ from quant.bnb_io import read_config
 from quant.config import FourBit
 from quant.layer import QuantizedLinear, ReorderedLinear
 from quant.linear import dense_weight, quantize_linears
+from tests.compare import count, differing, relative
 from tests.conftest import randomized, tiny_config
 from tests.oracle.believed import without_packing
 from tests.oracle.lora.test_peft_io import inputs
@@ -91,11 +92,6 @@ def label(request) -> str:
 each = pytest.mark.parametrize("case", CASES, ids=list(CASES), indirect=True)
 
 
-def gap(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Over the largest."""
-    return (ours - theirs).abs().max() / theirs.abs().max()
-
-
 def small_layers(case, network) -> dict[str, QuantizedLinear]:
     """By the published name of the layer."""
     table = weight_table(case.config)
@@ -105,12 +101,6 @@ def small_layers(case, network) -> dict[str, QuantizedLinear]:
 
 def their_layers(theirs) -> dict[str, nn.Module]:
     return {path: module for path, module in theirs.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
-
-
-def differing(one: Tensor, other: Tensor) -> float:
-    """How many numbers differ."""
-    same = one.shape == other.shape and one.dtype == other.dtype
-    return float((one != other).sum()) if same else float("inf")
 
 
 def tensors(folder) -> dict[str, Tensor]:
@@ -124,8 +114,8 @@ def settings(folder) -> dict:
 @each
 def test_ours_reads_theirs(case, parity, label):
     ours, expected = model.hub.load(case.folder), case.logits(case.theirs)
-    assert gap(case.logits(model.hub.load(case.dense)), expected) > 0.1  # four bits are seen, and other weights would be
-    parity(f"4-bit folders, in: {label}", LIBRARY, gap(case.logits(ours), expected), *ROUNDING[case.dtype])
+    assert relative(case.logits(model.hub.load(case.dense)), expected) > 0.1  # four bits are seen, and other weights would be
+    parity(f"4-bit folders, in: {label}", LIBRARY, relative(case.logits(ours), expected), *ROUNDING[case.dtype])
     mine, theirs = small_layers(case, ours), their_layers(case.theirs)
     assert set(mine) == set(theirs) and len(mine) >= 8
     apart = 0.0
@@ -136,7 +126,7 @@ def test_ours_reads_theirs(case, parity, label):
         assert turned == (label == "roformer" and ("query" in name or "key" in name))
         rows = halves_to_interleaved(dense_weight(layer), case.config.head_width) if turned else dense_weight(layer)
         apart += differing(rows, layer.weight.dequantize())
-    parity(f"4-bit folders, weights: {label}", LIBRARY, apart, *EXACT)
+    parity(f"4-bit folders, weights: {label}", LIBRARY, count(apart), *EXACT)
 
 
 @each
@@ -147,7 +137,7 @@ def test_theirs_reads_ours(case, parity, label, tmp_path):
     theirs = opened(case.config, tmp_path)
     mine = small_layers(case, ours)
     assert set(mine) == set(their_layers(theirs))
-    parity(f"4-bit folders, out: {label}", LIBRARY, gap(case.logits(ours), case.logits(theirs)), *ROUNDING[case.dtype])
+    parity(f"4-bit folders, out: {label}", LIBRARY, relative(case.logits(ours), case.logits(theirs)), *ROUNDING[case.dtype])
     written, expected = tensors(tmp_path), tensors(case.folder)
     both = {name for layer in mine for name in expected if name.startswith(f"{layer}.weight")}
     assert both == {name for name in written if any(name.startswith(f"{layer}.weight") for layer in mine)}
@@ -158,7 +148,7 @@ def test_theirs_reads_ours(case, parity, label, tmp_path):
             assert json.loads(bytes(written[name].tolist())) == json.loads(bytes(expected[name].tolist()))
         else:
             apart += differing(written[name], expected[name].view(written[name].dtype).view(written[name].shape))
-    parity(f"4-bit folders, bytes: {label}", LIBRARY, apart, *EXACT)
+    parity(f"4-bit folders, bytes: {label}", LIBRARY, count(apart), *EXACT)
     assert settings(tmp_path).keys() == settings(case.folder).keys()
     linear = {path for path, module in theirs.named_modules() if type(module) is nn.Linear}
     assert set(settings(tmp_path)["llm_int8_skip_modules"]) >= linear
@@ -173,7 +163,7 @@ def test_theirs_reads_quantize_linears(case, parity, label, tmp_path):
     model.hub.save(ours, tmp_path)
     theirs = opened(case.config, tmp_path)
     assert set(small_layers(case, ours)) == set(their_layers(theirs))
-    parity(f"4-bit folders, out: {label}", LIBRARY, gap(case.logits(ours), case.logits(theirs)), *ROUNDING[case.dtype])
+    parity(f"4-bit folders, out: {label}", LIBRARY, relative(case.logits(ours), case.logits(theirs)), *ROUNDING[case.dtype])
 
 
 @pytest.mark.parametrize("case", ["llama", "gpt2"], indirect=True)
@@ -182,13 +172,14 @@ def test_several_files(case, parity, label, tmp_path):
     case.theirs.save_pretrained(tmp_path / "theirs", max_shard_size="8KB")
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 3
     ours = model.hub.load(tmp_path / "theirs")
-    error = gap(case.logits(ours), case.logits(case.theirs))
+    error = relative(case.logits(ours), case.logits(case.theirs))
     parity(f"4-bit folders, in: {label}, shards", LIBRARY, error, *ROUNDING[case.dtype])
     model.hub.save(ours, tmp_path / "ours", shard_bytes=2100)
     files = json.loads((tmp_path / "ours" / "model.safetensors.index.json").read_text())["weight_map"]
     assert any(file != files[name.partition(".absmax")[0]] for name, file in files.items() if name.endswith(".weight.absmax"))
     theirs = opened(case.config, tmp_path / "ours")
-    parity(f"4-bit folders, out: {label}, shards", LIBRARY, gap(case.logits(theirs), case.logits(ours)), *ROUNDING[case.dtype])
+    error = relative(case.logits(theirs), case.logits(ours))
+    parity(f"4-bit folders, out: {label}, shards", LIBRARY, error, *ROUNDING[case.dtype])
     assert torch.equal(case.logits(model.hub.load(tmp_path / "ours")), case.logits(ours))
 
 
@@ -218,7 +209,7 @@ def test_gradients(case, parity, label):
     }
     expected = {name: parameter.grad for name, parameter in theirs.named_parameters() if parameter.grad is not None}
     assert set(gradients) == set(expected) and len(expected) >= 7
-    error = max(gap(gradients[name], expected[name]) for name in expected)
+    error = relative(gradients, expected)
     parity(f"4-bit folders, gradients: {label}", LIBRARY, error, *ROUNDING[case.dtype])
 
 
@@ -232,13 +223,13 @@ def test_the_format_of_products(case, parity, tmp_path):
     ours, theirs = model.hub.load(tmp_path), opened(case.config, tmp_path)
     found, expected = ours(**case.batch).logits, theirs(**case.batch).logits
     assert found.dtype == expected.dtype == torch.float32
-    assert gap(found, case.logits(case.theirs)) > 1e-3  # not as in float32
-    parity("4-bit folders, products in bf16: llama", LIBRARY, gap(found, expected), *ROUNDING[torch.bfloat16])
+    assert relative(found, case.logits(case.theirs)) > 1e-3  # not as in float32
+    parity("4-bit folders, products in bf16: llama", LIBRARY, relative(found, expected), *ROUNDING[torch.bfloat16])
     mine, one_step = small_layers(case, ours), (2**-8, "bfloat16 rounding, once")
     for name, layer in their_layers(theirs).items():
         x = torch.randn(3, 5, layer.in_features)
         assert mine[name](x).dtype == torch.float32
-        parity("4-bit folders, products in bf16: a layer", LIBRARY, gap(mine[name](x), layer(x)), *one_step)
+        parity("4-bit folders, products in bf16: a layer", LIBRARY, relative(mine[name](x), layer(x)), *one_step)
 
 
 def test_what_is_not_said_is_their_default():

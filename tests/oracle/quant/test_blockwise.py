@@ -7,6 +7,7 @@ from bitsandbytes import functional
 from torch import Tensor
 
 from quant.blockwise import CELLS, dequantize_8bit, dynamic_map, nearest, nearest_on_grid, quantize_8bit
+from tests.compare import absolute, count, differing
 
 LIBRARY = f"bitsandbytes {bitsandbytes.__version__}"
 REASON = "numbers that differ"
@@ -50,11 +51,11 @@ def test_quantize_and_back(kind, parity):
         back = dequantize_8bit(places, absmax, code, block_size=block_size)
         their_back = functional.dequantize_blockwise(theirs, absmax=state.absmax, code=code.clone(), blocksize=block_size)
         assert (places.shape, places.dtype, back.dtype) == (x.shape, torch.uint8, torch.float32)
-        counts["places"] += int((places != theirs).sum())
-        counts["absmax"] += int((absmax != state.absmax).sum())
-        counts["values"] += int((back.view(torch.int32) != their_back.view(torch.int32)).sum())
-    for name, count in counts.items():
-        parity(f"8-bit blocks, {kind} map: {name}", LIBRARY, count, 0, REASON)
+        counts["places"] += differing(places, theirs)
+        counts["absmax"] += differing(absmax, state.absmax)
+        counts["values"] += differing(back, their_back)
+    for name, wrong in counts.items():
+        parity(f"8-bit blocks, {kind} map: {name}", LIBRARY, count(wrong), 0, REASON)
 
 
 def test_the_comparison_sees():
@@ -80,8 +81,8 @@ def test_nearest_is_the_nearest(kind, parity):
     z = torch.cat((torch.rand(10_000) * 2 - 1, torch.randn(5_000).clamp(-3, 3) / 3, code, 1e-5 * torch.randn(5_000)))
     found = distances(z, code)
     chosen = found.gather(1, nearest(z, code).long()[:, None])[:, 0]
-    gap = (chosen - found.min(1).values).max()
-    parity(f"8-bit blocks, {kind} map: nearest", "brute force in float64", gap, 2**-24, "an ulp of a boundary below 1")
+    error = absolute(chosen, found.min(1).values)
+    parity(f"8-bit blocks, {kind} map: nearest", "brute force in float64", error, 2**-24, "an ulp of a boundary below 1")
     assert torch.equal(nearest(code, code).long(), torch.arange(256))
 
 

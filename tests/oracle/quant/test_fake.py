@@ -21,11 +21,12 @@ from torchao.quantization.quant_primitives import _fake_quantize_affine
 from quant.fake import fake_quantize
 from quant.int8 import AFFINE, EPS, SYMMETRIC, Grid, min_max, scales_for, to_codes
 from quant.observe import OBSERVERS
+from tests.compare import Error, count, differing
 
 TORCH, TORCHAO = f"torch {torch.__version__.split('+')[0]}", f"torchao {torchao.__version__}"
 REASON = "numbers whose bits differ"
-BOUND = "largest error / bound: 2^-24 of each number for each rounding on either way, and of the sum for each addition"
-ROUNDINGS = "relative: its gradient has 3 roundings"
+BOUND = "2^-24 of each number for each rounding on either way, and of the sum for each addition"
+ROUNDINGS = "its gradient has 3 roundings"
 U = 2.0**-24
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ROWS, WIDTH = 37, 24
@@ -58,14 +59,6 @@ def noise(like: Tensor) -> Tensor:
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(1)).to(like.dtype)
 
 
-def differing(one: Tensor, other: Tensor) -> float:
-    """Numbers whose bits are not the same, sign of zero included; infinitely many where shapes or formats are not."""
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
-        return math.inf
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
-    return int((one.contiguous().view(bits) != other.contiguous().view(bits)).sum())
-
-
 def compare(ours: Callable[[Tensor], Tensor], theirs: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, float]:
     """Of x̂, and of the gradient that x has of it."""
     found = []
@@ -82,10 +75,10 @@ def gradient(fake: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.autograd.grad(near, leaf, noise(near))[0]
 
 
-def apart(one: Tensor, other: Tensor) -> float:
+def apart(one: Tensor, other: Tensor) -> Error:
     """The largest relative difference; infinite where one is 0 and the other is not."""
     assert bool((one == 0).any() & (one != 0).any())
-    return float(torch.where(one == other, 0, (one - other) / one).abs().max())
+    return Error(torch.where(one == other, 0, (one - other) / one).abs().max(), "relative, of each number")
 
 
 # ---- a scale that is given
@@ -107,21 +100,21 @@ THEIRS = {"tensor": (per_tensor, 1), "channel": (per_channel, ROWS)}
 def test_values_and_gradients(kind, dtype, parity):
     """Of 16 bits x̂ is rounded at the end: torch gives back the format that came."""
     theirs, rows = THEIRS[kind]
-    count = Counter()
+    found = Counter()
     for affine in (False, True):
         for x, *rounding in drawn(affine, rows):
             x = x.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
-            count.update(
+            found.update(
                 compare(lambda x, r=rounding: fake_quantize(x, *r)[0].to(x.dtype), lambda x, r=rounding: theirs(x, *r), x)
             )
-    for name, each in count.items():
-        parity(f"fake quantization, a scale for each {kind}: {name}", TORCH, each, 0, REASON)
+    for name, each in found.items():
+        parity(f"fake quantization, a scale for each {kind}: {name}", TORCH, count(each), 0, REASON)
 
 
 @pytest.mark.parametrize("size", [2, 3, 8, WIDTH])
 def test_groups(size, parity):
     """Where a part of a row has a scale, torchao. Its gradient is (dx s)(1/s), and 0 for the same numbers."""
-    count, worst = Counter(), 0.0
+    values, errors = 0, []
     for x, _, zero, grid in drawn(affine=True, rows=1):
         groups = WIDTH // size
         low, high = (0.7 * end for end in min_max(x, groups))
@@ -133,10 +126,10 @@ def test_groups(size, parity):
         def theirs(x, scale=scale, zero=zero, grid=grid):
             return _fake_quantize_affine(x, (1, size), scale, zero, torch.int32, grid.low, grid.high)
 
-        count["values"] += compare(ours, theirs, x)["values"]
-        worst = max(worst, apart(*(gradient(each, x) for each in (ours, theirs))))
-    parity("fake quantization, a scale for each group: values", TORCHAO, count["values"], 0, REASON)
-    parity("fake quantization, a scale for each group: gradients", TORCHAO, worst, 4 * U, ROUNDINGS)
+        values += compare(ours, theirs, x)["values"]
+        errors.append(apart(*(gradient(each, x) for each in (ours, theirs))))
+    parity("fake quantization, a scale for each group: values", TORCHAO, count(values), 0, REASON)
+    parity("fake quantization, a scale for each group: gradients", TORCHAO, max(errors), 4 * U, ROUNDINGS)
 
 
 def test_codes():
@@ -182,7 +175,7 @@ def test_with_an_observer(name, parity):
     observer = OBSERVERS[kind](grid, axis)
     scheme = f"per_{'tensor' if axis is None else 'channel'}_{'affine' if affine else 'symmetric'}"
     settings = {"quant_min": -128, "quant_max": 127, "dtype": torch.qint8, "qscheme": getattr(torch, scheme)}
-    module, count = FakeQuantize(theirs, **settings, **({} if axis is None else {"ch_axis": axis})), Counter()
+    module, found = FakeQuantize(theirs, **settings, **({} if axis is None else {"ch_axis": axis})), Counter()
 
     def ours(x: Tensor) -> Tensor:
         observer.observe(x)
@@ -191,9 +184,9 @@ def test_with_an_observer(name, parity):
 
     for seed in range(20):
         x = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(seed)) * (1 + seed % 4) + seed / 10
-        count.update(compare(ours, module, x))
-    for part, each in count.items():
-        parity(f"fake quantization, observed by {name}: {part}", TORCH, each, 0, REASON)
+        found.update(compare(ours, module, x))
+    for part, each in found.items():
+        parity(f"fake quantization, observed by {name}: {part}", TORCH, count(each), 0, REASON)
 
 
 # ---- a scale that is learned
@@ -231,12 +224,16 @@ def bound(x: Tensor, scale: Tensor, zero: Tensor, codes: Tensor, dx: Tensor, sha
     return U * (each.sum_to_size(shape) + 2 * (shared + 1) * term.sum_to_size(shape))
 
 
+def share(one: Tensor, other: Tensor, limit: Tensor) -> Error:
+    return Error(((one - other).abs() / limit).max(), "share of the bound")
+
+
 @pytest.mark.parametrize("factor", [1.0, 0.037])
 @pytest.mark.parametrize("kind", LEARNABLE)
 def test_learned_scales(kind, factor, parity):
     """For a tensor without zero points below 0: torch's backward takes one for that plus 1, as its forward does not."""
     theirs, rows = LEARNABLE[kind]
-    count, worst = Counter(), 0.0
+    bits, shares = Counter(), []
     for affine in (False, True):
         for x, scale, zero, grid in drawn(affine, rows):
             zero = zero.abs().clamp(max=grid.high) if kind == "tensor" else zero
@@ -250,12 +247,12 @@ def test_learned_scales(kind, factor, parity):
                     near = theirs(*leaves, zero, grid, factor)
                 found.append((near.detach(), *torch.autograd.grad(near, leaves, noise(near))))
             (near, dx, dscale), (other, dx_other, dscale_other) = found
-            count.update(values=differing(near, other), gradients=differing(dx, dx_other))
+            bits.update(values=differing(near, other), gradients=differing(dx, dx_other))
             limit = factor * bound(x, scale, zero, codes, noise(x), scale.shape)
-            worst = max(worst, float(((dscale - dscale_other.view(scale.shape)).abs() / limit).max()))
-    for name, each in count.items():
-        parity(f"fake quantization, a learned scale for each {kind}: {name}", TORCH, each, 0, REASON)
-    parity(f"fake quantization, a learned scale for each {kind}: gradient of the scale", TORCH, worst, 1, BOUND)
+            shares.append(share(dscale, dscale_other.view(scale.shape), limit))
+    for name, each in bits.items():
+        parity(f"fake quantization, a learned scale for each {kind}: {name}", TORCH, count(each), 0, REASON)
+    parity(f"fake quantization, a learned scale for each {kind}: gradient of the scale", TORCH, max(shares), 1, BOUND)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int4], ids=str)
@@ -286,7 +283,7 @@ def test_torchaos_learned_ranges(dtype, parity):
         limit = bound(grouped, scale[:, :, None], torch.zeros(1), codes, noise(grouped), scale[:, :, None].shape)[:, :, 0]
         paths = (codes.abs() + (grouped / scale[:, :, None]).abs()) * noise(x).view(grouped.shape).abs()
         limit += U * (size + 6) * paths.sum(2)
-    parity(f"{part}: gradient of the scale", TORCHAO, float(((dscale - dscale_other).abs() / limit).max()), 1, BOUND)
+    parity(f"{part}: gradient of the scale", TORCHAO, share(dscale, dscale_other, limit), 1, BOUND)
 
 
 def test_the_scales_gradient_by_hand():
@@ -326,10 +323,10 @@ MUTANTS = {  # what is wrong: (the wrong one, the part that shows it)
 
 
 def count_of(fake: Callable[..., Tensor]) -> Counter:
-    count = Counter()
+    found = Counter()
     for x, *rounding in drawn(affine=True):
-        count.update(compare(lambda x, r=rounding: fake(x, *r), lambda x, r=rounding: per_tensor(x, *r), x))
-    return count
+        found.update(compare(lambda x, r=rounding: fake(x, *r), lambda x, r=rounding: per_tensor(x, *r), x))
+    return found
 
 
 @pytest.mark.parametrize("name", MUTANTS)

@@ -34,6 +34,7 @@ from quant.int8_linear import Int8Linear
 from quant.layer import QuantizedLinear
 from quant.linear import dense_weight, quantize_linears, quantized_layers
 from quant.llm_int8 import LlmInt8Linear
+from tests.compare import Error, count, differing, relative
 from tests.conftest import randomized, tiny_config
 from tests.oracle.believed import Oracle
 from tests.oracle.lora.test_peft_io import inputs
@@ -71,16 +72,6 @@ def opened(config, folder: Path, **options) -> nn.Module:
     return CLASSES[config.architecture].from_pretrained(folder, attn_implementation=how(config), **options).eval()
 
 
-def gap(ours: Tensor, theirs: Tensor) -> float:
-    """Over the largest."""
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item() if ours.numel() else 0.0
-
-
-def differing(one: Tensor, other: Tensor) -> float:
-    same = one.shape == other.shape and one.dtype == other.dtype
-    return float((one != other).sum()) if same else float("inf")
-
-
 def pairs_of(ours: nn.Module, theirs: nn.Module) -> dict[str, tuple[QuantizedLinear, nn.Module]]:
     """Published name -> our layer and theirs; each quantized layer of one is one of the other."""
     table, twins = weight_table(ours.config), dict(theirs.named_modules())
@@ -103,16 +94,16 @@ def between_codes(layer: QuantizedLinear, x: Tensor) -> Tensor:
 
 
 class Seen(NamedTuple):
-    inputs: float  # largest gap of all layers, each before it is given its twin's
-    outputs: float  # of rows without a number between two codes
-    logits: float
+    inputs: Error  # largest of all layers, each before it is given its twin's
+    outputs: Error  # of rows without a number between two codes
+    logits: Error
     given: dict[str, Tensor]
 
 
 @torch.no_grad()
 def side_by_side(ours: nn.Module, theirs: nn.Module, batch: dict) -> Seen:
     """Both are run; what comes from rows with a number between two codes is the twin's."""
-    given, made, apart, rows, hooks = {}, {}, {"inputs": 0.0, "outputs": 0.0}, [], []
+    given, made, apart, rows, hooks = {}, {}, {"inputs": [], "outputs": []}, [], []
 
     def seen(name):
         def hook(twin, args, y):
@@ -122,7 +113,7 @@ def side_by_side(ours: nn.Module, theirs: nn.Module, batch: dict) -> Seen:
 
     def turned(name):
         def hook(layer, args):
-            apart["inputs"] = max(apart["inputs"], gap(args[0], given[name]))
+            apart["inputs"].append(relative(args[0], given[name]))
             return (given[name],)
 
         return hook
@@ -132,7 +123,7 @@ def side_by_side(ours: nn.Module, theirs: nn.Module, batch: dict) -> Seen:
             border = between_codes(layer, args[0]).any(dim=-1)
             rows.append(border.flatten())
             other = made[name] if name not in orders else made[name][..., orders[name]]
-            apart["outputs"] = max(apart["outputs"], gap(y[~border], other[~border]))
+            apart["outputs"].append(relative(y[~border], other[~border]))
             return torch.where(border[..., None], other, y)
 
         return hook
@@ -146,7 +137,7 @@ def side_by_side(ours: nn.Module, theirs: nn.Module, batch: dict) -> Seen:
     for hook in hooks:
         hook.remove()
     assert set(given) == set(pairs) and torch.cat(rows).float().mean() < 0.7  # else little would be compared
-    return Seen(apart["inputs"], apart["outputs"], gap(found, expected), given)
+    return Seen(max(apart["inputs"]), max(apart["outputs"]), relative(found, expected), given)
 
 
 def orders_of(ours: nn.Module) -> dict[str, Tensor]:
@@ -185,7 +176,7 @@ def test_theirs_reads_ours(name, parity, tmp_path):
     model.hub.save(ours, tmp_path / "int8")
     theirs = opened(config, tmp_path / "int8")
     plain = model.hub.load(tmp_path / "dense")(**batch).logits
-    assert gap(ours(**batch).logits, plain) > 1e-3  # it is seen that they are rounded
+    assert relative(ours(**batch).logits, plain) > 1e-3  # it is seen that they are rounded
     seen = side_by_side(ours, theirs, batch)
     parity(f"INT8 folders, logits: {name}", THEIRS, max(seen.inputs, seen.logits), *ROUNDING)
     parity(f"INT8 folders, layers: {name}", THEIRS, seen.outputs, *PRODUCT)
@@ -202,8 +193,8 @@ def test_theirs_reads_ours(name, parity, tmp_path):
         if settings == Int8():  # the largest magnitude of a row, where it is negative: -127.5, multiplied here, divided there
             assert set(mine[mine != other].tolist()) <= {-127, -128} and set(other[mine != other].tolist()) <= {-127, -128}
             assert (border == (x.abs() == x.abs().amax(-1, keepdim=True)))[mine != other].all()
-    parity(f"INT8 folders, weights: {name}", THEIRS, weights, *EXACT)
-    parity(f"INT8 folders, codes of inputs not between two: {name}", THEIRS, codes, *EXACT)
+    parity(f"INT8 folders, weights: {name}", THEIRS, count(weights), *EXACT)
+    parity(f"INT8 folders, codes of inputs not between two: {name}", THEIRS, count(codes), *EXACT)
     assert (ties > 0) == (settings == Int8())
 
 
@@ -275,7 +266,7 @@ def test_a_sparsity_of_the_format_dense_is_none(parity, tmp_path):
     settings["quantization_config"]["sparsity_config"] = {"format": "dense", "sparsity_structure": "0:0", "targets": []}
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(settings))
     ours, theirs = model.hub.load(tmp_path / "theirs"), opened(config, tmp_path / "theirs")
-    parity("INT8 folders, in, logits: no sparsity", THEIRS, gap(ours(**batch).logits, theirs(**batch).logits), *ROUNDING)
+    parity("INT8 folders, in, logits: no sparsity", THEIRS, relative(ours(**batch).logits, theirs(**batch).logits), *ROUNDING)
 
 
 def test_the_usual_scheme_is_what_is_read():
@@ -310,7 +301,7 @@ def test_llm_int8_both_ways(family, parity, tmp_path):
     assert all(layer.threshold == threshold for layer in quantized_layers(ours).values())
     both = {path: layer.weight for path, layer in quantized_layers(small).items()}
     apart = sum(differing(weight.codes, ours.get_submodule(path).weight.codes) for path, weight in both.items())
-    parity(f"LLM.int8() folders, codes: {family}", BITSANDBYTES, apart, *EXACT)
+    parity(f"LLM.int8() folders, codes: {family}", BITSANDBYTES, count(apart), *EXACT)
     again = model.hub.load(tmp_path / "ours")
     assert torch.equal(again(**batch).logits, small(**batch).logits)
 
@@ -340,7 +331,7 @@ def test_a_layer_of_torchao(parity):
         rows = Int8Tensor.from_hp(x, PerRow())
         direct = (rows.qdata.double() @ stored.qdata.double().T) * rows.scale * stored.scale.T + bias.detach()
         expected = products.believe(partial(theirs, x), direct.float(), scaled[0])
-        parity("INT8, torchao: y", products.name, gap(Int8Linear(small, bias)(x), expected), *scaled)
+        parity("INT8, torchao: y", products.name, relative(Int8Linear(small, bias)(x), expected), *scaled)
 
 
 # ---- what the comparison sees

@@ -8,27 +8,26 @@ import torch
 
 from quant.int8 import Codes, Int8Tensor, quantize
 from quant.int8_linear import DynamicInput
-from tests.oracle.int8_kernels import CARDS, MORE_VARIANTS, PRODUCT_CASES, PRODUCTS, ROWS, VARIANTS
-from tests.oracle.triton_apart import fresh
+from tests.compare import count
+from tests.oracle.triton.harness import check_resources, fresh
+from tests.oracle.triton.int8 import MORE_VARIANTS, PRODUCT_CASES, PRODUCTS, ROWS, VARIANTS
 
 TWINS = "our plain twins"
 EXACT = (0, "bit for bit")
-MOST_SHARED = 99 * 1024  # bytes of shared memory that a program may have on every card from sm_80 on
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton is a dependency on Linux alone")
 
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
-    environment = {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore::RuntimeWarning"}  # numpy's, of inf times 0
-    return fresh("tests.oracle.int8_kernels", "run", tmp_path_factory.mktemp("triton"), **environment)
+    return fresh("int8", "run", tmp_path_factory.mktemp("triton"))
 
 
 def check_product(found: dict, name: str, parity, where: str) -> None:
     size, _, _, _, dtype, _ = PRODUCT_CASES[name]
     n, o, _, granularity, _ = PRODUCTS[size]
-    parity(f"Triton's INT8 product, {where}: {name}", TWINS, found["bits"], *EXACT)
-    missed = {mistake for mistake, count in found["mistakes"].items() if not count}
+    parity(f"Triton's INT8 product, {where}: {name}", TWINS, count(found["bits"]), *EXACT)
+    missed = {mistake for mistake, seen in found["mistakes"].items() if not seen}
     if n * o >= 15:  # rounding in 16 bits hides the last bits of float32, and one scale has no other
         hidden = {"fused", "s before t"} if dtype != "fp32" else set()
         assert missed <= hidden | ({"another's scale"} if granularity == "tensor" else set())
@@ -36,7 +35,7 @@ def check_product(found: dict, name: str, parity, where: str) -> None:
 
 def check_rows(found: dict, name: str, parity, where: str) -> None:
     rows = ROWS[name][0]
-    parity(f"Triton's INT8 rows, {where}: {name}", TWINS, found["bits"], *EXACT)
+    parity(f"Triton's INT8 rows, {where}: {name}", TWINS, count(found["bits"]), *EXACT)
     if rows == 40:
         assert all(found["mistakes"].values())
 
@@ -57,7 +56,7 @@ def test_rows_interpreted(name, interpreted, parity):
 
 
 def test_int32_as_full_as_it_may_be(interpreted, parity):
-    parity("Triton's INT8 product, interpreted: int32 full", TWINS, interpreted["full"], *EXACT)
+    parity("Triton's INT8 product, interpreted: int32 full", TWINS, count(interpreted["full"]), *EXACT)
 
 
 def test_sums_are_those_of_the_codes_that_are_there(interpreted):
@@ -69,27 +68,24 @@ def test_rows_that_are_not_finite_stay_alone(interpreted):
 
 
 def test_float64_interpreted(interpreted, parity):
-    parity("Triton's INT8 rows, interpreted: float64", TWINS, interpreted["float64"], *EXACT)
+    parity("Triton's INT8 rows, interpreted: float64", TWINS, count(interpreted["float64"]), *EXACT)
 
 
 def check_compiled(found: dict, variants: dict) -> None:
-    assert len(found) == len(CARDS) * len(variants)
-    assert {name: stack for name, (_, stack, *_) in found.items() if stack} == {}  # nothing spilled
-    assert max(registers for registers, *_ in found.values()) <= 255
-    assert max(shared for _, _, shared, *_ in found.values()) <= MOST_SHARED
-    assert {name for name, (*_, cores, _) in found.items() if not cores and "product" in name} == set()
-    assert {name: count for name, (*_, count) in found.items() if count} == {}  # each step is rounded, as the twin's
+    check_resources(found, variants)
+    assert {name for name, each in found.items() if not each["cores"] and "product" in name} == set()
+    assert {name: each["fused"] for name, each in found.items() if each["fused"]} == {}  # each step is rounded, as the twin's
 
 
 def test_compiled_for_cards_that_are_not_here(tmp_path):
-    check_compiled(fresh("tests.oracle.int8_kernels", "compile", tmp_path)["resources"], VARIANTS)
+    check_compiled(fresh("int8", "compile", tmp_path)["resources"], VARIANTS)
 
 
 @pytest.mark.slow
 def test_all_formats_and_sizes_compiled_for_cards_that_are_not_here(tmp_path):
-    compiled = fresh("tests.oracle.int8_kernels", "compile-more", tmp_path)
+    compiled = fresh("int8", "compile-more", tmp_path)
     check_compiled(compiled["resources"], MORE_VARIANTS)
-    assert len(compiled["mutants"]) == 2 and all(compiled["mutants"].values())
+    assert len(compiled["mutants"]) == 2 and all(each["fused"] for each in compiled["mutants"].values())
 
 
 def test_what_they_do_not_take_is_an_error():

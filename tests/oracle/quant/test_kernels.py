@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from tests.oracle.quant_kernels import CARDS, CASES
-from tests.oracle.triton_apart import fresh
+from tests.compare import count
+from tests.oracle.triton.harness import check_resources, fresh
+from tests.oracle.triton.quantize import CASES, VARIANTS
 
 TWINS = "our plain twins"
 EXACT = (0, "bit for bit")
@@ -16,12 +17,12 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton is a dep
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
-    return fresh("tests.oracle.quant_kernels", "run", tmp_path_factory.mktemp("triton"), TRITON_INTERPRET="1")
+    return fresh("quantize", "run", tmp_path_factory.mktemp("triton"))
 
 
 def check(found: dict, name: str, parity, where: str) -> None:
-    parity(f"Triton's 4-bit quantization, {where}: {name}", TWINS, found["quantized"], *EXACT)
-    parity(f"Triton's 4-bit dequantization, {where}: {name}", TWINS, found["back"], *EXACT)
+    parity(f"Triton's 4-bit quantization, {where}: {name}", TWINS, count(found["quantized"]), *EXACT)
+    parity(f"Triton's 4-bit dequantization, {where}: {name}", TWINS, count(found["back"]), *EXACT)
     assert all(found["mutants"].values()) or name.startswith("0")  # swapped nibbles, or no offset, would be seen
 
 
@@ -36,7 +37,7 @@ def test_interpreted(name, interpreted, parity):
 
 
 def test_float64_interpreted(interpreted, parity):
-    parity("Triton's 4-bit quantization, interpreted: float64", TWINS, interpreted["float64"], *EXACT)
+    parity("Triton's 4-bit quantization, interpreted: float64", TWINS, count(interpreted["float64"]), *EXACT)
 
 
 def test_the_numbers_are_where_decisions_fall(interpreted):
@@ -55,10 +56,8 @@ def test_an_out_that_does_not_fit_is_an_error(interpreted):
 
 
 def test_compiled_for_cards_that_are_not_here(tmp_path):
-    compiled = fresh("tests.oracle.quant_kernels", "compile", tmp_path)
-    found, fused = compiled["resources"], compiled["fused"]
-    assert len(found) == len(CARDS) * 5
-    assert {name: stack for name, (_, stack) in found.items() if stack} == {}  # nothing spilled
-    assert max(registers for registers, _ in found.values()) <= 128  # two programs at a time
-    assert fused.pop("mutant") > 0  # where it is allowed
-    assert fused == {f"sm_{card}": 0 for card in CARDS}  # rounded twice, as the twin
+    compiled = fresh("quantize", "compile", tmp_path)
+    found, mutants = compiled["resources"], compiled["mutants"]
+    check_resources(found, VARIANTS, registers=128)  # two programs at a time
+    assert len(mutants) == 1 and all(each["fused"] for each in mutants.values())  # where it is allowed
+    assert {name: each["fused"] for name, each in found.items() if "double" in name and each["fused"]} == {}  # as the twin

@@ -14,6 +14,7 @@ from quant import dequantize, product
 from quant.layer import QuantizedLinear, ReorderedLinear
 from quant.nf4 import QuantizedTensor, quantize
 from quant.product import input_gradient, linear_4bit
+from tests.compare import Error, relative
 
 TWIN = "torch's linear layer"
 LIBRARY = f"bitsandbytes {bitsandbytes.__version__}"
@@ -47,13 +48,10 @@ def weight(outs: int, ins: int, form: str = "nf4") -> QuantizedTensor:
     return quantize(torch.randn(outs, ins) * spread, block_size=block_size, double_quantized=double, scheme=scheme)
 
 
-def gap(found: Tensor, expected: Tensor) -> float:
-    """Over the largest entry, whole tensors of one shape and format; infinite where a number is none."""
-    assert found.shape == expected.shape and found.dtype == expected.dtype
-    if not expected.numel():
-        return 0.0
-    error = (found - expected).detach().abs().max() / expected.detach().abs().max().clamp_min(1e-2)
-    return float(error.nan_to_num(torch.inf))
+def gap(found: Tensor, expected: Tensor) -> Error:
+    """Of tensors of one format."""
+    assert found.dtype == expected.dtype
+    return relative(found, expected, floor=1e-2)
 
 
 def with_gradients(call, x: Tensor, bias: Tensor | None, direction: Tensor) -> list[Tensor]:

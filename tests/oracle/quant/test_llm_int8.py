@@ -23,6 +23,7 @@ from quant.bnb_8bit_io import config_entry, find_parts, from_tensors, read_confi
 from quant.config import Int8, QuantError
 from quant.int8 import Codes
 from quant.llm_int8 import LlmInt8Linear, LlmInt8Tensor, quantize, quantize_rowwise, split_outliers
+from tests.compare import count, differing
 
 LIBRARY = f"bitsandbytes {bitsandbytes.__version__}"
 FOLDERS = f"transformers {transformers.__version__}, {LIBRARY}"
@@ -52,17 +53,9 @@ def ours(weight: Tensor, bias: Tensor | None, threshold: float) -> LlmInt8Linear
     return LlmInt8Linear(quantize(weight), None if bias is None else nn.Parameter(bias.clone()), threshold)
 
 
-def differing(own: Tensor, other: Tensor) -> float:
-    """Numbers whose bits are not the same; infinitely many where shapes or formats are not."""
-    if (own.shape, own.dtype) != (other.shape, other.dtype):
-        return math.inf
-    own, other = (each.detach().reshape(-1, 1).contiguous().view(torch.uint8) for each in (own, other))
-    return int((own != other).any(dim=1).sum())
-
-
-def record(parity, part: str, count: Counter, library: str = LIBRARY) -> None:
-    for name, each in count.items():
-        parity(f"{part}, {name}", library, each, *EXACT)
+def record(parity, part: str, found: Counter, library: str = LIBRARY) -> None:
+    for name, each in found.items():
+        parity(f"{part}, {name}", library, count(each), *EXACT)
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -82,14 +75,14 @@ def weights() -> list[Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weights(dtype, parity, monkeypatch):
     monkeypatch.setattr(llm_int8, "CHUNK", 500)  # a few rows at a time
-    count = Counter()
+    wrong = Counter()
     for weight in (each.clamp(-6e4, 6e4).to(dtype) for each in weights()):
         codes, absmax = (layer := theirs(weight, None, 6.0).weight).data, layer.SCB
         small, values = quantize(weight), functional.int8_vectorwise_dequant(codes, absmax)
-        count["codes"] += differing(small.codes, codes)
-        count["absmax"] += differing(small.absmax, absmax)
-        count["values"] += differing(small.dequantize(), values.to(dtype))
-    record(parity, f"LLM.int8(), weight: {name_of(dtype)}", count)
+        wrong["codes"] += differing(small.codes, codes)
+        wrong["absmax"] += differing(small.absmax, absmax)
+        wrong["values"] += differing(small.dequantize(), values.to(dtype))
+    record(parity, f"LLM.int8(), weight: {name_of(dtype)}", wrong)
 
 
 def test_the_module_of_a_weight():
@@ -153,17 +146,17 @@ def cases(dtype: torch.dtype, shapes=SHAPES):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_products(dtype, parity):
-    count, apart = Counter(), []
+    wrong, apart = Counter(), []
     for weight, bias, x, threshold in cases(dtype):
         own, other = x.clone().requires_grad_(), x.clone().requires_grad_()
         y, expected = ours(weight, bias, threshold)(own), theirs(weight, bias, threshold)(other)
-        count["y"] += differing(y, expected)
+        wrong["y"] += differing(y, expected)
         dy = torch.randn_like(y)
         y.backward(dy), expected.backward(dy)
-        count["gradient of x"] += differing(own.grad, other.grad)
+        wrong["gradient of x"] += differing(own.grad, other.grad)
         apart.append(int((x.half().abs() >= threshold).reshape(-1, x.size(-1)).any(dim=0).sum()))
     assert {0, 1, 1030} < set(apart)  # columns
-    record(parity, f"LLM.int8(), product: {name_of(dtype)}", count)
+    record(parity, f"LLM.int8(), product: {name_of(dtype)}", wrong)
 
 
 def test_in_training_and_compiled_it_is_the_same():
@@ -270,13 +263,13 @@ MUTANTS = {  # name: (home, attribute, what is there instead)
 
 
 def mismatches() -> int:
-    count = 0
+    wrong = 0
     for weight, bias, x, threshold in cases(torch.float32, SHAPES[:1]):
         own, other = x.clone().requires_grad_(), x.clone().requires_grad_()
         y, expected = ours(weight, bias, threshold)(own), theirs(weight, bias, threshold)(other)
         y.sum().backward(), expected.sum().backward()
-        count += differing(y, expected) + differing(own.grad, other.grad)
-    return count
+        wrong += differing(y, expected) + differing(own.grad, other.grad)
+    return wrong
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -333,13 +326,13 @@ def test_folders_of_transformers(family, tmp_path, parity):
     stored, dense = load_file(tmp_path / "8-bit" / "model.safetensors"), network.state_dict()
     found = find_parts(stored)
     assert len(found) == {"llama": 6, "gpt2": 4}[family]
-    count = Counter()
+    wrong = Counter()
     for name, parts in found.items():
         weight = quantize(dense[name].T if family == "gpt2" else dense[name])
         for part, tensor in to_tensors(weight).items():
-            count[part] += differing(tensor, stored[parts[part]])
+            wrong[part] += differing(tensor, stored[parts[part]])
         assert torch.equal(from_tensors({p: stored[n] for p, n in parts.items()}, name, weight.dtype).codes, weight.codes)
-    record(parity, f"LLM.int8(), files: {family}", count, FOLDERS)
+    record(parity, f"LLM.int8(), files: {family}", wrong, FOLDERS)
     settings = json.loads((tmp_path / "8-bit" / "config.json").read_text())["quantization_config"]
     assert read_config(settings) == Int8(scheme="llm-int8", threshold=5.0, skip=tuple(kept))
     assert config_entry(read_config(settings), kept) == settings

@@ -18,6 +18,7 @@ from quant.blockwise import dynamic_map, nearest
 from quant.config import BLOCK_SIZES, QuantError
 from quant.nf4 import CODEBOOKS, decision_boundaries, pack, quantize, unpack
 from tests.bench.errors import matrices, measure, normal, total
+from tests.compare import Error, absolute, count, differing
 from tests.oracle.believed import Oracle, unpack_directly
 
 LIBRARY = f"bitsandbytes {bitsandbytes.__version__}"
@@ -69,34 +70,32 @@ def ours(x: Tensor, block_size: int, double: bool, scheme: str) -> dict[str, Ten
     return parts | {"values, by shape": parts["values"], "values, plain twin": nf4.dequantize(small)}
 
 
-def bits(x: Tensor, scheme: str) -> Tensor:
-    """The bytes of each number. The sign of zero counts, but FP4's code 8 is -0 or 0 in bitsandbytes, as the machine goes."""
-    if x.is_floating_point():
-        x = torch.where(x.isnan(), torch.nan, x + 0 if scheme == "fp4" else x)
-    return x.reshape(-1, 1).contiguous().view(torch.uint8)
+def alike(x: Tensor, scheme: str) -> Tensor:
+    """One NaN for all. The sign of zero counts, but FP4's code 8 is -0 or 0 in bitsandbytes, as the machine goes."""
+    return torch.where(x.isnan(), torch.nan, x + 0 if scheme == "fp4" else x) if x.is_floating_point() else x
 
 
-def differing(expected: dict[str, Tensor], found: dict[str, Tensor], scheme: str) -> dict[str, float]:
+def differing_parts(expected: dict[str, Tensor], found: dict[str, Tensor], scheme: str) -> dict[str, Error]:
     """How many numbers of each part are not the same, bit by bit; infinitely many where shapes or formats are not."""
-    count = {}
+    counts = {}
     for name, one in expected.items():
         other = found[name]
         same = (one.shape, one.dtype) == (other.shape, other.dtype)
-        count[name] = int((bits(one, scheme) != bits(other, scheme)).any(1).sum()) if same else math.inf
-    return count
+        counts[name] = differing(alike(one, scheme), alike(other, scheme)) if same else count(math.inf)
+    return counts
 
 
 def compare(cases: Iterable[tuple], parity, part: str) -> None:
     """All parts of all cases, whose settings are (x, block_size, double, scheme); one row of the table for each part."""
     counts, wrong, oracles = Counter(), [], defaultdict(partial(Oracle, LIBRARY))
     for x, *settings in cases:
-        found = differing(theirs(x, *settings, oracles), ours(x, *settings), settings[-1])
+        found = differing_parts(theirs(x, *settings, oracles), ours(x, *settings), settings[-1])
         counts.update(found)
         if any(found.values()):
             wrong.append((tuple(x.shape), x.dtype, *settings, found))
     assert not wrong, f"{len(wrong)} cases differ, the first: {wrong[0]}"
-    for name, count in counts.items():
-        parity(f"{part}: {name}", oracles[name.removesuffix(", plain twin")].name, count, 0, REASON)
+    for name, each in counts.items():
+        parity(f"{part}: {name}", oracles[name.removesuffix(", plain twin")].name, count(each), 0, REASON)
 
 
 @cache
@@ -193,9 +192,9 @@ def test_maps(parity):
     pairs = {f"{scheme.upper()}: map": (CODEBOOKS[scheme](), theirs[scheme]) for scheme in CODEBOOKS}
     pairs |= {f"dynamic map: {s}": (dynamic_map(s), functional.create_dynamic_map(s)) for s in (True, False)}
     for name, (own, other) in pairs.items():
-        parity(name, LIBRARY, differing({"map": other}, {"map": own}, name)["map"], 0, REASON)
-    gap = (CODEBOOKS["nf4"]().double() - torch.tensor(PAPER, dtype=torch.float64)).abs().max()
-    parity("NF4: map, printed", "QLoRA, appendix E", gap, 5e-8, "7 digits")
+        parity(name, LIBRARY, differing(own, other), 0, REASON)
+    error = absolute(CODEBOOKS["nf4"](), torch.tensor(PAPER, dtype=torch.float64))
+    parity("NF4: map, printed", "QLoRA, appendix E", error, 5e-8, "7 digits")
 
 
 def test_zeros_byte_by_byte():
@@ -267,10 +266,10 @@ def sampled(scheme: str) -> list[tuple[Tensor, dict[str, Tensor]]]:
 
 
 def differ(scheme: str) -> Counter:
-    count = Counter()
+    counts = Counter()
     for x, parts in sampled(scheme):
-        count.update(differing(parts, ours(x, 64, True, scheme), scheme))
-    return count
+        counts.update(differing_parts(parts, ours(x, 64, True, scheme), scheme))
+    return counts
 
 
 @pytest.mark.parametrize("name", MUTANTS)

@@ -22,6 +22,7 @@ from quant import histogram, observe
 from quant.config import QuantError
 from quant.int8 import AFFINE, EPS, SYMMETRIC, Grid, scales_for, to_codes
 from quant.observe import OBSERVERS, Histogram, MinMax, MovingAverage, Mse, Observer, Percentile
+from tests.compare import Error, count
 
 TORCH, TORCHAO = f"torch {torch.__version__.split('+')[0]}", f"torchao {torchao.__version__}"
 PT2E = f"{TORCHAO}, pt2e"
@@ -102,8 +103,8 @@ STREAMS = streams()
 
 def none(found: dict[str, int], parity, part: str, library: str, reason: str = REASON) -> None:
     """No stream has numbers that differ; one row of the table."""
-    assert not any(found.values()), {kind: count for kind, count in found.items() if count}
-    parity(f"INT8 observers, {part}", library, sum(found.values()), 0, reason)
+    assert not any(found.values()), {kind: each for kind, each in found.items() if each}
+    parity(f"INT8 observers, {part}", library, count(sum(found.values())), 0, reason)
 
 
 @pytest.mark.parametrize(("library", "axis"), [(TORCH, None), (TORCH, 0), (TORCH, -2), (PT2E, None), (PT2E, 1)])
@@ -244,7 +245,8 @@ def test_percentile(p, parity):
     found = torch.stack([outward(stream, p) for stream in STREAMS.values()])
     assert found.min() >= 0
     assert p < 100 or not found.any()
-    parity(f"INT8 observers, percentile: p={p}", f"{TORCH}, quantile", found.max(), 2.0**-7, "a bin, relative to the number")
+    error = Error(found.max(), "relative, of each number")
+    parity(f"INT8 observers, percentile: p={p}", f"{TORCH}, quantile", error, 2.0**-7, "a bin, relative to the number")
 
 
 def test_percentile_does_not_grow():

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from quant.nf4 import quantize
-from tests.oracle.lora_kernel import CARDS, DTYPES
-from tests.oracle.quant_products import CASES, MORE_VARIANTS, PRODUCTS, VARIANTS
-from tests.oracle.triton_apart import fresh
+from tests.compare import Error
+from tests.oracle.triton.harness import DTYPES, check_resources, fresh
+from tests.oracle.triton.products import CASES, MORE_VARIANTS, PRODUCTS, VARIANTS
 
 TWIN = "our plain twin in float64"
 TOLERANCES = {
@@ -17,14 +17,13 @@ TOLERANCES = {
     "fp16": (5e-4, "float16 results: rounding is off by 2^-11 at most, 4.9e-4, and sums are float32"),
     "bf16": (4e-3, "bfloat16 results: rounding is off by 2^-8 at most, 3.9e-3, and sums are float32"),
 }
-MOST_SHARED = 99 * 1024  # bytes of shared memory that a program may have on every card from sm_80 on
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton is a dependency on Linux alone")
 
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
-    return fresh("tests.oracle.quant_products", "run", tmp_path_factory.mktemp("triton"), TRITON_INTERPRET="1")
+    return fresh("products", "run", tmp_path_factory.mktemp("triton"))
 
 
 def check(found: dict, dtype: str, what: str, parity, where: str) -> None:
@@ -32,7 +31,8 @@ def check(found: dict, dtype: str, what: str, parity, where: str) -> None:
     here = {name: case[what] for name, case in found.items() if CASES[name][1] == dtype and what in case}
     assert {name: mistake for name, (_, mistake) in here.items() if mistake <= 2 * tolerance} == {}  # each would be seen
     assert {name: error for name, (error, _) in here.items() if error > tolerance} == {}
-    parity(f"Triton's 4-bit {what}, {where}: {dtype}", TWIN, max(error for error, _ in here.values()), tolerance, reason)
+    error = Error(max(error for error, _ in here.values()), "relative")
+    parity(f"Triton's 4-bit {what}, {where}: {dtype}", TWIN, error, tolerance, reason)
 
 
 @pytest.mark.parametrize("what", PRODUCTS)
@@ -41,20 +41,13 @@ def test_interpreted(dtype, what, interpreted, parity):
     check(interpreted, dtype, what, parity, "interpreted")
 
 
-def check_resources(found: dict, count: int) -> None:
-    assert len(found) == len(CARDS) * count
-    assert {name: stack for name, (_, stack, _) in found.items() if stack} == {}  # nothing spilled
-    assert max(registers for registers, _, _ in found.values()) <= 255
-    assert max(shared for _, _, shared in found.values()) <= MOST_SHARED
-
-
 def test_compiled_for_cards_that_are_not_here(tmp_path):
-    check_resources(fresh("tests.oracle.quant_products", "compile", tmp_path), len(VARIANTS))
+    check_resources(fresh("products", "compile", tmp_path)["resources"], VARIANTS)
 
 
 @pytest.mark.slow
 def test_all_formats_and_sizes_compiled_for_cards_that_are_not_here(tmp_path):
-    check_resources(fresh("tests.oracle.quant_products", "compile-more", tmp_path), len(MORE_VARIANTS))
+    check_resources(fresh("products", "compile-more", tmp_path)["resources"], MORE_VARIANTS)
 
 
 def test_what_they_do_not_take_is_an_error():

@@ -23,10 +23,11 @@ from lora.peft_io import load
 from model.generate import generate
 from quant.config import FourBit
 from quant.linear import quantized_layers
+from tests.compare import relative
 from tests.conftest import randomized, tiny_config
 from tests.oracle.lora.test_peft_io import inputs, peft_folder
 from tests.oracle.quant.test_4bit_folders import opened as opened_4bit
-from tests.oracle.quant.test_int8_folders import BITSANDBYTES, THEIRS, TOKEN, between_codes, compressed, gap, opened
+from tests.oracle.quant.test_int8_folders import BITSANDBYTES, THEIRS, TOKEN, between_codes, compressed, opened
 from tests.oracle.quant.test_int8_folders import TENSOR as STATIC
 from train.losses.choose import LOSSES
 from train.objective import MaskedObjective, Objective
@@ -107,12 +108,12 @@ def test_logits(case, parity, label):
             y = y + case.theirs.final_logits_bias
     clear = ~between_codes(case.layer, x).any(-1) if case.bits is None else torch.ones(x.shape[:-1], dtype=torch.bool)
     assert clear.float().mean() > 0.3
-    parity(f"quantized heads: {label}, the head", case.library, gap(mine[clear], y[clear]), *ROUNDING)
+    parity(f"quantized heads: {label}, the head", case.library, relative(mine[clear], y[clear]), *ROUNDING)
     if "dynamic" not in label:  # of which one code that falls on a border is seen in all that follows
-        parity(f"quantized heads: {label}, logits", case.library, gap(found, expected), *ROUNDING)
+        parity(f"quantized heads: {label}, logits", case.library, relative(found, expected), *ROUNDING)
     plain = model.hub.load(case.folder.parent / "dense")
     with torch.no_grad():
-        assert gap(plain.head(x), y) > 1e-3  # it is seen that it is rounded
+        assert relative(plain.head(x), y) > 1e-3  # it is seen that it is rounded
 
 
 @each
@@ -124,14 +125,14 @@ def test_the_loss_is_that_of_the_logits(case, label):
     labels = torch.randint(0, 61, hidden.shape[:2], generator=generator).masked_fill(torch.arange(hidden.size(1)) == 1, IGNORE)
     scored, head = labels != IGNORE, case.ours.head
     with torch.no_grad():
-        assert gap(F.linear(head.features(hidden), head.weight, head.bias), head(hidden)) < 2e-6
+        assert relative(F.linear(head.features(hidden), head.weight, head.bias), head(hidden)) < 2e-6
     direct = F.cross_entropy(case.ours.head(hidden)[scored], labels[scored])
     (slope,) = torch.autograd.grad(direct, hidden)
     for loss in ("plain", "chunked"):
         total, count = LOSSES[loss](head.features(hidden), head.weight, labels, head.bias)
         assert abs(float((total / count - direct).detach())) < 1e-5 * float(direct.detach())
         (other,) = torch.autograd.grad(total / count, hidden)
-        assert slope.abs().max() > 1e-3 and gap(other, slope) < 1e-4
+        assert slope.abs().max() > 1e-3 and relative(other, slope) < 1e-4
         with torch.no_grad():
             assert abs(float(mean_of(case.ours, options, labels, loss) - direct)) < 1e-5 * float(direct.detach())
     if case.bits != 4:  # of INT8 the head's input is rounded too: without, another loss
@@ -155,7 +156,7 @@ def test_perplexity(case, parity, label):
     ids = torch.tensor([document])
     direct = F.cross_entropy(case.theirs(ids[:, :-1]).logits[0], ids[0, 1:]).exp()  # LLM.int8() looks at all rows together
     found = perplexity_score(case.ours, [document], context=32).value
-    parity(f"quantized heads: {label}, perplexity", case.library, abs(found / direct - 1), *ROUNDING)
+    parity(f"quantized heads: {label}, perplexity", case.library, relative(found, direct), *ROUNDING)
 
 
 @pytest.mark.parametrize("case", ["llama, tied, static", "gpt2, tied, dynamic", "llama, 4 bits", "qwen2, LLM.int8()"],
@@ -166,7 +167,7 @@ def test_written_again(case, tmp_path, parity, label):
     with torch.no_grad():
         assert torch.equal(again(**case.batch).logits, case.ours(**case.batch).logits)
         theirs = (opened_4bit if case.bits == 4 else opened)(case.config, tmp_path)
-        error = gap(theirs(**case.batch).logits, case.theirs(**case.batch).logits)
+        error = relative(theirs(**case.batch).logits, case.theirs(**case.batch).logits)
     parity(f"quantized heads: {label}, written", case.library, error, 0, "the same codes")
 
 
@@ -185,13 +186,13 @@ def test_an_adapter_beside_it(case, tmp_path, parity):
     network = load(model.hub.load(case.folder), folder).eval()
     with torch.no_grad():
         expected, beside = theirs(**case.batch).logits, network(**case.batch).logits
-        parity("quantized heads: 4 bits, LoRA", f"peft {peft.__version__}", gap(beside, expected), *ROUNDING)
-        assert gap(case.ours(**case.batch).logits, expected) > 1e-2
-        assert gap(merge(network)(**case.batch).logits, expected) < 1e-5
+        parity("quantized heads: 4 bits, LoRA", f"peft {peft.__version__}", relative(beside, expected), *ROUNDING)
+        assert relative(case.ours(**case.batch).logits, expected) > 1e-2
+        assert relative(merge(network)(**case.batch).logits, expected) < 1e-5
         assert torch.equal(unmerge(network)(**case.batch).logits, beside)
         merge_to_folder(case.folder, folder, tmp_path / "out")
         merged = model.hub.load(tmp_path / "out")
-        assert not quantized_layers(merged) and gap(merged(**case.batch).logits, expected) < 1e-5
+        assert not quantized_layers(merged) and relative(merged(**case.batch).logits, expected) < 1e-5
 
 
 @pytest.mark.parametrize("case", ["llama, tied, static", "bert, tied, static"], indirect=True)
@@ -206,7 +207,8 @@ def test_merged_into_a_tied_base_it_is_a_matrix_of_its_own(case, tmp_path):
         remove(merge(network))
         assert not network.config.tie_embeddings
         assert torch.equal(network.body.embedding.weight, case.ours.body.embedding.weight)
-        assert gap(network.head.weight, own + 8 * part.B @ part.A) < 1e-6 and gap(own, network.body.embedding.weight) > 1e-3
+        assert relative(network.head.weight, own + 8 * part.B @ part.A) < 1e-6
+        assert relative(own, network.body.embedding.weight) > 1e-3
     if case.config.family == "bert":  # its folder has no place for two, other than a quantized one
         with pytest.raises(ValueError, match="tie_embeddings=False cannot be saved"):
             model.hub.save(network, tmp_path)

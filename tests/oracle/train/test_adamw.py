@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.compare import absolute, count, mixed
 from train.optimizers.adamw import AdamW, can_fuse
 from train.optimizers.build import build_optimizer
 from train.optimizers.groups import parameter_groups
@@ -44,10 +45,6 @@ def train(optimizer, params: dict[str, Tensor], steps: range) -> None:
         optimizer.step()
 
 
-def difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
-    return max((left[n].double() - right[n].double()).abs().max().item() for n in left)
-
-
 def bitwise_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     same_names = left.keys() == right.keys()
     return same_names and all(torch.equal(left[n], right[n]) and left[n].dtype == right[n].dtype for n in left)
@@ -65,12 +62,11 @@ def test_adamw_equals_torch(parity, fused, torch_kind):
     train(oracle, theirs, range(50))
     reason = "float64, rounding of 50 steps; weights of size 1"
     part = f"AdamW: {'fused' if fused else 'plain twin'}"
-    parity(part, f"{TORCH} AdamW ({torch_kind})", difference(ours, theirs), 1e-13, reason)
+    parity(part, f"{TORCH} AdamW ({torch_kind})", absolute(ours, theirs), 1e-13, reason)
     state = optimizer.named_state()
     for name, param in theirs.items():
         for slot in ("exp_avg", "exp_avg_sq", "step"):
-            error = (state[f"{name}.{slot}"].double() - oracle.state[param][slot].double()).abs().max()
-            assert error <= 1e-12 * (1 + oracle.state[param][slot].abs().max()), (name, slot)
+            assert mixed(state[f"{name}.{slot}"], oracle.state[param][slot]) <= 1e-12, (name, slot)
     assert {int(state[f"{n}.step"]) for n in ours} != {50}  # the steps without a gradient did not count
 
 
@@ -80,7 +76,7 @@ def test_adamw_fused_equals_its_plain_twin(dtype):
     train(AdamW(groups_of(plain), lr=0.02, fused=False), plain, range(50))
     train(AdamW(groups_of(fast), lr=0.02, fused=True), fast, range(50))
     # Rounding differs in order only; the largest weight is about 4, and 50 steps add up a few units in the last place.
-    assert difference(plain, fast) <= 100 * torch.finfo(dtype).eps
+    assert absolute(plain, fast) <= 100 * torch.finfo(dtype).eps
 
 
 def test_adamw_with_gradients_of_other_strides():
@@ -281,7 +277,7 @@ def test_decayed_names_equal_the_hugging_face_trainer(parity):
     decayed, undecayed = parameter_groups(network.named_parameters(), gpt2_role, 0.1)
     assert "transformer.wte.weight" in decayed["names"] and "transformer.ln_f.weight" in undecayed["names"]
     library = f"transformers {transformers.__version__} Trainer"
-    parity("names with weight decay", library, len(theirs ^ set(decayed["names"])), 0, "sets of names, exact")
+    parity("names with weight decay", library, count(theirs ^ set(decayed["names"])), 0, "sets of names, exact")
 
 
 def test_build_optimizer_sends_matrices_to_muon():
@@ -360,7 +356,7 @@ def test_adamw_takes_what_torch_takes(parity, fused):
         ends.append(p)
         losses.append(torch.stack(trace))
     part = f"AdamW: closures, groups, schedulers, {'fused' if fused else 'plain twin'}"
-    parity(part, f"{TORCH} AdamW", difference(*ends), 1e-12, "float64, rounding of 30 steps")
+    parity(part, f"{TORCH} AdamW", absolute(*ends), 1e-12, "float64, rounding of 30 steps")
     assert (losses[0] - losses[1]).abs().max() < 1e-12 and losses[0][-1] != losses[0][0]
 
 
@@ -375,7 +371,7 @@ def test_adamw_states_travel_to_torch_and_back():
             params[name].data.copy_(value.data)
     for optimizer, params in ((first, ours), (second, theirs), (third, again)):
         train(optimizer, params, range(9, 20))
-    assert difference(ours, theirs) < 1e-13 and difference(ours, again) < 1e-13
+    assert absolute(ours, theirs) < 1e-13 and absolute(ours, again) < 1e-13
     assert third.named_state().keys() == first.named_state().keys() and third.param_groups[0]["base_lr"] > 0
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.compare import absolute, relative
 from train.optimizers.clip import clip_grad_norm_, total_norm, total_norm_reference
 
 TORCH = f"torch {torch.__version__.split('+')[0]} clip_grad_norm_"
@@ -28,19 +29,16 @@ def grads(params) -> list[torch.Tensor]:
     return [param.grad.clone() for param in params if param.grad is not None]
 
 
-def largest(left, right) -> float:
-    return max((a.double() - b.double()).abs().max().item() for a, b in zip(left, right, strict=True))
-
-
 @pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize("max_norm", [0.5, 1e6])
 def test_equals_torch_in_float64(parity, foreach, max_norm):
     ours, theirs = parameters([torch.float64]), parameters([torch.float64])
     norm = clip_grad_norm_(ours, max_norm, foreach=foreach)
     oracle = torch.nn.utils.clip_grad_norm_(theirs, max_norm)
-    error = max(abs(norm.item() / oracle.item() - 1), largest(grads(ours), grads(theirs)))
     part = f"clip_grad_norm_: {'foreach' if foreach else 'plain twin'}, max_norm {max_norm:g}"
-    parity(part, TORCH, error, 1e-14, "float64; sums in another order")
+    reason = "float64; sums in another order"
+    parity(part, TORCH, relative(norm, oracle), 1e-14, reason)
+    parity(part, TORCH, absolute(grads(ours), grads(theirs)), 1e-14, reason)
 
 
 @pytest.mark.parametrize("foreach", [True, False])
@@ -53,14 +51,14 @@ def test_mixed_dtypes_are_summed_in_float32(parity, foreach):
     assert norm.dtype == torch.float32 and norm.shape == ()
     reason = "float32 sums of 3,000 squares"
     part = f"total norm of mixed dtypes: {'foreach' if foreach else 'plain twin'}"
-    parity(part, "numpy.linalg.norm in float64", abs(norm.item() / exact - 1), 1e-6, reason)
+    parity(part, "numpy.linalg.norm in float64", relative(norm, exact), 1e-6, reason)
     for grad, old in zip(grads(ours), before, strict=True):
         expected = old.double() * 0.5 / (exact + 1e-6)  # rounded once, to the gradient's own dtype
         assert ((grad.double() - expected).abs() <= expected.abs() * torch.finfo(grad.dtype).eps + 1e-7).all()
     # torch keeps each tensor's norm in the tensor's dtype: close, but only as close as bfloat16 is (8 bits).
     oracle = torch.nn.utils.clip_grad_norm_(theirs, 0.5)
     reason = "torch rounds norms to bfloat16, 2^-8; ours does not"
-    parity(part + ", torch", TORCH, abs(norm.item() / oracle.item() - 1), 2.0**-8, reason)
+    parity(part + ", torch", TORCH, relative(norm, oracle), 2.0**-8, reason)
 
 
 def test_one_wide_gradient_makes_the_norm_wide():
@@ -85,7 +83,7 @@ def test_without_a_bound_it_only_measures(max_norm):
     ours = parameters([torch.float64])
     before = grads(ours)
     norm = clip_grad_norm_(ours, max_norm)
-    assert norm == total_norm(before) and largest(grads(ours), before) == 0
+    assert norm == total_norm(before) and absolute(grads(ours), before) == 0
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
@@ -109,13 +107,13 @@ def test_a_nonfinite_norm(bad, foreach):
 def test_a_parameter_that_comes_twice_counts_once():
     once, twice = parameters([torch.float64]), parameters([torch.float64])
     assert clip_grad_norm_(once, 0.5) == clip_grad_norm_(twice + twice[:2], 0.5)
-    assert largest(grads(once), grads(twice)) == 0
+    assert absolute(grads(once), grads(twice)) == 0
 
 
 def test_any_iterable_one_tensor_and_nothing():
     ours, theirs = parameters([torch.float64]), parameters([torch.float64])
     assert clip_grad_norm_((p for p in ours), 0.5) == clip_grad_norm_(theirs, 0.5)
-    assert largest(grads(ours), grads(theirs)) == 0
+    assert absolute(grads(ours), grads(theirs)) == 0
     assert clip_grad_norm_(ours[0], None) == ours[0].grad.norm()
     assert clip_grad_norm_([ours[-1]], 1.0) == 0 == clip_grad_norm_([], 1.0)
 

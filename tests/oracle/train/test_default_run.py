@@ -18,6 +18,7 @@ import transformers
 import model.hub
 from data.tokenizer.open import load_tokenizer
 from eval.baseline import kneser_ney_bits
+from tests.compare import absolute
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -78,7 +79,7 @@ def test_checkpoint_opens_in_transformers(run, parity):
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     ids = torch.tensor([load_tokenizer(folder).encode("Return the name of the module, or None. ☃\n")])
     with torch.no_grad():
-        error = (model.hub.load(folder)(ids).logits - theirs(ids).logits).abs().max()
+        error = absolute(model.hub.load(folder)(ids).logits, theirs(ids).logits)
     reason = "float32 rounding over four layers"
     parity("default run's checkpoint, logits", f"transformers {transformers.__version__}", error, 1e-5, reason)
 

@@ -3,10 +3,10 @@
 import sys
 
 import pytest
-import torch
 
-from tests.oracle.loss_kernel import CARDS, CASES, DTYPES, measure, whole_loss
-from tests.oracle.triton_apart import fresh
+from tests.compare import Error
+from tests.oracle.triton.harness import check_resources, exact, fresh
+from tests.oracle.triton.loss import CASES, VARIANTS, measure, whole_loss
 
 TWIN = "our plain twin in float64"
 TOLERANCES = {
@@ -21,14 +21,14 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="triton is a dep
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
-    return fresh("tests.oracle.loss_kernel", "run", tmp_path_factory.mktemp("triton"), TRITON_INTERPRET="1")
+    return fresh("loss", "run", tmp_path_factory.mktemp("triton"))
 
 
 def check(found: dict, name: str, parity, where: str) -> None:
     tolerance, reason = TOLERANCES[CASES[name][1]]
     assert found["outside"]
-    parity(f"Triton's loss, {where}: {name}", TWIN, found["loss"], *LOSS)
-    parity(f"Triton's loss, gradients, {where}: {name}", TWIN, found["gradient"], tolerance, reason)
+    parity(f"Triton's loss, {where}: {name}", TWIN, Error(found["loss"], "relative"), *LOSS)
+    parity(f"Triton's loss, gradients, {where}: {name}", TWIN, Error(found["gradient"], "relative"), tolerance, reason)
     assert found["mutant"] > 2 * tolerance  # smoothing and z-loss a little off would be seen
 
 
@@ -44,14 +44,12 @@ def test_labels_and_logits_at_the_edge(interpreted):
 
 
 def test_the_whole_loss_interpreted(interpreted, parity):
-    parity("Triton's loss: sum and gradients, interpreted", TWIN, interpreted["whole"], 3e-6, "float32")
+    parity("Triton's loss: sum and gradients, interpreted", TWIN, Error(interpreted["whole"], "relative"), 3e-6, "float32")
 
 
 def test_compiled_for_cards_that_are_not_here(tmp_path):
-    found = fresh("tests.oracle.loss_kernel", "compile", tmp_path)
-    assert len(found) == len(CARDS) * len(DTYPES) * 3
-    assert {name: stack for name, (_, stack) in found.items() if stack} == {}  # nothing spilled
-    assert max(registers for registers, _ in found.values()) <= 128  # two programs of 256 threads a multiprocessor at least
+    found = fresh("loss", "compile", tmp_path)["resources"]
+    check_resources(found, VARIANTS, registers=128)  # two programs of 256 threads a multiprocessor at least
 
 
 @pytest.mark.gpu
@@ -62,7 +60,5 @@ def test_on_a_card(name, parity):
 
 @pytest.mark.gpu
 def test_the_whole_loss_on_a_card(parity):
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    parity("Triton's loss: sum and gradients, on a GPU", TWIN, whole_loss("cuda"), 3e-6, "float32")
-    torch.set_float32_matmul_precision(precision)
+    with exact():
+        parity("Triton's loss: sum and gradients, on a GPU", TWIN, whole_loss("cuda"), 3e-6, "float32")

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.oracle.train.test_adamw import MATRICES, TORCH, difference, groups_of, train, weights
+from tests.compare import absolute
+from tests.oracle.train.test_adamw import MATRICES, TORCH, groups_of, train, weights
 from train.optimizers.muon import COEFFICIENTS, Muon, orthogonalize, orthogonalize_batch
 
 
@@ -23,7 +24,7 @@ def test_muon_equals_torch(parity, batched, adjust_lr, nesterov):
     # rounds everywhere else. The rates add up to 0.08, and a unit of bfloat16 is 2^-8.
     tolerance, reason = (3e-4, "a unit of bfloat16, seldom") if batched else (1e-2, "bfloat16 rounds elsewhere")
     part = f"Muon: {'batched' if batched else 'plain twin'}, bfloat16, {adjust_lr}{', Nesterov' if nesterov else ''}"
-    parity(part, f"{TORCH} Muon", difference(ours, theirs), tolerance, reason)
+    parity(part, f"{TORCH} Muon", absolute(ours, theirs), tolerance, reason)
 
 
 def test_muon_in_float64_equals_torch_but_for_bfloat16(parity, monkeypatch):
@@ -35,7 +36,7 @@ def test_muon_in_float64_equals_torch_but_for_bfloat16(parity, monkeypatch):
         train(torch.optim.Muon(groups_of(theirs), lr=0.02), theirs, range(30))
         part = f"Muon: {'batched' if batched else 'plain twin'}, float64"
         reason = "float64; the iteration enlarges tiny singular values, and their rounding, by 3.4^5 = 485"
-        parity(part, f"{TORCH} Muon, its bfloat16 cast removed", difference(ours, theirs), 1e-11, reason)
+        parity(part, f"{TORCH} Muon, its bfloat16 cast removed", absolute(ours, theirs), 1e-11, reason)
 
 
 def singular_value_map(s: Tensor, steps: int) -> Tensor:
@@ -52,10 +53,9 @@ def test_orthogonalize_acts_on_singular_values_alone(parity, shape):
     expected = u @ torch.diag(singular_value_map(s / s.norm(), 5)) @ v
     results = {"plain twin": orthogonalize(update_OI), "batched": orthogonalize_batch(update_OI[None])[0]}
     for kind, result in results.items():
-        error = (result - expected).abs().max()
-        parity(f"orthogonalize: {kind} {shape}", f"{TORCH} linalg.svd", error, 1e-10, "float64: U p(S) V'")
+        parity(f"orthogonalize: {kind} {shape}", f"{TORCH} linalg.svd", absolute(result, expected), 1e-10, "float64: U p(S) V'")
     mutant = u @ torch.diag(singular_value_map(s / s.norm(), 4)) @ v  # one step less
-    assert (mutant - expected).abs().max() > 1e-3
+    assert absolute(mutant, expected) > 1e-3
 
 
 def test_singular_values_come_near_one():
@@ -82,7 +82,7 @@ def test_muon_stacks_are_cut_without_changing_the_result(monkeypatch):
     train(Muon(groups_of(whole)), whole, range(5))
     monkeypatch.setattr("train.optimizers.muon.BATCH_ELEMENTS", 1)
     train(Muon(groups_of(cut)), cut, range(5))
-    assert difference(whole, cut) <= 1e-12
+    assert absolute(whole, cut) <= 1e-12
 
 
 def test_muon_refuses_what_is_not_a_matrix():

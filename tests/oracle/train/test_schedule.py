@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 
+from tests.compare import absolute
 from train.optimizers.schedule import SCHEDULES, constant, cosine, inverse_sqrt, linear, slanted_triangular, wsd
 
 transformers = pytest.importorskip("transformers")
@@ -63,14 +64,14 @@ def transformers_twins():
 def test_equals_transformers(parity, name):
     ours, arguments, get_schedule, their_arguments = transformers_twins()[name]
     theirs = factors_of(get_schedule, **their_arguments)
-    error = max(abs(ours(step, **arguments) - theirs[step]) for step in range(TOTAL + 1))
+    error = absolute([ours(step, **arguments) for step in range(TOTAL + 1)], theirs)
     parity(f"schedule: {name}", LIBRARY, error, 0.0, "the same float operations, exact")
 
 
 def test_wsd_with_a_floor_equals_transformers_after_the_warm_up(parity):
     theirs = factors_of(transformers.get_wsd_schedule, **wsd_arguments("1-sqrt", 0.1))
     ours = partial(wsd, warmup=WARMUP, total=TOTAL, final=0.1, decay_steps=11)
-    error = max(abs(ours(step) - theirs[step]) for step in range(WARMUP, TOTAL + 1))
+    error = absolute([ours(step) for step in range(WARMUP, TOTAL + 1)], theirs[WARMUP:])
     reason = "exact from the end of the warm-up, which transformers starts at the floor"
     parity("schedule: wsd to 0.1", LIBRARY, error, 0.0, reason)
 
@@ -100,7 +101,8 @@ def equation_3(t: int, total: int, cut_frac: float, ratio: float) -> float:
 def test_slanted_triangular_equals_the_paper(parity, total, cut_frac, ratio):
     warmup = round(total * cut_frac)
     ours = partial(slanted_triangular, warmup=warmup, total=total, warmup_offset=0, ratio=ratio)
-    error = max(abs(ours(step) - equation_3(step, total, cut_frac, ratio)) for step in range(total + 1))
+    steps = range(total + 1)
+    error = absolute([ours(step) for step in steps], [equation_3(step, total, cut_frac, ratio) for step in steps])
     parity(f"schedule: slanted_triangular, ratio {ratio}", "the paper's equation 3", error, 1e-15, "float64 rounding")
     assert ours(0) == ours(total) == ours(10 * total) == 1 / ratio and ours(warmup) == 1
     assert ours(0, final=0.3) == ours(total, final=0.3) == 0.3  # `final` takes the place of 1 / ratio, at both ends

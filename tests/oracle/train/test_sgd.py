@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.oracle.train.test_adamw import SHAPES, TORCH, difference, groups_of, train, weights
+from tests.compare import absolute
+from tests.oracle.train.test_adamw import SHAPES, TORCH, groups_of, train, weights
 from train.optimizers.adamw import AdamW
 from train.optimizers.build import build_optimizer
 from train.optimizers.sgd import SGD
@@ -22,8 +23,8 @@ def test_sgd_equals_torch(parity, kind, foreach):
     train(optimizer, ours, range(50))
     train(oracle, theirs, range(50))
     part = f"SGD: {'foreach' if foreach else 'reference'}, {kind}"
-    parity(part, f"{TORCH} SGD", difference(ours, theirs), 1e-13, "float64, rounding of 50 steps")
-    assert difference(ours, start) > 0.1
+    parity(part, f"{TORCH} SGD", absolute(ours, theirs), 1e-13, "float64, rounding of 50 steps")
+    assert absolute(ours, start) > 0.1
     slots = {f"{name}.momentum_sum" for name in ours} if "momentum" in KINDS[kind] else set()
     assert optimizer.named_state().keys() == slots
     for name, param in theirs.items() if slots else ():
@@ -48,7 +49,7 @@ def test_settings_of_groups_equal_torchs(parity, foreach):
         return params
 
     ours, theirs = trained(SGD, foreach=foreach), trained(torch.optim.SGD)
-    parity("SGD: settings of groups", f"{TORCH} SGD", difference(ours, theirs), 1e-13, "float64, rounding of 30 steps")
+    parity("SGD: settings of groups", f"{TORCH} SGD", absolute(ours, theirs), 1e-13, "float64, rounding of 30 steps")
 
 
 @pytest.mark.parametrize("setting", [{"dampening": 0.1}, {"maximize": True}])
@@ -69,7 +70,7 @@ def test_the_comparison_sees_each_setting():
     for settings in ({"momentum": 0.9}, {"momentum": 0.8, "nesterov": True}):
         mutant = weights(SHAPES)
         train(SGD(groups_of(mutant), **settings), mutant, range(10))
-        assert difference(mutant, nesterov) > 1e-3
+        assert absolute(mutant, nesterov) > 1e-3
     decoupled = weights(SHAPES)
     groups = groups_of(decoupled)
     for group in groups:
@@ -81,7 +82,7 @@ def test_the_comparison_sees_each_setting():
                 decay = 0.1 if name in "ab" else 0.0 if name == "c" else 0.03
                 param.mul_(1 - decay * 0.02 / (1 + step))
         train(optimizer, decoupled, range(step, step + 1))
-    assert difference(decoupled, nesterov) > 1e-4
+    assert absolute(decoupled, nesterov) > 1e-4
 
 
 def test_sgd_stops_half_way():
@@ -93,7 +94,7 @@ def test_sgd_stops_half_way():
     train(stopped, halved, range(9))
     resumed.load_named_state(stopped.named_state())
     train(resumed, halved, range(9, 20))
-    assert difference(straight, halved) == 0
+    assert absolute(straight, halved) == 0
 
 
 def test_a_run_can_choose_it():

@@ -1,14 +1,7 @@
-"""Triton's kernels for INT8 in a process of its own, as `tests.oracle.quant_kernels`; prints one JSON object.
-
-TRITON_INTERPRET=1 python -m tests.oracle.int8_kernels run      numbers that differ from the plain twins', and from mistakes
-python -m tests.oracle.int8_kernels compile                     registers, stack, … for cards that are not here
-python -m tests.oracle.int8_kernels compile-more                and for all other formats and sizes
-"""
+"""Triton's kernels for INT8 beside their plain twins, bit for bit (`tests.oracle.triton.harness`)."""
 
 import itertools
-import json
 import re
-import sys
 
 import torch
 from torch import Tensor
@@ -16,8 +9,8 @@ from torch import Tensor
 from quant.int8 import AFFINE, SYMMETRIC, Codes, Grid, Int8Tensor, quantize, scales_for
 from quant.int8_linear import DynamicInput, StaticInput
 from quant.int8_product import product_reference
-from tests.oracle.quant_kernels import CARDS, DTYPES, LAYOUTS, different
-from tests.oracle.triton_apart import registers_and_stack
+from tests.compare import Error, count, differing
+from tests.oracle.triton.harness import DTYPES, LAYOUTS, Launch, main, placed, resources
 
 GRIDS = {"symmetric": SYMMETRIC, "affine": AFFINE, "4 bits, affine": Grid.of(4, symmetric=False), "2 bits": Grid.of(2)}
 ENDS = torch.tensor(-4.0), torch.tensor(3.0)
@@ -99,24 +92,24 @@ def measure_product(name: str, device: str = "cpu") -> dict:
     x, w, bias = x._replace(codes=x.codes.T.contiguous().T), w.to(device), None if bias is None else bias.to(device)
     ours = int8_matmul(x, w, bias, dtype)
     assert ours.is_contiguous()
-    seen = {mistake: different(wrong.to(dtype), expected.to(dtype)) for mistake, wrong in mistakes.items()}
-    return {"bits": different(ours.cpu(), expected.to(dtype)), "mistakes": seen}
+    seen = {mistake: differing(wrong.to(dtype), expected.to(dtype)) for mistake, wrong in mistakes.items()}
+    return {"bits": differing(ours.cpu(), expected.to(dtype)), "mistakes": seen}
 
 
-def full(name: str, device: str = "cpu") -> int:
+def full(name: str, device: str = "cpu") -> Error:
     """Numbers that differ where int32 is as full as it may be."""
     from quant.kernels.int8_matmul import int8_matmul
 
-    (q, z, p, u, count), one = FULL[name], torch.ones(1, 1)
+    (q, z, p, u, size), one = FULL[name], torch.ones(1, 1)
     zeros = [None if zero is None else torch.full((1, 1), zero, dtype=torch.int32) for zero in (z, u)]
-    x = Codes(torch.full((1, count), q, dtype=torch.int8), one, zeros[0])
-    w = Int8Tensor(torch.full((1, count), p, dtype=torch.int8), one, zeros[1], dtype=torch.float32)
+    x = Codes(torch.full((1, size), q, dtype=torch.int8), one, zeros[0])
+    w = Int8Tensor(torch.full((1, size), p, dtype=torch.int8), one, zeros[1], dtype=torch.float32)
     expected = product_reference(x, w)
     x = Codes(*(None if part is None else part.to(device) for part in x))
-    return different(int8_matmul(x, w.to(device)).cpu(), expected)
+    return differing(int8_matmul(x, w.to(device)).cpu(), expected)
 
 
-def changed(device: str = "cpu") -> int:
+def changed(device: str = "cpu") -> float:
     """Numbers that differ after a weight's codes were changed, whose sums had been kept."""
     from quant.kernels.int8_matmul import int8_matmul
 
@@ -125,9 +118,9 @@ def changed(device: str = "cpu") -> int:
     on_device = Codes(*(part.to(device) for part in x))
     int8_matmul(on_device, w.to(device))
     w.codes.neg_()
-    first = different(int8_matmul(on_device, w).cpu(), product_reference(x, w.to("cpu")))
+    first = differing(int8_matmul(on_device, w).cpu(), product_reference(x, w.to("cpu")))
     w.codes = torch.randint(-128, 128, (5, 40), dtype=torch.int8)
-    return first + different(int8_matmul(on_device, w.to(device)).cpu(), product_reference(x, w.to("cpu")))
+    return first + differing(int8_matmul(on_device, w.to(device)).cpu(), product_reference(x, w.to("cpu")))
 
 
 # ---- rows
@@ -154,7 +147,7 @@ def rows_of_edges(rows: int, ins: int, dtype: torch.dtype, grid: Grid) -> Tensor
     return torch.stack(made)[n % 8, n].to(dtype)
 
 
-def row_mistakes(x: Tensor, grid: Grid) -> dict[str, Tensor]:
+def row_mistakes(x: Tensor, grid: Grid) -> dict[str, Error]:
     """Codes, or scales, that a kernel would give that rounds otherwise."""
     codes, scale, zero = DynamicInput(grid)(x)
     wide, inverse, zero = x.float(), 1 / scale, 0 if zero is None else zero
@@ -164,11 +157,17 @@ def row_mistakes(x: Tensor, grid: Grid) -> dict[str, Tensor]:
         return (z + zero).clamp(grid.low, grid.high).to(torch.int8)
 
     return {
-        "half away from 0": different(finished((wide * inverse).abs().add(0.5).floor() * wide.sign()), codes),
-        "divided": different(finished((wide / scale).round()), codes),
-        "fused": different(finished((wide.double() * inverse.double()).round().float()), codes),
-        "times the inverse": different((scale * steps) * torch.tensor(1 / steps), scale),
+        "half away from 0": differing(finished((wide * inverse).abs().add(0.5).floor() * wide.sign()), codes),
+        "divided": differing(finished((wide / scale).round()), codes),
+        "fused": differing(finished((wide.double() * inverse.double()).round().float()), codes),
+        "times the inverse": differing((scale * steps) * torch.tensor(1 / steps), scale),
     }
+
+
+def differing_parts(ours: Codes, expected: Codes) -> Error:
+    """Numbers that differ in codes, scales and zero points."""
+    parts = [(part.cpu(), twin) for part, twin in zip(ours, expected, strict=True) if twin is not None]
+    return count(sum(differing(*pair) for pair in parts))
 
 
 def measure_rows(name: str, device: str = "cpu") -> dict:
@@ -179,12 +178,9 @@ def measure_rows(name: str, device: str = "cpu") -> dict:
     torch.manual_seed(0)
     x = rows_of_edges(rows, ins, DTYPES[dtype], GRIDS[grid])
     expected = DynamicInput(GRIDS[grid])(x)
-    placed = LAYOUTS[layout](x.T.contiguous() if layout == "transposed" else x)
-    ours = quantize_rows(placed.to(device), GRIDS[grid])
+    ours = quantize_rows(placed(x.to(device), layout)[0], GRIDS[grid])
     assert (ours.zero is None) == (expected.zero is None)
-    parts = [(part.cpu(), twin) for part, twin in zip(ours, expected, strict=True) if twin is not None]
-    mistakes = row_mistakes(x, GRIDS[grid]) if rows else {}
-    return {"bits": sum(different(*pair) for pair in parts), "mistakes": mistakes}
+    return {"bits": differing_parts(ours, expected), "mistakes": row_mistakes(x, GRIDS[grid]) if rows else {}}
 
 
 def not_numbers(device: str = "cpu") -> dict[str, list[bool]]:
@@ -208,24 +204,20 @@ def not_numbers(device: str = "cpu") -> dict[str, list[bool]]:
             torch.equal(scale.nan_to_num(-1), twin.scale.nan_to_num(-1)) and not bool(scale[bad].isfinite().any()),
             bool((codes[bad] == (0 if zero is None else zero[bad])).all()),
             bool(y[bad].isnan().all()),
-            different(y[~bad], product_reference(good, w.to("cpu"))) == 0,
+            differing(y[~bad], product_reference(good, w.to("cpu"))) == 0,
         ]
     return found
 
 
-def float64(device: str = "cpu") -> int:
+def float64(device: str = "cpu") -> Error:
     """Numbers that differ where x has a format that is not read as it is."""
     from quant.kernels.int8_rows import quantize_rows
 
     x = torch.randn(5, 70, dtype=torch.float64, requires_grad=True)
-    ours, expected = quantize_rows(x.to(device)), DynamicInput()(x)
-    return sum(different(a.cpu(), b.detach()) for a, b in zip(ours[:2], expected[:2], strict=True))
+    return differing_parts(quantize_rows(x.to(device)), DynamicInput()(x))
 
 
 def run() -> dict:
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
     found = {"products": {name: measure_product(name) for name in PRODUCT_CASES}}
     found |= {"rows": {name: measure_rows(name) for name in ROWS}}
     return found | {"full": full("both affine"), "changed": changed(), "not numbers": not_numbers(), "float64": float64()}
@@ -260,12 +252,7 @@ MORE_VARIANTS = {
 }
 
 
-def compiled_variant(variant: tuple, card: int, **changes):
-    """Triton's result: its `asm` holds every stage, `metadata` the shared memory."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def launch(*variant) -> Launch:
     from quant.kernels import int8_matmul, int8_rows
 
     if isinstance(variant[3], str):
@@ -281,33 +268,16 @@ def compiled_variant(variant: tuple, card: int, **changes):
         pointers |= {"w_zero_ptr": "*i32", "w_sum_ptr": "*i32", "bias_ptr": "*fp32", "y_ptr": f"*{dtype}"}
         groups = ins // size
         numbers = {"rows": rows, "outs": outs, "ins": ins, "groups": groups, "size": size, "x_step": 1, "w_step": groups}
-    names = kernel.arg_names
     constants |= {name: 1 for name, number in numbers.items() if number == 1}  # as a launch takes them
-    signature = dict.fromkeys(names, "i32") | pointers | dict.fromkeys(constants, "constexpr")
-    sixteens = [name for name in names if name in pointers or numbers.get(name, 1) % 16 == 0]
-    hints = {(names.index(name),): [["tt.divisibility", 16]] for name in sixteens}
-    source = ASTSource(kernel, signature, constants, hints)
-    return triton.compile(source, target=GPUTarget("cuda", card, 32), options=options | changes)
+    sixteens = [name for name in kernel.arg_names if name in pointers or numbers.get(name, 1) % 16 == 0]
+    return Launch(kernel, pointers, constants, options, sixteens)
 
 
-def fused(code) -> int:
-    """Multiply-adds that are rounded once, in what is given to the assembler, which is told to make no others."""
-    return len(re.findall(r"\bfma\.rn\.f32", code.asm["ptx"]))
-
-
-def compiled(variants: dict[str, tuple]) -> dict:
-    """{card and variant: [registers, bytes of stack, of shared memory, whether tensor cores multiply integers, fused
-    multiply-adds]}, and how many of these are in {kernel: a mutant}, which may have them."""
-    found, mutants = {}, {}
-    for card, (name, variant) in itertools.product(CARDS, variants.items()):
-        code = compiled_variant(variant, card)
-        cores = bool(re.search(r"mma\S*s32\.s8\.s8|tcgen05\.mma\S*kind::i8", code.asm["ptx"]))
-        found[f"sm_{card}, {name}"] = [*registers_and_stack(code.asm["cubin"]), code.metadata.shared, cores, fused(code)]
-    for name in ("product, 16 rows", "rows, symmetric") if variants is MORE_VARIANTS else ():
-        mutants[name] = fused(compiled_variant(variants[name], card, enable_fp_fusion=True))
-    return {"resources": found, "mutants": mutants}
+def look(code) -> dict:
+    """And whether tensor cores multiply integers, and how many multiply-adds the assembler, which fuses none, is given."""
+    cores = bool(re.search(r"mma\S*s32\.s8\.s8|tcgen05\.mma\S*kind::i8", code.asm["ptx"]))
+    return resources(code) | {"cores": cores, "fused": len(re.findall(r"\bfma\.rn\.f32", code.asm["ptx"]))}
 
 
 if __name__ == "__main__":
-    jobs = {"run": run, "compile": lambda: compiled(VARIANTS), "compile-more": lambda: compiled(MORE_VARIANTS)}
-    print(json.dumps(jobs[sys.argv[1]]()))
+    main(run, launch, VARIANTS, MORE_VARIANTS, look, mutants=("product, 16 rows", "rows, symmetric"))

@@ -1,36 +1,22 @@
-"""Triton's kernels that make 4-bit weights and read them, in a process of their own, as `tests.oracle.loss_kernel`.
-
-    TRITON_INTERPRET=1 python -m tests.oracle.quant_kernels run      numbers that differ from the plain twins'
-    python -m tests.oracle.quant_kernels compile                     registers, stack, fused multiply-adds; for cards not here
-"""
+"""Triton's kernels that make 4-bit weights and read them, beside their plain twins (`tests.oracle.triton.harness`)."""
 
 import copy
 import itertools
-import json
 import re
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 
 import torch
 
 from quant.config import QuantError
 from quant.nf4 import CODEBOOKS, QuantizedTensor, decision_boundaries, dequantize, quantize
-from tests.oracle.triton_apart import registers_and_stack
+from tests.compare import Error, count, differing
+from tests.oracle.triton.harness import DTYPES, LAYOUTS, Launch, dumped, main, placed, resources
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SHAPES = {  # one number; less than a block, odd; a program to the number; two and a block that is shorter, odd; none
     "1": (1,),
     "5 x 7": (5, 7),
     "64 x 64": (64, 64),
     "65 x 127": (65, 127),
     "0 x 3": (0, 3),
-}
-LAYOUTS = {
-    "contiguous": lambda memory: memory,
-    "transposed": lambda memory: memory.mT,
-    "every second": lambda memory: memory.repeat_interleave(2, -1)[..., 1::2],
 }
 CASES = {
     f"{shape}, {dtype}, {scheme}, blocks of {size}, {layout}{', double' * double}": (shape, dtype, scheme, size, layout, double)
@@ -41,7 +27,13 @@ CASES = {
         *itertools.product(["65 x 127"], ["bf16"], ["nf4"], [64], list(LAYOUTS)[1:], [False]),
     ]
 }
-CARDS = (80, 90, 100)
+VARIANTS = {  # kernel, format, scheme or whether scales have 8 bits, block size, aligned
+    "quantize bf16, nf4, blocks of 64, aligned": ("quantize", "bf16", "nf4", 64, True),
+    "quantize fp32, fp4, blocks of 4096": ("quantize", "fp32", "fp4", 4096, False),
+    "dequantize bf16, double, blocks of 64, aligned": ("dequantize", "bf16", True, 64, True),
+    "dequantize fp16, blocks of 32, aligned": ("dequantize", "fp16", False, 32, True),
+    "dequantize fp32, double, blocks of 4096": ("dequantize", "fp32", True, 4096, False),
+}
 GUARD = 5000
 
 
@@ -50,8 +42,8 @@ def edges(shape: tuple[int, ...], dtype: torch.dtype, block_size: int, device: s
 
     Every seventh block is zero, and every fifth has numbers from the whole of its range.
     """
-    count = torch.Size(shape).numel()
-    blocks = -(-count // block_size)
+    numel = torch.Size(shape).numel()
+    blocks = -(-numel // block_size)
     lowest = {torch.float32: -44, torch.float16: -7, torch.bfloat16: -33}[dtype]  # below 1e-38 bfloat16 is misread interpreted
     absmax = 10 ** torch.empty(blocks, 1).uniform_(lowest, 4) * torch.randn(blocks, 1).sign()
     absmax[::3] = 1.0
@@ -62,18 +54,14 @@ def edges(shape: tuple[int, ...], dtype: torch.dtype, block_size: int, device: s
     x[:, :1] = absmax
     x[3::5] = absmax[3::5] * torch.rand(len(absmax[3::5]), block_size)
     x[5::7] = 0
-    return x.flatten()[:count].view(shape).to(dtype).to(device)
+    return x.flatten()[:numel].view(shape).to(dtype).to(device)
 
 
-def different(a: torch.Tensor, b: torch.Tensor) -> int:
-    """How many numbers differ in a bit; -0 and 0 do, and one NaN from another."""
-    assert a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
-    ours, theirs = (x.contiguous().flatten().view(torch.uint8).view(-1, x.element_size()) for x in (a, b))
-    return int((ours != theirs).any(dim=1).sum())
-
-
-def parts(small: QuantizedTensor) -> dict[str, torch.Tensor]:
-    return {name: part.flatten() for name, part in small.named_buffers()}
+def differing_parts(ours: QuantizedTensor, expected: QuantizedTensor) -> Error:
+    """Numbers that differ in codes and scales."""
+    mine, theirs = dict(ours.named_buffers()), dict(expected.named_buffers())
+    assert mine.keys() == theirs.keys()
+    return count(sum(differing(mine[name].flatten(), theirs[name].flatten()) for name in mine))
 
 
 def measure(name: str, device: str = "cpu") -> dict:
@@ -83,11 +71,10 @@ def measure(name: str, device: str = "cpu") -> dict:
 
     shape, dtype, scheme, block_size, layout, double = CASES[name]
     torch.manual_seed(0)
-    weight = LAYOUTS[layout](edges(SHAPES[shape], DTYPES[dtype], block_size, device))
+    weight, _ = placed(edges(SHAPES[shape], DTYPES[dtype], block_size, device), layout)
     settings = {"block_size": block_size, "double_quantized": double, "scheme": scheme}
     ours, expected = quantize_4bit(weight, **settings), quantize(weight, **settings)
-    assert ours.extra_repr() == expected.extra_repr() and parts(ours).keys() == parts(expected).keys()
-    quantized = sum(different(part, parts(expected)[part_name]) for part_name, part in parts(ours).items())
+    assert ours.extra_repr() == expected.extra_repr()
 
     back = 0
     for target in DTYPES.values():
@@ -95,10 +82,10 @@ def measure(name: str, device: str = "cpu") -> dict:
         out = memory[GUARD:-GUARD].view(expected.shape)
         right = dequantize(expected, target)
         assert dequantize_4bit(expected, out=out) is out
-        back += different(out, right)
+        back += differing(out, right)
         assert bool(memory[:GUARD].isnan().all() and memory[-GUARD:].isnan().all())  # nothing beside is written to
-    back += different(dequantize_4bit(expected, torch.half), dequantize(expected, torch.half))
-    back += different(dequantize_4bit(expected), dequantize(expected))
+    back += differing(dequantize_4bit(expected, torch.half), dequantize(expected, torch.half))
+    back += differing(dequantize_4bit(expected), dequantize(expected))
 
     mutants = {"nibbles": {"packed": expected.packed << 4 | expected.packed >> 4}}
     mutants |= {"offset": {"offset": torch.zeros_like(expected.offset)}} if double else {}
@@ -107,11 +94,11 @@ def measure(name: str, device: str = "cpu") -> dict:
         small = copy.deepcopy(expected)
         for part, changed in changes.items():
             setattr(small, part, changed)
-        seen[mutant] = different(dequantize_4bit(small), dequantize(expected))
-    return {"quantized": quantized, "back": back, "mutants": seen}
+        seen[mutant] = differing(dequantize_4bit(small), dequantize(expected))
+    return {"quantized": differing_parts(ours, expected), "back": count(back), "mutants": seen}
 
 
-def decided(device: str = "cpu") -> dict[str, int]:
+def decided(device: str = "cpu") -> dict[str, Error]:
     """Bytes that differ from the twin's: as the kernel is, with ties to the upper value, and a short block by the inverse."""
     from quant.kernels import quantize_4bit as module
 
@@ -124,10 +111,10 @@ def decided(device: str = "cpu") -> dict[str, int]:
     for name, changes in {"as it is": {}, "ties up": {"MIDPOINTS": below}}.items():
         module.settings = lambda *asked, changes=changes: (given(*asked)[0] | changes, given(*asked)[1])
         module.launch(weight, packed, absmax, 4096, "nf4")
-        found[name] = different(packed, expected)
+        found[name] = differing(packed, expected)
     module.settings = given
     longer = torch.cat((weight, weight.new_zeros(192)))  # the last block is as long as the others
-    return found | {"inverse": different(module.quantize_4bit(longer, block_size=4096).packed[:4000], expected)}
+    return found | {"inverse": differing(module.quantize_4bit(longer, block_size=4096).packed[:4000], expected)}
 
 
 def refusals(device: str = "cpu") -> dict[str, list[str]]:
@@ -161,72 +148,42 @@ def unfit(device: str = "cpu") -> list[str]:
     return [message(dequantize_4bit, small, dtype, out) for dtype, out in cases]
 
 
-def float64(device: str = "cpu") -> int:
+def float64(device: str = "cpu") -> Error:
     """Numbers that differ where a format is read or written that the kernels do not mainly serve."""
     from quant.kernels.dequantize_4bit import dequantize_4bit
     from quant.kernels.quantize_4bit import quantize_4bit
 
     weight = torch.randn(65, 129, dtype=torch.float64, device=device)
     ours, expected = quantize_4bit(weight), quantize(weight)
-    codes = sum(different(part, parts(expected)[name]) for name, part in parts(ours).items())
-    return codes + different(dequantize_4bit(expected), dequantize(expected))
+    return count(differing_parts(ours, expected) + differing(dequantize_4bit(expected), dequantize(expected)))
 
 
 def run() -> dict:
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
     extra = {"decided": decided(), "refusals": refusals(), "unfit": unfit(), "float64": float64()}
     return {name: measure(name) for name in CASES} | extra
 
 
-def compiled() -> dict:
-    """{card and variant: [registers, bytes of stack]}, and of scales in 8 bits the fused multiply-adds."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def launch(what: str, dtype: str, kind: str | bool, block_size: int, aligned: bool) -> Launch:
     from quant.kernels import dequantize_4bit, quantize_4bit
 
-    def variant(kernel, card: int, pointers: dict[str, str], constants: dict, options: dict, aligned: bool) -> bytes:
-        names = kernel.arg_names
-        signature = dict.fromkeys(names, "i32" if aligned else "i64") | pointers | dict.fromkeys(constants, "constexpr")
-        known = [name for name in names if name not in constants] if aligned else []
-        hints = {(names.index(name),): [["tt.divisibility", 16]] for name in known}
-        source = ASTSource(kernel, signature, constants, hints)
-        return triton.compile(source, target=GPUTarget("cuda", card, 32), options=options).asm["cubin"]
-
-    found, added = {}, {}
-    for card in CARDS:
-        for dtype, scheme, block_size, aligned in (("bf16", "nf4", 64, True), ("fp32", "fp4", 4096, False)):
-            pointers = {"x_ptr": f"*{dtype}", "packed_ptr": "*u8", "absmax_ptr": "*fp32"}
-            settings = quantize_4bit.settings(block_size, scheme)
-            name = f"sm_{card}, quantize {dtype}, {scheme}, blocks of {block_size}{', aligned' * aligned}"
-            found[name] = registers_and_stack(variant(quantize_4bit.quantize_kernel, card, pointers, *settings, aligned))
-        formats = (("bf16", True, 64, True), ("fp16", False, 32, True), ("fp32", True, 4096, False))
-        for dtype, double, block_size, aligned in formats:
-            tables = dict.fromkeys(("nested_absmax_ptr", "nested_codebook_ptr", "offset_ptr", "codebook_ptr"), "*fp32")
-            pointers = {"packed_ptr": "*u8", "absmax_ptr": "*u8" if double else "*fp32", "out_ptr": f"*{dtype}"} | tables
-            constants, options = dequantize_4bit.settings(block_size, DTYPES[dtype])
-            constants |= {"NESTED": double}
-            name = f"sm_{card}, dequantize {dtype}{', double' * double}, blocks of {block_size}{', aligned' * aligned}"
-            code = variant(dequantize_4bit.dequantize_kernel, card, pointers, constants, options, aligned)
-            found[name] = registers_and_stack(code)
-        added[f"sm_{card}"] = fused(code)
-    fusing = options | {"enable_fp_fusion": True}
-    added["mutant"] = fused(variant(dequantize_4bit.dequantize_kernel, card, pointers, constants, fusing, aligned))
-    return {"resources": found, "fused": added}
+    if what == "quantize":
+        kernel, types = quantize_4bit.quantize_kernel, {"x_ptr": f"*{dtype}", "packed_ptr": "*u8", "absmax_ptr": "*fp32"}
+        constants, options = quantize_4bit.settings(block_size, kind)
+    else:
+        kernel = dequantize_4bit.dequantize_kernel
+        types = dict.fromkeys(("nested_absmax_ptr", "nested_codebook_ptr", "offset_ptr", "codebook_ptr"), "*fp32")
+        types |= {"packed_ptr": "*u8", "absmax_ptr": "*u8" if kind else "*fp32", "out_ptr": f"*{dtype}"}
+        constants, options = dequantize_4bit.settings(block_size, DTYPES[dtype])
+        constants |= {"NESTED": kind}
+    names = [name for name in kernel.arg_names if name not in constants]
+    types = dict.fromkeys(names, "i32" if aligned else "i64") | types
+    return Launch(kernel, types, constants, options, names if aligned else ())
 
 
-def fused(cubin: bytes) -> int:
-    """Fused multiply-adds of float32 among a compiled kernel's instructions."""
-    from triton.backends import nvidia
-
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "kernel.cubin").write_bytes(cubin)
-        command = [Path(nvidia.__file__).parent / "bin" / "cuobjdump", "-sass", Path(folder, "kernel.cubin")]
-        return len(re.findall(r"\bFFMA2?\b", subprocess.run(command, capture_output=True, text=True, check=True).stdout))
+def look(code) -> dict:
+    """And how many multiply-adds of float32 are fused among the instructions."""
+    return resources(code) | {"fused": len(re.findall(r"\bFFMA2?\b", dumped(code, "-sass")))}
 
 
 if __name__ == "__main__":
-    print(json.dumps({"run": run, "compile": compiled}[sys.argv[1]]()))
+    main(run, launch, VARIANTS, look=look, mutants=("dequantize fp32, double, blocks of 4096",))

@@ -1,21 +1,14 @@
-"""Triton's products by a 4-bit weight in a process of its own, as `tests.oracle.lora_kernel`; prints one JSON object.
-
-TRITON_INTERPRET=1 python -m tests.oracle.quant_products run      how far they are from their plain twins in float64
-python -m tests.oracle.quant_products compile                     registers and stack for cards that are not here
-python -m tests.oracle.quant_products compile-more                and for all other formats and sizes
-"""
+"""Triton's products by a 4-bit weight beside their plain twins in float64 (`tests.oracle.triton.harness`)."""
 
 import itertools
-import json
-import sys
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from quant.nf4 import QuantizedTensor, quantize
-from tests.oracle.lora_kernel import CARDS, DTYPES, LAYOUTS, placed
-from tests.oracle.triton_apart import registers_and_stack
+from tests.compare import relative
+from tests.oracle.triton.harness import DTYPES, FLOOR, LAYOUTS, Launch, main, placed
 
 SIZES = {  # N, O, I: rows that begin inside a byte; one of each; blocks that cross rows; several tiles of O, of I, of N
     "3 x 5 x 7": (3, 5, 7),
@@ -68,13 +61,6 @@ def wrong_weights(small: QuantizedTensor) -> list[Tensor]:
     return found + [changed(absmax=small.scales().roll(1))] * (small.absmax.numel() > 1)
 
 
-def largest(difference: Tensor, expected: Tensor) -> float:
-    """Over the largest entry; what was never written is NaN and so infinite."""
-    if not expected.numel():
-        return 0.0
-    return float((difference.abs() / expected.abs().max().clamp_min(1e-2)).max().nan_to_num(torch.inf))
-
-
 def measure(name: str, device: str = "cpu") -> dict:
     """{product: (largest error over the largest entry, that of the least of the mistakes)}.
 
@@ -89,7 +75,7 @@ def measure(name: str, device: str = "cpu") -> dict:
     (n, o, i), (scheme, block_size, double), dtype = SIZES[size], FORMATS[form], DTYPES[dtype]
     spread = torch.linspace(0, 3, o * i).exp().view(o, i)  # the scales of blocks differ
     small = quantize(torch.randn(o, i) * spread, block_size=block_size, double_quantized=double, scheme=scheme).to(device)
-    x, dy = placed(n, i, layout, dtype, device), placed(n, o, layout, dtype, device)
+    x, dy = (placed(torch.randn(n, width, device=device).to(dtype), layout)[0] for width in (i, o))
     bias = torch.randn(o, device=device).to(dtype) if biased else None
 
     def product(weight: Tensor) -> Tensor:
@@ -109,14 +95,12 @@ def measure(name: str, device: str = "cpu") -> dict:
     for what, (kernel, inputs, twin, rounding) in calls.items():
         ours, expected = kernel(*inputs), twin(small.dequantize(rounding))
         assert ours.shape == expected.shape and ours.dtype == dtype and ours.is_contiguous()
-        mistakes = [largest(twin(weight) - expected, expected) for weight in wrong_weights(small)]
-        found[what] = (largest(ours.double() - expected, expected), min(mistakes) if n else 1.0)
+        mistakes = [relative(twin(weight), expected, FLOOR) for weight in wrong_weights(small)]
+        found[what] = (relative(ours, expected, FLOOR), min(mistakes) if n else 1.0)
     return found
 
 
 def run() -> dict:
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
     return {name: measure(name) for name in CASES}
 
 
@@ -146,24 +130,14 @@ MORE_VARIANTS = {
 }
 
 
-def compiled_variant(variant: tuple, card: int):
-    """Triton's result: its `asm` holds every stage, `metadata` the shared memory."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def launch(what: str, dtype: str, rows: int, outs: int, ins: int, precision: str, double: bool) -> Launch:
     from quant.kernels import gemv_4bit, matmul_4bit
 
-    what, dtype, rows, outs, ins, precision, double = variant
-    options = {"num_warps": gemv_4bit.WARPS}
     constants = {"BLOCK_SIZE": 64, "NESTED": double, "WHOLE": ins % matmul_4bit.RUN == 0, "WIDEN": False}
     if what == "few rows":
-        kernel = gemv_4bit.gemv_4bit_kernel
-        constants |= gemv_4bit.tile(outs, ins, 64, DTYPES[dtype].itemsize) | {
-            "ROWS": rows,
-            "CHUNK": 16 // DTYPES[dtype].itemsize,
-            "BIAS": True,
-        }
+        kernel, options = gemv_4bit.gemv_4bit_kernel, {"num_warps": gemv_4bit.WARPS}
+        constants |= gemv_4bit.tile(outs, ins, 64, DTYPES[dtype].itemsize)
+        constants |= {"ROWS": rows, "CHUNK": 16 // DTYPES[dtype].itemsize, "BIAS": True}
     else:
         kernel = {"product": matmul_4bit.matmul_4bit_kernel, "gradient": matmul_4bit.input_gradient_4bit_kernel}[what]
         tiles = {"product": matmul_4bit.PRODUCT, "gradient": matmul_4bit.GRADIENT}[what]
@@ -172,32 +146,13 @@ def compiled_variant(variant: tuple, card: int):
         constants |= {"BIAS": True} if what == "product" else {}
         options = {"num_warps": warps, "num_stages": matmul_4bit.STAGES}
     names = kernel.arg_names
-    pointers = {name: "*fp32" for name in names if name.endswith("_ptr")} | {"packed_ptr": "*u8"}
-    pointers |= {"absmax_ptr": "*u8" if double else "*fp32"}
-    pointers |= {name: f"*{dtype}" for name in ("x_ptr", "y_ptr", "bias_ptr", "dy_ptr", "dx_ptr") if name in names}
-    constants |= {name: 1 for name in names if name.endswith("_column_stride")}
-    constants |= {"rows": 1} if rows == 1 else {}
-    whole_numbers = [name for name in names if name.endswith("_row_stride")] + ["rows", "outs", "ins"]
-    signature = dict.fromkeys(names, "constexpr") | pointers
-    signature |= {name: "i32" for name in whole_numbers if name not in constants}
-    sixteens = [
-        *pointers,
-        "outs",
-        *(("ins", *(name for name in names if name.endswith("_row_stride"))) if ins % 16 == 0 else ()),
-    ]
-    hints = {(names.index(name),): [["tt.divisibility", 16]] for name in sixteens}
-    return triton.compile(ASTSource(kernel, signature, constants, hints), target=GPUTarget("cuda", card, 32), options=options)
-
-
-def compiled(variants: dict[str, tuple]) -> dict:
-    """{card and variant: [registers, bytes of stack, bytes of shared memory]}."""
-    found = {}
-    for card, (name, variant) in itertools.product(CARDS, variants.items()):
-        code = compiled_variant(variant, card)
-        found[f"sm_{card}, {name}"] = [*registers_and_stack(code.asm["cubin"]), code.metadata.shared]
-    return found
+    types = {name: "*fp32" for name in names if name.endswith("_ptr")} | {"packed_ptr": "*u8"}
+    types |= {"absmax_ptr": "*u8" if double else "*fp32"}
+    types |= {name: f"*{dtype}" for name in ("x_ptr", "y_ptr", "bias_ptr", "dy_ptr", "dx_ptr") if name in names}
+    constants |= {name: 1 for name in names if name.endswith("_column_stride")} | ({"rows": 1} if rows == 1 else {})
+    strides = [name for name in names if name.endswith("_row_stride")]
+    return Launch(kernel, types, constants, options, [*types, "outs", *(("ins", *strides) if ins % 16 == 0 else ())])
 
 
 if __name__ == "__main__":
-    jobs = {"run": run, "compile": lambda: compiled(VARIANTS), "compile-more": lambda: compiled(MORE_VARIANTS)}
-    print(json.dumps(jobs[sys.argv[1]]()))
+    main(run, launch, VARIANTS, MORE_VARIANTS)

@@ -27,8 +27,8 @@ class Error(float):
 def absolute(ours, theirs, *, equal_nan: bool = False) -> Error:
     """max |a − b| over two numbers, arrays or tensors of one shape, or over sequences or dictionaries of such.
 
-    In float64 whatever the formats are. NaN, and inf where the other has no equal one, are an infinite error; with equal_nan NaN
-    beside NaN is none.
+    In float64 whatever the formats are. NaN, and inf where the other has no equal one, are an infinite error; with equal_nan
+    NaN beside NaN is none.
     """
     return Error(max((difference(a, b, equal_nan) for a, b in pairs(ours, theirs)), default=0.0), "absolute")
 

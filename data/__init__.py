@@ -13,8 +13,8 @@
     shell messages  quoted commands; counts with their nouns and shortened lists, in messages
 
 `python -m data prepare` builds the shards and prints their sizes.
-In reading order: sources/find, sources/files, corpus/ingest, corpus/dedup, tokenizer/base, corpus/prepare, sources/shards,
-packing/blocks, transforms/causal, transforms/masked, transforms/seq2seq.
+In reading order: sources/find, sources/files, corpus/ingest, corpus/dedup, tokenizer/base, tokenizer/bpe, corpus/prepare,
+sources/shards, packing/blocks, transforms/causal, transforms/masked, transforms/seq2seq.
 """
 
 from importlib import import_module
@@ -34,6 +34,7 @@ PUBLIC = {  # file: the names that it offers; `from data import load_tokenizer` 
     "sources.mixture": ("Mixture",),
     "sources.shards": ("Shards", "Split", "open_shards"),
     "tokenizer.base": ("Affixes", "Tokenizer"),
+    "tokenizer.bpe": ("encode_bpe", "train_bpe"),
     "tokenizer.open": ("load_tokenizer",),
     "tokenizer.sentencepiece": ("SentencePieceTokenizer",),
     "tokenizer.tokenizer_json": ("JsonTokenizer",),

@@ -6,6 +6,7 @@
     tokenizer_json  tokenizer.json and vocab.txt, run by the library `tokenizers`
     export          our SentencePiece models as tokenizer.json, for transformers
     training        trains our SentencePiece BPE on a corpus
+    bpe             the same trainer and encoder in plain Python, to read; nothing runs it
 """
 
 from importlib import import_module

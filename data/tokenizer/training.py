@@ -73,15 +73,20 @@ def escape_text(text: str, mask: bool = False) -> str:
     return re.sub(r"<(?=(?:/?s|unk|0x[0-9A-F]{2})>)", "<\0", text) + "\0"
 
 
+def trainer_sentences(texts: Iterable[str], vocab_size: int, mask: bool = False) -> list[str]:
+    """Return what the trainer gets: escaped sentences of all the text, with NUL for each rare character."""
+    sentences = [escape_text(text[i : i + MAX_SENTENCE], mask) for text in texts for i in range(0, len(text), MAX_SENTENCE)]
+    sentences.append(escape_text(" "))  # otherwise spaces have no piece and are spelled in the bytes of U+2581
+    removed = dict.fromkeys(map(ord, rare_characters(sentences, (vocab_size - RESERVED_PIECES - mask) // 2)), "\0")
+    return [sentence.translate(removed) for sentence in sentences] if removed else sentences
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int, mask: bool = False) -> SentencePieceTokenizer:
     """Return a tokenizer of exactly `vocab_size` ids, trained on all of `texts`; `mask`: one of them is [MASK].
 
     Errors: VocabularyError if the texts have too few distinct pieces, with the largest size that they fill.
     """
-    sentences = [escape_text(text[i : i + MAX_SENTENCE], mask) for text in texts for i in range(0, len(text), MAX_SENTENCE)]
-    sentences.append(escape_text(" "))  # otherwise spaces have no piece and are spelled in the bytes of U+2581
-    removed = dict.fromkeys(map(ord, rare_characters(sentences, (vocab_size - RESERVED_PIECES - mask) // 2)), "\0")
-    sentences = [sentence.translate(removed) for sentence in sentences] if removed else sentences
+    sentences = trainer_sentences(texts, vocab_size, mask)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

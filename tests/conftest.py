@@ -17,6 +17,13 @@ from tests.runs import _halfway, finished, halfway, options, uninterrupted  # no
 from tests.texts import documents, stdlib_docs  # noqa: F401, fixtures
 
 ROWS: list[tuple] = []  # of the parity table
+INTRODUCTION = """# Parity
+
+Written by `python -m pytest -n 2 --dist loadfile --parity docs/parity.md`; do not edit. Whole tensors in float64, with random
+norms and biases, gradients too, padded and packed. Measures, of ours a and theirs b (`tests/compare.py`): absolute max |a − b|;
+relative max |a − b| / max |b|; mixed max |a − b| / (1 + max |b|); count: how many differ.
+
+""".splitlines()
 
 
 def pytest_addoption(parser):
@@ -45,7 +52,7 @@ def pytest_sessionfinish(session):
     for part, library, error, measure, tolerance, reason in ROWS:
         groups[part.split(":")[0], library, measure, tolerance, reason].append(error)
     titles = "| part | against | comparisons | largest error | measure | tolerance | why this tolerance |"
-    lines = [titles, "|---|---|---|---|---|---|---|"]
+    lines = [*INTRODUCTION, titles, "|---|---|---|---|---|---|---|"]
     for (part, library, measure, tolerance, reason), errors in sorted(groups.items()):
         lines.append(f"| {part} | {library} | {len(errors)} | {max(errors):.1e} | {measure} | {tolerance:.0e} | {reason} |")
     lines += ["", "Every comparison:", "", "| part | against | largest error | measure | tolerance |", "|---|---|---|---|---|"]

@@ -1,4 +1,4 @@
-"""`python -m train --qat int8|int4`: what such a run computes, saves, opens again and goes on from, stopped or not."""
+"""`python -m train --qat int8|int4`: runs of seven settings, their checkpoints, their resume, and the observed ranges."""
 
 import json
 from itertools import pairwise
@@ -42,7 +42,7 @@ STEPS, FREEZE = 6, 3  # half of the steps, which is the default
 SMALL = {"depth": 1, "context": 16, "steps": STEPS, "warmup": 0}
 SMALL |= {"save-every": 2, "keep": 9, "eval-every": FREEZE, "eval-tokens": 300, "log-every": 1}
 STATIC = "--qat.inputs static"
-WAYS = {
+RUNS = {
     "dynamic": "--qat int8",
     "minmax": f"--qat int8 {STATIC} --qat.observer minmax --optimizer adamw",
     "moving, averages": f"--qat int8 {STATIC} --ema 0.9 --accumulate 2 --sample-every 6 --dropout 0",
@@ -51,37 +51,37 @@ WAYS = {
     "llama, groups": f"--preset tiny --dropout 0 --qat int8 --qat.granularity group --qat.group-size 16 {STATIC}",
     "masked": f"--objective mlm --preset tiny-encoder --qat int8 {STATIC} --qat.learned --lr 1e-2",
 }
-LONG = set(WAYS) - {"dynamic", "everything"}  # to go on from: what advances is in these two
+SLOW = set(RUNS) - {"dynamic", "everything"}  # to resume: the two others have all the state that advances
 
 
 @pytest.fixture(scope="module")
 def made(options, tmp_path_factory):
-    """made(way) → (the folder of its run from first step to last, what that said), made once."""
+    """made(name) → (the folder of a finished run, what it printed); each is trained once."""
     runs = {}
 
-    def run(way: str) -> tuple[Path, str]:
-        if way not in runs:
+    def run(name: str) -> tuple[Path, str]:
+        if name not in runs:
             folder = tmp_path_factory.mktemp("qat") / "run"
-            said = command(*ask(options, way), "--out", folder)
+            said = command(*ask(options, name), "--out", folder)
             assert said.code == 0, said.err
-            runs[way] = folder, said.out
-        return runs[way]
+            runs[name] = folder, said.out
+        return runs[name]
 
     return run
 
 
-def ask(options: list[str], way: str, **changes: object) -> list[str]:
-    return [*options, *arguments(SMALL), *WAYS.get(way, way).split(), *arguments(changes)]
+def ask(options: list[str], name: str, **changes: object) -> list[str]:
+    return [*options, *arguments(SMALL), *RUNS.get(name, name).split(), *arguments(changes)]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """What a checkpoint goes on from: weights, ranges, learned scales."""
+    """The float32 weights, observed ranges and learned scales of a checkpoint."""
     stored = load_file(folder / "raw.safetensors")
     return {name.removeprefix("weights."): value for name, value in stored.items()}
 
 
 def ranges(folder: Path) -> dict[str, tuple[torch.Tensor, ...]]:
-    """layer → (least, largest, frozen, and of a learned scale the zero point)."""
+    """layer → (low, high, frozen), and the zero point where scales are learned."""
     has, ends = weights(folder), ("observer.low", "observer.high", "frozen", "input_zero")
     paths = [name.removesuffix(".frozen") for name in has if name.endswith(".frozen")]
     return {path: tuple(has[f"{path}.{end}"] for end in ends if f"{path}.{end}" in has) for path in paths}
@@ -96,25 +96,25 @@ def at(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step}"
 
 
-# ---- what is computed and saved
+# ---- training, checkpoints, validation
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_it_trains(way, made):
-    run, said = made(way)
+@pytest.mark.parametrize("name", RUNS)
+def test_the_loss_falls(name, made):
+    run, said = made(name)
     asked = read_settings(run).run.qat
     layers = len(quantized_layers(model.hub.load(last_checkpoint(run))))
     assert f"{layers} matrices rounded to {asked} in every step" in said and layers >= 4
     losses = {split: [row["loss"] for row in metrics(run) if row["split"] == split] for split in ("train", "validation")}
     assert losses["train"][-1] < losses["train"][0] - 0.3
     assert len(losses["validation"]) == 2
-    assert ("sample: " in said) == (way == "moving, averages")
+    assert ("sample: " in said) == (name == "moving, averages")
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_the_checkpoint_is_the_network_in_whole_numbers(way, made):
-    """Its codes and scales are those of the weights beside it, of which model.safetensors has the averages."""
-    run, _ = made(way)
+@pytest.mark.parametrize("name", RUNS)
+def test_a_checkpoint_holds_the_integer_network(name, made):
+    """Codes and scales are those of quantizing the float32 weights beside it; with --ema, of their averages."""
+    run, _ = made(name)
     folder, asked = last_checkpoint(run), read_settings(run).qat
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     static, bits = asked.inputs == "static", 8 if read_settings(run).run.qat == "int8" else 4
@@ -155,10 +155,10 @@ def test_the_checkpoint_is_the_network_in_whole_numbers(way, made):
             assert torch.equal(layer.input.scale.view(()), scale.view(())) and int(layer.input.zero) == int(zero)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_float_weights_are_there(way, made):
-    """raw.safetensors fills the network that was never rounded, and what it holds is not on any grid."""
-    run, _ = made(way)
+@pytest.mark.parametrize("name", RUNS)
+def test_a_checkpoint_holds_the_float_weights_too(name, made):
+    """raw.safetensors has every parameter of the unquantized network, in float32, and none of them is rounded."""
+    run, _ = made(name)
     folder = last_checkpoint(run)
     network, has = empty_network(model.hub.read_config(folder)), weights(folder)
     names = {name for name, _ in network.named_parameters()}
@@ -174,10 +174,10 @@ def test_float_weights_are_there(way, made):
         assert not torch.equal(has[f"{path}.weight"], layer.dequantize(torch.float32))
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_opened_it_scores_what_the_run_said(way, made):
-    """Bit for bit, autocast too: the validation's products are those of integers already, and its sums are the same."""
-    run, _ = made(way)
+@pytest.mark.parametrize("name", RUNS)
+def test_the_integer_network_has_the_validation_s_scores(name, made):
+    """Bit for bit, under autocast too: validation multiplies integers already, in the same order."""
+    run, _ = made(name)
     network = model.hub.load(last_checkpoint(run))
     for step, opened in ((FREEZE, model.hub.load(at(run, FREEZE))), (STEPS, network)):
         (row,) = [row for row in metrics(run) if row["split"] == "validation" and row["step"] == step]
@@ -197,8 +197,8 @@ def scored(run: Path, network: nn.Module) -> dict[str, float]:
         return task.scores(evaluate(objective, task.validation, autocast=autocast(torch.device("cpu"), config.speed.precision)))
 
 
-def test_learned_scales_do_not_decay(made):
-    """Nor are they matrices to Muon."""
+def test_learned_scales_have_adamw_without_decay(made):
+    """Muon is for matrices of weights."""
     run, _ = made("everything")
     network = open_network(read_settings(run), None, last_checkpoint(run), torch.device("cpu"))
     scales = {id(value) for name, value in network.named_parameters() if name.endswith("_log_scale")}
@@ -209,24 +209,24 @@ def test_learned_scales_do_not_decay(made):
     assert {name.rpartition(".")[2] for name in slots if "_log_scale" in name} == {"exp_avg", "exp_avg_sq", "step"}
 
 
-@pytest.mark.parametrize("way", ["everything", "masked"])
-def test_it_can_be_asked(way, made, capsys):
-    run, _ = made(way)
-    line = ["fill", str(run), "the [MASK] reads"] if way == "masked" else ["generate", str(run), "--prompt", "the file"]
+@pytest.mark.parametrize("name", ["everything", "masked"])
+def test_generate_and_fill_read_the_run(name, made, capsys):
+    run, _ = made(name)
+    line = ["fill", str(run), "the [MASK] reads"] if name == "masked" else ["generate", str(run), "--prompt", "the file"]
     assert model_command.main(line) == 0
     out = capsys.readouterr().out
-    assert "%" in out if way == "masked" else out.startswith("the file") and len(out) > 20
+    assert "%" in out if name == "masked" else out.startswith("the file") and len(out) > 20
 
 
 # ---- stopped and resumed
 
 
-@pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.slow] * (way in LONG)) for way in WAYS])
-def test_stopped_and_resumed_it_ends_in_the_same_bytes(way, made, options, tmp_path):
-    """Before observers freeze, and after."""
-    run, (whole, _) = tmp_path / "run", made(way)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in RUNS])
+def test_stopped_and_resumed_it_ends_in_the_same_bytes(name, made, options, tmp_path):
+    """Stopped twice: before the observers freeze, and after."""
+    run, (whole, _) = tmp_path / "run", made(name)
     first, second = FREEZE - 1, FREEZE + 1
-    assert stopped_at(first, *ask(options, way), "--out", run).code == 130
+    assert stopped_at(first, *ask(options, name), "--out", run).code == 130
     assert stopped_at(second, "--resume", run).code == 130
     assert {first, second} <= set(steps_of(run)) and max(steps_of(run)) == second
     frozen = {step: [bool(each[2]) for each in ranges(at(run, step)).values()] for step in (first, second)}
@@ -239,12 +239,12 @@ def test_stopped_and_resumed_it_ends_in_the_same_bytes(way, made, options, tmp_p
             assert file.read_bytes() == (at(run, step) / file.name).read_bytes(), (step, file.name)
 
 
-# ---- what is observed
+# ---- observed ranges
 
 
-@pytest.mark.parametrize("way", ["minmax", "moving, averages", "everything", "masked"])
-def test_ranges_move_until_they_freeze(way, made):
-    run, _ = made(way)
+@pytest.mark.parametrize("name", ["minmax", "moving, averages", "everything", "masked"])
+def test_ranges_move_until_they_freeze(name, made):
+    run, _ = made(name)
     found = {step: ranges(at(run, step)) for step in sorted(steps_of(run))}
     steps = list(found)
     assert FREEZE in steps and steps[-1] == STEPS
@@ -258,8 +258,8 @@ def test_ranges_move_until_they_freeze(way, made):
 
 
 @pytest.mark.parametrize("observer", ["moving", pytest.param("minmax", marks=pytest.mark.slow)])
-def test_ranges_are_of_what_the_layers_saw(observer, options, tmp_path):
-    """Of the first micro-batch, before the first step; then of both micro-batches of each step, together."""
+def test_ranges_are_those_of_the_layers_inputs(observer, options, tmp_path):
+    """They begin with the first micro-batch, before the first step; each step then adds both of its micro-batches at once."""
     seen, forward = {}, QatLinear.forward
 
     def watched(layer, x):
@@ -267,25 +267,25 @@ def test_ranges_are_of_what_the_layers_saw(observer, options, tmp_path):
             seen.setdefault(layer, []).append(x.detach().aminmax())
         return forward(layer, x)
 
-    way = f"--qat int8 {STATIC} --qat.observer {observer} --qat.freeze 0.75 --accumulate 2"
+    name = f"--qat int8 {STATIC} --qat.observer {observer} --qat.freeze 0.75 --accumulate 2"
     with patch.object(QatLinear, "forward", watched):
-        said = command(*ask(options, way, steps=4), "--out", tmp_path / "run")
+        said = command(*ask(options, name, steps=4), "--out", tmp_path / "run")
     assert said.code == 0, said.err
     assert len(seen) == len(ranges(last_checkpoint(tmp_path / "run")))
     for layer, saw in seen.items():
         assert len(saw) == 1 + 2 * 4
-        least, largest = saw[0]
+        low, high = saw[0]
         for one, other in zip(saw[1:7:2], saw[2:7:2], strict=True):
             ends = torch.minimum(one.min, other.min), torch.maximum(one.max, other.max)
             if observer == "minmax":
-                least, largest = torch.minimum(least, ends[0]), torch.maximum(largest, ends[1])
+                low, high = torch.minimum(low, ends[0]), torch.maximum(high, ends[1])
             else:
-                least, largest = least + 0.01 * (ends[0] - least), largest + 0.01 * (ends[1] - largest)
-        assert torch.equal(least, layer.observer.low) and torch.equal(largest, layer.observer.high)
+                low, high = low + 0.01 * (ends[0] - low), high + 0.01 * (ends[1] - high)
+        assert torch.equal(low, layer.observer.low) and torch.equal(high, layer.observer.high)
 
 
 def test_recomputation_changes_nothing(made, options, tmp_path):
-    """Dropout 0.1 included: the forward that is run again sees the same numbers, and observes none."""
+    """With dropout 0.1 too: the second forward sees the same numbers, and does not observe them again."""
     run, _ = made("everything")
     said = command(*ask(options, "everything", recompute="none"), "--out", tmp_path / "run")
     assert said.code == 0, said.err
@@ -297,7 +297,7 @@ ONE_STEP = f"--qat int8 {STATIC} --qat.observer minmax --qat.freeze 1 --dropout 
 
 
 def test_micro_batches_are_one_batch(options, tmp_path):
-    """Begun alike, all ranges are the same bits after a step: a row's numbers do not depend on which rows are beside it."""
+    """Two micro-batches of 2 give the ranges of one of 4, to the bit: a row does not depend on the rows beside it."""
     begin = Engine.begin
 
     def alike(engine, batch):
@@ -318,8 +318,8 @@ def test_micro_batches_are_one_batch(options, tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks(options, tmp_path):
-    """After a step the ranges are the bits that one rank has. Then gradients were summed in another order, and Adam makes steps
-    of nearly the learning rate, 8e-3, also of what is about 0: weights differ, and ranges and loss by a small part of that."""
+    """After one step the ranges equal those of one rank, to the bit. Later ones are close: gradients are summed in another
+    order, and Adam's steps are nearly the learning rate, 8e-3, where a gradient is nearly 0."""
     alone, two = tmp_path / "alone", tmp_path / "two"
     line = ask(options, ONE_STEP, steps=STEPS, optimizer="adamw", **{"save-every": 1})
     assert command(*line, "--out", alone).code == 0
@@ -366,7 +366,7 @@ def in_a_rank(rank: int, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_every_rank_has_the_ranges_of_all(tmp_path):
-    """With weights that stay, the bits that one rank has: each sees rows that the other does not."""
+    """With constant weights they equal those of one rank, to the bit, though each rank sees half of the rows."""
     in_two_ranks(in_a_rank, tmp_path)
     for observer in ("minmax", "moving"):
         first, second = (torch.load(tmp_path / f"{observer}-{rank}.pt") for rank in range(2))

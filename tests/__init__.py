@@ -5,6 +5,7 @@
     fault/       bad input, full disks, killed processes, through the real command
     bench/       speed, as ratios: `python -m tests.bench`; figures and conditions in bench/RESULTS.md
     gpu/         what only a card can show; skips itself without one
+    mutants/     `python -m tests.mutants` changes the source in one place at a time, and lists the changes that no test notices
 
     conftest compare damage folders pairs ranks runs seq2seq texts wordnet   what tests share: parity table, measures, runs …
     proofs       `python -m tests.proofs` writes docs/proofs.md: the tests of each public name

@@ -19,7 +19,7 @@ from tests.texts import documents, stdlib_docs  # noqa: F401, fixtures
 ROWS: list[tuple] = []  # of the parity table
 INTRODUCTION = """# Parity
 
-Written by `python -m pytest -n 2 --dist loadfile --parity docs/parity.md`; do not edit. Whole tensors in float64, with random
+Written by `python -m pytest -n 2 --dist loadfile --parity=docs/parity.md`; do not edit. Whole tensors in float64, with random
 norms and biases, gradients too, padded and packed. Measures, of ours a and theirs b (`tests/compare.py`): absolute max |a − b|;
 relative max |a − b| / max |b|; mixed max |a − b| / (1 + max |b|); count: how many differ.
 
@@ -46,7 +46,7 @@ def pytest_runtest_logreport(report):
 
 def pytest_sessionfinish(session):
     path = session.config.getoption("--parity")
-    if path is None or "PYTEST_XDIST_WORKER" in os.environ:
+    if path is None or not ROWS or "PYTEST_XDIST_WORKER" in os.environ:
         return
     groups = defaultdict(list)
     for part, library, error, measure, tolerance, reason in ROWS:

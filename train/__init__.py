@@ -7,6 +7,7 @@ minimised), `engine` (the state that a step advances, and its files), `loop` (th
     config_toml       config.toml, in and out; `overrides`: options that a resume may change
     command_line      shared by all command lines: messages, notes, options without effect
     start, loop       start or resume a run; the run around the steps; `interrupt`: Ctrl-C and SIGTERM
+    dry_run           a run set up, checked and estimated: no step of it counts
     resolve, setup    every "auto" decided; from settings to objects: data, network, optimizers
     engine, step, objective    the network with its optimizers; one step; the loss of a batch
     task, registry    the interface of an objective; the objectives by name, ours and a user's own files

@@ -31,6 +31,7 @@ def dry_run(config: TrainConfig, arguments: Sequence[str]) -> int:
             refuse_taken(config.run.out)
         observed = replace(config.report, memory_report=True, profile=False, log=None)
         run = Run(replace(config, report=observed), ranks, resume=False, defaulted=defaulted)
+        run.console.info(run.introduction)
         times = time_steps(run)
         if ranks.is_main:
             words = [word for word in arguments if word.replace("_", "-") != "--dry-run"]
@@ -59,15 +60,15 @@ def estimates(run: Run, times: Sequence[float]) -> str:
     positions = sum(sum(each.numel() for each in ids) / len(ids) for ids in held_out)
     validation = run.phases.seconds()["forward"] * positions / run.positions
     validations = -(-steps // every)
-    size, kept = checkpoint_bytes(run), config.report.keep + 1
+    size, count = checkpoint_bytes(run), config.report.keep + 1
     free = shutil.disk_usage(next(folder for folder in config.run.out.resolve().parents if folder.is_dir())).free
-    room = f"{format_bytes(free)} are free" + ": THAT IS TOO LITTLE" * (free < size * (kept + 1))
+    room = f"{format_bytes(free)} are free" + ": THAT IS TOO LITTLE" * (free < size * (count + 1))
     return (
         f"time     {step:.3g} s a step: {format_duration(step * steps)} for {format_count(steps, 'step')}, and "
         f"{format_duration(validation * validations)} for {format_count(validations, 'validation')}; generated texts, samples "
         "and saving come on top\n"
-        f"disk     a checkpoint takes {format_bytes(size)}; {kept} are kept (--keep, and the best): "
-        f"{format_bytes(size * kept)}; {room}\n"
+        f"disk     a checkpoint takes {format_bytes(size)}; {count} are kept (--keep, and the best): "
+        f"{format_bytes(size * count)}; {room}\n"
         f"dry run  nothing was written but the prepared text; {format_count(run.step, 'step')} in memory, thrown away"
     )
 

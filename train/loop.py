@@ -94,7 +94,6 @@ class Run:
         if checkpoint is not None:
             self._load(checkpoint)
         self.introduction = introduction(self)
-        info(self.introduction)
 
     @property
     def step(self) -> int:
@@ -128,6 +127,7 @@ class Run:
         """Train until the last step, an early stop or a signal; return the signal's number, else 0."""
         began, first_step, first_tokens = time.monotonic(), self.step, self.tokens
         self._open_files()
+        self.console.info(self.introduction)
         if self.config.method is not None and not self.step:
             self.console.info(f"before the first step: {self.task.score_line(self._scores())}")
         self.console.begin(self.step, self.config.run.steps)

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import sentencepiece
+import torch
 
 from data.config import DataError
 from data.tokenizer.open import load_tokenizer
@@ -195,7 +196,8 @@ def test_foreign_models_follow_the_library():
             ids = processor.encode(text)
             assert tokenizer.encode(text) == ids
             ids = [id for id in ids if id != processor.unk_id()]
-            assert tokenizer.decode(np.array([roles[0], *ids, roles[1]])) == processor.decode(ids)
+            for kind in (np.array, torch.tensor):
+                assert tokenizer.decode(kind([roles[0], *ids, roles[1]])) == processor.decode(ids)
         assert tokenizer.decode(tokenizer.encode("  two   words")) != "  two   words", "else it would be lossless"
     text = "return the text"  # with Llama's rules the sum counts the space that is put in front
     assert tokenizer.byte_lengths[tokenizer.encode(text)].sum() == len(text) + 1

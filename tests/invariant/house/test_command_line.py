@@ -100,7 +100,7 @@ def test_the_real_command_writes_to_out_and_cache_alone(options, uninterrupted, 
     assert list(here.iterdir()) == list(home.iterdir()) == []
     assert {path.name for path in tmp_path.iterdir()} == {"here", "home", "scratch", "run", "cache", "fonts"}
     assert {path.name for path in run.iterdir()} == {
-        *("config.toml", "metrics.jsonl", "curves.png", "checkpoints", "best.json", "last.json")
+        *("config.toml", "metrics.jsonl", "samples.jsonl", "curves.png", "report.html", "checkpoints", "best.json", "last.json")
     }
     assert 62 <= step_of(last_checkpoint(run)) < STEPS
     assert command("--resume", run).code == 0

@@ -1,10 +1,12 @@
 """Every command and every Python snippet of the README, docs/ and CONTRIBUTING.md runs, on tiny networks and texts."""
 
-import importlib
+import importlib.util
 import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -136,6 +138,31 @@ def made_small(words: list[str], place: Place, tmp_path: Path) -> list[str]:
 def test_the_commands_are_found():
     lines = [line for _, line in commands()]
     assert len(lines) > 40 and any("torchrun" in line for line in lines)
+
+
+def test_commands_of_the_tests_are_read(tmp_path):
+    """pytest reads its lines, and collects nothing by them; the tools beside it know their names."""
+    texts = [page.read_text(encoding="utf-8") for page in PAGES if page.name != "LOG.md"]
+    found = {line.strip() for text in texts for line in re.findall(r"python -m (pytest[^`#\n]*|tests\.[^`#\n]*)", text)}
+    assert len(found) > 5
+    lines = [shlex.split(line) for line in sorted(found)]
+    table = f"--parity={tmp_path / 'parity.md'}"  # in the place of the one in docs/
+    nothing = ["--collect-only", "-n", "0", "--ignore-glob=*", "-o", "testpaths=tests/invariant/house"]
+    read = [[*words, *[table] * ("--parity" in "".join(words)), *nothing] for name, *words in lines if name == "pytest"]
+    done = subprocess.run([sys.executable, "-c", READ, json.dumps(read)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    benches = {*re.findall(r'^    "(\w+)": bench_', (ROOT / "tests/bench/__main__.py").read_text(), re.MULTILINE)}
+    for name, *words in lines:
+        assert name == "pytest" or importlib.util.find_spec(name), name
+        assert name != "tests.bench" or set(words) <= benches, words
+
+
+READ = """
+import json, pytest, sys
+for words in json.loads(sys.argv[1]):
+    code = pytest.main(words)
+    assert code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED), (words, code)
+"""
 
 
 def test_what_pages_name_exists():

@@ -14,7 +14,7 @@ from model.config import ModelConfig, Rope
 from model.init import build_network
 from tests.compare import Error
 from tests.runs import _halfway, finished, halfway, options, uninterrupted  # noqa: F401, fixtures
-from tests.texts import documents, stdlib_docs  # noqa: F401, fixtures
+from tests.texts import documents, shared_cache, stdlib_docs  # noqa: F401, fixtures
 
 ROWS: list[tuple] = []  # of the parity table
 INTRODUCTION = """# Parity

@@ -1,5 +1,7 @@
 """Texts that tests of the data share: the built-in documentation, read and built once, and prose of no meaning."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -23,6 +25,13 @@ def documents():
 
 
 @pytest.fixture(scope="session")
-def stdlib_docs(tmp_path_factory):
+def shared_cache(tmp_path_factory):
+    """One folder for all processes of this run: who comes first builds a corpus there, the others wait for it."""
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "cache"
+
+
+@pytest.fixture(scope="session")
+def stdlib_docs(shared_cache):
     """The default corpus, built once for all tests of this run."""
-    return prepare(DataConfig(cache=tmp_path_factory.mktemp("cache")))
+    return prepare(DataConfig(cache=shared_cache))

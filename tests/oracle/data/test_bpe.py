@@ -6,6 +6,9 @@ import pytest
 import regex
 import sentencepiece
 
+from data.config import DataConfig
+from data.corpus.dedup import deduplicate
+from data.corpus.split import split_documents
 from data.tokenizer import bpe
 from data.tokenizer.bpe import encode_bpe, train_bpe
 from data.tokenizer.training import VocabularyError, train_tokenizer, trainer_sentences
@@ -43,12 +46,14 @@ def differing(ours, theirs):
 
 @pytest.fixture(scope="module")
 def texts(documents):
-    return [document.text for document in documents]
+    """What the tokenizer of the default run was trained on."""
+    kept, _ = deduplicate(documents)
+    return [document.text for document in split_documents(kept, DataConfig().val_fraction)["train"]]
 
 
 @pytest.fixture(scope="module")
-def tokenizer(texts):
-    return train_tokenizer(texts, 2048)
+def tokenizer(stdlib_docs):
+    return stdlib_docs.tokenizer
 
 
 def test_pieces_of_the_built_in_corpus(texts, tokenizer, parity):

@@ -8,7 +8,7 @@ import torch
 
 from lora.fused import triton_product
 from tests.compare import Error
-from tests.oracle.triton.harness import check_resources, fresh
+from tests.oracle.triton.harness import EVERY, check_resources, fresh
 from tests.oracle.triton.lora import CASES, VARIANTS
 
 TWIN = "our plain twin in float64"
@@ -42,8 +42,9 @@ def test_the_whole_operation_interpreted(interpreted, parity):
 
 
 @pytest.mark.slow
-def test_compiled_for_cards_that_are_not_here(tmp_path):
-    check_resources(fresh("lora", "compile", tmp_path)["resources"], VARIANTS)
+@pytest.mark.parametrize("what", EVERY)
+def test_compiled_for_cards_that_are_not_here(what, tmp_path):
+    check_resources(fresh("lora", what, tmp_path)["resources"], VARIANTS, what)
 
 
 def test_formats_that_it_does_not_take_are_errors():

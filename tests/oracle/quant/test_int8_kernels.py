@@ -9,7 +9,7 @@ import torch
 from quant.int8 import Codes, Int8Tensor, quantize
 from quant.int8_linear import DynamicInput
 from tests.compare import count
-from tests.oracle.triton.harness import check_resources, fresh
+from tests.oracle.triton.harness import EVERY, MORE, check_resources, fresh
 from tests.oracle.triton.int8 import MORE_VARIANTS, PRODUCT_CASES, PRODUCTS, ROWS, VARIANTS
 
 TWINS = "our plain twins"
@@ -71,20 +71,21 @@ def test_float64_interpreted(interpreted, parity):
     parity("Triton's INT8 rows, interpreted: float64", TWINS, count(interpreted["float64"]), *EXACT)
 
 
-def check_compiled(found: dict, variants: dict) -> None:
-    check_resources(found, variants)
+def check_compiled(found: dict, variants: dict, what: str) -> None:
+    check_resources(found, variants, what)
     assert {name for name, each in found.items() if not each["cores"] and "product" in name} == set()
     assert {name: each["fused"] for name, each in found.items() if each["fused"]} == {}  # each step is rounded, as the twin's
 
 
-def test_compiled_for_cards_that_are_not_here(tmp_path):
-    check_compiled(fresh("int8", "compile", tmp_path)["resources"], VARIANTS)
+@pytest.mark.parametrize("what", EVERY)
+def test_compiled_for_cards_that_are_not_here(what, tmp_path):
+    check_compiled(fresh("int8", what, tmp_path)["resources"], VARIANTS, what)
 
 
 @pytest.mark.slow
 def test_all_formats_and_sizes_compiled_for_cards_that_are_not_here(tmp_path):
-    compiled = fresh("int8", "compile-more", tmp_path)
-    check_compiled(compiled["resources"], MORE_VARIANTS)
+    compiled = fresh("int8", MORE, tmp_path)
+    check_compiled(compiled["resources"], MORE_VARIANTS, MORE)
     assert len(compiled["mutants"]) == 2 and all(each["fused"] for each in compiled["mutants"].values())
 
 

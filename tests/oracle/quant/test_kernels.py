@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from tests.compare import count
-from tests.oracle.triton.harness import check_resources, fresh
+from tests.oracle.triton.harness import EVERY, check_resources, fresh
 from tests.oracle.triton.quantize import CASES, VARIANTS
 
 TWINS = "our plain twins"
@@ -55,9 +55,10 @@ def test_an_out_that_does_not_fit_is_an_error(interpreted):
     assert "(6, 4)" in shape and "strides (1, 4)" in strides and "wanted: (4, 6) contiguous torch.float16" in kind
 
 
-def test_compiled_for_cards_that_are_not_here(tmp_path):
-    compiled = fresh("quantize", "compile", tmp_path)
+@pytest.mark.parametrize("what", EVERY)
+def test_compiled_for_cards_that_are_not_here(what, tmp_path):
+    compiled = fresh("quantize", what, tmp_path)
     found, mutants = compiled["resources"], compiled["mutants"]
-    check_resources(found, VARIANTS, registers=128)  # two programs at a time
+    check_resources(found, VARIANTS, what, registers=128)  # two programs at a time
     assert len(mutants) == 1 and all(each["fused"] for each in mutants.values())  # where it is allowed
     assert {name: each["fused"] for name, each in found.items() if "double" in name and each["fused"]} == {}  # as the twin

@@ -8,7 +8,7 @@ import torch
 
 from quant.nf4 import quantize
 from tests.compare import Error
-from tests.oracle.triton.harness import DTYPES, check_resources, fresh
+from tests.oracle.triton.harness import DTYPES, EVERY, MORE, check_resources, fresh
 from tests.oracle.triton.products import CASES, MORE_VARIANTS, PRODUCTS, VARIANTS
 
 TWIN = "our plain twin in float64"
@@ -41,13 +41,14 @@ def test_interpreted(dtype, what, interpreted, parity):
     check(interpreted, dtype, what, parity, "interpreted")
 
 
-def test_compiled_for_cards_that_are_not_here(tmp_path):
-    check_resources(fresh("products", "compile", tmp_path)["resources"], VARIANTS)
+@pytest.mark.parametrize("what", EVERY)
+def test_compiled_for_cards_that_are_not_here(what, tmp_path):
+    check_resources(fresh("products", what, tmp_path)["resources"], VARIANTS, what)
 
 
 @pytest.mark.slow
 def test_all_formats_and_sizes_compiled_for_cards_that_are_not_here(tmp_path):
-    check_resources(fresh("products", "compile-more", tmp_path)["resources"], MORE_VARIANTS)
+    check_resources(fresh("products", MORE, tmp_path)["resources"], MORE_VARIANTS, MORE)
 
 
 def test_what_they_do_not_take_is_an_error():

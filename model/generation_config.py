@@ -111,9 +111,9 @@ def parse_generation_config(fields: dict, config: ModelConfig, raw: dict) -> Gen
         defaults["temperature"] = 0.0
     end_ids = [i for i in (config.eos_id, *config.stop_ids) if i is not None]
     constraints = Constraints(
-        min_length=int(number(fields, "min_length", 0)),
-        min_new_tokens=int(number(fields, "min_new_tokens", 0)),
-        no_repeat_ngram=int(number(fields, "no_repeat_ngram_size", 0)),
+        min_length=whole_number(fields, "min_length"),
+        min_new_tokens=whole_number(fields, "min_new_tokens"),
+        no_repeat_ngram=whole_number(fields, "no_repeat_ngram_size"),
         forced_first=(*ids(fields, "forced_bos_token_id"), None)[0],
         forced_last=ids(fields, "forced_eos_token_id"),
         suppressed=ids(fields, "suppress_tokens"),
@@ -154,6 +154,14 @@ def number(fields: dict, key: str, default: float = 0.0) -> float:
     if not isinstance(value, int | float) and not (key == "early_stopping" and value == "never"):
         raise ValueError(f"{key}={value!r} is not a number")
     return value
+
+
+def whole_number(fields: dict, key: str) -> int:
+    """Return a field's whole number, 0 where it is missing; JSON may write it as 5.0."""
+    value = number(fields, key)
+    if value % 1:  # of infinity and NaN too
+        raise ValueError(f"{key}={value!r} is not a whole number")
+    return int(value)
 
 
 def generation_json(config: ModelConfig, raw: Mapping[str, object]) -> str:

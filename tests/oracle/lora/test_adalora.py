@@ -2,6 +2,8 @@
 
 from types import SimpleNamespace
 
+import copy
+
 import peft
 import pytest
 import torch
@@ -213,6 +215,17 @@ def test_features_and_weight_of_a_head():
     assert network.head.weight.shape == (61, 24 + 3)
     expected = network.head.base(hidden) + hidden @ part.delta().T
     assert mixed(output.logits, expected) < 1e-13 and mixed(output.logits, network.head.base(hidden)) > 1e-2
+
+
+@pytest.mark.parametrize("config", [AdaloraConfig(r=2, initial_r=3, targets="^head$"), LoraConfig(r=3, targets="^head$")], ids=str)
+def test_a_sixteen_bit_head(config):
+    """Its features are bfloat16, the adapter's matrices float32."""
+    narrow = randomized(tiny_config("llama", tie_embeddings=False), dtype=torch.bfloat16)
+    randomize(add_adapters(narrow, config))
+    wide, ids = copy.deepcopy(narrow).double(), torch.randint(3, 61, (2, 7))
+    logits, expected = narrow(ids).logits, wide(ids).logits
+    assert logits.dtype == torch.bfloat16 and narrow.head.parts["default"].A.dtype == torch.float32
+    assert (logits.double() - expected).norm() < 8 * torch.finfo(torch.bfloat16).eps * expected.norm()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -20,7 +20,7 @@ from model.config import ConfigError
 from model.config import load_family as rules_of
 from model.folders import auxiliary_files, copy_auxiliary_files
 from model.generate import generate
-from model.generation_config import read_generation_config
+from model.generation_config import LIMITS, parse_generation_config, read_generation_config
 from model.hub import HubError
 from model.resize import resize_vocabulary
 from tests.compare import relative
@@ -208,6 +208,11 @@ def test_generation_config_read_and_written(tmp_path):
     said = read_generation_config(tmp_path / "base", network.config)
     assert (said.stop_ids, said.pad_id, said.unsupported) == ((331, 5), 7, ("typical_p",))
     assert said.defaults == {"temperature": 0.6, "top_p": 0.9} and not said.constraints.no_repeat_ngram
+    whole = parse_generation_config(dict.fromkeys(LIMITS, 5.0), network.config, {}).constraints
+    assert {type(n) for n in (whole.min_length, whole.min_new_tokens, whole.no_repeat_ngram)} == {int}
+    for name in LIMITS:
+        with pytest.raises(ValueError, match=rf"{name}=2\.7 is not a whole number"):
+            parse_generation_config({name: 2.7}, network.config, {})
     model.hub.save(network, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == raw
     own = randomized(tiny_config("llama", stop_ids=(5,)), dtype=torch.float32)

@@ -330,6 +330,9 @@ def test_bart_with_stacks_of_different_sizes(tmp_path, parity):
     assert torch.equal(generate(ours, ids, max_new_tokens=9, temperature=0, eos_id=2)[:, : written.size(1)], written)
     with pytest.raises(ConfigError, match="width=32 is not divisible by decoder_heads=5"):
         ours.config.replace(decoder_heads=5)
+    for unusual in ({"kv_heads": 2}, {"free_head_width": 4}, {"position": "relative"}):
+        with pytest.raises(ConfigError, match="decoder_heads=8: each stack needs kv_heads = heads, width / heads wide"):
+            ours.config.replace(**unusual)
 
 
 def test_a_tokenizer_with_more_ids_than_the_network_has_rows(tmp_path):

@@ -134,6 +134,7 @@ def test_a_restart_of_a_longer_run_has_the_same_options(options, tmp_path, monke
     config.write_text(config.read_text().partition("\n\n")[2])
     assert stopped_at(10, "--resume", run, "--steps", 14).code == 130
     assert config.read_text().startswith("# begun by an older version\n\n[run]")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     assert command("--resume", run, "--steps", 14).code == 2
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert command("--resume", run, "--steps", 14).code == 0

@@ -21,7 +21,7 @@
     rates             precision, recall and F1 from counts, and their averages
     classification    accuracy, precision, recall, F1, MCC, confusion matrix, top-k accuracy
     multilabel        the same for indicator matrices, one column per class
-    entities          entity F1 of IOB2 tags
+    entities          entity F1 of IOB2, IOBES and BILOU tags
     calibration       calibration error, Brier score
     perplexity        perplexity of a language model per token, byte, character and word
     targets           targets of a language model: rows, batches and log-probabilities

@@ -74,6 +74,10 @@ def attention_sdpa(
     stripes of queries, each with the keys up to its last: K 64, T 256: 48, 51, 49; T 512: 96, 140, 77; T 1,024: 129, 312,
     131; T 2,048: 223, 632, 273; K 32, T 256: 55, 120, 62. In a compiled step at T 256 the three are within noise.
     """
+    if allowed_TS is not None and allowed_TS.dtype != torch.bool:
+        raise TypeError(f"allowed_TS is bool, not {allowed_TS.dtype}: torch would add such a mask to the scores")
+    if is_causal:
+        check_causal(q_BHTK.size(2), k_BGSK.size(2), allowed_TS)
     if bias_TS is not None and not len(q_BHTK):  # a rank without rows: torch gives such a bias no gradient, and the ranks that
         return attention_reference(  # exchange gradients wait for it
             q_BHTK, k_BGSK, v_BGSK, allowed_TS, bias_TS, is_causal, dropout=dropout, scale=scale
@@ -93,11 +97,16 @@ def attention_sdpa(
 def causal_mask(score_TS: Tensor, allowed_TS: Tensor | None) -> Tensor:
     """Return the dense mask that `is_causal` stands for, T × S bool: query t attends to the keys up to t."""
     queries, keys = score_TS.shape[-2:]
+    check_causal(queries, keys, allowed_TS)
+    return torch.ones(queries, keys, dtype=torch.bool, device=score_TS.device).tril()
+
+
+def check_causal(queries: int, keys: int, allowed_TS: Tensor | None) -> None:
+    """Raise ValueError where `is_causal` could mean two things."""
     if allowed_TS is not None:
         raise ValueError("is_causal goes without allowed_TS: put the causal mask into it, allowed_TS & ones.tril()")
     if queries != keys:
         raise ValueError(f"is_causal needs as many queries as keys, not {queries} and {keys}")
-    return torch.ones(queries, keys, dtype=torch.bool, device=score_TS.device).tril()
 
 
 def additive_mask(bias_TS: Tensor, allowed_TS: Tensor | None, is_causal: bool) -> Tensor:

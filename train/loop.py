@@ -128,8 +128,9 @@ class Run:
         began, first_step, first_tokens = time.monotonic(), self.step, self.tokens
         self._open_files()
         self.console.info(self.introduction)
-        if self.config.method is not None and not self.step:
-            self.console.info(f"before the first step: {self.task.score_line(self._scores())}")
+        if not self.step and (self.config.method is not None or self.config.run.init is not None):
+            self.console.info(f"before the first step: {self.task.score_line(scores := self._scores())}")
+            self.metrics.write(step=0, split="before", **scores)
         self.console.begin(self.step, self.config.run.steps)
         try:
             with explained_errors(self):
@@ -145,8 +146,7 @@ class Run:
 
     def _train_steps(self) -> str:
         """Take the remaining steps. Return why the run stopped early, or "" after the last step."""
-        steps, report = self.config.run.steps, self.config.report
-        stopped = self._early_stop()
+        steps, report, stopped = self.config.run.steps, self.config.report, self._early_stop()
         tokens, seconds = 0, 0.0  # since the last line of metrics.jsonl; seconds exclude validation and saving
         profiler = StepProfiler(self)
         with StopRequest() as request, self.batches() as batches:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from data.tokenizer.base import Tokenizer
     from train.config import TrainConfig
 
+FEW = 50  # held-out records below which a score is said to be rough
+
 
 class RecordTask(Task):
     """A task whose examples are made from records by `transform`, a function of its arguments alone.
@@ -142,7 +144,8 @@ class RecordTask(Task):
 
     def introduction(self) -> str:
         data, corpus = self.config.data, " ".join(self.config.data.corpus)
-        held_out = f"in {' '.join(data.validation)}" if data.validation else "held out"
+        held_out, few = f"in {' '.join(data.validation)}" if data.validation else "held out", len(self.data.validation)
+        held_out += f", each {100 / few:.0f} % of every score" if 0 < few < FEW else ""
         return (
             f"records  {corpus}: {len(self.data.train):,} to train on, {len(self.data.validation):,} {held_out}\n"
             f"tokens   {self.tokenizer.vocab_size:,} pieces; "

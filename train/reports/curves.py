@@ -1,5 +1,6 @@
 """`curves.png`: the curves of a run, and a diagnosis (healthy, overfitting, underfitting …) with its reason."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -32,7 +33,7 @@ PANELS = (
 
 
 class Diagnosis(NamedTuple):
-    verdict: str  # "healthy", "overfitting", "underfitting", "unstable" or "too short to tell"
+    verdict: str  # "healthy", "overfitting", "underfitting", "unstable", "no gain" or "too short to tell"
     why: str
 
 
@@ -41,8 +42,10 @@ def diagnose(rows: list[dict]) -> Diagnosis:
 
     overfitting   the last validation loss is more than 1 % above the best, while the training loss went on falling
     unstable      as far above, and the training loss rose too
-    underfitting  the validation score is worse than the n-gram baseline (bigrams; for masked tokens unigrams), or the loss
-                  still fell more than 2 % since the last validation of the first four fifths
+    underfitting  the validation score is worse than the n-gram baseline (bigrams; for masked tokens unigrams) or than what
+                  needs no input (labels: a correlation of 0 too), or the loss still fell more than 2 % since the last
+                  validation of the first four fifths
+    no gain       no validation loss is below that of the weights which the run began with (--init)
     healthy       none of these
     """
     train = [(row["step"], row["loss"]) for row in rows if row["split"] == "train"]
@@ -50,6 +53,13 @@ def diagnose(rows: list[dict]) -> Diagnosis:
     if len(held_out) < 3 or len(train) < 2:
         return Diagnosis("too short to tell", f"validations: {len(held_out)}; a trend needs three")
     best, last = min(held_out, key=lambda row: row["loss"]), held_out[-1]
+    before = next((row["loss"] for row in rows if row["split"] == "before"), math.inf)
+    if best["loss"] >= before:
+        return Diagnosis(
+            "no gain",
+            f"the weights that this run began with had validation loss {before:.3f}, and the best since is {best['loss']:.3f}: "
+            "another --lr, or text that they do not know yet",
+        )
     if last["loss"] > best["loss"] * (1 + OVERFITTING_RISE):
         near_best = [loss for step, loss in train if step <= best["step"]][-5:]
         latest = [loss for _, loss in train][-5:]
@@ -75,6 +85,13 @@ def diagnose(rows: list[dict]) -> Diagnosis:
         return Diagnosis(
             "underfitting",
             f"{bits:.3f} bits per byte is no better than the bigram baseline ({bigram:.3f}): more steps, or a larger network",
+        )
+    without = last.get("baseline_loss", math.inf)
+    if last["loss"] >= without or last.get("mcc", 1.0) <= 0:
+        mcc = f", correlation (MCC) {last['mcc']:.3f}" if "mcc" in last else ""
+        return Diagnosis(
+            "underfitting",
+            f"loss {last['loss']:.3f}, {without:.3f} without looking at the input{mcc}: more steps, or another --lr",
         )
     earlier = max((row for row in held_out if row["step"] <= 0.8 * last["step"]), key=lambda row: row["step"], default=None)
     if earlier is not None and last["loss"] < earlier["loss"] * (1 - UNDERFITTING_FALL):
@@ -111,7 +128,7 @@ def panels(rows: list[dict], title: str = "", training: str = "training") -> "Fi
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     train = [row for row in rows if row["split"] == "train"]
-    held_out = [row for row in rows if row["split"] == "validation"]
+    held_out = [row for row in rows if row["split"] in ("before", "validation")]
     figure = Figure(figsize=(10, 7), layout="constrained")
     (loss, score), (rate, norm) = figure.subplots(2, 2, sharex=True)
 

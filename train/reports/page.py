@@ -81,7 +81,7 @@ COLUMNS = ("step", "loss", "perplexity", "bits_per_byte", "masked_accuracy", "ac
 def write_page(run: Path, config: TrainConfig, summary: str, phases: dict[str, float], seconds: float, steps: int) -> Path:
     """Write RUN/report.html from the run's own files. `phases`: seconds of the last session by phase, of `seconds` in all."""
     rows = read_metrics(run / METRICS)
-    validations = [row for row in rows if row["split"] == "validation"]
+    validations = [row for row in rows if row["split"] in ("before", "validation")]
     text = (run / SETTINGS).read_text(encoding="utf-8")
     has, usual = tomllib.loads(text), to_plain(type(config)())
     changed = [

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -67,6 +68,12 @@ def run(place, options) -> tuple[Path, str]:
     said = command(*options, "--classify.best", "f1", "--out", place / "run")
     assert said.code == 0, said.err
     return place / "run", said.out
+
+
+def test_it_is_said_that_few_records_are_held_out(run, tmp_path, options):
+    assert "40 held out, each 2 % of every score" in run[1]
+    more = command(*options, "--val-fraction", 0.3, "--steps", 1, "--out", tmp_path / "run").out
+    assert int(re.search(r"(\d+) held out\n", more)[1]) >= 50, "many enough"
 
 
 @pytest.fixture(scope="module")

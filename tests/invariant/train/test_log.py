@@ -55,6 +55,22 @@ VERDICTS = [
 ]
 
 
+def test_a_run_that_gained_nothing():
+    """What it began with, and what needs no input, are baselines too."""
+    lines = rows(FALLING, [(50, 3.5), (150, 3.01), (200, 3.0)])
+    before = [{"step": 0, "split": "before", "loss": 3.0}, *lines]
+    assert diagnose(before).verdict == "no gain" and "began with had validation loss 3.000" in diagnose(before).why
+    assert diagnose([{**before[0], "loss": 3.001}, *lines]).verdict == "healthy"
+    held_out = [line for line in lines if line["split"] == "validation"]
+    for scores, verdict in (({"baseline_loss": 3.0}, "underfitting"), ({"baseline_loss": 3.001}, "healthy")):
+        held_out[-1] |= scores
+        assert diagnose(lines).verdict == verdict
+    for mcc, verdict in ((0.0, "underfitting"), (0.1, "healthy")):
+        held_out[-1] |= {"mcc": mcc}
+        assert diagnose(lines).verdict == verdict and ("(MCC) 0.000" in diagnose(lines).why) == (mcc == 0)
+    assert [line.get_xdata()[0] for line in panels(before).axes[0].lines if line.get_label() == "validation"] == [0]
+
+
 @pytest.mark.parametrize("verdict, train_losses, validations, why", VERDICTS)
 def test_diagnosis(verdict, train_losses, validations, why):
     diagnosis = diagnose(rows(train_losses, validations))

@@ -34,6 +34,9 @@ def test_a_run_has_a_page_of_what_it_was(finished, tmp_path):
     for row in metrics(run):
         if row["split"] == "validation":
             assert f"<td>{row['loss']:.4g}</td>" in page
+    first = metrics(run)[0]
+    assert (first["step"], first["split"]) == (0, "before") and f"before the first step: loss {first['loss']:.4f}" in said.out
+    assert f"<td>{first['loss']:.4g}</td>" in page
     assert re.search(r"<td>report.sample_every</td><td>10</td><td>200</td>", page)
     assert (run / "config.toml").read_text() in plain
     assert {"forward", "backward", "optimizer", "validation"} <= set(re.findall(r"<tr><td>([a-z ]+)</td>", page))

@@ -121,8 +121,12 @@ def test_attention_without_a_mask():
         assert (attend(q, k, v) - F.scaled_dot_product_attention(q, k, v)).abs().max() < 1e-12
         assert (attend(q, k, v, lower) - attend(q, k, v, is_causal=True)).abs().max() < 1e-12
         assert (attend(q, k, v, lower) - attend(q, k, v)).abs().max() > 1e-2
-    with pytest.raises(ValueError, match="as many queries as keys, not 3 and 5"):
-        attention_reference(q[:, :, :3], k, v, is_causal=True)
+        with pytest.raises(ValueError, match="as many queries as keys, not 3 and 5"):
+            attend(q[:, :, :3], k, v, is_causal=True)
+        with pytest.raises(ValueError, match="is_causal goes without allowed_TS"):
+            attend(q, k, v, lower, is_causal=True)
+        with pytest.raises(TypeError):
+            attend(q, k, v, lower.double())
 
 
 def test_rows_without_a_key_give_zero():

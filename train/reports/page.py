@@ -2,6 +2,7 @@
 
 import base64
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 from jinja2 import Environment
@@ -83,7 +84,9 @@ def write_page(run: Path, config: TrainConfig, summary: str, phases: dict[str, f
     rows = read_metrics(run / METRICS)
     validations = [row for row in rows if row["split"] in ("before", "validation")]
     text = (run / SETTINGS).read_text(encoding="utf-8")
-    has, usual = tomllib.loads(text), to_plain(type(config)())
+    default = type(config)()
+    has = tomllib.loads(text)
+    usual = to_plain(replace(default, run=replace(default.run, adapter=config.run.adapter)))  # with the adapter's own defaults
     changed = [
         (f"{group}.{name}", value, usual.get(group, {}).get(name, "not set"))
         for group, values in has.items()

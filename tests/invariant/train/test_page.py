@@ -3,11 +3,13 @@
 import html
 import json
 import re
+from dataclasses import replace
 
 from tests.runs import command, further, metrics, stopped_at
-from train.config_toml import read_settings
+from train.config_toml import read_settings, to_plain
 from train.reports.log import Metrics, read_metrics
 from train.reports.page import MOST, write_page
+from train.runs.checkpoint import write_settings
 
 
 def page_of(run, **values) -> str:
@@ -39,6 +41,11 @@ def test_a_run_has_a_page_of_what_it_was(finished, tmp_path):
     assert f"<td>{first['loss']:.4g}</td>" in page
     assert re.search(r"<td>report.sample_every</td><td>10</td><td>200</td>", page)
     assert (run / "config.toml").read_text() in plain
+    adapted = read_settings(finished)
+    adapted = replace(adapted, run=replace(adapted.run, adapter="lora"), lora=replace(adapted.lora, r=5))
+    write_settings(tmp_path, to_plain(adapted), "")
+    other = write_page(tmp_path, adapted, "", {}, 1.0, 1).read_text()
+    assert "<td>lora.r</td><td>5</td><td>8</td>" in other and "lora.alpha" not in other.partition("<details>")[0]
     assert {"forward", "backward", "optimizer", "validation"} <= set(re.findall(r"<tr><td>([a-z ]+)</td>", page))
 
 

@@ -51,6 +51,16 @@ def test_all_formats_and_sizes_compiled_for_cards_that_are_not_here(tmp_path):
     check_resources(fresh("products", MORE, tmp_path)["resources"], MORE_VARIANTS, MORE)
 
 
+def test_small_tiles_where_tensor_cores_do_not_help():
+    from quant.kernels.matmul_4bit import PRODUCT, SLOW, tile
+
+    small = {"BLOCK_N": SLOW[0], "BLOCK_O": SLOW[1], "BLOCK_I": SLOW[2]}, SLOW[3]
+    assert tile(PRODUCT, torch.float32, 4096, 4096) == small == tile(PRODUCT, torch.bfloat16, 4096, 4095)
+    for rows in (1, 64, 4096):
+        assert tile(PRODUCT, torch.bfloat16, rows, 4096) != small
+    assert tile(PRODUCT, torch.bfloat16, 4096, 96)[0]["BLOCK_I"] == 32, "a tile ends where the row does"
+
+
 def test_what_they_do_not_take_is_an_error():
     from quant.kernels.gemv_4bit import gemv_4bit
     from quant.kernels.matmul_4bit import input_gradient_4bit, matmul_4bit

@@ -42,6 +42,7 @@ def train_step(
 
         gradient = Σ over ranks and micro-batches of ∇(sum of token losses) / (number of scored labels in the whole step)
 
+    (of each term of the objective, times its weight). A step without a scored label has gradient 0: weight decay alone moves.
     The scored labels are counted first; each micro-batch's loss sum is then divided by their number, before its backward. So
     every token has the same weight, which an average of micro-batch means would not give, and fp16 gradients do not overflow.
     DDP and FSDP average gradients over ranks; multiplying by `world`, the number of ranks, turns that average into a sum.
@@ -49,10 +50,13 @@ def train_step(
     micro_batches: batches as the objective takes them, such as input_ids B T and labels B T. max_norm: largest global gradient
     norm, None for no clipping. autocast(): context of each forward. scaler: for fp16. phase(name): context that measures a
     part. penalty(): a further loss term, computed from the weights; the returned loss excludes it. on_update(): called after
-    an update, before the gradients are cleared. Errors (ValueError): terms of the objective that differ from its counts.
+    an update, before the gradients are cleared. Errors (ValueError): no micro-batch; terms of the objective that
+    differ from its counts.
     Source: Micikevicius et al. 2018, arXiv 1710.03740 (scaling); Pascanu et al. 2013, arXiv 1211.5063 (clipping).
     """
     ranks, scaler = ranks or Ranks(), scaler or GradScaler(enabled=False)
+    if not micro_batches:
+        raise ValueError("a step needs a micro-batch at least")
     counts = [unwrapped(objective).counts(batch) for batch in micro_batches]
     total = {name: ranks.sum(sum(count[name] for count in counts)) for name in counts[0]}
     loss, metrics = 0.0, {}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from data.messages import format_count
-from eval.commands.options import F1, Scored
+from eval.commands.options import F1, Scored, holds_records
 from eval.commands.scorer import Scorer
 from eval.commands.texts import BATCH, HYPOTHESIS_FIELDS, REFERENCE_FIELDS, EvalError, Source, Sources
 
@@ -66,7 +66,8 @@ def score_texts(options: Scored) -> None:
             }
             for name, texts in batch.hypotheses.items():
                 if not isinstance(options, F1):  # there an empty answer is an answer
-                    empty = Counter(empty=sum(not text.strip() for text in texts), texts=len(texts))
+                    without = sum(not any(ref and ref.strip() for ref in refs) for refs in zip(*batch.references, strict=True))
+                    empty = Counter(empty=sum(not text.strip() for text in texts), texts=len(texts), without=without)
                     notes[name].add("empty", describe_empty, empty)
             for name, parts in scored.items():
                 for collected, part in zip(statistics[name], parts, strict=True):
@@ -77,6 +78,10 @@ def score_texts(options: Scored) -> None:
             if written:
                 written.writelines(example_lines(scorer.metrics, scored, batch.first))
             bar.update(len(batch.references[0]))
+    paths = {Path(source.path).resolve() for source in sources.references if not holds_records([source.path])}
+    for source in sources.systems.values():
+        if source.path != "-" and Path(source.path).resolve() in paths:
+            print(f"note: {source.path} holds hypotheses and references: each text is compared with itself", file=sys.stderr)
     for note in distinct_sentences(notes):
         print(f"note: {note}", file=sys.stderr)
     joined = {name: [concatenate(parts) for parts in collected] for name, collected in statistics.items()}
@@ -85,9 +90,13 @@ def score_texts(options: Scored) -> None:
 
 
 def describe_empty(found: Counter) -> str | None:
-    if not found["empty"]:
-        return None
-    return f"{found['empty']:,} of {format_count(found['texts'], 'hypothesis', 'hypotheses')} are empty"
+    """Hypotheses, or references, without any text."""
+    said = []
+    if found["empty"]:
+        said.append(f"{found['empty']:,} of {format_count(found['texts'], 'hypothesis', 'hypotheses')} are empty")
+    if found["without"]:
+        said.append(f"{found['without']:,} of {format_count(found['texts'], 'example')} have an empty reference")
+    return "; ".join(said) or None
 
 
 @contextmanager

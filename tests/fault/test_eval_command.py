@@ -107,7 +107,8 @@ def test_questions_without_an_answer(tmp_path):
 
 def test_a_reader_that_leaves_and_an_interrupt(place):
     """In processes of their own: a closed pipe is no error to tell, and Ctrl-C no traceback."""
-    pair = [sys.executable, "-m", "eval", "bleu", str(place / "a.txt"), str(place / "a.txt")]
+    (place / "c.txt").write_text("one\nthree\n")
+    pair = [sys.executable, "-m", "eval", "bleu", str(place / "a.txt"), str(place / "c.txt")]
     process = subprocess.Popen(pair, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 1

@@ -48,4 +48,16 @@ def test_empty_hypotheses_are_counted(tmp_path, score, is_noted):
     (tmp_path / "hypotheses").write_text("the cat sat there\n \n\n")
     (tmp_path / "references").write_text("the cat sat there\n" * 3)
     said = command(score, tmp_path / "hypotheses", tmp_path / "references", main=main)
-    assert said.code == 0 and ("note: 2 of 3 hypotheses are empty" in said.err) == is_noted, "of F1 an empty answer is one"
+    assert said.code == 0 and ("note: 2 of 3 hypotheses are empty\n" in said.err) == is_noted, "of F1 an empty answer is one"
+    swapped = command(score, tmp_path / "references", tmp_path / "hypotheses", main=main)
+    assert swapped.code == 0 and ("note: 2 of 3 examples have an empty reference\n" in swapped.err) == is_noted
+
+
+def test_a_text_beside_itself_is_said(tmp_path):
+    (tmp_path / "a").write_text("the cat sat there\n")
+    (tmp_path / "b").write_text("the cat sat there\n")
+    other, same = (command("wer", tmp_path / "a", tmp_path / name, main=main) for name in "ba")
+    note = f"note: {tmp_path / 'a'} holds hypotheses and references: each text is compared with itself\n"
+    assert (other.err, same.err) == ("", note) and other.out == same.out
+    records = write(tmp_path / "a.jsonl", RECORDS)
+    assert "with itself" not in command("wer", records, records, main=main).err, "a field each"

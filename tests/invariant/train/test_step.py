@@ -133,6 +133,11 @@ def test_forwards_run_under_autocast():
     assert seen == [True] * 4
 
 
+def test_a_step_needs_a_micro_batch():
+    with pytest.raises(ValueError, match="a micro-batch at least"):
+        gradients_of(randomized(tiny_config("llama")), [])
+
+
 def test_terms_weigh_as_they_say():
     class Weighed(Objective):
         def result(self, hidden, labels):

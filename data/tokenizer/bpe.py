@@ -64,7 +64,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, controls: int = 3) -> dict[
     """Return piece -> id: the merged pieces in the order of their making, then the characters, the most frequent first.
 
     The ids before are those of `controls` control tokens and 256 bytes. Like the library's, the trainer goes on with pairs that
-    no longer occur; the pieces are fewer where these run out too. `data.tokenizer.training.trainer_sentences` gives the texts.
+    no longer occur, as their symbols are merged into others by then, to fill the vocabulary: of "abab" it makes ab and abab,
+    then ba and aba. Pieces are fewer where these run out too. `data.tokenizer.training.trainer_sentences` gives the texts.
     Errors: ValueError if the vocabulary has no room for every character.
 
     The paper's example; the space in front takes the place of its mark at the end:
@@ -97,7 +98,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, controls: int = 3) -> dict[
         if piece in merged:
             continue
         merged[piece] = None
-        made = set()
+        made = set()  # new pairs: the piece with its neighbour on either side
         for word in words_with[pair]:
             before, after = symbols[word], []
             for at, symbol in enumerate(before):
@@ -121,6 +122,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, controls: int = 3) -> dict[
 
 def encode_bpe(text: str, pieces: Mapping[str, int]) -> list[int]:
     """Return the ids of `text` for the pieces of `train_bpe`: the union of lowest id is merged first, the leftmost of equals.
+
+    Errors: no pieces (ValueError); half a surrogate pair, which has no bytes (UnicodeEncodeError).
 
     >>> encode_bpe("aaab!", {"aa": 259, "ab": 260, "a": 261, "b": 262}), 3 + ord("!")
     ([259, 260, 36], 36)

@@ -4,6 +4,7 @@ log            the bar, lines, metrics.jsonl
 tensorboard    the same numbers for TensorBoard
 curves         curves.png and its diagnosis
 compare        several runs: a table of what differs, one picture
+comparability  whether the losses of runs may be compared
 summary        the text before the first step and after the last
 phases rate    seconds by phase; speed, and model FLOPs utilization
 profiler       a trace of a few steps, and their operators

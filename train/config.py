@@ -206,7 +206,7 @@ class ReportConfig:
     memory_report: bool = False
     """After the second step, print its predicted and measured memory."""
     dry_run: bool = False
-    """Set the run up, check everything, estimate memory, time and disk from a few steps in memory, and train nothing."""
+    """Set the run up, check everything, estimate memory, time and disk, and train nothing."""
 
 
 @dataclass(frozen=True)

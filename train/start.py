@@ -13,9 +13,10 @@ from train.loop import Run
 from train.optimizers.schedule import ENDLESS, SCHEDULES
 from train.overrides import differing, override
 from train.parallel.ranks import Ranks, connected
+from train.reports.tensorboard import writer_type
 from train.resolve import resolve_machine
 from train.runs.checkpoint import write_settings
-from train.runs.errors import TrainError
+from train.runs.errors import CheckpointError, TrainError
 from train.runs.lock import locked, refuse_taken
 from train.runs.open import resolve
 
@@ -44,11 +45,18 @@ def resolve_new(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, tuple[s
     """The settings of a new run, resolved for this machine; and the learning rates that no option gave."""
     config.check()
     defaulted = tuple(name for name in ("lr", "matrix_lr") if getattr(config.optimizer, name) is None)
+    if config.report.log == "tensorboard":
+        with ranks.together():
+            if ranks.is_main:
+                writer_type()  # before the text is prepared, and in a dry run, which writes nothing
+    if config.run.init is not None:  # a run's best checkpoint may be another one by the time of a resume
+        try:
+            config = replace(config, run=replace(config.run, init=resolve(config.run.init)))
+        except CheckpointError as error:
+            raise CheckpointError(f"--init {config.run.init}: {error}") from None
     config = resolve_machine(config, ranks)
     if config.run.out.exists() and not config.run.out.is_dir():
         raise TrainError(f"--out {config.run.out} is a file")
-    if config.run.init is not None:  # a run's best checkpoint may be another one by the time of a resume
-        config = replace(config, run=replace(config.run, init=resolve(config.run.init)))
     return config, defaulted
 
 

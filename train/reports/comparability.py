@@ -1,4 +1,4 @@
-"""Whether the losses of runs may be compared: the same objective, the same held-out text, the same tokenizer."""
+"""Tell whether the losses of runs may be compared: the same objective, the same held-out text, the same tokenizer."""
 
 import json
 import math
@@ -55,7 +55,7 @@ def objectives(settings: Sequence[Settings]) -> str:
 
 
 def held_out(settings: Sequence[Settings], texts: Sequence[dict]) -> str:
-    """What says that the runs are validated on different text, or ""."""
+    """Name the settings by which the runs are validated on different text, or ""."""
     names = list(dict.fromkeys(name for each in settings for name in deciding(each) if differ(settings, name, plain)))
     if names and not same_texts(texts):  # else the same text from another place
         return f"the held-out texts differ ({', '.join(names)})"

@@ -6,6 +6,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from data.transforms.causal import IGNORE
+from model.training import Training
 from quant.linear import packed_tensors
 from train.adapters import has_memory_estimate
 from train.freeze import frozen_names
@@ -37,15 +38,7 @@ class StepProfiler:
             state = [value for name, value in engine.tensors().items() if not name.startswith("weights")]
             weights = [*engine.network.parameters(), *packed_tensors(engine.network)]
             measured = measure_step(observed, self.run.device, weights, state)
-            scored = sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches)
-            scored /= sum(batch["labels"].numel() for batch in micro_batches)
-            packed, frozen = bool(packed_tensors(engine.network)), frozen_names(engine.network, self.run.config.run.freeze)
-            training = training_settings(self.run.config, self.run.ranks, scored, packed=packed, frozen=frozen)
-            longest = max(ids.size(1) for batch in micro_batches for ids in ids_of(batch))
-            training = replace(training, context=longest)  # rows of records are as long as these
-            if engine.mesh.shard > 1 or not has_memory_estimate(self.run.config):  # on one device
-                training = None
-            self.run.console.info(memory_report(engine.network.config, training, measured))
+            self.run.console.info(memory_report(engine.network.config, described_step(self.run, micro_batches), measured))
             return results[0]
         result = engine.train(micro_batches, phase)
         self._show(self.profiler.step() if self.profiler else None)
@@ -57,3 +50,17 @@ class StepProfiler:
     def _show(self, table: str | None) -> None:
         if table:
             self.run.console.info(f"profile  {self.run.out / 'profile'}\n{table}")
+
+
+def described_step(run: RunView, micro_batches: list[dict[str, Tensor]]) -> Training | None:
+    """Describe a step on such micro-batches for `model.memory`; None where it cannot be estimated (`has_memory_estimate`, or
+    sharded weights: the estimate is for one device)."""
+    engine = run.engine
+    if engine.mesh.shard > 1 or not has_memory_estimate(run.config):
+        return None
+    scored = sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches)
+    scored /= sum(batch["labels"].numel() for batch in micro_batches)
+    packed, frozen = bool(packed_tensors(engine.network)), frozen_names(engine.network, run.config.run.freeze)
+    training = training_settings(run.config, run.ranks, scored, packed=packed, frozen=frozen)
+    longest = max(ids.size(1) for batch in micro_batches for ids in ids_of(batch))
+    return replace(training, context=longest)  # rows of records are as long as these

@@ -28,6 +28,8 @@ from train.runs.checkpoint import SHARDED_INDEX, read_pointer
 if TYPE_CHECKING:
     from model.config import ModelConfig
 
+MAX_EPOCHS = 100  # more of them are a mistake in most cases, and are warned of
+
 
 def introduction(run: RunView) -> str:
     """The lines before the first step: data, network, machine, run."""
@@ -50,13 +52,16 @@ def introduction(run: RunView) -> str:
     machine = torch.cuda.get_device_name(run.device) if gpu else format_count(config.run.threads, "thread")
     machine += f", {run.ranks.world} ranks ({config.run.mesh})" * (run.ranks.world > 1)
     how = ("compiled" if speed.compile == "on" else "eager") + (", deterministic" * (speed.deterministic == "on"))
+    # A dry run's folder is not made, and one without --out would have another time in its name.
+    place = f"would be {run.out}" if config.report.dry_run else run.out
+    often = f"\nwarning  the text is read {epochs:,.0f} times: fewer --steps, or more text" if epochs > MAX_EPOCHS else ""
     return (
         f"{run.task.introduction()}"
         f"network  {has.family}, {format_count(has.depth, 'layer')} of width {has.width}, {format_count(has.heads, 'head')}, "
         f"context {config.network.context}{before}: {parameters:,} parameters{adapter}\n"
         f"machine  {run.device}, {machine}, {speed.precision}, {how}\n{rates(run)}"
-        f"run      {run.out}: steps {run.step} to {config.run.steps} of {run.task.per_step()}, "
-        f"{epochs:.1f} epochs in all"
+        f"run      {place}: steps {run.step} to {config.run.steps} of {run.task.per_step()}, "
+        f"{epochs:,.1f} epochs in all{often}"
     )
 
 

@@ -3,9 +3,10 @@
 import errno
 import itertools
 import os
+import tempfile
 import tomllib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data.shell import command
@@ -28,6 +29,22 @@ def refuse_taken(out: Path) -> None:
     if not is_run(out):
         raise TrainError(f"--out {out} is there already, and is not an empty folder")
     raise TrainError(f"{out} already holds a run: go on, `{command('train', '--resume', out)}`, or choose another --out")
+
+
+def refuse_unwritable(out: Path) -> None:
+    """Refuse a run's folder that cannot be made or written (TrainError). What is made for the test is removed again."""
+    try:
+        if out.is_dir():
+            Path(tempfile.mkdtemp(prefix=".touchstone-", dir=out)).rmdir()
+            return
+        missing = out
+        while not missing.parent.exists():
+            missing = missing.parent
+        missing.mkdir()
+    except OSError as error:
+        raise TrainError(f"{out} cannot be made ({error.strerror}): choose another --out") from None
+    with suppress(OSError):  # another run may have begun in it
+        missing.rmdir()
 
 
 def is_run(folder: Path) -> bool:

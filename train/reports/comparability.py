@@ -21,8 +21,11 @@ def not_comparable(runs: Sequence[Path], settings: Sequence[Settings]) -> str:
     A checkpoint's state.json tells tokenizers and texts apart; for a run without one its settings have to do.
     """
     texts = [text_of(run) for run in runs]
-    parts = [part for part in (objectives(settings), held_out(settings, texts), tokenizers(settings, texts)) if part]
-    return f"not comparable: {'; '.join(parts)}" if parts else ""
+    tokens = tokenizers(settings, texts)
+    parts = [part for part in (objectives(settings), held_out(settings, texts), tokens) if part]
+    is_per_byte = parts == [tokens] and objective_of(settings[0]) == "clm"
+    advice = ", and a loss is per token: compare bits per byte" if is_per_byte else ""
+    return f"not comparable: {'; '.join(parts)}{advice}" if parts else ""
 
 
 def text_of(run: Path) -> dict:
@@ -87,6 +90,8 @@ def same_texts(texts: Sequence[dict]) -> bool:
 
 
 def tokenizers(settings: Sequence[Settings], texts: Sequence[dict]) -> str:
+    if all("labels" in each for each in texts):
+        return ""  # classification has one loss a text, whatever its tokens
     known = [each[TOKENIZER] for each in texts if TOKENIZER in each]
     sizes = [each.get("data.vocab_size") for each in settings]
     sizes = list(dict.fromkeys(size for size in sizes if size is not None))
@@ -94,7 +99,7 @@ def tokenizers(settings: Sequence[Settings], texts: Sequence[dict]) -> str:
     if is_one or (len(set(known)) <= 1 and len(sizes) <= 1):
         return ""
     how = f"vocabularies of {' and '.join(f'{size:,}' for size in sizes)} pieces" if len(sizes) > 1 else "by their SHA-256"
-    return f"the tokenizers differ ({how}): their tokens are not the same pieces of text, bits per byte are"
+    return f"the tokenizers differ ({how})"
 
 
 def differ(settings: Sequence[Settings], name: str, value=lambda value: value) -> bool:

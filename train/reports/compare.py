@@ -123,9 +123,14 @@ def labels(runs: Sequence[Path]) -> list[str]:
 
 def settings_of_run(run: Path) -> dict[str, object]:
     """Flatten a run's config.toml: "optimizer.lr" → value. Errors (TrainError): no run."""
-    parent = run.resolve().parent
-    if not (run / SETTINGS).is_file() and parent.name == "checkpoints" and (parent.parent / SETTINGS).is_file():
-        raise TrainError(f"{run} is a checkpoint: give the run's folder, {run.parent.parent if run.name else parent.parent}")
+    if not run.exists():
+        raise TrainError(f"{run} does not exist: give a run's folder")
+    if not (run / SETTINGS).is_file():
+        for folder in run.resolve().parents[:2]:
+            if (folder / SETTINGS).is_file():
+                spelled = next((each for each in run.parents if each.resolve() == folder), folder)
+                raise TrainError(f"{run} is no run, but a part of one: give the run's folder, {spelled}")
+        raise TrainError(f"{run} is not a run: it has no {SETTINGS}")
     try:
         table = tomllib.loads((run / SETTINGS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -37,7 +37,7 @@ def said(folder, other: dict, text: dict | None = TEXT) -> str:
         ({"data.corpus": ["/other"]}, None, "the held-out texts differ (data.corpus)"),  # no checkpoint to tell
         ({"report.eval_tokens": 100}, {}, "the held-out texts differ (report.eval_tokens)"),
         ({"report.eval_tokens": 900}, {}, ""),  # there are 500
-        ({"data.vocab_size": 512}, {"tokenizer_sha256": "cd"}, "the tokenizers differ (by their SHA-256)"),
+        ({}, {"tokenizer_sha256": "cd"}, "the tokenizers differ (by their SHA-256), and a loss is per token: compare bits"),
     ],
 )
 def test_what_differs_is_named(tmp_path, other, text, expected):
@@ -56,6 +56,18 @@ def test_weights_of_sources_and_texts_beside_one_validation_are_no_difference(tm
     assert not_comparable(runs, [OURS | fixed, OURS | fixed | {"data.corpus": ["/other"]}]) == ""
     mixed = [OURS | {"data.corpus": [f"a=/a:{weight}", "b=/b:1.0"]} for weight in (1.0, 7.0)]
     assert not_comparable(runs, mixed) == ""
+
+
+def test_tokenizers_are_of_no_matter_to_classification(tmp_path):
+    classified = {"tokenizer_sha256": "ab", "records_sha256": "01", "labels": ["a", "b"]}
+    runs = [tmp_path / "one", tmp_path / "other"]
+    for run, tokenizer in zip(runs, ("ab", "cd"), strict=True):
+        (run / "checkpoints" / "step-3").mkdir(parents=True)
+        state = {"format": 2, "text": classified | {"tokenizer_sha256": tokenizer}}
+        (run / "checkpoints" / "step-3" / "state.json").write_text(json.dumps(state))
+    ours = OURS | {"run.objective": "classify"}
+    assert not_comparable(runs, [ours, ours | {"report.eval_tokens": 100, "classify.best": "f1"}]) == ""
+    assert "settings differ (classify.label)" in not_comparable(runs, [ours, ours | {"classify.label": "topic"}])
 
 
 def test_runs_of_the_command(finished, tmp_path):

@@ -40,14 +40,14 @@ def test_the_command_draws_and_refuses(tmp_path):
     assert "$ot_her has no validation yet: its last line is of step 3" in said.out
     assert_one_clear_line(command("compare", one), "compare takes two or more runs: python -m train compare RUN RUN")
     assert_one_clear_line(command("compare"), "compare takes two or more runs: python -m train compare RUN RUN")
-    assert_one_clear_line(command("compare", one, tmp_path), f"{tmp_path} is not a run")
+    assert_one_clear_line(command("compare", one, tmp_path), f"{tmp_path} is not a run: it has no config.toml")
     assert_one_clear_line(command("compare", one, one), f"{one} is given twice")
     (tmp_path / "link").symlink_to(one)
     assert_one_clear_line(command("compare", one, tmp_path / "link"), f"{one} and {tmp_path / 'link'} are the same run")
     (one / "checkpoints" / "step-3").mkdir(parents=True)
-    assert_one_clear_line(
-        command("compare", one / "checkpoints" / "step-3", other), f"step-3 is a checkpoint: give the run's folder, {one}"
-    )
+    for part in (one / "checkpoints" / "step-3", one / "checkpoints", one / "checkpoints" / "." / "step-3"):
+        assert_one_clear_line(command("compare", part, other), f"is no run, but a part of one: give the run's folder, {one}\n")
+    assert_one_clear_line(command("compare", other, tmp_path / "none"), f"{tmp_path / 'none'} does not exist")
 
 
 def test_no_file_but_a_picture_is_overwritten(tmp_path):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from data.messages import format_count
@@ -18,6 +19,7 @@ from train.config import TrainConfig
 from train.loop import Run
 from train.objective import ids_of
 from train.parallel.ranks import connected
+from train.reports.failures import out_of_memory
 from train.reports.log import format_duration
 from train.reports.phases import Phases
 from train.reports.rate import synchronize
@@ -47,9 +49,12 @@ def dry_run(config: TrainConfig, arguments: Sequence[str]) -> int:
         size, count = checkpoint_bytes(run), config.report.keep + 1
         if ranks.is_main:
             print(disk(size, count, free), flush=True)
-        with run.batches() as batches:
-            trial = Trial(run, batches)
-            timings = trial.time()
+        try:
+            with run.batches() as batches:
+                trial = Trial(run, batches)
+                timings = trial.time()
+        except torch.OutOfMemoryError as error:
+            raise TrainError(out_of_memory(run, error)) from error
         if ranks.is_main:
             print(estimates(run, trial, timings), flush=True)
         with ranks.together():

@@ -49,3 +49,12 @@ def test_what_cannot_fit_is_told_too(full, options, tmp_path):
     with full(1000):
         said = command(*options, "--out", tmp_path / "run")
     assert said.code == 2 and "Nothing of this would fit" in said.err
+
+
+def test_a_dry_run_tells_it_too(full, options, tmp_path):
+    with full(1.5 * 2**20):
+        words = ("--batch-size", 32, "--optimizer", "adamw", "--dropout", "0.0", "--out", tmp_path / "run")
+        said = command(*options, *words, "--dry-run")
+    assert said.code == 2 and said.err.count("\n") == 1 and "This would fit" in said.err, said.err
+    assert said.err.startswith("error: out of memory at step 3 (CUDA out of memory. Tried to allocate 2.00 GiB.). ")
+    assert "checkpoints" not in said.err and "predicted for a step's peak" in said.out

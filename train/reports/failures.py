@@ -71,7 +71,8 @@ def memory_of(device: torch.device) -> int:
 
 def out_of_memory(run: RunView, error: Exception) -> str:
     """A step that exceeded the GPU's memory: what it needs, and options that fit. (Sharded weights cannot be estimated.)"""
-    what = f"out of memory at step {run.step + 1} ({str(error).splitlines()[0]}). The checkpoints in {run.out} are untouched. "
+    untouched = "" if run.config.report.dry_run else f"The checkpoints in {run.out} are untouched. "
+    what = f"out of memory at step {run.step + 1} ({str(error).splitlines()[0]}). {untouched}"
     if run.engine.mesh.shard > 1:
         return what + "Less is needed with a smaller --batch-size (and more --accumulate), --recompute blocks, --loss chunked."
     packed = bool(quantized_layers(run.engine.network))

@@ -78,7 +78,7 @@ def place(tmp_path_factory) -> Place:
     for kind, data in {"mlm": corpus, "classify": names["reviews.csv"], "seq2seq": names["PAIRS.jsonl"]}.items():
         names[f"RUN of {kind}"] = trained(kind, f"--objective {kind} --corpus {data} {TINY}")
     names["ENCODER"] = names["RUN of mlm"]
-    names["ADAPTED_RUN"] = trained("adapted", f"--init {plain} --adapter lora --corpus {corpus}")
+    names["ADAPTED_RUN"] = names["OTHER_RUN"] = trained("adapted", f"--init {plain} --adapter lora --corpus {corpus}")
     names["QLORA_RUN"] = trained("qlora", f"--init {plain} --adapter lora --quantize nf4 --corpus {corpus}")
     names["DIR"] = str(folder / "nf4")
     line = ["nf4", plain, "--out", names["DIR"], "--no-perplexity"]

@@ -13,6 +13,7 @@ import torch
 from model.config import ModelConfig, Rope
 from model.init import build_network
 from tests.compare import Error
+from tests.proofs import COMPARISONS
 from tests.runs import _halfway, finished, halfway, options, uninterrupted  # noqa: F401, fixtures
 from tests.texts import documents, shared_cache, stdlib_docs  # noqa: F401, fixtures
 
@@ -49,15 +50,15 @@ def pytest_sessionfinish(session):
     if path is None or not ROWS or "PYTEST_XDIST_WORKER" in os.environ:
         return
     groups = defaultdict(list)
-    for part, library, error, measure, tolerance, reason in ROWS:
+    for part, library, error, measure, tolerance, reason, _ in ROWS:
         groups[part.split(":")[0], library, measure, tolerance, reason].append(error)
     titles = "| part | against | comparisons | largest error | measure | tolerance | why this tolerance |"
     lines = [*INTRODUCTION, titles, "|---|---|---|---|---|---|---|"]
     for (part, library, measure, tolerance, reason), errors in sorted(groups.items()):
         lines.append(f"| {part} | {library} | {len(errors)} | {max(errors):.1e} | {measure} | {tolerance:.0e} | {reason} |")
-    lines += ["", "Every comparison:", "", "| part | against | largest error | measure | tolerance |", "|---|---|---|---|---|"]
-    for part, library, error, measure, tolerance, _ in sorted(ROWS):
-        lines.append(f"| {part} | {library} | {error:.1e} | {measure} | {tolerance:.0e} |")
+    lines += ["", "Every comparison:", "", COMPARISONS, "|---|---|---|---|---|---|"]
+    for part, library, error, measure, tolerance, _, test in sorted(ROWS):
+        lines.append(f"| {part} | {library} | {error:.1e} | {measure} | {tolerance:.0e} | `{test}` |")
     with open(path, "w", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
 
@@ -71,7 +72,8 @@ def parity(request):
     """
 
     def record(part: str, library: str, error: Error, tolerance: float, reason: str) -> None:
-        row = (part, library, float(error), error.measure, float(tolerance), reason)
+        test = request.node.nodeid.partition("[")[0]  # without its parameters
+        row = (part, library, float(error), error.measure, float(tolerance), reason, test)
         request.node.user_properties.append(("parity", row))
         assert error <= tolerance, f"{part} against {library}: {error:.3e} > {tolerance:.1e} ({reason})"
 

@@ -231,12 +231,13 @@ def test_sentencepiece_alone_gives_the_ids_of_its_conversion(tmp_path):
         assert alone.encode(text) == converted.encode(text)
 
 
-def test_t5_folder_without_tokenizer_json(tmp_path):
+def test_t5_folder_without_tokenizer_json(tmp_path, parity):
     model = sentencepiece_model(vocab_size=300, bos_id=-1, eos_id=1, pad_id=0, unk_id=2)
     (tmp_path / "spiece.model").write_bytes(model)
     ours, theirs = load_tokenizer(tmp_path, 320), sentencepiece.SentencePieceProcessor(model_proto=model)
     assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.mask_id, ours.vocab_size) == (1, 1, 0, None, 320)
-    assert [ours.encode(text) for text in TRICKY] == [theirs.encode(text) for text in TRICKY]
+    wrong = [text for text in TRICKY if ours.encode(text) != theirs.encode(text)]
+    parity("spiece.model of T5", f"sentencepiece {sentencepiece.__version__}", count(wrong), 0, "ids are equal or wrong")
     assert 1 not in ours.encode("a</s>b") and 1 in ours.encode("a</s>b", parse_special=True)
     ours.save(tmp_path / "..")
     assert (tmp_path / ".." / "spiece.model").read_bytes() == model

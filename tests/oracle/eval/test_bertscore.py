@@ -75,6 +75,12 @@ def test_words(minilm, parity, layer, idf, count):
     assert abs(score.precision - theirs[:, 0].double().mean()) <= 1e-6 >= abs(score.recall - theirs[:, 1].double().mean())
 
 
+def test_the_function_is_bert_scores(minilm, parity):
+    hypotheses, references = short_pairs(20)
+    score, theirs = bertscore(hypotheses, [references], *minilm, layer=3), library(hypotheses, references, 3).double().mean(0)
+    parity("BERTScore: bert_score", LIBRARY, absolute([score.precision, score.recall, score.fmeasure], theirs), 1e-5, REASON)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("layer", "idf"), [(6, False), (6, True), (3, False)])
 def test_long_words(minilm, parity, layer, idf):

@@ -82,20 +82,23 @@ def test_equals_sacrebleu(texts, tokenize, parity):
             parity(f"BLEU: {tokenize}, {texts}, sentences", LIBRARY, max(sentences), 1e-9, REASON)
 
 
-def test_the_functions_are_sacrebleus():
+def test_the_functions_are_sacrebleus(parity):
     """corpus_bleu and sentence_bleu from end to end, and any highest order."""
+    corpora, sentences = [], []
     for texts, max_order in (("words", 2), ("words, 2 references", 4), ("unicode, 3 references", 6)):
         hypotheses, references = TEXTS[texts]
         oracle = theirs(max_order=max_order)
         score = corpus_bleu(hypotheses, references, max_order=max_order)
-        assert abs(score.value - oracle.corpus_score(hypotheses, references).score) <= 1e-9
+        corpora.append(absolute(score.value, oracle.corpus_score(hypotheses, references).score))
         order = "" if max_order == 4 else f"|order:{max_order}"  # sacrebleu's signature leaves it out
         assert score.signature.replace(order, "") == oracle.get_signature().format()
     for hypothesis, *found in [*zip(WORDS[0], WORDS[1], OTHER_WORDS[1], strict=True)][:50]:
         expected = theirs(effective_order=True).sentence_score(hypothesis, found).score
-        assert abs(sentence_bleu(hypothesis, found).value - expected) <= 1e-9
+        sentences.append(absolute(sentence_bleu(hypothesis, found).value, expected))
         expected = theirs().sentence_score(hypothesis, found).score
-        assert abs(sentence_bleu(hypothesis, found, effective_order=False).value - expected) <= 1e-9
+        sentences.append(absolute(sentence_bleu(hypothesis, found, effective_order=False).value, expected))
+    parity("BLEU: corpus_bleu", LIBRARY, max(corpora), 1e-9, REASON)
+    parity("BLEU: sentence_bleu", LIBRARY, max(sentences), 1e-9, REASON)
 
 
 @pytest.mark.parametrize("how", TOKENIZERS)
@@ -228,9 +231,9 @@ def test_ids_are_words_by_number():
         assert (score.value, score.parts) == (expected.value, expected.parts) and "|tok:ids|" in score.signature
 
 
-def test_the_papers_equations_give_the_same():
+def test_the_papers_equations_give_the_same(parity):
     """`bleu_reference` beside the batched counts and sacrebleu: one to three references, other orders, no match at all."""
-    draw = random.Random(1)
+    draw, errors = random.Random(1), []
     for streams, order in [(1, 4), (2, 4), (3, 2), (1, 1)]:
         hypotheses = [draw.choices("abcd", k=draw.randint(4, 20)) for _ in range(40)]
         references = [[draw.choices("abcd", k=draw.randint(4, 20)) for _ in range(streams)] for _ in range(40)]
@@ -239,7 +242,9 @@ def test_the_papers_equations_give_the_same():
         texts, theirs = [" ".join(text) for text in hypotheses], [[" ".join(text) for text in each] for each in references]
         metric = sacrebleu.BLEU(tokenize="none", smooth_method="none", max_ngram_order=order)
         library = metric.corpus_score(texts, [*zip(*theirs, strict=True)]).score
-        assert 0 < value == pytest.approx(ours, abs=1e-9) == pytest.approx(library, abs=1e-9)
+        assert 0 < value == pytest.approx(ours, abs=1e-9)
+        errors.append(absolute(value, library))
+    parity("BLEU: bleu_reference", LIBRARY, max(errors), 1e-9, REASON)
     assert bleu_reference([["a"] * 5], [[["b"] * 5]]) == 0
 
 

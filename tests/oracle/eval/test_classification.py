@@ -203,7 +203,7 @@ def test_a_matrix_of_0_and_1_is_not_flattened_in_silence():
         confusion_matrix(predictions, labels, multilabel=True)
 
 
-def test_a_metric_of_label_matrices():
+def test_a_metric_of_label_matrices(parity):
     """Its rows add up, and its bootstrap and parts are those of all; the score of an example is its own."""
     predictions, labels = list(label_matrices())[2]
     for value in ("accuracy", *module.RATES):
@@ -218,6 +218,9 @@ def test_a_metric_of_label_matrices():
             assert interval.low <= whole.value <= interval.high and interval.low < interval.high
     f1_N = Multilabel(5, "f1").examples(rows_NK).tolist()
     assert f1_N == pytest.approx([oracle.f1_score(*pair, zero_division=0) for pair in zip(labels, predictions, strict=True)])
+    found = [multilabel_scores(predictions, labels, value="f1", average=average).value for average in MATRIX_AVERAGES]
+    theirs = [oracle.f1_score(labels, predictions, average=average, zero_division=0) for average in MATRIX_AVERAGES]
+    parity("classification: multilabel_scores, f1", LIBRARY, absolute(found, theirs), 1e-12, REASON)
     assert Multilabel(2, "f1", "samples").signature(Multilabel(2).statistics([[0, 1]], [[[1, 1]]]), bs=9) == (
         "examples:1|bs:9|columns:2|value:f1|average:samples|zero_division:0"
     )

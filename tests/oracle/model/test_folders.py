@@ -23,7 +23,7 @@ from model.generate import generate
 from model.generation_config import LIMITS, parse_generation_config, read_generation_config
 from model.hub import HubError
 from model.resize import resize_vocabulary
-from tests.compare import relative
+from tests.compare import mixed, relative
 from tests.conftest import TINY_FAMILIES, randomized, tiny_config
 from tests.folders import bart, byte_level, change_json, llama, write_tokenizer
 from tests.runs import command
@@ -350,7 +350,7 @@ def test_a_tokenizer_with_more_ids_than_the_network_has_rows(tmp_path):
 
 
 @pytest.mark.parametrize("family", [family for family in TINY_FAMILIES if family != "vaswani"])
-def test_resized_vocabulary(family, tmp_path):
+def test_resized_vocabulary(family, tmp_path, parity):
     """Old rows stay, new ones are their mean, in the head too; transformers opens the result with the same logits."""
     network = randomized(tiny_config(family), dtype=torch.float64)
     old = {name: value.detach().clone() for name, value in network.named_parameters()}
@@ -374,7 +374,8 @@ def test_resized_vocabulary(family, tmp_path):
         torch.tensor([[5, 66, 7]]),
     )
     second = {"decoder_input_ids": ids} if kind == "Seq2SeqLM" else {}
-    assert torch.allclose(theirs(ids, **second).logits, larger(ids, **second).logits, rtol=1e-5, atol=1e-5)
+    error = mixed(larger(ids, **second).logits, theirs(ids, **second).logits)
+    parity(f"larger vocabulary: {family}", LIBRARY, error, 1e-5, "as shipped: transformers casts some tables to float32")
     smaller = resize_vocabulary(larger, 60)
     assert torch.equal(smaller.body.embedding.weight, old["body.embedding.weight"][:60])
     first = {name: each[:, :1] for name, each in ({"input_ids": ids} | second).items()}

@@ -11,22 +11,35 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from tests.mutants.cover import Cover
-from tests.mutants.draw import Mutant, draw, source_files
+from tests.mutants.draw import PACKAGES, Mutant, draw, source_files
 from tests.mutants.trial import Copy, Result
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def read_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+def read_arguments(words: Sequence[str] | None = None, root: Path = ROOT) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__)
     parser.add_argument("--seed", type=int, default=0, help="of the draw; the first mutants of a larger --count are the same")
-    parser.add_argument("--count", type=int, default=60, help="mutants (default: 60)")
+    parser.add_argument("--count", type=at_least_one, default=60, help="mutants (default: 60)")
     parser.add_argument("--only", nargs="+", default=[""], metavar="PATH", help="folders or files, as model/ train/step.py")
-    parser.add_argument("--jobs", type=int, default=1, help="mutants at a time, each in a copy of the work tree (default: 1)")
+    parser.add_argument("--jobs", type=at_least_one, default=1, help="mutants at a time, each in its own tree (default: 1)")
     parser.add_argument("--limit", type=float, default=300, help="seconds for a mutant's tests (default: 300)")
-    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the results")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the results, or with --list the list")
     parser.add_argument("--list", action="store_true", help="print the mutants and their tests, run none")
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    for start in options.only:
+        if not source_files(root, [start]):
+            packages = ", ".join(f"{package}/" for package in PACKAGES)
+            parser.error(f"--only {start}: no Python file of {packages} begins with it; name them as model/ or train/step.py")
+    if options.out and not options.out.parent.is_dir():
+        parser.error(f"--out {options.out}: there is no folder {options.out.parent}")
+    return options
+
+
+def at_least_one(word: str) -> int:
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word!r} is not an integer of at least 1")
+    return int(word)
 
 
 def results(root: Path, mutants: list[Mutant], *, jobs: int, limit: float) -> Iterator[Result]:
@@ -64,15 +77,29 @@ def progress(mutant: Mutant, result: Result) -> str:
     return f"{result.status:8} {result.seconds:5.0f} s  {mutant.file}:{mutant.edit.line} {mutant.edit.kind}, {by}"
 
 
+def row(mutant: Mutant, data: bytes) -> dict:
+    return {"file": mutant.file, **mutant.edit._asdict(), "lines": mutant.lines(data)}
+
+
+def write(out: Path | None, table: dict) -> None:
+    if out:
+        out.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def main(words: Sequence[str] | None = None, root: Path = ROOT) -> list[Result]:
-    options = read_arguments(words)
+    options = read_arguments(words, root)
     sources = {file: (root / file).read_bytes() for file in source_files(root, options.only)}
     mutants = [*islice(draw(sources, options.seed), options.count)]
+    if len(mutants) < options.count:
+        place = " ".join(options.only).strip() or "the project"
+        print(f"{len(mutants)} mutants instead of {options.count}: {place} has no more")
     if options.list:
-        cover = Cover(root)
+        cover, rows = Cover(root), []
         for mutant in mutants:
             tests = cover.tests(mutant.file)
             print(describe(mutant, sources[mutant.file]), f"  {len(tests)} files: {' '.join(tests[:3])} …", sep="\n")
+            rows.append(row(mutant, sources[mutant.file]) | {"tests": tests})
+        write(options.out, {"seed": options.seed, "mutants": rows})
         return []
     begun, done = time.time(), []
     for mutant, result in zip(mutants, results(root, mutants, jobs=options.jobs, limit=options.limit), strict=True):
@@ -83,13 +110,8 @@ def main(words: Sequence[str] | None = None, root: Path = ROOT) -> list[Result]:
     for mutant, result in done:
         if result.status != "killed":
             print(f"\n{result.status}, {result.passed} tests passed: {describe(mutant, sources[mutant.file])}")
-    if options.out:
-        rows = [
-            {"file": mutant.file, **mutant.edit._asdict(), "lines": mutant.lines(sources[mutant.file]), **result._asdict()}
-            for mutant, result in done
-        ]
-        table = {"seed": options.seed, "limit": options.limit, **counts, "mutants": rows}
-        options.out.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    rows = [row(mutant, sources[mutant.file]) | result._asdict() for mutant, result in done]
+    write(options.out, {"seed": options.seed, "limit": options.limit, **counts, "mutants": rows})
     return [result for _, result in done]
 
 

@@ -1,6 +1,7 @@
 """The tool that breaks the code on purpose: what it changes, what it leaves alone, which tests it runs, and its verdicts."""
 
 import json
+from collections import Counter
 from itertools import islice
 
 import pytest
@@ -92,6 +93,13 @@ def test_the_draw_is_a_function_of_the_seed():
     assert source_files(ROOT, ["train/st", "eval/re"]) == ["eval/report.py", "train/start.py", "train/step.py"]
 
 
+def test_kinds_are_equally_likely_within_a_file():
+    sources = {"a.py": b"x = f(a, b)\n" * 300 + b"y = a + 1 < -b and c\n" * 40}
+    kinds = Counter(mutant.edit.kind for mutant in islice(draw(sources, 0), 100))
+    assert {*kinds} == {"arguments", "arithmetic", "constant", "comparison", "boolean"}
+    assert all(10 <= number <= 30 for number in kinds.values()), "a fifth each, though 300 of 460 edits are swapped arguments"
+
+
 def test_all_mutants_compile():
     sources = {"a.py": b"def f(a, b):\n    a += 1\n    return g(1, *a), -b @ (a if b else 2) @ c\n"}
     mutants = [*draw(sources, 0)]
@@ -162,6 +170,32 @@ def test_a_mutant_is_killed_and_an_equivalent_one_survives(toy, capsys):
     }
     assert "mutation score 2/3" in shown and "model/equal.py:2  comparison\n  - return a if a > b else b" in shown
     assert [row["status"] for row in json.loads(out.read_text())["mutants"]] == [result.status for result in found.values()]
+
+
+WRONG = {
+    "--only model/ nope.py": "--only nope.py: no Python file of model/, data/, train/, eval/, lora/, quant/ begins with it",
+    "--count 0": "argument --count: '0' is not an integer of at least 1",
+    "--count -3": "argument --count: '-3' is not an integer of at least 1",
+    "--jobs 0": "argument --jobs: '0' is not an integer of at least 1",
+    "--out nowhere/a.json": "--out nowhere/a.json: there is no folder nowhere",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_a_wrong_option_is_an_error(line, toy, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(line.split(), toy)
+    assert WRONG[line] in capsys.readouterr().err
+
+
+def test_a_list_is_written_and_a_short_one_is_said(toy, tmp_path, capsys):
+    assert main(["--only", "model/sums.py", "--count", "9", "--list", "--out", str(tmp_path / "list.json")], toy) == []
+    assert capsys.readouterr().out.startswith("2 mutants instead of 9: model/sums.py has no more\n")
+    rows = json.loads((tmp_path / "list.json").read_text())["mutants"]
+    assert [row["lines"][1] for row in rows] == ["return 0 - sum(x)", "return 1 + sum(x)"]
+    assert {row["tests"][0] for row in rows} == {"model/sums.py"}
+    main(["--only", "model/sums.py", "--count", "2", "--list"], toy)
+    assert "instead of" not in capsys.readouterr().out
 
 
 # ---- Verdicts, on made-up runs of pytest

@@ -194,8 +194,9 @@ def test_init_goes_on_with_the_runs_tokenizer(options, finished, tmp_path):
     assert said.code == 0, said.err
     tokenizers = [(last_checkpoint(folder) / "tokenizer.model").read_bytes() for folder in (run, finished)]
     assert tokenizers[0] == tokenizers[1]
-    first, before = read_metrics(run / "metrics.jsonl")[0], read_metrics(finished / "metrics.jsonl")[-1]
-    assert first["step"] == 1 and first["loss"] < before["loss"] + 0.5  # not the 5.8 of random weights
+    (start, first), before = read_metrics(run / "metrics.jsonl")[:2], read_metrics(finished / "metrics.jsonl")[-1]
+    assert (start["step"], start["split"], first["step"]) == (0, "before", 1)
+    assert max(start["loss"], first["loss"]) < before["loss"] + 0.5  # not the 5.8 of random weights
     config = tomllib.loads((run / "config.toml").read_text())
     assert config["run"]["init"] == str(last_checkpoint(finished))  # the very checkpoint, in case that its run goes on
 

@@ -1,6 +1,7 @@
 """Each public name has a test, and docs/proofs.md names it."""
 
 import ast
+import os
 import subprocess
 import sys
 from functools import cache
@@ -64,7 +65,8 @@ def test_a_test_can_be_pasted_and_its_row_names_it(tmp_path):
     example = row("eval.bleu_reference")[1].split("<br>")[-1].strip("`")
     test = row("eval.edit_distance")[1].split("<br>")[0].strip("`")
     words = ["-q", "-p", "no:cacheprovider", f"--parity={tmp_path / 'parity.md'}", example, test]
-    run = subprocess.run([sys.executable, "-m", "pytest", *words], cwd=ROOT, capture_output=True)
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}  # not a worker of this run
+    run = subprocess.run([sys.executable, "-m", "pytest", *words], cwd=ROOT, env=alone, capture_output=True)
     assert example == "eval/bleu.py::eval.bleu.bleu_reference" and b"2 passed" in run.stdout, run.stdout
     assert recorded((tmp_path / "parity.md").read_text(encoding="utf-8")) == {test: ["our plain twin"]}
 

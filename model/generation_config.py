@@ -27,7 +27,7 @@ NUMBERS = {  # transformers' name -> ours: defaults that a caller may override
     "max_new_tokens": "max_new_tokens",
     "max_length": "max_length",
 }
-LIMITS = {"min_length": 0, "min_new_tokens": 0, "no_repeat_ngram_size": 0}
+LIMITS = ("min_length", "min_new_tokens", "no_repeat_ngram_size")
 LISTS = ("suppress_tokens", "begin_suppress_tokens")
 SUPPORTED = {*IDS, *NUMBERS, *LIMITS, *LISTS, "do_sample"}
 # Other settings that choose tokens, and their values without effect.

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import re
+import time
 
 import pytest
 import torch
@@ -37,8 +39,11 @@ def calls(text: str, operator: str) -> float:
 
 @pytest.mark.parametrize(("steps", "seen"), [(9, 3), (5, 3), (4, 2), (3, 1)])
 def test_what_is_written(tmp_path, steps, seen):
+    began = time.perf_counter()
     (text,) = profiled_run(tmp_path / "profile", steps)
     assert text.startswith(f"{seen} step{'s' * (seen > 1)} profiled")
+    clock = float(re.search(r"([\d.,]+) ms a step by the clock", text)[1].replace(",", "")) - 0.1  # as it is rounded
+    assert clock * seen < 1000 * (time.perf_counter() - began)
     assert calls(text, "aten::mm") == 3  # forward, and two in the backward; a step
     assert (tmp_path / "profile" / "operators.txt").read_text(encoding="utf-8") == text + "\n"
     events = json.loads((tmp_path / "profile" / "trace.json").read_text(encoding="utf-8"))["traceEvents"]

@@ -8,10 +8,13 @@ once (`math.fsum`), so any split of a corpus gives the same score, to the last b
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from eval.notes import Notes
 
 SACREBLEU_VERSION = "2.6.0"  # BLEU and chrF reproduce its values and signatures
 
@@ -69,7 +72,9 @@ class Metric(Protocol):
     name: str
     is_mean: bool
 
-    def statistics(self, hypotheses: Sequence[str], references: Sequence[Sequence[str | None]]) -> Tensor:
+    def statistics(
+        self, hypotheses: Sequence[str], references: Sequence[Sequence[str | None]], *, notes: "Notes | None" = None
+    ) -> Tensor:
         """Compute the statistics (B, K) of B examples; column 0 is the number of references. References come as R streams of
         length B: `references[r][b]`.
 

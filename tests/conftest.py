@@ -20,9 +20,10 @@ from tests.texts import documents, shared_cache, stdlib_docs  # noqa: F401, fixt
 ROWS: list[tuple] = []  # of the parity table
 INTRODUCTION = """# Parity
 
-Written by `python -m pytest -n 2 --dist loadfile --parity=docs/parity.md`; do not edit. Whole tensors in float64, with random
-norms and biases, gradients too, padded and packed. Measures, of ours a and theirs b (`tests/compare.py`): absolute max |a − b|;
-relative max |a − b| / max |b|; mixed max |a − b| / (1 + max |b|); count: how many differ.
+Written by `python -m pytest -n 2 --dist loadfile --parity=docs/parity.md`; do not edit. Whole tensors, in
+float64 where the library has it, with random norms and biases, gradients too, padded and packed. Measures, of ours a and theirs
+b (`tests/compare.py`): absolute max |a − b|; relative max |a − b| / max |b|; mixed max |a − b| / (1 + max |b|); count: how many
+differ.
 
 """.splitlines()
 

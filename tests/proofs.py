@@ -104,16 +104,17 @@ def proofs() -> dict[str, list[Proof]]:
             bad = is_of_bad_input(functions[test])
             slow = " -m slow" * any(ast.unparse(mark) == "pytest.mark.slow" for mark in functions[test].decorator_list)
             for public in {public for value in used for each in reached(value) for public in by_id.get(id(each), ())}:
-                rows = oracles.get(shown, ()) if id(names[public]) in compared[test] else ()
+                direct = id(names[public]) in compared[test]  # else by a fixture, which only prepares
+                rows = oracles.get(shown, ()) if direct else ()
                 near = path.stem.removeprefix("test_") == getattr(names[public], "__module__", "").rpartition(".")[2]
                 first = bad if is_exception(names[public]) else bool(rows)
                 group = (not near, place) if first else (place, not near)
-                order = (not first, bad, *group, str(path.relative_to(ROOT)), functions[test].lineno)  # as the file has them
-                found[public].append((order, Proof(shown + slow, tuple(rows), near)))
+                place_of = (str(path.relative_to(ROOT)), functions[test].lineno)  # as the file has them
+                found[public].append(((not direct, not first, bad, *group, *place_of), Proof(shown + slow, tuple(rows), near)))
     for name, value in names.items():
         if ">>> " in (value.__doc__ or "") and (inspect.isfunction(value) or inspect.isclass(value)):
             example = f"{value.__module__.replace('.', '/')}.py::{value.__module__}.{value.__qualname__}"
-            found[name].append(((True, False, len(PLACES), False, example, 0), Proof(example, (), False)))
+            found[name].append(((False, True, False, len(PLACES), False, example, 0), Proof(example, (), False)))
     return {name: [proof for _, proof in sorted(tests)] for name, tests in found.items()}
 
 

@@ -28,7 +28,7 @@ from train.runs.errors import TrainError
 from train.runs.lock import refuse_taken, refuse_unwritable
 from train.start import resolve_new
 
-SECONDS = 10.0  # after which nothing more is begun; the longest thing that is begun is of two micro-batches
+SECONDS = 10.0  # after which nothing more is begun; longer than two micro-batches only what is estimated to fit
 TIMED, PARTS = 3, 16  # steps that are timed; or micro-batches, in place of steps that would take longer
 
 

@@ -42,7 +42,8 @@ def train_step(
 
         gradient = Σ over ranks and micro-batches of ∇(sum of token losses) / (number of scored labels in the whole step)
 
-    (of each term of the objective, times its weight). A step without a scored label has gradient 0: weight decay alone moves.
+    (of each term of the objective, times its weight). Without a scored label the gradient is 0, and the optimizer still steps:
+    momentum and weight decay move the weights.
     The scored labels are counted first; each micro-batch's loss sum is then divided by their number, before its backward. So
     every token has the same weight, which an average of micro-batch means would not give, and fp16 gradients do not overflow.
     DDP and FSDP average gradients over ranks; multiplying by `world`, the number of ranks, turns that average into a sum.

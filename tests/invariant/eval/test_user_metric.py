@@ -10,6 +10,8 @@ from eval.answers import Answers
 from eval.bleu import Bleu
 from eval.bootstrap import bootstrap_interval, confidence_interval, wilson_interval
 from eval.chrf import Chrf
+from eval.commands.scorer import single_metric
+from eval.notes import Notes
 from eval.score import Metric, Proportion, Score, corpus_value
 from eval.significance import approximate_randomisation, paired_bootstrap
 from tests.compare import absolute
@@ -20,7 +22,7 @@ class SameLength:
 
     name, is_mean = "same length", False
 
-    def statistics(self, hypotheses: Sequence[str], references: Sequence[Sequence[str | None]]) -> Tensor:
+    def statistics(self, hypotheses: Sequence[str], references: Sequence[Sequence[str | None]], *, notes=None) -> Tensor:
         right = [len(ours.split()) == len(theirs.split()) for ours, theirs in zip(hypotheses, references[0], strict=True)]
         return torch.tensor([[1, correct] for correct in right])
 
@@ -50,6 +52,8 @@ def test_it_has_what_ours_have():
     for each in (metric, Bleu(), Chrf(), Answers("f1", "1.1")):
         assert names <= set(dir(each)), type(each)
     ours, other = (metric.statistics(system, REFERENCES) for system in SYSTEMS)
+    as_commands_do = single_metric(metric).statistics(SYSTEMS[0], REFERENCES, notes=Notes())
+    assert torch.equal(as_commands_do[0], ours)
     assert corpus_value(metric, ours) == 0.8 and corpus_value(metric, other) == 0.2
     assert str(metric.score(ours)) == "same length = 0.8000 nrefs:1"
     interval = bootstrap_interval(metric, ours, samples=500)

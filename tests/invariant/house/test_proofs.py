@@ -43,6 +43,7 @@ def test_a_name_is_beside_what_its_tests_record():
     assert against["clip_grad_norm_"].startswith("torch clip_grad_norm_; ") and against["Muon"].startswith("torch Muon; ")
     assert (against["EMA"], against["SGD"]) == ("torch AveragedModel", "torch SGD")
     assert row("data.deduplicate")[2] == "", "what a fixture prepares is not compared"
+    assert row("data.deduplicate")[1].startswith("`tests/invariant/data/test_corpus.py::"), "nor shown first"
     assert row("model.ConfigError")[2] == "" and row("model.LayerNorm")[2] == "torch"
 
 

@@ -32,8 +32,8 @@ class Cover:
 
     def tests(self, file: str) -> list[str]:
         """The file itself where it has doctests; tests named after it, or after its folder; other importers, by the number of
-        names that they use; for a file of a command, tests that start it; the other tests of its package, and the faults that
-        reach it, by the imports that lie between."""
+        names that they use; for a file of a command, tests that start it; the other tests of its package, and those of
+        faults and of the whole house that reach it, by the imports that lie between."""
         path = PurePosixPath(file)
         package, name = path.parts[0], path.stem
         everywhere = [f for f in self.files if PurePosixPath(f).name.startswith("test_") and f.split("/")[1] in PLACES]
@@ -46,8 +46,8 @@ class Cover:
         runners = [f for f in everywhere if is_command and self.runs_command(f, package)]
         runners.sort(key=lambda f: (f not in of_package, f))
         distance = self.distances(file)
-        faults = [f for f in everywhere if f.startswith("tests/fault/") and f in distance]
-        others = sorted([*of_package, *faults], key=lambda f: (distance.get(f, DISTANT), f in faults, f))
+        whole = [f for f in everywhere if f.startswith(("tests/fault/", "tests/invariant/house/")) and f in distance]
+        others = sorted([*of_package, *whole], key=lambda f: (distance.get(f, DISTANT), f in whole, f))
         own = [file] if file in self.has_doctest and name != "__main__" else []
         return list(dict.fromkeys([*own, *twins, *importers, *runners, *others]))
 

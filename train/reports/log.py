@@ -141,7 +141,7 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def truncate(path: Path, step: int) -> None:
-    """Drop the rows after `step`, the checkpoint that a resume continues from."""
-    rows = [row for row in read_metrics(path) if row["step"] <= step]
+    """Drop the rows after `step`, the checkpoint that a resume continues from; at 0 all, the score before training too."""
+    rows = [row for row in read_metrics(path) if row["step"] <= step] if step else []
     if rows or path.is_file():
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -148,8 +148,12 @@ def test_cut_back(tmp_path):
     path.write_text("".join(lines) + '{"step": 4, "lo')
     truncate(path, 2)
     assert path.read_text() == "".join(lines[:3]) and list(tmp_path.iterdir()) == [path]
+    before = json.dumps({"step": 0, "split": "before", "loss": 4.0}) + "\n"
+    path.write_text(before + "".join(lines))
+    truncate(path, 2)
+    assert path.read_text() == before + "".join(lines[:3])
     truncate(path, 0)
-    assert path.read_text() == ""
+    assert path.read_text() == "", "a run that begins again scores its first weights again"
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ BUILT_IN = {"stdlib-docs": "read_docs", "stdlib-code": "read_code"}  # corpus: i
 BadText = Literal["error", "replace", "skip"]
 DEFAULT_VOCAB_SIZE = 2048  # or fewer, if the text cannot fill it
 MIN_VOCAB_SIZE = 264  # 3 control ids, 256 bytes, 5 characters
+MASK = "[MASK]"  # the mask token of a tokenizer that is trained here
 
 
 class DataError(ValueError):

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from data.config import MASK
 from data.messages import format_count
 from data.sources.record_files import FORMATS
 from train.registry import settings_of
@@ -47,6 +48,11 @@ class RecordTask(Task):
         """Return the texts of a record: a hash of them decides if it is held out, and the tokenizer is trained on them."""
 
     @classmethod
+    def controls(cls, config: "TrainConfig") -> tuple[str, ...]:
+        """Return the control tokens of a newly trained tokenizer besides <s> and </s>."""
+        return (MASK,) if cls.needs_mask or cls.wants_mask else ()
+
+    @classmethod
     def check(cls, settings: Any, row: "Row") -> str | None:
         """Return the fault of a record, or None; the message is prefixed by the record's name."""
         return None
@@ -70,8 +76,8 @@ class RecordTask(Task):
         train, validation = open_records(config.data, info=info, **options)
         if tokenizer is None:
             texts = (text for row in train.values for text in cls.texts(settings, row))
-            mask = cls.needs_mask or cls.wants_mask
-            tokenizer = train_or_load_tokenizer(config.data, texts, info, mask=mask, affix_flags=cls.affix_flags)
+            options = {"controls": cls.controls(config), "affix_flags": cls.affix_flags}
+            tokenizer = train_or_load_tokenizer(config.data, texts, info, **options)
         else:
             tokenizer = tokenizer.with_separator(config.data.separator)
         return RecordData(tokenizer, train, validation, hash_rows(train, validation))

@@ -4,6 +4,7 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data.config import MASK
 from train.task import Batch, Info, Scores, Task, Totals
 
 if TYPE_CHECKING:
@@ -52,10 +53,15 @@ class TokenTask(Task):
     needs_mask = False  # the tokenizer must have a mask token
 
     @classmethod
+    def controls(cls, config: "TrainConfig") -> tuple[str, ...]:
+        """Return the control tokens of a newly trained tokenizer besides <s> and </s>; a given one is checked by the task."""
+        return (MASK,) if cls.needs_mask else ()
+
+    @classmethod
     def open_data(cls, config: "TrainConfig", tokenizer: "Tokenizer | None", info: Info, *, progress: bool = False) -> "Shards":
         from data.corpus.prepare import prepare
 
-        return prepare(config.data, tokenizer=tokenizer, mask=cls.needs_mask, info=info, progress=progress)
+        return prepare(config.data, tokenizer=tokenizer, controls=cls.controls(config), info=info, progress=progress)
 
     def __init__(self, config: "TrainConfig", shards: "Shards"):
         from data.packing.blocks import BlockStream, MixedBlocks, check_length, sequential_blocks

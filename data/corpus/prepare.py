@@ -4,13 +4,13 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import sentencepiece
 from tqdm import tqdm
 
-from data.config import DEFAULT_VOCAB_SIZE, DataConfig, DataError
+from data.config import DEFAULT_VOCAB_SIZE, MASK, DataConfig, DataError
 from data.corpus.dedup import deduplicate, drop_held_out
 from data.corpus.ingest import find_corpus, read_corpus
 from data.corpus.split import check_sources, cut_few_documents, split_documents
@@ -26,17 +26,18 @@ def prepare(
     config: DataConfig,
     *,
     tokenizer: Tokenizer | None = None,
-    mask: bool = False,
+    controls: Sequence[str] = (),
     info: Info = lambda line: None,
     progress: bool = False,
 ) -> Shards:
     """Return the shards of `config`: from its cache, or read, deduplicated, split, tokenized and written now.
 
-    tokenizer: used instead of training one. mask: the tokenizer must have a mask token; a trained one gets [MASK].
+    tokenizer: used instead of training one. controls: control tokens that a trained one gets besides <s> and </s>;
+    with [MASK], a given one must have a mask token.
     info: called with each line for the user. progress: show progress bars.
     Errors: DataError for bad input. Several processes may prepare the same corpus at once.
     """
-    if mask and tokenizer is not None and tokenizer.mask_id is None:
+    if MASK in controls and tokenizer is not None and tokenizer.mask_id is None:
         raise DataError(
             f"masked-language modelling needs a mask token, and this tokenizer ({', '.join(tokenizer.files)}, "
             f"{tokenizer.vocab_size} ids) has none. Start from a network that was trained with one, or from random "
@@ -53,7 +54,7 @@ def prepare(
     cache, is_new = config.cache.expanduser(), False
 
     def folder_for(size: int) -> Path:
-        return cache / cache_key(config, files, tokenizer, size, mask)
+        return cache / cache_key(config, files, tokenizer, size, controls)
 
     # The vocabulary size that the text fills, where it is smaller than the default.
     size_file = folder_for(DEFAULT_VOCAB_SIZE).with_suffix(".json")
@@ -77,7 +78,7 @@ def prepare(
         try:
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=cache) as temporary:
-                built_size = build(Path(temporary, "shards"), config, folder_for, tokenizer, size, mask, info, progress)
+                built_size = build(Path(temporary, "shards"), config, folder_for, tokenizer, size, controls, info, progress)
                 if built_size != size:
                     size = built_size
                     Path(temporary, size_file.name).write_text(json.dumps({"vocab_size": size}), encoding="utf-8")
@@ -117,9 +118,11 @@ def identify_files(config: DataConfig, lines: list[str]) -> list[tuple[str, str,
     return files + sources
 
 
-def cache_key(config: DataConfig, files: list, tokenizer: Tokenizer | None, vocab_size: int, mask: bool) -> str:
+def cache_key(
+    config: DataConfig, files: list, tokenizer: Tokenizer | None, vocab_size: int, controls: Sequence[str]
+) -> str:
     """Return 16 hex digits of a hash of everything that decides the shards: files, settings, tokenizer, Python's version."""
-    tokenizer_key = tokenizer.sha256 if tokenizer else [sentencepiece.__version__, trainer_options(vocab_size, mask)]
+    tokenizer_key = tokenizer.sha256 if tokenizer else [sentencepiece.__version__, trainer_options(vocab_size, controls)]
     settings = [config.text_key, config.on_bad_text, config.val_fraction, config.dedup, tokenizer_key]
     settings += [tokenizer.separator] if tokenizer and tokenizer.separator else []
     return hashlib.sha256(json.dumps([FORMAT, sys.version, settings, files]).encode()).hexdigest()[:16]
@@ -131,7 +134,7 @@ def build(
     folder_for: Callable[[int], Path],
     tokenizer: Tokenizer | None,
     vocab_size: int,
-    mask: bool,
+    controls: Sequence[str],
     info: Info,
     progress: bool,
 ) -> int:
@@ -156,7 +159,7 @@ def build(
     if tokenizer is None:
         info(f"training a tokenizer of {vocab_size:,} pieces on {format_count(len(documents_of['train']), 'document')}")
         texts = [document.text for document in documents_of["train"]]
-        tokenizer = train_to_fit(texts, vocab_size, mask, may_shrink=config.vocab_size is None)
+        tokenizer = train_to_fit(texts, vocab_size, controls, may_shrink=config.vocab_size is None)
         if tokenizer.vocab_size < vocab_size:
             vocab_size = tokenizer.vocab_size
             info(describe_smaller_vocabulary(vocab_size))

@@ -141,14 +141,20 @@ def hash_rows(*parts: Rows) -> str:
 
 
 def train_or_load_tokenizer(
-    config: DataConfig, texts: Iterable[str], info: Info, *, mask: bool = False, affix_flags: Mapping[str, bool] = NO_FLAGS
+    config: DataConfig,
+    texts: Iterable[str],
+    info: Info,
+    *,
+    controls: Sequence[str] = (),
+    affix_flags: Mapping[str, bool] = NO_FLAGS,
 ) -> Tokenizer:
     """Return a SentencePiece tokenizer of the texts, from the cache if one was trained on them before.
 
+    controls: further control tokens.
     affix_flags: add_bos_token, add_eos_token of tokenizer_config.json. Default: <s> before the text.
     """
     texts, size = list(texts), config.vocab_size or DEFAULT_VOCAB_SIZE
-    trainer = json.dumps([sentencepiece.__version__, trainer_options(size, mask)])
+    trainer = json.dumps([sentencepiece.__version__, trainer_options(size, controls)])
     key = hashlib.sha256("\0".join([trainer, str(config.vocab_size), *texts]).encode()).hexdigest()[:16]
     file = config.cache.expanduser() / f"{key}.model"
     beside = {TOKENIZER_CONFIG: json.dumps(dict(affix_flags)).encode()} if affix_flags else None
@@ -157,7 +163,7 @@ def train_or_load_tokenizer(
     except (OSError, DataError):
         pass
     info(f"training a tokenizer of {size:,} pieces on {format_count(len(texts), 'text')}")
-    tokenizer = train_to_fit(texts, size, mask, may_shrink=config.vocab_size is None)
+    tokenizer = train_to_fit(texts, size, controls, may_shrink=config.vocab_size is None)
     if tokenizer.vocab_size < size:
         info(describe_smaller_vocabulary(tokenizer.vocab_size))
     try:

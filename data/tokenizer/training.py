@@ -21,8 +21,7 @@ from data.config import DEFAULT_VOCAB_SIZE, MIN_VOCAB_SIZE, DataError
 from data.tokenizer.sentencepiece import SentencePieceTokenizer
 
 UNK, BOS, EOS = 0, 1, 2
-MASK = "[MASK]"  # id 3, if requested
-RESERVED_PIECES = 3 + 256  # control pieces, bytes
+RESERVED_PIECES = 3 + 256  # <unk> <s> </s>, bytes; further control tokens follow the first three
 MAX_SENTENCE = 1 << 16  # characters; sentences of 2^20 took the trainer 80 s for 2 MB of two words, instead of 0.3
 COVERAGE = 0.9999  # of the text; the rarest characters are spelled in bytes
 
@@ -35,8 +34,8 @@ class VocabularyError(DataError):
         self.largest = largest
 
 
-def trainer_options(vocab_size: int, mask: bool = False) -> dict[str, object]:
-    """Return the options of SentencePiece's trainer. `mask` adds the control piece [MASK].
+def trainer_options(vocab_size: int, controls: Sequence[str] = ()) -> dict[str, object]:
+    """Return the options of SentencePiece's trainer. `controls`: further control tokens, ids 3, 4, … in this order.
 
     White space gets its own pieces ("    ", "\\n\\n"), for indentation. Measured on the standard
     library's documentation at 2,048 pieces: 3.19 bytes a token, 3.08 without, 2.97 when trained line by line, which
@@ -59,40 +58,43 @@ def trainer_options(vocab_size: int, mask: bool = False) -> dict[str, object]:
         "num_threads": 1,  # the same text gives the same bytes
         "minloglevel": 2,
     }
-    return options | {"control_symbols": [MASK]} if mask else options
+    return options | {"control_symbols": list(controls)} if controls else options
 
 
-def escape_text(text: str, mask: bool = False) -> str:
+def escape_text(text: str, controls: Sequence[str] = ()) -> str:
     """Return `text` so that the trainer counts every character except U+2581 and U+2585 (see the module).
 
     >>> escape_text("a<s>\\n")
     'a<\\x00s>\\n\\x00'
     """
     text = re.sub("[\u2581\u2585]", "\0", text)
-    text = text.replace(MASK, "[\0MASK]") if mask else text
+    for control in controls:
+        text = text.replace(control, f"{control[0]}\0{control[1:]}")
     return re.sub(r"<(?=(?:/?s|unk|0x[0-9A-F]{2})>)", "<\0", text) + "\0"
 
 
-def trainer_sentences(texts: Iterable[str], vocab_size: int, mask: bool = False) -> list[str]:
+def trainer_sentences(texts: Iterable[str], vocab_size: int, controls: Sequence[str] = ()) -> list[str]:
     """Return what the trainer gets: escaped sentences of all the text, with NUL for each rare character."""
-    sentences = [escape_text(text[i : i + MAX_SENTENCE], mask) for text in texts for i in range(0, len(text), MAX_SENTENCE)]
+    parts = (text[i : i + MAX_SENTENCE] for text in texts for i in range(0, len(text), MAX_SENTENCE))
+    sentences = [escape_text(part, controls) for part in parts]
     sentences.append(escape_text(" "))  # otherwise spaces have no piece and are spelled in the bytes of U+2581
-    removed = dict.fromkeys(map(ord, rare_characters(sentences, (vocab_size - RESERVED_PIECES - mask) // 2)), "\0")
+    max_kept = (vocab_size - RESERVED_PIECES - len(controls)) // 2
+    removed = dict.fromkeys(map(ord, rare_characters(sentences, max_kept)), "\0")
     return [sentence.translate(removed) for sentence in sentences] if removed else sentences
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, mask: bool = False) -> SentencePieceTokenizer:
-    """Return a tokenizer of exactly `vocab_size` ids, trained on all of `texts`; `mask`: one of them is [MASK].
+def train_tokenizer(texts: Iterable[str], vocab_size: int, controls: Sequence[str] = ()) -> SentencePieceTokenizer:
+    """Return a tokenizer of exactly `vocab_size` ids, trained on all of `texts`; `controls` are among them.
 
     Errors: VocabularyError if the texts have too few distinct pieces, with the largest size that they fill.
     """
-    sentences = trainer_sentences(texts, vocab_size, mask)
+    sentences = trainer_sentences(texts, vocab_size, controls)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(sentences),
             model_writer=model,
-            **trainer_options(vocab_size, mask),
+            **trainer_options(vocab_size, controls),
         )
     except RuntimeError as error:
         largest = re.search(r"value <= (\d+)", str(error))
@@ -106,7 +108,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, mask: bool = False) -
     return SentencePieceTokenizer(model.getvalue())
 
 
-def train_to_fit(texts: Sequence[str], vocab_size: int, mask: bool = False, *, may_shrink: bool) -> SentencePieceTokenizer:
+def train_to_fit(
+    texts: Sequence[str], vocab_size: int, controls: Sequence[str] = (), *, may_shrink: bool
+) -> SentencePieceTokenizer:
     """Return a tokenizer of `vocab_size` ids; with may_shrink the largest that the texts fill, where that is smaller.
 
     A smaller vocabulary holds fewer characters and may fill even fewer pieces, so sizes are tried in turn.
@@ -114,7 +118,7 @@ def train_to_fit(texts: Sequence[str], vocab_size: int, mask: bool = False, *, m
     """
     while True:
         try:
-            return train_tokenizer(texts, vocab_size, mask)
+            return train_tokenizer(texts, vocab_size, controls)
         except VocabularyError as error:
             if not may_shrink:
                 raise

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.config import DataError
+from data.config import MASK, DataError
 from data.shell import command
 from train.task import Batch, Defaults, Scores, Totals
 from train.token_task import TokenTask, is_built_in_corpus
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from train.config import TrainConfig
     from train.objective import Objective
 
-MASK = "[MASK]"
 SAMPLE_TOKENS, SAMPLE_EVERY = 40, 6
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.config import DataConfig, DataError
+from data.config import MASK, DataConfig, DataError
 from data.corpus.dedup import deduplicate
 from data.corpus.ingest import read_corpus
 from data.corpus.prepare import prepare
@@ -136,16 +136,16 @@ def test_filler_equals_bos_in_the_layout_with_two_tokens():
 
 def test_masks_need_a_mask_token(config, tmp_path):
     with pytest.raises(DataError, match=r"needs a mask token.*tokenizer\.json.*257 ids.*has none.*random weights"):
-        prepare(config, tokenizer=byte_tokenizer(tmp_path), mask=True)
+        prepare(config, tokenizer=byte_tokenizer(tmp_path), controls=[MASK])
 
 
 def test_mask_makes_a_tokenizer_that_has_one(config):
     config = DataConfig(**vars(config) | {"vocab_size": 300})
-    plain, masked = prepare(config), prepare(config, mask=True)
+    plain, masked = prepare(config), prepare(config, controls=[MASK])
     assert plain.tokenizer.mask_id is None and masked.tokenizer.mask_id == 3 and masked.folder != plain.folder
-    assert not prepare(config, mask=True).is_new
+    assert not prepare(config, controls=[MASK]).is_new
     assert masked.tokenizer.vocab_size == 300 and not (masked.train.ids == 3).any()
-    given = prepare(config, tokenizer=masked.tokenizer, mask=True)
+    given = prepare(config, tokenizer=masked.tokenizer, controls=[MASK])
     assert given.tokenizer is masked.tokenizer and given.train.targets == masked.train.targets
 
 

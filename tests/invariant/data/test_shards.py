@@ -13,7 +13,7 @@ import pytest
 
 import data.corpus.prepare
 import data.tokenizer.training
-from data.config import DataConfig, DataError
+from data.config import MASK, DataConfig, DataError
 from data.corpus.dedup import deduplicate
 from data.corpus.ingest import read_corpus
 from data.corpus.prepare import prepare
@@ -215,23 +215,24 @@ def test_few_lines_can_be_split(tmp_path, shape):
 FEW = "the text can fill {:,} pieces, fewer than the default 2,048: the tokenizer has these"
 
 
-@pytest.mark.parametrize("mask", [False, True])
-def test_an_unset_vocabulary_is_what_the_text_can_fill(config, mask):
+@pytest.mark.parametrize("controls", [(), (MASK,)])
+def test_an_unset_vocabulary_is_what_the_text_can_fill(config, controls):
     unset, said = replace(config, vocab_size=None), []
-    shards = prepare(unset, mask=mask, info=said.append)
+    shards = prepare(unset, controls=controls, info=said.append)
     size = shards.tokenizer.vocab_size
-    assert 300 < size < 2048 and FEW.format(size) in said and shards.is_new and (shards.tokenizer.mask_id == 3) == mask
-    again = prepare(unset, mask=mask, info=said.append)
-    resolved = prepare(replace(config, vocab_size=size), mask=mask)
+    assert 300 < size < 2048 and FEW.format(size) in said and shards.is_new
+    assert (shards.tokenizer.mask_id == 3) == bool(controls)
+    again = prepare(unset, controls=controls, info=said.append)
+    resolved = prepare(replace(config, vocab_size=size), controls=controls)
     assert not again.is_new and not resolved.is_new and shards.folder == again.folder == resolved.folder
     assert said.count(FEW.format(size)) == 2 and len([line for line in said if "training" in line]) == 1
     for more in (2048, size + 1):
         with pytest.raises(DataError, match=f"--vocab-size {more} is more than this text can fill.* --vocab-size {size},"):
-            prepare(replace(config, vocab_size=more), mask=mask)
+            prepare(replace(config, vocab_size=more), controls=controls)
     shutil.rmtree(shards.folder)
-    assert prepare(unset, mask=mask).tokenizer.sha256 == shards.tokenizer.sha256
+    assert prepare(unset, controls=controls).tokenizer.sha256 == shards.tokenizer.sha256
     shutil.rmtree(config.cache)
-    assert prepare(replace(config, vocab_size=size), mask=mask).tokenizer.sha256 == shards.tokenizer.sha256
+    assert prepare(replace(config, vocab_size=size), controls=controls).tokenizer.sha256 == shards.tokenizer.sha256
 
 
 def test_a_text_that_fills_the_default_has_the_shards_that_it_had(stdlib_docs):
@@ -261,11 +262,11 @@ def test_a_smaller_vocabulary_may_be_filled_still_less(monkeypatch, config):
     """It has room for fewer characters: sizes are tried until one is filled."""
     tried, largest = [], {2048: 900, 900: 400}
 
-    def limited(texts, size, mask):
+    def limited(texts, size, controls):
         tried.append(size)
         if size in largest:
             raise VocabularyError("too many", largest[size])
-        return train_tokenizer(texts, size, mask)
+        return train_tokenizer(texts, size, controls)
 
     monkeypatch.setattr(data.tokenizer.training, "train_tokenizer", limited)
     assert prepare(replace(config, vocab_size=None)).tokenizer.vocab_size == 400 and tried == [2048, 900, 400]

@@ -11,7 +11,7 @@ import pytest
 import sentencepiece
 import torch
 
-from data.config import DataError
+from data.config import MASK, DataError
 from data.tokenizer.open import load_tokenizer
 from data.tokenizer.sentencepiece import SentencePieceTokenizer
 from data.tokenizer.training import BOS, EOS, UNK, escape_text, train_tokenizer, trainer_options
@@ -159,7 +159,7 @@ def test_roles_and_padding(tokenizer, tmp_path):
 
 
 def test_mask_piece_is_made_when_asked_alone(tokenizer, tmp_path):
-    masked = train_tokenizer([*TEXTS, "in [MASK] place"], 360, mask=True)
+    masked = train_tokenizer([*TEXTS, "in [MASK] place"], 360, controls=[MASK])
     assert masked.mask_id == 3 and masked.special_ids == {UNK, BOS, EOS, 3} and masked.vocab_size == 360
     assert loses(masked.encode, masked.decode, [*ODD, "a [MASK] b"]) == []
     assert 3 not in masked.encode("a [MASK] b")
@@ -171,9 +171,9 @@ def test_mask_piece_is_made_when_asked_alone(tokenizer, tmp_path):
 
 
 def test_mask_in_training_text_counts():
-    options = trainer_options(300, mask=True) | {"minloglevel": 0, "hard_vocab_limit": False}
+    options = trainer_options(300, controls=[MASK]) | {"minloglevel": 0, "hard_vocab_limit": False}
     text = "words around [MASK] in text\n" * 3
-    assert characters_seen([escape_text(text, mask=True)], **options) == len(text)
+    assert characters_seen([escape_text(text, controls=[MASK])], **options) == len(text)
     assert characters_seen([escape_text(text)], **options) < len(text), "the mutant: the trainer takes [MASK] for its own"
 
 

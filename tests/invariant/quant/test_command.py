@@ -21,7 +21,7 @@ from torch.nn import functional as F
 import model.__main__
 import model.hub
 import quant.__main__
-from data.config import DataConfig
+from data.config import MASK, DataConfig
 from data.corpus.prepare import prepare
 from data.corpus.split import split_fraction
 from data.packing.blocks import sequential_blocks
@@ -73,7 +73,7 @@ class Text:
 
     def shards(self, tokenizer=None, mask=False):
         config = DataConfig(corpus=(str(self.corpus),), cache=self.cache, vocab_size=320)
-        return prepare(config, tokenizer=tokenizer, mask=mask)
+        return prepare(config, tokenizer=tokenizer, controls=[MASK] if mask else [])
 
     def network(self, name: str, family: str, *, mask: bool = False, dtype: torch.dtype = torch.float32, **changes) -> Path:
         folder = self.folder / name

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import model.hub
-from data.config import DataConfig
+from data.config import MASK, DataConfig
 from data.corpus.prepare import prepare
 from model.config import ModelConfig
 from model.init import build_network
@@ -39,7 +39,7 @@ def made(tmp_path_factory):
 @pytest.fixture(scope="module")
 def masked(made):
     config, _ = made
-    return replace(config, run=replace(config.run, objective="mlm")), prepare(config.data, mask=True)
+    return replace(config, run=replace(config.run, objective="mlm")), prepare(config.data, controls=[MASK])
 
 
 def test_validation_scores_each_byte_once(made):

@@ -6,7 +6,7 @@ import pytest
 import regex
 import sentencepiece
 
-from data.config import DataConfig
+from data.config import MASK, DataConfig
 from data.corpus.dedup import deduplicate
 from data.corpus.split import split_documents
 from data.tokenizer import bpe
@@ -64,8 +64,8 @@ def test_pieces_of_the_built_in_corpus(texts, tokenizer, parity):
 def test_pieces_of_small_corpora(texts, parity):
     for name, corpus in (("documents", texts[:20]), ("scripts", many_scripts()), ("repetitions", repetitions())):
         for size in (500, 1000):
-            ours = train_bpe(trainer_sentences(corpus, size, mask=True), size, controls=4)
-            wrong = differing(ours, pieces_of(train_tokenizer(corpus, size, mask=True), controls=4))
+            ours = train_bpe(trainer_sentences(corpus, size, controls=[MASK]), size, controls=4)
+            wrong = differing(ours, pieces_of(train_tokenizer(corpus, size, controls=[MASK]), controls=4))
             parity(f"BPE trainer: {name}, {size}", LIBRARY, wrong, 0, "exact")
 
 

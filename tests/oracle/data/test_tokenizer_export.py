@@ -8,6 +8,7 @@ import pytest
 import sentencepiece
 
 import data.tokenizer.export
+from data.config import MASK
 from data.tokenizer.open import load_tokenizer
 from data.tokenizer.sentencepiece import SentencePieceTokenizer
 from data.tokenizer.training import train_tokenizer, trainer_options
@@ -55,7 +56,7 @@ def test_order_of_merges_matters(stdlib_docs, monkeypatch):
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "bert"])
 def test_transformers_opens_a_checkpoint(tmp_path, model_type):
-    tokenizer = train_tokenizer(TEXTS, 360, mask=True)
+    tokenizer = train_tokenizer(TEXTS, 360, controls=[MASK])
     tokenizer.save(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)

@@ -1,6 +1,7 @@
 """Class labels of records: names from columns, their ids in sorted order, and counts."""
 
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,26 @@ def label_name(value: object, place: str, column: str) -> str:
         f"{place}: the label in column {column!r} is {value!r:.60}, a {type(value).__name__}: a label is a string, an integer "
         "or a boolean" + (" (several labels a text: --classify.multi)" if isinstance(value, list) else "")
     )
+
+
+def number_of(row: Row, place: str, column: str) -> float:
+    """Return a record's number, an integer or a float. Errors (DataError) name the record: no such column, a value that is no
+    finite number. A string of digits, as a table has them, is read.
+
+    >>> number_of({"score": 3}, "a.csv, record 1", "score"), number_of({"score": " 0.5"}, "", "score")
+    (3.0, 0.5)
+    """
+    if column not in row:
+        raise DataError(f"{place}: no column {column!r}; its columns: {quote_names(row)}")
+    value = row[column]
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, int | float | str) else float(value)
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        shown = "missing (null)" if value is None else f"{value!r:.60}, no finite number"
+        raise DataError(f"{place}: the number in column {column!r} is {shown}")
+    return number
 
 
 def label_names(row: Row, place: str, column: str, separator: str | None) -> tuple[str, ...]:

@@ -133,7 +133,7 @@ def test_a_folder_without_names_has_transformers_names(folder, tmp_path):
     assert len(rows) == 3 and [*rows[0]["probabilities"]] == ["LABEL_0", "LABEL_1", "LABEL_2"] and rows[1]["text"] == ""
 
 
-HEADS = {"lm": "gpt2", "mlm": "bert", "token": "bert", "none": "bert", "nsp": "bert"}
+HEADS = {"lm": "gpt2", "mlm": "bert", "none": "bert", "nsp": "bert"}
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -144,10 +144,26 @@ def test_a_folder_that_does_not_classify(head, folder, tmp_path):
     assert f"{tmp_path / 'model'} has the head '{head}', which classifies no texts" in message
 
 
-def test_regression_is_no_classification(tmp_path):
+def test_regression_is_a_number(tmp_path):
     corpus = write_labelled(tmp_path / "corpus.jsonl", records=3)
-    model.hub.save(randomized(tiny_config("bert", head="sequence", labels=1)), tmp_path / "model")
-    assert "gives a number (problem_type regression)" in predict(tmp_path / "model", corpus)
+    write_tokenizer(tmp_path / "model", byte_level(SPECIALS), SPECIALS)
+    model.hub.save(randomized(tiny_config("bert", head="sequence", labels=1, vocab_size=340)), tmp_path / "model")
+    said = command("predict", tmp_path / "model", corpus, main=model.__main__.main)
+    rows = [json.loads(line) for line in said.out.splitlines()]
+    assert len({row["predicted"] for row in rows}) == 3 and all(isinstance(row["predicted"], float) for row in rows)
+    assert not any("probabilities" in row for row in rows)
+    assert "this network gives each text a number" in predict(tmp_path / "model", corpus, "--threshold", "0.7")
+    message = predict(tmp_path / "model", corpus, "--score")
+    assert "corpus.jsonl:1: the number in column 'label' is '10'" not in message and "no finite number" in message
+
+
+def test_regression_of_several_numbers(tmp_path):
+    corpus = write_labelled(tmp_path / "corpus.jsonl", records=3)
+    write_tokenizer(tmp_path / "model", byte_level(SPECIALS), SPECIALS)
+    named = {"problem_type": "regression", "id2label": {"0": "a", "1": "b", "2": "c"}}
+    config = tiny_config("bert", head="sequence", labels=3, vocab_size=340, extra=named)
+    model.hub.save(randomized(config), tmp_path / "model")
+    assert "gives 3 numbers a text (problem_type regression)" in predict(tmp_path / "model", corpus)
 
 
 REFUSED = {

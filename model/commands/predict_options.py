@@ -1,0 +1,43 @@
+"""The options of `model predict`, of all heads; `model.commands.predict.HEADS` says which head reads which."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import tyro
+
+from train.command_line import Needs
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Predict by a network of --objective classify or pairs, or by any folder with a sequence-classification head: the label of
+    each text of a file with the probability of each label, or for regression a number. The output has the input's columns too.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """A run (its best checkpoint, else its last), a checkpoint, a model folder or an adapter's."""
+    file: Annotated[Path, tyro.conf.Positional]
+    """.jsonl .json .csv .tsv with a column of texts, or .txt with a text a line; each also .gz."""
+    out: Path | None = None
+    """The file to write: .jsonl .csv .tsv, by its suffix. Default: JSON lines on the screen."""
+    text: str | None = None
+    """The column with the text. Default: what the run was trained with, else "text"."""
+    pair: str | None = None
+    """The column with the second text. Default: what the run was trained with, else none."""
+    score: bool = False
+    """Compare with the labels in the file: accuracy, F1; of numbers the mean squared error."""
+    label: str | None = None
+    """The column with the label, for --score. Default: what the run was trained with, else "label"."""
+    threshold: float = 0.5
+    """With several labels a text: predict those that are more probable than this."""
+    max_length: int | None = None
+    """Truncate longer texts to this many tokens. Default: what the run was trained with, else the network's context."""
+    batch_size: int = 32
+    """Texts at a time; the results do not depend on it."""
+    base: Path | None = None
+    """For an adapter: its base, if that has moved since training."""
+    device: str = "cpu"
+    """cpu, cuda, …"""
+
+    NEEDS: ClassVar = (Needs(("label",), lambda options: options.score, "it names what --score compares with"),)

@@ -2,6 +2,7 @@
 
 import shutil
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from train.config import TrainConfig
 from train.loop import Run
 from train.objective import ids_of
 from train.parallel.ranks import connected
+from train.reports.drawing import UNSCORED, draw_example
 from train.reports.failures import out_of_memory
 from train.reports.log import format_duration
 from train.reports.phases import Phases
@@ -90,6 +92,7 @@ class Trial:
         micro_batches = next(batches)
         if run.ranks.is_main:
             print(predicted_memory(run, micro_batches), flush=True)
+            print(example(run, micro_batches[0]), flush=True)
         self.own, _ = run.prepare(micro_batches)
         self.data = [time.monotonic() - began]  # seconds of a step's data
 
@@ -140,6 +143,12 @@ class Trial:
                     steps.append(self.take(self.own, run.engine.train))
                 return steps
         return timings or [first]
+
+
+def example(run: Run, batch: dict[str, Tensor]) -> str:
+    """The first example of the first step: what is read, over what is learned."""
+    drawing = draw_example(batch, run.task.tokenizer, names=run.task.label_names)
+    return f"example  the first of the first step; {UNSCORED} is not scored\n{textwrap.indent(drawing, '         ')}"
 
 
 def predicted_memory(run: Run, micro_batches: list[dict[str, Tensor]]) -> str:

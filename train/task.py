@@ -85,6 +85,7 @@ class Task(ABC):
     best: ClassVar[str] = "loss"  # the score that selects the best checkpoint
     higher_is_better: ClassVar[bool] = False
     can_mix: ClassVar[bool] = False  # takes sources by weight, --corpus NAME=PATH:WEIGHT
+    label_names: Sequence[str] = ()  # of class labels, by id; none: labels are tokens
     validation_sources: Sequence[str] = ()  # the source of each batch of `validation`, where there are several
 
     def __init_subclass__(cls, **options) -> None:

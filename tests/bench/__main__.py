@@ -15,6 +15,7 @@
     int8      INT8 on a CPU: generation beside bfloat16 and float32; one linear layer beside other libraries'
     qat       INT4 weights trained for, beside rounded afterwards: CLM and MLM, three seeds (--steps, --base)
     reversal  the first Transformer learns to reverse strings through the command: exact match and seconds, three seeds
+    objectives  every objective through the command, beside its baseline, with an interval; about half an hour (--only NAME,NAME)
     metrics   scores of texts beside the libraries that define them; the command's memory and start
     gpu       GPT-2 124M on a card, compiled, beside its own products and transformers
 """
@@ -34,6 +35,7 @@ from tests.bench.int8 import bench_int8
 from tests.bench.loading import bench_loading
 from tests.bench.loss import bench_loss
 from tests.bench.metrics import bench_metrics
+from tests.bench.objectives import bench_objectives
 from tests.bench.qat import bench_qat
 from tests.bench.qlora import bench_qlora
 from tests.bench.quant import bench_llama, bench_quant
@@ -57,6 +59,7 @@ BENCHES = {
     "int8": bench_int8,
     "qat": bench_qat,
     "reversal": bench_reversal,
+    "objectives": bench_objectives,
     "metrics": bench_metrics,
     "gpu": bench_gpu,
 }
@@ -69,13 +72,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--steps", type=int, help="adapters, qlora, qat: optimizer steps of each side (default: 400, qat 200)")
     parser.add_argument("--base", help="adapters, qlora, qat: a run or model folder to start from; errors: one to measure too")
+    parser.add_argument("--only", help="objectives: these rows alone, and those that they start from")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     print(f"torch {torch.__version__}, {where}, {options.threads} threads, Python {platform.python_version()}\n")
     given = {name: value for name, value in {"steps": options.steps, "base": options.base}.items() if value is not None}
     for name in BENCHES if options.name == "all" else [options.name]:
-        BENCHES[name](options.rounds, **(given if name in ("adapters", "qlora", "errors", "qat") else {}))
+        named = {"only": options.only} if name == "objectives" and options.only else {}
+        BENCHES[name](options.rounds, **(given if name in ("adapters", "qlora", "errors", "qat") else named))
 
 
 if __name__ == "__main__":

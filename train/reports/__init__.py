@@ -5,6 +5,7 @@ tensorboard    the same numbers for TensorBoard
 curves         curves.png and its diagnosis
 compare        several runs: a table of what differs, one picture
 comparability  whether the losses of runs may be compared
+drawing        an example: its tokens over their labels
 summary        the text before the first step and after the last
 phases rate    seconds by phase; speed, and model FLOPs utilization
 profiler       a trace of a few steps, and their operators

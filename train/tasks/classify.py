@@ -131,6 +131,7 @@ class ClassifyTask(RecordTask):
         settings: ClassifySettings = settings_of(config)
         self.ids = {name: id for id, name in enumerate(data.labels)}
         self.separator, self.labels = separator_of(settings), data.labels
+        self.label_names = data.labels
         self.framer = framer_of(settings, data.tokenizer, config.network.context)
         self.overlong: set[int] = set()  # id() of the records that were cut or left out
         splits = (data.train, data.validation)

@@ -31,6 +31,7 @@ def test_it_says_what_the_run_would_be_and_writes_nothing(tmp_path, monkeypatch)
     assert steps > 100, "--epochs were counted"
     counted = rf"^time +\S+ s a step: \d+:\d\d for {steps} steps, and \d+:\d\d for {-(-steps // 50)} validations"
     assert re.search(counted, dry.out, re.MULTILINE)
+    assert re.search(r"^example  the first .*\n +input +\S+ .*\n +label +\S+ ", dry.out, re.MULTILINE)
     predicted, measured = (float(n) for n in re.findall(r"at its highest +(\S+) \S+ +(\S+) ", dry.out)[0])
     assert 0.5 < predicted / measured < 2
     written = sum(path.stat().st_size for path in last_checkpoint(out).glob("*.safetensors"))

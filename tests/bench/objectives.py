@@ -1,0 +1,122 @@
+"""Every objective from nothing, through `python -m train`: held-out loss beside the baseline, with an interval.
+
+The interval is the percentile bootstrap of the mean loss over the rows of the validation batches (blocks of text, pairs,
+windows), at 95 %. The bar: its upper end at most 0.9 of the baseline's loss. Where there is a source or a context, the loss with
+that of another row (`shuffled_loss`) stands beside it: its excess shows that the source is used. `--only NAME,NAME` selects rows.
+The labelled objectives read data made from the standard library (`python -m data task`); "start" names those that go on from
+another row's run.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import model.hub
+from data.tokenizer.open import load_tokenizer
+from eval.bootstrap import draw_counts, percentile_interval
+from tests.bench.timing import table
+from train.config_toml import read_settings
+from train.evaluate import evaluate
+from train.losses.cross_entropy import linear_cross_entropy
+from train.registry import load
+from train.reports.log import read_metrics
+from train.runs.open import resolve
+
+BAR, SAMPLES, SEED = 0.9, 2000, 0
+
+
+class Case(NamedTuple):
+    """A run: its options, the data set that it reads ("": the built-in corpus), the run that it starts from ("": nothing)."""
+
+    options: str
+    data: str = ""
+    start: str = ""
+
+
+CASES = {
+    "clm": Case("--objective clm"),
+    "mlm": Case("--objective mlm"),
+    "mlm, whole words": Case("--objective mlm --mlm.whole-words"),
+    "mlm, next sentence": Case("--objective mlm --mlm.nsp"),
+    "span": Case("--objective span"),
+    "denoise": Case("--objective denoise"),
+    "fim": Case("--objective fim"),
+    "prefix": Case("--objective prefix"),
+    "tag": Case("--objective tag", "tag", "mlm"),
+    "qa": Case("--objective qa", "qa", "mlm"),
+    "pairs": Case("--objective pairs", "pairs", "mlm"),
+    "pairs, a number": Case("--objective pairs --pairs.kind number --pairs.label score", "similarity", "mlm"),
+}
+
+
+class Found(NamedTuple):
+    scores: dict
+    interval: tuple[float, float]
+    rows: int
+    seconds: float
+    worked: float
+
+
+def run_case(case: Case, folder: Path, home: Path) -> Found:
+    line = [sys.executable, "-m", "train", *case.options.split(), "--out", folder, "--cache", home / "cache"]
+    if case.data:
+        made = home / case.data
+        if not made.exists():
+            subprocess.run([sys.executable, "-m", "data", "task", case.data, "--out", made], check=True, stdout=subprocess.DEVNULL)
+        line += ["--corpus", made / "train.jsonl", "--validation", made / "validation.jsonl"]
+    if case.start:
+        line += ["--init", home / case.start]
+    began, worked = time.monotonic(), sum(os.times()[2:4])
+    subprocess.run(list(map(str, line)), check=True, stdout=subprocess.DEVNULL)
+    seconds, worked = time.monotonic() - began, sum(os.times()[2:4]) - worked
+    best = json.loads((folder / "best.json").read_text())["step"]
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if row["split"] == "validation" and row["step"] == best]
+    return Found(rows[-1], *loss_interval(folder), seconds, worked)
+
+
+def loss_interval(run: Path) -> tuple[tuple[float, float], int]:
+    """Return the interval of a finished run's validation loss, and the number of rows that it rests on."""
+    config, folder = read_settings(run, to_train=True), resolve(run)
+    kind = load(config.run.objective)
+    network = model.hub.load(folder).eval()
+    task = kind(config, kind.open_data(config, load_tokenizer(folder, network.config.vocab_size), lambda line: None))
+    objective = task.objective(task.networks(network, lambda: network), linear_cross_entropy).eval()
+    sums = [evaluate(objective, [row])["loss"] for batch in task.validation for row in single_rows(batch)]
+    sum_N, count_N = torch.tensor([each for each in sums if each[1]], dtype=torch.float64).T
+    means = [(counts @ sum_N) / (counts @ count_N) for counts in draw_counts(len(sum_N), samples=SAMPLES, seed=SEED)]
+    found = percentile_interval(torch.cat(means), seed=SEED)
+    return (found.low, found.high), len(sum_N)
+
+
+def single_rows(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    for row in range(batch["input_ids"].size(0)):
+        yield {key: value[row : row + 1] for key, value in batch.items()}
+
+
+def bench_objectives(rounds: int, only: str = "") -> None:
+    """`rounds` is not used."""
+    lines, home = [], Path(tempfile.mkdtemp(prefix="objectives-"))
+    names = [name for name in CASES if not only or name in only.split(",")]
+    for start in {CASES[name].start for name in names} - {"", *names}:
+        names.insert(0, start)
+    for name in names:
+        found = run_case(CASES[name], home / name.replace(", ", "-").replace(" ", "-"), home)
+        loss, baseline = found.scores["loss"], found.scores["baseline_loss"]
+        low, high = found.interval
+        shuffled = found.scores.get("shuffled_loss")
+        shown = [f"{loss:.3f} [{low:.3f}, {high:.3f}]", f"{baseline:.3f}", f"{loss / baseline:.2f}"]
+        shown += ["" if shuffled is None else f"{shuffled:.3f}", f"{found.rows:,}", f"{found.seconds:.0f}", f"{found.worked:.0f}"]
+        lines.append((name, CASES[name].start, *shown, "yes" if high <= BAR * baseline else "NO"))
+        print(*lines[-1], flush=True)
+        print({key: value for key, value in found.scores.items() if isinstance(value, int | float)}, flush=True)
+    heads = ("objective", "start", "loss", "baseline", "ratio", "wrong source", "rows", "seconds", "of the processor", "bar")
+    print(table(heads, lines))

@@ -15,7 +15,7 @@
     int8      INT8 on a CPU: generation beside bfloat16 and float32; one linear layer beside other libraries'
     qat       INT4 weights trained for, beside rounded afterwards: CLM and MLM, three seeds (--steps, --base)
     reversal  the first Transformer learns to reverse strings through the command: exact match and seconds, three seeds
-    objectives  every objective through the command, beside its baseline, with an interval; about half an hour (--only NAME,NAME)
+    objectives  every objective through the command, beside its baseline, with an interval; half an hour (--only NAME,…)
     metrics   scores of texts beside the libraries that define them; the command's memory and start
     gpu       GPT-2 124M on a card, compiled, beside its own products and transformers
 """

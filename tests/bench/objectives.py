@@ -1,10 +1,10 @@
 """Every objective from nothing, through `python -m train`: held-out loss beside the baseline, with an interval.
 
 The interval is the percentile bootstrap of the mean loss over the rows of the validation batches (blocks of text, pairs,
-windows), at 95 %. The bar: its upper end at most 0.9 of the baseline's loss. Where there is a source or a context, the loss with
-that of another row (`shuffled_loss`) stands beside it: its excess shows that the source is used. `--only NAME,NAME` selects rows.
-The labelled objectives read data made from the standard library (`python -m data task`); "start" names those that go on from
-another row's run.
+windows), at 95 %. The bar: its upper end at most 0.9 of the baseline's loss. Where there is a source or a context, the loss
+with that of another row (`shuffled_loss`) stands beside it: its excess shows that the source is used. The labelled objectives
+read data made from the standard library (`python -m data task`); "start" names the row whose run a row goes on from.
+`--only NAME,NAME` selects rows.
 """
 
 import json
@@ -71,7 +71,8 @@ def run_case(case: Case, folder: Path, home: Path) -> Found:
     if case.data:
         made = home / case.data
         if not made.exists():
-            subprocess.run([sys.executable, "-m", "data", "task", case.data, "--out", made], check=True, stdout=subprocess.DEVNULL)
+            make = [sys.executable, "-m", "data", "task", case.data, "--out", made]
+            subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
         line += ["--corpus", made / "train.jsonl", "--validation", made / "validation.jsonl"]
     if case.start:
         line += ["--init", home / case.start]
@@ -114,7 +115,8 @@ def bench_objectives(rounds: int, only: str = "") -> None:
         low, high = found.interval
         shuffled = found.scores.get("shuffled_loss")
         shown = [f"{loss:.3f} [{low:.3f}, {high:.3f}]", f"{baseline:.3f}", f"{loss / baseline:.2f}"]
-        shown += ["" if shuffled is None else f"{shuffled:.3f}", f"{found.rows:,}", f"{found.seconds:.0f}", f"{found.worked:.0f}"]
+        shown += ["" if shuffled is None else f"{shuffled:.3f}", f"{found.rows:,}"]
+        shown += [f"{found.seconds:.0f}", f"{found.worked:.0f}"]
         lines.append((name, CASES[name].start, *shown, "yes" if high <= BAR * baseline else "NO"))
         print(*lines[-1], flush=True)
         print({key: value for key, value in found.scores.items() if isinstance(value, int | float)}, flush=True)

@@ -68,7 +68,8 @@ class DataConfig:
     """For text that is not valid UTF-8: stop, replace the bytes by U+FFFD, or skip the document."""
 
     vocab_size: int | None = None
-    """Vocabulary size of the trained tokenizer, with 3 control and 256 byte pieces. Default: 2,048, or what the text fills."""
+    """Vocabulary size of the trained tokenizer, with 3 control and 256 byte pieces. Default: 2,048 or the
+    objective's, or what the text fills."""
 
     validation: tuple[str, ...] = ()
     """Files, folders or globs to validate on, instead of a share of the corpus. Their text is dropped from training."""

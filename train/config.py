@@ -129,7 +129,7 @@ class OptimizerConfig:
     """Peak learning rate (of AdamW; Muon has --matrix-lr). Default: set by the objective, tuned for small networks; with
     --init an eighth of it, times 128/width if the width is above 128; with --adapter the method's own. Also --learning-rate."""
     matrix_lr: float | None = None
-    """Muon's peak learning rate. Default: 4e-2; with --init an eighth."""
+    """Muon's peak learning rate. Default: 4e-2, or the objective's; with --init an eighth."""
     weight_decay: float | None = None
     """Decoupled weight decay, of matrices and embeddings, not of norms and biases. Default: 0.2, with an adapter 0."""
     betas: tuple[float, float] = (0.9, 0.95)

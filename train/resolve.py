@@ -81,7 +81,7 @@ def resolve_rates(config: TrainConfig) -> OptimizerConfig:
     width, where the weights of --init are trained further."""
     asked, run, adapted = config.optimizer, config.run, config.method is not None
     usual = load(run.objective).defaults
-    lr, matrix_lr = usual.lr, DEFAULT_MATRIX_LR
+    lr, matrix_lr = usual.lr, usual.matrix_lr or DEFAULT_MATRIX_LR
     if adapted:
         lr = (usual.adapter_lr or {}).get(run.adapter, config.method.learning_rate)
     if run.init is not None and not adapted:

@@ -1,10 +1,13 @@
 """Objectives on plain text: blocks of a token stream of concatenated documents."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, ClassVar
 
 from data.config import MASK
+from data.messages import format_count
 from train.task import Batch, Info, Scores, Task, Totals
 
 if TYPE_CHECKING:
@@ -51,6 +54,7 @@ class TokenTask(Task):
 
     can_mix = True
     needs_mask = False  # the tokenizer must have a mask token
+    affix_flags: ClassVar[Mapping[str, bool]] = MappingProxyType({})  # special tokens that a new tokenizer adds
 
     @classmethod
     def controls(cls, config: "TrainConfig") -> tuple[str, ...]:
@@ -61,27 +65,35 @@ class TokenTask(Task):
     def open_data(cls, config: "TrainConfig", tokenizer: "Tokenizer | None", info: Info, *, progress: bool = False) -> "Shards":
         from data.corpus.prepare import prepare
 
-        return prepare(config.data, tokenizer=tokenizer, controls=cls.controls(config), info=info, progress=progress)
+        options = {"controls": cls.controls(config), "affix_flags": cls.affix_flags}
+        if cls.defaults.vocab_size is not None:
+            options["vocab_size"] = cls.defaults.vocab_size
+        return prepare(config.data, tokenizer=tokenizer, **options, info=info, progress=progress)
+
+    @property
+    def block_length(self) -> int:
+        """The tokens of the stream in one block."""
+        return self.config.network.context
 
     def __init__(self, config: "TrainConfig", shards: "Shards"):
         from data.packing.blocks import BlockStream, MixedBlocks, check_length, sequential_blocks
 
         self.config, self.data, self.shards, self.tokenizer = config, shards, shards, shards.tokenizer
-        optimizer, context = config.optimizer, config.network.context
+        optimizer, length = config.optimizer, self.block_length
         ids, ranges, rows = shards.train.ids, shards.train.ranges, optimizer.batch_size * optimizer.accumulate
         for name, (start, end) in ranges.items():
-            check_length(ids[start:end], context, f"what is trained on of the source {name}")
+            check_length(ids[start:end], length, f"what is trained on of the source {name}")
         if ranges:
             weights = [config.data.weights[name] for name in ranges]
-            self.stream = MixedBlocks(ids, list(ranges.values()), weights, context, rows, config.run.seed)
+            self.stream = MixedBlocks(ids, list(ranges.values()), weights, length, rows, config.run.seed)
         else:
-            self.stream = BlockStream(ids, context, rows, config.run.seed)
+            self.stream = BlockStream(ids, length, rows, config.run.seed)
         self.source = BlockBatches(self)
         self.held_out = validation_ids(config, shards)
         check_length(self.held_out, 1, "the validation split")
         ids_by_source = validation_ids_by_source(config, shards)
         size = optimizer.batch_size
-        blocks = [(name, block) for name, ids in ids_by_source.items() for block in sequential_blocks(ids, context, size)]
+        blocks = [(name, block) for name, ids in ids_by_source.items() for block in sequential_blocks(ids, length, size)]
         self.validation = [self.validation_batch(block, i * size) for i, (_, block) in enumerate(blocks)]
         self.validation_sources = [name for name, _ in blocks] if shards.validation.ranges else []
 
@@ -99,12 +111,14 @@ class TokenTask(Task):
 
     def epochs(self, steps: int) -> float:
         optimizer = self.config.optimizer
-        return steps * optimizer.batch_size * optimizer.accumulate * self.config.network.context / self.shards.train.tokens
+        return steps * optimizer.batch_size * optimizer.accumulate * self.block_length / self.shards.train.tokens
+
+    def per_step(self) -> str:
+        optimizer = self.config.optimizer
+        return format_count(optimizer.batch_size * optimizer.accumulate * self.block_length, "token")
 
     def introduction(self) -> str:
         shards, home = self.shards, str(Path.home())
-        from data.messages import format_count
-
         cache = str(shards.folder).replace(home, "~", 1) if home != "/" else str(shards.folder)
         return (
             f"text     {' '.join(self.config.data.corpus)}: {format_count(shards.train.documents, 'document')}, "
@@ -122,7 +136,7 @@ class TokenTask(Task):
         sources = []
         for name, (start, end) in self.shards.train.ranges.items():
             fraction = weights[name] / sum(weights.values())
-            sources.append(f"{name} {fraction:.1%}, {rows * fraction * config.network.context / (end - start):.1f} epochs")
+            sources.append(f"{name} {fraction:.1%}, {rows * fraction * self.block_length / (end - start):.1f} epochs")
         return f"mixture  {'; '.join(sources)}\n" if sources else ""
 
     def source_losses(self, totals: Totals) -> Scores:

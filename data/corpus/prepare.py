@@ -4,7 +4,7 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -17,6 +17,7 @@ from data.corpus.split import check_sources, cut_few_documents, split_documents
 from data.messages import Info, format_count
 from data.notes import describe_reading, describe_spelling
 from data.sources.files import Document, ReadReport
+from data.sources.records import NO_FLAGS
 from data.sources.shards import FORMAT, SPLITS, DamagedError, Shards, open_shards, publish, sync, write_split
 from data.tokenizer.base import Tokenizer
 from data.tokenizer.training import describe_smaller_vocabulary, train_to_fit, trainer_options
@@ -27,25 +28,28 @@ def prepare(
     *,
     tokenizer: Tokenizer | None = None,
     controls: Sequence[str] = (),
+    affix_flags: Mapping[str, bool] = NO_FLAGS,
+    vocab_size: int = DEFAULT_VOCAB_SIZE,
     info: Info = lambda line: None,
     progress: bool = False,
 ) -> Shards:
     """Return the shards of `config`: from its cache, or read, deduplicated, split, tokenized and written now.
 
     tokenizer: used instead of training one. controls: control tokens that a trained one gets besides <s> and </s>;
-    with [MASK], a given one must have a mask token.
+    with [MASK], a given one must have a mask token. affix_flags: add_bos_token and add_eos_token of a trained one; default: <s>
+    before a text. vocab_size: of a trained one, where `config` gives none.
     info: called with each line for the user. progress: show progress bars.
     Errors: DataError for bad input. Several processes may prepare the same corpus at once.
     """
     if MASK in controls and tokenizer is not None and tokenizer.mask_id is None:
         raise DataError(
-            f"masked-language modelling needs a mask token, and this tokenizer ({', '.join(tokenizer.files)}, "
+            f"this objective needs a mask token, and this tokenizer ({', '.join(tokenizer.files)}, "
             f"{tokenizer.vocab_size} ids) has none. Start from a network that was trained with one, or from random "
             "weights: a tokenizer with [MASK] is then trained"
         )
     if tokenizer is not None:
         tokenizer = tokenizer.with_separator(config.separator)
-    elif config.separator is not None:
+    elif config.separator is not None and (affix_flags.get("add_bos_token", True) or config.separator != "</s>"):
         raise DataError(f"--separator {config.separator}: the tokenizer that is trained here begins each document with <s>")
     lines: list[str] = []
     files = identify_files(config, lines)
@@ -54,14 +58,14 @@ def prepare(
     cache, is_new = config.cache.expanduser(), False
 
     def folder_for(size: int) -> Path:
-        return cache / cache_key(config, files, tokenizer, size, controls)
+        return cache / cache_key(config, files, tokenizer, size, controls, affix_flags)
 
     # The vocabulary size that the text fills, where it is smaller than the default.
-    size_file = folder_for(DEFAULT_VOCAB_SIZE).with_suffix(".json")
+    size_file = folder_for(vocab_size).with_suffix(".json")
     smaller = read_size(size_file) if config.vocab_size is None else None
-    size = config.vocab_size or smaller or DEFAULT_VOCAB_SIZE
+    size = config.vocab_size or smaller or vocab_size
     if smaller:
-        info(describe_smaller_vocabulary(smaller))
+        info(describe_smaller_vocabulary(smaller, vocab_size))
     for _ in range(3):  # another process may replace a damaged folder at the same time
         folder = folder_for(size)
         if folder.exists():
@@ -78,7 +82,8 @@ def prepare(
         try:
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=cache) as temporary:
-                built_size = build(Path(temporary, "shards"), config, folder_for, tokenizer, size, controls, info, progress)
+                made = (tokenizer, size, controls, affix_flags)
+                built_size = build(Path(temporary, "shards"), config, folder_for, *made, info, progress)
                 if built_size != size:
                     size = built_size
                     Path(temporary, size_file.name).write_text(json.dumps({"vocab_size": size}), encoding="utf-8")
@@ -119,12 +124,18 @@ def identify_files(config: DataConfig, lines: list[str]) -> list[tuple[str, str,
 
 
 def cache_key(
-    config: DataConfig, files: list, tokenizer: Tokenizer | None, vocab_size: int, controls: Sequence[str]
+    config: DataConfig,
+    files: list,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    controls: Sequence[str],
+    affix_flags: Mapping[str, bool] = NO_FLAGS,
 ) -> str:
     """Return 16 hex digits of a hash of everything that decides the shards: files, settings, tokenizer, Python's version."""
     tokenizer_key = tokenizer.sha256 if tokenizer else [sentencepiece.__version__, trainer_options(vocab_size, controls)]
     settings = [config.text_key, config.on_bad_text, config.val_fraction, config.dedup, tokenizer_key]
     settings += [tokenizer.separator] if tokenizer and tokenizer.separator else []
+    settings += [dict(affix_flags)] if affix_flags and not tokenizer else []
     return hashlib.sha256(json.dumps([FORMAT, sys.version, settings, files]).encode()).hexdigest()[:16]
 
 
@@ -135,6 +146,7 @@ def build(
     tokenizer: Tokenizer | None,
     vocab_size: int,
     controls: Sequence[str],
+    affix_flags: Mapping[str, bool],
     info: Info,
     progress: bool,
 ) -> int:
@@ -161,8 +173,9 @@ def build(
         texts = [document.text for document in documents_of["train"]]
         tokenizer = train_to_fit(texts, vocab_size, controls, may_shrink=config.vocab_size is None)
         if tokenizer.vocab_size < vocab_size:
+            info(describe_smaller_vocabulary(tokenizer.vocab_size, vocab_size))
             vocab_size = tokenizer.vocab_size
-            info(describe_smaller_vocabulary(vocab_size))
+        tokenizer = tokenizer.with_affix_flags(affix_flags) if affix_flags else tokenizer
     for name, content in tokenizer.files.items():
         (folder / name).write_bytes(content)
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"

@@ -8,7 +8,7 @@ Source: Kudo and Richardson 2018, arXiv 1808.06226.
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -72,6 +72,11 @@ class SentencePieceTokenizer(Tokenizer):
         self._decode = self._decode_bytes if self.is_lossless else self._decode_by_library
         if not self.is_lossless or flags:
             self.files |= side_files or {}
+
+    def with_affix_flags(self, flags: Mapping[str, bool]) -> "SentencePieceTokenizer":
+        """Return the same model with add_bos_token and add_eos_token of a tokenizer_config.json."""
+        beside = {TOKENIZER_CONFIG: json.dumps(dict(flags)).encode()}
+        return SentencePieceTokenizer(self.model_bytes, self.vocab_size, side_files=beside)
 
     def _bytes_of(self, i: int) -> bytes:
         piece = self.processor.id_to_piece(i)

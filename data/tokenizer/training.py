@@ -128,9 +128,9 @@ def train_to_fit(
             vocab_size = error.largest
 
 
-def describe_smaller_vocabulary(size: int) -> str:
+def describe_smaller_vocabulary(size: int, default: int = DEFAULT_VOCAB_SIZE) -> str:
     """Return the message about a tokenizer smaller than the default."""
-    return f"the text can fill {size:,} pieces, fewer than the default {DEFAULT_VOCAB_SIZE:,}: the tokenizer has these"
+    return f"the text can fill {size:,} pieces, fewer than the default {default:,}: the tokenizer has these"
 
 
 def rare_characters(sentences: list[str], max_kept: int) -> set[str]:

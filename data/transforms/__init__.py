@@ -1,7 +1,8 @@
 """From a record or a block of tokens to labelled examples: one file for each way of making labels.
 
     causal    causal language modelling: the next token
-    masked    masked language modelling
+    masked    masked language modelling, of tokens or whole words
+    words     which tokens belong to one word
     seq2seq   source and target of an encoder-decoder
     labels    class labels of records, and their ids
     framing   special tokens and token types around one text or two, and truncation

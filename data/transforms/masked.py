@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,13 +10,28 @@ from torch import Tensor
 
 from data.config import DataError
 from data.transforms.causal import IGNORE, document_positions
+from data.transforms.words import WordEdges, first_of_word
 
 MASK_REPLACE_PROB, RANDOM_REPLACE_PROB = 0.8, 0.1  # of the chosen tokens; the others stay unchanged
 STREAM = 0x6D61736B  # "mask", half of the key: separates these random numbers from other uses of the seed
 VALIDATION_STEP = 2**64 - 1  # never reached in training: the fixed masks of validation
 
 
-def mlm_batch(
+def mlm_batch(block_BT: Tensor, *, bos_id: int, **settings: Any) -> dict[str, Tensor]:
+    """Return inputs and labels of blocks of T tokens, in which every document begins with `bos_id`.
+
+        input_ids, labels            of `mask_tokens(block, bos_id=bos_id, **settings)`, -100 where unscored: nothing is shifted
+        document_ids, position_ids   as in data.transforms.causal
+
+    All are int64 of (B, T).
+    """
+    input_ids, labels = mask_tokens(block_BT, bos_id=bos_id, **settings)
+    # Document boundaries are those of the text, not of the masked input.
+    positions = document_positions(torch.where(block_BT < 0, bos_id, block_BT), bos_id)
+    return {"input_ids": input_ids, "labels": labels, **positions}
+
+
+def mask_tokens(
     block_BT: Tensor,
     *,
     seed: int,
@@ -29,21 +44,26 @@ def mlm_batch(
     mlm_probability: float = 0.15,
     mask_replace_prob: float = MASK_REPLACE_PROB,
     random_replace_prob: float = RANDOM_REPLACE_PROB,
-) -> dict[str, Tensor]:
-    """Return inputs and labels of blocks of T tokens, in which every document begins with `bos_id`.
+    words: WordEdges | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Choose and replace tokens: (input_ids, labels), both int64 of (B, T).
 
         chosen[t]        u0 < mlm_probability, for a token that is neither special nor a filler (< 0)
-        labels[t]        block[t] where chosen, else -100: nothing is shifted
+        labels[t]        block[t] where chosen, else -100
         input_ids[t]     where chosen: mask_id if u1 < mask_replace_prob; a random non-special token if
                          0 <= u1 - mask_replace_prob < random_replace_prob; block[t] otherwise.
                          Elsewhere block[t], and bos for a filler
-        document_ids, position_ids   as in data.transforms.causal
 
-    All are int64 of (B, T). The uniform numbers u of row r and position t are a pure function of (seed, step, first_row + r, t)
+    words: whole words are chosen (`data.transforms.words`): u0 is that of a word's first token. Of a chosen word each token is
+    replaced by its own u1, as in Google's BERT: a word may be half masked, half random. (transformers' collator draws by token
+    too, but sets mask_replace_prob to 1 with whole words.)
+
+    The uniform numbers u of row r and position t are a pure function of (seed, step, first_row + r, t)
     for a given T. `first_row` is the row's index in the global batch, so micro-batches and ranks do not change them.
     Philox with key (seed, STREAM): its counter at step `step` and position t is (first_row + r) T + t, 4 words of 64 bits each.
-    Source: Devlin et al. 2019, arXiv 1810.04805, appendix A.1. transformers' DataCollatorForLanguageModeling has the
-    same probabilities, but replaces by any id, special ones included; Salmon et al. 2011 (Philox).
+    Source: Devlin et al. 2019, arXiv 1810.04805, appendix A.1, and whole words in its code's README of May 2019. transformers'
+    DataCollatorForLanguageModeling has the same probabilities, but replaces by any id, special ones included; Salmon et al.
+    2011 (Philox).
     """
     if not 0 < mlm_probability <= 1:
         raise DataError(f"mlm_probability={mlm_probability} is outside (0, 1]")
@@ -58,16 +78,15 @@ def mlm_batch(
     word_BT4 = random.random_raw(4 * block.size).reshape(rows, length, 4)
     u_BT2 = (word_BT4[..., :2] >> np.uint64(11)) * 2.0**-53  # in [0, 1), like numpy's random()
     input_BT = np.where(block < 0, bos_id, block)
-    is_chosen = (u_BT2[..., 0] < mlm_probability) & ~is_special_V[input_BT]  # fillers became bos, which is special
+    u0_BT = u_BT2[..., 0] if words is None else np.take_along_axis(u_BT2[..., 0], first_of_word(input_BT, words), 1)
+    is_chosen = (u0_BT < mlm_probability) & ~is_special_V[input_BT]  # fillers became bos, which is special
     labels = np.where(is_chosen, block, IGNORE)
     is_masked = is_chosen & (u_BT2[..., 1] < mask_replace_prob)
     is_replaced = is_chosen & ~is_masked & (u_BT2[..., 1] < mask_replace_prob + random_replace_prob)
     input_ids = np.where(is_masked, mask_id, input_BT)
     # The remainder of 64 bits is uniform up to V / 2^64.
     input_ids[is_replaced] = regular[word_BT4[is_replaced, 2] % np.uint64(len(regular))]
-    # Document boundaries are those of the text, not of the masked input.
-    positions = document_positions(torch.from_numpy(input_BT), bos_id)
-    return {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels), **positions}
+    return torch.from_numpy(input_ids), torch.from_numpy(labels)
 
 
 @lru_cache(maxsize=8)

@@ -116,6 +116,7 @@ class ModelConfig:
     stop_ids: tuple[int, ...] = ()  # further end-of-sequence ids
     pad_id: int | None = None
     decoder_start_id: int | None = None  # the first id of an encoder-decoder's output
+    bidirectional_prompt: bool = False  # a prefix language model: positions of a prompt see all of it
     extra: Mapping[str, object] = field(default_factory=dict, compare=False, repr=False)  # config.json as it was read
 
     def __post_init__(self) -> None:
@@ -146,6 +147,9 @@ class ModelConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not an id")
         if type(self.tie_embeddings) is not bool:
             raise ConfigError(f"tie_embeddings={self.tie_embeddings!r} is neither true nor false")
+        if type(self.bidirectional_prompt) is not bool or (self.bidirectional_prompt and self.architecture != "decoder"):
+            what = f"bidirectional_prompt={self.bidirectional_prompt!r}"
+            raise ConfigError(f"{what} does not go with architecture={self.architecture!r}: only a decoder reads a prompt so")
         if not isinstance(self.norm_eps, float | int) or self.norm_eps < 0:
             raise ConfigError(f"norm_eps={self.norm_eps!r} is not a number of at least 0")
         if self.rope is not None and not (self.rope.base > 0 and self.rope.factor > 0):

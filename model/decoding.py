@@ -20,6 +20,9 @@ class Decoding:
     The cache is no larger than the text can become. Beyond the network's context a row's window slides: its last half is read
     again, and the text continues from there. A row's window slides when it would if the row were alone, but all rows are then
     read again. Relative positions (T5) have no such limit.
+
+    With config.bidirectional_prompt the positions of input_ids, as far as they are in the window, see each other in both
+    directions; new tokens are causal.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class Decoding:
             column_T = torch.arange(self.start, self.end, device=self.first_B1.device)
             mask_BT = self.mask_BT[:, self.start : self.end] * (column_T >= self.first_B1)
         if self.encoder_hidden is None:
-            hidden_BTD = self.network.body(unread_BT, mask_BT, cache=self.cache).hidden
+            hidden_BTD = self.network.body(unread_BT, mask_BT, cache=self.cache, **self._visible()).hidden
         else:
             options = {"decoder_input_ids": unread_BT, "encoder_hidden": self.encoder_hidden, "cache": self.cache}
             hidden_BTD = self.network.body(None, self.encoder_mask, **options).hidden
@@ -82,6 +85,13 @@ class Decoding:
         if not bool(logits_BV.amax(-1).isfinite().all()):  # the maximum: -inf is a token of probability 0
             raise ConfigError(f"the network's logits are not finite (in {str(logits_BV.dtype).removeprefix('torch.')})")
         return logits_BV
+
+    def _visible(self) -> dict[str, Tensor]:
+        """Return the body's `visible_lengths` where a bidirectional prompt is read: its tokens that are in the window."""
+        length = self.prompt_length - self.start
+        if not self.config.bidirectional_prompt or self.cached_end >= self.prompt_length:
+            return {}
+        return {"visible_lengths": torch.full_like(self.first_B1[:, 0], length)}
 
     def append(self, token_B: Tensor) -> None:
         """Append a token to each row."""

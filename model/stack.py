@@ -116,6 +116,7 @@ class Stack(nn.Module):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
+        visible_lengths: Tensor | None = None,
         cache: Cache | None = None,
         encoder_output: EncoderOutput | None = None,
         hidden_states: bool = False,
@@ -126,11 +127,13 @@ class Stack(nn.Module):
         input_ids B T. attention_mask B S (1 real, 0 pad; S: cached positions of the text too). position_ids B T (default:
         computed from the mask, not counting pads). token_type_ids B T (default: 0). document_ids B T: packed documents do not
         attend to each other; every one attends to prompt and prefix, and virtual tokens attend only to each other.
+        visible_lengths B, of a causal stack: each position of a document sees the first visible_lengths[b] positions of the row
+        (cached ones count) that are of its document, also those after it.
         """
         if cache is not None and document_ids is not None:
             raise ConfigError("a cache holds one document a row; document_ids are for training on packed rows")
         virtual = read_virtual_tokens(self, cache)
-        positions = virtual.positions(input_ids, attention_mask, position_ids, document_ids)
+        positions = virtual.positions(input_ids, attention_mask, position_ids, document_ids, visible_lengths)
         x_BTD = self.embed(input_ids, token_type_ids, positions, virtual.prompt_PD)
         states = [x_BTD]
         block_inputs = self.block_inputs(x_BTD, positions, virtual, encoder_output, cache)
@@ -196,7 +199,11 @@ class Stack(nn.Module):
     ) -> dict[int | None, AttentionInputs]:
         """Return the mask and bias of self-attention, by the window of the layers."""
         mask = Mask(
-            self.causal, document_ids=positions.document_ids, attention_mask=positions.attention_mask, prefix=num_virtual_tokens
+            self.causal,
+            document_ids=positions.document_ids,
+            attention_mask=positions.attention_mask,
+            prefix=num_virtual_tokens,
+            visible_lengths=positions.visible_lengths,
         )
         queries, keys = positions.queries, positions.keys
         bias_1HTS = self.relative(queries, keys) if self.relative is not None else None

@@ -45,6 +45,7 @@ class Positions(NamedTuple):
     position_ids: Tensor  # B T or 1 T
     attention_mask: Tensor | None  # B S
     document_ids: Tensor | None  # B S
+    visible_lengths: Tensor | None = None  # B, of text
 
 
 class VirtualTokens(NamedTuple):
@@ -72,7 +73,12 @@ class VirtualTokens(NamedTuple):
         return torch.cat((prompt_P.expand(position_BT.size(0), -1), position_BT + self.length), dim=1)
 
     def positions(
-        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, document_ids: Tensor | None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        document_ids: Tensor | None,
+        visible_lengths: Tensor | None = None,
     ) -> Positions:
         """Extend the text's mask, positions and documents to the virtual tokens; without position_ids they are computed from
         the mask."""
@@ -87,7 +93,7 @@ class VirtualTokens(NamedTuple):
             raise ConfigError(f"attention_mask covers {attention_mask.size(1)} positions, there are {keys} keys")
         else:
             position_ids = positions_from_mask(attention_mask)[:, -queries:]
-        return Positions(queries, keys, position_ids, attention_mask, document_ids)
+        return Positions(queries, keys, position_ids, attention_mask, document_ids, visible_lengths)
 
 
 def read_virtual_tokens(stack: nn.Module, cache: Cache | None) -> VirtualTokens:

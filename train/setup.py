@@ -147,14 +147,20 @@ def initial_network(config: TrainConfig, data: object, checkpoint: Path | None, 
     task, run = load(config.run.objective), config.run
     folder = resolve(run.init)
     found = model.hub.read_config(folder)
-    wanted = task.network(config, found.replace(head=task.head), data)
+    wanted = task.network(config, found.replace(head=task.head, bidirectional_prompt=False), data)
+    if config.method is not None and task.head == "lm" and wanted.bidirectional_prompt != found.bidirectional_prompt:
+        reads = "in both directions" if found.bidirectional_prompt else "causally"
+        raise TrainError(
+            f"--objective {run.objective} --adapter {run.adapter}: {run.init} reads a prompt {reads}, which an adapter "
+            "cannot change: train all weights, or an adapter with the base's own objective (prefix: both directions)"
+        )
     labels = None if wanted.labels == found.labels else wanted.labels
     if found.head != task.head:
         info(f"{run.init} has the head {found.head!r}: {task.head!r} takes its place")
     four_bit = None if run.quantize == "none" else FourBit(scheme=run.quantize)
     common = common | {"head": task.head, "labels": labels, "seed": run.seed}
     network = model.hub.load(folder, quantization=four_bit, check_finite=True, **common)
-    network.config = task.network(config, network.config, data)
+    network.config = task.network(config, network.config.replace(bidirectional_prompt=False), data)
     if follow_autocast(network) and config.method is None:
         scheme = next(iter(quantized_layers(network).values())).weight.scheme
         advice = "add --adapter lora" if run.qat == "none" else f"--qat {run.qat} begins with those it was made from"

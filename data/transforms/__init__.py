@@ -3,6 +3,7 @@
     causal    causal language modelling: the next token
     masked    masked language modelling, of tokens or whole words
     words     which tokens belong to one word
+    prefix    prefix language modelling: a bidirectional prefix, labels for the rest
     seq2seq   source and target of an encoder-decoder
     labels    class labels of records, and their ids
     framing   special tokens and token types around one text or two, and truncation

@@ -30,12 +30,15 @@ def objective_of(config: ModelConfig) -> str | None:
 
 
 def is_perplexity_of(task: type[Task], config: ModelConfig) -> bool:
-    """True if the task's validation is this network's perplexity."""
-    return config.architecture in task.architectures and config.head in task.perplexity_of
+    """True if the task's validation is this network's perplexity. A network that reads a prompt in both directions has none:
+    it has learned to continue a prompt, and here nothing would be one."""
+    return not config.bidirectional_prompt and config.architecture in task.architectures and config.head in task.perplexity_of
 
 
 def explain_no_objective(config: ModelConfig) -> str:
     """Explain why a network has no perplexity."""
+    if config.bidirectional_prompt:
+        return "this network was trained with --objective prefix: it continues a prompt that it reads in both directions"
     article = "a" if config.architecture == "decoder" else "an"
     return f"it is that of words in plain text, and this is {article} {config.architecture} with the head {config.head!r}"
 

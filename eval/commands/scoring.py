@@ -16,7 +16,7 @@ from data.sizes import split_in_proportion
 from data.sources.files import BadText, ReadReport, decode
 from data.tokenizer.base import Tokenizer
 from data.tokenizer.open import load_tokenizer
-from eval.commands.held_out import objective_of, open_text
+from eval.commands.held_out import explain_no_objective, objective_of, open_text
 from model.network import Network
 from train.runs.errors import TrainError
 from train.runs.open import checked_device, resolve
@@ -54,6 +54,8 @@ def perplexity_objective(opened: Opened) -> str:
     objective = objective_of(opened.network.config)
     if objective is None:
         config = opened.network.config
+        if config.bidirectional_prompt:
+            raise TrainError(f"{opened.folder}: no perplexity of plain text: {explain_no_objective(config)}")
         raise TrainError(f"{opened.folder}: perplexity takes a head lm or mlm; this {config.architecture} has {config.head!r}")
     return objective
 

@@ -19,7 +19,10 @@ class Export:
 
 def export(options: Export) -> None:
     from model.commands.try_it import example_command
+    from model.config_json import read_config
     from train.runs.export import export
 
     print(f"written: {export(options.run, options.out)}")
+    if read_config(options.out).bidirectional_prompt:
+        print("note: this network reads a prompt in both directions (--objective prefix); transformers would read it causally")
     print(f"try it:  {example_command(options.out)}")

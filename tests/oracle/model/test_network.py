@@ -87,6 +87,30 @@ def test_logits_states_and_gradients(case, padded, tmp_path, parity):
     parity(f"{case}: gradients{', padded' * padded}", LIBRARY, gradients, *ROUNDING)
 
 
+def test_visible_prefix(tmp_path, parity):
+    """Transformers' LLaMA with a four-axis mask, written position by position: documents, and a visible prefix in each row."""
+    network = randomized(tiny_config("llama"))
+    theirs = widen(published(network, tmp_path))
+    ids, lengths = torch.randint(3, 61, (3, 12)), torch.tensor([5, 1, 9])
+    documents, positions = torch.tensor([[0] * 12, [0] * 4 + [1] * 8, [0] * 7 + [1] * 5]), torch.arange(12).repeat(3, 1)
+    positions[1, 4:] -= 4
+    positions[2, 7:] -= 7
+    allowed = torch.zeros(3, 1, 12, 12, dtype=torch.bool)
+    for b in range(3):
+        for t in range(12):
+            for s in range(12):
+                allowed[b, 0, t, s] = documents[b, t] == documents[b, s] and (s <= t or s < lengths[b])
+    their_mask = torch.zeros(allowed.shape).double().masked_fill(~allowed, -1e300)
+    for attention in ("sdpa", "reference"):
+        ours = randomized(tiny_config("llama"), attention=attention)
+        logits = ours(ids, document_ids=documents, position_ids=positions, visible_lengths=lengths).logits
+        theirs.zero_grad()
+        other = theirs(ids, attention_mask=their_mask, position_ids=positions)
+        parity(f"llama: visible prefix, {attention}, logits", LIBRARY, mixed(logits, other.logits), *ROUNDING)
+        gap = gradients_gap(ours, theirs, logits, other.logits, torch.randn_like(logits))
+        parity(f"llama: visible prefix, {attention}, gradients", LIBRARY, gap, *ROUNDING)
+
+
 # Of logits and states, and of gradients. LLaMA's own are 1.4e-7 and 5e-7 at best, over two to six layers and logits near 1.
 CASTS = (5e-6, "as shipped: transformers casts norms and rotary tables to float32, also in float64")
 SHIPPED = {

@@ -63,6 +63,14 @@ MASKS = {
     "window": Mask(window=3),
     "documents": Mask(document_ids=torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 2, 2, 3]])),
     "padding": Mask(attention_mask=torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0]])),
+    "visible": Mask(visible_lengths=torch.tensor([4, 7])),
+    "everything visible": Mask(
+        window=3,
+        document_ids=torch.tensor([[-1, 0, 0, 1, 1, 1, 1], [-1, 1, 1, 1, 1, 2, 3]]),
+        attention_mask=torch.tensor([[1, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0]]),
+        prefix=1,
+        visible_lengths=torch.tensor([4, 3]),
+    ),
     "everything": Mask(
         window=3,
         document_ids=torch.tensor([[0, 0, 0, 1, 1, 1, 1], [0, 1, 1, 1, 2, 2, 3]]),
@@ -95,6 +103,28 @@ def test_mask_by_hand():
             expected = s <= t and t - s < 3 and documents[0, t] == documents[0, s] and real[0, s] == 1
             assert allowed[t, s] == expected
     assert torch.equal(mask.allowed(2, 6)[0, 0], allowed[-2:])
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_visible_keys_by_hand(window):
+    """Behind 2 virtual tokens the first 4 or 3 keys are visible: to earlier text too, inside window, document and padding."""
+    documents = torch.tensor([[-1, -1, 0, 0, 1, 1, 1, 1], [-1, -1, 0, 0, 0, 0, 0, 0]])
+    real = torch.tensor([[1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 1, 1, 1]])
+    lengths = [4, 3]
+    mask = Mask(
+        window=window, document_ids=documents, attention_mask=real, prefix=2, visible_lengths=torch.tensor(lengths)
+    )
+    allowed = mask.allowed(8, 8)
+    for b, length in enumerate(lengths):
+        for t in range(8):
+            for s in range(8):
+                is_seen = s <= t or (2 <= s < 2 + length and t >= 2)
+                is_near = s < 2 or window is None or abs(t - s) < window
+                is_same = s < 2 or documents[b, t] == documents[b, s]
+                assert allowed[b, 0, t, s] == (is_seen and is_near and is_same and real[b, s] == 1), (b, t, s)
+    assert torch.equal(mask.allowed(3, 8), allowed[:, :, -3:])
+    plain = Mask(visible_lengths=torch.tensor([2]))
+    assert plain.attention_inputs(4, 4).allowed_B1TS[0, 0].int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1] * 4]
 
 
 @pytest.mark.parametrize("window", [1, 3, 6])

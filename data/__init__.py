@@ -7,12 +7,14 @@
     example     one example: ids and labels, before packing
     transforms/ labels for causal, masked and sequence-to-sequence modelling, and for classes; special tokens around texts
     packing/    examples, or blocks of tokens, -> rows of a batch; the batch of a step is a pure function of (seed, step)
+    made/       labelled data sets made from Python's standard library
+    commands/   commands of `python -m data`
     prefetch    batches made ahead, in a thread
     sizes       bytes of the text behind a range of tokens
     notes       lines on text that was skipped, repaired or not encodable
     shell messages  quoted commands; counts with their nouns and shortened lists, in messages
 
-`python -m data prepare` builds the shards and prints their sizes.
+`python -m data prepare` builds the shards and prints their sizes; `python -m data task NAME` makes a labelled data set.
 In reading order: sources/find, sources/files, corpus/ingest, corpus/dedup, tokenizer/base, tokenizer/bpe, corpus/prepare,
 sources/shards, packing/blocks, transforms/causal, transforms/masked, transforms/seq2seq.
 """

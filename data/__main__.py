@@ -1,4 +1,4 @@
-"""`python -m data prepare`: build the shards of a corpus and print their sizes."""
+"""`python -m data prepare|task`: build the shards of a corpus and print their sizes; make a labelled data set."""
 
 import sys
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ import touchstone
 
 touchstone.refuse_shadowed()  # before a file of the user's is imported in place of ours
 
+from data.commands.task import Task, make_task
 from data.config import BUILT_IN, DataConfig, DataError
 from data.messages import format_count
 from data.shell import program
@@ -62,10 +63,16 @@ def main(arguments: list[str]) -> int:
     def act() -> None:
         refuse_unreadable(arguments, DataError)
         config = tyro.extras.subcommand_cli_from_dict(
-            {"prepare": Prepare}, args=arguments or ["--help"], prog=program("data"), description="Text in, batches out."
+            {"prepare": Prepare, "task": Task},
+            args=arguments or ["--help"],
+            prog=program("data"),
+            description="Text in, batches out.",
         )
-        refuse_idle(config, config.NEEDS, arguments, DataError)
-        print_shards(config)
+        refuse_idle(config, getattr(config, "NEEDS", ()), arguments, DataError)
+        if isinstance(config, Task):
+            make_task(config)
+        else:
+            print_shards(config)
 
     return run_command(act, lambda: (DataError, OSError))
 

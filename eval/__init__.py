@@ -69,7 +69,7 @@ PUBLIC = {  # file: the names that it offers; `from eval import corpus_bleu` is 
         "top_k_accuracy",
     ),
     "multilabel": ("Multilabel", "multilabel_scores"),
-    "entities": ("Entities", "entity_scores"),
+    "entities": ("Entities", "entity_scores", "find_entities"),
     "calibration": ("Calibration", "calibration_error"),
     "perplexity": ("Perplexity", "PseudoPerplexity", "perplexity_score", "pseudo_perplexity"),
     "baseline": ("KneserNey", "kneser_ney_bits", "unigram_bits"),

@@ -166,6 +166,25 @@ class Entities:
         return signature_of(settings | {"types": len(self.types), "zero_division": f"{self.zero_division:g}"})
 
 
+def find_entities(tags: Sequence[str], scheme: str | None = None, **settings: object) -> Entities | None:
+    """Return the entity metric of these tags in a scheme; None: in the first scheme that has all of them, if one has.
+
+    Also None for tags without a type of entity: "O" alone. Errors (ValueError): tags that are not of the given scheme.
+
+    >>> find_entities(["O", "B-PER", "E-PER"]).scheme, find_entities(["NOUN", "VERB"])
+    ('IOBES', None)
+    """
+    for name in SCHEMES if scheme is None else (scheme,):
+        try:
+            found = Entities(tuple(tags), scheme=name, **settings)
+        except ValueError:
+            if scheme is not None:
+                raise
+            continue
+        return found if found.types else None
+    return None
+
+
 def entity_spans(kind_N: Tensor, type_N: Tensor, sentence_N: Tensor, *, strict: str | None) -> tuple[Tensor, Tensor]:
     """Find the first and last token of each entity in flattened tags, (M,) and (M,), in order. `strict`: the scheme, or None.
 

@@ -14,7 +14,8 @@ minimised), `engine` (the state that a step advances, and its files), `loop` (th
     tasks/            one file an objective: its batches, its scores beside a baseline, a sample
     token_task, record_task    shared by objectives on blocks of plain text, and on records with columns
     context_objective    the loss of text with a context, and under a wrong one
-    label_objective, label_scores, label_report    text classification: loss, scores beside a baseline, tables
+    label_objective, label_scores, label_report    text classification: loss, scores beside a baseline, tables; `label_order`
+    tag_objective, tag_baseline    token classification: loss, scores beside the most frequent tag of each word
     evaluate          sums and counts over held-out text; bits per byte, and the n-gram baseline
     freeze, adapters, qat      frozen weights; runs that train an adapter; quantization-aware training
     recompute, allocator       activation checkpointing; freed memory that is kept for the next step

@@ -51,3 +51,15 @@ def sample_line(
     mark = "✓" if set(predicted) == set(true) else "✗"
     line = f"{mark} {short}  →  {', '.join(predicted) or 'none'} {probabilities}".rstrip()
     return f"{line}  (true: {', '.join(true) or 'none'})"
+
+
+def tagged_line(words: Sequence[tuple[str, str, str]], outside: str) -> str:
+    """Format words with predicted and true tags: word/tag, word/tag≠true; a word that both leave outside stays alone.
+
+    >>> tagged_line([("os", "B-MOD", "B-MOD"), ("is", "O", "O"), ("abs", "O", "B-FUN")], outside="O")
+    'os/B-MOD is abs/O≠B-FUN'
+    """
+    return " ".join(
+        word if predicted == true == outside else f"{word}/{predicted}{f'≠{true}' * (predicted != true)}"
+        for word, predicted, true in words
+    )

@@ -6,5 +6,6 @@
     prefix    prefix language modelling: a bidirectional prefix, labels for the rest
     seq2seq   source and target of an encoder-decoder
     labels    class labels of records, and their ids
+    tags      a label for each word, on the word's first token
     framing   special tokens and token types around one text or two, and truncation
 """

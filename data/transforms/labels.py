@@ -102,11 +102,27 @@ def training_labels(
 
     Errors (DataError): fewer than two classes; a label of a held-out record that no training record has.
     """
-    found = {name for names in row_labels(train, column, separator) for name in names}
-    if len(found) < (1 if separator is not None else 2):
+    own, held_out = (row_labels(rows, column, separator) for rows in (train, validation))
+    return choose_labels(own, zip(validation.names, held_out, strict=True), column, known, least=2 if separator is None else 1)
+
+
+def choose_labels(
+    train: Sequence[Sequence[str]],
+    validation: Iterable[tuple[str, Sequence[str]]],
+    column: str,
+    known: Sequence[str] | None = None,
+    *,
+    least: int = 2,
+) -> tuple[str, ...]:
+    """Return the labels of the training records, as `training_labels`; `validation`: (name, labels) of the held-out ones.
+
+    least: the smallest number of classes that can be learned.
+    """
+    found = {name for names in train for name in names}
+    if len(found) < least:
         has = f"one label, {next(iter(found))!r}," if found else "no label"
         raise DataError(f"column {column!r} has {has} in {format_count(len(train), 'training record')}: nothing to tell apart")
-    for names, place in zip(row_labels(validation, column, separator), validation.names, strict=True):
+    for place, names in validation:
         if unknown := [name for name in names if name not in found]:
             raise DataError(
                 f"{place}: the label {unknown[0]!r} comes in no training record, so that it cannot be learned. Give more "

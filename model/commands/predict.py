@@ -21,6 +21,7 @@ class Served(NamedTuple):
 
 HEADS = {
     "sequence": Served("labels or numbers of texts", "predict_texts", ("text", "pair", "label", "threshold")),
+    "token": Served("tags of words", "predict_tags", ("words", "label")),
 }
 
 
@@ -34,8 +35,8 @@ def predict(options: Predict) -> None:
     head = network.config.head
     if head not in HEADS:
         raise ConfigError(
-            f"{options.run} has the head {head!r}, which classifies no texts: train one, "
-            "--objective classify or pairs"
+            f"{options.run} has the head {head!r}, which classifies no texts and tags no "
+            "words: train one, --objective classify, pairs or tag"
         )
     refuse_foreign(options, head)
     tokenizer = load_tokenizer(folder, network.config.vocab_size)

@@ -11,9 +11,9 @@ from train.command_line import Needs
 
 @dataclass(frozen=True)
 class Predict:
-    """Predict by a network of --objective classify or pairs, or by any folder with a sequence-classification head: the label of
-    each text of a file with the probability of each label, or for regression a number. The output has the input's columns too.
-    """
+    """Predict by a network of --objective classify, pairs or tag, or by any folder with such a head: the label of each text of
+    a file with the probability of each label, for regression a number; the tag of each word. The output has the input's columns
+    too."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """A run (its best checkpoint, else its last), a checkpoint, a model folder or an adapter's."""
@@ -25,10 +25,13 @@ class Predict:
     """The column with the text. Default: what the run was trained with, else "text"."""
     pair: str | None = None
     """The column with the second text. Default: what the run was trained with, else none."""
+    words: str | None = None
+    """Of tags: the column with the words, a list. Default: what the run was trained with, else "words"."""
     score: bool = False
-    """Compare with the labels in the file: accuracy, F1; of numbers the mean squared error."""
+    """Compare with the labels in the file: accuracy, F1, entity F1; of numbers the mean squared error."""
     label: str | None = None
-    """The column with the label, for --score. Default: what the run was trained with, else "label"."""
+    """The column with the label, for --score; of tags with the list of labels. Default: what the run was trained with, else
+    "label" or "labels"."""
     threshold: float = 0.5
     """With several labels a text: predict those that are more probable than this."""
     max_length: int | None = None

@@ -86,6 +86,7 @@ class ClassifyTask(RecordTask):
     ) -> "LabelledData":
         from data.config import DataError
         from data.transforms.labels import LabelledData, training_labels
+        from train.label_order import initial_labels
 
         settings: ClassifySettings = settings_of(config)
         check_classify_settings(settings, config)
@@ -309,25 +310,6 @@ def check_classify_settings(settings: ClassifySettings, config: "TrainConfig") -
         raise TrainError(f"--classify.max-length {settings.max_length}: must be at least 1")
     if settings.multi and (optimizer.label_smoothing or optimizer.z_loss):
         raise TrainError("--label-smoothing and --z-loss are for one class a text, not for --classify.multi")
-
-
-def initial_labels(config: "TrainConfig") -> tuple[str, ...] | None:
-    """Return the labels in the order of the weights' ids: from the run's own checkpoints, else from --init."""
-    from data.transforms.labels import labels_from_config
-    from model.folders import HubError
-    from model.hub import read_config
-    from train.runs.checkpoint import checkpoints
-    from train.runs.open import resolve
-
-    if config.run.init is None:
-        return None
-    own = checkpoints(config.run.out) if config.method is None and config.run.out is not None else []
-    for folder in own:  # all have the same; --init may have been deleted
-        try:
-            return labels_from_config(read_config(folder, any_head=True).extra.get("id2label"))
-        except HubError:
-            continue
-    return labels_from_config(read_config(resolve(config.run.init), any_head=True).extra.get("id2label"))
 
 
 TASK = ClassifyTask

@@ -102,11 +102,11 @@ def list_definitions(node: ast.AST, module: str, owner: str = "", name: str = ""
 def drop_duplicates(modules: list[Module]) -> list[Module]:
     """Drop definitions whose docstring another one has, or which are mostly contained in others."""
     documents = [Document(found.key, found.text) for module in modules for found in module.definitions]
-    kept = {id(document) for document in deduplicate(documents)[0]}
+    unique = {id(document) for document in deduplicate(documents)[0]}
     retained: dict[str, list[Definition]] = defaultdict(list)
     definitions = (found for module in modules for found in module.definitions)
     for document, found in zip(documents, definitions, strict=True):
-        if id(document) in kept:
+        if id(document) in unique:
             retained[found.module].append(found)
     return [replace(module, definitions=tuple(retained[module.name])) for module in modules]
 

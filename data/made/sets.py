@@ -38,7 +38,7 @@ def make_set(name: str, modules: list[Module], seed: int = 0) -> dict[str, list[
 
     No text of the held-out records is one of the others, up to case and white space.
     """
-    kept, held_out = ([module for module in modules if module.is_held_out == side] for side in (False, True))
+    seen, held_out = ([module for module in modules if module.is_held_out == side] for side in (False, True))
     if name == "tag":
         names = Names(modules)
         make: Callable[..., list[Record]] = lambda *arguments: make_tag(*arguments, names=names)  # noqa: E731
@@ -47,7 +47,7 @@ def make_set(name: str, modules: list[Module], seed: int = 0) -> dict[str, list[
     size = {"size": SIZE // 4} if name == "scores" else {}
     validation = make(held_out, seed, frozenset(), **size)
     avoid = frozenset(fingerprint(text) for record in validation for text in texts_of(record))
-    records = {"train": make(kept, seed, avoid), "validation": validation}
+    records = {"train": make(seen, seed, avoid), "validation": validation}
     for split, found in records.items():
         if not found:
             raise DataError(f"{name}: no {split} records can be made of {len(modules):,} modules: take more")

@@ -13,15 +13,15 @@ def paragraphs(text: str) -> list[str]:
     >>> paragraphs("Half of x.\\n\\nIt is\\nrounded.\\n\\n>>> half(3)\\n1\\n\\n    x = 1\\n    y = x * 2")
     ['Half of x.', 'It is rounded.']
     """
-    kept = []
+    found = []
     for block in re.split(r"\n\s*\n", text):
         lines = block.splitlines()
         if any(MARKUP.match(line) for line in lines):
             lines = lines[: next(i for i, line in enumerate(lines) if MARKUP.match(line))]
         words = " ".join(lines).split()
         if len(words) >= 3 and is_prose(words):
-            kept.append(" ".join(words))
-    return kept
+            found.append(" ".join(words))
+    return found
 
 
 def is_prose(words: list[str]) -> bool:

@@ -120,3 +120,39 @@ class MaskedObjective(Objective):
         chunks = zip(features_ND.split(ROWS), labels_N.split(ROWS), strict=True)  # never N × V logits
         right = sum((nn.functional.linear(x_RD, weight_VD, bias_V).argmax(-1) == y_R).sum() for x_RD, y_R in chunks)
         return Result({"loss": term}, {"accuracy": Metric(torch.as_tensor(right), term.count)})
+
+
+class PretrainingObjective(MaskedObjective):
+    """BERT's two terms: cross-entropy of masked tokens ("loss") and of the pair's label ("nsp"), each divided by its own count.
+
+        total = Σ nats of masked tokens / their number + Σ nats of pairs / their number
+
+    as transformers' BertForPreTraining. The batch has pair_labels B: 0, the second text is the next one; 1, it is not; -100
+    unscored. In eval mode with the metrics "accuracy" and "nsp_accuracy".
+    """
+
+    uses = ("labels", "pair_labels", "token_type_ids")
+
+    def inputs_of(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the network's inputs, with token types where it has embeddings of them."""
+        inputs = super().inputs_of(batch)
+        if self.network.config.token_types > 1:
+            inputs["token_type_ids"] = batch["token_type_ids"]
+        return inputs
+
+    def forward(self, batch: dict[str, Tensor]) -> Result:
+        output = self.network.body(**self.inputs_of(batch))
+        terms, metrics = self.result(output.hidden, batch["labels"])
+        logits_B2, labels_B = self.network.head.pair.pooled(output, batch["attention_mask"]), batch["pair_labels"]
+        logits_B2 = logits_B2.to(torch.promote_types(logits_B2.dtype, torch.float32))
+        nats = nn.functional.cross_entropy(logits_B2, labels_B, ignore_index=IGNORE, reduction="sum")
+        pair = Term(nats, (labels_B != IGNORE).sum())
+        if self.training:
+            return Result(terms | {"nsp": pair}, {"nsp_loss": Metric(nats.detach(), pair.count)})
+        right = (logits_B2.argmax(-1) == labels_B).sum()
+        return Result(terms | {"nsp": pair}, {**metrics, "nsp_accuracy": Metric(right, pair.count)})
+
+    @staticmethod
+    def counts(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Count the masked tokens, and the pairs."""
+        return {name: (batch[key] != IGNORE).sum() for name, key in (("loss", "labels"), ("nsp", "pair_labels"))}

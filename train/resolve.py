@@ -55,7 +55,7 @@ def resolve_machine(config: TrainConfig, ranks: Ranks) -> TrainConfig:
         raise TrainError(
             f"--batch-size {config.optimizer.batch_size}: {ranks.world} ranks share its sequences, and each needs one at least"
         )
-    network = replace(config.network, preset=config.network.preset or load(run.objective).defaults.preset)
+    network = replace(config.network, preset=config.network.preset or load(run.objective).defaults_of(config).preset)
     out = Path(ranks.broadcast(str(run.out or unused(Path("runs") / f"{network.preset}-{time.strftime('%Y%m%d-%H%M%S')}"))))
     threads = torch.get_num_threads()
     run = replace(run, device=device, threads=threads, out=out, mesh=mesh, on_nonfinite=on_nonfinite)
@@ -80,7 +80,7 @@ def resolve_rates(config: TrainConfig) -> OptimizerConfig:
     """Resolve optimizer, learning rates and decay: by the objective; with an adapter by its method; lower, and scaled by the
     width, where the weights of --init are trained further."""
     asked, run, adapted = config.optimizer, config.run, config.method is not None
-    usual = load(run.objective).defaults
+    usual = load(run.objective).defaults_of(config)
     lr, matrix_lr = usual.lr, usual.matrix_lr or DEFAULT_MATRIX_LR
     if adapted:
         lr = (usual.adapter_lr or {}).get(run.adapter, config.method.learning_rate)

@@ -79,7 +79,7 @@ def network_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
         if base.architecture == "encoder" and base.position_offset:  # RoBERTa's first position has the row after the pad's
             changes["position_offset"] = pad_id + 1
     ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "stop_ids": (), "pad_id": pad_id}
-    return base.replace(**changes, **ids, vocab_size=tokenizer.vocab_size, head=task.head)
+    return base.replace(**changes, **ids, vocab_size=tokenizer.vocab_size, head=task.head_of(config))
 
 
 def trainable(task: type[Task]) -> str:
@@ -147,18 +147,19 @@ def initial_network(config: TrainConfig, data: object, checkpoint: Path | None, 
     task, run = load(config.run.objective), config.run
     folder = resolve(run.init)
     found = model.hub.read_config(folder)
-    wanted = task.network(config, found.replace(head=task.head, bidirectional_prompt=False), data)
-    if config.method is not None and task.head == "lm" and wanted.bidirectional_prompt != found.bidirectional_prompt:
+    head = task.head_of(config)
+    wanted = task.network(config, found.replace(head=head, bidirectional_prompt=False), data)
+    if config.method is not None and head == "lm" and wanted.bidirectional_prompt != found.bidirectional_prompt:
         reads = "in both directions" if found.bidirectional_prompt else "causally"
         raise TrainError(
             f"--objective {run.objective} --adapter {run.adapter}: {run.init} reads a prompt {reads}, which an adapter "
             "cannot change: train all weights, or an adapter with the base's own objective (prefix: both directions)"
         )
     labels = None if wanted.labels == found.labels else wanted.labels
-    if found.head != task.head:
-        info(f"{run.init} has the head {found.head!r}: {task.head!r} takes its place")
+    if found.head != head:
+        info(f"{run.init} has the head {found.head!r}: {head!r} takes its place")
     four_bit = None if run.quantize == "none" else FourBit(scheme=run.quantize)
-    common = common | {"head": task.head, "labels": labels, "seed": run.seed}
+    common = common | {"head": head, "labels": labels, "seed": run.seed}
     network = model.hub.load(folder, quantization=four_bit, check_finite=True, **common)
     network.config = task.network(config, network.config.replace(bidirectional_prompt=False), data)
     if follow_autocast(network) and config.method is None:
@@ -174,7 +175,7 @@ def initial_network(config: TrainConfig, data: object, checkpoint: Path | None, 
     if config.method is not None:
         if checkpoint is not None:
             check_base(checkpoint, folder)
-        add_adapter(config, network, data.tokenizer, new_head=found.head != task.head or task.head in CLASSIFIERS)
+        add_adapter(config, network, data.tokenizer, new_head=found.head != head or head in CLASSIFIERS)
         info(table(network))
     else:
         add_stop_id(network, data.tokenizer.eos_id)

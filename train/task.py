@@ -113,6 +113,16 @@ class Task(ABC):
     def __init__(self, config: "TrainConfig", data: Any): ...
 
     @classmethod
+    def defaults_of(cls, config: "TrainConfig") -> Defaults:
+        """Return the default settings, where options of the objective decide them."""
+        return cls.defaults
+
+    @classmethod
+    def head_of(cls, config: "TrainConfig") -> str:
+        """Return the network's head, where options of the objective decide it."""
+        return cls.head
+
+    @classmethod
     def network(cls, config: "TrainConfig", base: "ModelConfig", data: Any) -> "ModelConfig":
         """Return the configuration of the network to build or load, with what the data decide (labels)."""
         return base

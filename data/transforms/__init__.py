@@ -2,6 +2,7 @@
 
     causal    causal language modelling: the next token
     masked    masked language modelling, of tokens or whole words
+    next_sentence  pairs of segments with special tokens, masked
     words     which tokens belong to one word
     prefix    prefix language modelling: a bidirectional prefix, labels for the rest
     seq2seq   source and target of an encoder-decoder

@@ -16,6 +16,7 @@ minimised), `engine` (the state that a step advances, and its files), `loop` (th
     context_objective    the loss of text with a context, and under a wrong one
     label_objective, label_scores, label_report    text classification: loss, scores beside a baseline, tables; `label_order`
     tag_objective, tag_baseline    token classification: loss, scores beside the most frequent tag of each word
+    answer_objective, answer_scores, answer_report    question answering: loss, scores beside baselines, text
     evaluate          sums and counts over held-out text; bits per byte, and the n-gram baseline
     freeze, adapters, qat      frozen weights; runs that train an adapter; quantization-aware training
     recompute, allocator       activation checkpointing; freed memory that is kept for the next step

@@ -45,7 +45,12 @@ class RecordTask(Task):
     @classmethod
     @abstractmethod
     def texts(cls, settings: Any, row: "Row") -> list[str]:
-        """Return the texts of a record: a hash of them decides if it is held out, and the tokenizer is trained on them."""
+        """Return the texts of a record: the tokenizer is trained on them, and a hash of them decides if it is held out."""
+
+    @classmethod
+    def split_key(cls, settings: Any, row: "Row") -> str:
+        """Return the text whose hash decides if a record is held out."""
+        return "\0".join(cls.texts(settings, row))
 
     @classmethod
     def controls(cls, config: "TrainConfig") -> tuple[str, ...]:
@@ -70,7 +75,7 @@ class RecordTask(Task):
 
         options = {
             "columns": cls.columns(settings),
-            "text_of": lambda row: "\0".join(cls.texts(settings, row)),
+            "text_of": lambda row: cls.split_key(settings, row),
             "check": lambda row: cls.check(settings, row),
         }
         train, validation = open_records(config.data, info=info, **options)

@@ -1,7 +1,8 @@
 """Read the records of a file: JSON lines, a JSON array, a table; each with its place, for messages.
 
     .jsonl       a JSON value on each line
-    .json        a JSON array of records, or JSON lines, as in many published data sets: the content decides
+    .json        a JSON array of records, or JSON lines, as in many published data sets: the content decides; or SQuAD's
+                 nested object, a record a question
     .csv .tsv    a header with the names of the columns, then a record on each row
 
 A file is given as numbered lines of text with their ends: the caller opens it and handles broken UTF-8.
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 from data.config import DataError
 from data.messages import quote_names
 from data.shell import quote
+from data.sources.squad import is_squad, squad_records
 
 CSV_SEPARATORS = ",;\t"  # of .csv: the one that gives the header the most columns
 LONGEST_FIELD = 2**31 - 1  # characters; csv's own limit is 128 Ki
@@ -119,6 +121,12 @@ def read_json_file(lines: Iterable[Line], skip_blank: bool = True) -> Iterator[R
         value, is_complete = parse_json("".join(line for _, line in chain(seen, lines)), ""), False
     if is_complete and len(filled) == 2:
         yield from read_json_lines(chain(seen, lines), skip_blank)
+        return
+    if is_squad(value):
+        for place, row in squad_records(value):
+            if isinstance(row, str):
+                raise RecordError(place, row)
+            yield Record(place, row)
         return
     if not isinstance(value, list):
         what = f"one object, with the keys {quote_names(value)}" if isinstance(value, dict) else f"one {type(value).__name__}"

@@ -29,6 +29,7 @@ class Tokenizer(ABC):
 
         encode(text)    ids without special tokens; parse_special=True reads a special token written in the text as that token
         decode(ids)     text; special ids decode to nothing
+        encode_with_offsets(text)  ids, and the characters of each
         with_special_tokens(ids)   prefix + ids + suffix, the ids of transformers' tokenizer(text)
         affixes         that prefix and suffix
         token_bytes     UTF-8 bytes of each id; b"" for special ids
@@ -80,6 +81,18 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def _encode_text(self, text: str, parse_special: bool) -> list[int]: ...
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Return the ids of encode(text, parse_special=True), and offsets N 2: token i has the characters text[begin:end].
+
+        Tokens that spell a character in bytes each have the whole character. Errors: those of `encode`.
+        """
+        ids = self.encode(text, parse_special=True)
+        name_bytes = {id: len(name.encode()) for name, id in self.control_tokens.items()}
+        end_N = np.cumsum([name_bytes.get(id) or len(self.token_bytes[id]) for id in ids], dtype=np.int64)
+        begin_N = np.concatenate([end_N[:1] * 0, end_N[:-1]])
+        character_of_byte = np.repeat(np.arange(len(text)), [len(character.encode()) for character in text])
+        return ids, np.stack([character_of_byte[begin_N], character_of_byte[end_N - 1] + 1], axis=1)
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:

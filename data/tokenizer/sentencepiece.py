@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 from data.config import DataError
@@ -95,6 +96,24 @@ class SentencePieceTokenizer(Tokenizer):
             text.encode()  # raises with the character and its index; the library says "unable to cast"
             raise
         return ids
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Return ids and offsets; those of a lossy model are the library's, part by part between control tokens."""
+        if self.is_lossless:
+            return super().encode_with_offsets(text)
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        at = 0
+        for number, part in enumerate(self.control_text.split(text)):
+            if number % 2:
+                ids.append(self.control_tokens[part])
+                offsets.append((at, at + len(part)))
+            else:
+                found = self.processor.encode(part, return_type="offset_mapping")
+                ids += found["ids"]
+                offsets += [(at + begin, at + end) for begin, end in found["offsets"]]
+            at += len(part)
+        return self.check_ids(ids), np.array(offsets, dtype=np.int64).reshape(-1, 2)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._decode(ids)

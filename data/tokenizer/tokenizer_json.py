@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from data.config import DataError
 from data.tokenizer.base import PROBE, SIDE_FILES, TOKENIZER_JSON, VOCAB_TXT, WELL_KNOWN_NAMES, Affixes, Tokenizer, first_id
 
@@ -45,6 +47,7 @@ class JsonTokenizer(Tokenizer):
             model = spec["model"]
             added = [*spec["added_tokens"], *missing_tokens(settings, piece_ids(model), spec["added_tokens"])]
             self.spec = spec | REMOVED | {"added_tokens": added}
+            self.post_processor = processor
             ids = piece_ids(model) | {token["content"]: token["id"] for token in added}
             decode_piece = choose_piece_decoder(self.spec)
             token_bytes = [b""] * (max(ids.values()) + 1)
@@ -86,6 +89,17 @@ class JsonTokenizer(Tokenizer):
     def with_specials(self) -> Any:
         """The tokenizer with its own token names, which recognizes special tokens in text; built on first use."""
         return build_backend(json.dumps(self.spec, ensure_ascii=False))
+
+    @cached_property
+    def with_offsets(self) -> Any:
+        """The tokenizer with its post-processor, which may trim white space from offsets."""
+        return build_backend(json.dumps(self.spec | {"post_processor": self.post_processor}, ensure_ascii=False))
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Return ids and offsets of the library."""
+        text.encode()
+        found = self.with_offsets.encode(text, add_special_tokens=False)
+        return self.check_ids(found.ids), np.array(found.offsets, dtype=np.int64).reshape(-1, 2)
 
     def _encode_text(self, text: str, parse_special: bool) -> list[int]:
         text.encode()  # raises for a lone surrogate with its index; the library's message has none

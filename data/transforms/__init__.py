@@ -8,5 +8,6 @@
     seq2seq   source and target of an encoder-decoder
     labels    class labels of records, and their ids
     tags      a label for each word, on the word's first token
+    answers   answers in a context: windows, labels of start and end
     framing   special tokens and token types around one text or two, and truncation
 """

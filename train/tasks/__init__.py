@@ -1,7 +1,7 @@
 """Objectives of `--objective`: one file each, named as the objective, whose `TASK` is a `train.task.Task`.
 
 `clm` causal language modelling · `mlm` masked-language modelling · `prefix` prefix language modelling · `seq2seq` sequence to
-sequence · `classify` text classification, multi-label too · `tag` token classification
+sequence · `classify` text classification, multi-label too · `tag` token classification · `qa` extractive question answering
 
 A file here, or a file of your own (`--objective PATH.py`), is all that an objective needs: there is no other list of them.
 """

@@ -10,7 +10,7 @@ Where to read first: `config` (the hyperparameters of a network), then bottom up
     folders · config_json · generation_config · ties                     the files of such a folder, beside the weights
     decoding · sampling · constraints · stopping · generate · beam · streaming   text generation
     fill                                                                 mask filling by a masked-language model
-    predict · predict_tags                                               class probabilities, numbers, tags of many texts
+    predict · predict_tags · answer_spans                                class probabilities, numbers, tags, answers
     parameters · flops · training · activations · memory · account       the cost of a network, before it is built
     resize                                                               another vocabulary size
     words                                                                lists of names in messages

@@ -11,7 +11,7 @@ Within one window both have the same order. All spans are searched: run_squad.py
 Source: Devlin et al. 2018, arXiv 1810.04805, section 4.3.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -19,9 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.config import ConfigError
-from model.decoding import eval_mode
-from model.predict import Text, pad_batch
+from model.predict import Text, batches_of_logits
 
 CANDIDATES = 20  # spans of a record that share its probability, as in run_squad.py
 
@@ -56,12 +54,6 @@ class Spans(NamedTuple):
         if not self.best or (not always and self.null_score - self.best[0].score > threshold):
             return None
         return self.best[0]
-
-
-def check_answerer(network: nn.Module, name: str) -> None:
-    """Raise ConfigError where a network gives no start and end of answers."""
-    if network.config.head != "qa":
-        raise ConfigError(f"{name} has the head {network.config.head!r}, which answers no questions: train one, --objective qa")
 
 
 def logit_scores(logits_T2: Tensor, begin: int, count: int) -> tuple[Tensor, Tensor, float]:
@@ -123,32 +115,15 @@ def rank_spans(
     return Spans(spans, null, share_N[-1])
 
 
-def window_logits(
-    network: nn.Module,
-    windows: Sequence[ContextWindow],
-    *,
-    batch_size: int = 32,
-    pad_id: int = 0,
-    progress: Callable[[list], Iterable] = iter,
-) -> list[Tensor]:
-    """Return the logits (T, 2) of each window, on the CPU, without padding."""
-    order = sorted(range(len(windows)), key=lambda place: -len(windows[place].ids))  # the longest first, as in `probabilities`
-    batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
-    device, found = next(network.parameters()).device, {}
-    with eval_mode(network):
-        for batch in progress(batches):
-            texts = [Text(list(windows[place].ids), list(windows[place].type_ids)) for place in batch]
-            inputs = pad_batch(texts, pad_id, types=network.config.token_types > 1)
-            logits_BT2 = network(**{name: value.to(device) for name, value in inputs.items()}).logits.cpu()
-            found |= {place: row_T2[: len(windows[place].ids)] for place, row_T2 in zip(batch, logits_BT2, strict=True)}
-    return [found[place] for place in range(len(windows))]
-
-
 def find_answers(
     network: nn.Module, records: Sequence[Sequence[ContextWindow]], *, max_answer: int, ranking: str = "logits", **options
 ) -> list[Spans]:
-    """Return the spans of each record, given by its windows. options: those of `window_logits`."""
-    logits = iter(window_logits(network, [window for windows in records for window in windows], **options))
+    """Return the spans of each record, given by its windows. options: those of `model.predict.batches_of_logits`."""
+    texts = [Text(list(window.ids), list(window.type_ids)) for windows in records for window in windows]
+    logits: dict[int, Tensor] = {}
+    for places, logits_BT2 in batches_of_logits(network, texts, **options):
+        logits |= {place: row_T2[: len(texts[place].ids)] for place, row_T2 in zip(places, logits_BT2.cpu(), strict=True)}
+    in_order = iter([logits[place] for place in range(len(texts))])
     return [
-        rank_spans(windows, [next(logits) for _ in windows], max_answer=max_answer, ranking=ranking) for windows in records
+        rank_spans(windows, [next(in_order) for _ in windows], max_answer=max_answer, ranking=ranking) for windows in records
     ]

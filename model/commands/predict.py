@@ -22,6 +22,11 @@ class Served(NamedTuple):
 HEADS = {
     "sequence": Served("labels or numbers of texts", "predict_texts", ("text", "pair", "label", "threshold")),
     "token": Served("tags of words", "predict_tags", ("words", "label")),
+    "qa": Served(
+        "answers of questions",
+        "predict_answers",
+        ("context", "question", "label", "stride", "max_answer", "null_threshold", "always_answer", "top"),
+    ),
 }
 
 
@@ -36,7 +41,7 @@ def predict(options: Predict) -> None:
     if head not in HEADS:
         raise ConfigError(
             f"{options.run} has the head {head!r}, which classifies no texts and tags no "
-            "words: train one, --objective classify, pairs or tag"
+            "words and answers no questions: train one, --objective classify, pairs, tag or qa"
         )
     refuse_foreign(options, head)
     tokenizer = load_tokenizer(folder, network.config.vocab_size)
@@ -66,5 +71,7 @@ def check_options(options: Predict) -> None:
         raise ConfigError(f"--batch-size {options.batch_size}: must be at least 1")
     if not 0 <= options.threshold <= 1:
         raise ConfigError(f"--threshold {options.threshold}: a probability, from 0 to 1")
+    if options.top < 0:
+        raise ConfigError(f"--top {options.top}: must be at least 0")
     if options.max_length is not None and options.max_length < 1:
         raise ConfigError(f"--max-length {options.max_length}: must be at least 1")

@@ -12,8 +12,8 @@ from train.command_line import Needs
 @dataclass(frozen=True)
 class Predict:
     """Predict by a network of --objective classify, pairs or tag, or by any folder with such a head: the label of each text of
-    a file with the probability of each label, for regression a number; the tag of each word. The output has the input's columns
-    too."""
+    a file with the probability of each label, for regression a number; the tag of each word; the answer of each question
+    (--objective qa). The output has the input's columns too."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """A run (its best checkpoint, else its last), a checkpoint, a model folder or an adapter's."""
@@ -27,11 +27,26 @@ class Predict:
     """The column with the second text. Default: what the run was trained with, else none."""
     words: str | None = None
     """Of tags: the column with the words, a list. Default: what the run was trained with, else "words"."""
+    context: str | None = None
+    """Of answers: the column with the context. Default: what the run was trained with, else "context"."""
+    question: str | None = None
+    """Of answers: the column with the question. Default: what the run was trained with, else "question"."""
+    top: int = 0
+    """Of answers: list so many of the best ones, with offsets and probabilities, in the column `top`."""
+    stride: int | None = None
+    """Of answers: tokens of the context that neighbouring windows share. Default: that of the run, else a third of a window."""
+    max_answer: int | None = None
+    """Of answers: most tokens of one. Default: that of the run, else 30."""
+    null_threshold: float | None = None
+    """Of answers: none where its score exceeds that of the best span by more than this. Default: that of the run, else 0."""
+    always_answer: bool | None = None
+    """Of answers: never none. Default: what the run was trained with."""
     score: bool = False
-    """Compare with the labels in the file: accuracy, F1, entity F1; of numbers the mean squared error."""
+    """Compare with the labels in the file: accuracy, F1, entity F1; of numbers the mean squared error; of answers exact match
+    and F1."""
     label: str | None = None
-    """The column with the label, for --score; of tags with the list of labels. Default: what the run was trained with, else
-    "label" or "labels"."""
+    """The column with the label, for --score; of tags with the list of labels, of answers with the right ones. Default: what
+    the run was trained with, else "label", "labels" or "answers"."""
     threshold: float = 0.5
     """With several labels a text: predict those that are more probable than this."""
     max_length: int | None = None

@@ -4,8 +4,13 @@ import json
 
 import pytest
 
+import model.__main__
+import model.hub
 from data.config import DataError
 from data.transforms.answers import is_misplaced, read_answers
+from tests.conftest import randomized, tiny_config
+from tests.folders import byte_level, write_tokenizer
+from tests.oracle.train.test_classify import SPECIALS, template
 from tests.questions import as_squad, questions, write_rows
 from tests.runs import command
 from train.runs.errors import TrainError
@@ -124,3 +129,45 @@ def test_a_damaged_squad_file(damage, message, tmp_path):
     (tmp_path / "corpus.json").write_text(json.dumps(data))
     said = command(*BASE, "--corpus", tmp_path / "corpus.json", "--out", tmp_path / "run")
     assert said.code == 2 and message in said.err, said.err
+
+
+# ---- predict
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("folder") / "model"
+    write_tokenizer(folder, byte_level(SPECIALS, template("<s> $A </s>", ("<s>", 330), ("</s>", 331))), SPECIALS)
+    model.hub.save(randomized(tiny_config("bert", head="qa", vocab_size=340, context=64)), folder)
+    return folder
+
+
+PREDICT = {  # options: what the message holds
+    ("--context", "text"): "rows.jsonl:1: no column 'text'; its columns: 'context', 'question', 'answers'. Name",
+    ("--question", "answers"): "rows.jsonl:1: the value of 'answers' is {\"text\"",
+    ("--score", "--label", "right"): "rows.jsonl:1: no column 'right'",
+    ("--label", "right"): "--label would have no effect: it names what --score compares with",
+    ("--max-length", "65"): "--max-length 65: this network reads at most 64 tokens",
+    ("--max-length", "9", "--stride", "8"): "rows.jsonl:1: the question has 5 tokens and its context",
+    ("--top", "-1"): "--top -1: must be at least 0",
+    ("--words", "x"): "--words would have no effect",
+    ("--threshold", "0.7"): "--threshold would have no effect",
+}
+
+
+@pytest.mark.parametrize("options", PREDICT)
+def test_predict_refuses(options, folder, tmp_path):
+    said = command("predict", folder, write_rows(tmp_path / "rows.jsonl", [row()]), *options, main=model.__main__.main)
+    assert said.code == 2 and PREDICT[options] in said.err, said.err
+
+
+def test_predict_refuses_files(folder, tmp_path):
+    (tmp_path / "in.txt").write_text("x\n")
+    said = command("predict", folder, tmp_path / "in.txt", main=model.__main__.main)
+    assert "a question has a record with a context" in said.err
+    taken = write_rows(tmp_path / "rows.jsonl", [row() | {"start": 5}])
+    said = command("predict", folder, taken, main=model.__main__.main)
+    assert "rows.jsonl:1: the column 'start' is one that is written" in said.err
+    misplaced = write_rows(tmp_path / "rows.jsonl", [row(), row(start=[3])])
+    said = command("predict", folder, misplaced, "--score", main=model.__main__.main)
+    assert said.code == 2 and "rows.jsonl:2: the answer 'list' is not at its offset 3" in said.err

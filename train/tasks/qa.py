@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from train.parallel.ranks import Ranks
 
 SAMPLES = 5
-OF_CLASSES = ("id2label", "label2id", "problem_type")  # keys of config.json
 STRIDE = 3  # the default stride is this part of a window, as BERT's 128 of 384
 
 
@@ -150,8 +149,8 @@ class QaTask(RecordTask):
         length = settings_of(config).max_length
         if length is not None and length > base.context and base.position != "relative":
             raise ConfigError(f"--qa.max-length {length}: this network reads at most {base.context} tokens")
-        extra = {key: value for key, value in base.extra.items() if key not in OF_CLASSES}  # --init may be a classifier
-        return base.replace(labels=2, extra=extra)
+        of_classes = ("id2label", "label2id", "problem_type")  # --init may be a classifier
+        return base.replace(labels=2, extra={key: value for key, value in base.extra.items() if key not in of_classes})
 
     def __init__(self, config: "TrainConfig", data: "RecordData"):
         from train.answer_scores import answer_totals, best_sentence, position_baseline

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -56,7 +57,12 @@ def test_tokens_are_the_masked_ones(run):
 
 
 def test_a_resume_ends_in_the_same_bytes(run, masked_options, tmp_path):
+    """Also where config.toml has no [mlm], as before the objective had settings."""
     stopped_at(70, *masked_options, "--sample-every", 160, "--out", tmp_path / "run")
+    settings = (tmp_path / "run" / "config.toml").read_text()
+    table = re.compile(r"^\[mlm\]\n(?:[^\[].*\n|\n)*", re.MULTILINE)
+    assert "whole_words = false" in table.search(settings)[0]
+    (tmp_path / "run" / "config.toml").write_text(table.sub("", settings))
     assert command("--resume", tmp_path / "run").code == 0
     assert_same_end(tmp_path / "run", run[0])
 

@@ -34,6 +34,7 @@ class Tokenizer(ABC):
         affixes         that prefix and suffix
         token_bytes     UTF-8 bytes of each id; b"" for special ids
         control_tokens  name -> id of the special tokens
+        added_tokens    name -> id of tokens that a tokenizer.json adds to its vocabulary, special or not
         special_ids     ids that no text encodes to: special tokens, and ids that pad the vocabulary to the network's
         bos_id eos_id   first and last id of a training document: the affixes, or the separator where there are none
         mask_id pad_id unknown_id  None where there is none; unknown_id replaces text that cannot be spelled
@@ -60,6 +61,7 @@ class Tokenizer(ABC):
         sha256: str,
         vocab_size: int | None,
     ):
+        self.added_tokens: dict[str, int] = {}
         own, size = len(token_bytes), len(token_bytes) if vocab_size is None else vocab_size
         self.files, self.sha256, self.vocab_size, self.affixes = files, sha256, size, affixes
         self.token_bytes = token_bytes + [b""] * (size - own)

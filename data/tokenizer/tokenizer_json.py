@@ -77,6 +77,7 @@ class JsonTokenizer(Tokenizer):
             sha256=digest.hexdigest(),
             vocab_size=vocab_size,
         )
+        self.added_tokens = {token["content"]: token["id"] for token in added}
         self.plain = build_backend(plain)
         self.plain.encode_special_tokens = True
         check_added_ids(added, self.plain, hidden)

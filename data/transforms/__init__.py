@@ -4,6 +4,7 @@
     masked    masked language modelling, of tokens or whole words
     next_sentence  pairs of segments with special tokens, masked
     words     which tokens belong to one word
+    fim       fill in the middle: prefix, suffix and middle in another order, by published formats
     prefix    prefix language modelling: a bidirectional prefix, labels for the rest
     seq2seq   source and target of an encoder-decoder
     labels    class labels of records, and their ids

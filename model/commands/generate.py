@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
+from model.commands.infill import open_gap
 from model.commands.opening import encode, note_control_tokens, note_unknown, open_network
 from model.config import ConfigError
 from train.command_line import Needs
@@ -41,6 +42,11 @@ class Generate:
     """The text to continue; empty: begin a document."""
     source: tuple[str, ...] = ()
     """For an encoder-decoder: the texts to answer."""
+    prefix: str | None = None
+    """Fill in the middle: the text before the gap. The folder's tokenizer decides the format (StarCoder's, SantaCoder's, Code
+    Llama's, Qwen's, DeepSeek's, Codestral's)."""
+    suffix: str | None = None
+    """Fill in the middle: the text after the gap."""
     specials: bool = True
     """Read a control token in --prompt or --source (<|eot_id|>, </s> …) as that token, as transformers does."""
     max_new_tokens: int | None = None
@@ -72,6 +78,10 @@ class Generate:
     cache: bool = True
     """Cache the keys and values of earlier tokens."""
 
+    @property
+    def is_infill(self) -> bool:
+        return self.prefix is not None or self.suffix is not None
+
     NEEDS: ClassVar = (
         Needs(("temperature", *SAMPLING), lambda options: options.beams in (None, 1), "--beams draws nothing"),
         Needs(("stream",), lambda options: options.beams in (None, 1) or not options.stream, "--beams settle at the end"),
@@ -101,8 +111,9 @@ def generate(options: Generate) -> None:
     is_answer = network.config.architecture == "encoder-decoder"  # an answer, not a continuation
     check_text(options, network.config)
     longest = context_window(network)
-    texts = []  # (the text to print before, ids)
-    for text in options.source if is_answer else (options.prompt,):
+    gap = open_gap(options.prefix or "", options.suffix or "", network.config, tokenizer) if options.is_infill else None
+    texts = [] if gap is None else [(gap.prefix, gap.ids)]  # (the text to print before, ids)
+    for text in () if gap is not None else options.source if is_answer else (options.prompt,):
         option = "--source" if is_answer else "--prompt"
         note_control_tokens(tokenizer, text, specials=options.specials, option=option)
         ids = encode(tokenizer, text, specials=options.specials, option=option)
@@ -110,13 +121,16 @@ def generate(options: Generate) -> None:
         framed = tokenizer.with_special_tokens(ids) if ids or is_answer else first_ids(tokenizer)
         texts.append(("" if is_answer else tokenizer.decode(ids), framed))
         note_length(longest, len(framed), option, is_answer)
-    if tokenizer.affixes.suffix and not is_answer:
+    if tokenizer.affixes.suffix and not is_answer and gap is None:
         end = ", ".join(tokenizer.token_name(id) for id in tokenizer.affixes.suffix)
         print(f"note: this folder's tokenizer puts {end} behind each text, and so behind --prompt", file=sys.stderr)
     stop_strings, stop_ids = stops(options.stop, tokenizer)
     settings = generation_settings(options, folder_settings, prompt=1 if is_answer else len(texts[0][1]), is_answer=is_answer)
+    max_new_tokens = int(settings.pop("max_new_tokens"))
+    if gap is not None:
+        stop_ids, max_new_tokens = [*stop_ids, *gap.stop_ids], gap.room(max_new_tokens, longest)
     common = {
-        "max_new_tokens": int(settings.pop("max_new_tokens")),
+        "max_new_tokens": max_new_tokens,
         "stop_ids": [*stop_ids, *(folder_settings.stop_ids or [i for i in (tokenizer.eos_id,) if i is not None])],
         "use_cache": options.cache,
         "constraints": folder_settings.constraints,
@@ -134,14 +148,15 @@ def generate(options: Generate) -> None:
         searched = common | {"beams": beams, "length_penalty": length_penalty, "early_stopping": early is True}
         for opening, ids in texts:
             found = beam_search(network, torch.tensor([ids], device=device), **searched)
-            print(opening + tokenizer.decode(found.tokens[0, 0].tolist()))
+            print(opening + tokenizer.decode(found.tokens[0, 0].tolist()) + (gap.suffix if gap is not None else ""))
             note_window(longest, 1 if is_answer else len(ids), found.tokens.size(-1))
         return
     for opening, ids in texts:
         generator = torch.Generator(device).manual_seed(options.seed)
         sampling = settings | common | {"generator": generator}
         ids_1T = torch.tensor([ids], device=device)
-        count = write(network, ids_1T, tokenizer, opening, stop_strings, options.stream, **sampling)
+        closing = gap.suffix if gap is not None else ""
+        count = write(network, ids_1T, tokenizer, opening, stop_strings, options.stream, closing=closing, **sampling)
         note_window(longest, 1 if is_answer else len(ids), count)
 
 
@@ -162,7 +177,12 @@ def note_window(longest: int | None, begun: int, count: int) -> None:
 
 
 def check_text(options: Generate, config: "ModelConfig") -> None:
-    """Refuse --prompt with an encoder-decoder, and --source with a decoder."""
+    """Refuse --prompt with an encoder-decoder, --source with a decoder, and --prefix or --suffix with either option."""
+    if options.is_infill and (options.prompt or options.source):
+        other = "--prompt, which continues a text" if options.prompt else "--source, which is for an encoder-decoder"
+        raise ConfigError(f"--prefix and --suffix fill a gap: they do not go with {other}")
+    if options.is_infill and config.architecture != "decoder":
+        raise ConfigError(f"--prefix and --suffix are for a decoder; this is an {config.architecture}")
     if config.architecture != "encoder-decoder":
         if options.source:
             raise ConfigError(f"--source is for an encoder-decoder; this {config.architecture} continues a text: --prompt TEXT")
@@ -178,8 +198,10 @@ def context_window(network: "Network") -> int | None:
     return network.config.context - network.body.num_virtual_tokens
 
 
-def write(network, input_ids, tokenizer: "Tokenizer", opening: str, stop: tuple[str, ...], stream: bool, **settings) -> int:
-    """Generate and print a text, streamed or at the end; returns its number of tokens."""
+def write(
+    network, input_ids, tokenizer: "Tokenizer", opening: str, stop: tuple[str, ...], stream: bool, closing: str = "", **settings
+) -> int:
+    """Generate and print a text between `opening` and `closing`, streamed or at the end; returns its number of tokens."""
     from model.generate import generate
     from model.streaming import TextStream, stop_position
 
@@ -197,10 +219,10 @@ def write(network, input_ids, tokenizer: "Tokenizer", opening: str, stop: tuple[
     new = generate(network, input_ids, stop_strings=stop, decode=tokenizer.decode, on_token=on_token, **settings)
     if begun:
         shown.close()
-        print()
+        print(closing)
     else:
         text = tokenizer.decode(new[0].tolist())
-        print(opening + text[: stop_position(text, stop)])
+        print(opening + text[: stop_position(text, stop)] + closing)
     return new.size(1)
 
 

@@ -14,7 +14,6 @@ Source: Devlin et al. 2018, arXiv 1810.04805, section 4.3.
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,7 +29,7 @@ class ContextWindow(Protocol):
     ids: Sequence[int]
     type_ids: Sequence[int]
     begin: int  # position of the first context token
-    offset_C2: np.ndarray  # characters of each context token
+    offset_C2: Sequence[Sequence[int]]  # characters of each context token, an array C 2
 
 
 class Span(NamedTuple):
@@ -110,9 +109,9 @@ def rank_spans(
             best[place] = max(score, best.get(place, score))
     ordered = sorted(best.items(), key=lambda item: (-item[1], item[0]))[:CANDIDATES]
     score_N = torch.tensor([score for _, score in ordered] + [null], dtype=torch.float64)
-    share_N = (score_N.softmax(0) if ranking == "logits" else score_N.exp()).tolist()
-    spans = [Span(*place, score, share) for (place, score), share in zip(ordered, share_N, strict=False)]
-    return Spans(spans, null, share_N[-1])
+    chance_N = (score_N.softmax(0) if ranking == "logits" else score_N.exp()).tolist()
+    spans = [Span(*place, score, chance) for (place, score), chance in zip(ordered, chance_N, strict=False)]
+    return Spans(spans, null, chance_N[-1])
 
 
 def find_answers(

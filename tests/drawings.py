@@ -19,14 +19,18 @@ from train.reports.drawing import draw_example
 
 PAGE = ROOT / "docs" / "objectives.md"
 BLOCK = re.compile(r"<!-- drawing: (.+?) -->\n```text\n(.*?)```\n", re.DOTALL)
-CONTEXT, RECORDS = 24, 60
-OPTIONS = {  # drawing: (objective, its settings)
-    "clm": ("clm", {}),
-    "mlm": ("mlm", {}),
-    "mlm --mlm.whole-words": ("mlm", {"whole_words": True}),
-    "prefix": ("prefix", {}),
-    "seq2seq": ("seq2seq", {}),
-    "classify": ("classify", {}),
+RECORDS, SPLIT = 60, 300  # SPLIT: a vocabulary so small that words are split
+OPTIONS = {  # drawing: (objective, its settings, context, vocabulary)
+    "clm": ("clm", {}, 20, None),
+    "mlm": ("mlm", {}, 20, None),
+    "mlm --mlm.whole-words": ("mlm", {"whole_words": True}, 24, SPLIT),
+    "mlm --mlm.nsp": ("mlm", {"nsp": True}, 24, None),
+    "prefix": ("prefix", {}, 20, None),
+    "fim --fim.rate 1": ("fim", {"rate": 1.0, "level": "document"}, 30, None),
+    "seq2seq": ("seq2seq", {}, 24, None),
+    "classify": ("classify", {}, 24, None),
+    "tag": ("tag", {}, 24, SPLIT),
+    "qa": ("qa", {}, 40, None),
 }
 
 
@@ -35,14 +39,20 @@ def write_records(path: Path) -> Path:
     draw = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
         for _ in range(RECORDS):
-            who, name, when = draw.choice(["me", "us", "them"]), draw.choice(["Ann", "Ben", "Eve"]), draw.choice(["week", "year"])
+            choices = ["me", "us", "them"], ["week", "year"], ["Ann", "Ben", "Eve"], ["Tom", "Sue", "Max"], ["food", "music"]
+            who, when, name, guest, what = map(draw.choice, choices)
             first = f"Thank you for inviting {who} to your party last {when}."
-            second = f"{name} and {draw.choice(['Tom', 'Sue', 'Max'])} enjoyed the {draw.choice(['food', 'music', 'games'])}."
+            second = f"{name} and {guest} enjoyed the {what}."
             record = {
                 "text": f"{first} {second}",
                 "label": name,
                 "source": second,
                 "target": first,
+                "words": [name, "and", guest, "enjoyed", "the", f"{what}."],
+                "labels": ["B-PERSON", "O", "B-PERSON", "O", "O", "O"],
+                "question": f"What did {name} enjoy?",
+                "context": f"{first} {second}",
+                "answers": {"text": [f"the {what}"], "answer_start": [f"{first} {second}".index(f"the {what}")]},
             }
             file.write(json.dumps(record) + "\n")
     return path
@@ -50,12 +60,13 @@ def write_records(path: Path) -> Path:
 
 def draw(name: str, folder: Path) -> str:
     """Return the drawing of an objective: the first row of its first step."""
-    objective, settings = OPTIONS[name]
+    objective, settings, context, vocab_size = OPTIONS[name]
+    corpus = str(write_records(folder / "records.jsonl"))
     kind, task = config_type(objective), load(objective)
     config = kind(
         run=RunConfig(objective=objective),
-        data=DataConfig(corpus=(str(write_records(folder / "records.jsonl")),), cache=folder, val_fraction=0.2, dedup=False),
-        network=NetworkConfig(context=CONTEXT),
+        data=DataConfig(corpus=(corpus,), cache=folder, val_fraction=0.2, dedup=False, vocab_size=vocab_size),
+        network=NetworkConfig(context=context),
         optimizer=OptimizerConfig(batch_size=4),
         recorded=RecordedConfig(decoder_start_id=1),
         **({objective: type(settings_of(kind(run=RunConfig(objective=objective))))(**settings)} if settings else {}),

@@ -36,12 +36,16 @@ def draw_example(batch: Mapping[str, Tensor], tokenizer: Tokenizer, row: int = 0
             shown = _labels(cells, tokenizer, names) if key == "labels" else [str(each) for each in cells.tolist()]
             if key != "labels" and len(set(shown)) == 1:
                 continue  # one document, or one token type: nothing to see
-            columns["label" if key == "labels" else key.removeprefix("decoder_").removesuffix("_ids")] = shown
+            columns["label" if key == "labels" else _short(key)] = shown
         elif key == "labels" and value.dim() == 1:
             rest.append(f"label     {_label(value[row].item(), names)}")
         else:
-            rest.append(f"{key.removesuffix('_ids'):9} {value[row].tolist()}")
+            rest.append(f"{_short(key):9} {value[row].tolist()}")
     return "\n".join([*lines, *_lines(columns), *rest])
+
+
+def _short(key: str) -> str:
+    return key.removeprefix("decoder_").removeprefix("token_").removesuffix("_ids")
 
 
 def _length(batch: Mapping[str, Tensor], row: int, has_source: bool) -> int:

@@ -121,7 +121,8 @@ class TagTask(RecordTask):
         context = config.network.context
         self.framer = WordFramer(data.tokenizer, max_length=min(context, settings.max_length or context))
         self.ids = {name: id for id, name in enumerate(data.labels)}
-        self.labels, self.entities = data.labels, entities_of(settings, data.labels)
+        self.labels = self.label_names = data.labels
+        self.entities = entities_of(settings, data.labels)
         self.encodings: dict[int, WordEncoding | None] = {}  # by id() of the record
         self.cut: dict[str, int] = {}  # records that were cut or left out, and their words that are not used
         self.empty: list[str] = []  # records without a labelled word

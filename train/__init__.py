@@ -13,6 +13,7 @@ minimised), `engine` (the state that a step advances, and its files), `loop` (th
     task, registry    the interface of an objective; the objectives by name, ours and a user's own files
     tasks/            one file an objective: its batches, its scores beside a baseline, a sample
     token_task, record_task    shared by objectives on blocks of plain text, and on records with columns
+    source_task, source_objective    text corrupted for an encoder-decoder; its loss, and with the source of another text
     context_objective    the loss of text with a context, and under a wrong one
     label_objective, label_scores, label_report    text classification: loss, scores beside a baseline, tables; `label_order`
     tag_objective, tag_baseline    token classification: loss, scores beside the most frequent tag of each word

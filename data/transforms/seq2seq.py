@@ -1,5 +1,6 @@
 """Sequence to sequence: inputs of encoder and decoder, and labels, from a source and a target."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -7,6 +8,7 @@ import numpy as np
 from data.example import Example
 from data.tokenizer.base import Tokenizer
 from data.transforms.causal import IGNORE
+from data.transforms.masked import non_special_ids
 
 
 def encode_text(
@@ -50,3 +52,33 @@ def unigram_nats(train: Iterable[np.ndarray], labels: Sequence[np.ndarray], voca
         np.add.at(count_V, ids, 1)
     label_N = np.concatenate([label[label != IGNORE] for label in labels])
     return float(-np.log(count_V[label_N] / count_V.sum()).mean())
+
+
+def unigram_losses(
+    train_ids: np.ndarray, labels: Sequence[np.ndarray], special_ids: frozenset[int], vocab_size: int
+) -> tuple[float, float]:
+    """Return the mean -ln P(w) in nats over (all labels, those that are no special tokens) of one prediction for all of them.
+
+        P(w) = r (c(w) + 1) / (N + V')          c counts the N non-special ids of training, V' is the number of non-special ids,
+                                                r the share of the labels that are not special
+        P(w) = the share of w in the labels     for a special token: it is given its own frequency
+
+    Labels of -100 are skipped; NaN without any label.
+
+    >>> [round(loss, 4) for loss in unigram_losses(np.array([2, 3]), [np.array([2, 3, 1, 1, -100])], frozenset({0, 1}), 4)]
+    [1.0397, 0.6931]
+    """
+    is_special_V, regular = non_special_ids(special_ids, vocab_size)
+    count_V, label_V = np.zeros(vocab_size, dtype=np.int64), np.zeros(vocab_size, dtype=np.int64)
+    for start in range(0, len(train_ids), 1 << 24):  # a memory-mapped corpus need not fit in memory
+        count_V += np.bincount(train_ids[start : start + (1 << 24)], minlength=vocab_size)
+    for label in labels:
+        label_V += np.bincount(label[label != IGNORE], minlength=vocab_size)
+    words, total = label_V[regular].sum(), label_V.sum()
+    if not total:
+        return math.nan, math.nan
+    word_nats = -(label_V[regular] * np.log((count_V[regular] + 1) / (count_V[regular].sum() + len(regular)))).sum()
+    group_N = np.append(label_V[is_special_V], words)
+    group_N = group_N[group_N > 0]
+    group_nats = -(group_N * np.log(group_N / total)).sum()
+    return float((group_nats + word_nats) / total), float(word_nats / words) if words else math.nan

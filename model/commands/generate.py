@@ -9,11 +9,13 @@ import tyro
 
 from model.commands.infill import open_gap
 from model.commands.opening import encode, note_control_tokens, note_unknown, open_network
+from model.commands.sentinels import sentinel_text
 from model.config import ConfigError
 from train.command_line import Needs
 
 if TYPE_CHECKING:
     from data.tokenizer.base import Tokenizer
+    from model.commands.sentinels import SentinelText
     from model.config import ModelConfig
     from model.generation_config import GenerationConfig
     from model.network import Network
@@ -112,14 +114,15 @@ def generate(options: Generate) -> None:
     check_text(options, network.config)
     longest = context_window(network)
     gap = open_gap(options.prefix or "", options.suffix or "", network.config, tokenizer) if options.is_infill else None
-    texts = [] if gap is None else [(gap.prefix, gap.ids)]  # (the text to print before, ids)
+    # the text to print before, ids, and the view of the answer's tokens if the source has sentinels
+    texts = [] if gap is None else [(gap.prefix, gap.ids, None)]
     for text in () if gap is not None else options.source if is_answer else (options.prompt,):
         option = "--source" if is_answer else "--prompt"
         note_control_tokens(tokenizer, text, specials=options.specials, option=option)
         ids = encode(tokenizer, text, specials=options.specials, option=option)
         note_unknown(tokenizer, text, ids, option=option)
         framed = tokenizer.with_special_tokens(ids) if ids or is_answer else first_ids(tokenizer)
-        texts.append(("" if is_answer else tokenizer.decode(ids), framed))
+        texts.append(("" if is_answer else tokenizer.decode(ids), framed, sentinel_text(tokenizer, ids) if is_answer else None))
         note_length(longest, len(framed), option, is_answer)
     if tokenizer.affixes.suffix and not is_answer and gap is None:
         end = ", ".join(tokenizer.token_name(id) for id in tokenizer.affixes.suffix)
@@ -146,18 +149,21 @@ def generate(options: Generate) -> None:
         from model.beam import beam_search
 
         searched = common | {"beams": beams, "length_penalty": length_penalty, "early_stopping": early is True}
-        for opening, ids in texts:
+        for opening, ids, view in texts:
             found = beam_search(network, torch.tensor([ids], device=device), **searched)
-            print(opening + tokenizer.decode(found.tokens[0, 0].tolist()) + (gap.suffix if gap is not None else ""))
-            note_window(longest, 1 if is_answer else len(ids), found.tokens.size(-1))
+            answer = found.tokens[0, 0].tolist()
+            print(opening + (view or tokenizer).decode(answer) + (gap.suffix if gap is not None else ""))
+            print_filled(view, tokenizer, ids, answer)
+            note_window(longest, 1 if is_answer else len(ids), len(answer))
         return
-    for opening, ids in texts:
+    for opening, ids, view in texts:
         generator = torch.Generator(device).manual_seed(options.seed)
         sampling = settings | common | {"generator": generator}
         ids_1T = torch.tensor([ids], device=device)
         closing = gap.suffix if gap is not None else ""
-        count = write(network, ids_1T, tokenizer, opening, stop_strings, options.stream, closing=closing, **sampling)
-        note_window(longest, 1 if is_answer else len(ids), count)
+        new = write(network, ids_1T, view or tokenizer, opening, stop_strings, options.stream, closing=closing, **sampling)
+        print_filled(view, tokenizer, ids, new)
+        note_window(longest, 1 if is_answer else len(ids), len(new))
 
 
 def note_length(longest: int | None, length: int, option: str, is_answer: bool) -> None:
@@ -198,10 +204,20 @@ def context_window(network: "Network") -> int | None:
     return network.config.context - network.body.num_virtual_tokens
 
 
+def print_filled(view: "SentinelText | None", tokenizer: "Tokenizer", source: list[int], answer: list[int]) -> None:
+    """Print the source with its sentinels replaced by the answer; nothing where it has none."""
+    if view is not None:
+        ends = {*tokenizer.affixes.prefix, *tokenizer.affixes.suffix, tokenizer.eos_id}
+        print("filled: " + view.filled([id for id in source if id not in ends], [id for id in answer if id not in ends]))
+
+
 def write(
-    network, input_ids, tokenizer: "Tokenizer", opening: str, stop: tuple[str, ...], stream: bool, closing: str = "", **settings
-) -> int:
-    """Generate and print a text between `opening` and `closing`, streamed or at the end; returns its number of tokens."""
+    network, input_ids, tokenizer, opening: str, stop: tuple[str, ...], stream: bool, closing: str = "", **settings
+) -> list[int]:
+    """Generate and print a text between `opening` and `closing`, streamed or at the end; returns its new tokens.
+
+    tokenizer: one, or a `SentinelText`.
+    """
     from model.generate import generate
     from model.streaming import TextStream, stop_position
 
@@ -223,7 +239,7 @@ def write(
     else:
         text = tokenizer.decode(new[0].tolist())
         print(opening + text[: stop_position(text, stop)] + closing)
-    return new.size(1)
+    return new[0].tolist()
 
 
 def first_ids(tokenizer: "Tokenizer") -> list[int]:

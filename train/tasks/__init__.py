@@ -1,8 +1,8 @@
 """Objectives of `--objective`: one file each, named as the objective, whose `TASK` is a `train.task.Task`.
 
 `clm` causal language modelling · `mlm` masked-language modelling · `fim` fill in the middle · `prefix` prefix language
-modelling · `seq2seq` sequence to sequence · `classify` text classification, multi-label too · `tag` token classification ·
-`qa` extractive question answering
+modelling · `span` span corruption · `denoise` denoising · `seq2seq` sequence to sequence · `classify` text classification,
+multi-label too · `tag` token classification · `qa` extractive question answering
 
 A file here, or a file of your own (`--objective PATH.py`), is all that an objective needs: there is no other list of them.
 """

@@ -16,6 +16,7 @@
     qat       INT4 weights trained for, beside rounded afterwards: CLM and MLM, three seeds (--steps, --base)
     reversal  the first Transformer learns to reverse strings through the command: exact match and seconds, three seeds
     objectives  every objective through the command, beside its baseline, with an interval; half an hour (--only NAME,…)
+    fim       fill in the middle: its left-to-right loss beside clm's; middles with and without suffix (--steps, --base)
     metrics   scores of texts beside the libraries that define them; the command's memory and start
     gpu       GPT-2 124M on a card, compiled, beside its own products and transformers
 """
@@ -28,6 +29,7 @@ import torch
 from tests.bench.adapters import bench_adapters
 from tests.bench.engine import bench_engine
 from tests.bench.errors import bench_errors
+from tests.bench.fim import bench_fim
 from tests.bench.formats import bench_formats
 from tests.bench.generate import bench_generate
 from tests.bench.gpu import bench_gpu
@@ -60,6 +62,7 @@ BENCHES = {
     "qat": bench_qat,
     "reversal": bench_reversal,
     "objectives": bench_objectives,
+    "fim": bench_fim,
     "metrics": bench_metrics,
     "gpu": bench_gpu,
 }
@@ -70,8 +73,8 @@ def main() -> None:
     parser.add_argument("name", nargs="?", choices=[*BENCHES, "all"], default="all", help="which one (default: all)")
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each side (default: 15)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--steps", type=int, help="adapters, qlora, qat: optimizer steps of each side (default: 400, qat 200)")
-    parser.add_argument("--base", help="adapters, qlora, qat: a run or model folder to start from; errors: one to measure too")
+    parser.add_argument("--steps", type=int, help="adapters, qlora, qat, fim: steps (default: 400, qat 200, fim 700)")
+    parser.add_argument("--base", help="adapters, qlora, qat: a run or model folder to start from; errors, fim: to measure")
     parser.add_argument("--only", help="objectives: these rows alone, and those that they start from")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -80,7 +83,7 @@ def main() -> None:
     given = {name: value for name, value in {"steps": options.steps, "base": options.base}.items() if value is not None}
     for name in BENCHES if options.name == "all" else [options.name]:
         named = {"only": options.only} if name == "objectives" and options.only else {}
-        BENCHES[name](options.rounds, **(given if name in ("adapters", "qlora", "errors", "qat") else named))
+        BENCHES[name](options.rounds, **(given if name in ("adapters", "qlora", "errors", "qat", "fim") else named))
 
 
 if __name__ == "__main__":

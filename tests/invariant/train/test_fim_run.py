@@ -10,17 +10,20 @@ import model.__main__
 import model.hub
 from data.config import DataConfig
 from data.tokenizer.open import load_tokenizer
+from data.tokenizer.training import train_tokenizer
 from tests.compare import absolute
 from tests.conftest import randomized, tiny_config
 from tests.runs import SETTINGS, arguments, assert_same_end, command, further, last_checkpoint, stopped_at, write_corpus
+from tests.texts import prose
 from train.config import NetworkConfig, OptimizerConfig, RunConfig
 from train.registry import config_type, load
 from train.reports.log import read_metrics
 from train.tasks.fim import FimTask, Settings
 
-STEPS = 60
-FIM = SETTINGS | {"objective": "fim", "optimizer": "muon", "steps": STEPS, "save-every": 20, "eval-every": 20}
+STEPS = 30
+FIM = SETTINGS | {"objective": "fim", "optimizer": "muon", "steps": STEPS, "save-every": 10, "eval-every": 10}
 FIM["sample-every"] = STEPS
+SHAPE = ("width", "depth", "heads")  # --init decides them
 
 
 @pytest.fixture(scope="module")
@@ -46,18 +49,20 @@ def test_a_run_learns_and_resumes(run, corpus, tmp_path):
     first, *_, last = validations(folder)
     assert last["loss"] < first["loss"] and last["infill_loss"] < first["infill_loss"] and last["shuffled_loss"] > 0
     assert "with another gap's suffix" in out and "tokens of starcoder" in out and "--prefix" in out and "in brackets" in out
-    assert stopped_at(34, *arguments(FIM | corpus), "--out", tmp_path / "run").code == 130
+    assert stopped_at(14, *arguments(FIM | corpus), "--out", tmp_path / "run").code == 130
     assert command("--resume", tmp_path / "run").code == 0
     assert_same_end(tmp_path / "run", folder, STEPS)
 
 
+@pytest.mark.slow
 def test_documents_are_transformed_whole_and_resume(corpus, tmp_path):
-    """More steps than an epoch has; with clm's own tokens the loss is measured on the same text as clm's."""
-    options = arguments(FIM | corpus | {"fim.level": "document", "fim.format": "codellama", "steps": 40})
+    """More steps than an epoch has; the middle ends with a token of its own."""
+    changes = {"fim.level": "document", "fim.format": "codellama", "batch-size": 8, "width": 16, "sample-every": 0}
+    options = arguments(FIM | corpus | changes | {"steps": 50, "eval-every": 50, "save-every": 20})
     assert command(*options, "--out", tmp_path / "one").code == 0
-    assert stopped_at(34, *options, "--out", tmp_path / "two").code == 130
+    assert stopped_at(44, *options, "--out", tmp_path / "two").code == 130
     assert command("--resume", tmp_path / "two").code == 0
-    assert_same_end(tmp_path / "two", tmp_path / "one", 40)
+    assert_same_end(tmp_path / "two", tmp_path / "one", 50)
     assert load_tokenizer(last_checkpoint(tmp_path / "one")).control_tokens["\u2581<EOT>"] == 6
 
 
@@ -144,8 +149,17 @@ def test_refused_gaps(options, message, run):
     assert said.code == 2 and message in said.err
 
 
-def test_a_network_without_the_tokens(run, finished, tmp_path):
-    said = generated(finished, "--prefix", "a", "--suffix", "b")
+@pytest.fixture(scope="module")
+def plain_folder(tmp_path_factory):
+    """A network whose tokenizer has no tokens for gaps."""
+    folder = tmp_path_factory.mktemp("plain")
+    model.hub.save(randomized(tiny_config("gpt2", vocab_size=300), dtype=torch.float32), folder)
+    train_tokenizer([prose(0)], 300).save(folder)
+    return folder
+
+
+def test_a_network_without_the_tokens(run, plain_folder, tmp_path):
+    said = generated(plain_folder, "--prefix", "a", "--suffix", "b")
     assert said.code == 2 and "has the tokens of none of the formats starcoder, santacoder, codellama" in said.err
     encoder = randomized(tiny_config("bert", vocab_size=320), dtype=torch.float32)
     model.hub.save(encoder, tmp_path)
@@ -154,9 +168,9 @@ def test_a_network_without_the_tokens(run, finished, tmp_path):
     assert said.code == 2 and "are for a decoder; this is an encoder" in said.err
 
 
-def test_refused_training(finished, run, corpus, tmp_path):
-    plain = further(arguments(FIM | corpus | {"steps": 2}))
-    said = command(*plain, "--init", finished, "--out", tmp_path / "a")
+def test_refused_training(plain_folder, run, corpus, tmp_path):
+    plain = further(arguments({name: value for name, value in (FIM | corpus | {"steps": 2}).items() if name not in SHAPE}))
+    said = command(*plain, "--init", plain_folder, "--out", tmp_path / "a")
     assert said.code == 2 and "no <fim_prefix>, <fim_suffix>, <fim_middle>" in said.err and "model resize" in said.err
     said = command(*plain, "--fim.format", "qwen", "--init", run[0], "--out", tmp_path / "b")
     assert said.code == 2 and "it has those of another format: --fim.format starcoder" in said.err

@@ -2,8 +2,12 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
+from torch import Tensor
+
 from data.messages import format_count, shorten_list
 from data.transforms.answers import Answer
+from data.transforms.causal import IGNORE
 from train.answer_scores import Place
 
 
@@ -50,24 +54,36 @@ def score_text(scores: Mapping[str, float]) -> str:
     return f"{line} (with an answer {has}, without one {100 * scores['no_answer_exact_match']:.1f})"
 
 
-def baselines_text(scores: Mapping[str, float]) -> str:
-    """Format the losses to compare with.
+def score_line(scores: Mapping[str, float]) -> str:
+    """Format the loss and its baselines; where questions were answered, their scores beside those of two simple answers.
 
-    >>> baselines_text({"baseline_loss": 2.5, "shuffled_loss": 2.25})
-    'without reading 2.5000, with another question 2.2500'
+    >>> score_line({"loss": 1.5, "baseline_loss": 2.5, "shuffled_loss": 2.25})
+    'loss 1.5000 · without reading 2.5000 · with another question 2.2500'
     """
-    wrong = f", with another question {scores['shuffled_loss']:.4f}" if "shuffled_loss" in scores else ""
-    return f"without reading {scores['baseline_loss']:.4f}{wrong}"
-
-
-def answers_text(scores: Mapping[str, float]) -> str:
-    """Format exact match and F1 beside those of two simple answers; "" where no question was answered."""
+    line = f"loss {scores['loss']:.4f} · without reading {scores['baseline_loss']:.4f}"
+    if "shuffled_loss" in scores:
+        line += f" · with another question {scores['shuffled_loss']:.4f}"
     if "f1" not in scores:
-        return ""
+        return line
     return (
-        f" · {score_text(scores)}; the sentence with most question words: F1 {100 * scores['sentence_f1']:.1f} %, "
+        f"{line} · {score_text(scores)} · the sentence with most question words: F1 {100 * scores['sentence_f1']:.1f} % · "
         f"always no answer: {100 * scores['no_answer']:.1f} %"
     )
+
+
+def mark_spans(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a batch whose labels B T are 0 at the answer's start, 1 at its end, 2 where both are one token.
+
+    >>> batch = {"input_ids": torch.zeros(2, 4, dtype=torch.long), "labels": torch.tensor([[[1, 3]], [[0, 0]]])}
+    >>> mark_spans(batch)["labels"].tolist()
+    [[-100, 0, -100, 1], [2, -100, -100, -100]]
+    """
+    labels_B2 = batch["labels"].flatten(1)
+    marks_BT = torch.full_like(batch["input_ids"], IGNORE)
+    for row_T, (start, end) in zip(marks_BT, labels_B2.tolist(), strict=True):
+        if start >= 0:
+            row_T[start], row_T[end] = 0, 1 if start != end else 2
+    return dict(batch) | {"labels": marks_BT}
 
 
 def sample_line(question: str, answer: Answer, probability: float, golds: Sequence[str]) -> str:

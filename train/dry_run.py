@@ -147,7 +147,7 @@ class Trial:
 
 def example(run: Run, batch: dict[str, Tensor]) -> str:
     """The first example of the first step: what is read, over what is learned."""
-    drawing = draw_example(batch, run.task.tokenizer, names=run.task.label_names)
+    drawing = draw_example(run.task.for_drawing(batch), run.task.tokenizer, names=run.task.label_names)
     return f"example  the first of the first step; {UNSCORED} is not scored\n{textwrap.indent(drawing, '         ')}"
 
 

@@ -144,6 +144,10 @@ class Task(ABC):
         optimizer = self.config.optimizer
         return format_count(optimizer.batch_size * optimizer.accumulate * self.config.network.context, "token")
 
+    def for_drawing(self, batch: Batch) -> Batch:
+        """Return the batch as it is drawn: with labels B T, or one a text."""
+        return batch
+
     # ---- learning
 
     def networks(self, network: "nn.Module", initial: "Callable[[], nn.Module]") -> "nn.Module | Mapping[str, nn.Module]":

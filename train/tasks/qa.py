@@ -6,6 +6,7 @@ the context, in windows where that is long.
 
 import math
 from dataclasses import dataclass, replace
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -93,7 +94,7 @@ class QaTask(RecordTask):
     )
     defaults = Defaults("tiny-encoder", 3e-3)
     architectures, head, unit = ("encoder", "decoder", "encoder-decoder"), "qa", "windows"
-    wants_mask = True
+    wants_mask, label_names = True, ("start", "end", "start and end")  # names for drawings
 
     settings: QaSettings
 
@@ -190,12 +191,8 @@ class QaTask(RecordTask):
         """Return the first rows whose windows have `max_tokens` tokens at most; one row at least."""
         from data.sources.records import select_rows
 
-        tokens, count = 0, 0
-        for row in rows.values:
-            tokens += sum(len(window.ids) for window in self.windows(row))
-            if count and tokens > max_tokens:
-                break
-            count += 1
+        totals = accumulate(sum(len(window.ids) for window in self.windows(row)) for row in rows.values)
+        count = max(1, sum(1 for _ in takewhile(lambda total: total <= max_tokens, totals)))
         return select_rows(rows, [index < count for index in range(len(rows))])
 
     def transform(self, row: "Row", random: "np.random.Generator") -> "list[Example]":
@@ -258,6 +255,11 @@ class QaTask(RecordTask):
         """Return the labels of the windows of some records, once their examples are made."""
         return [place for row in rows.values for place in self.places.get(id(row), ())]
 
+    def for_drawing(self, batch: Batch) -> Batch:
+        from train.answer_report import mark_spans
+
+        return mark_spans(batch)
+
     # ---- learning
 
     def objective(self, networks, loss, held_out=None) -> "Objective":
@@ -297,14 +299,12 @@ class QaTask(RecordTask):
         return {"loss": (start / starts + end / ends) / 2, "baseline_loss": self.baseline_loss} | means | no_answer
 
     def score_line(self, scores: Scores) -> str:
-        from train.answer_report import answers_text, baselines_text
+        from train.answer_report import score_line
 
-        return f"loss {scores['loss']:.4f} ({baselines_text(scores)}){answers_text(scores)}"
+        return score_line(scores)
 
     def verdict(self, scores: Scores) -> str:
-        from train.answer_report import answers_text, baselines_text
-
-        return f"{baselines_text(scores)}{answers_text(scores)}, chosen by {self.best}"
+        return f"{self.score_line(scores).partition(' · ')[2]}, chosen by {self.best}"
 
     def sample(self, network: "nn.Module", device: "torch.device") -> tuple[str, str]:
         from train.answer_report import sample_line

@@ -96,7 +96,7 @@ def test_scores_are_those_by_hand(run, place):
 
 def test_what_is_said(run):
     assert "answers  " in run[1] and "tokens, sharing 9" in run[1]
-    for text in ("(without reading ", ", with another question ", "the sentence with most question words: F1 "):
+    for text in (" · without reading ", " · with another question ", "the sentence with most question words: F1 "):
         assert text in run[1]
     assert "What does " in run[1] and "(true: " in run[1]
     assert "model predict" in run[1]

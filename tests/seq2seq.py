@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import tokenizers
@@ -32,13 +33,15 @@ def write_pairs(path: Path, count: int = 40, seed: int = 0, longest: int = 8) ->
     return path
 
 
-def write_folder(folder: Path, family: str, **config: object) -> torch.nn.Module:
-    """The network as transformers saves it, beside a tokenizer.json with the family's frame."""
-    names = SPECIALS[family]
+def write_folder(folder: Path, family: str, further: Sequence[str] = (), **config: object) -> torch.nn.Module:
+    """The network as transformers saves it, beside a tokenizer.json with the family's frame. further: more special tokens,
+    behind the others."""
+    names = [*SPECIALS[family], *further]
     made = byte_level(names)
     special_tokens = [(name, made.token_to_id(name)) for name in names]
     made.post_processor = tokenizers.processors.TemplateProcessing(single=FRAMES[family], special_tokens=special_tokens)
     roles = {"pad_token": "<pad>", "eos_token": "</s>"} | ({"bos_token": "<s>"} if "<s>" in names else {})
+    roles |= {"mask_token": "<mask>"} if "<mask>" in names else {}
     ids = write_tokenizer(folder, made, names, tokenizer_class="PreTrainedTokenizerFast", **roles)
     torch.manual_seed(0)
     common = {"vocab_size": made.get_vocab_size(), "pad_token_id": ids["<pad>"], "eos_token_id": ids["</s>"]}

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from data.config import DataError
 from train.command_line import Needs
 from train.registry import settings_of
 from train.runs.errors import TrainError
@@ -83,7 +84,10 @@ class DenoiseTask(SourceTask):
 
     @property
     def block_length(self) -> int:
-        return max(1, self.config.network.context - len(self.frame.prefix) - len(self.frame.suffix))
+        context, around = self.config.network.context, len(self.frame.prefix) + len(self.frame.suffix)
+        if context <= around:
+            raise DataError(f"--context {context}: a text has {around} special tokens around it, and nothing is left for it")
+        return context - around
 
     def corrupt(self, block_BT: "Tensor", step: int, first_row: int) -> Batch:
         from data.transforms.denoise import denoise_batch

@@ -187,11 +187,12 @@ def test_a_task_mixes_and_scores_each_source_once(mixed):
     assert len(task.source.origin(0)) > 1
 
 
-@pytest.mark.parametrize("objective", ["clm", "mlm"])
+@pytest.mark.parametrize("objective", ["clm", "mlm", "mlm --mlm.nsp"])
 def test_a_run_of_a_mixture(mixed, tmp_path, objective):
-    preset = "tiny" if objective == "clm" else "tiny-encoder"
+    objective, *more = objective.split()
+    preset = "tiny" if objective == "clm" else "tiny-bert" if more else "tiny-encoder"
     changes = {"objective": objective, "preset": preset, "val-fraction": 0.2, "cache": mixed.cache, "save-every": 20}
-    options = [*arguments(SMALL | changes), "--corpus", *mixed.corpus]
+    options = [*arguments(SMALL | changes), *more, "--corpus", *mixed.corpus]
     said = command(*options, "--out", tmp_path / "run")
     assert said.code == 0, said.err
     assert re.search(r"mixture  a 75\.0%, \d\.\d epochs; b 25\.0%, \d+\.\d epochs\n", said.out)

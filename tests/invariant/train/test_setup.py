@@ -24,6 +24,7 @@ from train.runs.errors import TrainError
 from train.setup import add_stop_id, network_config, open_engine, open_network
 from train.task import Defaults
 from train.tasks.clm import CausalTask
+from train.tasks.mlm import MaskedSettings
 from train.token_task import validation_ids
 
 
@@ -57,9 +58,11 @@ def test_part_of_the_split_has_the_bytes_of_its_targets(made):
     assert len(ids) == 501 and CausalTask(config, shards).validation_bytes == len(text.encode())
 
 
-@pytest.mark.parametrize("objective", ["clm", "mlm"])
+@pytest.mark.parametrize("objective", ["clm", "mlm", "mlm, pairs"])
 def test_micro_batches_are_the_global_batch_cut(objective, made, masked):
     config, shards = made if objective == "clm" else masked
+    if objective == "mlm, pairs":
+        objective, config = "mlm", config_type("mlm")(**vars(config), mlm=MaskedSettings(nsp=True))
     whole, cut = (
         load(objective)(replace(config, optimizer=replace(config.optimizer, batch_size=b, accumulate=a)), shards)
         for b, a in ((8, 1), (2, 4))
@@ -68,6 +71,7 @@ def test_micro_batches_are_the_global_batch_cut(objective, made, masked):
         (one,), parts = whole.source.batches(step), cut.source.batches(step)
         assert len(parts) == 4
         assert all(torch.equal(one[name], torch.cat([part[name] for part in parts])) for name in one)
+        assert whole.source.origin(step) == cut.source.origin(step) != []
 
 
 def test_masks_of_validation_are_fixed_and_whole(masked):

@@ -36,6 +36,8 @@ CASES = {
     "mlm": Case("", "text", ("masked_accuracy",)),
     "mlm, whole words": Case("--mlm.whole-words", "text", ("masked_accuracy",)),
     "mlm, next sentence": Case("--mlm.nsp", "text", ("masked_accuracy", "nsp_loss", "nsp_baseline_loss", "nsp_accuracy")),
+    "span": Case("", "text", ("shuffled_loss", "word_loss", "word_baseline_loss", "sentinel_loss")),
+    "denoise": Case("", "text", ("shuffled_loss", "token_accuracy")),
     "fim": Case("", "text", ("bits_per_byte", "infill_loss", "shuffled_loss")),
     "prefix": Case("", "text", ("shuffled_loss", "perplexity")),
     "seq2seq": Case("--seq2seq.overlong cut", "pairs", ("token_accuracy", "exact_match")),

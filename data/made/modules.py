@@ -111,13 +111,13 @@ def drop_duplicates(modules: list[Module]) -> list[Module]:
     return [replace(module, definitions=tuple(retained[module.name])) for module in modules]
 
 
-def choose_held_out(modules: list[Module], share: float = HELD_OUT) -> set[str]:
+def choose_held_out(modules: list[Module], fraction: float = HELD_OUT) -> set[str]:
     """Return the top-level packages that are held out, whole: those first in the order of a hash of the name that still fit in
-    `share` of the documentation's characters; at least one."""
+    `fraction` of the documentation's characters; at least one."""
     sizes: dict[str, int] = defaultdict(int)
     for module in modules:
         sizes[package_of(module.name)] += sum(len(found.text) for found in module.definitions)
-    left = share * sum(sizes.values())
+    left = fraction * sum(sizes.values())
     ordered = sorted(sizes, key=lambda package: draw(0, "held out", package))
     held_out = set()
     for package in ordered:

@@ -77,7 +77,7 @@ def measure(records: list[Record]) -> Measured:
     found = {name: abs(correlation(values, scores)) for name, values in length_features(records).items()}
     allowed = MOST_CORRELATION + 3 / len(scores) ** 0.5
     cues = {f"correlation with {name}": (value, allowed) for name, value in found.items()}
-    bins = {f"{i / BINS:.1f}–{(i + 1) / BINS:.1f}": share for i, share in enumerate(histogram(scores, BINS))}
+    bins = {f"{i / BINS:.1f}–{(i + 1) / BINS:.1f}": part for i, part in enumerate(histogram(scores, BINS))}
     return Measured(len(records), words, bins, cues)
 
 

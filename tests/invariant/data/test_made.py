@@ -78,12 +78,12 @@ def test_whole_packages_are_held_out():
         Module(name, ast.Module([], []), False, (Definition(name, name, name, text * size, ast.Module([], [])),))
         for name, size in (("a.x", 2), ("a.y", 2), ("b", 60), ("c", 3), ("d", 9), ("e", 1))
     ]
-    held_out = choose_held_out(modules, share=0.2)
+    held_out = choose_held_out(modules, fraction=0.2)
     sizes = {module.name: len(module.definitions[0].text) for module in modules}
     held = sum(size for name, size in sizes.items() if package_of(name) in held_out)
     assert 0 < held <= 0.2 * sum(sizes.values()) and "b" not in held_out
-    assert choose_held_out(modules[:1], share=0.2) == {"a"}, "one package is held out whatever its size"
-    assert choose_held_out(modules[::-1], share=0.2) == held_out
+    assert choose_held_out(modules[:1], fraction=0.2) == {"a"}, "one package is held out whatever its size"
+    assert choose_held_out(modules[::-1], fraction=0.2) == held_out
 
 
 def test_duplicate_docstrings_are_dropped(modules):

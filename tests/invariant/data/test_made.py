@@ -12,7 +12,7 @@ from data.corpus.dedup import fingerprint
 from data.made.cues import allowed_accuracy, correlation, threshold_accuracy
 from data.made.modules import Definition, Module, choose_held_out, list_definitions, package_of, read_modules
 from data.made.names import UNKNOWN, Names
-from data.made.pairs import make_pairs
+from data.made.pairs import Cut, cut_in_halves, exchange, make_pairs, shared, words_of
 from data.made.qa import make_qa
 from data.made.scores import identifiers, make_scores, source_of
 from data.made.sets import check_records, make_set, measure, texts_of
@@ -225,17 +225,41 @@ def test_each_half_is_as_often_yes_as_no(sets):
             counts: dict[str, list[int]] = {}
             for record in records:
                 counts.setdefault(record[side], [0, 0])[record["label"] == "yes"] += 1
-            assert len(counts) > 20 and all(pair == [1, 1] for pair in counts.values())
+            assert len(counts) > 8 and all(pair == [1, 1] for pair in counts.values())
         assert len({(record["first"], record["second"]) for record in records}) == len(records)
 
 
-def test_yes_is_one_docstring_and_no_is_not(modules, sets):
-    """The words of both halves stand in one docstring, one after the other, or they do not."""
-    joined = {" ".join(d.text.split()) for module in modules for d in module.definitions}
-    for record in sets["pairs"]["train"][:60]:
-        ends, starts = " ".join(record["first"].split()[-4:]), " ".join(record["second"].split()[:4])
-        together = any(ends in text and starts in text for text in joined)
-        assert together or record["label"] == "no" or "\n" in record["first"] or ">>>" in "".join(joined)
+def test_yes_is_one_docstring_and_no_is_another_of_the_module(modules, sets):
+    for records in sets["pairs"].values():
+        owner: dict[str, tuple[str, str]] = {}
+        for module in modules:
+            for found in module.definitions:
+                for name, *halves in cut_in_halves(found):
+                    owner.update(dict.fromkeys(halves, (module.name, name)))
+        for record in records:
+            first, second = owner[record["first"]], owner[record["second"]]
+            assert first[0] == second[0] == record["module"] and (first == second) == (record["label"] == "yes")
+
+
+PAIR_SOURCE = '''
+def a(): """Take apples from every basket. More of it follows here now. Then the apples are all put into boxes."""
+def b(): """Take pears from every basket too. More of this follows here also. Then the pears are all put into crates."""
+'''
+
+
+def test_cuts_of_docstrings():
+    first, second = (cut_in_halves(found) for found in from_source(PAIR_SOURCE).definitions)
+    assert [cut[1:] for cut in first] == [
+        ("Take apples from every basket. More of it follows here now.", "Then the apples are all put into boxes.")
+    ], "the other place leaves five words"
+    one, other = (Cut(*cut, (words_of(cut[1]), words_of(cut[2]))) for cut in (first[0], second[0]))
+    assert (shared(one, one), shared(other, other)) == (1, 1) and words_of("the a_1 of x1 apples") == {"the", "apples"}
+    assert exchange([one, other], 0) in ([(one, other)], [(other, one)])
+    assert exchange([one, one._replace(first=other.first)], 0) == [], "of one docstring"
+    longer = other._replace(second=other.second * 2)
+    assert exchange([one, longer], 0) == [], "lengths would tell"
+    alike = other._replace(rare=(one.rare[0], other.rare[1] | one.rare[1]))
+    assert exchange([one, alike], 0) == [], "the wrong half shares as many words"
 
 
 def test_scores_are_jaccard_of_identifiers(modules, sets):

@@ -22,6 +22,7 @@
     classification    accuracy, precision, recall, F1, MCC, confusion matrix, top-k accuracy
     multilabel        the same for indicator matrices, one column per class
     entities          entity F1 of IOB2, IOBES and BILOU tags
+    correlation       Pearson's and Spearman's correlation of two series of numbers
     calibration       calibration error, Brier score
     perplexity        perplexity of a language model per token, byte, character and word
     targets           targets of a language model: rows, batches and log-probabilities
@@ -69,6 +70,7 @@ PUBLIC = {  # file: the names that it offers; `from eval import corpus_bleu` is 
         "top_k_accuracy",
     ),
     "multilabel": ("Multilabel", "multilabel_scores"),
+    "correlation": ("average_ranks", "pearson", "spearman"),
     "entities": ("Entities", "entity_scores", "find_entities"),
     "calibration": ("Calibration", "calibration_error"),
     "perplexity": ("Perplexity", "PseudoPerplexity", "perplexity_score", "pseudo_perplexity"),

@@ -15,7 +15,8 @@ minimised), `engine` (the state that a step advances, and its files), `loop` (th
     token_task, record_task    shared by objectives on blocks of plain text, and on records with columns
     source_task, source_objective    text corrupted for an encoder-decoder; its loss, and with the source of another text
     context_objective    the loss of text with a context, and under a wrong one
-    label_objective, label_scores, label_report    text classification: loss, scores beside a baseline, tables; `label_order`
+    label_objective, label_scores, label_report    text classification: loss, scores beside a baseline, tables; `label_config`
+    number_objective, pair_baseline    two texts and one number: loss; what counting words gives for pairs
     tag_objective, tag_baseline    token classification: loss, scores beside the most frequent tag of each word
     answer_objective, answer_scores, answer_report    question answering: loss, scores beside baselines, text
     evaluate          sums and counts over held-out text; bits per byte, and the n-gram baseline

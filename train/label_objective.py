@@ -11,6 +11,8 @@ from eval.classification import confusion_matrix
 from eval.multilabel import Multilabel
 from train.objective import Metric, Objective, Result, Term
 
+SHUFFLED = "shuffled"  # key of a held-out batch whose texts are put together wrongly
+
 
 def multiclass_loss(
     logits_BC: Tensor, labels_B: Tensor, weight_C: Tensor | None = None, *, smoothing: float = 0.0, z_loss: float = 0.0
@@ -44,10 +46,11 @@ class LabelObjective(Objective):
     """Objective of text classification: labels B (one class a text), or B 1 C of 0 and 1; -100 in rows that only pad a batch.
 
     In eval mode the loss has no weights, smoothing or z-loss, so that it compares with the baseline; metrics are then
-    "confusion" (C C: true class, predicted class), or for multi-label texts "columns" (statistics of `eval.multilabel`).
+    "confusion" (C C: true class, predicted class), or for multi-label texts "columns" (statistics of `eval.multilabel`). With
+    the key "shuffled" a batch has the term "shuffled_loss" alone: the loss of texts that do not belong to the labels.
     """
 
-    uses = ("labels", "token_type_ids")
+    uses = ("labels", "token_type_ids", SHUFFLED)
 
     def __init__(
         self,
@@ -81,6 +84,8 @@ class LabelObjective(Objective):
         else:
             total = multiclass_loss(logits_BC, labels)
         count = self.counts(batch)["loss"]
+        if SHUFFLED in batch:
+            return Result({"shuffled_loss": Term(total, count)})
         return Result({"loss": Term(total, count)}, {} if self.training else label_metrics(logits_BC, labels, count))
 
     @staticmethod

@@ -40,12 +40,21 @@ def confusion_table(labels: Sequence[str], confusion: Sequence[Sequence[int]]) -
     return align_columns(rows)
 
 
+def shorten(text: str) -> str:
+    """Return a text on one line, cut to MAX_CHARACTERS.
+
+    >>> shorten("a\\n  b"), len(shorten("a" * 99))
+    ('a b', 60)
+    """
+    short = " ".join(text.split())
+    return short if len(short) <= MAX_CHARACTERS else f"{short[: MAX_CHARACTERS - 1]}…"
+
+
 def sample_line(
     text: str, labels: Sequence[str], ids: Mapping[str, int], probability_C: Tensor, true: Sequence[str], *, multi: bool
 ) -> str:
     """Format a text with its predicted labels, their probabilities, and the true labels."""
-    short = " ".join(text.split())
-    short = short if len(short) <= MAX_CHARACTERS else f"{short[: MAX_CHARACTERS - 1]}…"
+    short = shorten(text)
     predicted = predicted_labels(labels, probability_C, multi=multi)
     probabilities = " ".join(f"{float(probability_C[ids[name]]):.2f}" for name in predicted)
     mark = "✓" if set(predicted) == set(true) else "✗"

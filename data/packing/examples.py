@@ -244,5 +244,6 @@ class ExampleSource:
 
 
 def unscored(example: Example) -> Example:
-    """Return the example with all labels -100."""
-    return example._replace(labels=np.full_like(example.labels, IGNORE))
+    """Return the example with all labels -100; with labels that are numbers, NaN."""
+    is_number = np.issubdtype(example.labels.dtype, np.floating)
+    return example._replace(labels=np.full_like(example.labels, np.nan if is_number else IGNORE))

@@ -11,6 +11,10 @@ from data.messages import format_count, quote_names
 from data.sources.records import RecordData, Row, Rows
 
 NUMBER = re.compile(r"([0-9]+)")
+LABELS_OF_OTHER_TYPES = {
+    list: " (several labels a text: --classify.multi)",
+    float: " (a number of two texts: --objective pairs --pairs.kind number)",
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ def label_name(value: object, place: str, column: str) -> str:
         raise DataError(f"{place}: the label in column {column!r} is {'missing (null)' if value is None else 'empty'}")
     raise DataError(
         f"{place}: the label in column {column!r} is {value!r:.60}, a {type(value).__name__}: a label is a string, an integer "
-        "or a boolean" + (" (several labels a text: --classify.multi)" if isinstance(value, list) else "")
+        f"or a boolean{LABELS_OF_OTHER_TYPES.get(type(value), '')}"
     )
 
 

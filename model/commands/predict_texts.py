@@ -76,8 +76,12 @@ def serve(options: "Predict", opened: Opened) -> None:
 def classify_settings(options: "Predict", folder: Path) -> "ClassifySettings":
     """Return the columns and the length: of the options, else of the run whose checkpoint `folder` is."""
     from train.tasks.classify import ClassifySettings
+    from train.tasks.pairs import PairsSettings
 
-    settings = run_settings(folder, "classify") or ClassifySettings()
+    settings = run_settings(folder, "classify", "pairs") or ClassifySettings()
+    if isinstance(settings, PairsSettings):
+        columns = {"text": settings.first, "pair": settings.second, "label": settings.label}
+        settings = ClassifySettings(**columns, max_length=settings.max_length)
     given = {name: getattr(options, name) for name in ("text", "pair", "label", "max_length")}
     return replace(settings, **{name: value for name, value in given.items() if value is not None})
 
@@ -151,9 +155,14 @@ def score(
 
 
 def score_numbers(settings: "ClassifySettings", rows: Sequence[Row], places: Sequence[str], found: Sequence[float]) -> str:
-    """Compare the numbers with the file's; returns one line."""
+    """Compare the numbers with the file's; returns one line. A correlation is nan where all numbers of a side are one."""
+    import torch
+
     from data.transforms.labels import number_of
+    from eval.correlation import pearson, spearman
 
     true = [number_of(row, place, settings.label) for row, place in zip(rows, places, strict=True)]
-    error = sum((guess - number) ** 2 for guess, number in zip(found, true, strict=True)) / len(true)
-    return f"mean squared error {error:.6g} ({len(rows):,} texts)"
+    found_N, true_N = (torch.tensor(side, dtype=torch.float64) for side in (found, true))
+    error = (found_N - true_N).square().mean().item()
+    fits = f"Pearson {pearson(found_N, true_N):.4f} · Spearman {spearman(found_N, true_N):.4f}"
+    return f"mean squared error {error:.6g} · {fits} ({len(rows):,} texts)"

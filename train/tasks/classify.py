@@ -6,7 +6,7 @@ BART and T5 do.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from data.shell import command
 from train.command_line import Needs
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from data.example import Example
-    from data.sources.records import Row
+    from data.sources.records import RecordData, Row
     from data.tokenizer.base import Tokenizer
     from data.transforms.framing import Encoding, Framer
     from data.transforms.labels import LabelledData
@@ -84,63 +84,72 @@ class ClassifyTask(RecordTask):
     def open_data(
         cls, config: "TrainConfig", tokenizer: "Tokenizer | None", info: Info, *, progress: bool = False
     ) -> "LabelledData":
-        from data.config import DataError
         from data.transforms.labels import LabelledData, training_labels
-        from train.label_order import initial_labels
+        from train.label_config import initial_labels
 
         settings: ClassifySettings = settings_of(config)
         check_classify_settings(settings, config)
-        data = super().open_data(config, tokenizer, info, progress=progress)
+        data = cls.open_texts(config, tokenizer, info, progress=progress)
+        labels = training_labels(data.train, data.validation, settings.label, separator_of(settings), initial_labels(config))
+        return LabelledData(data.tokenizer, data.train, data.validation, data.sha256, labels)
+
+    @classmethod
+    def open_texts(
+        cls, config: "TrainConfig", tokenizer: "Tokenizer | None", info: Info, *, progress: bool = False
+    ) -> "RecordData":
+        """Open the records, with any labels. Errors (DataError): a text that is no string."""
+        from data.config import DataError
+
+        settings, data = settings_of(config), super().open_data(config, tokenizer, info, progress=progress)
         for rows in (data.train, data.validation):
             for row, name in zip(rows.values, rows.names, strict=True):
                 for column in (settings.text, settings.pair):
                     if column is not None and not isinstance(row[column], str):
                         has = "null" if row[column] is None else type(row[column]).__name__
                         raise DataError(f"{name}: the value of {column!r} is {has}, not a string")
-        labels = training_labels(data.train, data.validation, settings.label, separator_of(settings), initial_labels(config))
-        return LabelledData(data.tokenizer, data.train, data.validation, data.sha256, labels)
+        return data
 
     @classmethod
     def network(cls, config: "TrainConfig", base: "ModelConfig", data: "LabelledData") -> "ModelConfig":
         """Set the number and names of the classes; choose a pad that ends no text."""
-        from data.transforms.framing import choose_pad_id
-        from model.config import ConfigError
         from model.predict import MULTI_LABEL
-        from model.weights import head_spec
+        from train.label_config import for_whole_texts, with_labels
 
         settings: ClassifySettings = settings_of(config)
-        framer = framer_of(settings, data.tokenizer, base.context)
-        changes: dict[str, Any] = {"labels": len(data.labels)}
-        named = {
-            "id2label": {str(id): name for id, name in enumerate(data.labels)},
-            "label2id": {name: id for id, name in enumerate(data.labels)},
-            "problem_type": MULTI_LABEL if settings.multi else "single_label_classification",
-        }
-        if base.architecture != "encoder":
-            changes["pad_id"] = choose_pad_id(data.tokenizer, framer.last_token, known=[base.pad_id])
-        if base.architecture == "encoder-decoder" and head_spec(base).architecture and framer.last_token != base.eos_id:
-            raise ConfigError(
-                f"{head_spec(base).architecture} reads a text off its last eos, id {base.eos_id}, and this tokenizer "
-                f"{'puts nothing behind a text' if framer.last_token is None else f'ends texts with id {framer.last_token}'}"
-            )
-        return base.replace(**changes, extra={**base.extra, **named})
+        base = for_whole_texts(base, data.tokenizer, framer_of(settings, data.tokenizer, base.context))
+        return with_labels(base, data.labels, MULTI_LABEL if settings.multi else "single_label_classification")
 
     def __init__(self, config: "TrainConfig", data: "LabelledData"):
-        from data.transforms.labels import count_labels, row_labels
-        from train.label_scores import prior_baseline
-
-        settings: ClassifySettings = settings_of(config)
-        self.ids = {name: id for id, name in enumerate(data.labels)}
-        self.separator, self.labels = separator_of(settings), data.labels
-        self.label_names = data.labels
+        self.settings = settings = settings_of(config)
         self.framer = framer_of(settings, data.tokenizer, config.network.context)
         self.overlong: set[int] = set()  # id() of the records that were cut or left out
         splits = (data.train, data.validation)
         self.row_names = {id(row): name for rows in splits for row, name in zip(rows.values, rows.names, strict=True)}
-        self.train_counts = count_labels(data.labels, row_labels(data.train, settings.label, self.separator))
         self.best, self.higher_is_better = settings.best, settings.best != "loss"
+        self.read_labels(data)
         super().__init__(config, data)
-        self.baseline = prior_baseline(self.validation, self.train_counts, len(data.train), multi=settings.multi)
+        self.score_baseline()
+
+    def read_labels(self, data: "LabelledData") -> None:
+        """Number the labels and count those of training; before any example is made."""
+        from data.transforms.labels import count_labels, row_labels
+
+        self.ids = {name: id for id, name in enumerate(data.labels)}
+        self.separator, self.labels = separator_of(self.settings), data.labels
+        self.label_names = data.labels
+        self.train_counts = count_labels(data.labels, row_labels(data.train, self.settings.label, self.separator))
+
+    def score_baseline(self) -> None:
+        """Score what ignores the text on the held-out texts."""
+        from train.label_scores import prior_baseline
+
+        train = len(self.data.train)
+        self.baseline = prior_baseline(self.validation, self.train_counts, train, multi=self.settings.multi)
+
+    @property
+    def option(self) -> str:
+        """The prefix of the objective's options, for messages."""
+        return f"--{self.config.run.objective}"
 
     @property
     def pad_id(self) -> int:
@@ -149,7 +158,7 @@ class ClassifyTask(RecordTask):
         return choose_pad_id(self.tokenizer, self.framer.last_token)
 
     @property
-    def room(self) -> tuple[int, ...]:
+    def max_lengths(self) -> tuple[int, ...]:
         return (self.framer.max_length,)
 
     def encode(self, row: "Row") -> "Encoding":
@@ -165,35 +174,41 @@ class ClassifyTask(RecordTask):
 
         from data.config import DataError
         from data.example import Example
-        from data.transforms.labels import label_names
 
         encoding = self.encode(row)
         if encoding.truncated:
             if self.settings.overlong == "error":
                 raise DataError(
                     f"{self.row_names[id(row)]} has {len(encoding.ids) + encoding.truncated:,} tokens, and there is room for "
-                    f"{self.framer.max_length:,} (--classify.max-length, --context). --classify.overlong cut or drop goes on "
-                    "without"
+                    f"{self.framer.max_length:,} ({self.option}.max-length, --context). {self.option}.overlong cut or drop "
+                    "goes on without"
                 )
             self.overlong.add(id(row))
             if self.settings.overlong == "drop":
                 return []
-        label_ids = [self.ids[name] for name in label_names(row, "", self.settings.label, self.separator)]
-        if self.settings.multi:  # 1 C: C labels could otherwise be taken for labels of C tokens
-            labels = np.zeros((1, len(self.labels)), dtype=np.int64)
-            labels[0, label_ids] = 1
-        else:
-            labels = np.array(label_ids[0], dtype=np.int64)
         extra = {"token_type_ids": np.array(encoding.type_ids, dtype=np.int64)} if self.settings.pair is not None else {}
-        return [Example(np.array(encoding.ids, dtype=np.int64), labels, extra=extra)]
+        return [Example(np.array(encoding.ids, dtype=np.int64), self.target(row), extra=extra)]
+
+    def target(self, row: "Row") -> "np.ndarray":
+        """Return the id of a text's class, (); or an indicator of its labels, (1, C)."""
+        import numpy as np
+
+        from data.transforms.labels import label_names
+
+        label_ids = [self.ids[name] for name in label_names(row, "", self.settings.label, self.separator)]
+        if not self.settings.multi:
+            return np.array(label_ids[0], dtype=np.int64)
+        labels = np.zeros((1, len(self.labels)), dtype=np.int64)  # 1 C: C labels could otherwise be taken for those of C tokens
+        labels[0, label_ids] = 1
+        return labels
 
     def identity(self) -> dict:
         return super().identity() | {"labels": list(self.labels)}
 
     def introduction(self) -> str:
-        return f"{super().introduction()}{self._class_table()}{self._overlong_line()}"
+        return f"{super().introduction()}{self.label_table()}{self._overlong_line()}"
 
-    def _class_table(self) -> str:
+    def label_table(self) -> str:
         from train.label_report import class_table
 
         kind = "labels, any number a text" if self.settings.multi else "classes"
@@ -209,7 +224,7 @@ class ClassifyTask(RecordTask):
         action = {"cut": "cut to", "drop": "left out, longer than"}[self.settings.overlong]
         total = len(self.data.train) + len(self.data.validation)
         counts = f"{len(self.overlong):,} of {total:,} texts"
-        return f"long     {counts} {action} {self.framer.max_length:,} tokens (--classify.max-length)\n"
+        return f"long     {counts} {action} {self.framer.max_length:,} tokens ({self.option}.max-length)\n"
 
     # ---- learning
 

@@ -94,7 +94,7 @@ class TagTask(RecordTask):
         cls, config: "TrainConfig", tokenizer: "Tokenizer | None", info: Info, *, progress: bool = False
     ) -> "LabelledData":
         from data.transforms.labels import LabelledData, choose_labels
-        from train.label_order import initial_labels
+        from train.label_config import initial_labels
 
         settings: TagSettings = settings_of(config)
         data = super().open_data(config, tokenizer, info, progress=progress)
@@ -108,11 +108,9 @@ class TagTask(RecordTask):
     @classmethod
     def network(cls, config: "TrainConfig", base: "ModelConfig", data: "LabelledData") -> "ModelConfig":
         """Set the number and names of the labels."""
-        named = {
-            "id2label": {str(id): name for id, name in enumerate(data.labels)},
-            "label2id": {name: id for id, name in enumerate(data.labels)},
-        }
-        return base.replace(labels=len(data.labels), extra={**base.extra, **named})
+        from train.label_config import with_labels
+
+        return with_labels(base, data.labels)
 
     def __init__(self, config: "TrainConfig", data: "LabelledData"):
         from data.transforms.tags import WordFramer

@@ -45,8 +45,8 @@ def begins_word(ids_BT: np.ndarray, edges: WordEdges) -> np.ndarray:
     out spaces alone; and the bytes of one character stay together, which transformers has in words of their own.
 
     >>> edges = WordEdges(*(np.array(bits, dtype=bool) for bits in ((0, 1, 0, 0), (0, 0, 0, 1), (1, 0, 0, 0))))
-    >>> begins_word(np.array([[0, 2, 2, 1, 2, 3, 2]]), edges).tolist()
-    [[True, True, False, True, False, False, True]]
+    >>> begins_word(np.array([[2, 2, 0, 2, 2, 1, 2, 3, 2]]), edges).tolist()
+    [[True, False, True, True, False, True, False, False, True]]
     """
     begins_BT = edges.begins_V[ids_BT] | edges.is_special_V[ids_BT]
     begins_BT[:, 0] = True

@@ -58,9 +58,16 @@ def test_windows_are_the_documents_in_pieces(epoch):
     assert pairs.skipped == 2 and len(pairs) == pairs.windows == sum(-(-n // ROOM) for n in SIZES if n > 1)
 
 
-def test_boundaries_move_between_epochs():
-    starts = {tuple(build().epoch(epoch).start_W) for epoch in range(4)}
-    assert len(starts) == 4
+def test_boundaries_and_order_move_between_epochs():
+    epochs = [build().epoch(epoch) for epoch in range(4)]
+    assert len({tuple(windows.start_W) for windows in epochs}) == len({tuple(windows.order) for windows in epochs}) == 4
+
+
+def test_no_window_has_one_token():
+    """Where a document has one token more than some full windows, neither the first nor the last one gets it alone."""
+    windows = build(corpus([ROOM + 1, 2 * ROOM + 1] * 300)).epoch(0)
+    size_W = windows.end_W - windows.start_W
+    assert size_W.min() == 2 and size_W.max() == ROOM
 
 
 def test_labels_tell_the_truth():
@@ -111,8 +118,12 @@ def test_a_row_is_a_function_of_its_number():
     for row in rows:
         for mine, theirs in zip(one.pair(row), other.pair(row), strict=True):
             assert np.array_equal(mine, theirs)
-    firsts = [tuple(build(**change).pair(9).first) for change in ({}, {"seed": 4}, {"stream": 1})]
-    assert len(set(firsts)) == 3
+    same_windows = corpus([ROOM] * 20)  # of the same documents: what differs is the cuts
+    cuts = set()
+    for change in ({}, {"seed": 4}, {"stream": 1}):
+        pairs = build(same_windows, alternate=True, **change)
+        cuts.add(tuple(len(pairs.pair(row).first) for row in range(len(pairs))))
+    assert len(cuts) == 3
 
 
 def test_validation_has_each_window_under_both_labels():
@@ -131,6 +142,8 @@ def test_short_pairs():
         total = np.array([sum(map(len, pairs.pair(row)[:2])) for row in range(1000)])
         expected = rate * (ROOM - 2) / (ROOM - 1)  # of those drawn, one in ROOM - 1 has the full length
         assert abs((total < ROOM).mean() - expected) < 0.05
+    pairs = SegmentPairs(corpus(sizes), TOKENIZER, EDGES, room=ROOM, seed=0, short_prob=1.0)
+    assert {sum(map(len, pairs.pair(row)[:2])) for row in range(1500)} == set(range(2, ROOM + 1))
 
 
 def test_the_longer_side_is_trimmed_at_random_ends():

@@ -133,11 +133,14 @@ class SourceTask(TokenTask):
         return " ".join(b"".join(parts).decode(errors="replace").split())
 
     def example(self, folder: Path, gap: str) -> str:
-        """Return a command with a text whose fourth and fifth words are replaced by `gap`, as far as the context reads."""
+        """Return a command with a text whose fourth and fifth words are replaced by `gap`, as far as the context reads.
+
+        No space stands before the gap: it belongs to the first lost word.
+        """
         words = self.tokenizer.decode(self.sample_prompt(40)).split()[:12]
         if is_built_in_corpus(self.config):
             words = "Return a list of the names in the current local scope.".split()
-        words[3:5] = [gap]
+        words[:5] = [*words[:2], "".join(words[2:3]) + gap]
         room = self.config.network.context - len(self.frame.prefix) - len(self.frame.suffix)
         while len(words) > 1 and len(self.tokenizer.encode(" ".join(words), parse_special=True)) > room:
             words.pop()

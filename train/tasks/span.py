@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from data.config import DataError
+from data.messages import format_count
 from data.transforms.denoisers import UL2, Denoiser, corrupted_lengths, noise_counts, parse_denoiser, raw_length
 from model.config import ModelConfig
 from train.command_line import Needs
@@ -140,7 +141,7 @@ class SpanTask(SourceTask):
                 what = "a random prefix" if each.density is None else f"a prefix, {each.density:.0%} as target"
             else:
                 noise, spans = noise_counts(self.block_length, each.density, each.mean_length)
-                what = f"{noise} of noise in {spans} spans"
+                what = f"{noise} of noise in {format_count(spans, 'span')}"
             lines.append(f"{what}: source {source}, target {target}")
         return f"{super().introduction()}blocks   {self.block_length} tokens of text; {'; '.join(lines)}\n"
 

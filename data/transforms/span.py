@@ -36,7 +36,7 @@ def random_composition(total: int, parts: int, random: np.random.Generator) -> n
 
     parts - 1 of the total - 1 gaps are cuts. int64 of (parts,).
     """
-    cuts = np.sort(random.choice(total - 1, parts - 1, replace=False)) + 1 if parts > 1 else []
+    cuts = np.sort(random.choice(total - 1, parts - 1, replace=False)) + 1
     return np.diff(np.concatenate(([0], cuts, [total])).astype(np.int64))
 
 

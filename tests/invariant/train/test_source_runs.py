@@ -20,8 +20,8 @@ from train.registry import load
 from train.reports.log import read_metrics
 from train.setup import open_data
 
-STEPS = 24
-SMALL = SETTINGS | {"steps": STEPS, "save-every": 8, "eval-every": 12, "log-every": 4, "batch-size": 4, "dropout": 0.1}
+STEPS = 12
+SMALL = SETTINGS | {"steps": STEPS, "save-every": 6, "eval-every": 6, "log-every": 2, "batch-size": 4, "dropout": 0.1}
 OBJECTIVES = {
     "span": SMALL | {"objective": "span", "preset": "tiny-t5", "context": 48},
     "denoise": SMALL | {"objective": "denoise", "preset": "tiny-bart"},
@@ -77,7 +77,7 @@ def test_the_command_that_shows_it(run):
 
 def test_a_resume_ends_in_the_same_bytes(run, place, tmp_path):
     objective, folder, _ = run
-    stopped_at(12, *options(place, objective, **{"sample-every": STEPS}), "--out", tmp_path / "run")
+    stopped_at(6, *options(place, objective, **{"sample-every": STEPS}), "--out", tmp_path / "run")
     assert command("--resume", tmp_path / "run").code == 0
     assert_same_end(tmp_path / "run", folder, STEPS)
 

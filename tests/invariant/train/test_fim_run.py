@@ -44,14 +44,11 @@ def validations(run) -> list[dict]:
     return [row for row in read_metrics(run / "metrics.jsonl") if row["split"] == "validation"]
 
 
-def test_a_run_learns_and_resumes(run, corpus, tmp_path):
+def test_a_run_learns(run):
     folder, out = run
     first, *_, last = validations(folder)
     assert last["loss"] < first["loss"] and last["infill_loss"] < first["infill_loss"] and last["shuffled_loss"] > 0
     assert "with another gap's suffix" in out and "tokens of starcoder" in out and "--prefix" in out and "in brackets" in out
-    assert stopped_at(14, *arguments(FIM | corpus), "--out", tmp_path / "run").code == 130
-    assert command("--resume", tmp_path / "run").code == 0
-    assert_same_end(tmp_path / "run", folder, STEPS)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from model.mask import Mask
 from tests.compare import absolute
 from tests.conftest import randomized, tiny_config
 from tests.invariant.lora.test_prompts import adapted
-from tests.runs import SETTINGS, arguments, assert_same_end, command, further, last_checkpoint, stopped_at, write_corpus
+from tests.runs import SETTINGS, arguments, command, further, last_checkpoint, write_corpus
 from train.reports.log import read_metrics
 
 PREFIX = SETTINGS | {"objective": "prefix", "optimizer": "muon", "steps": 30, "save-every": 10, "eval-every": 10}
@@ -97,14 +97,11 @@ def run(options, tmp_path_factory):
     return folder, said.out
 
 
-def test_a_run_learns_scores_and_resumes(run, options, tmp_path):
+def test_a_run_learns(run):
     folder, out = run
     held_out = [row for row in read_metrics(folder / "metrics.jsonl") if row["split"] == "validation"]
     assert held_out[-1]["loss"] < held_out[0]["loss"] and held_out[-1]["shuffled_loss"] > 0
     assert "with another row's prefix" in out and "transformers would read it causally" in out and "[…]" in out
-    assert stopped_at(14, *options, "--sample-every", 30, "--out", tmp_path / "run").code == 130
-    assert command("--resume", tmp_path / "run").code == 0
-    assert_same_end(tmp_path / "run", folder, 30)
 
 
 def test_a_folder_says_how_it_reads(run, tmp_path):

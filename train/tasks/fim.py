@@ -154,15 +154,15 @@ class FimTask(CausalTask):
     def scores(self, totals: Totals) -> Scores:
         of_text = [totals[f"loss_{name}"] for name in dict.fromkeys(self.text_sources)]
         (nats, count), (wrong, _) = totals[f"loss_{INFILL}"], totals["shuffled_loss"]
-        count = max(count, 1)
         text = {"loss": (sum(nats for nats, _ in of_text), sum(count for _, count in of_text))}
-        return {**super().scores({**totals, **text}), "infill_loss": nats / count, "shuffled_loss": wrong / count}
+        infill = {"infill_loss": nats / count, "shuffled_loss": wrong / count} if count else {}  # a short text may have no gap
+        return {**super().scores({**totals, **text}), **infill}
 
     def score_line(self, scores: Scores) -> str:
-        return (
-            f"{super().score_line(scores)} · middles {scores['infill_loss']:.4f}, with another gap's suffix "
-            f"{scores['shuffled_loss']:.4f}"
-        )
+        if "infill_loss" not in scores:
+            return f"{super().score_line(scores)} · no held-out gap"
+        middles = f"middles {scores['infill_loss']:.4f}, with another gap's suffix {scores['shuffled_loss']:.4f}"
+        return f"{super().score_line(scores)} · {middles}"
 
     # ---- samples
 

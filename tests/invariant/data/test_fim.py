@@ -284,6 +284,7 @@ def test_documents_of_an_epoch(tokenizers):
         assert 2 <= moved <= len(texts) - 2
     assert stream.blocks == len(ids) // 40
     batches = [stream.batch(step) for step in range(12)]
+    assert {batch.shape for batch in batches} == {(5, 41)}
     again = document_blocks(tokenizer, fim)[0]
     assert all(torch.equal(again.batch(step), batches[step]) for step in (11, 0, 5, 3, 4, 10))
     assert not torch.equal(document_blocks(tokenizer, fim, seed=3)[0].batch(0), batches[0])

@@ -89,6 +89,9 @@ def test_validation_is_clm_s_text_and_fixed_gaps(corpus):
     scores = task.scores(sums)
     assert scores["loss"] == 5.0 and scores["infill_loss"] == 3.0 and scores["shuffled_loss"] == 5.0
     assert math.isclose(scores["bits_per_byte"], 50 / math.log(2) / plain.validation_bytes)
+    few = task.scores(sums | {"loss_ infill": (0.0, 0), "shuffled_loss": (0.0, 0)})
+    assert "infill_loss" not in few and "shuffled_loss" not in few and "no held-out gap" in task.score_line(few)
+    assert "middles 3.0000, with another gap's suffix 5.0000" in task.score_line(scores)
     assert "loss_ text" not in scores and "loss_ infill" not in scores
 
 

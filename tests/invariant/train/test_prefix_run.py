@@ -1,6 +1,9 @@
 """Prefix language modelling: what sees what, generation as in training, and runs through the real command."""
 
 import json
+import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +12,8 @@ import eval.__main__
 import model.__main__
 import model.hub
 import model.stack
+from data.config import DataConfig
+from data.transforms.prefix import VALIDATION_STEP, prefix_batch
 from model.config import ConfigError
 from model.generate import generate
 from model.mask import Mask
@@ -16,7 +21,10 @@ from tests.compare import absolute
 from tests.conftest import randomized, tiny_config
 from tests.invariant.lora.test_prompts import adapted
 from tests.runs import SETTINGS, arguments, command, further, last_checkpoint, write_corpus
+from train.config import NetworkConfig, RunConfig, TrainConfig
 from train.reports.log import read_metrics
+from train.runs.errors import TrainError
+from train.tasks.prefix import PrefixTask
 
 PREFIX = SETTINGS | {"objective": "prefix", "optimizer": "muon", "steps": 30, "save-every": 10, "eval-every": 10}
 FAMILIES = ("gpt2", "mistral")
@@ -148,3 +156,26 @@ def test_the_wrong_prefix_is_scored_with_the_same_labels():
     assert torch.equal(other.terms["loss"].sum, result.terms["loss"].sum)
     assert other.metrics["shuffled_loss"].sum != result.terms["loss"].sum
     assert not objective.train()(batch).metrics
+
+
+def test_scores_and_the_shortest_row(options):
+    """A row of two tokens has one split; one of a single token is refused before the text is read."""
+    corpus, cache = (options[options.index(f"--{name}") + 1] for name in ("corpus", "cache"))
+    data = DataConfig(corpus=(corpus,), cache=Path(cache), vocab_size=320, val_fraction=0.2)
+    config = TrainConfig(run=RunConfig(objective="prefix"), data=data, network=NetworkConfig(context=2))
+    task = PrefixTask(config, PrefixTask.open_data(config, None, lambda line: None))
+    assert set(task.batch(task.stream.batch(0), 0, 0)["visible_lengths"].tolist()) == {1}
+    labels = torch.cat([batch["labels"].flatten() for batch in task.validation])
+    ids = torch.from_numpy(task.shards.train.ids.astype("int64"))
+    counts = 1 + torch.bincount(ids[ids != task.tokenizer.bos_id], minlength=320).double()
+    nats = -(counts / counts.sum()).log()[labels[labels >= 0]].mean()
+    scores = task.scores({"loss": (6.0, 3), "shuffled_loss": (9.0, 3)})
+    assert scores["loss"] == 2.0 and scores["shuffled_loss"] == 3.0 and math.isclose(scores["perplexity"], math.e**2)
+    assert abs(scores["baseline_loss"] - nats) < 1e-9
+    assert "1.0 % below the unigram baseline" in task.verdict(scores | {"loss": 0.99 * scores["baseline_loss"]})
+    longer = PrefixTask(replace(config, network=NetworkConfig(context=30)), task.shards)
+    for i in (0, 3):
+        fixed = prefix_batch(torch.ones(16, 31).long(), seed=0, step=VALIDATION_STEP, first_row=16 * i, bos_id=1)
+        assert torch.equal(longer.validation[i]["visible_lengths"], fixed["visible_lengths"])
+    with pytest.raises(TrainError, match="--context 1: a row has a prefix and a rest"):
+        PrefixTask(replace(config, network=NetworkConfig(context=1)), task.shards)

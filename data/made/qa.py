@@ -10,25 +10,26 @@ The context is a few neighbouring docstrings of a module, each after its name an
     what       What is X?                            a class: "A <answer>." at its beginning
     do         What does X do?                       a function: its first sentence
 
-A question without an answer has one of the forms, each as often as among the answered ones. It asks for what the docstring does
-not say: it has no word of that kind; or the question (`if`, `what`, `do`) is about another definition of the module, which is
-not in the context. Neighbours before and after are chosen so that the answers, or the docstrings asked about, begin anywhere in
-their contexts, equally often.
+`do` is as frequent as the most frequent other form, and prefers docstrings that answer another question too: what is asked must
+be read. A question without an answer has one of the forms, each as often as among the answered ones. It asks for what the
+docstring does not say: it has no word of that kind; or the question (`if`, `what`, `do`) is about another definition of the
+module, which is not in the context. Neighbours before and after are chosen so that the answers, or the docstrings asked about,
+begin anywhere in their contexts, equally often.
 """
 
 import ast
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import NamedTuple
 
 from data.corpus.dedup import fingerprint
 from data.made.modules import Definition, Module, Record, draw
 from data.made.text import paragraphs, sentences
 
-CONTEXT_WORDS = 120  # at most, if the docstring asked about is not longer
-DOCSTRING_WORDS = 80  # a longer docstring is cut at the end of a sentence
+CONTEXT_WORDS = 80  # at most, if the docstring asked about is not longer
+DOCSTRING_WORDS = 60  # a longer docstring is cut at the end of a sentence
 ANSWER_WORDS = range(1, 16)
-NEIGHBOURS = 3  # docstrings, on each side
+NEIGHBOURS = 2  # docstrings, on each side
 EXCEPTION = r"[A-Za-z_.]*(?:Error|Exception|Warning|StopIteration|StopAsyncIteration|Exit|Interrupt|NoMatch|Timeout)\b"
 END = r"(?=[.;:,](?:\s|$)|\s\(|\s--?\s|$)"
 RETURN = re.compile(rf"(?:^|[.!?:]\s+|\s-\s)Returns?:?\s+(?P<answer>\S.*?){END}")
@@ -99,24 +100,27 @@ def make_qa(modules: list[Module], seed: int = 0, avoid: frozenset[bytes] = froz
     ":form:none".  avoid: fingerprints of contexts that are left out.
     """
     forms: dict[tuple[str, bool], list[Record]] = defaultdict(list)
+    several: set[str] = set()  # ids of questions about docstrings that answer another one too
     for module in modules:
         entries = [entry for found in module.definitions if (entry := make_entry(found))]
         answered = [question for i, entry in enumerate(entries) for question in ask(i, entry)]
+        count = Counter(question.anchor for question in answered)
         for question in [*answered, *ask_in_vain(module.name, entries, answered, seed)]:
             record = build(module.name, entries, question, seed)
             if record and fingerprint(record["context"]) not in avoid:
                 forms[question.form, bool(question.answer)].append(record)
+                if question.answer and count[question.anchor] > 1:
+                    several.add(record["id"])
     records = []
-    most = sum(len(forms[form, True]) for form in TEMPLATES if form != "do") // 4
+    most = max(len(forms[form, True]) for form in TEMPLATES if form != "do")
     for form in TEMPLATES:
-        with_answer, without = (in_order(forms[form, has_answer], seed) for has_answer in (True, False))
+        with_answer, without = (
+            sorted(forms[form, has_answer], key=lambda record: (record["id"] not in several, draw(seed, "qa", record["id"])))
+            for has_answer in (True, False)
+        )
         count = min(len(with_answer), 2 * len(without), most if form == "do" else len(with_answer))
         records += with_answer[:count] + without[: count // 2]
     return sorted(records, key=lambda record: draw(seed, "order", record["id"]))
-
-
-def in_order(records: list[Record], seed: int) -> list[Record]:
-    return sorted(records, key=lambda record: draw(seed, "qa", record["id"]))
 
 
 def make_entry(found: Definition) -> Entry | None:

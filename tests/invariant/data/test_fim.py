@@ -174,6 +174,10 @@ def test_what_stays_left_to_right(tokenizers):
         assert fim.piece(list(piece), choice, is_last=True)[0] == piece
     assert fim.piece([1, *body, 2], first, is_last=True)[0] != [1, *body, 2]
     assert fim.piece([1, 2], first, is_last=True)[0] == [1, 2]
+    short = [fim.piece([1, *body, 2], Choice("psm", 3, end), is_last=True)[0] for end in range(100, len(TEXTS[0]) + 1)]
+    moved = [ids for ids in short if ids[1] == fim.ids[PRE]]
+    assert min(ids.index(fim.ids[MID]) - ids.index(fim.ids[SUF]) for ids in moved) == 1  # a suffix may be truncated to nothing
+    assert len(moved) < len(short)
 
 
 def test_labels_of_middles(tokenizers):

@@ -274,18 +274,22 @@ class TagTask(RecordTask):
         from model.predict_tags import predicted_tags
         from train.label_report import tagged_line
 
-        lines = []
+        lines, usual = [], self.labels[max(range(len(self.labels)), key=self.baseline.train_counts.__getitem__)]
         for row in self.data.validation.values:
-            if (encoding := self.encode(row)) is None:
+            encoding = self.encode(row)
+            places, ids = encoding.first_positions if encoding else {}, self.label_ids(row)
+            if all(self.labels[ids[word]] == usual for word in places):
                 continue
-            places = encoding.first_positions
             (tags,) = predicted_tags(network, [Text(encoding.ids)], [list(places.values())], pad_id=self.pad_id)
-            words, ids = row[self.settings.words], self.label_ids(row)
+            words = row[self.settings.words]
             some = [(words[word], self.labels[tag], self.labels[ids[word]]) for word, tag in zip(places, tags, strict=True)]
-            lines.append(tagged_line(some[:SAMPLE_WORDS], outside="O"))
+            rarer = next(place for place, (_, _, true) in enumerate(some) if true != usual)
+            start = max(0, rarer - SAMPLE_WORDS // 2)
+            lines.append(tagged_line(some[start : start + SAMPLE_WORDS], outside=usual))
             if len(lines) == SAMPLES:
                 break
-        return "held-out texts: word/predicted tag (≠ the true one); words without a tag are O", "\n".join(lines)
+        title = f"held-out texts that have a rarer tag: word/predicted tag (≠ the true one), no tag is {usual}"
+        return title, "\n".join(lines)
 
     def example_command(self, folder: Path) -> str:
         return command("model", "predict", folder, (*self.config.data.validation, *self.config.data.corpus)[0])

@@ -10,26 +10,28 @@ from data.transforms.causal import IGNORE
 from train.objective import Objective, Result, Term
 
 
-def span_losses(logits_BT2: Tensor, labels_B2: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum -log p(start) and -log p(end) over the windows; p is a softmax over the positions with mask 1. Two scalars in nats.
+def span_loss(logits_BT2: Tensor, labels_B2: Tensor, mask_BT: Tensor) -> Tensor:
+    """Sum (-log p(start) - log p(end)) / 2 over the windows; p is a softmax over the positions with mask 1. A scalar in nats.
 
-    labels in int64: positions; -100 and positions beyond T are ignored. The mean of both means is the loss of transformers'
-    AutoModelForQuestionAnswering where no window is padded. Its padding takes part in the softmax, so that the loss of a window
-    depends on the longest of its batch; here it does not. (It also takes a negative position for 0.)
+    labels in int64: positions; a window with -100 or a position beyond T is ignored. Divided by the number of the others it is
+    the loss of transformers' AutoModelForQuestionAnswering where no window is padded. Its padding takes part in the softmax, so
+    that the loss of a window depends on the longest of its batch; here it does not. (It also takes a negative position for 0,
+    and ignores a start and an end apart.)
     """
     logits_BT2 = logits_BT2.to(torch.promote_types(logits_BT2.dtype, torch.float32))
     logits_BT2 = logits_BT2.masked_fill(mask_BT[..., None] == 0, -torch.inf)
-    labels_B2 = labels_B2.masked_fill(labels_B2 >= logits_BT2.size(1), IGNORE)
+    labels_B2 = labels_B2.masked_fill(~is_scored(labels_B2, logits_BT2.size(1))[:, None], IGNORE)
     pairs = zip(logits_BT2.unbind(-1), labels_B2.unbind(-1), strict=True)
-    start, end = (F.cross_entropy(logits_BT, y_B, ignore_index=IGNORE, reduction="sum") for logits_BT, y_B in pairs)
-    return start, end
+    return sum(F.cross_entropy(logits_BT, y_B, ignore_index=IGNORE, reduction="sum") for logits_BT, y_B in pairs) / 2
+
+
+def is_scored(labels_B2: Tensor, width: int) -> Tensor:
+    """Return which windows, of `width` tokens, have both positions inside."""
+    return ((labels_B2 >= 0) & (labels_B2 < width)).all(-1)
 
 
 class AnswerObjective(Objective):
-    """Objective of extractive question answering: labels B 1 2, start and end of a window's answer; -100 in unscored rows.
-
-    Two terms of weight 1/2, "start" and "end": a term is divided by its own count, as in transformers.
-    """
+    """Objective of extractive question answering: labels B 1 2, start and end of a window's answer; -100 in unscored rows."""
 
     uses = ("labels", "token_type_ids")
 
@@ -42,13 +44,10 @@ class AnswerObjective(Objective):
 
     def forward(self, batch: dict[str, Tensor]) -> Result:
         logits_BT2 = self.network(**self.inputs_of(batch)).logits
-        sums = span_losses(logits_BT2, batch["labels"].flatten(1), batch["attention_mask"])
-        counts = self.counts(batch)
-        return Result({name: Term(total, counts[name], 0.5) for name, total in zip(("start", "end"), sums, strict=True)})
+        total = span_loss(logits_BT2, batch["labels"].flatten(1), batch["attention_mask"])
+        return Result({"loss": Term(total, self.counts(batch)["loss"])})
 
     @staticmethod
     def counts(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Count the windows with a start and with an end."""
-        start_B, end_B = batch["labels"].flatten(1).unbind(-1)
-        width = batch["input_ids"].size(1)
-        return {name: ((y_B >= 0) & (y_B < width)).sum() for name, y_B in (("start", start_B), ("end", end_B))}
+        """Count the scored windows."""
+        return {"loss": is_scored(batch["labels"].flatten(1), batch["input_ids"].size(1)).sum()}

@@ -52,7 +52,7 @@ CASES = {
     "fim": Case("--objective fim"),
     "prefix": Case("--objective prefix"),
     "tag": Case("--objective tag", "tag", "mlm"),
-    "qa": Case("--objective qa", "qa", "mlm"),
+    "qa": Case("--objective qa --context 192 --dropout 0 --steps 700", "qa"),
     "pairs": Case("--objective pairs", "pairs", "mlm"),
     "pairs, a number": Case("--objective pairs --pairs.kind number --pairs.label score", "similarity", "mlm"),
 }

@@ -92,7 +92,7 @@ class QaTask(RecordTask):
         Needs(("loss",), lambda config: False, "a window has only as many logits as tokens"),
         Needs(("qa.null_threshold",), lambda config: not config.qa.always_answer, "--qa.always-answer never predicts none"),
     )
-    defaults = Defaults("tiny-encoder", 3e-3)
+    defaults = Defaults("tiny-encoder", 2e-3)
     architectures, head, unit = ("encoder", "decoder", "encoder-decoder"), "qa", "windows"
     wants_mask, label_names = True, ("start", "end", "start and end")  # names for drawings
 
@@ -279,8 +279,7 @@ class QaTask(RecordTask):
         if self.shuffled:
             objective = self.objective(network, None).train(network.training)
             batches = ({k: v.to(device) for k, v in own_rows(batch, ranks).items()} for batch in self.shuffled)
-            (start, count), (end, _) = evaluate(objective, batches, ranks=ranks).values()
-            totals["shuffled_loss"] = (start + end) / 2, count
+            totals["shuffled_loss"] = evaluate(objective, batches, ranks=ranks)["loss"]
         if self.scored:
             found = zip(self.spans(network, self.scored_windows), self.scored, strict=True)
             totals |= answer_totals([chosen_answer(self.settings, spans, row).text for spans, row in found], self.golds)
@@ -293,10 +292,9 @@ class QaTask(RecordTask):
         return find_answers(network, windows, batch_size=self.config.optimizer.batch_size, **options)
 
     def scores(self, totals: Totals) -> Scores:
-        (start, starts), (end, ends) = totals.pop("start"), totals.pop("end")
         means = {name: total / count for name, (total, count) in {**totals, **self.baselines}.items()}
         no_answer = {"no_answer": sum(not texts for texts in self.golds) / len(self.golds)} if self.golds else {}
-        return {"loss": (start / starts + end / ends) / 2, "baseline_loss": self.baseline_loss} | means | no_answer
+        return {"loss": means.pop("loss"), "baseline_loss": self.baseline_loss} | means | no_answer
 
     def score_line(self, scores: Scores) -> str:
         from train.answer_report import score_line

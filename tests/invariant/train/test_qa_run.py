@@ -1,4 +1,4 @@
-"""`--objective qa` through the real command: its scores by hand, a resume, several windows, one with `--qa.repair`."""
+"""`--objective qa` through the real command: its scores by hand, several windows, repaired and lost answers."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from data.transforms.answers import answer_windows, other_questions, window_labe
 from model.answer_spans import find_answers
 from tests.compare import absolute
 from tests.questions import questions, write_questions, write_rows
-from tests.runs import arguments, assert_same_end, command, last_checkpoint, metrics, stopped_at
+from tests.runs import arguments, command, last_checkpoint, metrics
 from train.answer_scores import answer_totals
 from train.tasks.qa import QaSettings, QaTask, chosen_answer, framer_of, right_answers
 
@@ -100,13 +100,6 @@ def test_what_is_said(run):
         assert text in run[1]
     assert "What does " in run[1] and "(true: " in run[1]
     assert "model predict" in run[1]
-
-
-def test_a_resume_ends_in_the_same_bytes(run, place, options):
-    stopped = stopped_at(12, *options, "--out", place / "stopped")
-    assert stopped.code == 130, stopped.err
-    assert command("--resume", place / "stopped").code == 0
-    assert_same_end(run[0], place / "stopped", SETTINGS["steps"])
 
 
 def test_answers_are_repaired_and_lost_ones_named(tmp_path, options):

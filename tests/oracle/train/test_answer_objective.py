@@ -10,10 +10,10 @@ from tests.compare import mixed
 from tests.conftest import randomized, tiny_config
 from tests.oracle.model.test_network import LIBRARY, ROUNDING, how
 from tests.oracle.wide import widen
-from train.answer_objective import AnswerObjective, span_losses
+from train.answer_objective import AnswerObjective, span_loss
 
 FAMILIES = ("bert", "roberta", "roformer", "gpt2", "llama", "qwen3", "t5", "bart")
-LABELS = [[2, 5], [0, 0], [8, 8], [3, 9], [99, 4]]  # the last but one has its end outside, and the last its start: not scored
+LABELS = [[2, 5], [0, 0], [8, 8], [99, 9], [9, 100]]  # the last two lie outside a window of nine tokens, and are not scored
 
 
 def published(family, folder):
@@ -38,13 +38,13 @@ def batch_of(network) -> tuple[dict, dict]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients(family, tmp_path, parity):
-    """Positions beyond the window are ignored, start and end apart."""
+    """Positions beyond the window are ignored."""
     network, theirs = published(family, tmp_path)
     own, other = batch_of(network)
     objective = AnswerObjective(network)
-    result, counts = objective.train()(own), objective.counts(own)
-    assert [int(counts[name]) for name in ("start", "end")] == [4, 4] == [int(each.count) for each in result.terms.values()]
-    loss = sum(term.weight * term.sum / term.count for term in result.terms.values())
+    term = objective.train()(own).terms["loss"]
+    assert int(term.count) == 3 == int(objective.counts(own)["loss"])
+    loss = term.sum / term.count
     library = theirs(**other)
     loss.backward()
     library.loss.backward()
@@ -65,17 +65,16 @@ def test_padding_takes_no_part(family, tmp_path, parity):
         if row < 3:
             alone.append(theirs(**{key: value[row : row + 1, :length] if value.dim() > 1 else value[row : row + 1]
                                    for key, value in other.items()}).loss)
-    own["labels"][3:] = -100
-    objective = AnswerObjective(network).eval()
-    terms = objective(own).terms
-    assert int(objective.counts(own)["start"]) == 3
-    error = mixed((terms["start"].sum + terms["end"].sum) / 2, sum(alone))
-    parity(f"{family}: question answering, padded", LIBRARY, error, *ROUNDING)
+    own["labels"][3:] = torch.tensor([[[-100, -100]], [[3, -100]]])  # a window with one position alone is not scored either
+    term = AnswerObjective(network).eval()(own).terms["loss"]
+    assert int(term.count) == 3
+    parity(f"{family}: question answering, padded", LIBRARY, mixed(term.sum, sum(alone)), *ROUNDING)
 
 
 def test_half_precision_logits_are_summed_in_float32():
     logits_BT2 = torch.randn(2, 5, 2).to(torch.bfloat16).requires_grad_()
-    start, end = span_losses(logits_BT2, torch.tensor([[1, 2], [0, 0]]), torch.ones(2, 5))
-    assert start.dtype == end.dtype == torch.float32
-    expected = torch.nn.functional.cross_entropy(logits_BT2.float()[..., 1], torch.tensor([2, 0]), reduction="sum")
-    torch.testing.assert_close(end, expected, rtol=0, atol=0)
+    labels_B2 = torch.tensor([[1, 2], [0, 0]])
+    loss = span_loss(logits_BT2, labels_B2, torch.ones(2, 5))
+    assert loss.dtype == torch.float32
+    expected = torch.nn.functional.cross_entropy(logits_BT2.float(), labels_B2, reduction="sum") / 2
+    torch.testing.assert_close(loss, expected)

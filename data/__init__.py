@@ -41,6 +41,7 @@ PUBLIC = {  # file: the names that it offers; `from data import load_tokenizer` 
     "tokenizer.sentencepiece": ("SentencePieceTokenizer",),
     "tokenizer.tokenizer_json": ("JsonTokenizer",),
     "tokenizer.training": ("train_tokenizer",),
+    "transforms.answers": ("answer_windows", "window_labels"),
     "transforms.causal": ("clm_batch",),
     "transforms.denoise": ("denoise_batch",),
     "transforms.framing": ("Framer",),

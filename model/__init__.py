@@ -54,6 +54,7 @@ PUBLIC = {  # file: the names that it offers; `from model import load` is the st
     "stopping": ("Stop",),
     "beam": ("Beams", "beam_search"),
     "streaming": ("TextStream",),
+    "answer_spans": ("find_answers", "rank_spans"),
     "resize": ("resize_vocabulary",),
     "parameters": ("CacheBytes", "adapter_parameters", "cache_bytes", "parameters_by_part"),
     "flops": ("Flops", "flops_per_token"),

@@ -10,6 +10,7 @@ from data.config import DataError
 from data.packing.blocks import FILLER
 from data.packing.document_blocks import DocumentBlocks
 from data.tokenizer.open import load_tokenizer
+from data.tokenizer.sentencepiece import SentencePieceTokenizer
 from data.tokenizer.training import train_tokenizer
 from data.transforms.causal import IGNORE, clm_batch
 from data.transforms.fim import (
@@ -259,6 +260,9 @@ def test_a_written_token_stays_text(tmp_path):
 def test_missing_tokens_are_named(tokenizers):
     with pytest.raises(DataError, match=r"no <fim-prefix>, <fim-suffix>, <fim-middle>, which .* santacoder needs: it has"):
         FillInMiddle(tokenizers["starcoder"], "santacoder")
+    cut = SentencePieceTokenizer(tokenizers["starcoder"].model_bytes, vocab_size=5)
+    with pytest.raises(DataError, match="'<fim_pad>' has id 6, and the network's vocabulary ends with 4"):
+        FillInMiddle(cut, "starcoder")
     plain = train_tokenizer(TEXTS, 480, ("<fim_prefix>", "<fim_middle>"))
     assert find_format(plain) is None
     with pytest.raises(DataError, match=r"no <fim_suffix>, which --fim.format starcoder needs: add .*model resize"):

@@ -11,6 +11,8 @@ import model.hub
 from data.config import DataConfig
 from data.tokenizer.open import load_tokenizer
 from data.tokenizer.training import train_tokenizer
+from model.commands.infill import Gap
+from model.config import ConfigError
 from tests.compare import absolute
 from tests.conftest import randomized, tiny_config
 from tests.runs import SETTINGS, arguments, assert_same_end, command, further, last_checkpoint, stopped_at, write_corpus
@@ -48,6 +50,7 @@ def test_a_run_learns(run):
     folder, out = run
     first, *_, last = validations(folder)
     assert last["loss"] < first["loss"] and last["infill_loss"] < first["infill_loss"] and last["shuffled_loss"] > 0
+    assert "'Return the'" not in out  # the printed command has words of this corpus
     assert "with another gap's suffix" in out and "tokens of starcoder" in out and "--prefix" in out and "in brackets" in out
 
 
@@ -104,6 +107,9 @@ def test_all_tokens_are_learned_but_padding(corpus):
     assert (labels == task.fim.end_id).sum() >= 200 and not (labels == task.fim.pad_id).any()
     whole = task.batch(task.stream.batch(3), 3, 0)
     assert all(torch.equal(torch.cat([batch[name] for batch in two]), whole[name]) for name in whole)
+    network = randomized(tiny_config("gpt2"))
+    objective = task.objective(network, sum, held_out=max)
+    assert objective.losses == {True: sum, False: max}
     document = task_of(corpus, rate=1.0, level="document")
     assert document.source.documents(0) == document.stream.document_indices(0)
     assert document.source.origin(2) == [f"document {number}" for number in document.stream.document_indices(2)]
@@ -156,6 +162,15 @@ def plain_folder(tmp_path_factory):
     model.hub.save(randomized(tiny_config("gpt2", vocab_size=300), dtype=torch.float32), folder)
     train_tokenizer([prose(0)], 300).save(folder)
     return folder
+
+
+def test_a_middle_has_the_rest_of_the_context(capsys):
+    gap = Gap("", "", [1] * 10, [])
+    assert gap.room(5, None) == gap.room(5, 14) == 5 and not capsys.readouterr().err
+    assert gap.room(6, 14) == 5 and "the middle has 5 tokens at most" in capsys.readouterr().err
+    assert gap.room(6, 10) == 1
+    with pytest.raises(ConfigError, match="have 10 tokens, and the context 9"):
+        gap.room(6, 9)
 
 
 def test_a_network_without_the_tokens(run, plain_folder, tmp_path):

@@ -173,6 +173,7 @@ def test_scores_and_the_shortest_row(options):
     assert scores["loss"] == 2.0 and scores["shuffled_loss"] == 3.0 and math.isclose(scores["perplexity"], math.e**2)
     assert abs(scores["baseline_loss"] - nats) < 1e-9
     assert "1.0 % below the unigram baseline" in task.verdict(scores | {"loss": 0.99 * scores["baseline_loss"]})
+    assert task.objective(randomized(tiny_config("gpt2")), sum, held_out=max).losses == {True: sum, False: max}
     longer = PrefixTask(replace(config, network=NetworkConfig(context=30)), task.shards)
     for i in (0, 3):
         fixed = prefix_batch(torch.ones(16, 31).long(), seed=0, step=VALIDATION_STEP, first_row=16 * i, bos_id=1)

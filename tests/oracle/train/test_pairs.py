@@ -47,6 +47,20 @@ def test_squared_error_and_gradients(family, tmp_path, parity):
     assert mixed(places.sum[0], other.logits[[1, 2, 0], 0]) < 1e-12 and places.sum[1].tolist() == [1, 1, 1]
 
 
+def test_a_16_bit_network_has_a_loss_in_32():
+    config = tiny_config("bert", head="sequence", labels=1)
+    network, number = randomized(config, dtype=torch.bfloat16), torch.tensor([0.3, 0.1, 1.7, torch.nan])
+    batch = batch_of(config, several=False) | {"labels": number, "row": torch.tensor([0, 1, 2, 0])}
+    objective = NumberObjective(network, held_out=3)
+    with torch.no_grad():
+        logit_B = network(batch["input_ids"], batch["attention_mask"], token_type_ids=batch["token_type_ids"]).logits[:3, 0]
+    assert logit_B.dtype == torch.bfloat16
+    with torch.no_grad():
+        found = objective.eval()(batch)
+    assert found.terms["loss"].sum.dtype == found.metrics["predictions"].sum.dtype == torch.float32
+    assert found.terms["loss"].sum.item() == pytest.approx((logit_B.float() - number[:3]).square().sum().item(), rel=1e-6)
+
+
 def matrix(rows: int = 240, columns: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
     x_BJ = torch.randn(rows, columns, dtype=torch.float64)
     return x_BJ, x_BJ @ torch.randn(columns, dtype=torch.float64) + 0.5 + torch.randn(rows, dtype=torch.float64)

@@ -62,6 +62,16 @@ def test_smoothing_is_of_training_only():
     assert mixed(objective.eval()(batch).terms["loss"].sum, multiclass_loss(logits_NC, labels_N.flatten())) < 1e-12
 
 
+def test_a_16_bit_network_has_a_loss_in_32():
+    config = tiny_config("bert", head="token", labels=len(LABELS))
+    objective, batch = TagObjective(randomized(config, dtype=torch.bfloat16)), batch_of(config)
+    with torch.no_grad():
+        logits_NC = objective.network(batch["input_ids"], batch["attention_mask"]).logits.flatten(0, 1)
+    total = objective.eval()(batch).terms["loss"].sum
+    assert logits_NC.dtype == torch.bfloat16 and total.dtype == torch.float32
+    assert total.item() == pytest.approx(multiclass_loss(logits_NC.float(), batch["labels"].flatten()).item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("scheme", ["IOB2", "IOBES"])
 def test_scores_of_batches_are_seqevals(scheme, parity):
     """Counts of several batches, added up: accuracy, precision, recall and F1 of all sentences together."""

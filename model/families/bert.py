@@ -46,7 +46,6 @@ SEGMENTS = {"vocab_size": 30522, "norm_eps": 1e-12, "token_types": 2, "pad_id": 
 PRESETS = {
     "bert-base": FAMILY | published(768, 12, 12) | SEGMENTS,
     "bert-large": FAMILY | published(1024, 24, 16) | SEGMENTS,
-    # The default of --objective mlm --mlm.nsp: small enough for two CPU cores, with the segments that RoFormer's lacks.
     "tiny-bert": FAMILY | published(128, 3, 4) | SEGMENTS | {"vocab_size": 2048, "context": 128},
 }
 

@@ -12,11 +12,11 @@ from model.families.bert import affine
 MODEL_TYPE = "roformer"
 _FAMILY = bert.FAMILY | {"family": MODEL_TYPE, "position": "rope", "rope": Rope()}
 
+_TINY = _FAMILY | bert.published(128, 3, 4) | {"vocab_size": 2048, "context": 128, "norm_eps": 1e-5, "pad_id": 0}
 PRESETS = {
     # The default of --objective mlm: trains in about two minutes on two CPU cores.
-    "tiny-encoder": _FAMILY
-    | bert.published(128, 3, 4)
-    | {"vocab_size": 2048, "context": 128, "norm_eps": 1e-5, "token_types": 1, "pad_id": 0},
+    "tiny-encoder": _TINY | {"token_types": 1},
+    "tiny-encoder-pairs": _TINY | {"token_types": 2},  # of --mlm.nsp
     "roformer-base": _FAMILY | bert.published(768, 12, 12) | bert.SEGMENTS | {"vocab_size": 50000, "context": 1536},
 }
 
@@ -47,6 +47,8 @@ def weights(config) -> tuple[tuple, ...]:
 _WORDS = bert.HEADS["mlm"].weights
 HEADS = {
     "mlm": HeadSpec("RoFormerForMaskedLM", _WORDS),
+    # transformers has no class for it: under BERT's names, so that RoFormerForMaskedLM finds its own part.
+    "pretraining": HeadSpec(None, bert.HEADS["pretraining"].weights, dense=True),
     "sequence": HeadSpec(
         "RoFormerForSequenceClassification",
         affine("head.dense", "classifier.dense", "matrix") + affine("head.out", "classifier.out_proj", "head"),

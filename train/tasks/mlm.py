@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SAMPLE_TOKENS, SAMPLE_EVERY, SAMPLE_PAIRS, SAMPLE_SIDE = 40, 6, 4, 8
 ALL_MASKED = {"mask_replace_prob": 1.0, "random_replace_prob": 0.0}  # in validation
-PAIR_DEFAULTS = Defaults("tiny-bert", 3e-3)  # of --mlm.nsp: a network with token types
+PAIR_DEFAULTS = Defaults("tiny-encoder-pairs", 3e-3)  # of --mlm.nsp: a network with token types
 
 
 @dataclass(frozen=True)

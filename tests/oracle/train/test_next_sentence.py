@@ -95,10 +95,26 @@ def test_terms_without_a_label_and_networks_without_types(tokenizer):
     assert torch.equal(*nats), "a network without token types does not read them"
 
 
+def test_a_roformer_folder_opens_in_transformers_without_its_pairs(tmp_path, parity):
+    """It has no class of both heads: the weights stand under BERT's names, and RoFormerForMaskedLM finds its own."""
+    network = randomized(tiny_config("roformer", head="pretraining", vocab_size=len(WORDS), token_types=2))
+    model.hub.save(network, tmp_path)
+    theirs, loading = transformers.RoFormerForMaskedLM.from_pretrained(
+        tmp_path, dtype=torch.float64, attn_implementation="eager", output_loading_info=True
+    )
+    assert not loading["missing_keys"]
+    assert all("pooler" in key or "seq_relationship" in key for key in loading["unexpected_keys"])
+    ids, types = torch.randint(5, len(WORDS), (2, 9)), torch.tensor([[0] * 4 + [1] * 5] * 2)
+    ours, other = network(ids, token_type_ids=types), widen(theirs.eval())(ids, token_type_ids=types)
+    parity("next sentence: RoFormer's masked tokens", LIBRARY, mixed(ours.logits, other.logits), *ROUNDING)
+    loaded = model.hub.load(tmp_path).eval()
+    assert torch.equal(loaded(ids, token_type_ids=types).pair_logits, ours.pair_logits)
+
+
 # ---- through the real command
 
 PAIRS = {k: v for k, v in SETTINGS.items() if k not in ("preset", "heads")}
-PAIRS |= {"objective": "mlm", "steps": 24, "eval-every": 12, "save-every": 8, "heads": 2}
+PAIRS |= {"objective": "mlm", "preset": "tiny-bert", "steps": 24, "eval-every": 12, "save-every": 8, "heads": 2}
 
 
 @pytest.fixture(scope="module")

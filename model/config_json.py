@@ -94,7 +94,7 @@ def write_config(config: ModelConfig, dtype: str, **settings: object) -> str:
     if config.head == "none" or architecture is None:
         written["head"] = config.head
     written |= rules.write_config(config) | ({BIDIRECTIONAL_PROMPT: True} if config.bidirectional_prompt else {})
-    extra = {key: value for key, value in config.extra.items() if key not in REPLACED}
+    extra = {key: value for key, value in config.extra.items() if key not in REPLACED or key in written}  # the same order again
     if config.head in CLASSIFIERS and len(extra.get("id2label") or ()) != config.labels:
         for name in NAMES_OF_LABELS:
             extra.pop(name, None)

@@ -110,12 +110,14 @@ def test_answers_are_repaired_and_lost_ones_named(tmp_path, options):
     rows[7]["answers"] = {"text": [long], "answer_start": [0]}
     corpus = write_rows(tmp_path / "bad.jsonl", rows)
     more = ["--corpus", corpus, "--steps", 1, "--qa.repair", "--qa.scored", 0, "--out", tmp_path / "run"]
+    more += ["--qa.max-length", SETTINGS["context"], "--eval-tokens", 2]  # one record at least is held out
     said = command(*options, *more)
     assert said.code == 0, said.err
     assert f"repaired 1 record with an answer off its offset: {corpus}:4" in said.out
     assert "lost     1 record left out" in said.out and f"{corpus}:8" in said.out
     assert "every question has an answer: --qa.always-answer" in said.out
-    assert "exact match" not in said.out
+    assert "exact match" not in said.out and "without reading" in said.out
+    assert "with another question" not in said.out, "there is no other one"
 
 
 def test_questions_about_one_context_are_held_out_together():

@@ -9,13 +9,19 @@ from tests.pairs_of_texts import NUMBER
 from tests.runs import command
 
 GOOD = [{"first": f"a {n}", "second": f"b {n}", "label": "yes" if n % 2 else "no", "score": n / 9} for n in range(24)]
-BASE = ["--objective", "pairs", "--device", "cpu", "--threads", 1, "--steps", 2]
+BASE = ["--objective", "pairs", "--device", "cpu", "--threads", 1, "--steps", 2, "--cache", ""]
 AS_NUMBER = [part for name, value in NUMBER.items() for part in (f"--pairs.{name}", value)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """One for all runs: most have the same words."""
+    BASE[BASE.index("--cache") + 1] = tmp_path_factory.mktemp("cache")
 
 
 def start(tmp_path, rows, *options, validation=None):
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    line = [*BASE, "--corpus", tmp_path / "corpus.jsonl", "--cache", tmp_path / "cache", "--out", tmp_path / "run", *options]
+    line = [*BASE, "--corpus", tmp_path / "corpus.jsonl", "--out", tmp_path / "run", *options]
     if validation is not None:
         (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in validation))
         line += ["--validation", tmp_path / "held.jsonl"]

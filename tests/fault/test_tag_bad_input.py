@@ -12,12 +12,18 @@ from tests.oracle.train.test_classify import SPECIALS
 from tests.runs import command
 
 GOOD = [{"words": ["os", f"x{n}"], "labels": ["B-MODULE", "O"]} for n in range(24)]
-BASE = ["--objective", "tag", "--device", "cpu", "--threads", 1, "--steps", 2]
+BASE = ["--objective", "tag", "--device", "cpu", "--threads", 1, "--steps", 2, "--cache", ""]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """One for all runs: most have the same words."""
+    BASE[BASE.index("--cache") + 1] = tmp_path_factory.mktemp("cache")
 
 
 def start(tmp_path, rows, *options, validation=None):
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    line = [*BASE, "--corpus", tmp_path / "corpus.jsonl", "--cache", tmp_path / "cache", "--out", tmp_path / "run", *options]
+    line = [*BASE, "--corpus", tmp_path / "corpus.jsonl", "--out", tmp_path / "run", *options]
     if validation is not None:
         (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in validation))
         line += ["--validation", tmp_path / "held.jsonl"]

@@ -20,7 +20,10 @@ from train.pair_baseline import BUCKETS, bucket, features, fit_classes, fit_numb
 SKLEARN = f"scikit-learn {sklearn.__version__}"
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2", "qwen3", "t5", "bart"])
+IN_SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("roberta", "gpt2", "bart")]
+
+
+@pytest.mark.parametrize("family", ["bert", "qwen3", "t5", *IN_SLOW])
 def test_squared_error_and_gradients(family, tmp_path, parity):
     """The last row only fills the batch up; -100 is a number like any other."""
     named = {"problem_type": "regression", "id2label": {"0": "score"}, "label2id": {"score": 0}}

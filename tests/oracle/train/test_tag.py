@@ -33,7 +33,10 @@ def batch_of(config, rows: int = 5) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "roformer", "gpt2", "qwen2", "llama"])
+IN_SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("roberta", "gpt2", "llama")]
+
+
+@pytest.mark.parametrize("family", ["bert", "roformer", "qwen2", *IN_SLOW])
 def test_loss_and_gradients(family, tmp_path, parity):
     config = tiny_config(family, head="token", labels=len(LABELS), pad_id=1 if family == "roberta" else 0)
     network = randomized(config)

@@ -27,9 +27,12 @@ OPTIONS = {  # drawing: (objective, its settings, context, vocabulary)
     "mlm --mlm.nsp": ("mlm", {"nsp": True}, 24, None),
     "prefix": ("prefix", {}, 20, None),
     "fim --fim.rate 1": ("fim", {"rate": 1.0, "level": "document"}, 30, None),
+    "span": ("span", {}, 40, None),
+    "denoise": ("denoise", {}, 24, None),
     "seq2seq": ("seq2seq", {}, 24, None),
     "classify": ("classify", {}, 24, None),
     "tag": ("tag", {}, 24, SPLIT),
+    "pairs": ("pairs", {"first": "source", "second": "target"}, 40, None),
     "qa": ("qa", {}, 40, None),
 }
 

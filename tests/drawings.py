@@ -75,7 +75,7 @@ def draw(name: str, folder: Path) -> str:
         **({objective: type(settings_of(kind(run=RunConfig(objective=objective))))(**settings)} if settings else {}),
     )
     made = task(config, task.open_data(config, None, lambda line: None))
-    return draw_example(made.source.batches(0)[0], made.tokenizer, names=made.label_names)
+    return draw_example(made.for_drawing(made.source.batches(0)[0]), made.tokenizer, names=made.label_names)
 
 
 def drawings() -> dict[str, str]:

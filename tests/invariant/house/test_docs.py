@@ -14,13 +14,16 @@ from typing import NamedTuple
 import pytest
 import torch
 
+import data.made.modules
 import model.hub
 import quant.__main__
+from data.made.modules import read_modules
 from eval.bleu import corpus_bleu
 from lora.inject import adapters
 from quant.linear import quantized_layers
 from tests.compare import mixed
 from tests.conftest import randomized, tiny_config
+from tests.invariant.data.test_made import is_wanted
 from tests.pairs import word_pairs
 from tests.runs import ROOT, command, last_checkpoint, write_corpus
 from train.options import read_options, resolve_aliases
@@ -37,12 +40,31 @@ def commands() -> list[tuple[str, str]]:
     found = {}
     for page in (page for page in PAGES if page.name not in WRITTEN):
         text = page.read_text(encoding="utf-8")
-        lines = [line for block in re.findall(r"```\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+        blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        lines = [line for language, block in blocks if not language for line in block.splitlines()]
         cells = [cell for row in text.splitlines() if row.startswith("|") for cell in re.findall(r"`([^`]*)`", row)]
         for line in (*lines, *cells):
             if COMMAND.fullmatch(line) and "…" not in line:
                 found.setdefault(" ".join(shlex.split(line, comments=True, posix=False)), page.name)
     return [(page, line) for line, page in found.items()]
+
+
+DATA_SETS = {  # of `python -m data task`, as the pages call them: the run of it, and its options
+    "names": ("tagger", "tag"),
+    "halves": ("belongs", "pairs"),
+    "functions": ("similar", "pairs --pairs.kind number --pairs.label score"),
+    "qa": ("runs/qa", "qa"),
+}
+
+
+def write_records(path: Path) -> None:
+    """Records with the columns of all of them."""
+    with path.open("w", encoding="utf-8") as file:
+        for n in range(40):
+            record = {"words": ["a", f"w{n}"], "labels": ["O", "B-X" if n % 2 else "O"], "first": f"w{n}", "second": "a b"}
+            record |= {"label": "yes" if n % 2 else "no", "score": n / 40, "question": "who", "context": f"it is w{n}"}
+            answers = {"text": [f"w{n}"] * (n % 2), "answer_start": [6] * (n % 2)}
+            file.write(json.dumps(record | {"answers": answers}) + "\n")
 
 
 class Place(NamedTuple):
@@ -62,7 +84,10 @@ def place(tmp_path_factory) -> Place:
     rows = [{"text": f"w{n} is it", "label": "ab"[n % 2], "source": f"w{n}", "target": "ab"[n % 2]} for n in range(60)]
     (folder / "PAIRS.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (folder / "reviews.csv").write_text("text,label\n" + "".join(f'"{r["text"]}",{r["label"]}\n' for r in rows))
-    names = {name: str(folder / name) for name in ("HYP", "REF", "A", "B", "PAIRS.jsonl", "reviews.csv")}
+    for name in DATA_SETS:
+        write_records(folder / f"{name}.jsonl")
+    names = {f"{name}/{split}.jsonl": str(folder / f"{name}.jsonl") for name in DATA_SETS for split in ("train", "validation")}
+    names |= {name: str(folder / name) for name in ("HYP", "REF", "A", "B", "PAIRS.jsonl", "reviews.csv")}
     names |= dict.fromkeys(("PATH", "CORPUS", "notes/", "stdlib-code"), corpus) | {"books/*.txt.gz": f"{corpus}/*.txt"}
     other = write_corpus(folder / "other", seed=1)
     names |= {"web=web/:7": f"web={corpus}:7", "code=src/:3": f"code={other}:3"}
@@ -75,9 +100,13 @@ def place(tmp_path_factory) -> Place:
 
     plain = trained("plain", f"--corpus {corpus} {TINY}")
     names |= dict.fromkeys(("RUN", "FOLDER", "BASE"), plain)
-    for kind, data in {"mlm": corpus, "classify": names["reviews.csv"], "seq2seq": names["PAIRS.jsonl"]}.items():
-        names[f"RUN of {kind}"] = trained(kind, f"--objective {kind} --corpus {data} {TINY}")
+    for kind, file in {"mlm": corpus, "classify": names["reviews.csv"], "seq2seq": names["PAIRS.jsonl"]}.items():
+        names[f"RUN of {kind}"] = trained(kind, f"--objective {kind} --corpus {file} {TINY}")
     names["ENCODER"] = names["RUN of mlm"]
+    for kind in ("span", "denoise", "fim"):
+        names[f"RUN of {kind}"] = trained(kind, f"--objective {kind} --corpus {corpus} {TINY}")
+    for name, (run, options) in DATA_SETS.items():
+        names[run] = trained(name, f"--objective {options} --corpus {folder / name}.jsonl {TINY}")
     names["ADAPTED_RUN"] = names["OTHER_RUN"] = trained("adapted", f"--init {plain} --adapter lora --corpus {corpus}")
     names["QLORA_RUN"] = trained("qlora", f"--init {plain} --adapter lora --quantize nf4 --corpus {corpus}")
     names["DIR"] = str(folder / "nf4")
@@ -103,7 +132,7 @@ def test_a_command_runs(page, line, place, tmp_path, monkeypatch):
     ranks = words[0] == "torchrun"
     program, *words = words[words.index("-m") + 1 :] if "-m" in words else words[words.index("touchstone") + 1 :]
     words, program = ([program, *words], "model") if program == "generate" else (words, program)
-    if kind := {"fill": "mlm", "predict": "classify"}.get(" ".join(words[:1])):
+    if kind := kind_of_run(words):
         words = [place.names[f"RUN of {kind}"] if word == "RUN" else word for word in words]
     new = [str(tmp_path / f"new{Path(word).suffix}") if last == "--out" else None for last, word in pairwise(["", *words])]
     words = [name or filled(word, place) for name, word in zip(new, words, strict=True)]
@@ -112,12 +141,22 @@ def test_a_command_runs(page, line, place, tmp_path, monkeypatch):
     if ranks:  # read alone: launching processes is tested elsewhere
         assert read_options(resolve_aliases(words)).run.steps == 1
         return
-    if program == "data":
+    if program == "data" and words[0] == "task":
+        monkeypatch.setattr(data.made.modules, "read_modules", lambda progress: read_modules(is_wanted))
+    elif program == "data":
         words += ["--cache", str(tmp_path / "cache")]
     if (program == "eval" and words[0] == "perplexity") or program == "quant":
         words += ["--cache", str(tmp_path / "cache")] if program == "quant" else []
     said = command(*words, main=importlib.import_module(f"{program}.__main__").main)
     assert said.code == 0, said.err
+
+
+def kind_of_run(words: list[str]) -> str | None:
+    """The objective of the RUN that a command needs."""
+    said = " ".join(words)
+    kinds = {"generate .*--prefix": "fim", "generate .*--source.*MASK": "denoise", "generate .*--source.*extra_id": "span"}
+    kinds |= {"fill ": "mlm", "predict RUN ": "classify"}
+    return next((kind for pattern, kind in kinds.items() if re.match(pattern, said)), None)
 
 
 def made_small(words: list[str], place: Place, tmp_path: Path) -> list[str]:
@@ -130,7 +169,7 @@ def made_small(words: list[str], place: Place, tmp_path: Path) -> list[str]:
         if name in words:
             del words[words.index(name) : words.index(name) + 2]
     words += [*shlex.split(SHORT), "--cache", str(place.folder / "cache"), "--out", str(tmp_path / "run")]
-    words += [] if "--init" in words else shlex.split(TINY)
+    words += [] if "--init" in words else shlex.split(TINY.partition(" --val-fraction")[0] if "--validation" in words else TINY)
     words += [] if "--corpus" in words else ["--corpus", place.names["PATH"]]
     return words
 

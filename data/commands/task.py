@@ -27,7 +27,7 @@ class Task:
 
     tag: module, function, class and constant names in documentation sentences (IOB2). qa: questions about docstrings, a third
     without an answer (SQuAD 2's records). pairs: do two halves of docstrings belong together? scores: how similar are two
-    functions, from 0 to 1? Validation records are of modules that training does not see.
+    functions (a number)? Validation records are of modules that training does not see.
     """
 
     name: tyro.conf.Positional[Literal["tag", "qa", "pairs", "scores"]]

@@ -4,7 +4,7 @@
 
 of the sets A, B of identifiers in their sources: names, attributes, parameters, keywords of calls. Texts are the whole sources
 without docstrings, comments and line breaks, so that the score is a function of both texts. Pairs are of one module, and some
-of any two. Both sources are about equally long, and for each length there are as many pairs in each tenth from 0 to 0.8 (above,
+of any two. Both sources are about equally long, and for each length there are as many pairs in each tenth from 0 to 0.7 (above,
 there are too few), so that lengths tell next to nothing of the score.
 """
 
@@ -16,14 +16,14 @@ from data.corpus.dedup import fingerprint
 from data.corpus.stdlib import without_surrogates
 from data.made.modules import Module, Record, draw
 
-LENGTHS = range(60, 240)  # characters of a source
+LENGTHS = range(60, 180)  # characters of a source
 LENGTH_STEP = 60  # characters, mean of both: pairs of one class
 LINES = 60  # of a function that is considered at all, its docstring among them
-INTERVALS = 8  # of a tenth
-RATIO = 1.12  # of the lengths in characters, at most: else the score is small by that alone
+INTERVALS = 7  # of a tenth
+RATIO = 1.2  # of the lengths in characters, at most: else the score is small by that alone
 MODULE_FUNCTIONS = 120  # of a module that are compared with one another
-MOST_USES = 6  # records that one function stands in
-SIZE = 6000  # records, at most
+MOST_USES = 12  # records that one function stands in
+SIZE = 10000  # records, at most
 
 
 class Function(NamedTuple):

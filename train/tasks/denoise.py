@@ -84,10 +84,10 @@ class DenoiseTask(SourceTask):
 
     @property
     def block_length(self) -> int:
-        context, around = self.config.network.context, len(self.frame.prefix) + len(self.frame.suffix)
-        if context <= around:
-            raise DataError(f"--context {context}: a text has {around} special tokens around it, and nothing is left for it")
-        return context - around
+        context, special_count = self.config.network.context, len(self.frame.prefix) + len(self.frame.suffix)
+        if context <= special_count:
+            raise DataError(f"--context {context}: a text has {special_count} special tokens, and nothing is left for it")
+        return context - special_count
 
     def corrupt(self, block_BT: "Tensor", step: int, first_row: int) -> Batch:
         from data.transforms.denoise import denoise_batch

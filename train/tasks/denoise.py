@@ -86,7 +86,8 @@ class DenoiseTask(SourceTask):
     def block_length(self) -> int:
         context, special_count = self.config.network.context, len(self.frame.prefix) + len(self.frame.suffix)
         if context <= special_count:
-            raise DataError(f"--context {context}: a text has {special_count} special tokens, and nothing is left for it")
+            taken = f"a text has {special_count} special tokens around it"
+            raise DataError(f"--context {context}: {taken}, and nothing is left for it")
         return context - special_count
 
     def corrupt(self, block_BT: "Tensor", step: int, first_row: int) -> Batch:

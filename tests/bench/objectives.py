@@ -47,7 +47,7 @@ CASES = {
     "mlm": Case("--objective mlm"),
     "mlm, whole words": Case("--objective mlm --mlm.whole-words"),
     "mlm, next sentence": Case("--objective mlm --mlm.nsp"),
-    "span": Case("--objective span --batch-size 32 --steps 1400"),
+    "span": Case("--objective span --corpus stdlib-code --context 64 --batch-size 32"),
     "denoise": Case("--objective denoise"),
     "fim": Case("--objective fim"),
     "prefix": Case("--objective prefix"),

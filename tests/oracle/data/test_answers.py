@@ -10,6 +10,7 @@ import sentencepiece
 import transformers
 from tokenizers import processors
 
+from data.config import MASK
 from data.tokenizer.open import load_tokenizer
 from data.tokenizer.training import train_tokenizer
 from data.transforms.answers import answer_tokens, answer_windows, cut_answer, window_labels, window_ranges
@@ -47,7 +48,7 @@ def roberta(folder: Path, side: str) -> None:
 
 def own(folder: Path, side: str) -> None:
     """As a new run trains one; transformers opens its tokenizer.json."""
-    train_tokenizer([*CONTEXTS, *QUESTIONS] * 9, 330, mask=True).save(folder)
+    train_tokenizer([*CONTEXTS, *QUESTIONS] * 9, 330, [MASK]).save(folder)
 
 
 def template(name: str):

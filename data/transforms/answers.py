@@ -105,6 +105,7 @@ def locate_answer(text: object, start: object, context: str, *, repair: bool) ->
         raise DataError(f"the answer {shorten(text)} is nowhere in its context of {len(context):,} characters")
     if not repair:
         has = f"has {shorten(context[start:][: len(text)])} there" if 0 <= start < len(context) else "ends before"
+        has = "begins later" if start < 0 else has
         raise DataError(
             f"the answer {shorten(text)} is not at its offset {start:,}: the context, of {len(context):,} characters, {has}. "
             f"It is at {shorten_list([f'{place:,}' for place in found])}: --qa.repair takes the nearest occurrence"

@@ -13,7 +13,7 @@ Two orders (Bavarian et al. 2022, arXiv 2207.14255), the tokens PRE, SUF and MID
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -144,12 +144,15 @@ class FillInMiddle:
         start, end = sorted(bits % (len(text) + 1) for bits in (choice.first, choice.second))
         return {"prefix": text[:start], "middle": text[start:end], "suffix": text[end:]}
 
-    def encode_parts(self, parts: Mapping[str, str], order: str) -> dict[str, list[int]]:
-        """Encode the parts. In the order spm of a joined format the middle holds prefix and middle, and the prefix is empty."""
+    def encode_parts(self, parts: Mapping[str, str], order: str, *, begins: bool = True) -> dict[str, list[int]]:
+        """Encode the parts; `begins`: they begin a document.
+
+        In the order spm of a joined format the middle holds prefix and middle, and the prefix is empty.
+        """
         if order == "spm" and self.format.is_joined:
-            joined = self.encode(parts["prefix"] + parts["middle"], is_first=True)
+            joined = self.encode(parts["prefix"] + parts["middle"], is_first=begins)
             return {"prefix": [], "suffix": self.encode(parts["suffix"]), "middle": joined}
-        return {name: self.encode(text, is_first=name == "prefix") for name, text in parts.items()}
+        return {name: self.encode(text, is_first=begins and name == "prefix") for name, text in parts.items()}
 
     def assemble(self, encoded: Mapping[str, Sequence[int]], order: str) -> tuple[list[int], list[int]]:
         """Return the ids of the parts in an order, with its tokens and without an end, and the kind of each."""
@@ -186,13 +189,13 @@ class FillInMiddle:
         body: its ids without bos and eos. Where one id is bos and eos, that of the next document ends this one.
         """
         tokenizer = self.tokenizer
-        choice, has_one = self.choose(DOCUMENT, epoch, index), tokenizer.bos_id == tokenizer.eos_id
+        choice, is_bos_eos = self.choose(DOCUMENT, epoch, index), tokenizer.bos_id == tokenizer.eos_id
         if choice.order is None:
             ids = self.as_text(body)
-            return ids if has_one else [*ids, tokenizer.eos_id]
+            return ids if is_bos_eos else [*ids, tokenizer.eos_id]
         parts = self.split(tokenizer.decode(body), choice)
         ids, _ = self.assemble(self.encode_parts(parts, choice.order), choice.order)
-        return ids if has_one and END not in self.ids else [*ids, self.end_id]
+        return ids if is_bos_eos and END not in self.ids else [*ids, self.end_id]
 
     # ---- context level
 
@@ -224,15 +227,15 @@ class FillInMiddle:
         if FILLER in piece:
             return piece, [OTHER] * len(piece)
         tokenizer = self.tokenizer
-        has_one = tokenizer.bos_id == tokenizer.eos_id
+        is_bos_eos = tokenizer.bos_id == tokenizer.eos_id
         begin = piece[:1] if piece[0] == tokenizer.bos_id else []
-        body = piece[len(begin) : -1 if piece[-1] == tokenizer.eos_id and not has_one else None]
+        body = piece[len(begin) : -1 if piece[-1] == tokenizer.eos_id and not is_bos_eos else None]
         unchanged = [*begin, *self.as_text(body), *piece[len(begin) + len(body) :]][: len(piece)], [OTHER] * len(piece)
         text = tokenizer.decode(body)
         if choice.order is None or not text or "\ufffd" in text:  # a row may begin or end inside a character
             return unchanged
-        end = [] if has_one and END not in self.ids and not is_last else [self.end_id]
-        parts = self.encode_parts(self.split(text, choice), choice.order)
+        end = [] if is_bos_eos and END not in self.ids and not is_last else [self.end_id]
+        parts = self.encode_parts(self.split(text, choice), choice.order, begins=bool(begin))
         tokens_added = sum(name not in PARTS for name in self.format.orders[choice.order])
         excess = len(begin) + tokens_added + sum(map(len, parts.values())) + len(end) - len(piece)
         if excess > len(parts["suffix"]):
@@ -264,11 +267,21 @@ def middle_labels(labels_BT: Tensor, kinds_BT1: Tensor, ignore: int) -> Tensor:
     return labels_BT.masked_fill(kinds_BT1[:, 1:] != MIDDLE, ignore)
 
 
-def with_wrong_suffix(batch: dict[str, Tensor], kinds_BT1: Tensor) -> dict[str, Tensor]:
-    """Return the batch with `shuffled_ids` (B, T): the ids, where the suffixes of the batch have moved on by half of their
-    tokens, so that each middle has the suffix of others."""
-    shuffled_BT = batch["input_ids"].clone()
-    is_suffix_BT = kinds_BT1[:, :-1] == SUFFIX
-    suffix_N = shuffled_BT[is_suffix_BT]
-    shuffled_BT[is_suffix_BT] = suffix_N.roll(len(suffix_N) // 2)
+def with_wrong_suffix(batch: dict[str, Tensor], kinds_BT1: Tensor, pad_id: int | None = None) -> dict[str, Tensor]:
+    """Return the batch with `shuffled_ids` (B, T): the ids, with each gap's suffix replaced by that of another gap.
+
+    The other gap is half of the batch's gaps further on; its suffix is cut, or repeated, to the length. Padding stays.
+    """
+    ids_BT, shuffled_BT = batch["input_ids"], batch["input_ids"].clone()
+    is_suffix_BT = (kinds_BT1[:, :-1] == SUFFIX) & (ids_BT != (-1 if pad_id is None else pad_id))
+    gaps = [
+        (row, [*places])
+        for row, flags in enumerate(is_suffix_BT.tolist())
+        for is_suffix, places in groupby(range(len(flags)), flags.__getitem__)
+        if is_suffix
+    ]
+    half = len(gaps) // 2
+    for (row, places), (other_row, others) in zip(gaps, [*gaps[half:], *gaps[:half]], strict=True):
+        suffix = ids_BT[other_row, others].repeat(-(-len(places) // len(others)))
+        shuffled_BT[row, places] = suffix[: len(places)]
     return batch | {"shuffled_ids": shuffled_BT}

@@ -1,13 +1,16 @@
-"""`python -m model predict`: what a network with labels says of each record of a file; by its head labels, tags or answers."""
+"""`python -m model predict`: predict the label, number, tags or answer of each record of a file, by the network's head."""
 
+import re
 from dataclasses import fields
 from importlib import import_module
 from typing import NamedTuple
 
+from data.config import DataError
 from model.commands.opening import open_network
 from model.commands.predict_options import Predict
 from model.commands.predict_records import WRITERS, Opened, read_rows_of
 from model.config import ConfigError
+from train.runs.errors import TrainError
 
 
 class Served(NamedTuple):
@@ -47,7 +50,10 @@ def predict(options: Predict) -> None:
     tokenizer = load_tokenizer(folder, network.config.vocab_size)
     places, rows = read_rows_of(options.file)
     serve = import_module(f"model.commands.{HEADS[head].module}").serve
-    serve(options, Opened(folder, network, tokenizer, rows, places))
+    try:
+        serve(options, Opened(folder, network, tokenizer, rows, places))
+    except (DataError, TrainError) as error:  # training's options are named there
+        raise type(error)(re.sub(r"--(?:qa|tag|classify|pairs)\.", "--", str(error))) from None
 
 
 def refuse_foreign(options: Predict, head: str) -> None:

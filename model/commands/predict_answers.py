@@ -124,7 +124,7 @@ def score(results: Sequence[Row], places: Sequence[str], settings: "QaSettings")
         try:
             right = read_answers(row[settings.answers], row[settings.context], repair=settings.repair)
         except DataError as error:
-            raise DataError(f"{place}: {error}") from None
+            raise DataError(f"{place}: {str(error).partition(': --qa.repair')[0]}") from None
         golds.append([answer.text for answer in right])
     totals = answer_totals([row[PREDICTED] for row in results], golds)
     line = score_text({name: total / count for name, (total, count) in totals.items()})

@@ -105,7 +105,7 @@ def test_the_nearest_occurrence_is_taken():
     assert [answer.start for answer in tie] == [0, 0]
     assert [is_misplaced({"text": ["ab"], "answer_start": [at]}, text) for at in (0, 1, 3)] == [False, True, False]
     assert is_misplaced([{"text": "b", "answer_start": -1}], "ab"), "not from the end"
-    with pytest.raises(DataError, match=r"not at its offset -1: the context, of 2 characters, ends before"):
+    with pytest.raises(DataError, match=r"not at its offset -1: the context, of 2 characters, begins later"):
         read_answers([{"text": "b", "answer_start": -1}], "ab")
 
 

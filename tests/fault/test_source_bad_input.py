@@ -20,7 +20,7 @@ BAD = {  # the options: what is said
     ("span", "--preset", "tiny"): "trains networks of the architecture 'encoder-decoder'",
     ("denoise", "--denoise.mask", 1.5): "--denoise.mask 1.5: a fraction, from 0 to 1",
     ("denoise", "--denoise.mask-random", -0.5): "--denoise.mask-random -0.5: a fraction, from 0 to 1",
-    ("denoise", "--denoise.poisson", 17): "--denoise.poisson 17.0: must be above 0, and at most 16",
+    ("denoise", "--denoise.poisson", 17): "--denoise.poisson 17.0: must be from 0.1 to 16",
     ("denoise", "--denoise.mask", 0, "--denoise.poisson", 3): "--denoise.poisson would have no effect: --denoise.mask 0 masks",
     ("denoise", "--denoise.mask", 0, "--denoise.mask-random", 0.1): "--denoise.mask-random would have no effect: without",
     ("denoise", "--denoise.mask", 0, "--denoise.permute", 0): "--denoise.mask, permute, insert and rotate are all 0:",

@@ -175,19 +175,23 @@ class ClassifyTask(RecordTask):
         from data.config import DataError
         from data.example import Example
 
-        encoding = self.encode(row)
-        if encoding.truncated:
-            if self.settings.overlong == "error":
+        encoding, action = self.encode(row), self.overlong_action(row)
+        if encoding.truncated and action is not None:
+            if action == "error":
                 raise DataError(
                     f"{self.row_names[id(row)]} has {len(encoding.ids) + encoding.truncated:,} tokens, and there is room for "
                     f"{self.framer.max_length:,} ({self.option}.max-length, --context). {self.option}.overlong cut or drop "
                     "goes on without"
                 )
             self.overlong.add(id(row))
-            if self.settings.overlong == "drop":
+            if action == "drop":
                 return []
         extra = {"token_type_ids": np.array(encoding.type_ids, dtype=np.int64)} if self.settings.pair is not None else {}
         return [Example(np.array(encoding.ids, dtype=np.int64), self.target(row), extra=extra)]
+
+    def overlong_action(self, row: "Row") -> str | None:
+        """Return what is done with a record that is too long; None: it is truncated, and not counted."""
+        return self.settings.overlong
 
     def target(self, row: "Row") -> "np.ndarray":
         """Return the id of a text's class, (); or an indicator of its labels, (1, C)."""

@@ -42,8 +42,8 @@ class Settings:
         for name in ("mask", "permute", "mask_random", "insert", "rotate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise TrainError(f"--denoise.{name.replace('_', '-')} {getattr(self, name)}: a fraction, from 0 to 1")
-        if not 0 < self.poisson <= 16:
-            raise TrainError(f"--denoise.poisson {self.poisson}: must be above 0, and at most 16")
+        if not 0.1 <= self.poisson <= 16:  # far below, nearly all spans have 0 words
+            raise TrainError(f"--denoise.poisson {self.poisson}: must be from 0.1 to 16")
         if not (self.mask or self.permute or self.insert or self.rotate):
             raise TrainError("--denoise.mask, permute, insert and rotate are all 0: there is no noise to remove")
 

@@ -130,7 +130,8 @@ class FimTask(CausalTask):
 
         ids_BT1, kinds_BT1 = every.blocks(block_BT1, VALIDATION_STEP, first_row)
         batch = self.labelled(ids_BT1)
-        return with_wrong_suffix(batch | {"labels": middle_labels(batch["labels"], kinds_BT1, IGNORE)}, kinds_BT1)
+        labels = middle_labels(batch["labels"], kinds_BT1, IGNORE)
+        return with_wrong_suffix(batch | {"labels": labels}, kinds_BT1, self.fim.pad_id)
 
     def introduction(self) -> str:
         settings = self.settings

@@ -118,10 +118,13 @@ class PairsTask(ClassifyTask):
         self.validation = [*self.validation, *self._shuffled_batches()]
 
     def _shuffled_batches(self) -> list[dict]:
-        """Return the held-out batches once more, each record with the second text of the one half of all further on."""
+        """Return the held-out batches once more: each record with the second text of the record N / 2 places later, cyclically.
+
+        A pair that is too long then is truncated: nobody gave it.
+        """
         from data.packing.examples import ExampleSource
 
-        rows, column = self.data.validation, self.settings.second
+        rows, column = self.retained(self.data.validation), self.settings.second
         seconds = [row[column] for row in rows.values]
         shift = max(1, len(seconds) // 2) if len(seconds) > 1 else 0
         wrong = [{**row, column: seconds[(place + shift) % len(seconds)]} for place, row in enumerate(rows.values)]
@@ -129,7 +132,6 @@ class PairsTask(ClassifyTask):
         self.shuffled = set(map(id, wrong))
         self.row_names |= {id(row): name for row, name in zip(wrong, rows.names, strict=True)}
         self.places |= {id(row): place for place, row in enumerate(wrong)}
-        long = set(self.overlong)
         source = ExampleSource(
             wrong,
             self.transform,
@@ -139,9 +141,17 @@ class PairsTask(ClassifyTask):
             names=rows.names.__getitem__,
             sequence_level=self.source.sequence_level,
         )
-        batches = source.evaluation_batches()
-        self.overlong = long
-        return batches
+        return source.evaluation_batches()
+
+    def retained(self, rows: "Rows") -> "Rows":
+        """Return the records that --pairs.overlong drop does not leave out."""
+        from data.sources.records import select_rows
+
+        is_dropping = self.settings.overlong == "drop"
+        return select_rows(rows, [not (is_dropping and self.encode(row).truncated) for row in rows.values])
+
+    def overlong_action(self, row: "Row") -> str | None:
+        return None if id(row) in self.shuffled else super().overlong_action(row)
 
     def transform(self, row: "Row", random: "np.random.Generator") -> "list[Example]":
         import numpy as np
@@ -154,7 +164,7 @@ class PairsTask(ClassifyTask):
     # ---- evaluation
 
     def score_baseline(self) -> None:
-        """Score what ignores the texts, and what counts words."""
+        """Score the class frequencies, and the models of words."""
         super().score_baseline()
         self.words = self.word_scores()
 
@@ -172,9 +182,10 @@ class PairsTask(ClassifyTask):
         def pairs(rows: "Rows") -> list[tuple[str, str]]:
             return [(row[self.settings.first], row[self.settings.second]) for row in rows.values]
 
-        train, held_out, scores = self.targets(self.data.train), self.targets(self.data.validation), {}
+        train_rows, held_out_rows = self.retained(self.data.train), self.retained(self.data.validation)
+        train, held_out, scores = self.targets(train_rows), self.targets(held_out_rows), {}
         for kind in COLUMNS:
-            output = baseline_outputs(pairs(self.data.train), train, pairs(self.data.validation), kind, len(self.labels))
+            output = baseline_outputs(pairs(train_rows), train, pairs(held_out_rows), kind, len(self.labels))
             scores |= {f"{kind}_loss": round(losses(output, held_out).item(), 6)}
             scores |= {f"{kind}_{name}": round(value, 6) for name, value in self.output_scores(output, held_out).items()}
         return scores
@@ -246,7 +257,8 @@ class NumberTask(PairsTask):
 
     def score_baseline(self) -> None:
         self.held_out = self.targets(self.data.validation)
-        self.baseline_loss = (self.held_out - self.mean).square().mean().item()
+        self.mean = self.targets(self.retained(self.data.train)).mean().item()
+        self.baseline_loss = (self.targets(self.retained(self.data.validation)) - self.mean).square().mean().item()
         self.words = self.word_scores()
 
     def label_table(self) -> str:

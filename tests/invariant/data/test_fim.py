@@ -194,11 +194,18 @@ def test_labels_of_middles(tokenizers):
             expected.append(id if inside else IGNORE)
             inside = (inside or id == fim.ids[MID]) and id != fim.end_id
         assert own == expected[1:]
-    wrong = with_wrong_suffix(batch, kinds)["shuffled_ids"]
-    is_suffix = kinds[:, :-1] == SUFFIX
+    wrong = with_wrong_suffix(batch, kinds, fim.pad_id)["shuffled_ids"]
+    is_suffix = (kinds[:, :-1] == SUFFIX) & (batch["input_ids"] != fim.pad_id)
     assert torch.equal(wrong[~is_suffix], batch["input_ids"][~is_suffix])
     assert (wrong != batch["input_ids"])[is_suffix].double().mean() > 0.8
-    assert torch.equal(wrong[is_suffix].sort().values, batch["input_ids"][is_suffix].sort().values)
+
+
+def test_a_wrong_suffix_is_that_of_another_gap():
+    """Cut or repeated to its length; padding stays, and nothing of a gap's own suffix is left."""
+    kinds = torch.tensor([[0, SUFFIX, SUFFIX, SUFFIX, 0, SUFFIX, 0], [0, SUFFIX, SUFFIX, 0, 0, 0, 0]])
+    ids = torch.tensor([[1, 10, 11, 12, 1, 20, 1], [1, 30, 9, 1, 1, 1, 1]])
+    wrong = with_wrong_suffix({"input_ids": ids[:, :-1]}, kinds, pad_id=9)["shuffled_ids"]
+    assert wrong.tolist() == [[1, 20, 20, 20, 1, 30], [1, 10, 9, 1, 1, 1]]
 
 
 def test_one_token_that_begins_and_ends(tokenizers):

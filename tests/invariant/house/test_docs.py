@@ -87,6 +87,7 @@ def place(tmp_path_factory) -> Place:
     for name in DATA_SETS:
         write_records(folder / f"{name}.jsonl")
     names = {f"{name}/{split}.jsonl": str(folder / f"{name}.jsonl") for name in DATA_SETS for split in ("train", "validation")}
+    names["TAGS.jsonl"] = names["names/train.jsonl"]
     names |= {name: str(folder / name) for name in ("HYP", "REF", "A", "B", "PAIRS.jsonl", "reviews.csv")}
     names |= dict.fromkeys(("PATH", "CORPUS", "notes/", "stdlib-code"), corpus) | {"books/*.txt.gz": f"{corpus}/*.txt"}
     other = write_corpus(folder / "other", seed=1)

@@ -248,3 +248,32 @@ def test_other_families(preset, options, place, tmp_path):
     said = command(*options, *KINDS["number"], "--preset", preset, "--steps", 4, "--sample-every", 4, "--out", tmp_path / "run")
     assert said.code == 0, said.err
     assert len(predictions(tmp_path / "run", place / "corpus.jsonl")) == 160
+
+
+def write_uneven(place: Path, rows: list[tuple[int, int]], numbers: list[float]) -> list[str]:
+    """Write held-out records with texts of so many tokens; return the options of a run on them."""
+    records = []
+    for n, ((first, second), number) in enumerate(zip(rows, numbers, strict=True)):  # a digit is a token: no piece has one
+        records.append({"first": "7" * first, "second": "8" * second, "label": ["yes", "no"][n % 2], "score": number})
+    (place / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records), encoding="utf-8")
+    settings = {name: value for name, value in SETTINGS.items() if name != "val-fraction"}
+    return arguments(settings | {"validation": place / "held.jsonl", "steps": 2, "eval-every": 1, "out": place / "run"})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pairs_that_nobody_gave_are_truncated(kind, place, tmp_path):
+    """Swapped second texts may make a pair too long: that is no error of a record, and nothing that is counted."""
+    words = write_uneven(tmp_path, [(30, 3), (3, 30)], [0.2, 0.4])
+    options = ["--pairs.overlong", "error", "--corpus", place / "corpus.jsonl", "--cache", place / "cache"]
+    said = command(*words, *KINDS[kind], *options)
+    assert said.code == 0, said.err
+    row = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert row["shuffled_loss"] != row["loss"] and "\nlong " not in said.out
+
+
+def test_a_dropped_record_is_in_no_score(place, tmp_path):
+    words = write_uneven(tmp_path, [(3, 2), (2, 3), (40, 40)], [0.2, 0.4, 1000.0])
+    options = ["--pairs.overlong", "drop", "--corpus", place / "corpus.jsonl", "--cache", place / "cache"]
+    assert command(*words, *KINDS["number"], *options).code == 0
+    row = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert row["baseline_loss"] < 1 and row["words_loss"] < 1

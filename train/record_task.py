@@ -171,3 +171,11 @@ class RecordTask(Task):
             fraction = weight / sum(weights.values())
             sources.append(f"{name} {fraction:.1%}, {rows * fraction / self.sources[name].rows_in_epoch(0):.1f} epochs")
         return f"mixture  {'; '.join(sources)}\n" if sources else ""
+
+
+def check_max_length(config: "TrainConfig") -> None:
+    """Raise TrainError where --NAME.max-length exceeds the context of the run, which no row does."""
+    length, context = settings_of(config).max_length, config.network.context
+    if length is not None and length > context:
+        option = f"--{config.run.objective}.max-length {length}"
+        raise TrainError(f"{option}: the rows of this run have at most {context} tokens (--context)")

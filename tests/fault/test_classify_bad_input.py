@@ -54,6 +54,7 @@ BAD = {  # records, options: what the message holds
         ["--classify.overlong", "error", "--context", 64],
         ["corpus.jsonl:25 has ", "there is room for 64", "--classify.overlong cut or drop"],
     ),
+    "long": (GOOD, ["--classify.max-length", 4096], ["--classify.max-length 4096: the rows of this run have at most "]),
     "max length": (GOOD, ["--classify.max-length", 0], ["--classify.max-length 0: must be at least 1"]),
 }
 

@@ -51,6 +51,7 @@ BAD = {  # records, options: what the message holds
     "best number": (GOOD, [*AS_NUMBER, "--pairs.best", "f1"], ["with --pairs.kind number one of loss, pearson, spearman"]),
     "balance": (GOOD, [*AS_NUMBER, "--pairs.balance"], ["--pairs.balance would have no effect: a number has no classes"]),
     "smoothing": (GOOD, [*AS_NUMBER, "--label-smoothing", 0.1], ["--label-smoothing and --z-loss are for classes"]),
+    "long": (GOOD, ["--pairs.max-length", 4096], ["--pairs.max-length 4096: the rows of this run have at most "]),
     "max length": (GOOD, ["--pairs.max-length", 0], ["--pairs.max-length 0: must be at least 1"]),
     "no room": (GOOD, ["--pairs.max-length", 4], ["4 tokens have no room for a text: 4 are special tokens"]),
     "too long": (

@@ -53,6 +53,7 @@ BAD = {  # records, options: what the message holds
     ),
     "all dropped": (GOOD, ["--tag.overlong", "drop", "--tag.max-length", 3], ["records made an example"]),
     "no room": (GOOD, ["--tag.max-length", 2], ["2 tokens have no room for a word: 2 are special tokens"]),
+    "long": (GOOD, ["--tag.max-length", 4096], ["--tag.max-length 4096: the rows of this run have at most "]),
     "max length": (GOOD, ["--tag.max-length", 0], ["--tag.max-length 0: must be at least 1"]),
     "scheme": (GOOD, ["--tag.labels", "pos", "--tag.scheme", "IOB2"], ["--tag.scheme IOB2: tag 'NOUN' is not an IOB2 tag"]),
     "no entities": (GOOD, ["--tag.labels", "pos", "--tag.best", "f1"], ["these labels spell no entities: --tag.best accuracy"]),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from data.shell import command
 from train.command_line import Needs
-from train.record_task import RecordTask
+from train.record_task import RecordTask, check_max_length
 from train.registry import settings_of
 from train.task import Defaults, Info, Scores, Totals
 
@@ -121,6 +121,7 @@ class ClassifyTask(RecordTask):
 
     def __init__(self, config: "TrainConfig", data: "LabelledData"):
         self.settings = settings = settings_of(config)
+        check_max_length(config)
         self.framer = framer_of(settings, data.tokenizer, config.network.context)
         self.overlong: set[int] = set()  # id() of the records that were cut or left out
         splits = (data.train, data.validation)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from data.shell import command
-from train.record_task import RecordTask
+from train.record_task import RecordTask, check_max_length
 from train.registry import settings_of
 from train.runs.errors import TrainError
 from train.task import Defaults, Info, Scores, Totals
@@ -116,8 +116,8 @@ class TagTask(RecordTask):
         from data.transforms.tags import WordFramer
 
         settings: TagSettings = settings_of(config)
-        context = config.network.context
-        self.framer = WordFramer(data.tokenizer, max_length=min(context, settings.max_length or context))
+        check_max_length(config)
+        self.framer = WordFramer(data.tokenizer, max_length=settings.max_length or config.network.context)
         self.ids = {name: id for id, name in enumerate(data.labels)}
         self.labels = self.label_names = data.labels
         self.entities = entities_of(settings, data.labels)

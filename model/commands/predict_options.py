@@ -26,21 +26,21 @@ class Predict:
     pair: str | None = None
     """The column with the second text. Default: what the run was trained with, else none."""
     words: str | None = None
-    """Of tags: the column with the words, a list. Default: what the run was trained with, else "words"."""
+    """The column with the words, a list. Default: what the run was trained with, else "words"."""
     context: str | None = None
-    """Of answers: the column with the context. Default: what the run was trained with, else "context"."""
+    """The column with the context of a question. Default: what the run was trained with, else "context"."""
     question: str | None = None
-    """Of answers: the column with the question. Default: what the run was trained with, else "question"."""
+    """The column with the question. Default: what the run was trained with, else "question"."""
     top: int = 0
-    """Of answers: list so many of the best ones, with offsets and probabilities, in the column `top`."""
+    """List so many of the best answers, with offsets and probabilities, in the column `top`."""
     stride: int | None = None
-    """Of answers: tokens of the context that neighbouring windows share. Default: that of the run, else a third of a window."""
+    """Tokens of a question's context that neighbouring windows share. Default: that of the run, else a third of a window."""
     max_answer: int | None = None
-    """Of answers: most tokens of one. Default: that of the run, else 30."""
+    """Most tokens of an answer. Default: that of the run, else 30."""
     null_threshold: float | None = None
-    """Of answers: none where its score exceeds that of the best span by more than this. Default: that of the run, else 0."""
+    """Predict no answer where its score exceeds that of the best span by more than this. Default: that of the run, else 0."""
     always_answer: bool | None = None
-    """Of answers: never none. Default: what the run was trained with."""
+    """Predict an answer to every question. Default: what the run was trained with."""
     score: bool = False
     """Compare with the labels in the file: accuracy, F1, entity F1; of numbers the mean squared error; of answers exact match
     and F1."""

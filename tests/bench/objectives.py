@@ -44,7 +44,7 @@ class Case(NamedTuple):
     start: str = ""
 
 
-# Nothing of this size learns in minutes, from nothing, to compare the words of two texts (docs/LOG.md).
+# Small networks had not begun to compare the words of two texts when they were stopped (docs/LOG.md).
 PRETRAINED = "--context 96 --batch-size 16 --steps 150 --optimizer adamw --lr 1e-4 --warmup 0.1 --eval-tokens 20000"
 CASES = {
     "clm": Case("--objective clm"),

@@ -1,4 +1,4 @@
-"""What masked-language modelling and next-sentence prediction refuse, each with what to do."""
+"""Refusals of masked-language modelling and next-sentence prediction, each with a remedy."""
 
 import pytest
 from tokenizers import processors

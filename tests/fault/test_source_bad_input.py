@@ -1,4 +1,4 @@
-"""What cannot be trained as span corruption or denoising: told in a line with the option, the numbers and what to do."""
+"""Refusals of span corruption and denoising: told in a line with the option, the numbers and what to do."""
 
 import pytest
 

@@ -299,7 +299,7 @@ def test_fillers_and_long_sources():
 
 
 class Words:
-    """As much of a tokenizer as the tables need."""
+    """The part of a tokenizer that the tables need."""
 
     token_bytes = [b"", b"", b"", b"", b" a", b"b", b".", b" .", b"..", b"\n", b" "]  # noqa: RUF012
     special_ids, mask_id, eos_id, vocab_size, files = frozenset({0, 1, 2}), 3, 2, 11, {"tokenizer.model": b""}

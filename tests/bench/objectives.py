@@ -74,7 +74,7 @@ class Found(NamedTuple):
 def run_case(case: Case, folder: Path, home: Path) -> Found:
     line = [sys.executable, "-m", "train", *case.options.split(), "--out", folder, "--cache", home / "cache"]
     if case.data:
-        made = home / case.data
+        made = home / "data" / case.data
         if not made.exists():
             make = [sys.executable, "-m", "data", "task", case.data, "--out", made]
             subprocess.run(make, check=True, stdout=subprocess.DEVNULL)

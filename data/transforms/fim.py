@@ -164,11 +164,16 @@ class FillInMiddle:
             kinds += [PARTS.get(piece, OTHER)] * len(own)
         return ids, kinds
 
-    def prompt(self, prefix: str, suffix: str) -> list[int]:
-        """Return the ids after which the middle is generated, in the first published order."""
-        order = self.format.published[0]
-        encoded = {"prefix": self.encode(prefix, is_first=True), "suffix": self.encode(suffix), "middle": []}
-        return self.assemble(encoded, order)[0]
+    def build_prompt(self, prefix: str, suffix: str, order: str | None = None) -> list[int]:
+        """Return the ids after which the middle is generated: a transformed text up to its middle.
+
+        order: None is the first published one. In the order spm of a joined format the middle goes on without a seam: it may
+        complete the last word of the prefix. Errors (DataError): the format lacks the order.
+        """
+        order = order or self.format.published[0]
+        if order not in self.format.orders:
+            raise DataError(f"the format {self.name} has no order {order}: it has {', '.join(self.format.orders)}")
+        return self.assemble(self.encode_parts({"prefix": prefix, "suffix": suffix, "middle": ""}, order), order)[0]
 
     # ---- choices
 

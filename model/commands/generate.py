@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
@@ -49,6 +49,9 @@ class Generate:
     Llama's, Qwen's, DeepSeek's, Codestral's)."""
     suffix: str | None = None
     """Fill in the middle: the text after the gap."""
+    infill_order: Literal["psm", "spm"] | None = None
+    """For a gap: prefix, suffix, middle (psm), or suffix, prefix, middle (spm). Default: that of the format's published models.
+    A small network that was trained here uses the suffix in spm alone."""
     specials: bool = True
     """Read a control token in --prompt or --source (<|eot_id|>, </s> …) as that token, as transformers does."""
     max_new_tokens: int | None = None
@@ -88,6 +91,7 @@ class Generate:
         Needs(("temperature", *SAMPLING), lambda options: options.beams in (None, 1), "--beams draws nothing"),
         Needs(("stream",), lambda options: options.beams in (None, 1) or not options.stream, "--beams settle at the end"),
         Needs(SAMPLING, lambda options: options.temperature != 0, "--temperature 0 always takes the best token"),
+        Needs(("infill_order",), lambda options: options.is_infill, "it is for a gap, and there is no --prefix or --suffix"),
         Needs(
             ("specials",),
             lambda options: bool(options.prompt or options.source),
@@ -113,7 +117,8 @@ def generate(options: Generate) -> None:
     is_answer = network.config.architecture == "encoder-decoder"  # an answer, not a continuation
     check_text(options, network.config)
     longest = context_window(network)
-    gap = open_gap(options.prefix or "", options.suffix or "", network.config, tokenizer) if options.is_infill else None
+    sides = (options.prefix or "", options.suffix or "")
+    gap = open_gap(*sides, network.config, tokenizer, options.infill_order) if options.is_infill else None
     # the text to print before, ids, and the view of the answer's tokens if the source has sentinels
     texts = [] if gap is None else [(gap.prefix, gap.ids, None)]
     for text in () if gap is not None else options.source if is_answer else (options.prompt,):

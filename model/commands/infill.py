@@ -32,8 +32,11 @@ class Gap:
         return min(room, max_new_tokens)
 
 
-def open_gap(prefix: str, suffix: str, config: "ModelConfig", tokenizer: "Tokenizer") -> Gap:
-    """Return the gap of --prefix and --suffix in the format of the tokenizer. Errors: it has none (ConfigError)."""
+def open_gap(prefix: str, suffix: str, config: "ModelConfig", tokenizer: "Tokenizer", order: str | None = None) -> Gap:
+    """Return the gap of --prefix and --suffix in the format of the tokenizer; `order` is that of --infill-order.
+
+    Errors: the tokenizer has no format (ConfigError), or the format no such order (DataError).
+    """
     from data.transforms.fim import FORMATS, FillInMiddle, find_format
     from model.commands.opening import note_unknown
 
@@ -45,7 +48,7 @@ def open_gap(prefix: str, suffix: str, config: "ModelConfig", tokenizer: "Tokeni
         )
     fim = FillInMiddle(tokenizer, name)
     try:
-        ids = [*tokenizer.affixes.prefix, *fim.prompt(prefix, suffix)]
+        ids = [*tokenizer.affixes.prefix, *fim.build_prompt(prefix, suffix, order)]
     except UnicodeEncodeError:
         raise ConfigError("--prefix or --suffix is not valid UTF-8") from None
     for option, text in (("--prefix", prefix), ("--suffix", suffix)):

@@ -64,6 +64,7 @@ REFUSED = {  # a command line, whose first option is idle: why
     "model generate x --top-k 5 --beams 2": "--beams draws nothing",
     "model generate x --stream --beams 2": "--beams settle at the end",
     "model generate x --top-p 0.5 --temperature 0": "--temperature 0 always takes the best token",
+    "model generate x --infill-order spm --prompt a": "it is for a gap, and there is no --prefix or --suffix",
     "model generate x --no-specials": "it is for --prompt or --source, and there is neither",
     "model predict x y --label z": "it names what --score compares with",
     "model info --batch-size 2": "without a NETWORK the presets are listed",

@@ -54,6 +54,9 @@ class DocumentBatches(BlockBatches):
 class FimTask(CausalTask):
     """Fill in the middle. The loss is that of plain held-out text, left to right, as of --objective clm; beside it the loss of
     middles of fixed held-out gaps (infill_loss), and of the same middles with another gap's suffix (shuffled_loss).
+
+    These gaps are in the order psm, or in spm where no other is trained (--fim.spm-rate 1; a format that tokenizes prefix and
+    middle together then scores both). Samples are in spm, if it is trained: there a small network uses the suffix.
     """
 
     Settings: ClassVar[type] = Settings
@@ -96,7 +99,7 @@ class FimTask(CausalTask):
             self.stream = DocumentBlocks(shards.train.ids, self.fim.document, **options, **ids)
             self.source = DocumentBatches(self)
         size = optimizer.batch_size
-        every = self.transform_of(config, tokenizer, rate=1.0, spm_rate=0.0)
+        every = self.transform_of(config, tokenizer, rate=1.0, spm_rate=float(self.settings.spm_rate == 1))
         infill = [
             self.infill_batch(every, block, i * size) for i, block in enumerate(sequential_blocks(self.held_out, context, size))
         ]
@@ -167,6 +170,10 @@ class FimTask(CausalTask):
 
     # ---- samples
 
+    @property
+    def sample_order(self) -> str:
+        return "spm" if self.settings.spm_rate > 0 else "psm"
+
     def gap(self) -> tuple[str, str, str]:
         """Return prefix, middle and suffix of a gap in held-out text: the end of a line."""
         text = self.tokenizer.decode(self.sample_prompt(4 * SAMPLE_CHARACTERS))[: 2 * SAMPLE_CHARACTERS]
@@ -175,15 +182,20 @@ class FimTask(CausalTask):
         end = end if 0 < end < len(text) - 1 else len(text) * 2 // 3
         return text[:middle], text[middle:end], text[end:]
 
+    def gap_ids(self, prefix: str, suffix: str) -> list[int]:
+        return [*self.tokenizer.affixes.prefix, *self.fim.build_prompt(prefix, suffix, self.sample_order)]
+
     def sample(self, network: "nn.Module", device: "torch.device") -> tuple[str, str]:
         import torch
 
         from model.generate import generate
 
         prefix, middle, suffix = self.gap()
-        tokenizer = self.tokenizer
-        ids = [*tokenizer.affixes.prefix, *self.fim.prompt(prefix, suffix)][-self.config.network.context + SAMPLE_TOKENS :]
-        options = {"max_new_tokens": SAMPLE_TOKENS, "temperature": 0.0, "stop_ids": [self.fim.end_id, *self.fim.ids.values()]}
+        tokenizer, context = self.tokenizer, self.config.network.context
+        new_tokens = min(SAMPLE_TOKENS, context // 2)
+        while len(ids := self.gap_ids(prefix, suffix)) > context - new_tokens and (prefix or suffix):
+            prefix, suffix = prefix[len(prefix) // 4 + 1 :], suffix[: len(suffix) * 3 // 4]
+        options = {"max_new_tokens": new_tokens, "temperature": 0.0, "stop_ids": [self.fim.end_id, *self.fim.ids.values()]}
         new = generate(network, torch.tensor([ids], device=device), **options)
         text = f"{prefix}[{tokenizer.decode(new[0].tolist())}]{suffix}".strip("\n")
         return f"held-out text, and in brackets the middle that the network writes in place of {middle!r}", text
@@ -193,7 +205,8 @@ class FimTask(CausalTask):
         if not is_built_in_corpus(self.config):
             words = " ".join(self.tokenizer.decode(self.sample_prompt()).split()[:6]).split(" ")
             prefix, suffix = " ".join(words[:2]), " " + " ".join(words[4:])
-        return command("model", "generate", folder, "--prefix", prefix, "--suffix", suffix)
+        gap = ("--prefix", prefix, "--suffix", suffix, "--infill-order", self.sample_order)
+        return command("model", "generate", folder, *gap)
 
 
 TASK = FimTask

@@ -14,6 +14,7 @@ from data.tokenizer.sentencepiece import SentencePieceTokenizer
 from data.tokenizer.training import train_tokenizer
 from data.transforms.causal import IGNORE, clm_batch
 from data.transforms.fim import (
+    DOCUMENT,
     FORMATS,
     MID,
     MIDDLE,
@@ -80,6 +81,41 @@ def test_a_wrong_order_is_seen(tokenizers, monkeypatch):
         ids = fim.document(tokenizer.encode(text), 0, 0)
         with pytest.raises(AssertionError):
             assert joined(fim, ids) == text
+
+
+@pytest.mark.parametrize("order", ["psm", "spm"])
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_prompt_is_a_training_row_up_to_its_middle(name, order, tokenizers):
+    """Without a seam (Code Llama's spm) too, except where a token of the row has letters of both prefix and middle."""
+    tokenizer, crossed, whole = tokenizers[name], 0, 0
+    fim = FillInMiddle(tokenizer, name, rate=1.0, spm_rate=float(order == "spm"))
+    for index, text in enumerate(TEXTS):
+        for epoch in range(6):
+            row = fim.document(tokenizer.encode(text), epoch, index)
+            parts = fim.split(text, fim.choose(DOCUMENT, epoch, index))
+            prompt = fim.build_prompt(parts["prefix"], parts["suffix"], order)
+            if order == "psm" or name != "codellama":
+                assert row == [*prompt, *fim.encode(parts["middle"]), fim.end_id]
+                continue
+            begin = prompt.index(fim.ids[MID]) + 1
+            assert row[:begin] == prompt[:begin]
+            borders = {len(tokenizer.decode(row[begin:end])) for end in range(begin, len(row))}
+            is_crossed = len(parts["prefix"]) not in borders
+            crossed, whole = crossed + is_crossed, whole + (not is_crossed)
+            assert is_crossed or row[: len(prompt)] == prompt
+    assert (crossed > 20 and whole > 20) == (order == "spm" and name == "codellama")
+
+
+def test_the_order_of_a_prompt(tokenizers):
+    """By default the first published one; Codestral's has no other."""
+    fim = FillInMiddle(tokenizers["qwen"], "qwen")
+    assert fim.build_prompt("a", "b") == fim.build_prompt("a", "b", "psm") != fim.build_prompt("a", "b", "spm")
+    tokenizer = train_tokenizer(TEXTS, 480, ("[PREFIX]", "[SUFFIX]"))
+    fim = FillInMiddle(tokenizer, find_format(tokenizer))
+    expected = [4, *fim.encode("the b"), 3, *tokenizer.encode("a")]
+    assert fim.build_prompt("a", "the b") == fim.build_prompt("a", "the b", "spm") == expected
+    with pytest.raises(DataError, match="the format codestral has no order psm: it has spm"):
+        fim.build_prompt("a", "the b", "psm")
 
 
 def test_shares_and_cuts(tokenizers):

@@ -51,7 +51,8 @@ def test_a_run_learns(run):
     first, *_, last = validations(folder)
     assert last["loss"] < first["loss"] and last["infill_loss"] < first["infill_loss"] and last["shuffled_loss"] > 0
     assert "'Return the'" not in out  # the printed command has words of this corpus
-    assert "with another gap's suffix" in out and "tokens of starcoder" in out and "--prefix" in out and "in brackets" in out
+    assert "with another gap's suffix" in out and "tokens of starcoder" in out
+    assert "--infill-order spm" in out and "in brackets" in out
 
 
 @pytest.mark.slow
@@ -119,15 +120,19 @@ def generated(run, *options):
     return command("generate", run, *options, main=model.__main__.main)
 
 
-def test_a_gap_is_filled(run, tmp_path):
+@pytest.mark.parametrize("order", ["psm", "spm"])
+def test_a_gap_is_filled(order, run):
+    """Psm, the first published order, by default."""
     gap = ("--prefix", "the file", "--suffix", " of objects.", "--temperature", 0)
+    gap += ("--infill-order", order) if order == "spm" else ()
     said = generated(run[0], *gap)
     assert said.code == 0 and said.out.startswith("the file") and said.out.endswith(" of objects.\n")
     assert "the middle has" in said.err  # the context is 32
     assert said.out == generated(run[0], *gap, "--no-stream").out
     folder = last_checkpoint(run[0])
     tokenizer, network = load_tokenizer(folder), model.hub.load(folder).eval()
-    ids = [1, 3, *tokenizer.encode("the file"), 4, *tokenizer.encode(" of objects."), 5]
+    prefix, suffix = tokenizer.encode("the file"), tokenizer.encode(" of objects.")
+    ids = [1, 3, *prefix, 4, *suffix, 5] if order == "psm" else [1, 3, 4, *suffix, 5, *prefix]
     names = ("<s>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>")
     assert [tokenizer.control_tokens[name] for name in names] == [1, 3, 4, 5]
     text = "the file"
@@ -138,6 +143,9 @@ def test_a_gap_is_filled(run, tmp_path):
         ids.append(best)
         text += tokenizer.token_bytes[best].decode()
     assert said.out == f"{text} of objects.\n"
+
+
+def test_a_suffix_alone(run):
     only = generated(run[0], "--suffix", " of objects.", "--max-new-tokens", 2, "--beams", 2)
     assert only.code == 0 and only.out.endswith(" of objects.\n")
 

@@ -3,10 +3,12 @@
 Where to read first: `step` (one optimizer step, the heart, in 40 lines), then `objective` and `losses/` (the loss that is
 minimised), `engine` (the state that a step advances, and its files), `loop` (the run around the steps; `start` begins it):
 
-    config            the options of `python -m train`; `options` reads them, `needs` has those that need others
+    config            the options of `python -m train`; `options` reads them, `check` refuses values, `needs` those that lack
+                      another option
     config_toml       config.toml, in and out; `overrides`: options that a resume may change
     command_line      shared by all command lines: messages, notes, options without effect
     start, loop       start or resume a run; the run around the steps; `interrupt`: Ctrl-C and SIGTERM
+    saving, early_stop    a run's checkpoints; the end of a run that no longer improves
     dry_run           a run set up, checked and estimated: no step of it counts
     resolve, setup    every "auto" decided; from settings to objects: data, network, optimizers
     engine, step, objective    the network with its optimizers; one step; the loss of a batch

@@ -3,7 +3,6 @@
 A value "auto" is resolved once, when the run starts; the run's `config.toml` holds the resolved value.
 """
 
-import math
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,12 +10,12 @@ from typing import Any, Literal
 from data.config import DataConfig
 from lora.config import CONFIGS
 from quant.config import FourBit, QatConfig
+from train.check import check
 from train.losses.choose import LOSSES
 from train.optimizers.precision import PRECISIONS
 from train.optimizers.registry import optimizer_names
 from train.optimizers.schedule import SCHEDULES
 from train.recompute import MODES
-from train.runs.errors import TrainError
 
 # Defaults of every objective; those of one objective stand in its task. They are what two minutes on two cores are best spent
 # on, in bits per byte of runs like the default one (docs/LOG.md, 2026-11-21). Muon's rate: beside 0.03 with 8 texts a step,
@@ -199,6 +198,13 @@ class ReportConfig:
     """Number of latest checkpoints to keep; the best is kept anyway. Also --save-total-limit."""
     early_stop: int = 0
     """Stop after this many validations without a new best; 0: never."""
+    early_stop_on: tuple[str, ...] = ()
+    """Scores of the validation that --early-stop watches; one that improves is enough to go on. Default: the one that chooses
+    the best checkpoint."""
+    min_delta: float = 0.0
+    """What a new best of --early-stop must gain at least; less does not count."""
+    keep_best: bool = False
+    """At the end put the weights of the best validation back into the network, as other commands read a run anyway."""
     verbose: bool = True
     """Print progress, not only errors and the end."""
     profile: bool = False
@@ -244,81 +250,7 @@ class TrainConfig(_Fields):
 
     def check(self) -> None:
         """Refuse invalid values (TrainError); each message names the option and the value."""
-        run, optimizer, report = self.run, self.optimizer, self.report
-        least = {
-            "steps": (run.steps, 1),
-            "seed": (run.seed, 0),
-            "threads": (run.threads, 0),
-            "batch-size": (optimizer.batch_size, 1),
-            "accumulate": (optimizer.accumulate, 1),
-            "log-every": (report.log_every, 1),
-            "eval-every": (1 if report.eval_every is None else report.eval_every, 1),
-            "eval-tokens": (report.eval_tokens, 2),
-            "sample-every": (report.sample_every, 0),
-            "save-every": (1 if report.save_every is None else report.save_every, 1),
-            "keep": (report.keep, 1),
-            "early-stop": (report.early_stop, 0),
-            "clip": (optimizer.clip, 0),
-            "lr": (0 if optimizer.lr is None else optimizer.lr, 0),
-            "matrix-lr": (0 if optimizer.matrix_lr is None else optimizer.matrix_lr, 0),
-            "z-loss": (optimizer.z_loss, 0),
-            "recompute-every": (self.speed.recompute_every, 1),
-            "weight-decay": (0 if optimizer.weight_decay is None else optimizer.weight_decay, 0),
-        }
-        for name, (value, minimum) in least.items():
-            if not minimum <= value < math.inf:  # so that NaN is refused too
-                raise TrainError(f"--{name} {value}: must be at least {minimum}, and finite")
-        for name, value in (("warmup", optimizer.warmup), ("final-lr", optimizer.final_lr)):
-            if not 0 <= value <= 1:
-                raise TrainError(f"--{name} {value}: a fraction, from 0 to 1")
-        rates = [
-            ("momentum", optimizer.momentum),
-            ("dropout", self.network.dropout),
-            ("label-smoothing", optimizer.label_smoothing),
-            ("ema", optimizer.ema),
-        ]
-        for name, value in rates + [("betas", beta) for beta in optimizer.betas]:
-            if not 0 <= value < 1:
-                raise TrainError(f"--{name} {value}: must be at least 0 and below 1")
-        if run.seed >= 2**63:
-            raise TrainError(f"--seed {run.seed}: must be below 2^63")
-        if run.threads > 1024:
-            raise TrainError(f"--threads {run.threads}: must be at most 1024, and is best at most the number of cores")
-        for name in ("context", "width", "depth", "heads", "mlp_width"):
-            value = getattr(self.network, name)
-            if value is not None and value < 1:
-                raise TrainError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-        if run.epochs is not None and not 0 < run.epochs < math.inf:
-            raise TrainError(f"--epochs {run.epochs}: must be above 0, and finite")
-        if run.freeze is not None and run.adapter != "none":
-            raise TrainError(f"--freeze {run.freeze}: --adapter {run.adapter} freezes all weights of --init already")
-        self.check_adapter()
-        self.check_qat()
-
-    def check_adapter(self) -> None:
-        chosen = self.run.adapter
-        if chosen != "none" and self.run.init is None:
-            raise TrainError(f"--adapter {chosen} needs a network's weights: --init RUN or a model folder")
-        if chosen == "none" and self.run.quantize != "none":
-            raise TrainError(f"--quantize {self.run.quantize}: 4-bit weights cannot be trained: add --adapter lora")
-        if chosen != "none" and "shard" in (self.run.mesh or ""):
-            raise TrainError(f"--adapter {chosen} does not go with --mesh {self.run.mesh}: replicate does")
-        if chosen != "none" and self.speed.precision == "bf16-pure":
-            raise TrainError(f"--adapter {chosen} is trained in float32: --precision bf16 casts the frozen weights alone")
-        for name in CONFIGS:
-            if name != chosen and getattr(self, name) != CONFIGS[name]():
-                raise TrainError(f"--{name}.… has no effect: add --adapter {name}")
-
-    def check_qat(self) -> None:
-        chosen = self.run.qat
-        if chosen == "none" and self.qat != QatConfig():
-            raise TrainError("--qat.… has no effect: add --qat int8")
-        if chosen != "none" and self.run.adapter != "none":
-            raise TrainError(f"--qat {chosen} trains all weights, and --adapter {self.run.adapter} freezes them")
-        if chosen != "none" and "shard" in (self.run.mesh or ""):
-            raise TrainError(f"--qat {chosen} does not go with --mesh {self.run.mesh}: replicate does")
-        if chosen != "none" and self.speed.precision == "bf16-pure":
-            raise TrainError(f"--qat {chosen}: bfloat16 weights lose small updates; --precision bf16 keeps them in float32")
+        check(self)
 
 
 def optimizer_of(config: TrainConfig) -> str:

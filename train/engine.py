@@ -196,6 +196,19 @@ class Engine:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{folder} does not fit this run: {error}") from error
 
+    @torch.no_grad()
+    def restore_weights(self, folder: Path) -> None:
+        """Replace the weights and their averages by a checkpoint's; moments, schedule and step stay."""
+        stored, parameters = stored_tensors(folder), self.weights()
+        kinds = {"weights": parameters, "averages": self.averages.named_state() if self.averages is not None else {}}
+        if not any(key.startswith("weights.") for key in stored):  # they are the published folder's
+            loaded = model.hub.load(folder, dtype=next(self.network.parameters()).dtype).named_parameters()
+            stored = {**stored, **{f"weights.{name}": value for name, value in loaded}}
+        for kind, live in kinds.items():
+            for name, value in live.items():
+                key = f"{kind}.{name}"
+                copy_(value, shard_like(stored, key, parameters.get(name), self.mesh.shard_index, self.mesh.shard))
+
 
 def stored_tensors(folder: Path) -> Mapping[str, Tensor]:
     """The tensors of a checkpoint, sharded or not, under the names of `Engine.tensors`."""

@@ -1,6 +1,5 @@
 """The training loop: feed batches to the engine, log, validate, sample, save, and stop."""
 
-import json
 import math
 import signal
 import time
@@ -10,14 +9,12 @@ from pathlib import Path
 
 import torch
 
-from data.messages import format_count
 from data.prefetch import Prefetcher
-from data.shell import quote
-from model.folders import EXTRAS, copy_auxiliary_files
 from quant.qat import converted
 from train.allocator import keep_freed_memory
 from train.config import TrainConfig
 from train.config_toml import to_plain, with_absolute_paths
+from train.early_stop import EarlyStopping, is_better
 from train.evaluate import evaluate
 from train.interrupt import StopRequest
 from train.objective import ids_of
@@ -32,31 +29,20 @@ from train.reports.step_profiler import StepProfiler
 from train.reports.summary import Session, comparable, conclude, introduction
 from train.reports.tensorboard import TensorBoard
 from train.resolve import resolve_data, resolve_network, resolve_steps
-from train.runs.checkpoint import (
-    STATE,
-    STATE_FORMAT,
-    latest_verified,
-    prune,
-    read_state,
-    restore_pointers,
-    step_of,
-    write_checkpoint,
-    write_pointer,
-    write_settings,
-)
-from train.runs.errors import CheckpointError, TrainError
+from train.runs.checkpoint import latest_verified, restore_pointers, write_settings
+from train.runs.errors import TrainError
+from train.saving import load_checkpoint, restore_best, save_checkpoint
 from train.setup import open_data, open_engine, open_network, own_device
 from train.step import StepResult
 
-SAVED = ("tokens", "best", "bad_evaluations")  # attributes that a checkpoint holds, beside the engine's state
 MAX_SKIPPED = 30  # skipped steps in a row; more mean that the run is broken, not one batch
 
 
 class Run:
     """A training run on one rank: its data, console output and files. The engine takes the steps.
 
-    A checkpoint stores the attributes `SAVED`, and the state of the engine and of the batch source. Learning rates, noise and
-    most batches are functions of the step, so they are not stored. A label that is not -100 is called scored.
+    A checkpoint (`train.saving`) stores the engine's state and little else: learning rates, noise and most batches are
+    functions of the step. A label that is not -100 is called scored.
     """
 
     def __init__(self, config: TrainConfig, ranks: Ranks, *, resume: bool, defaulted: tuple[str, ...] = ()):
@@ -82,7 +68,8 @@ class Run:
 
         self.tokens = 0  # scored labels since step 0, of skipped steps too
         self.best: dict | None = None  # the scores of the best validation, and its step
-        self.bad_evaluations = 0  # validations since the best one
+        report = config.report
+        self.early_stopping = EarlyStopping(report.early_stop, report.early_stop_on, report.min_delta, self.task)
         self.skipped_in_a_row = 0
         self.signal = 0  # the signal that stopped the run
         self.positions, self.rows = 0.0, 0  # read in this session (since the start or the resume), padding included
@@ -92,7 +79,7 @@ class Run:
         self.extra_files_from = config.run.init if checkpoint is None else checkpoint
         self._resumes, self._checkpoint = resume, checkpoint
         if checkpoint is not None:
-            self._load(checkpoint)
+            load_checkpoint(self, checkpoint)
         self.introduction = introduction(self)
 
     @property
@@ -128,13 +115,18 @@ class Run:
         began, first_step, first_tokens = time.monotonic(), self.step, self.tokens
         self._open_files()
         self.console.info(self.introduction)
-        if not self.step and (self.config.method is not None or self.config.run.init is not None):
+        if not self.step and (self.config.run.init is not None or self.config.report.early_stop_on):
             self.console.info(f"before the first step: {self.task.score_line(scores := self._scores())}")
             self.metrics.write(step=0, split="before", **scores)
+            self.early_stopping.check(scores)
         self.console.begin(self.step, self.config.run.steps)
         try:
             with explained_errors(self):
                 stopped = self._train_steps()
+                if self.config.report.keep_best and not self.signal and restore_best(self):
+                    self.console.info(f"the weights of the best validation, at step {self.best['step']}, are restored")
+                    if self.config.report.sample_every:
+                        self._show_sample()
         finally:
             self.console.end()
             self.metrics.close()
@@ -146,7 +138,7 @@ class Run:
 
     def _train_steps(self) -> str:
         """Take the remaining steps. Return why the run stopped early, or "" after the last step."""
-        steps, report, stopped = self.config.run.steps, self.config.report, self._early_stop()
+        steps, report, stopped = self.config.run.steps, self.config.report, self.early_stopping.reason()
         tokens, seconds = 0, 0.0  # since the last line of metrics.jsonl; seconds exclude validation and saving
         profiler = StepProfiler(self)
         with StopRequest() as request, self.batches() as batches:
@@ -173,11 +165,12 @@ class Run:
                     improved = self._validate()
                 if report.sample_every and (self.step % report.sample_every == 0 or is_last):
                     self._show_sample()
-                stopped = self._early_stop()
+                stopped = self.early_stopping.reason()
                 if number := self.ranks.max(request.number):  # a signal may reach the ranks at different steps
                     self.signal, stopped = number, f"on {signal.Signals(number).name}"
                 if improved or stopped or is_last or self.step % report.save_every == 0:
-                    self._save(improved)
+                    with self.phases("saving"):
+                        save_checkpoint(self, improved)
                 self.console.advance(self.step)
         profiler.close()
         return stopped
@@ -249,13 +242,6 @@ class Run:
         self.console.info(f"skipped {description}")
         self.metrics.write(step=self.step, split="skipped", loss=str(float(result.loss)), origin=origin)
 
-    def _early_stop(self) -> str:
-        """The reason to stop by --early-stop, or ""."""
-        patience = self.config.report.early_stop
-        if not 0 < patience <= self.bad_evaluations:
-            return ""
-        return f"early: {format_count(self.bad_evaluations, 'validation')} without a new best"
-
     # ---- validation and samples
 
     def _validate(self) -> bool:
@@ -265,11 +251,11 @@ class Run:
         if not math.isfinite(scores["loss"]):
             raise TrainError(nonfinite_state(self, f"the validation loss is {scores['loss']} at step {self.step}"))
         self.metrics.write(step=self.step, split="validation", tokens=self.tokens, **scores)
-        key, sign = self.task.best, -1 if self.task.higher_is_better else 1
-        improved = self.best is None or sign * scores[key] < sign * self.best[key]
+        key, higher = self.task.best, self.task.higher_is_better
+        improved = self.best is None or is_better(scores[key], self.best[key], higher=higher)
         if improved:
             self.best = {"step": self.step, **scores}
-        self.bad_evaluations = 0 if improved else self.bad_evaluations + 1
+        self.early_stopping.update(scores)
         line = self.task.score_line(scores) + " · best so far" * improved
         self.console.info(f"validation at step {self.step}: {line}")
         return improved
@@ -300,51 +286,3 @@ class Run:
         if sample is not None:
             self.console.sample(*sample)
             self.metrics.write_sample(self.step, *sample)
-
-    # ---- checkpoints
-
-    def _save(self, improved: bool) -> None:
-        """Save a checkpoint and update best.json and last.json. If saving fails, earlier checkpoints stay valid."""
-        with self.phases("saving"):
-            if not self.engine.is_finite():  # the update after a finite loss may have ruined the weights
-                raise TrainError(nonfinite_state(self, f"the weights are inf or NaN after step {self.step}"))
-            self.metrics.sync()
-            together, is_main = self.ranks.together, self.ranks.is_main
-            folder = write_checkpoint(self.out, self.step, self._write, together=together, is_main=is_main)
-            self.extra_files_from = folder if self.extra_files_from is not None else None  # the --init folder may disappear
-            if is_main:
-                if improved:
-                    write_pointer(self.out, "best", folder, **{k: v for k, v in self.best.items() if k != "step"})
-                write_pointer(self.out, "last", folder)
-                prune(self.out, self.config.report.keep)
-
-    def _write(self, folder: Path) -> None:
-        self.engine.save(folder)
-        if self.ranks.is_main:
-            self.tokenizer.save(folder)
-            if self.extra_files_from is not None:
-                copy_auxiliary_files(self.extra_files_from, folder, only=EXTRAS if self.config.method is not None else None)
-            state = {key: getattr(self, key) for key in SAVED} | {"format": STATE_FORMAT, "text": self.task.identity()}
-            state |= {"engine": self.engine.state(), "source": self.source.state_dict()}
-            (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-
-    def _load(self, folder: Path) -> None:
-        """Restore `SAVED`, and the state of engine and batch source, from a verified checkpoint."""
-        try:
-            state = read_state(folder)
-            if state["text"] != self.task.identity():
-                raise TrainError(
-                    f"the corpus {' '.join(self.config.data.corpus)} is no longer the text that {self.out} began with; "
-                    f"to train its weights on other text: --init {quote(self.out)}"
-                )
-            for key in SAVED:
-                setattr(self, key, state[key])
-            engine_state = state["engine"]
-            self.source.load_state_dict(state["source"])
-        except TrainError:
-            raise
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{folder} does not fit this run: {error}") from error
-        self.engine.load(folder, engine_state)
-        if self.step != step_of(folder):
-            raise CheckpointError(f"{folder} says that it is step {self.step}")

@@ -46,6 +46,7 @@ NEEDS = (
         lambda config: config.optimizer.schedule != "constant",
         "--schedule constant keeps the rate to the end",
     ),
+    Needs(("early_stop_on", "min_delta"), lambda config: config.report.early_stop > 0, "they are of --early-stop N"),
     Needs(("recompute_every",), lambda config: config.speed.recompute != "none", "it is of --recompute blocks or selective"),
     Needs(("reshard",), lambda config: "shard" in (config.run.mesh or ""), "it is of --mesh shard"),
     Needs(("mesh",), lambda config: "RANK" in os.environ, "one process shares with nobody: start it with torchrun"),

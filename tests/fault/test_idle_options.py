@@ -33,6 +33,8 @@ REFUSED = {  # a command line, whose first option is idle: why
     "train --text-key text --objective seq2seq --corpus a.jsonl": "this objective reads records",
     "train --separator x --objective seq2seq --corpus a.jsonl": "this objective reads records",
     "train --no-dedup --objective seq2seq --corpus a.jsonl": "this objective reads records",
+    "train --early-stop-on loss": "they are of --early-stop N",
+    "train --min-delta 0.1": "they are of --early-stop N",
     "train --loss chunked --objective classify --corpus a.csv": "a text has only as many logits as there are labels",
     "train --seq2seq.bleu --objective seq2seq --seq2seq.generated 0": "--seq2seq.generated 0 generates no texts to score",
     "train --loss chunked --objective pairs --corpus a.csv": "two texts have only as many logits as there are labels",

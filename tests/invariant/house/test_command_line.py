@@ -1,4 +1,4 @@
-"""The commands themselves: help, a run through the real command, what it leaves, generate, --init, --early-stop."""
+"""The commands themselves: help, a run through the real command, what it leaves, generate, --init."""
 
 import inspect
 import json
@@ -172,19 +172,6 @@ def test_keep(keep, options, tmp_path):
     best, last = (json.loads((run / f"{name}.json").read_text())["step"] for name in ("best", "last"))
     assert best == 20 and last == 60
     assert [step_of(folder) for folder in checkpoints(run)] == [*[60, 50][:keep], 20]
-
-
-def test_early_stop(options, tmp_path):
-    run = tmp_path / "run"
-    changes = {"eval-every": 10, "schedule": "linear", "warmup": 1, "lr": 20, "matrix-lr": 50}
-    said = command(*options, *arguments(changes), "--early-stop", 2, "--out", run)
-    assert said.code == 0 and "stopped early: 2 validations without a new best" in said.out
-    losses = [row["loss"] for row in read_metrics(run / "metrics.jsonl") if row["split"] == "validation"]
-    assert len(losses) < 16 and min(losses) == losses[-3]
-    reached = step_of(last_checkpoint(run))
-    said = command("--resume", run)  # stays stopped
-    assert said.code == 0 and "stopped early" in said.out
-    assert step_of(last_checkpoint(run)) == reached == 10 * len(losses)
 
 
 def test_init_goes_on_with_the_runs_tokenizer(options, finished, tmp_path):

@@ -1,0 +1,90 @@
+"""Checks of a run's settings: refused values, and options that exclude each other. Imports no torch."""
+
+import math
+from typing import Any
+
+from lora.config import CONFIGS
+from quant.config import QatConfig
+from train.runs.errors import TrainError
+
+
+def check(config: Any) -> None:
+    """Refuse invalid values of a TrainConfig (TrainError); each message names the option and the value."""
+    run, optimizer, report = config.run, config.optimizer, config.report
+    least = {
+        "steps": (run.steps, 1),
+        "seed": (run.seed, 0),
+        "threads": (run.threads, 0),
+        "batch-size": (optimizer.batch_size, 1),
+        "accumulate": (optimizer.accumulate, 1),
+        "log-every": (report.log_every, 1),
+        "eval-every": (1 if report.eval_every is None else report.eval_every, 1),
+        "eval-tokens": (report.eval_tokens, 2),
+        "sample-every": (report.sample_every, 0),
+        "save-every": (1 if report.save_every is None else report.save_every, 1),
+        "keep": (report.keep, 1),
+        "early-stop": (report.early_stop, 0),
+        "min-delta": (report.min_delta, 0),
+        "clip": (optimizer.clip, 0),
+        "lr": (0 if optimizer.lr is None else optimizer.lr, 0),
+        "matrix-lr": (0 if optimizer.matrix_lr is None else optimizer.matrix_lr, 0),
+        "z-loss": (optimizer.z_loss, 0),
+        "recompute-every": (config.speed.recompute_every, 1),
+        "weight-decay": (0 if optimizer.weight_decay is None else optimizer.weight_decay, 0),
+    }
+    for name, (value, minimum) in least.items():
+        if not minimum <= value < math.inf:  # so that NaN is refused too
+            raise TrainError(f"--{name} {value}: must be at least {minimum}, and finite")
+    for name, value in (("warmup", optimizer.warmup), ("final-lr", optimizer.final_lr)):
+        if not 0 <= value <= 1:
+            raise TrainError(f"--{name} {value}: a fraction, from 0 to 1")
+    rates = [
+        ("momentum", optimizer.momentum),
+        ("dropout", config.network.dropout),
+        ("label-smoothing", optimizer.label_smoothing),
+        ("ema", optimizer.ema),
+    ]
+    for name, value in rates + [("betas", beta) for beta in optimizer.betas]:
+        if not 0 <= value < 1:
+            raise TrainError(f"--{name} {value}: must be at least 0 and below 1")
+    if run.seed >= 2**63:
+        raise TrainError(f"--seed {run.seed}: must be below 2^63")
+    if run.threads > 1024:
+        raise TrainError(f"--threads {run.threads}: must be at most 1024, and is best at most the number of cores")
+    for name in ("context", "width", "depth", "heads", "mlp_width"):
+        value = getattr(config.network, name)
+        if value is not None and value < 1:
+            raise TrainError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if run.epochs is not None and not 0 < run.epochs < math.inf:
+        raise TrainError(f"--epochs {run.epochs}: must be above 0, and finite")
+    if run.freeze is not None and run.adapter != "none":
+        raise TrainError(f"--freeze {run.freeze}: --adapter {run.adapter} freezes all weights of --init already")
+    check_adapter(config)
+    check_qat(config)
+
+
+def check_adapter(config: Any) -> None:
+    chosen = config.run.adapter
+    if chosen != "none" and config.run.init is None:
+        raise TrainError(f"--adapter {chosen} needs a network's weights: --init RUN or a model folder")
+    if chosen == "none" and config.run.quantize != "none":
+        raise TrainError(f"--quantize {config.run.quantize}: 4-bit weights cannot be trained: add --adapter lora")
+    if chosen != "none" and "shard" in (config.run.mesh or ""):
+        raise TrainError(f"--adapter {chosen} does not go with --mesh {config.run.mesh}: replicate does")
+    if chosen != "none" and config.speed.precision == "bf16-pure":
+        raise TrainError(f"--adapter {chosen} is trained in float32: --precision bf16 casts the frozen weights alone")
+    for name in CONFIGS:
+        if name != chosen and getattr(config, name) != CONFIGS[name]():
+            raise TrainError(f"--{name}.… has no effect: add --adapter {name}")
+
+
+def check_qat(config: Any) -> None:
+    chosen = config.run.qat
+    if chosen == "none" and config.qat != QatConfig():
+        raise TrainError("--qat.… has no effect: add --qat int8")
+    if chosen != "none" and config.run.adapter != "none":
+        raise TrainError(f"--qat {chosen} trains all weights, and --adapter {config.run.adapter} freezes them")
+    if chosen != "none" and "shard" in (config.run.mesh or ""):
+        raise TrainError(f"--qat {chosen} does not go with --mesh {config.run.mesh}: replicate does")
+    if chosen != "none" and config.speed.precision == "bf16-pure":
+        raise TrainError(f"--qat {chosen}: bfloat16 weights lose small updates; --precision bf16 keeps them in float32")

@@ -1,8 +1,9 @@
 """Records of questions about short contexts, in the forms that `--objective qa` reads."""
 
-import json
 import random
 from pathlib import Path
+
+from tests.records import write_rows
 
 NAMES = ["open", "close", "read", "write", "seek", "tell", "flush", "split"]
 THINGS = ["a list", "the file", "an integer", "the name", "a string of bytes", "the next line", "an error code"]
@@ -23,11 +24,6 @@ def questions(count: int, seed: int = 0, *, unanswered: float = 0.3) -> list[dic
         answers = {key: [each[key] for each in found] for key in ("text", "answer_start")}
         rows.append({"id": str(number), "context": context, "question": f"What does {asked} return?", "answers": answers})
     return rows
-
-
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def write_questions(path: Path, count: int = 60, seed: int = 0, **options: float) -> Path:

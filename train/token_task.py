@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING, ClassVar
 
 from data.config import MASK
 from data.messages import format_count
+from data.shell import command
 from train.task import Batch, Info, Scores, Task, Totals
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
+    import torch
+    from torch import Tensor, nn
 
     from data.sources.shards import Shards
     from data.tokenizer.base import Tokenizer
     from train.config import TrainConfig
+
+SAMPLE_TOKENS = 80
 
 
 class BlockBatches:
@@ -164,6 +168,33 @@ class TokenTask(Task):
             prompt = prompt[: prompt.index(self.tokenizer.eos_id, 1)]
         begins_word = (i for i, id in enumerate(prompt) if i > tokens and self.tokenizer.token_bytes[id][:1].isspace())
         return prompt[: next(begins_word, tokens + 1)]
+
+
+def write_continuation(task: TokenTask, network: "nn.Module", device: "torch.device") -> str:
+    """Return the beginning of a held-out document, […], and what a decoder writes behind it, sampled by the run's seed."""
+    import torch
+
+    from model.generate import generate
+
+    prompt, tokenizer = task.sample_prompt(), task.tokenizer
+    new = generate(
+        network,
+        torch.tensor([prompt], device=device),
+        max_new_tokens=SAMPLE_TOKENS,
+        temperature=0.7,
+        top_k=50,
+        eos_id=tokenizer.eos_id,
+        generator=torch.Generator(device).manual_seed(task.config.run.seed),
+    )
+    return f"{tokenizer.decode(prompt)}[…]{tokenizer.decode(new[0].tolist())}".strip("\n")
+
+
+def continue_command(task: TokenTask, folder: Path) -> str:
+    """Return the command by which the network in a folder continues a text: of another corpus, its first held-out words."""
+    prompt = "Return the"
+    if not is_built_in_corpus(task.config):
+        prompt = " ".join(task.tokenizer.decode(task.sample_prompt()).split()[:3])
+    return command("model", "generate", folder, "--prompt", prompt)
 
 
 def separator_line(tokenizer: "Tokenizer") -> str:

@@ -1,17 +1,18 @@
 """`model predict` with the head `qa`: the span of each context that answers its question, or none."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.config import DataError
-from data.messages import format_count, quote_names
+from data.messages import format_count
 from model.commands.predict_records import (
     PREDICTED,
     Opened,
     Row,
+    apply_options,
+    check_column,
+    check_text,
     check_unwritten,
     is_plain_text,
     progress_bar,
@@ -66,9 +67,7 @@ def answer_settings(options: "Predict", folder: Path) -> "QaSettings":
     """Return the settings: of the options, else of the run whose checkpoint `folder` is."""
     from train.tasks.qa import QaSettings
 
-    settings = run_settings(folder, "qa") or QaSettings()
-    given = {name: getattr(options, option) for option, name in GIVEN.items()}
-    return replace(settings, **{name: value for name, value in given.items() if value is not None})
+    return apply_options(run_settings(folder, "qa") or QaSettings(), options, GIVEN)
 
 
 def check_records(rows: Sequence[Row], places: Sequence[str], settings: "QaSettings", options: "Predict") -> None:
@@ -77,10 +76,7 @@ def check_records(rows: Sequence[Row], places: Sequence[str], settings: "QaSetti
         raise DataError(f"{options.file} has one text a line: a question has a record with a context, as in a .jsonl")
     for row, place in zip(rows, places, strict=True):
         for column, option in ((settings.context, "--context"), (settings.question, "--question")):
-            if column not in row:
-                raise DataError(f"{place}: no column {column!r}; its columns: {quote_names(row)}. Name it by {option}")
-            if not isinstance(row[column], str):
-                raise DataError(f"{place}: the value of {column!r} is {json.dumps(row[column])[:60]}, not a string")
+            check_text(row, place, column, option)
         check_unwritten(row, place, PREDICTED, START, PROBABILITY, *([TOP] if options.top else []))
 
 
@@ -119,8 +115,7 @@ def score(results: Sequence[Row], places: Sequence[str], settings: "QaSettings")
 
     golds = []
     for row, place in zip(results, places, strict=True):
-        if settings.answers not in row:
-            raise DataError(f"{place}: no column {settings.answers!r}; its columns: {quote_names(row)}. Name it by --label")
+        check_column(row, place, settings.answers, "--label")
         try:
             right = read_answers(row[settings.answers], row[settings.context], repair=settings.repair)
         except DataError as error:

@@ -8,11 +8,13 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data.config import DataError
+from data.messages import quote_names
 
 if TYPE_CHECKING:
     from data.tokenizer.base import Tokenizer
@@ -57,6 +59,25 @@ def run_settings(folder: Path, *objectives: str) -> Any:
     except TrainError:  # a run of another version: the options are complete
         return None
     return settings_of(config) if config.run.objective in objectives else None
+
+
+def apply_options(settings: Any, options: "Predict", names: Mapping[str, str]) -> Any:
+    """Return the settings with the values of options that are given. names: an option's name, and the setting's."""
+    given = {name: getattr(options, option) for option, name in names.items()}
+    return replace(settings, **{name: value for name, value in given.items() if value is not None})
+
+
+def check_column(row: Row, place: str, column: str, option: str) -> None:
+    """Refuse a record without a column; `option` names it."""
+    if column not in row:
+        raise DataError(f"{place}: no column {column!r}; its columns: {quote_names(row)}. Name it by {option}")
+
+
+def check_text(row: Row, place: str, column: str, option: str) -> None:
+    """Refuse a record whose column is missing, or no string."""
+    check_column(row, place, column, option)
+    if not isinstance(row[column], str):
+        raise DataError(f"{place}: the value of {column!r} is {json.dumps(row[column])[:60]}, not a string")
 
 
 def label_names_of(config: "ModelConfig") -> tuple[str, ...]:

@@ -3,16 +3,17 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.config import DataError
-from data.messages import format_count, quote_names
+from data.messages import format_count
 from model.commands.predict_records import (
     PREDICTED,
     Opened,
     Row,
+    apply_options,
+    check_column,
     check_unwritten,
     is_plain_text,
     label_names_of,
@@ -65,9 +66,8 @@ def tag_settings(options: "Predict", folder: Path) -> "TagSettings":
     """Return the columns and the length: of the options, else of the run whose checkpoint `folder` is."""
     from train.tasks.tag import TagSettings
 
-    settings = run_settings(folder, "tag") or TagSettings()
-    given = {"words": options.words, "labels": options.label, "max_length": options.max_length}
-    return replace(settings, **{name: value for name, value in given.items() if value is not None})
+    names = {"words": "words", "label": "labels", "max_length": "max_length"}
+    return apply_options(run_settings(folder, "tag") or TagSettings(), options, names)
 
 
 def check_words(rows: Sequence[Row], places: Sequence[str], settings: "TagSettings", options: "Predict") -> None:
@@ -78,8 +78,7 @@ def check_words(rows: Sequence[Row], places: Sequence[str], settings: "TagSettin
         for row in rows:
             row |= {settings.words: row.pop("text").split()}
     for row, place in zip(rows, places, strict=True):
-        if settings.words not in row:
-            raise DataError(f"{place}: no column {settings.words!r}; its columns: {quote_names(row)}. Name it by --words")
+        check_column(row, place, settings.words, "--words")
         words = row[settings.words]
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
             raise DataError(f"{place}: the value of {settings.words!r} is {json.dumps(words)[:60]}, not a list of strings")
@@ -109,8 +108,7 @@ def score(
 
     true, known = [], set(labels)
     for row, place in zip(rows, places, strict=True):
-        if settings.labels not in row:
-            raise DataError(f"{place}: no column {settings.labels!r}; its columns: {quote_names(row)}. Name it by --label")
+        check_column(row, place, settings.labels, "--label")
         if fault := find_fault(row[settings.words], row[settings.labels], settings.words, settings.labels):
             raise DataError(f"{place}: {fault}")
         names = tag_names(row[settings.labels], place, settings.labels, settings.names)

@@ -1,9 +1,7 @@
 """`model predict` with the head `sequence`: the label of each text or pair with all probabilities, or a number (regression)."""
 
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +11,8 @@ from model.commands.predict_records import (
     PROBABILITIES,
     Opened,
     Row,
+    apply_options,
+    check_text,
     check_unwritten,
     is_plain_text,
     label_names_of,
@@ -82,16 +82,13 @@ def classify_settings(options: "Predict", folder: Path) -> "ClassifySettings":
     if isinstance(settings, PairsSettings):
         columns = {"text": settings.first, "pair": settings.second, "label": settings.label}
         settings = ClassifySettings(**columns, max_length=settings.max_length)
-    given = {name: getattr(options, name) for name in ("text", "pair", "label", "max_length")}
-    return replace(settings, **{name: value for name, value in given.items() if value is not None})
+    return apply_options(settings, options, {name: name for name in ("text", "pair", "label", "max_length")})
 
 
 def check_columns(
     rows: Sequence[Row], places: Sequence[str], settings: "ClassifySettings", options: "Predict", written: Sequence[str]
 ) -> None:
     """Refuse records without the columns of the texts, or with columns of the output's names."""
-    from data.messages import quote_names
-
     if is_plain_text(options):
         if options.text is not None or settings.pair is not None or options.score:
             raise DataError(f"{options.file} has one text a line and no columns: --text, --pair and --score are of records")
@@ -99,12 +96,8 @@ def check_columns(
             row |= {settings.text: row.pop("text")}
     for row, place in zip(rows, places, strict=True):
         for column, option in ((settings.text, "--text"), (settings.pair, "--pair")):
-            if column is None:
-                continue
-            if column not in row:
-                raise DataError(f"{place}: no column {column!r}; its columns: {quote_names(row)}. Name it by {option}")
-            if not isinstance(row[column], str):
-                raise DataError(f"{place}: the value of {column!r} is {json.dumps(row[column])[:60]}, not a string")
+            if column is not None:
+                check_text(row, place, column, option)
         check_unwritten(row, place, *written)
 
 

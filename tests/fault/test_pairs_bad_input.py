@@ -1,11 +1,11 @@
 """Pairs of texts that cannot be learned: each message names the record, the value and what to do."""
 
-import json
 import math
 
 import pytest
 
 from tests.pairs_of_texts import NUMBER
+from tests.records import write_rows
 from tests.runs import command
 
 GOOD = [{"first": f"a {n}", "second": f"b {n}", "label": "yes" if n % 2 else "no", "score": n / 9} for n in range(24)]
@@ -20,10 +20,10 @@ def cache(tmp_path_factory):
 
 
 def start(tmp_path, rows, *options, validation=None):
-    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "corpus.jsonl", rows)
     line = [*BASE, "--corpus", tmp_path / "corpus.jsonl", "--out", tmp_path / "run", *options]
     if validation is not None:
-        (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in validation))
+        write_rows(tmp_path / "held.jsonl", validation)
         line += ["--validation", tmp_path / "held.jsonl"]
     said = command(*line)
     assert said.code == 2, said.out

@@ -11,7 +11,8 @@ from data.transforms.answers import is_misplaced, read_answers
 from tests.conftest import randomized, tiny_config
 from tests.folders import byte_level, write_tokenizer
 from tests.oracle.train.test_classify import SPECIALS, template
-from tests.questions import as_squad, questions, write_rows
+from tests.questions import as_squad, questions
+from tests.records import write_rows
 from tests.runs import command
 from train.runs.errors import TrainError
 from train.tasks.qa import QaSettings, QaTask

@@ -9,6 +9,7 @@ import model.hub
 from tests.conftest import randomized, tiny_config
 from tests.folders import byte_level, write_tokenizer
 from tests.oracle.train.test_classify import SPECIALS
+from tests.records import write_rows
 from tests.runs import command
 
 GOOD = [{"words": ["os", f"x{n}"], "labels": ["B-MODULE", "O"]} for n in range(24)]
@@ -22,10 +23,10 @@ def cache(tmp_path_factory):
 
 
 def start(tmp_path, rows, *options, validation=None):
-    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "corpus.jsonl", rows)
     line = [*BASE, "--corpus", tmp_path / "corpus.jsonl", "--out", tmp_path / "run", *options]
     if validation is not None:
-        (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in validation))
+        write_rows(tmp_path / "held.jsonl", validation)
         line += ["--validation", tmp_path / "held.jsonl"]
     said = command(*line)
     assert said.code == 2, said.out

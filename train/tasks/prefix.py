@@ -4,10 +4,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.shell import command
 from train.runs.errors import TrainError
 from train.task import Batch, Defaults, Scores, Totals
-from train.token_task import TokenTask, is_built_in_corpus
+from train.token_task import TokenTask, continue_command, write_continuation
 
 if TYPE_CHECKING:
     import torch
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
     from model.config import ModelConfig
     from train.config import TrainConfig
     from train.objective import Objective
-
-SAMPLE_TOKENS = 80
 
 
 class PrefixTask(TokenTask):
@@ -91,28 +88,11 @@ class PrefixTask(TokenTask):
         return f"{abs(gap):.1f} % {side} the unigram baseline ({scores['baseline_loss']:.4f}); {wrong}"
 
     def sample(self, network: "nn.Module", device: "torch.device") -> tuple[str, str]:
-        import torch
-
-        from model.generate import generate
-
-        prompt, tokenizer = self.sample_prompt(), self.tokenizer
-        new = generate(
-            network,
-            torch.tensor([prompt], device=device),
-            max_new_tokens=SAMPLE_TOKENS,
-            temperature=0.7,
-            top_k=50,
-            eos_id=tokenizer.eos_id,
-            generator=torch.Generator(device).manual_seed(self.config.run.seed),
-        )
-        text = f"{tokenizer.decode(prompt)}[…]{tokenizer.decode(new[0].tolist())}".strip("\n")
-        return "the beginning of a held-out document, read in both directions, and from […] on what the network generates", text
+        title = "the beginning of a held-out document, read in both directions, and from […] on what the network generates"
+        return title, write_continuation(self, network, device)
 
     def example_command(self, folder: Path) -> str:
-        prompt = "Return the"
-        if not is_built_in_corpus(self.config):
-            prompt = " ".join(self.tokenizer.decode(self.sample_prompt()).split()[:3])
-        return command("model", "generate", folder, "--prompt", prompt)
+        return continue_command(self, folder)
 
 
 TASK = PrefixTask

@@ -9,7 +9,8 @@ import pytest
 from data.config import DataConfig
 from data.sources.records import read_corpus_rows
 from data.transforms.answers import other_questions
-from tests.questions import as_squad, questions, write_rows
+from tests.questions import as_squad, questions
+from tests.records import write_rows
 from train.answer_report import describe_answers, score_line, score_text
 from train.answer_scores import BINS, Place, answer_totals, best_sentence, position_baseline
 

@@ -14,6 +14,7 @@ import model.__main__
 from tests.compare import absolute
 from tests.invariant.train.test_step import Recorder
 from tests.pairs_of_texts import NUMBER, pairs_network, pairs_task, write_pairs
+from tests.records import write_rows
 from tests.runs import arguments, assert_same_end, command, last_checkpoint, stopped_at
 from train.evaluate import evaluate
 from train.label_objective import SHUFFLED
@@ -89,7 +90,7 @@ def held_out(place: Path, kind: str, *, shift: bool = False) -> tuple[Path, list
     if shift:
         rows = [row | {"second": rows[(n + len(rows) // 2) % len(rows)]["second"]} for n, row in enumerate(rows)]
     file = place / f"held-{kind}-{shift}.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(file, rows)
     return file, rows
 
 
@@ -233,11 +234,11 @@ def test_words_that_decide_are_found(tmp_path):
     """Logistic regression on words knows a label that a word of either text decides; on shared words one that these decide."""
     kinds = [(a, b, n) for n in range(30) for a in "ab" for b in "ab"]
     rows = [{"first": f"{a} list{n}", "second": f"{b} value{n}", "label": str(a == b)} for a, b, n in kinds]
-    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "corpus.jsonl", rows)
     words = pairs_task(tmp_path).words
     assert words["shared_accuracy"] == 1 and words["shared_loss"] < 0.1 and words["words_accuracy"] < 0.8
     rows = [row | {"label": str("a" in row["first"])} for row in rows]
-    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "corpus.jsonl", rows)
     words = pairs_task(tmp_path).words
     assert words["words_accuracy"] == 1 and words["words_loss"] < 0.1
 
@@ -255,7 +256,7 @@ def write_uneven(place: Path, rows: list[tuple[int, int]], numbers: list[float])
     records = []
     for n, ((first, second), number) in enumerate(zip(rows, numbers, strict=True)):  # a digit is a token: no piece has one
         records.append({"first": "7" * first, "second": "8" * second, "label": ["yes", "no"][n % 2], "score": number})
-    (place / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in records), encoding="utf-8")
+    write_rows(place / "held.jsonl", records)
     settings = {name: value for name, value in SETTINGS.items() if name != "val-fraction"}
     return arguments(settings | {"validation": place / "held.jsonl", "steps": 2, "eval-every": 1, "out": place / "run"})
 

@@ -15,7 +15,8 @@ from data.tokenizer.open import load_tokenizer
 from data.transforms.answers import answer_windows, other_questions, window_labels
 from model.answer_spans import find_answers
 from tests.compare import absolute
-from tests.questions import questions, write_questions, write_rows
+from tests.questions import questions, write_questions
+from tests.records import write_rows
 from tests.runs import arguments, command, last_checkpoint, metrics
 from train.answer_scores import answer_totals
 from train.tasks.qa import QaSettings, QaTask, chosen_answer, framer_of, right_answers

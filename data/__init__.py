@@ -47,7 +47,7 @@ PUBLIC = {  # file: the names that it offers; `from data import load_tokenizer` 
     "transforms.framing": ("Framer",),
     "transforms.masked": ("mlm_batch", "unigram_baseline"),
     "transforms.seq2seq": ("encode_text", "seq2seq_example"),
-    "transforms.span": ("corrupt_spans", "noise_mask", "span_batch"),
+    "transforms.span": ("corrupt_spans", "draw_noise_mask", "span_batch"),
 }
 _FILE_OF = {name: file for file, names in PUBLIC.items() for name in names}
 __all__ = sorted(_FILE_OF)

@@ -15,7 +15,7 @@ from data.config import DataError
 from data.tokenizer.base import Tokenizer
 from data.transforms.masked import non_special_ids
 from data.transforms.row_random import row_generator
-from data.transforms.span import span_starts
+from data.transforms.span import find_span_starts
 from data.transforms.teacher_forcing import Frame, seq2seq_batch
 from data.transforms.words import WordEdges, begins_word, word_edges
 
@@ -77,7 +77,7 @@ def sentence_ends(is_stop_T: np.ndarray) -> np.ndarray:
     """
     is_stop_T = is_stop_T.copy()
     is_stop_T[-1] = True
-    return np.flatnonzero(span_starts(is_stop_T)) + 1
+    return np.flatnonzero(find_span_starts(is_stop_T)) + 1
 
 
 def draw_order(sentences: int, fraction: float, random: np.random.Generator) -> np.ndarray:

@@ -51,7 +51,7 @@ class Format:
     is_joined: bool = False
 
 
-def tokens(prefix: str, suffix: str, middle: str, pad: str | None = None, end: str | None = None) -> dict[str, str]:
+def name_tokens(prefix: str, suffix: str, middle: str, pad: str | None = None, end: str | None = None) -> dict[str, str]:
     """Return the names of a format's tokens, without those that it lacks."""
     named = {PRE: prefix, SUF: suffix, MID: middle, "PAD": pad, END: end}
     return {role: name for role, name in named.items() if name is not None}
@@ -60,16 +60,16 @@ def tokens(prefix: str, suffix: str, middle: str, pad: str | None = None, end: s
 BOTH = {"psm": PSM, "spm": SPM}
 FORMATS = {
     # bigcode-project/Megatron-LM: prefix and middle apart in spm
-    "starcoder": Format(tokens("<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<fim_pad>"), BOTH, ("psm", "spm")),
-    "santacoder": Format(tokens("<fim-prefix>", "<fim-suffix>", "<fim-middle>", "<fim-pad>"), BOTH, ("psm", "spm")),
+    "starcoder": Format(name_tokens("<fim_prefix>", "<fim_suffix>", "<fim_middle>", "<fim_pad>"), BOTH, ("psm", "spm")),
+    "santacoder": Format(name_tokens("<fim-prefix>", "<fim-suffix>", "<fim-middle>", "<fim-pad>"), BOTH, ("psm", "spm")),
     # Rozière et al. 2023, arXiv 2308.12950: prefix and middle together in spm; an end of its own
     "codellama": Format(
-        tokens("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>", end="\u2581<EOT>"), BOTH, ("psm", "spm"), is_joined=True
+        name_tokens("\u2581<PRE>", "\u2581<SUF>", "\u2581<MID>", end="\u2581<EOT>"), BOTH, ("psm", "spm"), is_joined=True
     ),
     # Published in one order; spm is made of the same tokens when it is asked for
-    "qwen": Format(tokens("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_pad|>"), BOTH, ("psm",)),
+    "qwen": Format(name_tokens("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|fim_pad|>"), BOTH, ("psm",)),
     "deepseek": Format(
-        tokens("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"), BOTH, ("psm",)
+        name_tokens("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"), BOTH, ("psm",)
     ),
     # For generation alone: how its middles end in training is not published
     "codestral": Format({PRE: "[PREFIX]", SUF: "[SUFFIX]"}, {"spm": (SUF, "suffix", PRE, "prefix", "middle")}, ("spm",)),
@@ -111,6 +111,7 @@ class FillInMiddle:
         if end_id is None:
             raise DataError("this tokenizer has no token that ends a text: a middle would not end")
         self.end_id, self.pad_id = end_id, self.ids.get("PAD")
+        self.bos_ends = end_id == tokenizer.bos_id  # the bos of the next document ends a middle
         # tokens that the tokenizer finds in a text: tokenizer.json does not mark them as special (Qwen's)
         self.found_in_text = {name: known[name] for name in names.values() if name in tokenizer.added_tokens}
         self.found_in_text = {name: id for name, id in self.found_in_text.items() if name not in tokenizer.control_tokens}
@@ -188,7 +189,7 @@ class FillInMiddle:
 
     # ---- document level
 
-    def document(self, body: Sequence[int], epoch: int, index: int) -> list[int]:
+    def transform_document(self, body: Sequence[int], epoch: int, index: int) -> list[int]:
         """Return the ids of a document in an epoch, without its bos: transformed, then its end; or as they are, then eos.
 
         body: its ids without bos and eos. Where one id is bos and eos, that of the next document ends this one.
@@ -200,35 +201,45 @@ class FillInMiddle:
             return ids if is_bos_eos else [*ids, tokenizer.eos_id]
         parts = self.split(tokenizer.decode(body), choice)
         ids, _ = self.assemble(self.encode_parts(parts, choice.order), choice.order)
-        return ids if is_bos_eos and END not in self.ids else [*ids, self.end_id]
+        return ids if self.bos_ends else [*ids, self.end_id]
 
     # ---- context level
 
-    def blocks(self, block_BT1: Tensor, step: int, first_row: int) -> tuple[Tensor, Tensor]:
+    def transform_blocks(self, block_BT1: Tensor, step: int, first_row: int) -> tuple[Tensor, Tensor]:
         """Transform rows of packed documents in place: (ids, kinds), each int64 of (B, T + 1).
 
         Each piece of a document in a row is a text of its own, and keeps its length: the end of its suffix is truncated, or
         padded (with FILLER behind the piece where the format has no padding). A piece whose suffix is too short for that stays
         left to right. Every transformed piece gets an end, also where its document goes on in another row.
         """
-        rows = [self.row(row, step, first_row + r) for r, row in enumerate(block_BT1.tolist())]
+        rows = [self.transform_row(row, step, first_row + r) for r, row in enumerate(block_BT1.tolist())]
         ids_BT1, kinds_BT1 = (torch.tensor([row[i] for row in rows], dtype=torch.int64) for i in (0, 1))
         return ids_BT1, kinds_BT1
 
-    def row(self, row: list[int], step: int, number: int) -> tuple[list[int], list[int]]:
-        """Transform one row; `number` is its index in the global batch."""
+    def transform_row(self, row: list[int], step: int, number: int) -> tuple[list[int], list[int]]:
+        """Transform one row; `number` is its index in the global batch.
+
+        Where one id is bos and eos, the bos of the next document in the row ends a middle: it has the kind of the middle.
+        """
         bos_id = self.tokenizer.bos_id
         starts = sorted({0, *(t for t, id in enumerate(row) if id == bos_id)})
         ids: list[int] = []
         kinds: list[int] = []
+        is_unended = False  # the piece before has a middle without an end of its own
         for piece, (start, end) in enumerate(zip(starts, [*starts[1:], len(row)], strict=True)):
-            new, new_kinds = self.piece(row[start:end], self.choose(CONTEXT, step, number, piece), is_last=end == len(row))
-            ids += new
-            kinds += new_kinds
+            choice = self.choose(CONTEXT, step, number, piece)
+            new, new_kinds = self.transform_piece(row[start:end], choice, is_last=end == len(row))
+            is_moved = any(new_kinds)
+            if is_unended:
+                new_kinds[0] = MIDDLE
+            ids, kinds, is_unended = ids + new, kinds + new_kinds, is_moved and self.bos_ends
         return ids, kinds
 
-    def piece(self, piece: list[int], choice: Choice, *, is_last: bool) -> tuple[list[int], list[int]]:
-        """Transform a piece of a document, which may begin with bos and end with eos, in its own length."""
+    def transform_piece(self, piece: list[int], choice: Choice, *, is_last: bool) -> tuple[list[int], list[int]]:
+        """Transform a piece of a document, which may begin with bos and end with eos, in its own length.
+
+        Where one id is bos and eos, only the last piece of a row gets an end: the others are followed by the next bos.
+        """
         if FILLER in piece:
             return piece, [OTHER] * len(piece)
         tokenizer = self.tokenizer
@@ -239,7 +250,7 @@ class FillInMiddle:
         text = tokenizer.decode(body)
         if choice.order is None or not text or "\ufffd" in text:  # a row may begin or end inside a character
             return unchanged
-        end = [] if is_bos_eos and END not in self.ids and not is_last else [self.end_id]
+        end = [] if self.bos_ends and not is_last else [self.end_id]
         parts = self.encode_parts(self.split(text, choice), choice.order, begins=bool(begin))
         tokens_added = sum(name not in PARTS for name in self.format.orders[choice.order])
         excess = len(begin) + tokens_added + sum(map(len, parts.values())) + len(end) - len(piece)
@@ -267,7 +278,7 @@ def describe_missing(tokenizer: Tokenizer, format: str, missing: Sequence[str]) 
     return f"this tokenizer has no {', '.join(missing)}, which --fim.format {format} needs: {advice}"
 
 
-def middle_labels(labels_BT: Tensor, kinds_BT1: Tensor, ignore: int) -> Tensor:
+def keep_middle_labels(labels_BT: Tensor, kinds_BT1: Tensor, ignore: int) -> Tensor:
     """Return the labels of middles and their ends alone; `ignore` elsewhere."""
     return labels_BT.masked_fill(kinds_BT1[:, 1:] != MIDDLE, ignore)
 

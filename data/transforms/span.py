@@ -20,7 +20,7 @@ Convention = Literal["code", "docstring"]
 SENTINEL = "<extra_id_{}>"
 
 
-def sentinel_ids(tokenizer: Tokenizer) -> list[int]:
+def find_sentinels(tokenizer: Tokenizer) -> list[int]:
     """Return the ids of <extra_id_0>, <extra_id_1> … as far as the tokenizer has them.
 
     T5's vocabulary counts down: <extra_id_0> has the highest id. They are looked up by name, so that any order is right.
@@ -31,7 +31,7 @@ def sentinel_ids(tokenizer: Tokenizer) -> list[int]:
     return ids
 
 
-def random_composition(total: int, parts: int, random: np.random.Generator) -> np.ndarray:
+def draw_composition(total: int, parts: int, random: np.random.Generator) -> np.ndarray:
     """Return `parts` lengths of at least 1 whose sum is `total`, uniformly over all such sequences.
 
     parts - 1 of the total - 1 gaps are cuts. int64 of (parts,).
@@ -40,7 +40,7 @@ def random_composition(total: int, parts: int, random: np.random.Generator) -> n
     return np.diff(np.concatenate(([0], cuts, [total])).astype(np.int64))
 
 
-def noise_mask(
+def draw_noise_mask(
     length: int, density: float, mean_length: float, random: np.random.Generator, *, roll: bool = False
 ) -> np.ndarray:
     """Return a bool of (length,), True for noise: kept and noise spans in turn, from a kept one to a noise one.
@@ -49,27 +49,27 @@ def noise_mask(
     a text always begins with a kept token and loses its last; with it the mask is rotated by a uniform offset.
     """
     noise, spans = noise_counts(length, density, mean_length)
-    noise_S = random_composition(noise, spans, random)
-    kept_S = random_composition(max(length, 2) - noise, spans, random)
+    noise_S = draw_composition(noise, spans, random)
+    kept_S = draw_composition(max(length, 2) - noise, spans, random)
     mask_T = np.repeat(np.tile([False, True], spans), np.stack([kept_S, noise_S], 1).ravel())[:length]
     return np.roll(mask_T, random.integers(length)) if roll else mask_T
 
 
-def span_starts(mask_T: np.ndarray) -> np.ndarray:
+def find_span_starts(mask_T: np.ndarray) -> np.ndarray:
     """Return a bool of (T,), True at the first token of each run of True."""
     return mask_T & ~np.concatenate(([False], mask_T[:-1]))
 
 
-def spans_to_sentinels(ids_T: np.ndarray, mask_T: np.ndarray, sentinels: Sequence[int]) -> np.ndarray:
+def replace_spans(ids_T: np.ndarray, mask_T: np.ndarray, sentinels: Sequence[int]) -> np.ndarray:
     """Replace each run of masked tokens by one sentinel: the first run by sentinels[0], and so on.
 
     Errors (DataError): more runs than sentinels.
 
     >>> ids, mask = np.arange(10, 15), np.array([False, True, True, False, True])
-    >>> spans_to_sentinels(ids, mask, [99, 98]).tolist(), spans_to_sentinels(ids, ~mask, [99, 98]).tolist()
+    >>> replace_spans(ids, mask, [99, 98]).tolist(), replace_spans(ids, ~mask, [99, 98]).tolist()
     ([10, 99, 13, 98], [99, 11, 12, 98, 14])
     """
-    start_T = span_starts(mask_T)
+    start_T = find_span_starts(mask_T)
     check_sentinels(int(start_T.sum()), sentinels)
     table = np.array([*sentinels, 0], dtype=np.int64)  # index -1 is never chosen: before the first run nothing starts
     return np.where(start_T, table[start_T.cumsum() - 1], ids_T)[~mask_T | start_T]
@@ -99,10 +99,10 @@ def corrupt_spans(
     >>> [part.tolist() for part in corrupt_spans(ids, mask, [99, 98, 97], "docstring")]
     [[10, 99, 13, 98], [99, 11, 12, 98, 14, 97]]
     """
-    source = spans_to_sentinels(ids_T, mask_T, sentinels)
+    source = replace_spans(ids_T, mask_T, sentinels)
     if convention == "code":
-        return source, spans_to_sentinels(ids_T, ~mask_T, sentinels)
-    start_T = span_starts(mask_T)
+        return source, replace_spans(ids_T, ~mask_T, sentinels)
+    start_T = find_span_starts(mask_T)
     spans = int(start_T.sum())
     check_sentinels(spans + 1, sentinels)
     noise = ids_T[mask_T]
@@ -129,7 +129,7 @@ def corrupt_block(
         else:
             prefix = max(length, 2) - noise_counts(length, denoiser.density, 1)[0]
         return ids_T[:prefix], ids_T[prefix:]
-    mask_T = noise_mask(length, denoiser.density, denoiser.mean_length, random, roll=roll)
+    mask_T = draw_noise_mask(length, denoiser.density, denoiser.mean_length, random, roll=roll)
     return corrupt_spans(ids_T, mask_T, sentinels, convention)
 
 

@@ -37,7 +37,7 @@ class SentinelText:
 
 def sentinel_text(tokenizer: "Tokenizer", source: Iterable[int]) -> SentinelText | None:
     """Return the view of a tokenizer that shows sentinels, if the source has one."""
-    from data.transforms.span import sentinel_ids
+    from data.transforms.span import find_sentinels
 
-    sentinels = sentinel_ids(tokenizer)
+    sentinels = find_sentinels(tokenizer)
     return SentinelText(tokenizer, sentinels) if set(sentinels) & set(source) else None

@@ -96,7 +96,7 @@ class FimTask(CausalTask):
             rows = optimizer.batch_size * optimizer.accumulate
             ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
             options = {"context": context, "batch_size": rows, "seed": config.run.seed}
-            self.stream = DocumentBlocks(shards.train.ids, self.fim.document, **options, **ids)
+            self.stream = DocumentBlocks(shards.train.ids, self.fim.transform_document, **options, **ids)
             self.source = DocumentBatches(self)
         size = optimizer.batch_size
         every = self.transform_of(config, tokenizer, rate=1.0, spm_rate=float(self.settings.spm_rate == 1))
@@ -111,7 +111,7 @@ class FimTask(CausalTask):
 
     def batch(self, block_BT1: "Tensor", step: int, first_row: int) -> Batch:
         if self.settings.level == "context":
-            block_BT1, _ = self.fim.blocks(block_BT1, step, first_row)
+            block_BT1, _ = self.fim.transform_blocks(block_BT1, step, first_row)
         return self.labelled(block_BT1)
 
     def labelled(self, block_BT1: "Tensor") -> Batch:
@@ -129,11 +129,11 @@ class FimTask(CausalTask):
     def infill_batch(self, every, block_BT1: "Tensor", first_row: int) -> Batch:
         """Make a batch of gaps, of which middles and their ends alone are scored."""
         from data.transforms.causal import IGNORE
-        from data.transforms.fim import VALIDATION_STEP, middle_labels, with_wrong_suffix
+        from data.transforms.fim import VALIDATION_STEP, keep_middle_labels, with_wrong_suffix
 
-        ids_BT1, kinds_BT1 = every.blocks(block_BT1, VALIDATION_STEP, first_row)
+        ids_BT1, kinds_BT1 = every.transform_blocks(block_BT1, VALIDATION_STEP, first_row)
         batch = self.labelled(ids_BT1)
-        labels = middle_labels(batch["labels"], kinds_BT1, IGNORE)
+        labels = keep_middle_labels(batch["labels"], kinds_BT1, IGNORE)
         return with_wrong_suffix(batch | {"labels": labels}, kinds_BT1, self.fim.pad_id)
 
     def introduction(self) -> str:

@@ -109,12 +109,12 @@ class SpanTask(SourceTask):
         return config.pad_id  # as T5
 
     def __init__(self, config: "TrainConfig", shards: "Shards"):
-        from data.transforms.span import SENTINEL, SpanNoise, sentinel_ids
+        from data.transforms.span import SENTINEL, SpanNoise, find_sentinels
 
         self.config, self.settings = config, settings_of(config)
         settings, tokenizer = self.settings, shards.tokenizer
         self.noise = SpanNoise(settings.denoisers, settings.convention, settings.roll)
-        self.sentinels, needed = sentinel_ids(tokenizer), settings.needed_sentinels(self.block_length)
+        self.sentinels, needed = find_sentinels(tokenizer), settings.needed_sentinels(self.block_length)
         if needed > len(self.sentinels):
             names = f"{SENTINEL.format(len(self.sentinels))} to {SENTINEL.format(needed - 1)}"
             raise DataError(

@@ -26,7 +26,7 @@ from data.transforms.fim import (
     FillInMiddle,
     Format,
     find_format,
-    middle_labels,
+    keep_middle_labels,
     with_wrong_suffix,
 )
 from tests.texts import prose
@@ -65,7 +65,7 @@ def test_parts_join_to_the_document(name, tokenizers):
         fim = FillInMiddle(tokenizer, name, rate=1.0, spm_rate=spm_rate, seed=3)
         for index, text in enumerate(TEXTS):
             for epoch in range(8):
-                ids = fim.document(tokenizer.encode(text), epoch, index)
+                ids = fim.transform_document(tokenizer.encode(text), epoch, index)
                 assert joined(fim, ids) == text
                 assert ids[0] == fim.ids[PRE] and (ids[1] == fim.ids[SUF] or spm_rate == 0)
                 empty |= {key for key, part in fim.split(text, fim.choose(1, epoch, index)).items() if not part and text}
@@ -78,7 +78,7 @@ def test_a_wrong_order_is_seen(tokenizers, monkeypatch):
     for psm in ((PRE, "prefix", MID, "middle", SUF, "suffix"), (PRE, "suffix", SUF, "prefix", MID, "middle")):
         monkeypatch.setitem(FORMATS, "starcoder", Format(FORMATS["starcoder"].names, {"psm": psm}, ("psm",)))
         fim = FillInMiddle(tokenizer, "starcoder", rate=1.0, spm_rate=0.0)
-        ids = fim.document(tokenizer.encode(text), 0, 0)
+        ids = fim.transform_document(tokenizer.encode(text), 0, 0)
         with pytest.raises(AssertionError):
             assert joined(fim, ids) == text
 
@@ -91,7 +91,7 @@ def test_a_prompt_is_a_training_row_up_to_its_middle(name, order, tokenizers):
     fim = FillInMiddle(tokenizer, name, rate=1.0, spm_rate=float(order == "spm"))
     for index, text in enumerate(TEXTS):
         for epoch in range(6):
-            row = fim.document(tokenizer.encode(text), epoch, index)
+            row = fim.transform_document(tokenizer.encode(text), epoch, index)
             parts = fim.split(text, fim.choose(DOCUMENT, epoch, index))
             prompt = fim.build_prompt(parts["prefix"], parts["suffix"], order)
             if order == "psm" or name != "codellama":
@@ -152,7 +152,7 @@ def pieces(row: list[int], bos_id: int) -> list[list[int]]:
 def test_a_piece_keeps_its_length_and_gets_an_end(name, spm_rate, tokenizers):
     tokenizer = tokenizers[name]
     fim, block = FillInMiddle(tokenizer, name, rate=1.0, spm_rate=spm_rate), rows(tokenizers[name])
-    ids, kinds = fim.blocks(block, 4, 0)
+    ids, kinds = fim.transform_blocks(block, 4, 0)
     assert ids.shape == kinds.shape == block.shape and torch.equal(ids == tokenizer.bos_id, block == tokenizer.bos_id)
     changed = truncated = 0
     for new, old in zip(ids.tolist(), block.tolist(), strict=True):
@@ -169,13 +169,13 @@ def test_a_piece_keeps_its_length_and_gets_an_end(name, spm_rate, tokenizers):
 def test_any_slice_of_a_step_is_the_same(tokenizers):
     tokenizer = tokenizers["starcoder"]
     fim, block = FillInMiddle(tokenizer, "starcoder", seed=5), rows(tokenizer)
-    whole = fim.blocks(block, 7, 10)[0]
-    parts = torch.cat([fim.blocks(block[first:end], 7, 10 + first)[0] for first, end in ((0, 1), (1, 4), (4, 6))])
+    whole = fim.transform_blocks(block, 7, 10)[0]
+    parts = torch.cat([fim.transform_blocks(block[first:end], 7, 10 + first)[0] for first, end in ((0, 1), (1, 4), (4, 6))])
     assert torch.equal(whole, parts)
-    assert not torch.equal(whole, fim.blocks(block, 8, 10)[0]) and not torch.equal(whole, fim.blocks(block, 7, 11)[0])
     other = FillInMiddle(tokenizer, "starcoder", seed=6)
-    assert not torch.equal(whole, other.blocks(block, 7, 10)[0])
-    assert torch.equal(FillInMiddle(tokenizer, "starcoder", rate=0.0).blocks(block, 7, 10)[0], block)
+    for transform, step, first in ((fim, 8, 10), (fim, 7, 11), (other, 7, 10)):
+        assert not torch.equal(whole, transform.transform_blocks(block, step, first)[0])
+    assert torch.equal(FillInMiddle(tokenizer, "starcoder", rate=0.0).transform_blocks(block, 7, 10)[0], block)
 
 
 def test_a_suffix_is_padded(tokenizers):
@@ -187,7 +187,7 @@ def test_a_suffix_is_padded(tokenizers):
         text = TEXTS[0][:60]
         body = [bytes_of[bytes([byte])] for byte in text.encode()]
         bits = Choice("psm", 15, 40)
-        ids, kinds = fim.piece([1, *body, 2], bits, is_last=True)
+        ids, kinds = fim.transform_piece([1, *body, 2], bits, is_last=True)
         filler = fim.pad_id if filled is None else filled
         assert len(ids) == len(body) + 2 == len(kinds) and ids.count(filler) > 5
         kept = [id for id in ids[1:] if id != filler]
@@ -208,10 +208,11 @@ def test_what_stays_left_to_right(tokenizers):
     half = tokenizer.encode("\u4e2d")[1:] + body
     assert len(half) == len(body) + 2
     for piece, choice in (([1, *body, FILLER], first), ([*half, 2], first), ([1, *body, 2], Choice("psm", 3, len(TEXTS[0])))):
-        assert fim.piece(list(piece), choice, is_last=True)[0] == piece
-    assert fim.piece([1, *body, 2], first, is_last=True)[0] != [1, *body, 2]
-    assert fim.piece([1, 2], first, is_last=True)[0] == [1, 2]
-    short = [fim.piece([1, *body, 2], Choice("psm", 3, end), is_last=True)[0] for end in range(100, len(TEXTS[0]) + 1)]
+        assert fim.transform_piece(list(piece), choice, is_last=True)[0] == piece
+    assert fim.transform_piece([1, *body, 2], first, is_last=True)[0] != [1, *body, 2]
+    assert fim.transform_piece([1, 2], first, is_last=True)[0] == [1, 2]
+    choices = [Choice("psm", 3, end) for end in range(100, len(TEXTS[0]) + 1)]
+    short = [fim.transform_piece([1, *body, 2], choice, is_last=True)[0] for choice in choices]
     moved = [ids for ids in short if ids[1] == fim.ids[PRE]]
     assert min(ids.index(fim.ids[MID]) - ids.index(fim.ids[SUF]) for ids in moved) == 1  # a suffix may be truncated to nothing
     assert len(moved) < len(short)
@@ -221,9 +222,9 @@ def test_labels_of_middles(tokenizers):
     """Middles with their end alone, whose suffixes are those of other gaps in `shuffled_ids`."""
     tokenizer = tokenizers["starcoder"]
     fim = FillInMiddle(tokenizer, "starcoder", rate=1.0, spm_rate=0.0)
-    ids, kinds = fim.blocks(rows(tokenizer), VALIDATION_STEP, 0)
+    ids, kinds = fim.transform_blocks(rows(tokenizer), VALIDATION_STEP, 0)
     batch = clm_batch(ids, tokenizer.bos_id, tokenizer.eos_id)
-    labels = middle_labels(batch["labels"], kinds, IGNORE)
+    labels = keep_middle_labels(batch["labels"], kinds, IGNORE)
     for row, own in zip(ids.tolist(), labels.tolist(), strict=True):
         expected, inside = [], False
         for id in row:
@@ -245,7 +246,7 @@ def test_a_wrong_suffix_is_that_of_another_gap():
 
 
 def test_one_token_that_begins_and_ends(tokenizers):
-    """Then the next document's bos ends a middle, and only the last piece of a row has an end of its own."""
+    """Then the next document's bos ends a middle, and only the last piece of a row has an end of its own. Both are scored."""
     import copy
 
     tokenizer = copy.copy(tokenizers["starcoder"])
@@ -253,21 +254,25 @@ def test_one_token_that_begins_and_ends(tokenizers):
     tokenizer.affixes = type(tokenizer.affixes)()
     fim, body = FillInMiddle(tokenizer, "starcoder", rate=1.0, spm_rate=0.0), tokenizer.encode(TEXTS[0])
     row = [1, *body, 1, *tokenizer.encode(TEXTS[1])]
-    ids, _ = fim.blocks(torch.tensor([row] * 8), 0, 0)
+    ids, kinds = fim.transform_blocks(torch.tensor([row] * 8), 0, 0)
+    labels = keep_middle_labels(clm_batch(ids, 1, 1)["labels"], kinds, IGNORE)
     changed = 0
-    for new in ids.tolist():
+    for new, scored in zip(ids.tolist(), labels.tolist(), strict=True):
+        first_end, last_end = scored[len(body)], scored[-1]
         first, second = (new[: len(body) + 1], new[len(body) + 1 :])
         assert first[0] == second[0] == 1 and len(new) == len(row)
         if first[1:] != body:
-            assert TEXTS[0].startswith(joined(fim, [*first[1:], 1]))
+            assert TEXTS[0].startswith(joined(fim, [*first[1:], 1])) and first_end == 1
             changed += 1
+        assert (first_end == 1) == (first[1:] != body) and (last_end == 1) == (second != row[len(body) + 1 :])
+        assert scored.count(1) == (first_end == 1) + (last_end == 1)
         if second != row[len(body) + 1 :]:
             assert second[-1] == 1 and TEXTS[1].startswith(joined(fim, second[1:]))
             changed += 1
     assert changed > 8
-    assert joined(fim, [*fim.document(body, 0, 0), 1]) == TEXTS[0] and fim.document(body, 0, 0)[-1] != 1
+    assert joined(fim, [*fim.transform_document(body, 0, 0), 1]) == TEXTS[0] and fim.transform_document(body, 0, 0)[-1] != 1
     stays = FillInMiddle(tokenizer, "starcoder", rate=0.0)
-    assert stays.document(body, 0, 0) == body
+    assert stays.transform_document(body, 0, 0) == body
 
 
 def test_a_written_token_stays_text(tmp_path):
@@ -292,11 +297,11 @@ def test_a_written_token_stays_text(tmp_path):
         fim = FillInMiddle(tokenizer, "qwen", rate=rate)
         assert fim.ids[SUF] in body and not set(fim.encode(text)) & set(fim.ids.values())
         for epoch in range(10):
-            ids = fim.document(body, epoch, 0)
+            ids = fim.transform_document(body, epoch, 0)
             counts = [ids.count(fim.ids[role]) for role in (PRE, SUF, MID)]
             assert counts == ([1, 1, 1] if rate else [0, 0, 0])
             assert rate == 1 or tokenizer.decode(ids) == text
-            new, _ = fim.piece([0, *body], fim.choose(0, epoch, 0), is_last=True)
+            new, _ = fim.transform_piece([0, *body], fim.choose(0, epoch, 0), is_last=True)
             assert len(new) == len(body) + 1 and new.count(fim.ids[SUF]) <= rate
 
 
@@ -315,7 +320,7 @@ def test_missing_tokens_are_named(tokenizers):
 def document_blocks(tokenizer, fim, seed=2):
     ids = [id for text in TEXTS if text for id in tokenizer.as_document(tokenizer.encode(text))]
     common = {"context": 40, "batch_size": 5, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
-    return DocumentBlocks(np.array(ids), fim.document, seed=seed, **common), ids
+    return DocumentBlocks(np.array(ids), fim.transform_document, seed=seed, **common), ids
 
 
 def test_documents_of_an_epoch(tokenizers):
@@ -350,6 +355,6 @@ def test_documents_of_an_epoch(tokenizers):
 
 def test_a_document_without_its_tokens_is_refused(tokenizers):
     fim = FillInMiddle(tokenizers["starcoder"], "starcoder")
-    stream = DocumentBlocks(np.arange(5, 90), fim.document, context=8, batch_size=2, seed=0, bos_id=1, eos_id=2)
+    stream = DocumentBlocks(np.arange(5, 90), fim.transform_document, context=8, batch_size=2, seed=0, bos_id=1, eos_id=2)
     with pytest.raises(DataError, match="does not begin with id 1"):
         stream.batch(0)

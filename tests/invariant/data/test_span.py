@@ -15,7 +15,7 @@ from data.transforms.causal import IGNORE
 from data.transforms.denoisers import UL2, Denoiser, corrupted_lengths, noise_counts, parse_denoiser, raw_length
 from data.transforms.fill_spans import fill_spans, spans_by_sentinel
 from data.transforms.row_random import row_generator
-from data.transforms.span import SpanNoise, corrupt_spans, noise_mask, random_composition, span_batch, spans_to_sentinels
+from data.transforms.span import SpanNoise, corrupt_spans, draw_composition, draw_noise_mask, replace_spans, span_batch
 from data.transforms.teacher_forcing import Frame
 
 EOS, PAD, START = 1, 0, 0
@@ -99,7 +99,7 @@ def stick(total, parts, random):
 
 @pytest.mark.parametrize("parts", [2, 3, 5, 7])
 def test_compositions_are_equally_likely(parts):
-    assert chi_square(random_composition, parts=parts) > 1e-3
+    assert chi_square(draw_composition, parts=parts) > 1e-3
 
 
 @pytest.mark.parametrize("mutant", [one_by_one, stick])
@@ -109,7 +109,7 @@ def test_other_ways_of_drawing_lengths_are_noticed(mutant):
 
 def test_extreme_compositions():
     random = np.random.default_rng(0)
-    assert random_composition(8, 8, random).tolist() == [1] * 8 and random_composition(8, 1, random).tolist() == [8]
+    assert draw_composition(8, 8, random).tolist() == [1] * 8 and draw_composition(8, 1, random).tolist() == [8]
 
 
 SHAPES = [(141, 0.15, 3), (568, 0.15, 3), (190, 0.5, 8), (5, 0.15, 3), (2, 0.5, 1)]
@@ -118,12 +118,12 @@ SHAPES = [(141, 0.15, 3), (568, 0.15, 3), (190, 0.5, 8), (5, 0.15, 3), (2, 0.5, 
 @pytest.mark.parametrize(("length", "density", "mean"), SHAPES)
 def test_masks(length, density, mean):
     noise, spans = noise_counts(length, density, mean)
-    masks = np.array([noise_mask(length, density, mean, random) for random in draws(200)])
+    masks = np.array([draw_noise_mask(length, density, mean, random) for random in draws(200)])
     assert masks.shape == (200, length) and (masks.sum(1) == noise).all()  # the share is exact, and so is the mean span
     starts = masks & ~np.pad(masks, ((0, 0), (1, 0)))[:, :-1]
     assert (starts.sum(1) == spans).all()
     assert not masks[:, 0].any() and masks[:, -1].all()
-    rolled = np.array([noise_mask(length, density, mean, random, roll=True) for random in draws(200)])
+    rolled = np.array([draw_noise_mask(length, density, mean, random, roll=True) for random in draws(200)])
     assert (rolled.sum(1) == noise).all()
     if length > 100:
         z = (rolled[:, 0].mean() - noise / length) / math.sqrt(noise / length * (1 - noise / length) / 200)
@@ -131,7 +131,7 @@ def test_masks(length, density, mean):
 
 
 def test_a_text_of_one_token():
-    assert noise_mask(1, 0.15, 3, np.random.default_rng(0)).tolist() == [False]
+    assert draw_noise_mask(1, 0.15, 3, np.random.default_rng(0)).tolist() == [False]
 
 
 # ---- sources and targets
@@ -155,7 +155,7 @@ def wrong(corrupt):
     found = set()
     for number, random in enumerate(draws(40)):
         ids = random.integers(10, 900, 20 + 5 * number)
-        mask = noise_mask(len(ids), 0.15, 3, random)
+        mask = draw_noise_mask(len(ids), 0.15, 3, random)
         for convention in ("code", "docstring"):
             source, target = lists(corrupt(ids, mask, SENTINELS, convention))
             ours, theirs = twin(ids.tolist(), mask.tolist(), SENTINELS, convention == "docstring")
@@ -228,7 +228,7 @@ def test_a_rotated_mask():
 def test_too_few_sentinels():
     ids, mask = np.arange(6), np.array([False, True] * 3)
     with pytest.raises(DataError, match="3 spans need as many sentinels, and the tokenizer has 2 "):
-        spans_to_sentinels(ids, mask, [9, 8])
+        replace_spans(ids, mask, [9, 8])
     with pytest.raises(DataError, match="4 spans need as many sentinels, and the tokenizer has 3 "):
         corrupt_spans(ids, mask, [9, 8, 7], "docstring")
 

@@ -11,7 +11,7 @@ import transformers
 import model.__main__
 import model.hub
 from data.transforms.causal import IGNORE
-from data.transforms.span import sentinel_ids
+from data.transforms.span import find_sentinels
 from tests.compare import absolute
 from tests.oracle.wide import widen
 from tests.runs import SETTINGS, arguments, command, last_checkpoint, write_corpus
@@ -133,7 +133,7 @@ def test_metrics_of_the_objective(run):
     assert metrics["shuffled_loss"].sum.item() == pytest.approx(nats("shuffled_")[scored].sum().item())
     assert torch.equal(batch["shuffled_input_ids"], batch["input_ids"].roll(1, 0))
     if objective == "span":
-        ids = torch.tensor([*sentinel_ids(task.tokenizer), task.tokenizer.eos_id])
+        ids = torch.tensor([*find_sentinels(task.tokenizer), task.tokenizer.eos_id])
         special = torch.isin(batch["labels"].flatten(), ids)
         for name, part in (("sentinel_loss", special), ("word_loss", ~special)):
             assert metrics[name].count == (part & scored).sum()

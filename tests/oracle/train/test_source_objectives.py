@@ -8,7 +8,7 @@ import model.hub
 from data.config import DataConfig
 from data.tokenizer.open import load_tokenizer
 from data.transforms.fill_spans import fill_spans
-from data.transforms.span import sentinel_ids
+from data.transforms.span import find_sentinels
 from model.weights import to_published, weight_table
 from tests.compare import absolute, mixed
 from tests.oracle.wide import widen
@@ -83,8 +83,8 @@ def test_ids_are_those_of_its_tokenizer(opened):
         assert (batch["decoder_input_ids"][:, :2] == torch.tensor([tokenizer.eos_token_id, tokenizer.bos_token_id])).all()
         assert torch.equal(batch["labels"][:, 1:-1], block_BT)
     else:
-        assert sentinel_ids(task.tokenizer) == tokenizer.convert_tokens_to_ids(SENTINELS[::-1])
-        assert sentinel_ids(task.tokenizer)[0] == max(tokenizer.get_vocab().values())
+        assert find_sentinels(task.tokenizer) == tokenizer.convert_tokens_to_ids(SENTINELS[::-1])
+        assert find_sentinels(task.tokenizer)[0] == max(tokenizer.get_vocab().values())
         assert (batch["labels"][:, 0] == tokenizer.convert_tokens_to_ids("<extra_id_0>")).all()
         for source, target, ids in zip(batch["input_ids"], batch["labels"], block_BT, strict=True):
-            assert fill_spans(source[:-1].tolist(), target[:-1].tolist(), sentinel_ids(task.tokenizer)) == ids.tolist()
+            assert fill_spans(source[:-1].tolist(), target[:-1].tolist(), find_sentinels(task.tokenizer)) == ids.tolist()

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -45,6 +46,23 @@ def parse_entry(text: str) -> CorpusEntry:
         return CorpusEntry(named[2], named[1], float(named[3]))
     except ValueError:
         return CorpusEntry(text)
+
+
+NAMED_PATH = re.compile(r"([A-Za-z][\w-]*)=(.+)", re.ASCII | re.DOTALL)
+
+
+def parse_named_paths(texts: Iterable[str], option: str) -> dict[str, tuple[str, ...]]:
+    """Return {name: paths} of NAME=PATH NAME=PATH …; a name may be repeated. Errors (DataError): another form.
+
+    >>> parse_named_paths(["code=stdlib-code", "mine=a/*.txt", "mine=b.txt"], "--eval-corpus")
+    {'code': ('stdlib-code',), 'mine': ('a/*.txt', 'b.txt')}
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for text in texts:
+        if (named := NAMED_PATH.fullmatch(text)) is None:
+            raise DataError(f"{option} {text}: the form is NAME=PATH, a name of letters, digits, _ and - before the path")
+        found[named[1]] = (*found.get(named[1], ()), named[2])
+    return found
 
 
 def default_cache() -> Path:

@@ -22,6 +22,7 @@ minimised), `engine` (the state that a step advances, and its files), `loop` (th
     tag_objective, tag_baseline    token classification: loss, scores beside the most frequent tag of each word
     answer_objective, answer_scores, answer_report    question answering: loss, scores beside baselines, text
     evaluate          sums and counts over held-out text; bits per byte, and the n-gram baseline
+    eval_corpora, eval_text    further corpora that each validation scores (--eval-corpus); texts among them
     freeze, adapters, qat      frozen weights; runs that train an adapter; quantization-aware training
     recompute, allocator       activation checkpointing; freed memory that is kept for the next step
     losses/           cross-entropy, with Triton's kernel

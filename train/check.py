@@ -7,6 +7,9 @@ from lora.config import CONFIGS
 from quant.config import QatConfig
 from train.runs.errors import TrainError
 
+# Scores of an eval corpus of such a name would have the name of another number of metrics.jsonl.
+SCORES = ("loss", "perplexity", "bits_per_byte", "accuracy", "tokens", "lr", "step", "split", "scale")
+
 
 def check(config: Any) -> None:
     """Refuse invalid values of a TrainConfig (TrainError); each message names the option and the value."""
@@ -61,6 +64,7 @@ def check(config: Any) -> None:
         raise TrainError(f"--freeze {run.freeze}: --adapter {run.adapter} freezes all weights of --init already")
     check_adapter(config)
     check_qat(config)
+    check_eval_corpora(config)
 
 
 def check_adapter(config: Any) -> None:
@@ -88,3 +92,11 @@ def check_qat(config: Any) -> None:
         raise TrainError(f"--qat {chosen} does not go with --mesh {config.run.mesh}: replicate does")
     if chosen != "none" and config.speed.precision == "bf16-pure":
         raise TrainError(f"--qat {chosen}: bfloat16 weights lose small updates; --precision bf16 keeps them in float32")
+
+
+def check_eval_corpora(config: Any) -> None:
+    for name in config.report.eval_corpora:
+        if name in config.data.weights:
+            raise TrainError(f"--eval-corpus {name}: a source of the mixture has this name, and a loss_{name}: choose another")
+        if name in SCORES:
+            raise TrainError(f"--eval-corpus {name}: this is the name of a score: choose another")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data.config import DataConfig
+from data.config import DataConfig, parse_named_paths
 from lora.config import CONFIGS
 from quant.config import FourBit, QatConfig
 from train.check import check
@@ -188,7 +188,10 @@ class ReportConfig:
     eval_every: int | None = field(default=None, metadata=also("--eval-steps"))
     """Steps between validations. Default: a sixth of the steps, at most 100. Also --eval-steps."""
     eval_tokens: int = 200_000
-    """Maximum number of validation tokens."""
+    """Maximum number of validation tokens; of each corpus of --eval-corpus too."""
+    eval_corpus: tuple[str, ...] = ()
+    """NAME=PATH NAME=PATH …: further texts or records that each validation scores, as loss_NAME; of stdlib-docs and
+    stdlib-code their held-out part. They do not choose the best checkpoint."""
     sample_every: int = 200
     """Steps between text samples, with one more at the end; 0: none."""
     save_every: int | None = field(default=None, metadata=also("--save-steps"))
@@ -213,6 +216,11 @@ class ReportConfig:
     """After the second step, print its predicted and measured memory."""
     dry_run: bool = False
     """Set the run up, check everything, estimate memory, time and disk, and train nothing."""
+
+    @property
+    def eval_corpora(self) -> dict[str, tuple[str, ...]]:
+        """{name: paths} of `eval_corpus`."""
+        return parse_named_paths(self.eval_corpus, "--eval-corpus")
 
 
 @dataclass(frozen=True)

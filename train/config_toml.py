@@ -40,8 +40,10 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     init = None if config.run.init is None else absolute(config.run.init)
     validation = tuple(found(CorpusEntry(path)) for path in config.data.validation)
     data = replace(config.data, corpus=corpus, validation=validation, cache=absolute(config.data.cache))
+    scored = [(name, path) for name, paths in config.report.eval_corpora.items() for path in paths]
+    report = replace(config.report, eval_corpus=tuple(f"{name}={found(CorpusEntry(path))}" for name, path in scored))
     objective = str(absolute(config.run.objective)) if is_file(config.run.objective) else config.run.objective
-    return replace(config, data=data, run=replace(config.run, init=init, objective=objective))
+    return replace(config, data=data, report=report, run=replace(config.run, init=init, objective=objective))
 
 
 def _plain(value: Any) -> Any:

@@ -15,6 +15,7 @@ from train.allocator import keep_freed_memory
 from train.config import TrainConfig
 from train.config_toml import to_plain, with_absolute_paths
 from train.early_stop import EarlyStopping, is_better
+from train.eval_corpora import named, open_eval_corpora
 from train.evaluate import evaluate
 from train.interrupt import StopRequest
 from train.objective import ids_of
@@ -34,6 +35,7 @@ from train.runs.errors import TrainError
 from train.saving import load_checkpoint, restore_best, save_checkpoint
 from train.setup import open_data, open_engine, open_network, own_device
 from train.step import StepResult
+from train.task import Scored
 
 MAX_SKIPPED = 30  # skipped steps in a row; more mean that the run is broken, not one batch
 
@@ -64,6 +66,7 @@ class Run:
         self.source = self.task.source
         config = self.config = self.task.config = resolve_steps(config, self.task)
         self.console.unit = self.task.unit
+        self.eval_corpora = ranks.local_first(lambda: open_eval_corpora(config, self.task, data, info))
         self.engine, self.config = open_engine(config, ranks, self.device, self.task, network, info)
 
         self.tokens = 0  # scored labels since step 0, of skipped steps too
@@ -116,7 +119,8 @@ class Run:
         self._open_files()
         self.console.info(self.introduction)
         if not self.step and (self.config.run.init is not None or self.config.report.early_stop_on):
-            self.console.info(f"before the first step: {self.task.score_line(scores := self._scores())}")
+            scores, lines = self._scores()
+            self.console.info("\n".join([f"before the first step: {lines[0]}", *lines[1:]]))
             self.metrics.write(step=0, split="before", **scores)
             self.early_stopping.check(scores)
         self.console.begin(self.step, self.config.run.steps)
@@ -247,7 +251,7 @@ class Run:
     def _validate(self) -> bool:
         """Score the validation batches; return True if the scores are the best so far."""
         with self.phases("validation"):
-            scores = self._scores()
+            scores, lines = self._scores()
         if not math.isfinite(scores["loss"]):
             raise TrainError(nonfinite_state(self, f"the validation loss is {scores['loss']} at step {self.step}"))
         self.metrics.write(step=self.step, split="validation", tokens=self.tokens, **scores)
@@ -256,19 +260,30 @@ class Run:
         if improved:
             self.best = {"step": self.step, **scores}
         self.early_stopping.update(scores)
-        line = self.task.score_line(scores) + " · best so far" * improved
-        self.console.info(f"validation at step {self.step}: {line}")
+        lines[0] += " · best so far" * improved
+        self.console.info("\n".join([f"validation at step {self.step}: {lines[0]}", *lines[1:]]))
         return improved
 
-    def _scores(self) -> dict[str, float]:
-        """The task's scores on the validation batches, with the averaged weights if the run uses --ema."""
-        batches = (self._to_device(own_rows(batch, self.ranks)) for batch in self.task.validation)
-        options = {"autocast": self.engine.autocast, "ranks": self.ranks, "sources": self.task.validation_sources}
+    def _scores(self) -> tuple[dict[str, float], list[str]]:
+        """The scores of the held-out data and of each corpus of --eval-corpus; and a line of each, with the averaged weights
+        if the run uses --ema."""
+        scores = self._scores_of(self.task)
+        lines = [self.task.score_line(scores)]
+        for corpus in self.eval_corpora:
+            others = self._scores_of(corpus.scored)
+            lines.append(f"  {corpus.name}: {corpus.scored.score_line(others)}")
+            scores |= named(corpus, others, scores)
+        return scores, lines
+
+    def _scores_of(self, scored: Scored) -> dict[str, float]:
+        objective = scored.scoring(unwrapped(self.engine.objective))
+        batches = (self._to_device(own_rows(batch, self.ranks)) for batch in scored.validation)
+        options = {"autocast": self.engine.autocast, "ranks": self.ranks, "sources": scored.validation_sources}
         with self.engine.averaged():
-            totals = evaluate(unwrapped(self.engine.objective), batches, **options)
+            totals = evaluate(objective, batches, **options)
             with self._inference():
-                totals |= self.task.generation_totals(self.engine.network, self.device, self.ranks)
-        return self.task.scores(totals)
+                totals |= scored.generation_totals(self.engine.network, self.device, self.ranks)
+        return scored.scores(totals)
 
     @contextmanager
     def _inference(self) -> Iterator[None]:

@@ -16,8 +16,13 @@ def _uses(*names: str):
     return lambda config: optimizer_of(config) in names
 
 
+def _paths(config: TrainConfig) -> tuple[str, ...]:
+    """Return the paths of all text: trained on, held out, scored."""
+    return (*config.data.all_paths, *(path for paths in config.report.eval_corpora.values() for path in paths))
+
+
 def _files(config: TrainConfig) -> bool:
-    return any(path not in BUILT_IN for path in config.data.all_paths)
+    return any(path not in BUILT_IN for path in _paths(config))
 
 
 def _new(config: TrainConfig) -> bool:
@@ -35,7 +40,7 @@ NEEDS = (
     Needs(("steps",), lambda config: config.run.epochs is None, "--epochs says how long"),
     Needs(("extend",), lambda config: False, "it says how a finished run goes on: --resume RUN --steps MORE"),
     Needs(("val_fraction",), lambda config: not config.data.validation, "--validation names what is held out"),
-    Needs(("text_key",), lambda config: may_hold_records(config.data.all_paths), "the corpus holds no records"),
+    Needs(("text_key",), lambda config: may_hold_records(_paths(config)), "the corpus holds no records"),
     Needs(("text_key", "dedup", "separator"), _texts, "this objective reads records, each by itself and by columns of its own"),
     Needs(("on_bad_text",), _files, "the corpus comes with Python, and is no file of yours"),
     Needs(("matrix_lr",), _uses("muon"), "it is Muon's rate, --optimizer muon"),

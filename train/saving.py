@@ -8,6 +8,7 @@ from data.shell import quote
 from data.tokenizer.base import Tokenizer
 from model.folders import EXTRAS, copy_auxiliary_files
 from train.early_stop import EarlyStopping
+from train.eval_corpora import identity
 from train.reports.failures import nonfinite_state
 from train.reports.log import Metrics
 from train.reports.view import RunView
@@ -60,6 +61,7 @@ def write_files(run: SavedRun, folder: Path) -> None:
         if run.extra_files_from is not None:
             copy_auxiliary_files(run.extra_files_from, folder, only=EXTRAS if run.config.method is not None else None)
         state = {key: getattr(run, key) for key in SAVED} | {"format": STATE_FORMAT, "text": run.task.identity()}
+        state |= {"eval_corpora": found} if (found := identity(run.eval_corpora)) else {}
         state |= run.early_stopping.state_dict()
         state |= {"engine": run.engine.state(), "source": run.source.state_dict()}
         (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
@@ -73,6 +75,12 @@ def load_checkpoint(run: SavedRun, folder: Path) -> None:
             raise TrainError(
                 f"the corpus {' '.join(run.config.data.corpus)} is no longer the text that {run.out} began with; "
                 f"to train its weights on other text: --init {quote(run.out)}"
+            )
+        scored = identity(run.eval_corpora)
+        if changed := [name for name, digest in state.get("eval_corpora", scored).items() if scored.get(name) != digest]:
+            raise TrainError(
+                f"--eval-corpus {' '.join(changed)} is no longer the text that {run.out} began with, and its scores would not "
+                f"compare; to train these weights beside other text: --init {quote(run.out)}"
             )
         for key in SAVED:
             setattr(run, key, state[key])

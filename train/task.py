@@ -9,12 +9,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from data.messages import format_count
 from data.shell import command
 from data.sources.find import SUFFIXES
 from train.command_line import Needs
+from train.runs.errors import TrainError
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +62,31 @@ class BatchSource(Protocol):
         """Return the state as JSON types."""
 
     def load_state_dict(self, state: dict) -> None: ...
+
+
+class Scored(Protocol):
+    """What a validation scores: a task's held-out data, or a corpus of --eval-corpus."""
+
+    validation: list[Batch]
+    validation_sources: Sequence[str]
+
+    def scoring(self, objective: "Objective") -> "Objective": ...
+
+    def generation_totals(self, network: "nn.Module", device: "torch.device", ranks: "Ranks") -> Totals: ...
+
+    def scores(self, totals: Totals) -> Scores: ...
+
+    def score_line(self, scores: Scores) -> str: ...
+
+
+class EvalCorpus(NamedTuple):
+    """A further corpus that each validation scores. introduction: describes it before the first step; sha256: of what is
+    scored, which a resume must find unchanged."""
+
+    name: str
+    scored: Scored
+    introduction: str
+    sha256: str
 
 
 # Names that a user's own task file may still have, forwarded for one version.
@@ -164,6 +190,14 @@ class Task(ABC):
         """Build the objective. `loss` has the run's options (smoothing, chunks); `held_out` is the loss in validation."""
 
     # ---- evaluation
+
+    def open_eval_corpus(self, data: Any, name: str, paths: tuple[str, ...], info: Info) -> EvalCorpus:
+        """Open a corpus of --eval-corpus. data: what `open_data` returned."""
+        raise TrainError(f"--eval-corpus {name}: --objective {self.config.run.objective} scores no further corpora")
+
+    def scoring(self, objective: "Objective") -> "Objective":
+        """Return the objective that scores `validation`: the given one, where it does not depend on the held-out data."""
+        return objective
 
     def generation_totals(self, network: "nn.Module", device: "torch.device", ranks: "Ranks") -> Totals:
         """Return scores of generated text, as sums and counts over all ranks."""

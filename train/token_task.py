@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from data.config import MASK
 from data.messages import format_count
 from data.shell import command
-from train.task import Batch, Info, Scores, Task, Totals
+from train.task import Batch, EvalCorpus, Info, Scores, Task, Totals
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,6 +58,7 @@ class TokenTask(Task):
 
     can_mix = True
     needs_mask = False  # the tokenizer must have a mask token
+    has_bits_per_byte: ClassVar[bool] = False  # the validation loss is that of each token of the text in turn
     affix_flags: ClassVar[Mapping[str, bool]] = MappingProxyType({})  # special tokens that a new tokenizer adds
 
     @classmethod
@@ -108,6 +109,19 @@ class TokenTask(Task):
     @abstractmethod
     def validation_batch(self, block_BT1: "Tensor", first_row: int) -> Batch:
         """Make inputs and labels of held-out text; always the same for a block."""
+
+    def eval_batches(self, ids: "np.ndarray") -> list[Batch]:
+        """Make the batches of a further text, which are scored as those of `validation` are."""
+        from data.packing.blocks import sequential_blocks
+
+        size = self.config.optimizer.batch_size
+        blocks = sequential_blocks(ids, self.block_length, size)
+        return [self.validation_batch(block, i * size) for i, block in enumerate(blocks)]
+
+    def open_eval_corpus(self, data: "Shards", name: str, paths: tuple[str, ...], info: Info) -> EvalCorpus:
+        from train.eval_text import open_text
+
+        return open_text(self, data, name, paths, info)
 
     def identity(self) -> dict:
         splits = {"train_tokens": self.shards.train.tokens, "validation_tokens": self.shards.validation.tokens}

@@ -6,6 +6,7 @@
     cut      cuts long documents into pieces
     split    training and validation by a hash of the text
     prepare  corpus -> shards: read, deduplicate, split, train a tokenizer, encode; cached
+    eval_text    text that is only scored: encoded, and compared with the training text
 """
 
 from importlib import import_module

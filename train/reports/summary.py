@@ -14,6 +14,7 @@ from data.shell import command
 from model.flops import flops_per_token
 from quant.linear import count_parameters, quantized_layers
 from quant.qat import qat_layers
+from train import eval_corpora
 from train.config import DEFAULT_WIDTH, INIT_LR_DIVISOR, RunConfig, TrainConfig
 from train.freeze import frozen_names
 from train.optimizers.precision import PRECISIONS
@@ -56,7 +57,7 @@ def introduction(run: RunView) -> str:
     place = f"would be {run.out}" if config.report.dry_run else run.out
     often = f"\nwarning  the text is read {epochs:,.0f} times: fewer --steps, or more text" if epochs > MAX_EPOCHS else ""
     return (
-        f"{run.task.introduction()}"
+        f"{run.task.introduction()}{eval_corpora.introduction(run.eval_corpora)}"
         f"network  {has.family}, {format_count(has.depth, 'layer')} of width {has.width}, {format_count(has.heads, 'head')}, "
         f"context {config.network.context}{before}: {parameters:,} parameters{adapter}\n"
         f"machine  {run.device}, {machine}, {speed.precision}, {how}\n{rates(run)}"

@@ -1,5 +1,6 @@
 """The parts of a run that its reports read; `train.loop.Run` has them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -10,7 +11,7 @@ from train.engine import Engine
 from train.parallel.ranks import Ranks
 from train.reports.log import Console
 from train.reports.phases import Phases
-from train.task import Task
+from train.task import EvalCorpus, Task
 
 
 class RunView(Protocol):
@@ -19,6 +20,7 @@ class RunView(Protocol):
     device: torch.device
     ranks: Ranks
     task: Task
+    eval_corpora: Sequence[EvalCorpus]  # scored in each validation too
     engine: Engine
     console: Console
     phases: Phases

@@ -22,6 +22,7 @@ class CausalTask(TokenTask):
     defaults = Defaults("tiny", 8e-3)
     architectures, head = ("decoder",), "lm"
     perplexity_of = ("lm",)
+    has_bits_per_byte = True
 
     def __init__(self, config: "TrainConfig", shards: "Shards"):
         from data.sizes import text_bytes

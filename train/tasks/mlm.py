@@ -105,12 +105,11 @@ class MaskedTask(TokenTask):
     def _open_pairs(self) -> None:
         """Replace blocks by pairs of segments, in training and in validation."""
         from data.transforms.framing import choose_pad_id
-        from data.transforms.masked import VALIDATION_STEP
         from data.transforms.next_sentence import segment_template
 
         self.template = segment_template(self.tokenizer)
         self.pad_id = choose_pad_id(self.tokenizer, self.template[-1][0])
-        size, ranges = self.config.optimizer.batch_size, self.shards.train.ranges or {"": (0, self.shards.train.tokens)}
+        ranges = self.shards.train.ranges or {"": (0, self.shards.train.tokens)}
         sources = {
             name: self.segment_pairs(self.shards.train.ids[start:end], split="to train on", name=name, stream=number)
             for number, (name, (start, end)) in enumerate(ranges.items())
@@ -119,16 +118,27 @@ class MaskedTask(TokenTask):
         by_source = validation_ids_by_source(self.config, self.shards)
         self.validation, validation_sources = [], []
         for name, ids in by_source.items():
-            held_out = self.segment_pairs(ids, split="held out", name=name, alternate=True)
-            pairs = [held_out.pair(row) for row in range(len(held_out))]
-            for first in range(0, len(pairs), size):
-                some = pairs[first : first + size]
-                rows = some + some[:1] * (size - len(some))
-                batch = self.pair_batch(rows, VALIDATION_STEP, len(self.pairs) + first, scored=len(some), **ALL_MASKED)
-                self.validation.append(batch)
-                validation_sources.append(name)
+            pairs, batches = self._held_out_pairs(ids, name, len(self.pairs))
+            self.validation += batches
+            validation_sources += [name] * len(batches)
             self.pairs += pairs
         self.validation_sources = validation_sources if self.shards.validation.ranges else []
+
+    def _held_out_pairs(self, ids: "np.ndarray", name: str, first_row: int) -> "tuple[list[SegmentPair], list[Batch]]":
+        """Return the pairs of held-out text, and their batches; rows are counted from `first_row` on."""
+        from data.transforms.masked import VALIDATION_STEP
+
+        held_out = self.segment_pairs(ids, split="held out", name=name, alternate=True)
+        size, batches = self.config.optimizer.batch_size, []
+        pairs = [held_out.pair(row) for row in range(len(held_out))]
+        for first in range(0, len(pairs), size):
+            some = pairs[first : first + size]
+            rows = some + some[:1] * (size - len(some))
+            batches.append(self.pair_batch(rows, VALIDATION_STEP, first_row + first, scored=len(some), **ALL_MASKED))
+        return pairs, batches
+
+    def eval_batches(self, ids: "np.ndarray") -> list[Batch]:
+        return self._held_out_pairs(ids, "", 0)[1] if self.settings.nsp else super().eval_batches(ids)
 
     def segment_pairs(self, ids: "np.ndarray", *, split: str, name: str, **options) -> "SegmentPairs":
         """Open the pairs of a source's documents."""

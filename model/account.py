@@ -7,7 +7,7 @@ from model.config import ConfigError, ModelConfig
 from model.flops import flops_per_token
 from model.heads import is_tied
 from model.memory import BITS, MemoryEstimate, training_memory
-from model.parameters import adapter_parameters, cache_bytes, parameters, parameters_by_part
+from model.parameters import adapter_parameters, cache_bytes, parameters_by_part, parameters_in_training
 from model.training import USUAL_CONTEXT, Training
 
 LABELS = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
@@ -31,12 +31,13 @@ def info(
     rank: int = 8,
     targets: str = "all-linear",
     device: str = "cuda",
+    frozen: frozenset[str] = frozenset(),
 ) -> str:
     """Describe a network: parameters by part, operations and cache a token, and the memory of each training method.
 
     context: tokens of each text (default: the config's, at most `USUAL_CONTEXT`). `method`, `precision`, `recompute` and
-    `recompute_every` choose the method that is listed in detail; the rest holds for all. Errors: an impossible value
-    (ConfigError, which names the option).
+    `recompute_every` choose the method that is listed in detail; the rest holds for all. `frozen`: parameters
+    that full training leaves as they are. Errors: an impossible value (ConfigError, which names the option).
     """
     if context is None:
         context = min(config.context, USUAL_CONTEXT)
@@ -56,6 +57,7 @@ def info(
         rank=rank,
         targets=targets,
         device=device,
+        frozen=frozen,
     )
     adapter_parameters(config, rank, targets)  # raises on unknown targets
     parts = (title(config), parameter_table(config, training), flops_table(config, training), cache_text(config, context))
@@ -75,8 +77,8 @@ def title(config: ModelConfig) -> str:
 
 
 def parameter_table(config: ModelConfig, training: Training) -> str:
-    counts = parameters_by_part(config)
-    total, trained = sum(counts.values()), sum(p.size for p in parameters(config).values() if p.trained)
+    counts, everything = parameters_by_part(config), parameters_in_training(config, training.frozen).values()
+    total, trained = sum(counts.values()), sum(p.size for p in everything if p.trained)
     rows = [(part, f"{count:,}", f"{count / total:.1%}") for part, count in counts.items()]
     rows.append(("total", f"{total:,}", "100.0%"))
     rows += [("trainable", f"{trained:,}", f"{trained / total:.1%}")] if trained != total else []

@@ -60,8 +60,15 @@ def check(config: Any) -> None:
             raise TrainError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     if run.epochs is not None and not 0 < run.epochs < math.inf:
         raise TrainError(f"--epochs {run.epochs}: must be above 0, and finite")
-    if run.freeze is not None and run.adapter != "none":
-        raise TrainError(f"--freeze {run.freeze}: --adapter {run.adapter} freezes all weights of --init already")
+    for option, value in (("freeze", run.freeze), ("unfreeze", run.unfreeze)):
+        if value is not None and run.adapter != "none":
+            raise TrainError(f"--{option} {value}: --adapter {run.adapter} freezes all weights of --init already")
+    if run.freeze == "all" and run.init is None:
+        raise TrainError("--freeze all keeps what --init brings, and there is none: nothing but random weights")
+    if run.unfreeze not in (None, "gradual") and not (run.unfreeze.isdecimal() and int(run.unfreeze)):
+        raise TrainError(f"--unfreeze {run.unfreeze}: gradual (one layer an epoch), or steps a layer, 1 at least")
+    if not 0 < optimizer.layer_rate <= 1:
+        raise TrainError(f"--layer-rate {optimizer.layer_rate}: above 0 and at most 1, as lower layers hold what is general")
     check_adapter(config)
     check_qat(config)
     check_eval_corpora(config)

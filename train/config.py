@@ -64,8 +64,12 @@ class RunConfig:
     """With --resume and more --steps: hold keeps the last learning rate, replan recomputes the schedule over all steps. Not
     needed for --schedule constant and inverse_sqrt, which have no end."""
     freeze: str | None = None
-    """Freeze the weights whose name (ours or the published one) matches this regular expression: no gradient, moments or
-    decay."""
+    """Freeze a part of the network: no gradient, moments or decay. all: what --init brings, so that its new head learns; body:
+    embeddings and layers; embeddings; top:K: all below the top K layers; else a regular expression for names of weights, ours
+    or the published ones."""
+    unfreeze: str | None = None
+    """Gradual unfreezing: train the head first, and one more layer from the top each epoch (gradual), or each N steps (a
+    number); the embeddings last."""
     seed: int = 0
     """Seed of initial weights, batches, dropout and samples."""
     device: str = "auto"
@@ -129,6 +133,8 @@ class OptimizerConfig:
     --init an eighth of it, times 128/width if the width is above 128; with --adapter the method's own. Also --learning-rate."""
     matrix_lr: float | None = None
     """Muon's peak learning rate. Default: 4e-2, or the objective's; with --init an eighth."""
+    layer_rate: float = 1.0
+    """Learning rate of each layer, times that of the one above; the head has --lr, the embeddings the lowest rate."""
     weight_decay: float | None = None
     """Decoupled weight decay, of matrices and embeddings, not of norms and biases. Default: 0.2, with an adapter 0."""
     betas: tuple[float, float] = (0.9, 0.95)

@@ -31,6 +31,7 @@ from train.runs.checkpoint import SHARDED_INDEX, TENSOR_FILES
 from train.runs.errors import CheckpointError
 from train.runs.sharded import ShardedTensors, local, read_tensor, shard_like, write_shard
 from train.step import StepResult, train_step
+from train.unfreeze import Unfreezing
 
 
 class Engine:
@@ -57,6 +58,7 @@ class Engine:
         seed: int = 0,
         allocator: RankAllocator | None = None,
         observers: Observers | None = None,
+        unfreezing: Unfreezing | None = None,
     ):
         self.objective, self.optimizers = objective, optimizers
         self.scaler, self.averages = scaler or GradScaler(enabled=False), averages
@@ -65,6 +67,7 @@ class Engine:
         self.step, self.skipped = 0, 0
         self.allocator = allocator  # AdaLoRA's: it prunes singular values after each update
         self.observers = observers  # of quantization-aware training: ranges are updated after each step
+        self.unfreezing = unfreezing
         self.rounding = torch.Generator(next(objective.parameters()).device)
         optimizers.set_rounding(self.rounding)
 
@@ -82,6 +85,8 @@ class Engine:
         torch.manual_seed(noise_seed("dropout", self.seed, self.step, self.ranks.rank))
         self.rounding.manual_seed(noise_seed("rounding", self.seed, self.step))
         self.optimizers.set_lr(self.lr_factor)
+        if self.unfreezing is not None:
+            self.unfreezing.begin(self.step)
         result = train_step(
             self.objective,
             micro_batches,
@@ -92,6 +97,7 @@ class Engine:
             ranks=self.ranks,
             phase=phase,
             penalty=self.allocator.penalty if self.allocator is not None else None,
+            on_gradients=self._on_gradients,
             on_update=self._on_update,
         )
         self.step += 1
@@ -104,6 +110,11 @@ class Engine:
             if self.allocator is not None:
                 self.allocator.mask_averages(self.averages.averages)
         return result
+
+    def _on_gradients(self) -> None:
+        """Run after the last backward, before clipping."""
+        if self.unfreezing is not None:
+            self.unfreezing.drop_gradients(self.step)
 
     def _on_update(self) -> None:
         """Run after an update, before the gradients are cleared."""

@@ -66,11 +66,13 @@ def resolve_machine(config: TrainConfig, ranks: Ranks) -> TrainConfig:
 
 
 def resolve_steps(config: TrainConfig, task: Task) -> TrainConfig:
-    """Convert --epochs to steps; resolve the steps between validations and between checkpoints."""
+    """Convert --epochs and --unfreeze to steps; resolve the steps between validations and between checkpoints."""
     run, report, recorded = config.run, config.report, config.recorded
     if run.epochs is not None:
         recorded = replace(recorded, epochs=run.epochs)
         run = replace(run, steps=max(1, math.ceil(run.epochs / task.epochs(1) - 1e-9)), epochs=None)
+    if run.unfreeze == "gradual":
+        run = replace(run, unfreeze=str(max(1, math.ceil(1 / task.epochs(1) - 1e-9))))
     eval_every = report.eval_every or max(1, min(100, run.steps // 6))
     report = replace(report, eval_every=eval_every, save_every=report.save_every or eval_every)
     return replace(config, run=run, report=report, recorded=recorded)

@@ -24,6 +24,7 @@ from train.adapters import NAME, add_adapter, cast_frozen_weights, rate, role, t
 from train.config import TrainConfig
 from train.engine import Engine
 from train.freeze import freeze
+from train.layer_groups import layer_groups
 from train.losses.choose import LOSSES
 from train.optimizers.build import build_optimizer
 from train.optimizers.ema import EMA
@@ -40,6 +41,7 @@ from train.runs.checkpoint import SHARDED_INDEX
 from train.runs.errors import TrainError
 from train.runs.open import checked_device, resolve
 from train.task import Info, Task
+from train.unfreeze import Unfreezing
 
 
 def own_device(config: TrainConfig, ranks: Ranks) -> torch.device:
@@ -156,6 +158,9 @@ def initial_network(config: TrainConfig, data: object, checkpoint: Path | None, 
             "cannot change: train all weights, or an adapter with the base's own objective (prefix: both directions)"
         )
     labels = None if wanted.labels == found.labels else wanted.labels
+    is_new_head = found.head != head or labels is not None
+    if run.freeze == "all" and not is_new_head:
+        raise TrainError(f"--freeze all: {run.init} has the head {head!r} of this objective already; --freeze body trains it")
     if found.head != head:
         info(f"{run.init} has the head {found.head!r}: {head!r} takes its place")
     four_bit = None if run.quantize == "none" else FourBit(scheme=run.quantize)
@@ -232,9 +237,11 @@ def open_engine(
     planned = config.recorded.scheduled_steps or config.run.steps
     warmup = round(asked.warmup * planned)
     factor = partial(SCHEDULES[asked.schedule], warmup=warmup, total=planned, final=asked.final_lr)
+    optimizers = open_optimizers(config, network)
+    unfreeze = config.run.unfreeze
     engine = Engine(
         objective,
-        open_optimizers(config, network),
+        optimizers,
         scaler=GradScaler(enabled=policy.needs_scaler),
         averages=EMA(network.named_parameters(), asked.ema) if asked.ema else None,
         factor=factor,
@@ -245,13 +252,14 @@ def open_engine(
         seed=config.run.seed,
         allocator=RankAllocator(network, NAME, config.run.steps) if config.run.adapter == "adalora" else None,
         observers=qat.observers(config, network, ranks),
+        unfreezing=Unfreezing(network, int(unfreeze), computes_all=ranks.world > 1) if unfreeze else None,
     )
     return engine, config
 
 
 def open_optimizers(config: TrainConfig, network: nn.Module) -> Optimizers:
     """Build the run's optimizers. Errors (TrainError): a value that the optimizer refuses."""
-    asked = config.optimizer
+    asked, layer_rates = config.optimizer, rates_by_layer(network, config.optimizer.layer_rate)
     try:
         return build_optimizer(
             asked.optimizer,
@@ -263,7 +271,17 @@ def open_optimizers(config: TrainConfig, network: nn.Module) -> Optimizers:
             betas=asked.betas,
             eps=asked.eps,
             momentum=asked.momentum,
-            lr_multiple_of=partial(rate, config),
+            lr_multiple_of=lambda name: rate(config, name) * layer_rates.get(name, 1.0),
         )
     except ValueError as error:  # the optimizers know which values they can have
         raise TrainError(f"--optimizer {asked.optimizer}: {error}") from None
+
+
+def rates_by_layer(network: nn.Module, layer_rate: float) -> dict[str, float]:
+    """Return each parameter's learning rate as a multiple of --lr: 1 for the topmost layer group, and for each one below
+    `layer_rate` times the one above.
+
+    Source: Howard & Ruder 2018, arXiv 1801.06146, section 3.2, where `layer_rate` is 1 / 2.6.
+    """
+    groups = [names for names in layer_groups(network.config, dict(network.named_parameters())).values() if names]
+    return {name: layer_rate**number for number, names in enumerate(groups) for name in names}

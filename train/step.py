@@ -36,6 +36,7 @@ def train_step(
     ranks: Ranks | None = None,
     phase: Callable[[str], AbstractContextManager] = lambda name: nullcontext(),
     penalty: Callable[[], Tensor] | None = None,
+    on_gradients: Callable[[], None] | None = None,
     on_update: Callable[[], None] | None = None,
 ) -> StepResult:
     """Take one optimizer step, with the gradient of one large batch:
@@ -50,9 +51,9 @@ def train_step(
 
     micro_batches: batches as the objective takes them, such as input_ids B T and labels B T. max_norm: largest global gradient
     norm, None for no clipping. autocast(): context of each forward. scaler: for fp16. phase(name): context that measures a
-    part. penalty(): a further loss term, computed from the weights; the returned loss excludes it. on_update(): called after
-    an update, before the gradients are cleared. Errors (ValueError): no micro-batch; terms of the objective that
-    differ from its counts.
+    part. penalty(): a further loss term, computed from the weights; the returned loss excludes it. on_gradients(): called
+    after the last backward, before clipping. on_update(): called after an update, before the gradients are cleared.
+    Errors (ValueError): no micro-batch; terms of the objective that differ from its counts.
     Source: Micikevicius et al. 2018, arXiv 1710.03740 (scaling); Pascanu et al. 2013, arXiv 1211.5063 (clipping).
     """
     ranks, scaler = ranks or Ranks(), scaler or GradScaler(enabled=False)
@@ -77,6 +78,8 @@ def train_step(
         add_metrics(metrics, logged)
     loss = ranks.sum(loss)
     with phase("optimizer"):
+        if on_gradients is not None:
+            on_gradients()
         scaler.unscale_(objective.parameters())
         grad_norm = clip_grad_norm_(objective.parameters(), max_norm)
         is_finite = bool((grad_norm + loss).isfinite())  # waits for the device: a non-finite step must not be applied

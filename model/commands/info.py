@@ -36,6 +36,8 @@ class Info:
     """The optimizer, with its state."""
     ema: bool = False
     """With averages of the weights."""
+    freeze: str | None = None
+    """Frozen weights in full training, as of `python -m train --freeze`: body, embeddings, top:K or a regular expression."""
     rank: int = 8
     """The rank of LoRA's matrices."""
     targets: Literal["all-linear", "attention", "query-value"] = "all-linear"
@@ -46,7 +48,7 @@ class Info:
         Needs(
             (
                 *("batch_size", "context", "accumulate", "method", "precision", "recompute", "recompute_every", "loss"),
-                *("optimizer", "ema", "rank", "targets", "device"),
+                *("optimizer", "ema", "freeze", "rank", "targets", "device"),
             ),
             lambda options: bool(options.network),
             "without a NETWORK the presets are listed",
@@ -63,9 +65,11 @@ def info(options: Info) -> None:
 
     from model.account import info
     from model.hub import read_config
+    from train.freeze import selected_names
     from train.runs.open import resolve
 
     values = vars(options).copy()
     name = values.pop("network")
     config = ModelConfig.preset(name) if name in presets() or not Path(name).exists() else read_config(resolve(name))
-    print(info(config, **values))
+    what = values.pop("freeze")
+    print(info(config, frozen=frozenset() if what is None else frozenset(selected_names(config, what)), **values))

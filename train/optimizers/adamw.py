@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from train.optimizers.groups import at_rate
 from train.optimizers.named_optimizer import NamedOptimizer
 from train.optimizers.registry import BuildSettings, OptimizerEntry
 from train.runs.sharded import local
@@ -151,7 +152,7 @@ def with_strides_of(param: Tensor, grad: Tensor) -> Tensor:
 
 
 def build(groups: list[dict], settings: BuildSettings) -> list[NamedOptimizer]:
-    return [AdamW(groups, settings.lr, settings.betas, settings.eps, fused=settings.fused)]
+    return [AdamW(at_rate(groups, settings.lr), settings.lr, settings.betas, settings.eps, fused=settings.fused)]
 
 
-OPTIMIZER = OptimizerEntry(build, has_group_rates=True)
+OPTIMIZER = OptimizerEntry(build)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from quant.blockwise import BLOCK, dequantize_8bit, dynamic_map, quantize_8bit
+from train.optimizers.groups import at_rate
 from train.optimizers.named_optimizer import NamedOptimizer
 from train.optimizers.registry import BuildSettings, OptimizerEntry
 from train.runs.sharded import is_sharded
@@ -171,7 +172,7 @@ class AdamW8bit(NamedOptimizer):
 
 
 def build(groups: list[dict], settings: BuildSettings) -> list[NamedOptimizer]:
-    return [AdamW8bit(groups, settings.lr, settings.betas, settings.eps)]
+    return [AdamW8bit(at_rate(groups, settings.lr), settings.lr, settings.betas, settings.eps)]
 
 
-OPTIMIZER = OptimizerEntry(build, has_group_rates=True)
+OPTIMIZER = OptimizerEntry(build)

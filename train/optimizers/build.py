@@ -28,14 +28,11 @@ def build_optimizer(
 
     "muon" gives 2-D weights of role "matrix" to Muon at `matrix_lr`. Embeddings, positions, the head, norms and biases then
     stay with AdamW at `lr` (Jordan et al. 2024: Muon is for hidden layers). The others train all parameters at `lr`.
-    Weight decay follows `parameter_groups`. `lr_multiple_of(name)` is a parameter's learning rate as a multiple of `lr`
-    (LoRA+). `betas` and `eps` are AdamW's, `momentum` Muon's and SGD's.
+    Weight decay follows `parameter_groups`. `lr_multiple_of(name)` is a parameter's learning rate as a multiple of `lr`,
+    with Muon of `matrix_lr` (LoRA+, --layer-rate). `betas` and `eps` are AdamW's, `momentum` Muon's and SGD's.
 
-    Errors (ValueError): an unknown name or role; "muon" without `matrix_lr`; multiples for an optimizer without group rates.
+    Errors (ValueError): an unknown name or role; "muon" without `matrix_lr`.
     """
-    entry = load_optimizer(name)
-    groups = split_by_rate(parameter_groups(named_parameters, role_of, weight_decay), lr_multiple_of, lr)
-    if not entry.has_group_rates and any("lr" in group for group in groups):
-        raise ValueError("rates of its own for some parameters (LoRA+): adamw has them, and adamw8bit")
+    groups = split_by_rate(parameter_groups(named_parameters, role_of, weight_decay), lr_multiple_of)
     settings = BuildSettings(role_of, lr, matrix_lr, betas, eps, momentum, adjust_lr, fused)
-    return Optimizers(entry.build(groups, settings))
+    return Optimizers(load_optimizer(name).build(groups, settings))

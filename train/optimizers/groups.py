@@ -42,14 +42,19 @@ def checked_role(role_of: Callable[[str], str], name: str) -> str:
     return role
 
 
-def split_by_rate(groups: list[dict], lr_multiple_of: Callable[[str], float], lr: float) -> list[dict]:
-    """Split groups further by `lr_multiple_of(name)`; a multiple other than 1 gives the group `lr` times it."""
+def split_by_rate(groups: list[dict], lr_multiple_of: Callable[[str], float]) -> list[dict]:
+    """Split groups further by `lr_multiple_of(name)`, which each group then has as `lr_multiple`."""
     split = []
     for group in groups:
         for multiple in dict.fromkeys(map(lr_multiple_of, group["names"])):
             part = select_parameters([group], lambda name, param, multiple=multiple: lr_multiple_of(name) == multiple)
-            split += [{**each, "lr": lr * multiple} if multiple != 1 else each for each in part]
+            split += [{**each, "lr_multiple": multiple} for each in part]
     return split
+
+
+def at_rate(groups: list[dict], lr: float) -> list[dict]:
+    """Give each group of `split_by_rate` its learning rate: `lr` times its multiple."""
+    return [{**group, "lr": lr * group["lr_multiple"]} for group in groups]
 
 
 def select_parameters(groups: list[dict], is_selected: Callable[[str, Tensor], bool]) -> list[dict]:

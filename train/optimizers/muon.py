@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from train.optimizers.adamw import AdamW
-from train.optimizers.groups import select_parameters
+from train.optimizers.groups import at_rate, select_parameters
 from train.optimizers.named_optimizer import NamedOptimizer
 from train.optimizers.registry import BuildSettings, OptimizerEntry
 from train.parallel.shard import full_tensor, shard_of
@@ -173,9 +173,10 @@ def build(groups: list[dict], settings: BuildSettings) -> list[NamedOptimizer]:
     others = select_parameters(groups, lambda name, param: not is_hidden_matrix(name, param))
     optimizers: list[NamedOptimizer] = []
     if matrices:
-        optimizers.append(Muon(matrices, settings.matrix_lr, momentum=settings.momentum, adjust_lr=settings.adjust_lr))
+        groups, lr = at_rate(matrices, settings.matrix_lr), settings.matrix_lr
+        optimizers.append(Muon(groups, lr, momentum=settings.momentum, adjust_lr=settings.adjust_lr))
     if others:
-        optimizers.append(AdamW(others, settings.lr, settings.betas, settings.eps, fused=settings.fused))
+        optimizers.append(AdamW(at_rate(others, settings.lr), settings.lr, settings.betas, settings.eps, fused=settings.fused))
     return optimizers
 
 

@@ -32,8 +32,7 @@ class BuildSettings(NamedTuple):
 class OptimizerEntry(NamedTuple):
     """The value of a file's `OPTIMIZER`."""
 
-    build: Callable[[list[dict], BuildSettings], "list[NamedOptimizer]"]  # from parameter groups
-    has_group_rates: bool = False  # a group may have a learning rate of its own (LoRA+)
+    build: Callable[[list[dict], BuildSettings], "list[NamedOptimizer]"]  # from parameter groups (`at_rate`)
 
 
 @cache

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from train.optimizers.groups import at_rate
 from train.optimizers.named_optimizer import NamedOptimizer
 from train.optimizers.registry import BuildSettings, OptimizerEntry
 
@@ -92,7 +93,7 @@ class SGD(NamedOptimizer):
 
 
 def build(groups: list[dict], settings: BuildSettings) -> list[NamedOptimizer]:
-    return [SGD(groups, settings.lr, settings.momentum)]
+    return [SGD(at_rate(groups, settings.lr), settings.lr, settings.momentum)]
 
 
 OPTIMIZER = OptimizerEntry(build)

@@ -76,7 +76,7 @@ def out_of_memory(run: RunView, error: Exception) -> str:
     if run.engine.mesh.shard > 1:
         return what + "Less is needed with a smaller --batch-size (and more --accumulate), --recompute blocks, --loss chunked."
     packed = bool(quantized_layers(run.engine.network))
-    frozen = frozen_names(run.engine.network, run.config.run.freeze)
+    frozen = frozen_names(run.engine.network, run.config.run)
     training = training_settings(run.config, run.ranks, run.label_fraction or 1.0, packed=packed, frozen=frozen)
     advice = suggest_options(run.engine.network.config, training, memory_of(run.device) - LIBRARIES, ranks=run.ranks.world)
     return what + advice

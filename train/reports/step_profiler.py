@@ -60,7 +60,7 @@ def described_step(run: RunView, micro_batches: list[dict[str, Tensor]]) -> Trai
         return None
     scored = sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches)
     scored /= sum(batch["labels"].numel() for batch in micro_batches)
-    packed, frozen = bool(packed_tensors(engine.network)), frozen_names(engine.network, run.config.run.freeze)
+    packed, frozen = bool(packed_tensors(engine.network)), frozen_names(engine.network, run.config.run)
     training = training_settings(run.config, run.ranks, scored, packed=packed, frozen=frozen)
     longest = max(ids.size(1) for batch in micro_batches for ids in ids_of(batch))
     return replace(training, context=longest)  # rows of records are as long as these

@@ -25,6 +25,7 @@ from train.reports.page import write_page
 from train.reports.rate import matmul_rate, peak_memory, speed_report
 from train.reports.view import RunView
 from train.runs.checkpoint import SHARDED_INDEX, read_pointer
+from train.unfreeze import describe
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
@@ -39,7 +40,7 @@ def introduction(run: RunView) -> str:
     trainable = sum(parameter.numel() for parameter in run.engine.network.parameters() if parameter.requires_grad)
     adapter = f", {trainable:,} of them trainable ({config.run.adapter})" if config.method is not None else ""
     if config.run.freeze is not None:
-        frozen = format_count(len(frozen_names(run.engine.network, run.config.run.freeze)), "tensor")
+        frozen = format_count(len(frozen_names(run.engine.network, config.run)), "tensor")
         adapter = f", {trainable:,} of them trainable: {frozen} frozen (--freeze {config.run.freeze})"
     small = [layer.weight for layer in quantized_layers(run.engine.network).values()]
     bits = 8 * sum(weight.nbytes for weight in small) / max(1, sum(weight.numel() for weight in small))
@@ -60,10 +61,20 @@ def introduction(run: RunView) -> str:
         f"{run.task.introduction()}{eval_corpora.introduction(run.eval_corpora)}"
         f"network  {has.family}, {format_count(has.depth, 'layer')} of width {has.width}, {format_count(has.heads, 'head')}, "
         f"context {config.network.context}{before}: {parameters:,} parameters{adapter}\n"
-        f"machine  {run.device}, {machine}, {speed.precision}, {how}\n{rates(run)}"
+        f"{layers(run)}machine  {run.device}, {machine}, {speed.precision}, {how}\n{rates(run)}"
         f"run      {place}: steps {run.step} to {config.run.steps} of {run.task.per_step()}, "
         f"{epochs:,.1f} epochs in all{often}"
     )
+
+
+def layers(run: RunView) -> str:
+    """Lines about layers that learn later or slower than others; else ""."""
+    config, unfreezing = run.config, run.engine.unfreezing
+    text = "" if unfreezing is None else f"unfreeze {describe(unfreezing.starts(), config.run.steps)}\n"
+    if config.optimizer.layer_rate != 1:
+        multiples = sorted({group["lr_multiple"] for group in run.engine.optimizers.param_groups}, reverse=True)
+        text += f"layers   learn at {', '.join(f'{each:.2g}' for each in multiples)} times the rate, from the top down\n"
+    return text
 
 
 def rates(run: RunView) -> str:

@@ -65,11 +65,11 @@ def frozen_groups(config: ModelConfig, names: Mapping[str, object], what: str) -
     groups = layer_groups(config, names)
     if what == EMBEDDINGS:
         return [groups[EMBEDDINGS]]
-    kept = int(found[1]) if (found := TOP.fullmatch(what)) else 0
+    trained = int(found[1]) if (found := TOP.fullmatch(what)) else 0
     layers = [group for name, group in groups.items() if name not in (HEAD, EMBEDDINGS)]
-    if kept > len(layers):
+    if trained > len(layers):
         raise TrainError(f"--freeze {what}: the network has {len(layers)} layers")
-    return [*layers[kept:], groups[EMBEDDINGS]]
+    return [*layers[trained:], groups[EMBEDDINGS]]
 
 
 def match(config: ModelConfig, aliases: Mapping[str, list[str]], pattern: str) -> list[str]:

@@ -45,12 +45,18 @@ def read_options(arguments: Sequence[str]) -> TrainConfig:
         groups = {name: type(value) for name, value in values.items() if value is not None}
     groups = {name: kind if name in prefixed else Annotated[kind, tyro.conf.OmitArgPrefixes] for name, kind in groups.items()}
     options = make_dataclass("Options", [(name, kind, values[name]) for name, kind in groups.items()], frozen=True)
+    options.__doc__ = help_text(is_short) if is_short or HELP_ALL in arguments else TrainConfig.__doc__
+    words = [HELP if argument == HELP_ALL else argument for argument in arguments]
+    # Without comments: tyro would look for the source of `Options`, which has none, once a group.
+    read = tyro.cli(options, args=words, prog=program("train"), config=(tyro.conf.HelptextFromCommentsOff,))
+    return type(default)(**{name: getattr(read, name) for name in groups})
+
+
+def help_text(is_short: bool) -> str:
+    """The text above the options of --help: what the command does, and the objectives."""
     fewer = f"Shown are the options that most runs need; {HELP_ALL} shows all.\n\n" if is_short else ""
     objectives = "\n".join(f"{name}: {text}" for name, text in summaries().items())
-    options.__doc__ = f"{TrainConfig.__doc__}\n\n{fewer}Objectives (their own options: --objective NAME --help):\n{objectives}"
-    words = [HELP if argument == HELP_ALL else argument for argument in arguments]
-    read = tyro.cli(options, args=words, prog=program("train"))
-    return type(default)(**{name: getattr(read, name) for name in groups})
+    return f"{TrainConfig.__doc__}\n\n{fewer}Objectives (their own options: --objective NAME --help):\n{objectives}"
 
 
 def main_options(settings: Any) -> Any:

@@ -18,7 +18,7 @@ from model.config_json import NAMES_OF_LABELS
 from model.heads import CLASSIFIERS
 from model.hub import read_config, weight_files
 from model.safetensors_file import DTYPES, WeightFile
-from model.weights import published_names
+from model.weights import pool_of, published_names
 from quant.config import FourBit, Int8, from_table, to_table
 
 BASE = "base.json"
@@ -95,12 +95,14 @@ def write_base(folder: Path, base: Path, config: ModelConfig, quantization: Four
     note |= {} if quantization is None else {"quantization": to_table(quantization)}
     if config.head in CLASSIFIERS:
         note |= {"names": {name: config.extra[name] for name in NAMES_OF_LABELS if name in config.extra}}
+    if config.head == "sequence":
+        note["pool"] = pool_of(config)
     (folder / BASE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 
 
 def read_base(folder: Path) -> dict | None:
-    """Read base.json: `path`, `sha256`, `head`, `labels`, `names` of labels (entries of config.json), `quantization`. Return
-    None if the folder has none, as PEFT's."""
+    """Read base.json: `path`, `sha256`, `head`, `labels`, `names` of labels (entries of config.json), `pool` of a sequence
+    classifier (None: the base's), `quantization`. Return None if the folder has none, as PEFT's."""
     path = folder / BASE
     if not path.is_file():
         return None
@@ -110,7 +112,8 @@ def read_base(folder: Path) -> dict | None:
         how = note.get("quantization")
         how = None if how is None else from_table(how)
         names = {name: value for name, value in dict(note.get("names", {})).items() if name in NAMES_OF_LABELS}
-        return {name: kind(note[name]) for name, kind in wanted.items()} | {"quantization": how, "names": names}
+        found = {name: kind(note[name]) for name, kind in wanted.items()}
+        return found | {"quantization": how, "names": names, "pool": note.get("pool")}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"{path} cannot be read: {error!r}") from None
 

@@ -12,8 +12,9 @@ from lora.vocabulary import read_tensor
 from model.config import ModelConfig
 from model.finite import non_finite, non_finite_message
 from model.folders import HubError
-from model.hub import match_weights, quantized_weights
+from model.hub import quantized_weights
 from model.init import empty_network
+from model.matching import match_weights
 from model.rope import interleaved_to_halves
 from model.safetensors_file import WeightFile
 from model.weights import Weight, published_names, published_shape, weight_table

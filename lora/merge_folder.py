@@ -37,7 +37,7 @@ from model.finite import non_finite, refuse_tensor
 from model.folders import INDEX, SINGLE, atomic_folder, weight_files
 from model.hub import read_config
 from model.safetensors_file import WeightFile, WeightFileError, bytes_view
-from model.weights import head_spec, published_copies, published_prefix, to_published
+from model.weights import head_spec, is_same_head, published_copies, published_prefix, to_published
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
@@ -122,7 +122,7 @@ def config_to_write(
     if message is not None:
         warnings.warn(message, stacklevel=4)
     own = read_config(base, any_head=True)
-    return config, (config.head, config.labels) != (own.head, own.labels)
+    return config, not is_same_head(config, own)
 
 
 def open_base_and_adapter(

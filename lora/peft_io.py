@@ -110,7 +110,8 @@ def open_network(
     if message is not None:
         warnings.warn(message, stacklevel=2)
         missing = missing_head_weights(found, config)
-    options = {"quantization": note.get("quantization"), "head": config.head, "labels": config.labels} | options
+    own = {"head": config.head, "labels": config.labels} | ({"pool": config.pool} if config.head == "sequence" else {})
+    options = {"quantization": note.get("quantization"), **own, **options}
     network = model.hub.load(found, dtype=dtype, device=device, **options)
     network.config = network.config.replace(extra=config.extra)  # including the names of the adapter's labels
     try:

@@ -34,6 +34,8 @@ def config_with_head(
     if head is not None and head not in HEADS:
         raise AdapterError(f"unknown head {head!r}; heads: {', '.join(HEADS)}")
     note, peft_config = read_base(folder), read_json(folder)
+    if note is not None and note["pool"] is not None:
+        own = own.replace(pool=note["pool"])
     if note is not None and head is None:
         refuse_labels(labels, note["head"], folder)
         names = note["names"] if labels in (None, note["labels"]) else {}

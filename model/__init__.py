@@ -6,7 +6,7 @@ Where to read first: `config` (the hyperparameters of a network), then bottom up
     virtual_tokens · stack · decoder · encoder · encoder_decoder         the bodies
     heads · network                                                      their outputs, and the whole network
     families/ · weights                                                  one table per published family, and its use
-    init · safetensors_file · finite · hub                               initialization; folders in the Hugging Face layout
+    init · safetensors_file · finite · matching · hub                    initialization; folders in the Hugging Face layout
     folders · config_json · generation_config · ties                     the files of such a folder, beside the weights
     decoding · sampling · constraints · stopping · generate · beam · streaming   text generation
     fill                                                                 mask filling by a masked-language model

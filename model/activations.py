@@ -297,6 +297,8 @@ class Recorder:
     def head(self) -> None:
         """Add the head's matrices, then the loss: log-probabilities in float32, and two transient gradients of their size."""
         config, size = self.config, self.size
+        if config.head == "sequence" and config.pool in ("max", "concat"):  # the largest values save what they are taken from
+            self.add("pool", saved=self.stream, transient=self.stream)
         rows = self.texts if config.head in POOLED_HEADS else max(1, round(self.rows * self.training.scored))
         for weight in self.weights.values():
             if weight.part == "head" and weight.role == "matrix":

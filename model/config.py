@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from pkgutil import iter_modules
 from types import ModuleType
+from typing import Literal, get_args
 
 _FILES = iter_modules([str(Path(__file__).with_name("families"))])
 FAMILIES = tuple(sorted(file.name for file in _FILES if not file.name.startswith("_")))  # one file each
+Pool = Literal["first", "last", "mean", "max", "concat"]  # model.heads.POOLS; concat: [the family's own, max, mean]
 
 
 class ConfigError(ValueError):
@@ -48,7 +50,7 @@ class HeadSpec:
 
     architecture: str | None = None  # None: transformers has no such class for the family
     weights: tuple[tuple, ...] = ()  # rows as in a family's WEIGHTS
-    pool: str = "first"  # model.heads.POOLS: the token that represents the sequence
+    pool: Pool = "first"  # the token that represents the sequence
     dense: bool = False  # a dense layer, tanh(x W + b), before the last one
     own_activation: bool = False  # of the dense layer: the network's activation instead of tanh
     bias: bool = True  # of the last layer
@@ -105,6 +107,7 @@ class ModelConfig:
     windows: tuple[int | None, ...] = (None,)  # of the layers, repeated in turn
     head: str = "lm"  # model.heads.HEADS
     labels: int = 2  # of a classification head; 1: regression
+    pool: Pool | None = None  # of the head "sequence"; None: the family's own
     dropout: float = 0.0  # of the embedding and of each sublayer's output
     attention_dropout: float = 0.0  # of the attention weights
     mlp_dropout: float = 0.0  # inside the feed-forward sublayer
@@ -142,6 +145,8 @@ class ModelConfig:
         if self.decoder_depth is not None and self.decoder_depth < 1:
             raise ConfigError(f"decoder_depth={self.decoder_depth} must be at least 1")
         self._check_decoder()
+        if self.pool not in (None, *get_args(Pool)):
+            raise ConfigError(f"pool={self.pool!r} is none of {', '.join(get_args(Pool))}")
         for name in ("bos_id", "eos_id", "pad_id", "decoder_start_id"):
             if getattr(self, name) is not None and (type(getattr(self, name)) is not int or getattr(self, name) < 0):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not an id")

@@ -9,12 +9,12 @@ from model.folders import HubError, refuse_lfs_pointer
 from model.heads import CLASSIFIERS
 from model.safetensors_file import WeightFileError
 from model.ties import resolve_tied_embeddings
-from model.weights import head_spec
+from model.weights import head_spec, other_pool
 
 NAMES_OF_LABELS = ("id2label", "label2id", "problem_type")
 # Older spellings of written fields, and fields about weights that have changed.
-BIDIRECTIONAL_PROMPT = "bidirectional_prompt"
-REPLACED = ("torch_dtype", "num_labels", "head", BIDIRECTIONAL_PROMPT, "quantization_config", "transformers_version")
+BIDIRECTIONAL_PROMPT, POOL = "bidirectional_prompt", "pool"
+REPLACED = ("torch_dtype", "num_labels", "head", BIDIRECTIONAL_PROMPT, POOL, "quantization_config", "transformers_version")
 
 
 def base_of_adapter(folder: Path) -> str:
@@ -55,6 +55,7 @@ def read_config(folder: str | Path, *, any_head: bool = False) -> ModelConfig:
         rules = load_family(published["model_type"])
         values = rules.read_config(published) | {"head": _read_head(published, rules.HEADS, any_head), "extra": published}
         values[BIDIRECTIONAL_PROMPT] = published.get(BIDIRECTIONAL_PROMPT, False)
+        values[POOL] = published.get(POOL) if values["head"] == "sequence" else None
         if values["head"] in CLASSIFIERS:
             values["labels"] = int(published.get("num_labels") or len(published.get("id2label") or ()) or 2)
         config = ModelConfig(**values)
@@ -86,14 +87,16 @@ def write_config(config: ModelConfig, dtype: str, **settings: object) -> str:
     """Return `config.json` as the family publishes it, with the class that opens it in transformers where there is one.
 
     Unknown fields of the file that was read are written back, label names too while their number is unchanged. The field
-    `head` is ours, for a head of our own or a body without one; so is `bidirectional_prompt`, unknown to transformers, which
-    reads such a network causally. `settings`: further entries.
+    `head` is ours, for a head of our own or a body without one; so are `bidirectional_prompt`, unknown to transformers, which
+    reads such a network causally, and `pool`, of a classifier whose pooling is not its family's: transformers has no class for
+    it. `settings`: further entries.
     """
     rules, architecture = load_family(config.family), head_spec(config).architecture
     written = {"model_type": rules.MODEL_TYPE, "dtype": dtype, "architectures": [architecture] if architecture else []}
     if config.head == "none" or architecture is None:
         written["head"] = config.head
     written |= rules.write_config(config) | ({BIDIRECTIONAL_PROMPT: True} if config.bidirectional_prompt else {})
+    written |= {POOL: pool} if (pool := other_pool(config)) else {}
     extra = {key: value for key, value in config.extra.items() if key not in REPLACED or key in written}  # the same order again
     if config.head in CLASSIFIERS and len(extra.get("id2label") or ()) != config.labels:
         for name in NAMES_OF_LABELS:

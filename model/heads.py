@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.config import HeadSpec, ModelConfig
+from model.config import HeadSpec, ModelConfig, Pool
 from model.linear import linear
 from model.mlp import ACTIVATIONS
 from model.norm import LayerNorm
@@ -130,27 +130,50 @@ def last(hidden_BTD: Tensor, attention_mask: Tensor | None) -> Tensor:
     return hidden_BTD[torch.arange(hidden_BTD.size(0), device=place_B.device), place_B]
 
 
-POOLS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {"first": first, "last": last}
+def mean(hidden_BTD: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Pool the mean of the real tokens; 0 where a row has none."""
+    if attention_mask is None:
+        return hidden_BTD.mean(1)
+    real_BT1 = attention_mask.bool()[..., None]
+    return hidden_BTD.masked_fill(~real_BT1, 0).sum(1) / real_BT1.sum(1).clamp(min=1)
+
+
+def maximum(hidden_BTD: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Pool the largest value of each feature over the real tokens; 0 where a row has none."""
+    if attention_mask is None:
+        return hidden_BTD.amax(1)
+    real_BT1 = attention_mask.bool()[..., None]
+    largest_BD = hidden_BTD.masked_fill(~real_BT1, -torch.inf).amax(1)
+    return largest_BD.masked_fill(~real_BT1.any(1), 0)  # such a row only fills a batch up: -inf would make its gradient NaN
+
+
+POOLS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {"first": first, "last": last, "mean": mean, "max": maximum}
 
 
 class PooledHead(Head):
-    """Classification head on one pooled token: logits B C = tanh(h Wdᵀ + bd) Wᵀ + b, or h Wᵀ + b where the family has no dense
+    """Classification head on one pooled vector: logits B C = tanh(h Wdᵀ + bd) Wᵀ + b, or h Wᵀ + b where the family has no dense
     layer.
 
     RoFormer has its own activation instead of tanh. Dropout precedes the last matrix (RoBERTa's code applies it before the
     dense layer as well). Where the first token is pooled and a prompt precedes the text, that is the prompt's first vector,
-    as in PEFT. classes: C; None: no last matrix, logits are B D.
+    as in PEFT. classes: C; None: no last matrix, logits are B D. pool: default: the family's own.
+
+    pool "concat": W is C × 3D and reads [t, max, mean]: the family's pooled token t (through the dense layer, if any), and the
+    largest value and the mean of each feature over the real tokens of the text. ULMFiT puts two linear layers with batch norm
+    on that vector. Source: Howard & Ruder 2018, arXiv 1801.06146, section 3.3.
     """
 
     is_pooled = True
     own_spec = HeadSpec(weights=_OUT)
 
-    def __init__(self, config: ModelConfig, spec: HeadSpec, classes: int | None):
+    def __init__(self, config: ModelConfig, spec: HeadSpec, classes: int | None, pool: Pool | None = None):
         super().__init__()
         self.dense = nn.Linear(config.width, config.width) if spec.dense else None
-        self.out = nn.Linear(config.width, classes, spec.bias) if classes is not None else nn.Identity()
+        self.more = (maximum, mean) if pool == "concat" else ()
+        width = (1 + len(self.more)) * config.width
+        self.out = nn.Linear(width, classes, spec.bias) if classes is not None else nn.Identity()
         self.activation = ACTIVATIONS[config.activation] if spec.own_activation else torch.tanh
-        self.pool = POOLS[spec.pool]
+        self.pool = POOLS[spec.pool if pool in (None, "concat") else pool]
         self.dropout = config.dropout if classes is not None else 0.0
 
     def read(self, output: Output, attention_mask: Tensor | None) -> Output:
@@ -159,14 +182,17 @@ class PooledHead(Head):
     def pooled(self, output: Output, attention_mask: Tensor | None) -> Tensor:
         """Return the logits B C of a body's output."""
         if self.pool is first and output.prompt is not None:
-            return self(output.prompt)
-        return self(output.hidden, attention_mask)
-
-    def forward(self, hidden_BTD: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        pooled_BD = self.pool(hidden_BTD, attention_mask)
+            pooled_BD = output.prompt[:, 0]
+        else:
+            pooled_BD = self.pool(output.hidden, attention_mask)
         if self.dense is not None:
             pooled_BD = self.activation(self.dense(pooled_BD))
-        return self.out(F.dropout(pooled_BD, self.dropout, self.training))
+        more = [pool(output.hidden, attention_mask) for pool in self.more]
+        vector_BJ = torch.cat((pooled_BD, *more), dim=-1) if more else pooled_BD
+        return self.out(F.dropout(vector_BJ, self.dropout, self.training))
+
+    def forward(self, hidden_BTD: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.pooled(Output(None, hidden_BTD), attention_mask)
 
 
 class NextSentenceHead(PooledHead, name="nsp"):
@@ -190,12 +216,12 @@ class PretrainingHead(MaskedHead, name="pretraining"):
 
 
 class SequenceHead(PooledHead, name="sequence"):
-    """Sequence classification: logits B C with C = labels; one label is regression."""
+    """Sequence classification: logits B C with C = labels; one label is regression. The pooling is `config.pool`'s."""
 
     has_labels = True
 
     def __init__(self, config: ModelConfig, spec: HeadSpec):
-        super().__init__(config, spec, config.labels)
+        super().__init__(config, spec, config.labels, config.pool)
 
 
 class TokenHead(Head, name="token"):

@@ -6,9 +6,8 @@ The network only; `data.tokenizer.base` has the tokenizer's files. Nothing here 
 import json
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,19 +22,19 @@ from model.folders import INDEX, SINGLE, HubError, remove_stale_weights, weight_
 from model.generation_config import FILE as GENERATION
 from model.generation_config import generation_json, read_generation_config
 from model.init import initialize
+from model.matching import match_weights
 from model.network import Network
 from model.rope import interleaved_to_halves
 from model.safetensors_file import ScratchMemory, WeightFile, save_file
 from model.weights import (
     Weight,
+    is_same_head,
+    other_pool,
     published_constants,
     published_copies,
-    published_names,
-    published_shape,
     to_published,
     weight_table,
 )
-from model.words import join_names
 
 if TYPE_CHECKING:
     from quant.config import FourBit, Int8
@@ -134,6 +133,7 @@ def load(
     attention: str = "sdpa",
     head: str | None = None,
     labels: int | None = None,
+    pool: str | None = None,
     seed: int = 0,
     quantization: "FourBit | Int8 | None" = None,
     inputs: "Mapping[str, StaticInput] | None" = None,
@@ -149,7 +149,7 @@ def load(
     constant buffers that the family's table names. `network.source` is the folder.
 
     head: another head than the folder's (`model.heads.HEADS`), with `labels` classes; weights that the folder lacks in this
-    shape are initialized from `seed`.
+    shape are initialized from `seed`. pool: of the head "sequence", another pooling than the folder's; the head is then new.
 
     quantization: quantize the linear layers while they are read (`quant.config`). A folder with a `quantization_config` is read
     as it is; `dtype` is then that of the other weights. inputs: for int8-static, the observations of `quant.calibrate`.
@@ -159,9 +159,11 @@ def load(
     """
     folder = Path(folder)
     own = read_config(folder, any_head=head is not None)
-    changes = {"head": head, "labels": labels}
+    changes = {"head": head, "labels": labels, "pool": pool}
     config = own.replace(**{name: value for name, value in changes.items() if value is not None})
-    is_new_head = (config.head, config.labels) != (own.head, own.labels)
+    config = config.replace(pool=other_pool(config))  # a network without it has its family's own
+    is_new_head = not is_same_head(config, own)
+    is_new_pool = config.head == own.head and other_pool(config) != other_pool(own)
     with torch.device("meta"):
         network = Network(config, attention)
     table = weight_table(config)
@@ -170,7 +172,7 @@ def load(
             files = {path: opened.enter_context(WeightFile(path)) for path in weight_files(folder)}
             quantized = quantized_weights(folder, list(files.values()), network, quantization, inputs, on_layer)
             scratch = ScratchMemory()
-            found = match_weights(folder, files, network, quantized, is_new_head=is_new_head)
+            found = match_weights(folder, files, network, quantized, is_new_head=is_new_head, is_new_pool=is_new_pool)
             for name, empty in list(network.named_parameters()):
                 if name in found.missing:
                     wanted = dtype or network.body.embedding.weight.dtype
@@ -206,71 +208,6 @@ def load(
     if (folder / GENERATION).is_file():
         network.generation = dict(read_generation_config(folder, config).raw)
     return network.eval()
-
-
-@dataclass
-class Found:
-    """The places of our weights in the files."""
-
-    sources: dict[str, tuple[Path, str]] = field(default_factory=dict)  # our name -> file, its name there
-    copies: list[tuple[Path, str, str]] = field(default_factory=list)  # file, name there, our name of the repeated weight
-    other_heads: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)  # our names; only of a requested head
-
-
-def match_weights(
-    folder: Path, files: dict[Path, WeightFile], network: Network, quantized: "QuantizedWeights | None", *, is_new_head: bool
-) -> Found:
-    """Find each weight of a network in its folder's open files; a missing, extra or misshapen one is an error that names it.
-    `quantized`: the quantized weights. `is_new_head`: the head is not the folder's, which may lack its weights."""
-    parameters, table = dict(network.named_parameters()), weight_table(network.config)
-    found = _match(files, network.config, parameters, quantized.part_names if quantized else (), is_new_head=is_new_head)
-    found.missing = sorted(set(parameters) - set(found.sources))
-    if any(not (is_new_head and name.startswith("head.")) for name in found.missing):
-        raise HubError(f"{folder} lacks {join_names(table[name].published for name in found.missing)}")
-    if quantized and (bare := [name for name in quantized.stored if name not in quantized.file_of]):
-        raise HubError(f"{folder} holds parts of {bare[0]!r}, which is not there")
-    for name, (path, published) in found.sources.items():
-        if not (quantized and published in quantized.stored):
-            _check(files[path], published, table[name], parameters[name])
-    return found
-
-
-def _match(
-    files: dict[Path, WeightFile],
-    config: ModelConfig,
-    parameters: dict[str, Tensor],
-    others: Collection[str],
-    *,
-    is_new_head: bool,
-) -> Found:
-    """Find the row of every tensor in the files; HubError for a tensor without one. `others`: parts of quantized weights."""
-    names, heads, found, copies = published_names(config), published_names(config, heads=True), Found(), []
-    for path, file in files.items():
-        for published in file.names:
-            if published in others:
-                continue
-            spelled = names.canonical(published)
-            name = names.rows.get(spelled)
-            if name in parameters:
-                there = published_shape(weight_table(config)[name], tuple(parameters[name].shape))
-                if is_new_head and name.startswith("head.") and file.shape(published) != there:
-                    continue  # such as a classifier with another number of labels
-                if name in found.sources:
-                    raise HubError(f"{path.name}: {published!r} and {found.sources[name][1]!r} are both {name}")
-                found.sources[name] = (path, published)
-            elif spelled in names.aliases:
-                copies.append((path, published, names.rows[names.aliases[spelled]]))
-            elif heads.is_weight(published):
-                found.other_heads.append(published)
-            elif spelled not in names.ignored:
-                raise HubError(f"{path.name} holds {published!r}, which {config.family} with this config does not have")
-    for path, published, name in copies:  # a file may hold a tied weight under any of its names
-        if name not in found.sources:
-            found.sources[name] = (path, published)
-        else:
-            found.copies.append((path, published, name))
-    return found
 
 
 def quantized_weights(
@@ -324,16 +261,6 @@ def _read(
     out = new(shape, dtype=dtype, device=device)
     file.read(published, out[None] if row.layout == "row" else out, transposed=row.layout == "transposed")
     return interleaved_to_halves(out, config.head_width) if reorder and row.layout == "interleaved" else out
-
-
-def _check(file: WeightFile, published: str, row: Weight, empty: Tensor) -> None:
-    """Raise HubError where a tensor has another shape, or is not of floating point."""
-    there, stored = published_shape(row, tuple(empty.shape)), file.dtype(published)
-    if file.shape(published) != there:
-        raise HubError(f"{file.path.name}: {published!r} has shape {file.shape(published)}, {row.name} expects {there}")
-    if not stored.is_floating_point:
-        kind = str(stored).removeprefix("torch.")
-        raise HubError(f"{file.path.name}: {published!r} is of {kind}: neither floating-point nor a complete quantized weight")
 
 
 def _assign(network: nn.Module, name: str, value: Tensor, requires_grad: bool) -> None:

@@ -23,11 +23,35 @@ class Weight:
 
 
 def head_spec(config: ModelConfig) -> HeadSpec:
-    """Return the head as the family publishes it, else our own, which pools the last token of a causal body."""
+    """Return the head as the family publishes it, else our own, which pools the last token of a causal body. A pooling other
+    than the family's own has no class in transformers."""
     published = load_family(config.family).HEADS
-    if config.head in published:
-        return published[config.head]
-    return replace(HEADS[config.head].own_spec, pool="first" if config.architecture == "encoder" else "last")
+    if config.head not in published:
+        return replace(HEADS[config.head].own_spec, pool="first" if config.architecture == "encoder" else "last")
+    spec = published[config.head]
+    return replace(spec, architecture=None) if other_pool(config, spec) else spec
+
+
+def other_pool(config: ModelConfig, spec: HeadSpec | None = None) -> str | None:
+    """Return the pooling of a sequence classifier where it is not the family's own (that of `spec`), else None.
+
+    >>> other_pool(ModelConfig.preset("tiny", head="sequence", pool="mean"))
+    'mean'
+    >>> other_pool(ModelConfig.preset("tiny", head="sequence", pool="last"))  # as LLaMA's does
+    """
+    if config.head != "sequence" or config.pool is None:
+        return None
+    return config.pool if config.pool != (spec or head_spec(config)).pool else None
+
+
+def pool_of(config: ModelConfig) -> str:
+    """Return the pooling of a sequence classifier."""
+    return config.pool or head_spec(config).pool
+
+
+def is_same_head(config: ModelConfig, other: ModelConfig) -> bool:
+    """Return True where two heads are of one kind, with as many labels, and pool alike."""
+    return (config.head, config.labels, other_pool(config)) == (other.head, other.labels, other_pool(other))
 
 
 def rows(config: ModelConfig, table: tuple[tuple, ...], body: str) -> Iterator[Weight]:

@@ -41,11 +41,15 @@ def with_labels(base: ModelConfig, labels: Sequence[str], problem_type: str | No
     return base.replace(labels=len(labels), extra={**base.extra, **named})
 
 
-def for_whole_texts(base: ModelConfig, tokenizer: Tokenizer, framer: Framer) -> ModelConfig:
+def for_whole_texts(base: ModelConfig, tokenizer: Tokenizer, framer: Framer, pool: str | None = None) -> ModelConfig:
     """Return a network's config with a pad that ends no text: transformers' decoders read the last token that is no padding.
+
+    pool: of the head; None: the config's own.
 
     Errors (ConfigError): an encoder-decoder whose class in transformers looks for an end that this tokenizer does not write.
     """
+    if pool is not None:
+        base = base.replace(pool=pool)
     spec = head_spec(base)
     if base.architecture == "encoder-decoder" and spec.architecture and framer.last_token != base.eos_id:
         raise ConfigError(

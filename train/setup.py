@@ -17,6 +17,7 @@ from model.block import Block
 from model.config import ModelConfig, load_family, presets
 from model.heads import CLASSIFIERS
 from model.init import build_network, empty_network
+from model.weights import pool_of
 from quant.config import FourBit
 from quant.linear import follow_autocast, quantized_layers
 from train import qat
@@ -163,8 +164,10 @@ def initial_network(config: TrainConfig, data: object, checkpoint: Path | None, 
         raise TrainError(f"--freeze all: {run.init} has the head {head!r} of this objective already; --freeze body trains it")
     if found.head != head:
         info(f"{run.init} has the head {found.head!r}: {head!r} takes its place")
+    elif head == "sequence" and (pools := (pool_of(found), pool_of(wanted)))[0] != pools[1]:
+        info(f"{run.init} pools {pools[0]!r}: a new head that pools {pools[1]!r} takes the place of its own")
     four_bit = None if run.quantize == "none" else FourBit(scheme=run.quantize)
-    common = common | {"head": head, "labels": labels, "seed": run.seed}
+    common = common | {"head": head, "labels": labels, "pool": wanted.pool, "seed": run.seed}
     network = model.hub.load(folder, quantization=four_bit, check_finite=True, **common)
     network.config = task.network(config, network.config.replace(bidirectional_prompt=False), data)
     if follow_autocast(network) and config.method is None:

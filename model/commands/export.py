@@ -20,9 +20,13 @@ class Export:
 def export(options: Export) -> None:
     from model.commands.try_it import example_command
     from model.config_json import read_config
+    from model.weights import other_pool
     from train.runs.export import export
 
     print(f"written: {export(options.run, options.out)}")
-    if read_config(options.out).bidirectional_prompt:
+    config = read_config(options.out)
+    if pool := other_pool(config):
+        print(f"note: this classifier pools {pool!r}, which transformers does not: only `python -m model predict` reads it so")
+    if config.bidirectional_prompt:
         print("note: this network reads a prompt in both directions (--objective prefix); transformers would read it causally")
     print(f"try it:  {example_command(options.out)}")

@@ -12,6 +12,7 @@ from data.config import DataConfig
 from data.messages import format_count
 from data.shell import command
 from model.flops import flops_per_token
+from model.weights import head_spec, other_pool
 from quant.linear import count_parameters, quantized_layers
 from quant.qat import qat_layers
 from train import eval_corpora
@@ -61,7 +62,8 @@ def introduction(run: RunView) -> str:
         f"{run.task.introduction()}{eval_corpora.introduction(run.eval_corpora)}"
         f"network  {has.family}, {format_count(has.depth, 'layer')} of width {has.width}, {format_count(has.heads, 'head')}, "
         f"context {config.network.context}{before}: {parameters:,} parameters{adapter}\n"
-        f"{layers(run)}machine  {run.device}, {machine}, {speed.precision}, {how}\n{rates(run)}"
+        f"{pooling(has)}{layers(run)}"
+        f"machine  {run.device}, {machine}, {speed.precision}, {how}\n{rates(run)}"
         f"run      {place}: steps {run.step} to {config.run.steps} of {run.task.per_step()}, "
         f"{epochs:,.1f} epochs in all{often}"
     )
@@ -75,6 +77,17 @@ def layers(run: RunView) -> str:
         multiples = sorted({group["lr_multiple"] for group in run.engine.optimizers.param_groups}, reverse=True)
         text += f"layers   learn at {', '.join(f'{each:.2g}' for each in multiples)} times the rate, from the top down\n"
     return text
+
+
+def pooling(has: "ModelConfig") -> str:
+    """A line about a classifier's pooling that transformers does not have, else ""."""
+    pool = other_pool(has)
+    if pool is None:
+        return ""
+    own = head_spec(has).pool
+    if pool == "concat":
+        return f"pooling  {own} token, max and mean of the text side by side; transformers has no such head\n"
+    return f"pooling  {pool}, where transformers would read the same weights by the {own} token\n"
 
 
 def rates(run: RunView) -> str:

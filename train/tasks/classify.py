@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from data.shell import command
+from model.config import Pool
 from train.command_line import Needs
 from train.record_task import RecordTask, check_max_length
 from train.registry import settings_of
@@ -51,6 +52,9 @@ class ClassifySettings:
     """Maximal tokens of a text, special tokens included. Default: the context."""
     overlong: Literal["cut", "drop", "error"] = "cut"
     """A longer text: truncate it (of a pair the longer text first), leave the record out, or stop."""
+    pool: Pool | None = None
+    """The vector that the head reads: the first or last token, mean or max over the tokens of the text, or concat: the family's
+    own token, max and mean side by side (ULMFiT). Default: that of --init, else the family's own."""
     best: Literal["loss", "accuracy", "f1"] = "loss"
     """The score that selects the best checkpoint: the loss distinguishes checkpoints where few held-out texts give the same
     accuracy and F1 again and again."""
@@ -111,12 +115,12 @@ class ClassifyTask(RecordTask):
 
     @classmethod
     def network(cls, config: "TrainConfig", base: "ModelConfig", data: "LabelledData") -> "ModelConfig":
-        """Set the number and names of the classes; choose a pad that ends no text."""
+        """Set the number and names of the classes, and the pooling; choose a pad that ends no text."""
         from model.predict import MULTI_LABEL
         from train.label_config import for_whole_texts, with_labels
 
         settings: ClassifySettings = settings_of(config)
-        base = for_whole_texts(base, data.tokenizer, framer_of(settings, data.tokenizer, base.context))
+        base = for_whole_texts(base, data.tokenizer, framer_of(settings, data.tokenizer, base.context), settings.pool)
         return with_labels(base, data.labels, MULTI_LABEL if settings.multi else "single_label_classification")
 
     def __init__(self, config: "TrainConfig", data: "LabelledData"):

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from model.config import Pool
 from train.command_line import Needs
 from train.registry import settings_of
 from train.runs.errors import TrainError
@@ -48,6 +49,8 @@ class PairsSettings:
     """Maximal tokens of both texts, special tokens included. Default: the context."""
     overlong: Literal["cut", "drop", "error"] = "cut"
     """A longer pair: truncate the longer text first, leave the record out, or stop."""
+    pool: Pool | None = None
+    """The vector that the head reads, as of --classify.pool: first, last, mean, max or concat."""
     best: Literal["loss", "accuracy", "f1", "pearson", "spearman"] = "loss"
     """The score that selects the best checkpoint."""
 
@@ -108,7 +111,8 @@ class PairsTask(ClassifyTask):
         from model.predict import REGRESSION
         from train.label_config import for_whole_texts, with_labels
 
-        base = for_whole_texts(base, data.tokenizer, framer_of(settings_of(config), data.tokenizer, base.context))
+        settings = settings_of(config)
+        base = for_whole_texts(base, data.tokenizer, framer_of(settings, data.tokenizer, base.context), settings.pool)
         return with_labels(base, data.labels, REGRESSION)
 
     def __init__(self, config: "TrainConfig", data: "LabelledData"):

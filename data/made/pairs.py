@@ -101,7 +101,7 @@ def exchange(cuts: list[Cut], seed: int) -> list[tuple[Cut, Cut]]:
 
 
 def length_features(records: list[Record]) -> dict[str, list[float]]:
-    """Return what lengths say: those of both texts, their difference, the longer by the shorter, in characters."""
+    """Return lengths by name, which must not tell the label: of each text, their difference and ratio; in characters."""
     lengths = [(len(record["first"]), len(record["second"])) for record in records]
     return {
         "length of the first": [float(a) for a, _ in lengths],

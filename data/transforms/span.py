@@ -89,11 +89,13 @@ def corrupt_spans(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (source, target) of a text and its mask, without eos.
 
-        code        target = the same function on the inverted mask, as in T5's code. As masks end with noise, no sentinel
-                    closes it. (A rotated mask that ends with kept tokens has one. Where it begins with noise, so does the
-                    target, and the first sentinel stands behind this noise.)
-        docstring   target = each run of noise after its sentinel, and the next sentinel at the end of all, as in the example of
+        code        source = replace_spans(ids, mask), target = replace_spans(ids, ~mask), as in T5's code. A mask ends with
+                    noise, so that no sentinel closes the target.
+        docstring   the target has each noise span behind its sentinel, and one more sentinel closes it, as in the example of
                     transformers' documentation of T5
+
+    A rotated mask in the convention `code` may end with kept tokens: then a sentinel closes the target. It may begin with
+    noise: then the target begins with that noise, and its first sentinel follows.
 
     >>> ids, mask = np.arange(10, 15), np.array([False, True, True, False, True])
     >>> [part.tolist() for part in corrupt_spans(ids, mask, [99, 98, 97], "docstring")]

@@ -137,8 +137,8 @@ def test_lengths_are_poisson(mean):
 
 
 def shares(noise_function=noise_text, rows=2000, length=500):
-    """Of a million words of one token: standard deviations of the shares of empty spans and of random replacements from what
-    they should be; the share of the budget that is lost."""
+    """Noise a million words of one token. Return how many standard deviations the shares of empty spans and of random
+    replacements are from their probabilities, and the share of the budget that is lost."""
     noise, budget, count = Noise(permute=0), math.ceil(0.3 * length), Counter()
 
     def trim(drawn, budget):

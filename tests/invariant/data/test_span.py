@@ -151,7 +151,7 @@ def twin(ids, mask, sentinels, closing):
 
 
 def wrong(corrupt):
-    """What differs from the twin, over 40 random texts, and from the texts themselves."""
+    """Name the differences from the twin, over 40 random texts, and from the texts themselves."""
     found = set()
     for number, random in enumerate(draws(40)):
         ids = random.integers(10, 900, 20 + 5 * number)
@@ -201,7 +201,7 @@ def test_mutants_are_noticed(mutant):
 
 
 def test_the_published_example():
-    """Of transformers' documentation of T5. Its text ends with kept tokens, which are a run of their own for T5's code too."""
+    """The example of transformers' documentation of T5. Its text ends with kept tokens: a run, also for T5's code."""
     text = "Thank you for inviting me to your party last week .".split()
     ids = np.arange(len(text))
     mask = np.isin(ids, [2, 3, 8])

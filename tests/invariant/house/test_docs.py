@@ -17,13 +17,12 @@ import torch
 import data.made.modules
 import model.hub
 import quant.__main__
-from data.made.modules import read_modules
 from eval.bleu import corpus_bleu
 from lora.inject import adapters
 from quant.linear import quantized_layers
 from tests.compare import mixed
 from tests.conftest import randomized, tiny_config
-from tests.invariant.data.test_made import is_wanted
+from tests.made import modules
 from tests.pairs import word_pairs
 from tests.runs import ROOT, command, last_checkpoint, write_corpus
 from train.options import read_options, resolve_aliases
@@ -143,7 +142,7 @@ def test_a_command_runs(page, line, place, tmp_path, monkeypatch):
         assert read_options(resolve_aliases(words)).run.steps == 1
         return
     if program == "data" and words[0] == "task":
-        monkeypatch.setattr(data.made.modules, "read_modules", lambda progress: read_modules(is_wanted))
+        monkeypatch.setattr(data.made.modules, "read_modules", lambda progress: modules())
     elif program == "data":
         words += ["--cache", str(tmp_path / "cache")]
     if (program == "eval" and words[0] == "perplexity") or program == "quant":

@@ -208,7 +208,7 @@ def test_scores_do_not_depend_on_batches(settings, place):
 
 
 def test_ranks_of_sums(place):
-    """What two ranks find adds up to the predictions of one."""
+    """The predictions of two ranks add up to the predictions of one."""
     task = pairs_task(place, **NUMBER)
     objective = task.objective(pairs_network(task), None).eval()
     for batch in task.validation:

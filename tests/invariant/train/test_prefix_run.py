@@ -31,7 +31,7 @@ FAMILIES = ("gpt2", "mistral")
 
 
 def leak(network, split: int, token: int) -> float:
-    """How much the logits before `token`, which no rule shows to them, change with it."""
+    """Return the change of the logits before `token` with it, which no rule shows to them."""
     ids = torch.randint(3, 61, (1, 16))
     other = ids.clone()
     other[0, token] = (ids[0, token] + 1) % 61

@@ -105,7 +105,7 @@ def batches_of_words(folder: Path, steps: int) -> list[dict]:
 
 
 def test_scores_are_those_of_predictions(run, place):
-    """What validation says of the last step, beside seqeval on predictions of that checkpoint; and both baselines by hand."""
+    """The last validation equals seqeval on predictions of that checkpoint; both baselines are computed by hand."""
     folder, last = run[0], validations(run[0])[-1]
     task = tag_task(place)
     held_out = place / "held-out.jsonl"

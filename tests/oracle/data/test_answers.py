@@ -47,7 +47,7 @@ def roberta(folder: Path, side: str) -> None:
 
 
 def own(folder: Path, side: str) -> None:
-    """As a new run trains one; transformers opens its tokenizer.json."""
+    """A tokenizer as a new run trains one; transformers opens its tokenizer.json."""
     train_tokenizer([*CONTEXTS, *QUESTIONS] * 9, 330, [MASK]).save(folder)
 
 

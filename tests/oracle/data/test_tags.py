@@ -20,7 +20,7 @@ WORDS = ["The", "os.path", "list", "naïve", "名前", "(", ")", "<s>", "a b", "
 
 
 def bpe(folder):
-    """As GPT-2's: `transformers` wants add_prefix_space=True to take words."""
+    """A tokenizer as GPT-2's: `transformers` wants add_prefix_space=True to take words."""
     write_tokenizer(folder, byte_level(SPECIALS), SPECIALS)
 
 
@@ -29,7 +29,7 @@ def framed_bpe(folder):
 
 
 def dummy_prefix(folder):
-    """As T5's and LLaMA's: a space before a word comes from the tokenizer."""
+    """A tokenizer as T5's and LLaMA's: a space before a word comes from the tokenizer."""
     made = Tokenizer(models.Unigram())
     made.normalizer, made.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()
     trainer = trainers.UnigramTrainer(vocab_size=120, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>")
@@ -80,7 +80,7 @@ def test_a_space_before_each_word_is_add_prefix_space(tmp_path):
 
 
 def test_a_text_is_cut_where_a_word_ends(tmp_path):
-    """Of each length: as many whole words as have room, the frame whole; transformers' own cut agrees up to there."""
+    """At each length there are as many whole words as have room, in a whole frame; transformers' own cut agrees up to there."""
     word_piece(tmp_path)
     tokenizer, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     words = ["returns", "the-list", "the", "of(value)", "of"]
@@ -97,7 +97,7 @@ def test_a_text_is_cut_where_a_word_ends(tmp_path):
 
 
 def test_the_first_sub_word_has_the_label(tmp_path):
-    """As the course of Hugging Face aligns labels with label_all_tokens=False; a word without ids keeps its label to itself."""
+    """Labels stand as the course of Hugging Face aligns them (label_all_tokens=False); that of a word without ids nowhere."""
     word_piece(tmp_path)
     tokenizer, theirs = load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
     words, label_ids = ["the-list", "", "the", "\u200b", "of(value)"], [1, 4, 0, 4, 3]

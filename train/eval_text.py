@@ -69,15 +69,25 @@ def describe(text: EvalText, shards: "Shards", tokenizer: Tokenizer, has_bits: b
         f"{format_count(text.tokens, 'token')}, {text.bytes:,} bytes"
     )
     if shared := count_shared(text, shards.train.ids, tokenizer.bos_id):
-        line += f"; {format_count(shared, 'document')} of it stand{'s' * (shared == 1)} in the training text too"
-    notes, own, here = [], shards.train.targets / max(1, shards.train.bytes), text.tokens / max(1, text.bytes)
-    if here > FAR_MORE * own:
+        line += f"; {shared:,} of these {'is' if shared == 1 else 'are'} trained on too"
+    own = (shards.train.targets, shards.train.bytes, shards.report["unknown"])
+    return line + misfit((text.tokens, text.bytes, text.unknown), own, has_bits=has_bits)
+
+
+def misfit(here: tuple[int, int, int], own: tuple[int, int, int], *, has_bits: bool = False) -> str:
+    """Describe text that the tokenizer was not made for; "" where it fits.
+
+    here, own: (tokens, bytes, unknown tokens) of the text, and of what is trained on.
+
+    >>> misfit((100, 300, 0), (1000, 3300, 0)), misfit((300, 300, 3), (1000, 3300, 0)).split()[:4]
+    ('', ['1.000', 'tokens', 'a', 'byte,'])
+    """
+    notes, rates = [], [tokens / max(1, size) for tokens, size, _ in (here, own)]
+    if rates[0] > FAR_MORE * rates[1]:
         compares = "bits per byte do" if has_bits else "only with the same text and tokenizer"
-        notes.append(
-            f"{here:.3f} tokens a byte, and {own:.3f} on the training text: its loss a token does not compare, {compares}"
-        )
-    if text.unknown:
-        here = format_percent(text.unknown, text.tokens)
-        own = format_percent(shards.report["unknown"], max(1, shards.report["tokens"])) if shards.report["unknown"] else "none"
-        notes.append(f"{here} of its tokens are unknown, and {own} of the training text's")
-    return line + "".join(f"\n         {note}" for note in notes)
+        rate = f"{rates[0]:.3f} tokens a byte, and {rates[1]:.3f} of the training text"
+        notes.append(f"{rate}: its loss a token does not compare, {compares}")
+    shares = [format_percent(unknown, max(1, tokens)) if unknown else "none" for tokens, _, unknown in (here, own)]
+    if here[2]:
+        notes.append(f"{shares[0]} of its tokens are unknown, and {shares[1]} of the training text's")
+    return "".join(f"\n         {note}" for note in notes)

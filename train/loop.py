@@ -24,7 +24,7 @@ from train.parallel.parallelize import unsharded, unwrapped
 from train.parallel.ranks import Ranks, own_rows
 from train.registry import load
 from train.reports.failures import batch_description, explained_errors, nonfinite_state, nonfinite_step
-from train.reports.log import Console, Metrics
+from train.reports.log import Console, Metrics, once
 from train.reports.phases import Phases
 from train.reports.step_profiler import StepProfiler
 from train.reports.summary import Session, comparable, conclude, introduction
@@ -51,7 +51,7 @@ class Run:
         """`defaulted`: names of the learning rates that the user did not set."""
         self.out, self.ranks, self.defaulted = config.run.out, ranks, defaulted
         self.console = Console(config.report.verbose and ranks.is_main)
-        info = self.console.info
+        info = once(self.console.info)
         checkpoint = self._latest_checkpoint() if resume else None
         self.device = own_device(config, ranks)
         data = ranks.local_first(lambda: open_data(config, checkpoint, info))

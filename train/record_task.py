@@ -10,7 +10,7 @@ from data.messages import format_count
 from data.sources.record_files import FORMATS
 from train.registry import settings_of
 from train.runs.errors import TrainError
-from train.task import Info, Task
+from train.task import EvalCorpus, Info, Task
 
 if TYPE_CHECKING:
     import numpy as np
@@ -139,6 +139,11 @@ class RecordTask(Task):
     @abstractmethod
     def transform(self, row: "Row", random: "np.random.Generator") -> "list[Example]":
         """Make the examples of one record."""
+
+    def open_eval_corpus(self, data: "RecordData", name: str, paths: tuple[str, ...], info: Info) -> EvalCorpus:
+        from train.eval_records import open_records
+
+        return open_records(self, data, name, paths, info)
 
     def identity(self) -> dict:
         return {"tokenizer_sha256": self.tokenizer.sha256, "records_sha256": self.data.sha256}

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
@@ -69,6 +70,18 @@ class Console:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+def once(info: Callable[[str], None]) -> Callable[[str], None]:
+    """Return `info` for lines that have not been printed by it: text may be read twice, and repeats what was said of it."""
+    said = set()
+
+    def print_new(line: str) -> None:
+        if line not in said:
+            said.add(line)
+            info(line)
+
+    return print_new
 
 
 def format_duration(seconds: float | None) -> str:

@@ -283,6 +283,10 @@ class NumberTask(PairsTask):
 
         return NumberObjective(networks, held_out=len(self.data.validation))
 
+    def scoring(self, objective: "Objective") -> "Objective":
+        objective.held_out = len(self.data.validation)
+        return objective
+
     def output_scores(self, output_MC: "torch.Tensor", target_M: "torch.Tensor") -> Scores:
         """Return the correlations; 0 where they are undefined, as all outputs are one number."""
         from eval.correlation import pearson, spearman

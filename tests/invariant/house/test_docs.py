@@ -180,14 +180,13 @@ def test_the_commands_are_found():
 
 
 def test_commands_of_the_tests_are_read(tmp_path):
-    """pytest reads its lines, and collects nothing by them; the tools beside it know their names."""
+    """pytest reads its lines, whose files exist, and runs nothing by them; the tools beside it know their names."""
     texts = [page.read_text(encoding="utf-8") for page in PAGES if page.name != "LOG.md"]
     found = {line.strip() for text in texts for line in re.findall(r"python -m (pytest[^`#\n]*|tests\.[^`#\n]*)", text)}
     assert len(found) > 5
     lines = [shlex.split(line) for line in sorted(found)]
     table = f"--parity={tmp_path / 'parity.md'}"  # in the place of the one in docs/
-    nothing = ["--collect-only", "-n", "0", "--ignore-glob=*", "-o", "testpaths=tests/invariant/house"]
-    read = [[*words, *[table] * ("--parity" in "".join(words)), *nothing] for name, *words in lines if name == "pytest"]
+    read = [[*words, *[table] * ("--parity" in "".join(words)), "-n", "0"] for name, *words in lines if name == "pytest"]
     done = subprocess.run([sys.executable, "-c", READ, json.dumps(read)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     benches = {*re.findall(r'^    "(\w+)": bench_', (ROOT / "tests/bench/__main__.py").read_text(), re.MULTILINE)}
@@ -196,11 +195,15 @@ def test_commands_of_the_tests_are_read(tmp_path):
         assert name != "tests.bench" or set(words) <= benches, words
 
 
+# --markers: the options are read, and no test is collected, which would import what it tests
 READ = """
-import json, pytest, sys
+import itertools, json, pathlib, pytest, sys
 for words in json.loads(sys.argv[1]):
-    code = pytest.main(words)
-    assert code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED), (words, code)
+    code = pytest.main([*words, "--markers"])
+    assert code == pytest.ExitCode.OK, (words, code)
+    places = [word for last, word in itertools.pairwise(["", *words]) if "-" not in (last[:1], word[:1])]
+    missing = [place for place in places if not pathlib.Path(place).exists()]
+    assert not missing, (words, missing)
 """
 
 

@@ -146,7 +146,8 @@ def test_a_number_from_two_texts(run, place):
     assert config["problem_type"] == "regression" and config["id2label"] == {"0": "score"}
 
 
-@pytest.mark.parametrize("kind", ["number", pytest.param("label", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["number", "label"])
 def test_a_resume_ends_in_the_same_bytes(kind, run, options, tmp_path):
     said = stopped_at(40, *options, *KINDS[kind], "--out", tmp_path / "run")
     assert said.code == 130, said.err

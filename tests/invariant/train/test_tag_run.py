@@ -135,7 +135,8 @@ def test_scores_are_those_of_predictions(run, place):
     assert last["baseline_loss"] == pytest.approx(sum(nats) / len(nats))
 
 
-def test_a_resume_ends_in_the_same_bytes(run, options, tmp_path):
+@pytest.mark.slow
+def test_a_resume_with_the_best_f1_ends_in_the_same_bytes(run, options, tmp_path):
     said = stopped_at(40, *options, "--tag.best", "f1", "--log-every", 1, "--out", tmp_path / "run")
     assert said.code == 130, said.err
     assert command("--resume", tmp_path / "run").code == 0

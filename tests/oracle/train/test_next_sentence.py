@@ -143,6 +143,7 @@ def test_what_it_says(run):
         assert part in shown, part
 
 
+@pytest.mark.slow
 def test_a_resume_ends_in_the_same_bytes(run, options, tmp_path):
     said = stopped_at(10, *options, "--mlm.whole-words", "--sample-every", 24, "--out", tmp_path / "run")
     assert said.code == 130, said.err

@@ -204,7 +204,7 @@ def load(
     if found.other_heads and not is_new_head:
         names = ", ".join(found.other_heads[:5]) + (" …" if len(found.other_heads) > 5 else "")
         warnings.warn(f"{folder}: left out of a network with the head {config.head!r}: {names}", stacklevel=2)
-    network.source = folder
+    network.source, network.new_weights = folder, tuple(found.missing)
     if (folder / GENERATION).is_file():
         network.generation = dict(read_generation_config(folder, config).raw)
     return network.eval()

@@ -24,6 +24,7 @@ class Network(nn.Module):
     """
 
     source: Path | None = None  # the folder it was loaded from
+    new_weights: tuple[str, ...] = ()  # names that the folder lacks in their shape: those of a new head, initialized
     generation: Mapping[str, object] | None = None  # that folder's generation_config.json, if it has one
     quantization: object | None = None  # the quantization at loading (quant.config.FourBit), if any
 

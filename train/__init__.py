@@ -25,6 +25,7 @@ minimised), `engine` (the state that a step advances, and its files), `loop` (th
     eval_corpora      further corpora that each validation scores (--eval-corpus); `eval_text`, `eval_records`: of each kind
     freeze, unfreeze, layer_groups    frozen parts; layers unfrozen one by one; a network's layers from the top down
     adapters, qat     runs that train an adapter; quantization-aware training
+    anchor, anchored_run    penalties that hold weights near those of --init; F of the old text, and the run's file
     recompute, allocator       activation checkpointing; freed memory that is kept for the next step
     losses/           cross-entropy, with Triton's kernel
     optimizers/       AdamW, Muon, SGD; schedules, clipping, precision, averaged weights
@@ -42,6 +43,7 @@ Labels are shifted already: `labels[t]` is the target of position t, and -100 is
 from importlib import import_module
 
 PUBLIC = {  # file: the names that it offers; `from train import AdamW` is the stable interface
+    "anchor": ("Anchor", "fisher_diagonal"),
     "config": ("TrainConfig",),
     "engine": ("Engine",),
     "evaluate": ("bits_per_byte",),

@@ -72,6 +72,7 @@ def check(config: Any) -> None:
     check_adapter(config)
     check_qat(config)
     check_eval_corpora(config)
+    check_anchor(config)
 
 
 def check_adapter(config: Any) -> None:
@@ -107,3 +108,24 @@ def check_eval_corpora(config: Any) -> None:
             raise TrainError(f"--eval-corpus {name}: a source of the mixture has this name, and a loss_{name}: choose another")
         if name in SCORES:
             raise TrainError(f"--eval-corpus {name}: this is the name of a score: choose another")
+
+
+def check_anchor(config: Any) -> None:
+    asked, run = config.anchor, config.run
+    if asked.anchor == "none":
+        return
+    option = f"--anchor {asked.anchor}"
+    if not 0 < asked.anchor_weight < math.inf:
+        raise TrainError(f"--anchor-weight {asked.anchor_weight}: must be above 0, and finite")
+    if asked.anchor_rows < 1:
+        raise TrainError(f"--anchor-rows {asked.anchor_rows}: must be at least 1")
+    if run.init is None:
+        raise TrainError(f"{option} holds weights near those of --init: add --init RUN or a model folder")
+    if run.adapter != "none":
+        raise TrainError(f"{option}: --adapter {run.adapter} freezes the weights of --init, which then stay what they are")
+    if run.qat != "none":
+        raise TrainError(f"{option} does not go with --qat {run.qat}: rounded weights are never those of --init")
+    if "shard" in (run.mesh or ""):
+        raise TrainError(f"{option} does not go with --mesh {run.mesh}: replicate does")
+    if asked.anchor != "l2-sp" and not asked.anchor_corpus:
+        raise TrainError(f"{option} needs the text that is not to be forgotten: --anchor-corpus PATH")

@@ -27,6 +27,7 @@ DEFAULT_DECAY = 0.2
 INIT_LR_DIVISOR = 8
 DEFAULT_WIDTH = 128
 QAT_BITS = {"int8": 8, "int4": 4}
+ANCHORS = ("none", "l2-sp", "ewc", "ewc-empirical")
 
 
 def also(*aliases: str) -> dict[str, tuple[str, ...]]:
@@ -160,6 +161,21 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True)
+class AnchorConfig:
+    """Against forgetting: a penalty that holds the weights near those of --init."""
+
+    anchor: Literal[*ANCHORS] = "none"
+    """Add λ/2 Σ F (θ - θ*)² to the loss, where θ* are the weights of --init. l2-sp: F = 1. ewc: F is the diagonal of the Fisher
+    information on the old text, with labels drawn from the model; ewc-empirical: with the text's own labels."""
+    anchor_weight: float = 1.0
+    """λ. F is per scored token: with ewc, 1 weighs a nat of the old text's loss like one of the new text's, to second order."""
+    anchor_corpus: tuple[str, ...] = ()
+    """The old text of ewc: built-in names, files, folders and globs, as of --corpus."""
+    anchor_rows: int = 256
+    """Rows of the old text that F is estimated from, each of --context tokens."""
+
+
+@dataclass(frozen=True)
 class SpeedConfig:
     """Speed and memory: precision, loss, recomputation, compilation."""
 
@@ -237,6 +253,7 @@ class CommonConfig:
     data: DataConfig = field(default_factory=DataConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    anchor: AnchorConfig = field(default_factory=AnchorConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     qat: QatConfig = field(default_factory=QatConfig)

@@ -38,12 +38,14 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
     corpus = tuple(map(found, map(parse_entry, config.data.corpus)))
     init = None if config.run.init is None else absolute(config.run.init)
+    anchor = replace(config.anchor, anchor_corpus=tuple(found(parse_entry(each)) for each in config.anchor.anchor_corpus))
     validation = tuple(found(CorpusEntry(path)) for path in config.data.validation)
     data = replace(config.data, corpus=corpus, validation=validation, cache=absolute(config.data.cache))
     scored = [(name, path) for name, paths in config.report.eval_corpora.items() for path in paths]
     report = replace(config.report, eval_corpus=tuple(f"{name}={found(CorpusEntry(path))}" for name, path in scored))
     objective = str(absolute(config.run.objective)) if is_file(config.run.objective) else config.run.objective
-    return replace(config, data=data, report=report, run=replace(config.run, init=init, objective=objective))
+    changed = {"data": data, "report": report, "anchor": anchor}
+    return replace(config, **changed, run=replace(config.run, init=init, objective=objective))
 
 
 def _plain(value: Any) -> Any:

@@ -93,6 +93,8 @@ class Trial:
         if run.ranks.is_main:
             print(predicted_memory(run, micro_batches), flush=True)
             print(example(run, micro_batches[0]), flush=True)
+        if run.anchoring is not None:
+            run.console.info(run.anchoring.stand_in())
         self.own, _ = run.prepare(micro_batches)
         self.data = [time.monotonic() - began]  # seconds of a step's data
 

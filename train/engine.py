@@ -19,6 +19,7 @@ from model.safetensors_file import WeightFile, save_file
 from quant.qat import converted
 from train import qat
 from train.adapters import trainable_state
+from train.anchor import Anchor
 from train.optimizers.ema import EMA
 from train.optimizers.named_optimizer import Optimizers
 from train.optimizers.scaler import GradScaler
@@ -68,6 +69,7 @@ class Engine:
         self.allocator = allocator  # AdaLoRA's: it prunes singular values after each update
         self.observers = observers  # of quantization-aware training: ranges are updated after each step
         self.unfreezing = unfreezing
+        self.anchor: Anchor | None = None  # of --anchor; its θ* and F are no state, as no step changes them
         self.rounding = torch.Generator(next(objective.parameters()).device)
         optimizers.set_rounding(self.rounding)
 
@@ -96,7 +98,7 @@ class Engine:
             scaler=self.scaler,
             ranks=self.ranks,
             phase=phase,
-            penalty=self.allocator.penalty if self.allocator is not None else None,
+            penalty=self._penalty if self.allocator is not None or self.anchor is not None else None,
             on_gradients=self._on_gradients,
             on_update=self._on_update,
         )
@@ -115,6 +117,10 @@ class Engine:
         """Run after the last backward, before clipping."""
         if self.unfreezing is not None:
             self.unfreezing.drop_gradients(self.step)
+
+    def _penalty(self) -> Tensor:
+        """The terms of the loss that depend on the weights alone."""
+        return sum(part.penalty() for part in (self.allocator, self.anchor) if part is not None)
 
     def _on_update(self) -> None:
         """Run after an update, before the gradients are cleared."""

@@ -12,6 +12,7 @@ import torch
 from data.prefetch import Prefetcher
 from quant.qat import converted
 from train.allocator import keep_freed_memory
+from train.anchored_run import Anchoring
 from train.config import TrainConfig
 from train.config_toml import to_plain, with_absolute_paths
 from train.early_stop import EarlyStopping, is_better
@@ -69,6 +70,10 @@ class Run:
         self.eval_corpora = ranks.local_first(lambda: open_eval_corpora(config, self.task, data, info))
         self.engine, self.config = open_engine(config, ranks, self.device, self.task, network, info)
 
+        anchored, resumes = self.config.anchor.anchor != "none", checkpoint is not None
+        parts = (self.config, self.task, self.engine, ranks, self.console)
+        self.anchoring = Anchoring(*parts, resumes=resumes) if anchored else None
+
         self.tokens = 0  # scored labels since step 0, of skipped steps too
         self.best: dict | None = None  # the scores of the best validation, and its step
         report = config.report
@@ -118,6 +123,8 @@ class Run:
         began, first_step, first_tokens = time.monotonic(), self.step, self.tokens
         self._open_files()
         self.console.info(self.introduction)
+        if self.anchoring is not None and self.engine.anchor is None:
+            self.anchoring.begin(self.out)
         if not self.step and (self.config.run.init is not None or self.config.report.early_stop_on):
             scores, lines = self._scores()
             self.console.info("\n".join([f"before the first step: {lines[0]}", *lines[1:]]))
@@ -224,6 +231,7 @@ class Run:
             **matrix_lr,
             grad_norm=float(result.grad_norm),
             **result.metrics,
+            **({} if result.penalty is None else {"penalty": float(result.penalty)}),
             tokens_per_s=round(tokens_per_s, 1),
             **scale,
         )

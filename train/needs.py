@@ -52,6 +52,12 @@ NEEDS = (
         "--schedule constant keeps the rate to the end",
     ),
     Needs(("early_stop_on", "min_delta"), lambda config: config.report.early_stop > 0, "they are of --early-stop N"),
+    Needs(("anchor_weight",), lambda config: config.anchor.anchor != "none", "it is λ of --anchor l2-sp, ewc or ewc-empirical"),
+    Needs(
+        ("anchor_corpus", "anchor_rows"),
+        lambda config: config.anchor.anchor.startswith("ewc"),
+        "they are what F of --anchor ewc and ewc-empirical is estimated from",
+    ),
     Needs(("recompute_every",), lambda config: config.speed.recompute != "none", "it is of --recompute blocks or selective"),
     Needs(("reshard",), lambda config: "shard" in (config.run.mesh or ""), "it is of --mesh shard"),
     Needs(("mesh",), lambda config: "RANK" in os.environ, "one process shares with nobody: start it with torchrun"),

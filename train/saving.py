@@ -7,6 +7,7 @@ from typing import Protocol
 from data.shell import quote
 from data.tokenizer.base import Tokenizer
 from model.folders import EXTRAS, copy_auxiliary_files
+from train.anchored_run import Anchoring
 from train.early_stop import EarlyStopping
 from train.eval_corpora import identity
 from train.reports.failures import nonfinite_state
@@ -35,6 +36,7 @@ class SavedRun(RunView, Protocol):
     source: BatchSource
     metrics: Metrics
     early_stopping: EarlyStopping
+    anchoring: Anchoring | None
     extra_files_from: Path | None  # a folder whose chat template, label files … each checkpoint gets
 
 
@@ -63,6 +65,7 @@ def write_files(run: SavedRun, folder: Path) -> None:
         state = {key: getattr(run, key) for key in SAVED} | {"format": STATE_FORMAT, "text": run.task.identity()}
         state |= {"eval_corpora": found} if (found := identity(run.eval_corpora)) else {}
         state |= run.early_stopping.state_dict()
+        state |= {"anchor": run.anchoring.sha256} if run.anchoring is not None else {}
         state |= {"engine": run.engine.state(), "source": run.source.state_dict()}
         (folder / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
@@ -87,6 +90,8 @@ def load_checkpoint(run: SavedRun, folder: Path) -> None:
         run.early_stopping.load_state_dict(state, run.best)
         engine_state = state["engine"]
         run.source.load_state_dict(state["source"])
+        if run.anchoring is not None:
+            run.anchoring.load(run.out, state["anchor"])
     except TrainError:
         raise
     except (OSError, ValueError, KeyError) as error:

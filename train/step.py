@@ -23,6 +23,7 @@ class StepResult(NamedTuple):
     grad_norm: Tensor  # before clipping, the same on all ranks
     is_updated: bool  # False: the loss or a gradient was inf or NaN, and neither weights nor optimizer state changed
     metrics: dict[str, float]  # mean of every other metric that the objective logs
+    penalty: Tensor | None = None  # the further loss term, before the update
 
 
 def train_step(
@@ -61,7 +62,7 @@ def train_step(
         raise ValueError("a step needs a micro-batch at least")
     counts = [unwrapped(objective).counts(batch) for batch in micro_batches]
     total = {name: ranks.sum(sum(count[name] for count in counts)) for name in counts[0]}
-    loss, metrics = 0.0, {}
+    loss, metrics, added = 0.0, {}, None
     for number, batch in enumerate(micro_batches, 1):
         with nullcontext() if number == len(micro_batches) else no_grad_sync(objective):
             with phase("forward"), autocast():
@@ -71,7 +72,8 @@ def train_step(
             loss_share = sum(term.weight * term.sum / total[name].clamp_min(1) for name, term in terms.items())
             minimised = loss_share * ranks.world
             if penalty is not None:  # divided by the micro-batches; the average over ranks then counts it once
-                minimised = minimised + penalty() / len(micro_batches)
+                added = penalty()
+                minimised = minimised + added / len(micro_batches)
             with phase("backward"):
                 scaler.scale(minimised).backward()
         loss = loss + loss_share.detach()
@@ -89,7 +91,8 @@ def train_step(
                 on_update()
         scaler.update()
         optimizers.zero_grad(set_to_none=True)
-    return StepResult(loss, next(iter(total.values())), grad_norm, is_finite, mean_metrics(metrics, ranks))
+    logged = mean_metrics(metrics, ranks)
+    return StepResult(loss, next(iter(total.values())), grad_norm, is_finite, logged, None if added is None else added.detach())
 
 
 def add_metrics(totals: dict[str, Metric], logged: Mapping[str, Metric]) -> None:

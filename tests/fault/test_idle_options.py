@@ -50,6 +50,8 @@ REFUSED = {  # a command line, whose first option is idle: why
     "train --text-key text --corpus a=a.txt:1 b=b/*.md:2": "the corpus holds no records",
     "train --val-fraction 0.05 --validation x": "--validation names what is held out",
     "train --matrix-lr 0.02 --optimizer adamw": "it is Muon's rate, --optimizer muon",
+    "train --anchor-weight 2 --init x": "it is λ of --anchor l2-sp, ewc or ewc-empirical",
+    "train --anchor-corpus y --init x --anchor l2-sp": "they are what F of --anchor ewc and ewc-empirical is estimated from",
     "train --momentum 0.9 --optimizer adamw": "Muon and SGD have one",
     "train --eps 1e-8 --optimizer sgd": "they are AdamW's",
     "train --betas 0.9 0.99 --optimizer sgd": "they are AdamW's",

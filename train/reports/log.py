@@ -101,7 +101,8 @@ class Metrics:
     """`metrics.jsonl`, and `samples.jsonl` with step, title and text: one object a line, appended and flushed.
 
     `tokens` counts the scored labels since step 0; `loss` is in nats a label; `lr` is AdamW's learning rate, `matrix_lr`
-    Muon's; `grad_norm` is the norm before clipping; `tokens_per_s` is since the previous line, without validation and saving;
+    Muon's; `grad_norm` is the norm before clipping; `penalty`, a term of the weights alone, is not in `loss`;
+    `tokens_per_s` is since the previous line, without validation and saving;
     `time` is in seconds since 1970.
     """
 

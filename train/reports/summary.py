@@ -62,7 +62,7 @@ def introduction(run: RunView) -> str:
         f"{run.task.introduction()}{eval_corpora.introduction(run.eval_corpora)}"
         f"network  {has.family}, {format_count(has.depth, 'layer')} of width {has.width}, {format_count(has.heads, 'head')}, "
         f"context {config.network.context}{before}: {parameters:,} parameters{adapter}\n"
-        f"{pooling(has)}{layers(run)}"
+        f"{pooling(has)}{layers(run)}{run.anchoring.describe() if run.anchoring is not None else ''}"
         f"machine  {run.device}, {machine}, {speed.precision}, {how}\n{rates(run)}"
         f"run      {place}: steps {run.step} to {config.run.steps} of {run.task.per_step()}, "
         f"{epochs:,.1f} epochs in all{often}"

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from train.anchored_run import Anchoring
 from train.config import TrainConfig
 from train.engine import Engine
 from train.parallel.ranks import Ranks
@@ -22,6 +23,7 @@ class RunView(Protocol):
     task: Task
     eval_corpora: Sequence[EvalCorpus]  # scored in each validation too
     engine: Engine
+    anchoring: Anchoring | None  # of --anchor
     console: Console
     phases: Phases
     step: int

@@ -29,12 +29,15 @@ class Prepare(DataConfig):
             lambda config: any(path not in BUILT_IN for path in config.all_paths),
             "the corpus comes with Python",
         ),
+        Needs(("mix",), lambda config: bool(config.weights), "it is of a mixture, --corpus NAME=PATH:WEIGHT …"),
+        Needs(("mix_temperature",), lambda config: config.mix == "temperature", "it is of --mix temperature"),
         Needs(("val_fraction",), lambda config: not config.validation, "--validation says what is held out"),
     )
 
 
 def print_shards(config: DataConfig) -> None:
     from data.corpus.prepare import prepare  # here: --help must not wait for numpy
+    from data.sources.mixture import row_shares
     from data.sources.shards import SPLITS
 
     shards = prepare(config, info=print, progress=sys.stderr.isatty())
@@ -50,11 +53,13 @@ def print_shards(config: DataConfig) -> None:
     if config.validation:
         exact, near = (len(report[f"held_out_{kind}"]) for kind in ("exact", "near"))
         print(f"held out     {' '.join(config.validation)}: {exact:,} equal and {near:,} near documents dropped from training")
-    for name, weight in config.weights.items():
-        tokens = [end - start for part in (shards.train, shards.validation) for start, end in [part.ranges.get(name, (0, 0))]]
-        fraction = weight / sum(config.weights.values())
-        counts = f"{tokens[0]:,} tokens to train on, {tokens[1]:,} held out"
-        print(f"source       {name}: weight {weight:g} ({fraction:.1%}), {counts}")
+    bos_id = shards.tokenizer.bos_id
+    shares = row_shares(config, shards.train.tokens_by_source, shards.train.documents_by_source(bos_id))
+    for name, share in shares.items():
+        tokens = [part.tokens_by_source.get(name, 0) for part in (shards.train, shards.validation)]
+        by_size, by = config.mix == "temperature", " of documents" if config.mix == "documents" else ""
+        weight = f"size^(1/{config.mix_temperature:g})" if by_size else f"weight {config.weights[name]:g}{by}"
+        print(f"source       {name}: {weight} ({share:.1%}), {tokens[0]:,} tokens to train on, {tokens[1]:,} held out")
     print(f"tokenizer    {shards.tokenizer.vocab_size:,} ids")
     print(f"{'built' if shards.is_new else 'reused':13}{shards.folder}")
 

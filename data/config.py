@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, get_args
 
 BUILT_IN = {"stdlib-docs": "read_docs", "stdlib-code": "read_code"}  # corpus: its function in data.corpus.stdlib
 BadText = Literal["error", "replace", "skip"]
+Mix = Literal["tokens", "documents", "temperature"]
 DEFAULT_VOCAB_SIZE = 2048  # or fewer, if the text cannot fill it
 MIN_VOCAB_SIZE = 264  # 3 control ids, 256 bytes, 5 characters
 MASK = "[MASK]"  # the mask token of a tokenizer that is trained here
@@ -20,35 +21,38 @@ class DataError(ValueError):
 
 
 class CorpusEntry(NamedTuple):
-    """One entry of --corpus: a path; in a mixture also the name and weight of its source."""
+    """One entry of --corpus: a path; in a mixture also the name and weight of its source. Its size decides instead of a weight
+    where that is None."""
 
     path: str
     name: str = ""
-    weight: float = 1.0
+    weight: float | None = 1.0
 
     def __str__(self) -> str:
-        return f"{self.name}={self.path}:{self.weight!r}" if self.name else self.path
+        weight = "" if self.weight is None else f":{self.weight!r}"
+        return f"{self.name}={self.path}{weight}" if self.name else self.path
 
 
 NAMED_ENTRY = re.compile(r"([A-Za-z][\w-]*)=(.+):([^:]+)", re.ASCII | re.DOTALL)
+NAMED_PATH = re.compile(r"([A-Za-z][\w-]*)=(.+)", re.ASCII | re.DOTALL)
 
 
-def parse_entry(text: str) -> CorpusEntry:
-    """Parse NAME=PATH:WEIGHT, or a path. An existing file of such a name is a path.
+def parse_entry(text: str, mix: str = "tokens") -> CorpusEntry:
+    """Parse NAME=PATH:WEIGHT (with mix="temperature" NAME=PATH), or a path. An existing file of such a name is a path.
 
     >>> parse_entry("web=crawl/*.txt:0.7"), parse_entry("crawl/*.txt").name
     (CorpusEntry(path='crawl/*.txt', name='web', weight=0.7), '')
     """
-    named = NAMED_ENTRY.fullmatch(text)
+    by_size = mix == "temperature"
+    named = (NAMED_PATH if by_size else NAMED_ENTRY).fullmatch(text)
     if named is None or os.path.lexists(os.path.expanduser(text)):
         return CorpusEntry(text)
+    if by_size:
+        return CorpusEntry(named[2], named[1], None)
     try:
         return CorpusEntry(named[2], named[1], float(named[3]))
     except ValueError:
         return CorpusEntry(text)
-
-
-NAMED_PATH = re.compile(r"([A-Za-z][\w-]*)=(.+)", re.ASCII | re.DOTALL)
 
 
 def parse_named_paths(texts: Iterable[str], option: str) -> dict[str, tuple[str, ...]]:
@@ -76,8 +80,15 @@ class DataConfig:
     corpus: tuple[str, ...] = ("stdlib-docs",)
     """stdlib-docs, stdlib-code, or files, folders and globs. Hidden files in a folder are skipped.
     Texts: .txt .md .py; records: .jsonl .json .csv .tsv .parquet; each also .gz.
-    NAME=PATH:WEIGHT NAME=PATH:WEIGHT … mixes sources: each gets its weight's share of the rows of batches.
+    NAME=PATH:WEIGHT NAME=PATH:WEIGHT … mixes sources: each gets its weight's share of the rows of batches (see --mix).
     A NAME may be repeated, with another PATH and the same weight."""
+
+    mix: Mix = "tokens"
+    """A weight is a share of the tokens (of the rows, where rows are records), or of the documents (records). temperature:
+    shares in proportion to size^(1/T), with NAME=PATH instead of NAME=PATH:WEIGHT."""
+
+    mix_temperature: float = 2.0
+    """T of --mix temperature: 1 reads all sources equally often; the larger, the more equal their shares."""
 
     text_key: str = "text"
     """Key or column of a record that holds its text."""
@@ -118,11 +129,21 @@ class DataConfig:
             raise DataError(f"--val-fraction {self.val_fraction}: a fraction above 0 and below 1")
         if self.on_bad_text not in get_args(BadText):
             raise DataError(f"--on-bad-text {self.on_bad_text!r}: one of {', '.join(get_args(BadText))}")
+        if self.mix not in get_args(Mix):
+            raise DataError(f"--mix {self.mix!r}: one of {', '.join(get_args(Mix))}")
+        if not self.mix_temperature >= 1:
+            raise DataError(
+                f"--mix-temperature {self.mix_temperature}: at least 1, which reads all sources equally often; below, the "
+                "largest would be read most often"
+            )
         self.check_sources()
 
     def check_sources(self) -> None:
         entries = self.entries
         named = [entry for entry in entries if entry.name]
+        if self.mix == "temperature":
+            self.check_sizes(entries)
+            return
         if not named:
             return
         if len(named) < len(entries):
@@ -134,12 +155,25 @@ class DataConfig:
             if entry.weight != self.weights[entry.name]:
                 raise DataError(f"--corpus {entry}: {entry.name} has the weight {self.weights[entry.name]!r} too; give one")
 
+    def check_sizes(self, entries: Iterable[CorpusEntry]) -> None:
+        """Refuse entries of --mix temperature without a name, or with a weight."""
+        for entry in entries:
+            if not entry.name:
+                raise DataError(f"--corpus {entry.path}: with --mix temperature each source is NAME=PATH")
+            if parse_entry(str(entry)).name and not os.path.lexists(os.path.expanduser(entry.path)):
+                raise DataError(f"--corpus {entry}: a weight, and --mix temperature computes it from the size: NAME=PATH")
+
     @property
     def entries(self) -> tuple[CorpusEntry, ...]:
         """Entries of `corpus`, grouped by source."""
-        entries = [parse_entry(text) for text in self.corpus]
+        entries = self.parsed
         names = list(dict.fromkeys(entry.name for entry in entries))
         return tuple(sorted(entries, key=lambda entry: names.index(entry.name)))
+
+    @property
+    def parsed(self) -> tuple[CorpusEntry, ...]:
+        """Entries of `corpus`, in its order."""
+        return tuple(parse_entry(text, self.mix) for text in self.corpus)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -153,13 +187,17 @@ class DataConfig:
 
     @property
     def weights(self) -> dict[str, float]:
-        """{name: weight} of the sources of a mixture; {} without a mixture."""
+        """{name: weight} of the sources of a mixture, 1 where sizes decide; {} without a mixture."""
         weights: dict[str, float] = {}
         for entry in self.entries:
             if entry.name:
-                weights.setdefault(entry.name, entry.weight)
+                weights.setdefault(entry.name, 1.0 if entry.weight is None else entry.weight)
         return weights
 
     def validation_config(self) -> "DataConfig":
         """Return a copy whose corpus is the files of `validation`."""
-        return replace(self, corpus=self.validation, validation=())
+        return self.of(self.validation)
+
+    def of(self, paths: tuple[str, ...]) -> "DataConfig":
+        """Return a copy whose corpus is `paths`, which are no mixture."""
+        return replace(self, corpus=paths, validation=(), mix="tokens", mix_temperature=DataConfig.mix_temperature)

@@ -22,6 +22,7 @@ minimised), `engine` (the state that a step advances, and its files), `loop` (th
     tag_objective, tag_baseline    token classification: loss, scores beside the most frequent tag of each word
     answer_objective, answer_scores, answer_report    question answering: loss, scores beside baselines, text
     evaluate          sums and counts over held-out text; bits per byte, and the n-gram baseline
+    mixing            the share of each source of a mixture, and what was drawn
     eval_corpora      further corpora that each validation scores (--eval-corpus); `eval_text`, `eval_records`: of each kind
     freeze, unfreeze, layer_groups    frozen parts; layers unfrozen one by one; a network's layers from the top down
     adapters, qat     runs that train an adapter; quantization-aware training

@@ -36,7 +36,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     def found(entry: CorpusEntry) -> str:
         return str(entry if entry.path in BUILT_IN else entry._replace(path=str(absolute(entry.path))))
 
-    corpus = tuple(map(found, map(parse_entry, config.data.corpus)))
+    corpus = tuple(map(found, config.data.parsed))
     init = None if config.run.init is None else absolute(config.run.init)
     anchor = replace(config.anchor, anchor_corpus=tuple(found(parse_entry(each)) for each in config.anchor.anchor_corpus))
     validation = tuple(found(CorpusEntry(path)) for path in config.data.validation)

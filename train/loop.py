@@ -232,6 +232,7 @@ class Run:
             grad_norm=float(result.grad_norm),
             **result.metrics,
             **({} if result.penalty is None else {"penalty": float(result.penalty)}),
+            **self.task.drawn(self.step),
             tokens_per_s=round(tokens_per_s, 1),
             **scale,
         )

@@ -40,6 +40,8 @@ NEEDS = (
     Needs(("steps",), lambda config: config.run.epochs is None, "--epochs says how long"),
     Needs(("extend",), lambda config: False, "it says how a finished run goes on: --resume RUN --steps MORE"),
     Needs(("val_fraction",), lambda config: not config.data.validation, "--validation names what is held out"),
+    Needs(("mix",), lambda config: bool(config.data.weights), "it is of a mixture, --corpus NAME=PATH:WEIGHT …"),
+    Needs(("mix_temperature",), lambda config: config.data.mix == "temperature", "it is of --mix temperature"),
     Needs(("text_key",), lambda config: may_hold_records(_paths(config)), "the corpus holds no records"),
     Needs(("text_key", "dedup", "separator"), _texts, "this objective reads records, each by itself and by columns of its own"),
     Needs(("on_bad_text",), _files, "the corpus comes with Python, and is no file of yours"),

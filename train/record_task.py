@@ -10,7 +10,7 @@ from data.messages import format_count
 from data.sources.record_files import FORMATS
 from train.registry import settings_of
 from train.runs.errors import TrainError
-from train.task import EvalCorpus, Info, Task
+from train.task import EvalCorpus, Info, Scores, Task
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,6 +90,7 @@ class RecordTask(Task):
     def __init__(self, config: "TrainConfig", data: "RecordData"):
         from data.packing.examples import ExampleSource
         from data.packing.mixed import MixedExamples
+        from train.mixing import Mixing
 
         self.config, self.data, self.tokenizer, self.settings = config, data, data.tokenizer, settings_of(config)
         optimizer = config.optimizer
@@ -112,7 +113,10 @@ class RecordTask(Task):
             for (name, rows), stream in zip(rows_by_source.items(), streams, strict=True)
         }
         sources = list(self.sources.values())
-        self.source = MixedExamples(sources, list(weights.values()), config.run.seed) if weights else sources[0]
+        counts = {name: (self.sources[name].rows_in_epoch(0), len(rows_by_source[name])) for name in weights}
+        rows, documents = ({name: pair[i] for name, pair in counts.items()} for i in (0, 1))
+        self.mixing = Mixing(config.data, rows, documents, config.run.seed, "record")
+        self.source = MixedExamples(sources, list(self.mixing.shares.values()), config.run.seed) if weights else sources[0]
         for source in sources:
             source.epoch(0)  # finds the keys that are one value a text
         names = data.validation.names.__getitem__
@@ -169,13 +173,11 @@ class RecordTask(Task):
         )
 
     def mixture(self) -> str:
-        """Describe the sources of a mixture: the fraction of each, and its number of epochs."""
-        weights, optimizer, sources = self.config.data.weights, self.config.optimizer, []
-        rows = self.config.run.steps * optimizer.batch_size * optimizer.accumulate
-        for name, weight in weights.items():
-            fraction = weight / sum(weights.values())
-            sources.append(f"{name} {fraction:.1%}, {rows * fraction / self.sources[name].rows_in_epoch(0):.1f} epochs")
-        return f"mixture  {'; '.join(sources)}\n" if sources else ""
+        """Describe the sources of a mixture: the share and the epochs of each."""
+        return self.mixing.describe(self.config.run.steps * self.config.optimizer.batch_size * self.config.optimizer.accumulate)
+
+    def drawn(self, step: int) -> Scores:
+        return self.mixing.drawn(step * self.config.optimizer.batch_size * self.config.optimizer.accumulate)
 
 
 def check_max_length(config: "TrainConfig") -> None:

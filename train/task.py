@@ -170,6 +170,10 @@ class Task(ABC):
         optimizer = self.config.optimizer
         return format_count(optimizer.batch_size * optimizer.accumulate * self.config.network.context, "token")
 
+    def drawn(self, step: int) -> Scores:
+        """Return the shares of a mixture's sources in the rows up to a step, by names of metrics.jsonl: drawn_NAME."""
+        return {}
+
     def for_drawing(self, batch: Batch) -> Batch:
         """Return the batch as it is drawn: with labels B T, or one a text."""
         return batch

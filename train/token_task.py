@@ -82,15 +82,19 @@ class TokenTask(Task):
 
     def __init__(self, config: "TrainConfig", shards: "Shards"):
         from data.packing.blocks import BlockStream, MixedBlocks, check_length, sequential_blocks
+        from train.mixing import Mixing
 
         self.config, self.data, self.shards, self.tokenizer = config, shards, shards, shards.tokenizer
         optimizer, length = config.optimizer, self.block_length
         ids, ranges, rows = shards.train.ids, shards.train.ranges, optimizer.batch_size * optimizer.accumulate
         for name, (start, end) in ranges.items():
             check_length(ids[start:end], length, f"what is trained on of the source {name}")
+        blocks = {name: tokens / length for name, tokens in shards.train.tokens_by_source.items()}
+        documents = shards.train.documents_by_source(self.tokenizer.bos_id)
+        self.mixing = Mixing(config.data, blocks, documents, config.run.seed)
         if ranges:
-            weights = [config.data.weights[name] for name in ranges]
-            self.stream = MixedBlocks(ids, list(ranges.values()), weights, length, rows, config.run.seed)
+            shares = list(self.mixing.shares.values())
+            self.stream = MixedBlocks(ids, list(ranges.values()), shares, length, rows, config.run.seed)
         else:
             self.stream = BlockStream(ids, length, rows, config.run.seed)
         self.source = BlockBatches(self)
@@ -148,14 +152,11 @@ class TokenTask(Task):
         )
 
     def mixture(self) -> str:
-        """Describe the sources of a mixture: the fraction of each, and its number of epochs."""
-        weights, config = self.config.data.weights, self.config
-        rows = config.run.steps * config.optimizer.batch_size * config.optimizer.accumulate
-        sources = []
-        for name, (start, end) in self.shards.train.ranges.items():
-            fraction = weights[name] / sum(weights.values())
-            sources.append(f"{name} {fraction:.1%}, {rows * fraction * self.block_length / (end - start):.1f} epochs")
-        return f"mixture  {'; '.join(sources)}\n" if sources else ""
+        """Describe the sources of a mixture: the share and the epochs of each."""
+        return self.mixing.describe(self.config.run.steps * self.config.optimizer.batch_size * self.config.optimizer.accumulate)
+
+    def drawn(self, step: int) -> Scores:
+        return self.mixing.drawn(step * self.config.optimizer.batch_size * self.config.optimizer.accumulate)
 
     def source_losses(self, totals: Totals) -> Scores:
         """Return `loss_NAME` of each source of a mixture that has held-out text."""

@@ -68,7 +68,7 @@ def read_eval_text(
     parts = [encode_held_out(config, path, tokenizer) for path in paths if path in BUILT_IN]
     files = tuple(path for path in paths if path not in BUILT_IN)
     if files:
-        parts.append(encode_files(replace(config, corpus=files, validation=()), tokenizer, limit, info))
+        parts.append(encode_files(config.of(files), tokenizer, limit, info))
     ids, size = [], 0
     for part in parts:
         taken = min(part.tokens, limit - sum(map(len, ids)))
@@ -83,8 +83,7 @@ def read_eval_text(
 
 def encode_held_out(config: DataConfig, built_in: str, tokenizer: Tokenizer) -> Split:
     """Return the held-out split of a built-in corpus, from the cache or prepared now."""
-    alone = replace(config, corpus=(built_in,), validation=(), vocab_size=None)
-    return prepare(alone, tokenizer=tokenizer).validation
+    return prepare(replace(config.of((built_in,)), vocab_size=None), tokenizer=tokenizer).validation
 
 
 def encode_files(config: DataConfig, tokenizer: Tokenizer, limit: int, info: Info) -> Encoded:

@@ -28,12 +28,13 @@ def find_corpus(config: DataConfig, lines: list[str] | None = None, option: str 
             continue
         found = find_files(entry, config.cache)
         if found is None:
+            might_name = "=" in entry and not config.weights
             near = difflib.get_close_matches(entry, BUILT_IN, n=1)
             raise DataError(
                 f"{option} {entry}: no such file or folder ({expand_home(entry).absolute()}), "
                 f"no file matches it as a glob, and the built-in corpora are {', '.join(BUILT_IN)}"
                 + (f". Did you mean {near[0]}?" if near else "")
-                + (". A source of a mixture is NAME=PATH:WEIGHT, a number last" if "=" in entry and not config.weights else "")
+                + (". A source of a mixture is NAME=PATH:WEIGHT, a number last (NAME=PATH with --mix temperature)" * might_name)
             )
         if found.left_out and lines is not None:
             lines.append(found.left_out)

@@ -1,13 +1,38 @@
 """Mix sources by weight: the source of each row of a run is a pure function of (seed, row)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from data.config import DataError
+from data.config import DataConfig, DataError
 
 STREAM = 0x6D6978  # "mix": separates these random numbers from other uses of the seed
 PERIOD = 1024  # rows in which every source has its exact share, up to rounding
+
+
+def row_shares(config: DataConfig, rows: Mapping[str, float], documents: Mapping[str, int]) -> dict[str, float]:
+    """Return the share of a batch's rows that each source gets, by `config.mix` and its weights w:
+
+        tokens        w_k
+        documents     w_k · rows_k / documents_k: w_k is then the share of the documents
+        temperature   rows_k^(1/T), T = config.mix_temperature: 1 reads each source equally often, ∞ draws from each equally
+
+    each divided by their sum. rows: of an epoch of each source, in any unit that is the same for all (tokens, of plain text).
+    documents: of each source (records of a task on records). Both may be {}: there is no mixture.
+    Source: Raffel et al. 2020, arXiv 1910.10683, section 3.5.2, without their limit of a source's size; Conneau et al. 2020,
+    arXiv 1911.02116, write the exponent 1/T as α = 0.3.
+
+    >>> config = DataConfig(("a=x", "b=y"), mix="temperature", mix_temperature=2)
+    >>> row_shares(config, {"a": 900, "b": 100}, {"a": 3, "b": 1})
+    {'a': 0.75, 'b': 0.25}
+    """
+    if config.mix == "temperature":
+        sizes = {name: (rows[name] / max(rows.values())) ** (1 / config.mix_temperature) for name in rows}
+    elif config.mix == "documents":
+        sizes = {name: config.weights[name] * rows[name] / documents[name] for name in rows}
+    else:
+        sizes = {name: config.weights[name] for name in rows}
+    return {name: size / sum(sizes.values()) for name, size in sizes.items()}
 
 
 class Mixture:
@@ -35,6 +60,12 @@ class Mixture:
             raise DataError(f"a source with a share below 1/{PERIOD} would never be read: {shown}")
         self.count_K, self.seed = count_K, seed
         self._last: tuple[int, np.ndarray, np.ndarray] | None = None
+
+    def counts(self, rows: int) -> np.ndarray:
+        """Return how many of the first `rows` rows of the run each source has, int64 of (K,)."""
+        whole, rest = divmod(rows, PERIOD)
+        count_K = whole * self.count_K
+        return count_K + np.bincount(self.period(whole)[0][:rest], minlength=len(count_K)) if rest else count_K
 
     def period(self, period: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (source, index in it) of each row of a period; the last period is cached."""

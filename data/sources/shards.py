@@ -58,6 +58,16 @@ class Split:
         return min((end - start for start, end in self.ranges.values()), default=self.tokens)
 
     @property
+    def tokens_by_source(self) -> dict[str, int]:
+        """Number of tokens of each source of a mixture."""
+        return {name: end - start for name, (start, end) in self.ranges.items()}
+
+    def documents_by_source(self, bos_id: int) -> dict[str, int]:
+        """Count the documents of each source of a mixture; with one separator the last bos of a range begins none."""
+        ends = {name: (start, end - self.has_one_separator) for name, (start, end) in self.ranges.items()}
+        return {name: int((self.ids[start:end] == bos_id).sum()) for name, (start, end) in ends.items()}
+
+    @property
     def targets(self) -> int:
         """Number of scored targets: all tokens but each document's bos; all but the first where one id is bos and eos."""
         return self.tokens - (1 if self.has_one_separator else self.documents)

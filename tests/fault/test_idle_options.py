@@ -48,6 +48,8 @@ REFUSED = {  # a command line, whose first option is idle: why
     "train --text-key body --corpus a.txt b/*.md": "the corpus holds no records",
     "train --on-bad-text skip --corpus stdlib-code": "the corpus comes with Python",
     "train --text-key text --corpus a=a.txt:1 b=b/*.md:2": "the corpus holds no records",
+    "train --mix documents --corpus a.txt": "it is of a mixture, --corpus NAME=PATH:WEIGHT",
+    "train --mix-temperature 2 --corpus a=a.txt:1 b=b.txt:2": "it is of --mix temperature",
     "train --val-fraction 0.05 --validation x": "--validation names what is held out",
     "train --matrix-lr 0.02 --optimizer adamw": "it is Muon's rate, --optimizer muon",
     "train --anchor-weight 2 --init x": "it is λ of --anchor l2-sp, ewc or ewc-empirical",

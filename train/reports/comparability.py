@@ -108,4 +108,7 @@ def differ(settings: Sequence[Settings], name: str, value=lambda value: value) -
 
 def plain(value: object) -> object:
     """A corpus without the weights of its sources, which concern the training alone."""
-    return sorted(parse_entry(each).path for each in value) if isinstance(value, list) else value
+    if not isinstance(value, list):
+        return value
+    paths = [parse_entry(each).path for each in value]
+    return sorted(parse_entry(path, "temperature").path for path in paths)  # NAME=PATH; a path is absolute, and no NAME=…

@@ -238,7 +238,7 @@ def task_options(config: TrainConfig) -> tuple[str, ...]:
 def text_options(data: DataConfig) -> list[str | Path]:
     """The options of the command line that select the same text."""
     words, usual = [], DataConfig()
-    for name in ("corpus", "validation", "text_key", "on_bad_text", "val_fraction", "dedup", "cache"):
+    for name in ("corpus", "mix", "mix_temperature", "validation", "text_key", "on_bad_text", "val_fraction", "dedup", "cache"):
         value, option = getattr(data, name), name.replace("_", "-")
         if value == getattr(usual, name):
             continue

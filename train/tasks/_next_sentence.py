@@ -20,20 +20,21 @@ class PairBatches:
         self, task: TokenTask, sources: "dict[str, SegmentPairs]", make_batch: "Callable[[list[SegmentPair], int, int], Batch]"
     ):
         """make_batch: (pairs, step, row of the first one in the step's global batch) -> Batch."""
-        from data.sources.mixture import Mixture
+        from train.mixing import Mixing
 
         self.config, self.make_batch = task.config, make_batch
         self.pairs, shards = [*sources.values()], task.shards.train
-        ranges, weights = shards.ranges, task.config.data.weights
+        ranges, data = shards.ranges, task.config.data
         starts = [ranges[name][0] if ranges else 0 for name in sources]
         self.first_documents = [int((shards.ids[:start] == task.tokenizer.bos_id).sum()) for start in starts]
-        self.mixture = Mixture([weights[name] if ranges else 1.0 for name in sources], task.config.run.seed)
+        rows = {name: len(pairs) for name, pairs in sources.items()} if ranges else {}
+        self.mixing = Mixing(data, rows, shards.documents_by_source(task.tokenizer.bos_id), task.config.run.seed)
 
     def locate(self, first: int, count: int) -> list[tuple[int, int]]:
         """Return (source, row of it) of rows of the run."""
         if len(self.pairs) == 1:
             return [(0, row) for row in range(first, first + count)]
-        return list(zip(*(each.tolist() for each in self.mixture.rows(first, count)), strict=True))
+        return list(zip(*(each.tolist() for each in self.mixing.mixture.rows(first, count)), strict=True))
 
     def batches(self, step: int, policy: object = None) -> list[Batch]:
         optimizer = self.config.optimizer

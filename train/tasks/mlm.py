@@ -115,6 +115,7 @@ class MaskedTask(TokenTask):
             for number, (name, (start, end)) in enumerate(ranges.items())
         }
         self.source = PairBatches(self, sources, self.pair_batch)
+        self.mixing = self.source.mixing
         by_source = validation_ids_by_source(self.config, self.shards)
         self.validation, validation_sources = [], []
         for name, ids in by_source.items():

@@ -155,7 +155,7 @@ class Anchoring:
 def open_old_text(config: TrainConfig, task: Task, ranks: Ranks, console: Console) -> Task:
     """Open the task on --anchor-corpus, one row a step: row r of F is that of step r, a function of (seed, r)."""
     kind = load(config.run.objective)
-    data = replace(config.data, corpus=config.anchor.anchor_corpus, validation=())
+    data = config.data.of(config.anchor.anchor_corpus)
     rows = replace(config.optimizer, batch_size=1, accumulate=1)
     few = replace(config.report, eval_tokens=min(config.report.eval_tokens, 64 * config.network.context))  # never scored
     config = replace(config, data=data, optimizer=rows, report=few)

@@ -29,7 +29,7 @@ def start(config: TrainConfig) -> int:
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and config.run.out is None:
         raise TrainError("with --max-restarts the run needs a name that a restart finds again: give --out")
     if restarts and (config.run.out / "config.toml").is_file():
-        if others := differing(read_settings(config.run.out, to_train=True), config):
+        if others := differing(read_settings(config.run.out, to_train=True), with_absolute_paths(config)):
             raise TrainError(f"{config.run.out} already holds another run ({'; '.join(others)}): choose another --out")
         return resume(config.run.out)
     with connected() as ranks:

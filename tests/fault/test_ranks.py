@@ -21,7 +21,18 @@ from torch import nn
 import model.__main__ as model_command
 import model.hub
 from tests.ranks import in_two_ranks
-from tests.runs import ROOT, STEPS, arguments, assert_same_end, command, further, last_checkpoint, steps_of, wait_for_step
+from tests.runs import (
+    ROOT,
+    STEPS,
+    arguments,
+    assert_same_end,
+    command,
+    further,
+    last_checkpoint,
+    steps_of,
+    wait_for_step,
+    write_corpus,
+)
 from train.engine import Engine
 from train.parallel.mesh import Mesh
 from train.parallel.parallelize import replicated
@@ -119,6 +130,27 @@ def test_two_ranks_train_one_adapter(options, uninterrupted, tmp_path):
     masks = [{name: value for name, value in each.items() if name.endswith("kept")} for each in kept]
     assert masks[0] and all(torch.equal(value, masks[1][name]) for name, value in masks[0].items())
     assert not all(value.all() for value in masks[0].values())
+
+
+@pytest.mark.slow
+def test_two_ranks_draw_one_mixture(options, tmp_path):
+    """The same shares are drawn from the same rows, and a further corpus has the same loss; so it is after a kill."""
+    at = options.index("--corpus")
+    write_corpus(tmp_path / "other", documents=12, seed=5)
+    mixed = [*options[:at], *options[at + 2 :], "--corpus", f"a={options[at + 1]}:1", f"b={tmp_path}/other:1"]
+    changes = CHANGES | {"steps": "40", "eval-every": "20", "mix": "documents", "eval-corpus": f"more={tmp_path}/other"}
+    alone, two = tmp_path / "alone", tmp_path / "two"
+    assert command(*mixed, *arguments(changes), "--out", alone).code == 0
+    with torchrun(*mixed, *arguments(changes), "--out", two, restarts=1) as running:
+        wait_for_step(running, two, 26)
+        os.kill(workers(running)[1], signal.SIGKILL)
+        _, err = running.communicate(timeout=180)
+    assert running.returncode == 0, err
+    rows = [read_metrics(run / "metrics.jsonl") for run in (alone, two)]
+    drawn = [[(row["step"], row["drawn_a"], row["drawn_b"]) for row in each if row["split"] == "train"] for each in rows]
+    assert drawn[0] == drawn[1] and len({share for _, share, _ in drawn[0]}) > 5
+    more = [[row["loss_more"] for row in each if row["split"] == "validation"] for each in rows]
+    assert more[0] == pytest.approx(more[1], abs=2e-5) and losses(two) == pytest.approx(losses(alone), abs=2e-5)
 
 
 def losses(run: Path) -> list[float]:

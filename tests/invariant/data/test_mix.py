@@ -18,6 +18,7 @@ from tests.texts import prose
 from train.config import OptimizerConfig, TrainConfig
 from train.config_toml import from_plain, to_plain, with_absolute_paths
 from train.mixing import Mixing
+from train.overrides import differing
 from train.record_task import RecordTask
 from train.reports.comparability import plain
 from train.reports.summary import text_options
@@ -194,6 +195,7 @@ def test_settings_travel(inside):
     absolute = with_absolute_paths(TrainConfig(data=mixed))
     assert absolute.data.corpus == (f"a={inside}/a.jsonl", "b=stdlib-docs")
     assert from_plain(TrainConfig, to_plain(absolute), "x").data == absolute.data
+    assert differing(from_plain(TrainConfig, to_plain(absolute), "x"), absolute) == []
     assert mixed.validation_config().corpus == ("b.jsonl",) and mixed.of(("x=y",)).weights == {}
     words = text_options(mixed)
     assert words[:7] == ["--corpus", "a=a.jsonl", "b=stdlib-docs", "--mix", "temperature", "--mix-temperature", "3.0"]

@@ -84,8 +84,9 @@ def trainer_sentences(texts: Iterable[str], vocab_size: int, controls: Sequence[
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, controls: Sequence[str] = ()) -> SentencePieceTokenizer:
-    """Return a tokenizer of exactly `vocab_size` ids, trained on all of `texts`; `controls` are among them.
+    """Return a tokenizer of exactly `vocab_size` ids, trained on all of `texts`.
 
+    controls: control tokens besides <s> and </s>, which are among these ids, as ("[MASK]",) for masked language modelling.
     Errors: VocabularyError if the texts have too few distinct pieces, with the largest size that they fill.
     """
     sentences = trainer_sentences(texts, vocab_size, controls)

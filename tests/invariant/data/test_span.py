@@ -15,7 +15,15 @@ from data.transforms.causal import IGNORE
 from data.transforms.denoisers import UL2, Denoiser, corrupted_lengths, noise_counts, parse_denoiser, raw_length
 from data.transforms.fill_spans import fill_spans, spans_by_sentinel
 from data.transforms.row_random import row_generator
-from data.transforms.span import SpanNoise, corrupt_spans, draw_composition, draw_noise_mask, replace_spans, span_batch
+from data.transforms.span import (
+    SpanNoise,
+    corrupt_block,
+    corrupt_spans,
+    draw_composition,
+    draw_noise_mask,
+    replace_spans,
+    span_batch,
+)
 from data.transforms.teacher_forcing import Frame
 
 EOS, PAD, START = 1, 0, 0
@@ -131,7 +139,10 @@ def test_masks(length, density, mean):
 
 
 def test_a_text_of_one_token():
-    assert draw_noise_mask(1, 0.15, 3, np.random.default_rng(0)).tolist() == [False]
+    random = np.random.default_rng(0)
+    assert draw_noise_mask(1, 0.15, 3, random).tolist() == [False]
+    for prefix in ("prefix", "prefix:.25"):
+        assert lists(corrupt_block(np.array([5]), [parse_denoiser(prefix)], random, SENTINELS)) == [[5], []]
 
 
 # ---- sources and targets
@@ -260,14 +271,15 @@ def test_rows_are_a_function_of_their_number(noise):
 
 
 def test_fillers():
-    """The last block of the validation text is shortened; rows that fill a batch are not scored."""
+    """The last block of the validation text is shortened; rows that fill a batch are not scored. Id 0 is a token."""
     block = blocks(3, 50)
-    block[1, 20:], block[2, 1:] = -1, -1
+    block[1, 20:], block[2, 1:], block[0, ::7] = -1, -1, 0
     batch = span_batch(block, SpanNoise(), FRAME, **CALL, first_row=0)
     alone = span_batch(block[1:2, :20], SpanNoise(), FRAME, **CALL, first_row=1)
     length, target = alone["input_ids"].size(1), alone["labels"].size(1)
     assert torch.equal(batch["input_ids"][1, :length], alone["input_ids"][0]) and (batch["input_ids"][1, length:] == PAD).all()
     assert batch["attention_mask"].sum(1).tolist() == [batch["input_ids"].size(1), length, 1]
+    assert fill_spans(batch["input_ids"][0, :-1].tolist(), batch["labels"][0, :-1].tolist(), SENTINELS) == block[0].tolist()
     assert torch.equal(batch["labels"][1, :target], alone["labels"][0]) and (batch["labels"][1, target:] == IGNORE).all()
     assert (batch["labels"][2] == IGNORE).all() and (batch["decoder_input_ids"] >= 0).all()
 

@@ -13,6 +13,7 @@ import tyro
 
 from data.shell import program
 from train.reports.comparability import not_comparable, objective_of
+from train.reports.curves import named_scores
 from train.reports.log import METRICS, format_duration, read_metrics
 from train.runs.checkpoint import SETTINGS
 from train.runs.errors import TrainError
@@ -152,7 +153,7 @@ def comparison(runs: Sequence[Path]) -> str:
     last = [next(reversed(of_split(each, "train")), {}) for each in metrics]
     rows.append(("best validation loss", *(shown(row.get("loss", "–")) for row in best)))
     rows.append(("  at step", *(shown(row.get("step", "–")) for row in best)))
-    for name in SCORES:
+    for name in (*SCORES, *named_scores([row for row in best if row])):
         if all(name in row for row in best):
             rows.append((f"  {name.replace('_', ' ')}", *(shown(row[name]) for row in best)))
     rows.append(("last training loss", *(shown(row.get("loss", "–")) for row in last)))

@@ -37,6 +37,17 @@ class Diagnosis(NamedTuple):
     why: str
 
 
+def named_scores(rows: list[dict], scores: tuple[str, ...] = ("loss", "bits_per_byte")) -> list[str]:
+    """Return the keys of validations that belong to one source or further corpus: loss_NAME, bits_per_byte_NAME.
+
+    >>> named_scores([{"split": "validation", "loss": 1.0, "loss_code": 2.0, "baseline_loss": 3.0, "time": 0.0}])
+    ['loss_code']
+    """
+    held_out = [row for row in rows if row["split"] in ("before", "validation")]
+    keys = dict.fromkeys(key for row in held_out for key, value in row.items() if isinstance(value, int | float))
+    return [key for score in scores for key in keys if key.startswith(f"{score}_")]
+
+
 def diagnose(rows: list[dict]) -> Diagnosis:
     """Diagnose a run from the rows of metrics.jsonl.
 
@@ -139,6 +150,9 @@ def panels(rows: list[dict], title: str = "", training: str = "training") -> "Fi
     training_style = {"marker": ".", "markersize": 3, "linewidth": 1}
     line(loss, train, "loss", label=training, color="tab:blue", alpha=0.7, **training_style)
     line(loss, held_out, "loss", label="validation", color="tab:orange", marker="o", markersize=3)
+    for number, key in enumerate(named_scores(rows, ("loss",)), start=2):  # of a source, or of a corpus of --eval-corpus
+        style = {"label": f"validation: {key.removeprefix('loss_')}", "color": f"C{number % 10}", "linestyle": "--"}
+        line(loss, held_out, key, **style, marker=".", markersize=3, linewidth=1)
     loss.set(title="loss", ylabel="nats per token")
     loss.legend()
     for panel in [panel for panel in PANELS if held_out and panel.key in held_out[-1]]:

@@ -10,6 +10,7 @@ from jinja2 import Environment
 from train.config import TrainConfig
 from train.config_toml import to_plain
 from train.reports.compare import shown
+from train.reports.curves import named_scores
 from train.reports.log import METRICS, SAMPLES, format_duration, read_metrics
 from train.runs.checkpoint import SETTINGS, write_atomically
 
@@ -100,7 +101,7 @@ def write_page(run: Path, config: TrainConfig, summary: str, phases: dict[str, f
         summary=summary,
         curves=base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else "",
         verdict="training and validation loss over the steps",
-        columns=[key for key in COLUMNS if any(key in row for row in validations)],
+        columns=[*(key for key in COLUMNS if any(key in row for row in validations)), *named_scores(validations)],
         validations=validations[-MOST:],
         count=len(validations),
         most=MOST,

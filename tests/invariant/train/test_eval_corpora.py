@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from train.config import NetworkConfig, OptimizerConfig, ReportConfig, RunConfig
 from train.config_toml import from_plain, to_plain, with_absolute_paths
 from train.eval_corpora import named
 from train.registry import config_type, load
+from train.reports.compare import comparison, shown
+from train.reports.curves import panels
+from train.reports.log import read_metrics
 from train.runs.errors import TrainError
 from train.task import EvalCorpus
 
@@ -72,6 +76,12 @@ def test_held_out_text_scored_twice(options, place, tmp_path):
     assert last["bits_per_byte_greek"] == pytest.approx(last["loss_greek"] * (tokens - 1) / math.log(2) / size, rel=1e-12)
     assert f"\n  other: loss {last['loss_other']:.4f}, {last['bits_per_byte_other']:.3f} bits per byte\n" in said.out
     assert "loss_other" in json.loads((run / "best.json").read_text())
+    page, rows = (run / "report.html").read_text(), read_metrics(run / "metrics.jsonl")
+    assert "<th>loss greek</th>" in page and f"<td>{shown(last['bits_per_byte_other'])}</td>" in page
+    drawn = panels(rows).axes[0].get_legend_handles_labels()[1]
+    assert drawn == ["training", "validation", *(f"validation: {name}" for name in ("same", "other", "greek", "known"))]
+    shutil.copytree(run, tmp_path / "again")
+    assert re.search(r"\n  loss other +(\d\.\d+) +\1\n", comparison([run, tmp_path / "again"]))
 
 
 def test_a_run_is_stopped_and_resumed(options, place, tmp_path, monkeypatch):

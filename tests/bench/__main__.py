@@ -17,6 +17,8 @@
     reversal  the first Transformer learns to reverse strings through the command: exact match and seconds, three seeds
     objectives  every objective through the command, beside its baseline, with an interval; half an hour (--only NAME,…)
     fim       fill in the middle: its left-to-right loss beside clm's; middles with and without suffix (--steps, --base)
+    transfer  a package's name from a docstring by 50, 200 and all labels, from pretrained and random weights; eight ways to
+              fine-tune beside bag of words; half an hour (--only NAME,…, --steps, --base)
     metrics   scores of texts beside the libraries that define them; the command's memory and start
     gpu       GPT-2 124M on a card, compiled, beside its own products and transformers
 """
@@ -44,6 +46,7 @@ from tests.bench.quant import bench_llama, bench_quant
 from tests.bench.ranks import bench_ranks
 from tests.bench.reversal import bench_reversal
 from tests.bench.train import bench_train
+from tests.bench.transfer import bench_transfer
 
 BENCHES = {
     "train": bench_train,
@@ -63,6 +66,7 @@ BENCHES = {
     "reversal": bench_reversal,
     "objectives": bench_objectives,
     "fim": bench_fim,
+    "transfer": bench_transfer,
     "metrics": bench_metrics,
     "gpu": bench_gpu,
 }
@@ -73,17 +77,18 @@ def main() -> None:
     parser.add_argument("name", nargs="?", choices=[*BENCHES, "all"], default="all", help="which one (default: all)")
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each side (default: 15)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--steps", type=int, help="adapters, qlora, qat, fim: steps (default: 400, qat 200, fim 700)")
-    parser.add_argument("--base", help="adapters, qlora, qat: a run or model folder to start from; errors, fim: to measure")
-    parser.add_argument("--only", help="objectives: these rows alone, and those that they start from")
+    parser.add_argument("--steps", type=int, help="steps of adapters, qlora (400), qat (200), fim (700), transfer (2000)")
+    parser.add_argument("--base", help="adapters, qlora, qat: weights to start from; errors, fim: measured; transfer: folder")
+    parser.add_argument("--only", help="objectives, transfer: these rows alone, and those that they start from")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     print(f"torch {torch.__version__}, {where}, {options.threads} threads, Python {platform.python_version()}\n")
     given = {name: value for name, value in {"steps": options.steps, "base": options.base}.items() if value is not None}
     for name in BENCHES if options.name == "all" else [options.name]:
-        named = {"only": options.only} if name == "objectives" and options.only else {}
-        BENCHES[name](options.rounds, **(given if name in ("adapters", "qlora", "errors", "qat", "fim") else named))
+        named = {"only": options.only} if name in ("objectives", "transfer") and options.only else {}
+        takes_given = name in ("adapters", "qlora", "errors", "qat", "fim", "transfer")
+        BENCHES[name](options.rounds, **(given if takes_given else {}), **named)
 
 
 if __name__ == "__main__":

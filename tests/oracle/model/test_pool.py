@@ -175,6 +175,13 @@ def test_an_unknown_pooling_of_a_folder_is_refused(tmp_path):
         model.hub.load(tmp_path)
 
 
+def test_the_key_means_nothing_to_other_heads(tmp_path):
+    model.hub.save(randomized(tiny_config("llama")), tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace("{", '{"pool": "avg",', 1))
+    assert model.hub.load(tmp_path).config.pool is None
+
+
 def test_only_a_sequence_classifier_has_another_pooling():
     config = tiny_config("llama", head="sequence", pool="mean")
     assert (other_pool(config), pool_of(config)) == ("mean", "mean")

@@ -17,6 +17,10 @@ from data.sources.files import ReadReport
 from data.sources.shards import Split
 from data.tokenizer.base import Tokenizer
 
+PASSAGE = 32  # tokens
+CHUNK = 1 << 20  # training ids that are hashed at a time
+BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
+
 
 @dataclass(frozen=True)
 class EvalText:
@@ -124,6 +128,33 @@ def count_shared(text: EvalText, train_ids: np.ndarray, bos_id: int) -> int:
         if body in wanted:
             found.add(body)
     return sum(bytes_of(text.ids[start:end]) in found for start, end in document_ranges(text.ids, bos_id))
+
+
+def count_shared_passages(ids: np.ndarray, train_ids: np.ndarray, length: int = PASSAGE) -> tuple[int, int]:
+    """Return (how many of a text's passages of `length` tokens stand anywhere in the training ids, how many there are).
+
+    Passages follow each other from the first token on. They are compared by polynomial hashes modulo 2^64,
+    Σ (id_j + 1) · B^(j - i), of each position of the training ids.
+
+    >>> count_shared_passages(np.array([1, 2, 3, 4, 5, 6, 7]), np.array([9, 4, 5, 6, 1, 2, 4]), length=3)
+    (1, 2)
+    """
+    wanted = np.unique(hashes := window_hashes(ids, length)[::length])
+    found = np.zeros(len(wanted), dtype=bool)
+    for first in range(0, len(train_ids) - length + 1 if len(wanted) else 0, CHUNK):
+        each = window_hashes(train_ids[first : first + CHUNK + length - 1], length)
+        place = np.searchsorted(wanted, each).clip(max=len(wanted) - 1)
+        found[place[wanted[place] == each]] = True
+    return int(found[np.searchsorted(wanted, hashes)].sum()), len(hashes)
+
+
+def window_hashes(ids: np.ndarray, length: int) -> np.ndarray:
+    """Return the hash of the window of `length` ids at each position, uint64 of (N - length + 1,)."""
+    if len(ids) < length:
+        return np.zeros(0, dtype=np.uint64)
+    power_N, inverse_N = (np.cumprod(np.full(len(ids), base, dtype=np.uint64)) for base in (BASE, pow(BASE, -1, 1 << 64)))
+    sum_N = np.concatenate([np.zeros(1, dtype=np.uint64), np.cumsum((ids.astype(np.uint64) + np.uint64(1)) * power_N)])
+    return (sum_N[length:] - sum_N[:-length]) * inverse_N[: len(ids) - length + 1]
 
 
 def document_ranges(ids: np.ndarray, bos_id: int) -> Iterator[tuple[int, int]]:

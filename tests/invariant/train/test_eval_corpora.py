@@ -14,7 +14,7 @@ import torch
 
 import data.corpus.stdlib
 from data.config import DataConfig
-from data.corpus.eval_text import count_shared, read_eval_text
+from data.corpus.eval_text import count_shared, count_shared_passages, read_eval_text
 from data.corpus.prepare import prepare
 from tests.records import write_rows
 from tests.runs import WORDS, arguments, command, further, last_checkpoint, metrics, stopped_at, write_corpus
@@ -69,7 +69,8 @@ def test_held_out_text_scored_twice(options, place, tmp_path):
         assert row["loss_same"] == row["loss"] and row["bits_per_byte_same"] == row["bits_per_byte"]
         assert row["loss_other"] != row["loss"] and row["bits_per_byte_other"] > 0
     assert f"scored   same: {len(texts)} documents, {len(ids):,} tokens, {shards.validation.bytes:,} bytes\n" in said.out
-    assert re.search(r"scored   known: 1 document, \d+ tokens, \d+ bytes; 1 of these is trained on too\n", said.out)
+    whole = r"1 of these is trained on too; 100.0 % of its passages of 32 tokens are in the training text\n"
+    assert re.search(r"scored   known: 1 document, \d+ tokens, \d+ bytes; " + whole, said.out)
     assert re.search(r"scored   greek: .* bytes\n         1\.\d+ tokens a byte, and 0\.\d+ of the training text", said.out)
     last, size = scores_of(run), (place / "greek.txt").stat().st_size
     tokens = int(re.search(r"scored   greek: 1 document, (\d+) tokens", said.out)[1])
@@ -160,6 +161,20 @@ def test_built_in_corpora_are_held_out(tmp_path, monkeypatch):
     assert count_shared(text, shards.validation.ids, bos_id) == text.documents
     cut = read_eval_text(config, ("stdlib-code",), shards.tokenizer, 1000)
     assert cut.tokens == 1000 and cut.documents < cut.all_documents and cut.sha256 != text.sha256
+
+
+def test_passages_are_counted(monkeypatch):
+    """Beside all windows of the training ids, in chunks of any size."""
+    draw = np.random.default_rng(0)
+    train, ids = draw.integers(0, 4, 3000).astype("<u2"), draw.integers(0, 4, 601)
+    for length in (3, 5, 6, 8):
+        known = {tuple(train[i : i + length]) for i in range(len(train) - length + 1)}
+        shared = sum(tuple(ids[i : i + length]) in known for i in range(0, len(ids) - length + 1, length))
+        for chunk in (10**6, 700, len(train) - length):
+            monkeypatch.setattr(data.corpus.eval_text, "CHUNK", chunk)
+            assert count_shared_passages(ids, train, length) == (shared, len(ids) // length)
+    assert 0 < shared < len(ids) // length
+    assert count_shared_passages(ids[:2], train, 3) == (0, 0) and count_shared_passages(ids, train[:2], 3) == (0, 200)
 
 
 BAD = {

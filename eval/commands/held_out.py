@@ -67,8 +67,8 @@ def open_text(
         is_run = folder.parent.name == "checkpoints" and (run / "config.toml").is_file()
         data = read_settings(run).data if is_run else DataConfig()
         given = {"corpus": corpus, "cache": cache, **reading}
-        if corpus:  # a given corpus has a validation split of its own
-            data = replace(data, validation=())
+        if corpus:  # a given corpus has a validation split of its own, and is mixed by its own weights if at all
+            data = data.of(corpus)
         data = replace(data, **{name: value for name, value in given.items() if value})
         kind = load(objective)
         read = TrainConfig(run=RunConfig(objective=objective), data=data)

@@ -308,7 +308,7 @@ class ClassifyTask(RecordTask):
         return "held-out texts, their predicted labels with probabilities, and the true ones", "\n".join(lines)
 
     def example_command(self, folder: Path) -> str:
-        return command("model", "predict", folder, (*self.config.data.validation, *self.config.data.corpus)[0])
+        return command("model", "predict", folder, (*self.config.data.validation, *self.config.data.paths)[0])
 
 
 def separator_of(settings: ClassifySettings) -> str | None:

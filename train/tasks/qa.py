@@ -316,7 +316,7 @@ class QaTask(RecordTask):
         return "held-out questions, the predicted answers with probabilities, and the right ones", "\n".join(lines)
 
     def example_command(self, folder: Path) -> str:
-        return command("model", "predict", folder, (*self.config.data.validation, *self.config.data.corpus)[0])
+        return command("model", "predict", folder, (*self.config.data.validation, *self.config.data.paths)[0])
 
 
 def right_answers(settings: QaSettings, row: "Row") -> "list[Answer]":

@@ -292,7 +292,7 @@ class TagTask(RecordTask):
         return title, "\n".join(lines)
 
     def example_command(self, folder: Path) -> str:
-        return command("model", "predict", folder, (*self.config.data.validation, *self.config.data.corpus)[0])
+        return command("model", "predict", folder, (*self.config.data.validation, *self.config.data.paths)[0])
 
 
 def labels_of(settings: TagSettings, rows: "Rows") -> list[list[str]]:

@@ -13,7 +13,9 @@ from data.config import DataConfig, DataError
 from data.corpus.prepare import prepare
 from data.example import Example
 from data.sources.mixture import PERIOD, Mixture, row_shares
-from tests.runs import arguments, assert_same_end, command, metrics, stopped_at
+from eval.commands.held_out import open_text
+from model.hub import read_config
+from tests.runs import arguments, assert_same_end, command, last_checkpoint, metrics, stopped_at
 from tests.texts import prose
 from train.config import OptimizerConfig, TrainConfig
 from train.config_toml import from_plain, to_plain, with_absolute_paths
@@ -168,6 +170,9 @@ def test_a_run_is_stopped_and_resumed(inside, tmp_path, objective):
     assert stopped_at(15, *options, "--out", tmp_path / "half").code == 130
     assert command("--resume", tmp_path / "half").code == 0
     assert_same_end(tmp_path / "run", tmp_path / "half", 40)
+    folder = last_checkpoint(tmp_path / "run")
+    own, other = (open_text(folder, read_config(folder), corpus=each, eval_tokens=999) for each in ((), ("b.jsonl",)))
+    assert own.mixing.shares.keys() == {"a", "b"} and other.mixing.shares == {}, "python -m eval perplexity RUN"
 
 
 # --- what is said -----------------------------------------------------------------------------------------------------

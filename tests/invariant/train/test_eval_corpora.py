@@ -209,7 +209,7 @@ def test_names_of_sources_and_of_other_scores(options, place, tmp_path):
 # --- records ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", ["classify", "pairs", "seq2seq"])
+@pytest.mark.parametrize("objective", ["classify", "pairs", pytest.param("seq2seq", marks=pytest.mark.slow)])
 def test_records(objective, tmp_path):
     """The held-out file as a further corpus has the same scores; a subset of it, of another size, has its own."""
     draw = random.Random(0)

@@ -324,5 +324,6 @@ def test_what_is_no_denoiser():
     }.items():
         with pytest.raises(DataError, match=why):
             parse_denoiser(text)
+    assert parse_denoiser("1:.15").mean_length == 1  # the least
     with pytest.raises(DataError, match="a context of 2 tokens is too short"):
         raw_length(2, Denoiser())

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import replace
 
+from data.config import DataError
 from data.messages import format_count
 from data.sources.records import RecordData, Rows, hash_rows
 from data.tokenizer.base import Tokenizer
@@ -19,9 +20,23 @@ def open_records(task: Task, data: RecordData, name: str, paths: tuple[str, ...]
     The training records are read with them: labels must be known, and baselines are fitted on them.
     """
     config = replace(task.config, data=replace(task.config.data, validation=paths))
-    rows = type(task).open_data(config, task.tokenizer, info).validation
+    try:
+        rows = type(task).open_data(config, task.tokenizer, info).validation
+    except DataError as error:
+        raise DataError(reworded(str(error))) from error
     scored = type(task)(task.config, replace(data, validation=rows))
     return EvalCorpus(name, scored, describe(task, data.train, rows, len(scored.data.validation)), hash_rows(rows))
+
+
+def reworded(message: str) -> str:
+    """Return a message about held-out records, without advice on what is held out.
+
+    >>> reworded("--validation a.jsonl: no such file"), reworded("it has documents: name files, --validation FILE.jsonl")
+    ('the path a.jsonl: no such file', 'it has documents: name files, NAME=FILE.jsonl')
+    """
+    if message.startswith("--validation "):
+        message = f"the path {message.removeprefix('--validation ')}"
+    return message.partition(". Give more records of it")[0].replace("--validation ", "NAME=")
 
 
 def describe(task: Task, train: Rows, rows: Rows, scored: int) -> str:

@@ -236,3 +236,12 @@ def test_records(objective, tmp_path):
     assert re.search(r"scored   known: 8 records, \d+ tokens; 7 of these are trained on too\n", said.out)
     assert re.search(r"scored   same: 20 records, \d+ tokens\n", said.out)
     assert re.search(r"\n  same: (loss|squared error) ", said.out)
+    if objective == "classify":
+        write_rows(tmp_path / "new.jsonl", [{"text": "a", "label": "new"}])
+        write_rows(tmp_path / "bare.jsonl", [{"label": "a"}])
+        told = {"new": "new.jsonl:1: the label 'new' comes in no training record, so that it cannot be learned\n"}
+        told |= {"bare": "bare.jsonl:1: no column 'text'", "none": "the path ", "stdlib-code": "NAME=FILE.jsonl"}
+        for name, words in told.items():
+            path = name if name == "stdlib-code" else tmp_path / f"{name}.jsonl"
+            said = command(*arguments(changes | SHORT), "--eval-corpus", f"x={path}", "--out", tmp_path / "refused")
+            assert said.code == 2 and said.err.startswith("error: --eval-corpus x: ") and words in said.err, said.err

@@ -120,8 +120,11 @@ class Bench:
         length = ("--steps", SIZES[size], "--eval-every", SIZES[size] // 4, "--save-every", SIZES[size])
         named = ("--lr", rate, "--seed", draw, "--cache", self.cache, "--out", out)
         run(*TUNING.split(), *COMMON.split(), *options, *given, *length, *named)
-        held_out = [line["accuracy"] for line in read_metrics(out / "metrics.jsonl") if line["split"] == "validation"]
-        return out, max(held_out)
+        lines = [line for line in read_metrics(out / "metrics.jsonl") if line["split"] == "validation"]
+        held_out = {line["step"]: line["accuracy"] for line in lines}
+        if SIZES[size] not in held_out:  # a run saves and ends on SIGTERM, with the code 0
+            sys.exit(f"{out} was stopped at step {max(held_out, default=0)}")
+        return out, max(held_out.values())
 
     def predict(self, folder: Path) -> list[str]:
         """Return the labels that a run predicts for the test's texts."""

@@ -303,6 +303,9 @@ def test_a_written_token_stays_text(tmp_path):
             assert rate == 1 or tokenizer.decode(ids) == text
             new, _ = fim.transform_piece([0, *body], fim.choose(0, epoch, 0), is_last=True)
             assert len(new) == len(body) + 1 and new.count(fim.ids[SUF]) <= rate
+    merged = next(id for id in tokenizer.encode(TEXTS[0]) if len(tokenizer.decode([id])) > 1)
+    spelled = [id for letter in tokenizer.decode([merged]) for id in tokenizer.encode(letter)]
+    assert FillInMiddle(tokenizer, "qwen", rate=0.0).as_text(spelled) == spelled
 
 
 def test_missing_tokens_are_named(tokenizers):

@@ -11,6 +11,7 @@ import model.hub
 from data.config import DataConfig
 from data.tokenizer.open import load_tokenizer
 from data.tokenizer.training import train_tokenizer
+from data.transforms.fim import MID, PRE, SUF
 from model.commands.infill import Gap
 from model.config import ConfigError
 from tests.compare import absolute
@@ -114,6 +115,24 @@ def test_all_tokens_are_learned_but_padding(corpus):
     document = task_of(corpus, rate=1.0, level="document")
     assert document.source.documents(0) == document.stream.document_indices(0)
     assert document.source.origin(2) == [f"document {number}" for number in document.stream.document_indices(2)]
+
+
+@pytest.mark.parametrize(("spm_rate", "order"), [(0.0, "psm"), (0.5, "spm"), (1.0, "spm")])
+def test_a_sample_s_gap_is_whole(spm_rate, order, corpus, monkeypatch):
+    """With room for the middle in a context of 32, in an order that is trained; fixed gaps are in spm where psm is not."""
+    task, calls = task_of(corpus, spm_rate=spm_rate), []
+    monkeypatch.setattr("model.generate.generate", lambda network, ids, **options: calls.append((ids, options)) or ids[:, :0])
+    _, text = task.sample(None, torch.device("cpu"))
+    (((ids,), options),) = calls
+    pre, suf, mid = (ids.tolist().index(task.fim.ids[role]) for role in (PRE, SUF, MID))
+    assert pre == 1 < suf < mid and len(ids) + options["max_new_tokens"] <= 32 and options["max_new_tokens"] == 16
+    assert (suf == 2 and mid + 1 < len(ids)) == (order == "spm") and all(text.split("[]"))
+    assert f"--infill-order {order}" in task.example_command(corpus["cache"])
+    gaps = torch.cat([batch["input_ids"] for batch in task.validation if "shuffled_ids" in batch])
+    follows = gaps[gaps.roll(1, -1) == task.fim.ids[PRE]] == task.fim.ids[SUF]  # what stands behind PRE
+    assert follows.all() if spm_rate == 1 else not follows.all()
+    monkeypatch.setattr(task, "sample_prompt", lambda tokens: task.tokenizer.encode("the file reads\n"))
+    assert task.gap() == ("the file ", "r", "eads\n")  # not the last character alone
 
 
 def generated(run, *options):

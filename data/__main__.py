@@ -55,11 +55,11 @@ def print_shards(config: DataConfig) -> None:
         print(f"held out     {' '.join(config.validation)}: {exact:,} equal and {near:,} near documents dropped from training")
     bos_id = shards.tokenizer.bos_id
     shares = row_shares(config, shards.train.tokens_by_source, shards.train.documents_by_source(bos_id))
-    for name, share in shares.items():
+    for name, fraction in shares.items():
         tokens = [part.tokens_by_source.get(name, 0) for part in (shards.train, shards.validation)]
         by_size, by = config.mix == "temperature", " of documents" if config.mix == "documents" else ""
         weight = f"size^(1/{config.mix_temperature:g})" if by_size else f"weight {config.weights[name]:g}{by}"
-        print(f"source       {name}: {weight} ({share:.1%}), {tokens[0]:,} tokens to train on, {tokens[1]:,} held out")
+        print(f"source       {name}: {weight} ({fraction:.1%}), {tokens[0]:,} tokens to train on, {tokens[1]:,} held out")
     print(f"tokenizer    {shards.tokenizer.vocab_size:,} ids")
     print(f"{'built' if shards.is_new else 'reused':13}{shards.folder}")
 

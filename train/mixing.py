@@ -28,8 +28,8 @@ class Mixing:
         """Describe share and epochs of each source in a run of so many rows, with a line for each that is read often."""
         if not self.shares:
             return ""
-        epochs = {name: rows * share / self.rows[name] for name, share in self.shares.items()}
-        sources = [f"{name} {share:.1%}, {epochs[name]:.1f} epochs" for name, share in self.shares.items()]
+        epochs = {name: rows * fraction / self.rows[name] for name, fraction in self.shares.items()}
+        sources = [f"{name} {fraction:.1%}, {epochs[name]:.1f} epochs" for name, fraction in self.shares.items()]
         lines = [f"mixture  {'; '.join(sources)}{self._reason()}"]
         often = f"times: up to {GOOD_EPOCHS} epochs are about as good as new text, more add less and less"
         lines += [f"         {name} is read {count:.1f} {often}" for name, count in epochs.items() if count > GOOD_EPOCHS]

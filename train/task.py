@@ -65,7 +65,7 @@ class BatchSource(Protocol):
 
 
 class Scored(Protocol):
-    """What a validation scores: a task's held-out data, or a corpus of --eval-corpus."""
+    """Data that a validation scores: a task's held-out data, or a corpus of --eval-corpus."""
 
     validation: list[Batch]
     validation_sources: Sequence[str]

@@ -4,6 +4,7 @@ import hashlib
 import json
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -161,8 +162,8 @@ def build(
     retained, dropped = deduplicate(documents, near=config.dedup)
     if len(retained) < len(documents):
         counts = {"exact": len(dropped.exact), "near": len(dropped.near)}
-        parts = (format_count(count, f"{kind} duplicate") for kind, count in counts.items())
-        info(f"{format_count(len(documents), 'document')}: dropped {' and '.join(parts)}")
+        parts = " and ".join(format_count(count, f"{kind} duplicate") for kind, count in counts.items())
+        info(f"{format_count(len(documents), 'document')}: dropped {parts}{dropped_by_source(documents, retained)}")
     if config.validation:
         documents_of, leaked = split_by_files(config, retained, info)
     else:
@@ -206,6 +207,17 @@ def build(
         sync(path)
     sync(folder)
     return vocab_size
+
+
+def dropped_by_source(documents: list[Document], retained: list[Document]) -> str:
+    """Describe how many documents of each source of a mixture are dropped: text that two sources have stays in one of them.
+
+    >>> dropped_by_source([Document("", "x", "a"), Document("", "x", "b"), Document("", "y", "b")], [Document("", "x", "a")])
+    ' (2 of 2 of b)'
+    """
+    read, left = (Counter(document.source for document in each) for each in (documents, retained))
+    lost = [f"{count - left[name]:,} of {count:,} of {name}" for name, count in read.items() if name and count > left[name]]
+    return f" ({', '.join(lost)})" if lost else ""
 
 
 def report_reading(read: ReadReport, info: Info) -> None:

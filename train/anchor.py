@@ -43,14 +43,13 @@ class QuadraticPenalty(torch.autograd.Function):
         deltas = torch._foreach_sub(parameters, starts)
         pulls = deltas if fishers is None else torch._foreach_mul(deltas, fishers)
         products = [(pull * delta).sum() for pull, delta in zip(pulls, deltas, strict=True)]
-        ctx.pulls, ctx.weight, ctx.dtypes = pulls, weight, [parameter.dtype for parameter in parameters]
+        ctx.pulls, ctx.weight = pulls, weight
         return weight / 2 * torch.stack(products).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        pulled = torch._foreach_mul(ctx.pulls, ctx.weight * grad)
-        return None, None, None, *(each.to(dtype) for each, dtype in zip(pulled, ctx.dtypes, strict=True))
+        return None, None, None, *torch._foreach_mul(ctx.pulls, ctx.weight * grad)  # autograd casts to the weights' formats
 
 
 class Anchor:
@@ -171,7 +170,6 @@ def draw_labels(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, uni
     drawn = []
     for hidden_RD, uniform_R in zip(hidden_ND.split(ROWS), uniform_N.split(ROWS), strict=True):
         cumulative_RV = F.linear(hidden_RD, weight_VD, bias_V).double().softmax(-1).cumsum(-1)
-        whole_R1 = cumulative_RV[:, -1:].contiguous()
-        threshold_R1 = torch.minimum(uniform_R[:, None].double() * whole_R1, whole_R1.nextafter(torch.zeros_like(whole_R1)))
+        threshold_R1 = uniform_R[:, None] * cumulative_RV[:, -1:]  # u is at most 1 - 2⁻⁵³: the product is below the last sum
         drawn.append(torch.searchsorted(cumulative_RV, threshold_R1, right=True)[:, 0])
     return torch.cat(drawn)

@@ -75,9 +75,8 @@ class Anchoring:
 
     def begin(self, out: Path) -> None:
         """Make the anchor from the weights as they are, and write its file."""
-        starts = {name: value.detach().to(wide(value), copy=True) for name, value in self.held.items()}
         fishers = self._fisher() if self.has_fisher else None
-        anchor = Anchor(self.held, starts, fishers, weight=self.asked.anchor_weight)
+        anchor = Anchor(self.held, self._starts(), fishers, weight=self.asked.anchor_weight)
         with self.ranks.together():
             if self.ranks.is_main:
                 write(anchor, out / FILE)
@@ -86,7 +85,7 @@ class Anchoring:
 
     def stand_in(self) -> str:
         """Make an anchor of the same size for a dry run, which computes no F; return its lines on memory and time."""
-        starts = {name: value.detach().to(wide(value), copy=True) for name, value in self.held.items()}
+        starts = self._starts()
         fishers = {name: torch.ones_like(value) for name, value in starts.items()} if self.has_fisher else None
         self.engine.anchor = Anchor(self.held, starts, fishers, weight=self.asked.anchor_weight)
         first = f"; F takes {format_count(self.asked.anchor_rows, 'forward')} and backwards of a row" if self.has_fisher else ""
@@ -111,6 +110,9 @@ class Anchoring:
         held = {name: value for name, value in named.items() if name in read["start"]}  # in their order: a sum depends on it
         self.engine.anchor = Anchor(held, read["start"], read["fisher"] or None, weight=self.asked.anchor_weight)
         self.sha256 = sha256
+
+    def _starts(self) -> dict[str, Tensor]:
+        return {name: value.detach().to(wide(value), copy=True) for name, value in self.held.items()}
 
     def _fisher(self) -> dict[str, Tensor]:
         """Estimate F over the rows of the old text, without dropout; show the progress."""

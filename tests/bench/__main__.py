@@ -16,6 +16,7 @@
     qat       INT4 weights trained for, beside rounded afterwards: CLM and MLM, three seeds (--steps, --base)
     reversal  the first Transformer learns to reverse strings through the command: exact match and seconds, three seeds
     objectives  every objective through the command, beside its baseline, with an interval; half an hour (--only NAME,…)
+    forgetting  continued pretraining on code: replay, rates, LoRA, EWC, L2 to the start; both domains
     fim       fill in the middle: its left-to-right loss beside clm's; middles with and without suffix (--steps, --base)
     transfer  a package's name from a docstring by 50, 200 and all labels, from pretrained and random weights; eight ways to
               fine-tune beside bag of words; half an hour (--only NAME,…, --steps, --base)
@@ -32,6 +33,7 @@ from tests.bench.adapters import bench_adapters
 from tests.bench.engine import bench_engine
 from tests.bench.errors import bench_errors
 from tests.bench.fim import bench_fim
+from tests.bench.forgetting import bench_forgetting
 from tests.bench.formats import bench_formats
 from tests.bench.generate import bench_generate
 from tests.bench.gpu import bench_gpu
@@ -65,6 +67,7 @@ BENCHES = {
     "qat": bench_qat,
     "reversal": bench_reversal,
     "objectives": bench_objectives,
+    "forgetting": bench_forgetting,
     "fim": bench_fim,
     "transfer": bench_transfer,
     "metrics": bench_metrics,
@@ -78,16 +81,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of each side (default: 15)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--steps", type=int, help="steps of adapters, qlora (400), qat (200), fim (700), transfer (2000)")
-    parser.add_argument("--base", help="adapters, qlora, qat: weights to start from; errors, fim: measured; transfer: folder")
-    parser.add_argument("--only", help="objectives, transfer: these rows alone, and those that they start from")
+    parser.add_argument("--base", help="adapters, qlora, qat: weights to start from; errors, fim: measured; others: folder")
+    parser.add_argument("--only", help="objectives, transfer, forgetting: these rows alone, and those that they start from")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     print(f"torch {torch.__version__}, {where}, {options.threads} threads, Python {platform.python_version()}\n")
     given = {name: value for name, value in {"steps": options.steps, "base": options.base}.items() if value is not None}
     for name in BENCHES if options.name == "all" else [options.name]:
-        named = {"only": options.only} if name in ("objectives", "transfer") and options.only else {}
-        takes_given = name in ("adapters", "qlora", "errors", "qat", "fim", "transfer")
+        named = {"only": options.only} if name in ("objectives", "transfer", "forgetting") and options.only else {}
+        takes_given = name in ("adapters", "qlora", "errors", "qat", "fim", "transfer", "forgetting")
         BENCHES[name](options.rounds, **(given if takes_given else {}), **named)
 
 

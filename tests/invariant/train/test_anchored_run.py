@@ -8,10 +8,19 @@ from safetensors.torch import load_file, save_file
 
 import model.hub
 import train.anchored_run
+from data.packing.blocks import BlockStream
+from data.tokenizer.open import load_tokenizer
+from data.transforms.causal import clm_batch
+from tests.compare import relative
 from tests.fault.test_ranks import CHANGES, losses, torchrun
 from tests.runs import arguments, assert_same_end, command, further, last_checkpoint, stopped_at
+from train.anchor import DrawnLabels, fisher_diagonal
 from train.anchored_run import FILE
+from train.config_toml import read_settings
 from train.engine import stored_tensors
+from train.losses.cross_entropy import linear_cross_entropy
+from train.objective import Objective
+from train.registry import load
 from train.reports.log import read_metrics
 from train.runs.open import resolve
 
@@ -68,6 +77,26 @@ def test_it_holds_the_weights(kind, made, finished):
     fishers = [held.pop(f"fisher.{name}") for name in start if kind != "l2-sp"]
     assert not held and len(fishers) == (0 if kind == "l2-sp" else len(start))
     assert all(bool((value >= 0).all()) and value.any() for value in fishers)
+
+
+@pytest.mark.parametrize("kind", ["ewc", "ewc-empirical"])
+def test_fisher_is_of_the_old_texts_rows(kind, made, finished):
+    """One row of the training split for each row of F, in the order of the seed, without dropout."""
+    run = made(kind, 1e4)[0]
+    config, network = read_settings(run), model.hub.load(resolve(finished)).train()
+    assert network.config.dropout > 0
+    shards = load("clm").open_data(config, load_tokenizer(resolve(run), network.config.vocab_size), lambda line: None)
+    stream = BlockStream(shards.train.ids, config.network.context, 1, config.run.seed)
+    loss = DrawnLabels(config.run.seed) if kind == "ewc" else linear_cross_entropy
+    objective = Objective(network.eval(), loss)
+
+    def log_likelihood(row: int):
+        loss.row = row
+        return objective(clm_batch(stream.batch(row), shards.tokenizer.bos_id, shards.tokenizer.eos_id)).terms["loss"][:2]
+
+    found = fisher_diagonal(log_likelihood, dict(network.named_parameters()), range(6))
+    held = load_file(run / FILE)
+    assert relative({name: held[f"fisher.{name}"] for name in found}, found) < 1e-4
 
 
 def test_the_kinds_differ(made):

@@ -234,7 +234,12 @@ def test_drawn_labels():
     share_V = torch.bincount(drawn_N, minlength=5) / draws
     assert bool(((share_V - p_V).abs() <= 3 * (p_V * (1 - p_V) / draws).sqrt()).all())
     ends_N = torch.tensor([0.0, 1 - 2.0**-53], dtype=torch.float64)
-    assert draw_labels(hidden_N1[:2], torch.zeros(5, 1, dtype=torch.float64), logits_V, ends_N).tolist() == [1, 3]
+    for shift in range(50):  # whatever the last sum is rounded to
+        shifted_V = logits_V + 0.1 * shift * torch.arange(5)
+        assert draw_labels(hidden_N1[:2], torch.zeros(5, 1, dtype=torch.float64), shifted_V, ends_N).tolist() == [1, 3]
+    wide_N = torch.from_numpy(uniforms(1, 0, 300))
+    narrow = (hidden_N1[:300].float(), torch.ones(5, 1), logits_V.float())  # in float32 the probabilities are in float64 too
+    assert torch.equal(draw_labels(*narrow, wide_N), draw_labels(*(value.double() for value in narrow), wide_N))
 
 
 def test_draws_depend_on_seed_and_row_alone(linear):

@@ -77,6 +77,8 @@ def read_eval_text(
     for part in parts:
         taken = min(part.tokens, limit - sum(map(len, ids)))
         if taken > 0:
+            if ids and tokenizer.bos_id == tokenizer.eos_id:  # the next part's bos ends the last document
+                ids[-1] = ids[-1][:-1]
             ids.append(np.asarray(part.ids[:taken]))
             size += text_bytes(part, tokenizer, taken)
     ids = np.concatenate(ids)

@@ -137,6 +137,18 @@ def test_batches_are_those_of_the_validation(objective, options, tmp_path):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert task.has_bits_per_byte == (name == "fim")
 
+    ids, tokenizer = task.held_out, task.tokenizer  # span's has one id that ends a document and begins the next
+    starts = np.flatnonzero(ids == tokenizer.bos_id).tolist()
+    ends = starts[1:] if tokenizer.bos_id == tokenizer.eos_id else [end - 1 for end in [*starts[1:], len(ids)]]
+    texts = [tokenizer.decode(ids[start + 1 : end].tolist()) for start, end in zip(starts, ends, strict=False)]
+    write_rows(tmp_path / "same.jsonl", [{"text": text} for text in texts])
+    write_rows(tmp_path / "first.jsonl", [{"text": texts[0]}])
+    whole = read_eval_text(data, (f"{tmp_path}/same.jsonl",), tokenizer, 10**6)
+    assert np.array_equal(whole.ids, ids) and whole.documents == whole.all_documents == len(texts)
+    assert whole.bytes == sum(len(text.encode()) for text in texts) and whole.unknown == 0
+    both = read_eval_text(data, (f"{tmp_path}/same.jsonl", f"{tmp_path}/first.jsonl"), tokenizer, len(ids) + 9)
+    assert both.tokens == len(ids) + 9 and both.all_documents == len(texts) + 1
+
 
 def test_settings_travel(place, monkeypatch):
     monkeypatch.chdir(place)
@@ -159,6 +171,13 @@ def test_built_in_corpora_are_held_out(tmp_path, monkeypatch):
     bos_id = shards.tokenizer.bos_id
     assert count_shared(text, shards.train.ids, bos_id) == 0
     assert count_shared(text, shards.validation.ids, bos_id) == text.documents
+    (tmp_path / "one.txt").write_text("One more document.")
+    for tokenizer in (shards.tokenizer, shards.tokenizer.with_affix_flags({"add_bos_token": False, "add_eos_token": True})):
+        both = read_eval_text(config, ("stdlib-code", f"{tmp_path}/one.txt"), tokenizer, 10**9)
+        one = read_eval_text(config, (f"{tmp_path}/one.txt",), tokenizer, 10**9)
+        assert one.documents == 1 and both.documents == both.all_documents == text.documents + 1
+        assert both.bytes == text.bytes + 18 and np.array_equal(both.ids[-one.tokens :], one.ids)
+        assert both.tokens - text.tokens == one.tokens - (0 if tokenizer is shards.tokenizer else text.documents)
     cut = read_eval_text(config, ("stdlib-code",), shards.tokenizer, 1000)
     assert cut.tokens == 1000 and cut.documents < cut.all_documents and cut.sha256 != text.sha256
 

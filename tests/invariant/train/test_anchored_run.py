@@ -1,6 +1,7 @@
 """`python -m train --anchor …`: weights that are held near those of --init, the run's anchor file, and its resume."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tests.runs import arguments, assert_same_end, command, further, last_checkp
 from train.anchor import DrawnLabels, fisher_diagonal
 from train.anchored_run import FILE
 from train.config_toml import read_settings
-from train.engine import stored_tensors
+from train.engine import Engine, stored_tensors
 from train.losses.cross_entropy import linear_cross_entropy
 from train.objective import Objective
 from train.registry import load
@@ -158,16 +159,16 @@ def test_the_dry_run_has_it_and_writes_nothing(short, tmp_path, monkeypatch):
 
 
 def test_a_new_head_is_left_out(options, finished, tmp_path):
-    """L2-SP holds the body; EWC, which must score the old text, is refused."""
+    """L2-SP holds the body, but for what is frozen; EWC, which must score the old text, is refused."""
     table = tmp_path / "texts.csv"
     table.write_text("text,label\n" + "".join(f"the file number {n} {'reads' * (n % 2)},{n % 2}\n" for n in range(40)))
     words = ["--objective", "classify", "--corpus", table, "--steps", 3, "--sample-every", 0, "--threads", 1]
     run = tmp_path / "run"
-    said = command(*words, "--init", finished, "--anchor", "l2-sp", "--out", run)
+    said = command(*words, "--init", finished, "--freeze", "embeddings", "--anchor", "l2-sp", "--out", run)
     assert said.code == 0, said.err
     assert "held near those of --init, 1 new one left out;" in said.out
     held = load_file(run / FILE)
-    assert held and not any("head" in name for name in held)
+    assert len(held) == 26 and not any("head" in name or "embedding" in name for name in held)
     words += ["--anchor-corpus", table, "--anchor-rows", 3]
     said = command(*words, "--init", finished, "--anchor", "ewc", "--out", tmp_path / "new")
     assert said.code == 2 and "--anchor ewc: the head of --objective classify is new, and cannot score the old text" in said.err
@@ -175,6 +176,14 @@ def test_a_new_head_is_left_out(options, finished, tmp_path):
         said = command(*words, "--init", run, "--anchor", kind, "--out", tmp_path / kind)
         assert (said.code == 0) == (kind == "ewc-empirical"), said.err
         assert kind != "ewc" or "predicts no tokens that can be drawn: ewc-empirical takes" in said.err
+
+
+def test_a_step_adds_every_penalty():
+    """That of AdaLoRA's orthogonality and the anchor's; the loss that a step returns has neither."""
+    parts = {"allocator": SimpleNamespace(penalty=lambda: torch.tensor(2.0)), "anchor": None}
+    assert Engine._penalty(SimpleNamespace(**parts)) == 2
+    parts["anchor"] = SimpleNamespace(penalty=lambda: torch.tensor(0.5))
+    assert Engine._penalty(SimpleNamespace(**parts)) == 2.5
 
 
 REFUSED = {

@@ -73,7 +73,14 @@ class Console:
 
 
 def once(info: Callable[[str], None]) -> Callable[[str], None]:
-    """Return `info` for lines that have not been printed by it: text may be read twice, and repeats what was said of it."""
+    """Return `info` for lines that have not been printed by it: text may be read twice, and repeats what was said of it.
+
+    >>> say = once(print)
+    >>> for line in ("a", "b", "a"):
+    ...     say(line)
+    a
+    b
+    """
     said = set()
 
     def print_new(line: str) -> None:

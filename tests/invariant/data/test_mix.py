@@ -152,7 +152,7 @@ def test_sources_that_are_read_often():
 
 
 @pytest.mark.parametrize("objective", ["clm --mix temperature --mix-temperature inf", "mlm --mlm.nsp --mix documents"])
-def test_a_run_is_stopped_and_resumed(inside, tmp_path, objective):
+def test_a_run_is_stopped_and_resumed(inside, tmp_path, objective, monkeypatch):
     """The resumed run ends in the same bytes, with the same drawn shares, which are those of its rows."""
     objective, *more = objective.split()
     end = "" if "temperature" in more else ":1"
@@ -170,6 +170,8 @@ def test_a_run_is_stopped_and_resumed(inside, tmp_path, objective):
     assert stopped_at(15, *options, "--out", tmp_path / "half").code == 130
     assert command("--resume", tmp_path / "half").code == 0
     assert_same_end(tmp_path / "run", tmp_path / "half", 40)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # torchrun gives the same relative paths and weights again
+    assert "nothing is left to do" in command(*options, "--out", tmp_path / "run").out
     folder = last_checkpoint(tmp_path / "run")
     own, other = (open_text(folder, read_config(folder), corpus=each, eval_tokens=999) for each in ((), ("b.jsonl",)))
     assert own.mixing.shares.keys() == {"a", "b"} and other.mixing.shares == {}, "python -m eval perplexity RUN"

@@ -151,7 +151,10 @@ def test_sources_that_are_read_often():
 # --- runs -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", ["clm --mix temperature --mix-temperature inf", "mlm --mlm.nsp --mix documents"])
+PAIRS = pytest.param("mlm --mlm.nsp --mix documents", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("objective", ["clm --mix temperature --mix-temperature inf", PAIRS])
 def test_a_run_is_stopped_and_resumed(inside, tmp_path, objective, monkeypatch):
     """The resumed run ends in the same bytes, with the same drawn shares, which are those of its rows."""
     objective, *more = objective.split()

@@ -64,8 +64,8 @@ def methods() -> dict[str, Method]:
     for name, rates in (("re-warmed", REWARMED), ("kept", KEPT)):
         for share in (0, 1, 5, 25):
             rows[f"{f'{share} % replay' if share else 'no replay'} ({name})"] = Method(f"{replay(share)} {rates}")
-    for name, (options, values) in ANCHORS.items():
-        rows[name] = Method(f"{replay(0)} {REWARMED} {options}", values)
+        for kind, (options, values) in ANCHORS.items():
+            rows[f"{kind} ({name})"] = Method(f"{replay(0)} {rates} {options}", values)
     rows["LoRA"] = Method(f"{replay(0)} {LORA[0]}", LORA[1])
     return rows
 
@@ -163,13 +163,12 @@ def draw(paths: dict[str, list[Course]], file: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    axes = figure.subplots()
-    for number, (name, each) in enumerate(paths.items()):
-        style = "--" if name.endswith("(kept)") else "-"
-        colour = f"C{number % 4}" if "replay" in name else f"C{4 + number % 4}"
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes, kinds = figure.subplots(), list(dict.fromkeys(name.split(" (")[0] for name in paths))
+    for name, each in paths.items():
+        style, colour = "--" if name.endswith("(kept)") else "-", f"C{kinds.index(name.split(' (')[0])}"
         axes.plot(each[0].new, each[0].old, style, color=colour, linewidth=1, marker=".", markersize=3, label=name)
         axes.plot(each[0].new[-1], each[0].old[-1], "o", color=colour, fillstyle="none" if style == "--" else "full")
     axes.set(xlabel=f"{NEW}: bits per byte (new)", ylabel=f"{OLD}: bits per byte (old)", title="learned and forgotten")
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right upper")
     FigureCanvasAgg(figure).print_figure(file, dpi=110, format="png")

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from data.config import DataError
 from data.messages import format_count
 from model.account import format_bytes
 from model.safetensors_file import WeightFile, save_file
@@ -155,15 +156,18 @@ class Anchoring:
 
 
 def open_old_text(config: TrainConfig, task: Task, ranks: Ranks, console: Console) -> Task:
-    """Open the task on --anchor-corpus, one row a step: row r of F is that of step r, a function of (seed, r)."""
+    """Open the task on --anchor-corpus, one row a step: row r of F is that of step r, a function of (seed, r). Errors
+    (DataError): text that cannot be read, or is shorter than a row."""
     kind = load(config.run.objective)
     data = config.data.of(config.anchor.anchor_corpus)
     rows = replace(config.optimizer, batch_size=1, accumulate=1)
     few = replace(config.report, eval_tokens=min(config.report.eval_tokens, 64 * config.network.context))  # never scored
     config = replace(config, data=data, optimizer=rows, report=few)
     console.info(f"the old text of --anchor, {' '.join(data.corpus)}:")
-    prepared = ranks.local_first(lambda: kind.open_data(config, task.tokenizer, console.info))
-    return kind(config, prepared)
+    try:
+        return kind(config, ranks.local_first(lambda: kind.open_data(config, task.tokenizer, console.info)))
+    except DataError as error:
+        raise DataError(f"--anchor-corpus: {str(error).removeprefix('--corpus ')}") from error
 
 
 def refused_objective(config: TrainConfig, terms: list[str]) -> str:

@@ -135,7 +135,7 @@ def test_a_resume_needs_the_file_as_it_was(short, tmp_path):
     assert command("--resume", run).code == 0
 
 
-def test_killed_before_the_first_checkpoint_it_starts_again(short, made, tmp_path):
+def test_killed_before_the_first_checkpoint_it_starts_again(short, made, tmp_path, monkeypatch):
     run = tmp_path / "run"
 
     def stop(*_, **__):
@@ -145,8 +145,18 @@ def test_killed_before_the_first_checkpoint_it_starts_again(short, made, tmp_pat
         patched.setattr(train.anchored_run, "fisher_diagonal", stop)
         assert command(*short("ewc", 1e4), "--out", run).code == 130
     assert not (run / FILE).exists() and (run / "config.toml").exists()
-    assert command("--resume", run).code == 0
+    monkeypatch.setattr(train.anchored_run, "QUIET_SECONDS", 0)
+    said = command("--resume", run)
+    assert said.code == 0 and "anchor   F: row 5 of 6\n" in said.out
     assert_same_end(run, made("ewc", 1e4)[0], STEPS)
+
+
+def test_an_old_text_that_is_not_there(short, tmp_path):
+    words = short("ewc")
+    words[words.index("--anchor-corpus") + 1] = tmp_path / "nothing"
+    said = command(*words, "--out", tmp_path / "run")
+    assert said.code == 2 and said.err.startswith(f"error: --anchor-corpus: {tmp_path / 'nothing'}: no such file or folder")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_dry_run_has_it_and_writes_nothing(short, tmp_path, monkeypatch):

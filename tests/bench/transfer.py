@@ -36,7 +36,7 @@ from train.reports.log import read_metrics
 
 SIZES = {200: 100, 50: 60, None: 240}  # labels (None: all): steps
 DRAWS, SAMPLES, SEED, BAR, VALIDATION = 3, 2000, 0, 0.03, 240
-WORDS = "bag of words"
+WORDS, TUNED = "bag of words", 150  # steps of the second stage
 COMMON = "--threads 1 --device cpu --sample-every 0 --no-verbose"
 NETWORK = "--objective clm --preset tiny --depth 2 --context 96"
 TUNING = (
@@ -55,12 +55,12 @@ class Row(NamedTuple):
 
 ROWS = {
     "random weights": Row("random"),
-    "frozen body": Row("pretrained", "--freeze body", (3e-3, 1e-2, 3e-2)),
+    "frozen body": Row("pretrained", "--freeze body"),
     "top layer": Row("pretrained", "--freeze top:1"),
     "all": Row("pretrained"),
     "gradual, layer rates": Row("pretrained", "--unfreeze EVERY --layer-rate 0.4"),
-    "LoRA": Row("pretrained", "--adapter lora", (3e-3, 1e-2, 3e-2)),
-    "prefix": Row("pretrained", "--adapter prefix", (3e-3, 1e-2, 3e-2)),
+    "LoRA": Row("pretrained", "--adapter lora"),
+    "prefix": Row("pretrained", "--adapter prefix"),
     "language model first, all": Row("tuned"),
 }
 
@@ -97,7 +97,8 @@ class Bench:
         """Return the run whose weights a row starts from: trained now, where the folder does not have it."""
         out, corpus = self.home / (f"random-{seed}" if name == "random" else name), self.home / "corpus"
         new = f"{NETWORK} {COMMON} --eval-tokens 20000".split()
-        if not (out / "last.json").is_file():
+        steps = {"pretrained": self.steps, "random": 1, "tuned": TUNED}[name]
+        if not (out / "last.json").is_file() or json.loads((out / "last.json").read_text())["step"] != steps:
             shutil.rmtree(out, ignore_errors=True)
             if name == "pretrained":
                 run(*new, "--corpus", corpus, "--cache", self.cache, "--steps", self.steps, "--out", out)
@@ -105,7 +106,7 @@ class Bench:
                 still = "--steps 1 --lr 0 --matrix-lr 0 --weight-decay 0 --seed".split()
                 run(*new, *still, seed, "--corpus", corpus, "--cache", self.cache, "--out", out)
             else:
-                more = f"--objective clm --context 64 --steps 150 {COMMON}".split()
+                more = f"--objective clm --context 64 --steps {TUNED} {COMMON}".split()
                 given = ("--init", self.start("pretrained", 0), "--corpus", self.home / "unlabelled")
                 run(*more, *given, "--cache", self.cache, "--out", out)
         return out

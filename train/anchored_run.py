@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,7 +121,7 @@ class Anchoring:
         config, engine, asked, ranks = self.config, self.engine, self.asked, self.ranks
         loss = LOSSES[config.speed.loss]
         drawn = DrawnLabels(config.run.seed, loss) if asked.anchor == "ewc" else None
-        objective = self.old.objective(engine.network, drawn or loss, held_out=drawn or loss)
+        objective = self.old.objective(engine.network, drawn or loss)
         device, began = next(engine.network.parameters()).device, time.monotonic()
         shown = began
 
@@ -178,9 +179,9 @@ def refused_objective(config: TrainConfig, terms: list[str]) -> str:
     return f"{what} predicts no tokens that can be drawn: ewc-empirical takes the text's own labels, l2-sp none"
 
 
-def eager(config: TrainConfig):
+def eager(config: TrainConfig) -> AbstractContextManager:
     """A block without torch.compile, whose graphs are for the micro-batches' shape."""
-    return torch.compiler.set_stance("force_eager") if config.speed.compile == "on" else torch.enable_grad()
+    return torch.compiler.set_stance("force_eager") if config.speed.compile == "on" else nullcontext()
 
 
 def wide(value: Tensor) -> torch.dtype:

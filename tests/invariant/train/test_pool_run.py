@@ -13,6 +13,7 @@ import model.__main__
 import model.hub
 from tests.oracle.train.test_classify import write_labelled
 from tests.runs import arguments, assert_same_end, command, last_checkpoint, metrics, stopped_at
+from train.reports.log import read_metrics
 from train.runs.open import resolve
 
 SETTINGS = {
@@ -123,3 +124,18 @@ def test_pairs_pool_too(place, kind, tmp_path):
         *("--pairs.kind", kind, "--pairs.pool", "concat", "--dry-run"),
     )
     assert said.code == 0 and "pooling  first token, max and mean of the text side by side" in said.out, said.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["replicate", "shard"])
+def test_two_ranks_end_where_one_does(mesh, place, tmp_path):
+    """Also in the last validation batch, where a rank has rows without a token."""
+    from tests.fault.test_ranks import torchrun
+
+    fixed = [*options(place, dropout=0), "--optimizer", "adamw", "--lr", 1e-3, "--classify.pool", "concat"]
+    assert command(*fixed, "--batch-size", 6, "--out", tmp_path / "one").code == 0
+    with torchrun(*fixed, "--batch-size", 6, "--mesh", mesh, "--out", tmp_path / "two") as running:
+        _, err = running.communicate(timeout=180)
+    assert running.returncode == 0, err
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in two], abs=2e-5)

@@ -226,8 +226,7 @@ class ClassifyTask(RecordTask):
         return f"labels   {len(self.labels)} {kind}, in the column {self.settings.label!r}\n{table}"
 
     def _overlong_line(self) -> str:
-        """Count the texts that were too long; known when the epoch's lengths are."""
-        self.source.epoch(0)
+        """Count the texts that were too long; known since the epoch of each source was planned."""
         if not self.overlong:
             return ""
         action = {"cut": "cut to", "drop": "left out, longer than"}[self.settings.overlong]

@@ -59,7 +59,8 @@ class Anchor:
         (loss + anchor.penalty()).backward()
 
     parameters, starts (θ*), fishers (F): by the same names. fishers None: F = 1 (L2-SP). A parameter that is frozen at present
-    is left out. θ* and F are in float32, or wider for wider parameters. Errors (ValueError): names or shapes that differ.
+    is left out. θ* and F are in float32, or wider for wider parameters. Errors (ValueError): no parameter; names or shapes that
+    differ.
     """
 
     def __init__(
@@ -70,6 +71,8 @@ class Anchor:
         *,
         weight: float,
     ):
+        if not parameters:
+            raise ValueError("the anchor holds no weight")
         for kind, values in (("start", starts), ("fisher", fishers)):
             if values is not None and (differ := values.keys() ^ parameters.keys()):
                 raise ValueError(f"the anchor's {kind} tensors are not of the same weights: {sorted(differ)[:3]}")
@@ -79,8 +82,11 @@ class Anchor:
         self.parameters, self.starts, self.fishers, self.weight = dict(parameters), dict(starts), fishers, weight
 
     def penalty(self) -> Tensor:
-        """Return λ/2 Σ F (θ − θ*)², a scalar with a gradient."""
+        """Return λ/2 Σ F (θ − θ*)², a scalar with a gradient; 0 where all held parameters are frozen at present."""
         learning = [name for name, parameter in self.parameters.items() if parameter.requires_grad]
+        if not learning:
+            some = next(iter(self.starts.values()))
+            return torch.zeros((), dtype=some.dtype, device=some.device, requires_grad=True)
         starts = [self.starts[name] for name in learning]
         fishers = None if self.fishers is None else [self.fishers[name] for name in learning]
         return QuadraticPenalty.apply(self.weight, starts, fishers, *(self.parameters[name] for name in learning))

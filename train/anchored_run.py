@@ -33,7 +33,7 @@ class Anchoring:
 
     def __init__(self, config: TrainConfig, task: Task, engine: Engine, ranks: Ranks, console: Console, *, resumes: bool):
         """Open the old text of EWC. resumes: from a checkpoint, where θ* and F exist. Errors (TrainError): EWC with a new
-        head."""
+        head; all that --init brought is frozen."""
         self.config, self.asked, self.engine, self.ranks, self.console = config, config.anchor, engine, ranks, console
         self.new = () if resumes else engine.network.new_weights
         self.old: Task | None = None  # of the old text
@@ -43,6 +43,11 @@ class Anchoring:
             raise TrainError(
                 f"--anchor {self.asked.anchor}: the head of --objective {config.run.objective} is new, and cannot score the "
                 "old text: l2-sp needs no score"
+            )
+        if not resumes and not self.held:
+            raise TrainError(
+                f"--anchor {self.asked.anchor}: --freeze {config.run.freeze} leaves none of the weights of --init to hold: all "
+                "that is trained is new"
             )
         if self.has_fisher and not resumes:
             self.old = open_old_text(config, task, ranks, console)

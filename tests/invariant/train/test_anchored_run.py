@@ -168,12 +168,30 @@ def test_the_dry_run_has_it_and_writes_nothing(short, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_new_head_is_left_out(options, finished, tmp_path):
-    """L2-SP holds the body, but for what is frozen; EWC, which must score the old text, is refused."""
-    table = tmp_path / "texts.csv"
+@pytest.fixture(scope="module")
+def classify(tmp_path_factory):
+    """The options of a short classifier's run, but for --init and --out."""
+    table = tmp_path_factory.mktemp("texts") / "texts.csv"
     table.write_text("text,label\n" + "".join(f"the file number {n} {'reads' * (n % 2)},{n % 2}\n" for n in range(40)))
-    words = ["--objective", "classify", "--corpus", table, "--steps", 3, "--sample-every", 0, "--threads", 1]
-    run = tmp_path / "run"
+    return ["--objective", "classify", "--corpus", table, "--steps", 3, "--sample-every", 0, "--threads", 1]
+
+
+def test_below_a_new_head_nothing_may_be_held_for_a_while(classify, finished, tmp_path):
+    """With --unfreeze the penalty is 0 until a weight of --init learns; with --freeze none ever does."""
+    words, run = [*classify, "--log-every", 1, "--init", finished, "--anchor", "l2-sp"], tmp_path / "run"
+    said = command(*words, "--unfreeze", 1, "--out", run)
+    assert said.code == 0, said.err
+    logged = [row["penalty"] for row in read_metrics(run / "metrics.jsonl") if row["split"] == "train"]
+    assert logged[:2] == [0, 0] and logged[2] > 0  # step 0: the head alone; at step 1 the last layer begins to move
+    for part in ("all", "body"):
+        said = command(*words, "--freeze", part, "--out", tmp_path / part)
+        assert said.code == 2 and f"--anchor l2-sp: --freeze {part} leaves none of the weights of --init to hold" in said.err
+        assert not (tmp_path / part).exists()
+
+
+def test_a_new_head_is_left_out(classify, finished, tmp_path):
+    """L2-SP holds the body, but for what is frozen; EWC, which must score the old text, is refused."""
+    words, run, table = [*classify], tmp_path / "run", classify[classify.index("--corpus") + 1]
     said = command(*words, "--init", finished, "--freeze", "embeddings", "--anchor", "l2-sp", "--out", run)
     assert said.code == 0, said.err
     assert "held near those of --init, 1 new one left out;" in said.out

@@ -61,6 +61,11 @@ def test_at_the_start_it_is_zero_and_frozen_weights_are_left_out():
     assert anchor.penalty().item() == (15 + 1) / 2
     anchor.penalty().backward()
     assert named["bias"].grad is None and bool((named["matrix"].grad == 1).all())
+    for value in named.values():
+        value.requires_grad_(False)  # below a new head, all of them are for a while
+    term = anchor.penalty()
+    (2 * term).backward()
+    assert term.item() == 0 and term.dtype == torch.float64
 
 
 def test_16_bit_weights_have_a_wide_anchor():
@@ -75,6 +80,8 @@ def test_16_bit_weights_have_a_wide_anchor():
 
 def test_other_names_or_shapes_are_refused():
     named = {name: nn.Parameter(value) for name, value in weights(0).items()}
+    with pytest.raises(ValueError, match="the anchor holds no weight"):
+        Anchor({}, {}, None, weight=1.0)
     with pytest.raises(ValueError, match="start tensors are not of the same weights: \\['bias'\\]"):
         Anchor(named, {name: value for name, value in weights(0).items() if name != "bias"}, None, weight=1.0)
     with pytest.raises(ValueError, match="fisher tensors are not of the same weights: \\['more'\\]"):

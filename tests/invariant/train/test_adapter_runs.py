@@ -201,7 +201,6 @@ REFUSED = {
     "--lora.rank-pattern 'qproj' ends no adapted layer's name": [
         *("--adapter", "lora", "--init", "BASE", "--lora.rank-pattern", "qproj", 2),
     ],
-    "adamw has them": [*("--adapter", "lora", "--init", "BASE", "--lora.b-lr-ratio", 4, "--optimizer", "muon")],
     "--context 32 and 20 positions before the text exceed 32: --context 12 fits": ["--adapter", "prefix", "--init", "BASE"],
     "leave no steps in": ["--adapter", "adalora", "--init", "BASE", "--adalora.warmup", "0.8"],
 }

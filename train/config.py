@@ -70,7 +70,7 @@ class RunConfig:
     or the published ones."""
     unfreeze: str | None = None
     """Gradual unfreezing: train the head first, and one more layer from the top each epoch (gradual), or each N steps (a
-    number); the embeddings last."""
+    number); the embeddings last, and with them a head that shares their matrix."""
     seed: int = 0
     """Seed of initial weights, batches, dropout and samples."""
     device: str = "auto"
@@ -135,7 +135,8 @@ class OptimizerConfig:
     matrix_lr: float | None = None
     """Muon's peak learning rate. Default: 4e-2, or the objective's; with --init an eighth."""
     layer_rate: float = 1.0
-    """Learning rate of each layer, times that of the one above; the head has --lr, the embeddings the lowest rate."""
+    """Learning rate of each layer, times that of the one above; the head has --lr, the embeddings (and a head that shares their
+    matrix) the lowest rate."""
     weight_decay: float | None = None
     """Decoupled weight decay, of matrices and embeddings, not of norms and biases. Default: 0.2, with an adapter 0."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -227,7 +228,7 @@ class ReportConfig:
     """Scores of the validation that --early-stop watches; one that improves is enough to go on. Default: the one that chooses
     the best checkpoint."""
     min_delta: float = 0.0
-    """What a new best of --early-stop must gain at least; less does not count."""
+    """A new best of --early-stop gains more than this; less does not count."""
     keep_best: bool = False
     """At the end put the weights of the best validation back into the network, as other commands read a run anyway."""
     verbose: bool = True

@@ -1,35 +1,36 @@
 """Early stopping: end a run once no watched score improves any more."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from data.messages import format_count
 from train.runs.errors import TrainError
 from train.task import Task
 
-LOWER_IS_BETTER = ("loss", "perplexity", "bits")  # parts of the names of such scores; of all others higher is better
+LOWER_IS_BETTER = {"loss", "perplexity", "bits"}  # words in the names of such scores; of all others higher is better
+CONSTANT = {"baseline", "unigram", "bigram"}  # words in the names of what a guess reaches, which no step improves
 
 
 class EarlyStopping:
     """The validations since one in which a watched score was better than its best so far by more than `min_delta`.
 
     patience: the run ends after this many; 0: never. names: the watched scores; without any, the one that chooses the task's
-    best checkpoint. One watched score that improves is enough to go on.
+    best checkpoint. One watched score that improves is enough to go on. corpora: names behind scores, as of --eval-corpus.
     """
 
-    def __init__(self, patience: int, names: Sequence[str], min_delta: float, task: Task):
-        self.patience, self.names, self.min_delta, self.task = patience, tuple(names) or (task.best,), min_delta, task
+    def __init__(self, patience: int, names: Sequence[str], min_delta: float, task: Task, corpora: Iterable[str] = ()):
+        self.patience, self.min_delta, self.task, self.corpora = patience, min_delta, task, tuple(corpora)
+        self.names = tuple(dict.fromkeys(names)) or (task.best,)
         self.watched: dict[str, float] = {}  # the best value of each watched score
         self.bad_evaluations = 0
 
     def check(self, scores: Mapping[str, float]) -> None:
-        """Raise TrainError where a watched score is not among the task's."""
-        if missing := [name for name in self.names if name not in scores]:
-            known = ", ".join(name for name, value in scores.items() if isinstance(value, int | float))
-            raise TrainError(f"--early-stop-on {' '.join(missing)}: this run's validation has {known}")
+        """Raise TrainError where a watched score is not among those that training changes."""
+        known = [n for n, value in scores.items() if isinstance(value, int | float) and not CONSTANT & self.words(n)]
+        if missing := [name for name in self.names if name not in known]:
+            raise TrainError(f"--early-stop-on {' '.join(missing)}: what training improves in this run is {', '.join(known)}")
 
     def update(self, scores: Mapping[str, float]) -> None:
         """Count a validation."""
-        self.check(scores)
         better = [
             name
             for name in self.names
@@ -42,7 +43,13 @@ class EarlyStopping:
     def higher_is_better(self, name: str) -> bool:
         if name == self.task.best:
             return self.task.higher_is_better
-        return not any(part in name for part in LOWER_IS_BETTER)
+        return not LOWER_IS_BETTER & self.words(name)
+
+    def words(self, name: str) -> set[str]:
+        """Return the words of a score's name, without the corpus that it is of."""
+        for corpus in self.corpora:
+            name = name.removesuffix(f"_{corpus}")
+        return set(name.split("_"))
 
     def reason(self) -> str:
         """Return the reason to stop, or ""."""
@@ -57,7 +64,7 @@ class EarlyStopping:
 
     def load_state_dict(self, state: Mapping, best: Mapping | None) -> None:
         """Load a checkpoint's state. `best`: the scores of the run's best validation, which stand for the watched ones in a
-        checkpoint that has none."""
+        checkpoint of an older version, which has none."""
         self.bad_evaluations = state["bad_evaluations"]
         self.watched = dict(state["watched"]) if "watched" in state else {n: best[n] for n in self.names if best and n in best}
 

@@ -5,6 +5,8 @@
     embeddings    token, position and type embeddings, and their norm
     top:K         all below the top K layers, which are trained with the final norm and the head
     REGEX         weights whose name, ours or the published one, has a match
+
+`all` and `body` freeze the same weights; `train.setup` refuses `all` where the head is not new.
 """
 
 import difflib
@@ -28,8 +30,9 @@ PARTS = ("all", "body", EMBEDDINGS)
 def freeze(network: nn.Module, what: str) -> list[str]:
     """Freeze the trainable parameters that `what` selects, and return their names.
 
-    A tied matrix has two names of its own and two published ones, and a pattern may match any of them; as a part it belongs to
-    the embeddings. Errors (TrainError): nothing is selected, more top layers than there are, or nothing left to train.
+    A tied matrix has two names of its own and two published ones (GPT-2's: body.embedding.weight, head.weight,
+    transformer.wte.weight, lm_head.weight), and a pattern may match any of them; as a part it belongs to the
+    embeddings. Errors (TrainError): nothing is selected, more top layers than there are, or nothing left to train.
     """
     aliases: dict[int, list[str]] = {}
     for name, parameter in network.named_parameters(remove_duplicate=False):
@@ -48,7 +51,8 @@ def select(config: ModelConfig, aliases: Mapping[str, list[str]], what: str) -> 
     else:
         selected = match(config, aliases, what)
     if len(selected) == len(aliases):
-        tied = ": head and embedding are one matrix, which is frozen with the embeddings" if what in PARTS else ""
+        is_part = what in PARTS or TOP.fullmatch(what)
+        tied = ": head and embedding are one matrix, which is frozen with the embeddings" if is_part and is_tied(config) else ""
         raise TrainError(f"--freeze {what} leaves nothing to train{tied}")
     return selected
 
@@ -65,15 +69,19 @@ def frozen_groups(config: ModelConfig, names: Mapping[str, object], what: str) -
     groups = layer_groups(config, names)
     if what == EMBEDDINGS:
         return [groups[EMBEDDINGS]]
-    trained = int(found[1]) if (found := TOP.fullmatch(what)) else 0
+    found = TOP.fullmatch(what)
+    trained = int(found[1]) if found else 0  # layers from the top
     layers = [group for name, group in groups.items() if name not in (HEAD, EMBEDDINGS)]
     if trained > len(layers):
-        raise TrainError(f"--freeze {what}: the network has {len(layers)} layers")
+        split = f", the decoder's {config.decoder_depth} and the encoder's {config.depth} below them"
+        raise TrainError(f"--freeze {what}: the network has {len(layers)} layers{split * (config.decoder_depth is not None)}")
     return [*layers[trained:], groups[EMBEDDINGS]]
 
 
 def match(config: ModelConfig, aliases: Mapping[str, list[str]], pattern: str) -> list[str]:
     """Return the parameters with a name, ours or the published one, in which the regular expression is found."""
+    if pattern.startswith("top:"):
+        raise TrainError(f"--freeze {pattern}: top:K, with the number of layers from the top that are trained")
     try:
         search = re.compile(pattern).search
     except re.error as error:

@@ -77,7 +77,8 @@ class Run:
         self.tokens = 0  # scored labels since step 0, of skipped steps too
         self.best: dict | None = None  # the scores of the best validation, and its step
         report = config.report
-        self.early_stopping = EarlyStopping(report.early_stop, report.early_stop_on, report.min_delta, self.task)
+        corpora = (*report.eval_corpora, *config.data.weights)
+        self.early_stopping = EarlyStopping(report.early_stop, report.early_stop_on, report.min_delta, self.task, corpora)
         self.skipped_in_a_row = 0
         self.signal = 0  # the signal that stopped the run
         self.positions, self.rows = 0.0, 0  # read in this session (since the start or the resume), padding included
@@ -121,23 +122,27 @@ class Run:
     def train(self) -> int:
         """Train until the last step, an early stop or a signal; return the signal's number, else 0."""
         began, first_step, first_tokens = time.monotonic(), self.step, self.tokens
-        self._open_files()
         self.console.info(self.introduction)
+        scored = None
+        if not self.step and (self.config.run.init is not None or self.config.report.early_stop_on):
+            scored = self._scores()
+            self.early_stopping.check(scored[0])  # before a file is written
+        self._open_files()
         if self.anchoring is not None and self.engine.anchor is None:
             self.anchoring.begin(self.out)
-        if not self.step and (self.config.run.init is not None or self.config.report.early_stop_on):
-            scores, lines = self._scores()
+        if scored is not None:
+            scores, lines = scored
             self.console.info("\n".join([f"before the first step: {lines[0]}", *lines[1:]]))
             self.metrics.write(step=0, split="before", **scores)
-            self.early_stopping.check(scores)
         self.console.begin(self.step, self.config.run.steps)
         try:
             with explained_errors(self):
                 stopped = self._train_steps()
                 if self.config.report.keep_best and not self.signal and restore_best(self):
-                    self.console.info(f"the weights of the best validation, at step {self.best['step']}, are restored")
+                    best = self.best["step"]
+                    self.console.info(f"the weights of the best validation, at step {best}, are restored")
                     if self.config.report.sample_every:
-                        self._show_sample()
+                        self._show_sample(best)
         finally:
             self.console.end()
             self.metrics.close()
@@ -149,7 +154,8 @@ class Run:
 
     def _train_steps(self) -> str:
         """Take the remaining steps. Return why the run stopped early, or "" after the last step."""
-        steps, report, stopped = self.config.run.steps, self.config.report, self.early_stopping.reason()
+        steps, report = self.config.run.steps, self.config.report
+        stopped = self.early_stopping.reason() if self.step < steps else ""
         tokens, seconds = 0, 0.0  # since the last line of metrics.jsonl; seconds exclude validation and saving
         profiler = StepProfiler(self)
         with StopRequest() as request, self.batches() as batches:
@@ -176,7 +182,7 @@ class Run:
                     improved = self._validate()
                 if report.sample_every and (self.step % report.sample_every == 0 or is_last):
                     self._show_sample()
-                stopped = self.early_stopping.reason()
+                stopped = "" if is_last else self.early_stopping.reason()
                 if number := self.ranks.max(request.number):  # a signal may reach the ranks at different steps
                     self.signal, stopped = number, f"on {signal.Signals(number).name}"
                 if improved or stopped or is_last or self.step % report.save_every == 0:
@@ -304,9 +310,10 @@ class Run:
         with eager, unsharded(self.engine.objective), converted(self.engine.network):
             yield
 
-    def _show_sample(self) -> None:
+    def _show_sample(self, step: int | None = None) -> None:
+        """Show and write a sample; `step`: of which the weights are, where that is not the present one."""
         with self.phases("samples"), self.engine.averaged(), self._inference():
             sample = self.task.sample(self.engine.network, self.device)
         if sample is not None:
             self.console.sample(*sample)
-            self.metrics.write_sample(self.step, *sample)
+            self.metrics.write_sample(self.step if step is None else step, *sample)

@@ -86,7 +86,7 @@ def resolve_rates(config: TrainConfig) -> OptimizerConfig:
     lr, matrix_lr = usual.lr, usual.matrix_lr or DEFAULT_MATRIX_LR
     if adapted:
         lr = (usual.adapter_lr or {}).get(run.adapter, config.method.learning_rate)
-    if run.init is not None and not adapted:
+    if run.init is not None and not adapted and not is_probe(config):
         width = model.hub.read_config(resolve(run.init)).width if asked.lr is None else DEFAULT_WIDTH
         lr, matrix_lr = float(f"{lr / INIT_LR_DIVISOR * min(1.0, DEFAULT_WIDTH / width):.2g}"), matrix_lr / INIT_LR_DIVISOR
     decay = 0.0 if adapted else DEFAULT_DECAY
@@ -97,6 +97,11 @@ def resolve_rates(config: TrainConfig) -> OptimizerConfig:
         matrix_lr=matrix_lr if asked.matrix_lr is None else asked.matrix_lr,
         weight_decay=decay if asked.weight_decay is None else asked.weight_decay,
     )
+
+
+def is_probe(config: TrainConfig) -> bool:
+    """True where a head alone is trained: its rates are those of pretraining, as no weight of --init changes."""
+    return config.run.freeze in ("all", "body")
 
 
 def resolve_data(config: TrainConfig, tokenizer: Tokenizer) -> TrainConfig:

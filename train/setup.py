@@ -15,8 +15,9 @@ from lora.adalora import RankAllocator
 from lora.base import check_base
 from model.block import Block
 from model.config import ModelConfig, load_family, presets
-from model.heads import CLASSIFIERS
+from model.heads import CLASSIFIERS, is_tied
 from model.init import build_network, empty_network
+from model.parameters import parameters
 from model.weights import pool_of
 from quant.config import FourBit
 from quant.linear import follow_autocast, quantized_layers
@@ -24,8 +25,8 @@ from train import qat
 from train.adapters import NAME, add_adapter, cast_frozen_weights, rate, role, table
 from train.config import TrainConfig
 from train.engine import Engine
-from train.freeze import freeze
-from train.layer_groups import layer_groups
+from train.freeze import freeze, selected_names
+from train.layer_groups import HEAD, layer_groups
 from train.losses.choose import LOSSES
 from train.optimizers.build import build_optimizer
 from train.optimizers.ema import EMA
@@ -159,13 +160,16 @@ def initial_network(config: TrainConfig, data: object, checkpoint: Path | None, 
             "cannot change: train all weights, or an adapter with the base's own objective (prefix: both directions)"
         )
     labels = None if wanted.labels == found.labels else wanted.labels
-    is_new_head = found.head != head or labels is not None
-    if run.freeze == "all" and not is_new_head:
-        raise TrainError(f"--freeze all: {run.init} has the head {head!r} of this objective already; --freeze body trains it")
+    new_head = ""  # the reason for one
     if found.head != head:
-        info(f"{run.init} has the head {found.head!r}: {head!r} takes its place")
+        new_head = f"{run.init} has the head {found.head!r}: {head!r} takes its place"
     elif head == "sequence" and (pools := (pool_of(found), pool_of(wanted)))[0] != pools[1]:
-        info(f"{run.init} pools {pools[0]!r}: a new head that pools {pools[1]!r} takes the place of its own")
+        new_head = f"{run.init} pools {pools[0]!r}: a new head that pools {pools[1]!r} takes the place of its own"
+    elif labels is not None:
+        new_head = f"{run.init} has a head of {found.labels} labels: a new one of {labels} takes its place"
+    if new_head and checkpoint is None:
+        info(new_head)
+    check_freeze(config, found, wanted, bool(new_head))
     four_bit = None if run.quantize == "none" else FourBit(scheme=run.quantize)
     common = common | {"head": head, "labels": labels, "pool": wanted.pool, "seed": run.seed}
     network = model.hub.load(folder, quantization=four_bit, check_finite=True, **common)
@@ -188,6 +192,18 @@ def initial_network(config: TrainConfig, data: object, checkpoint: Path | None, 
     else:
         add_stop_id(network, data.tokenizer.eos_id)
     return network if run.qat == "none" else qat.prepare_network(config, network)
+
+
+def check_freeze(config: TrainConfig, found: ModelConfig, wanted: ModelConfig, is_new_head: bool) -> None:
+    """Refuse --freeze all without a new head, and any --freeze of the whole of a new one (TrainError)."""
+    what, init = config.run.freeze, config.run.init
+    if what == "all" and not is_new_head:
+        other = "which is its embedding too: --freeze top:1 trains a layer" if is_tied(found) else "--freeze body trains it"
+        raise TrainError(f"--freeze all: {init} has the head {found.head!r} of this objective already, {other}")
+    if what is not None and is_new_head:
+        frozen, head = set(selected_names(wanted, what)), layer_groups(wanted, parameters(wanted))[HEAD]
+        if head and frozen.issuperset(head):
+            raise TrainError(f"--freeze {what} freezes the new head, whose weights are random; --freeze body: all but the head")
 
 
 def add_stop_id(network: nn.Module, eos_id: int) -> None:
@@ -264,7 +280,7 @@ def open_optimizers(config: TrainConfig, network: nn.Module) -> Optimizers:
     """Build the run's optimizers. Errors (TrainError): a value that the optimizer refuses."""
     asked, layer_rates = config.optimizer, rates_by_layer(network, config.optimizer.layer_rate)
     try:
-        return build_optimizer(
+        optimizers = build_optimizer(
             asked.optimizer,
             network.named_parameters(),
             partial(role if config.method is not None else qat.role, network),
@@ -278,6 +294,9 @@ def open_optimizers(config: TrainConfig, network: nn.Module) -> Optimizers:
         )
     except ValueError as error:  # the optimizers know which values they can have
         raise TrainError(f"--optimizer {asked.optimizer}: {error}") from None
+    if asked.layer_rate != 1 and len({group["lr_multiple"] for group in optimizers.param_groups}) == 1:
+        raise TrainError(f"--layer-rate {asked.layer_rate:g} would have no effect: one layer group alone is trained")
+    return optimizers
 
 
 def rates_by_layer(network: nn.Module, layer_rate: float) -> dict[str, float]:

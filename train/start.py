@@ -78,6 +78,8 @@ def resume(folder: Path, given: dict[str, dict] | None = None) -> int:
     with connected() as ranks, held(folder, ranks):
         config = resolve_machine(replace(config, run=replace(config.run, out=folder)), ranks)
         run = Run(config, ranks, resume=True)
+        if longer.run.steps != stored.run.steps:
+            run.early_stopping.bad_evaluations = 0  # the added steps have the patience of a new run
         if longer != stored and ranks.is_main:
             first = (folder / "config.toml").read_text(encoding="utf-8").splitlines()[0]
             begun = first.removeprefix("# ") if first.startswith("# ") else "begun by an older version"

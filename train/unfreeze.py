@@ -14,6 +14,9 @@ from train.runs.errors import TrainError
 class Unfreezing:
     """Group g of the network's trainable parameters (from the top, 0) learns from step g · every on.
 
+    Groups without a trainable parameter do not count: where head and embedding are one matrix, the top layer is group 0, and
+    the head learns with the embeddings, last.
+
     Until then it has no gradient, no moments and no decay. Which groups are frozen depends on the step alone: a resume needs
     no state. Build it after the optimizers, which must know all parameters.
 
@@ -54,14 +57,15 @@ def describe(starts: dict[str, int], steps: int) -> str:
     """Describe the schedule of a run, and the groups that it ends before.
 
     >>> describe({"head": 0, "layer 0": 40, "embeddings": 80}, 60)
-    'head from step 0, layer 0 from 40; embeddings would learn from 80 on, and the run ends at 60'
+    'head from step 0, layer 0 from 40; embeddings would begin at 80, and the run ends at 60'
     """
     begun = {name: step for name, step in starts.items() if step < steps}
     never = {name: step for name, step in starts.items() if step >= steps}
     text = ", ".join(f"{name} from {'step ' * (not number)}{step}" for number, (name, step) in enumerate(begun.items()))
     if never:
         first = next(iter(never.values()))
-        text += f"; {listed(never)} would learn from {first} on, and the run ends at {steps}"
+        later = f"{first}" if len(never) == 1 else f"{first} and later"
+        text += f"; {listed(never)} would begin at {later}, and the run ends at {steps}"
     return text
 
 

@@ -17,7 +17,9 @@ from quant.linear import count_parameters, quantized_layers
 from quant.qat import qat_layers
 from train import eval_corpora
 from train.config import DEFAULT_WIDTH, INIT_LR_DIVISOR, RunConfig, TrainConfig
+from train.early_stop import is_better
 from train.freeze import frozen_names
+from train.layer_groups import layer_groups
 from train.optimizers.precision import PRECISIONS
 from train.registry import name_of, settings_of
 from train.reports.curves import plot
@@ -25,12 +27,14 @@ from train.reports.log import METRICS, format_duration, read_metrics
 from train.reports.page import write_page
 from train.reports.rate import matmul_rate, peak_memory, speed_report
 from train.reports.view import RunView
+from train.resolve import is_probe
 from train.runs.checkpoint import SHARDED_INDEX, read_pointer
-from train.unfreeze import describe
+from train.unfreeze import describe, listed
 
 if TYPE_CHECKING:
     from model.config import ModelConfig
 
+MAX_LAYERS = 8  # more layer groups are abbreviated
 MAX_EPOCHS = 100  # more of them are a mistake in most cases, and are warned of
 
 
@@ -74,8 +78,11 @@ def layers(run: RunView) -> str:
     config, unfreezing = run.config, run.engine.unfreezing
     text = "" if unfreezing is None else f"unfreeze {describe(unfreezing.starts(), config.run.steps)}\n"
     if config.optimizer.layer_rate != 1:
-        multiples = sorted({group["lr_multiple"] for group in run.engine.optimizers.param_groups}, reverse=True)
-        text += f"layers   learn at {', '.join(f'{each:.2g}' for each in multiples)} times the rate, from the top down\n"
+        multiples = {n: group["lr_multiple"] for group in run.engine.optimizers.param_groups for n in group["names"]}
+        groups = layer_groups(run.engine.network.config, multiples).items()
+        shown = [f"{name} {multiples[names[0]]:.2g}" for name, names in groups if names]
+        shown = shown if len(shown) <= MAX_LAYERS else [*shown[:2], "…", shown[-1]]
+        text += f"layers   learn at so many times the rate: {', '.join(shown)}\n"
     return text
 
 
@@ -98,7 +105,7 @@ def rates(run: RunView) -> str:
         lr, matrix_lr = config.optimizer.lr, config.optimizer.matrix_lr
         return f"rates    lr {lr:g} for AdamW; hidden matrices are trained by Muon, at its default matrix-lr {matrix_lr:g}\n"
     taken = [name for name in run.defaulted if name == "lr" or config.optimizer.optimizer == "muon"]
-    if config.run.init is None or config.method is not None or not taken:
+    if config.run.init is None or config.method is not None or is_probe(config) or not taken:
         return ""
     shown = ", ".join(f"{name.replace('_', '-')} {getattr(config.optimizer, name):g}" for name in taken)
     wide = f" (lr times {DEFAULT_WIDTH}/{width}, for its width)" if width > DEFAULT_WIDTH and "lr" in taken else ""
@@ -178,6 +185,10 @@ def conclude(run: RunView, stopped: str, session: Session) -> None:
     result += f"\n{speed(run, session)}\n"
     if run.best:
         result += f"best     step {run.best['step']}: validation loss {run.best['loss']:.4f}, {run.task.verdict(run.best)}\n"
+        result += worse_than_before(run)
+    if run.engine.unfreezing is not None:
+        never = [name for name, start in run.engine.unfreezing.starts().items() if start >= run.step]
+        result += f"frozen   {listed(never)} never learned: the run ended at step {run.step}\n" if never else ""
     result += f"compare  a rerun gives these numbers on {comparable(run)}; elsewhere they are close\n"
     try:
         name = f"{out.name}: {has.family}, {has.depth} × {has.width}"
@@ -196,6 +207,15 @@ def conclude(run: RunView, stopped: str, session: Session) -> None:
     info("next")
     for line in following(run, stopped):
         info(f"  {line}")
+
+
+def worse_than_before(run: RunView) -> str:
+    """A line where the best validation is no better than the weights that the run began with; else ""."""
+    before = next((row for row in read_metrics(run.out / METRICS) if row["split"] == "before"), None)
+    key, higher = run.task.best, run.task.higher_is_better
+    if before is None or is_better(run.best[key], before[key], higher=higher):
+        return ""
+    return f"         no better than before the first step ({key} {before[key]:.4f}): a lower --lr, or other text\n"
 
 
 def following(run: RunView, stopped: str) -> Iterator[str]:

@@ -1,9 +1,12 @@
 """The end of a run that no longer improves: --early-stop, --early-stop-on, --min-delta, --keep-best."""
 
+from types import SimpleNamespace
+
 import torch
 
 import train.loop
 from tests.runs import arguments, command, last_checkpoint
+from train.early_stop import EarlyStopping
 from train.engine import stored_tensors
 from train.reports.log import read_metrics
 from train.runs.checkpoint import step_of
@@ -26,14 +29,42 @@ def test_early_stop(options, tmp_path):
 def test_early_stop_on_several_scores(options, tmp_path):
     """One that still improves keeps the run going; a gain below --min-delta is none; a score that is not there is refused."""
     shared = [*options, *arguments({"eval-every": 10, "steps": 80, "lr": 3e-4, "matrix-lr": 1e-3}), "--early-stop", 2]
-    for watched, delta, reached in ((["loss"], 9, 30), (["baseline_loss"], 0, 30), (["baseline_loss", "perplexity"], 0, 80)):
-        run = tmp_path / f"{len(watched)}-{watched[0]}"
+    for watched, delta, reached in ((["loss"], 9, 30), (["loss", "perplexity", "loss"], 0.01, 80)):
+        run = tmp_path / f"{len(watched)}"
         said = command(*shared, "--early-stop-on", *watched, "--min-delta", delta, "--out", run)
         assert said.code == 0, said.err
         assert step_of(last_checkpoint(run)) == reached
         assert ("stopped early: 2 validations without a new best" in said.out) == (reached == 30)
-    said = command(*shared, "--early-stop-on", "acuracy", "--out", tmp_path / "none")
-    assert said.code == 2 and "--early-stop-on acuracy: this run's validation has loss, baseline_loss" in said.err
+    for name in ("acuracy", "baseline_loss"):  # no score, and one that no step improves
+        said = command(*shared, "--early-stop-on", name, "--out", tmp_path / "none")
+        known = "what training improves in this run is loss, perplexity, bits_per_byte\n"
+        assert said.code == 2 and f"--early-stop-on {name}: {known}" in said.err, said.err
+        assert not (tmp_path / "none" / "config.toml").exists()
+
+
+def test_directions_of_scores():
+    """By the words of their names, without the corpus that they are of; the task's own best has the task's direction."""
+    task = SimpleNamespace(best="f1", higher_is_better=True)
+    stopping = EarlyStopping(2, ["accuracy_glossary", "loss_glossary"], 0.0, task, ["glossary", "my_loss"])
+    names = ("accuracy_glossary", "loss_glossary", "accuracy_my_loss", "bits_per_byte", "pseudo_perplexity", "f1", "rouge")
+    assert [stopping.higher_is_better(name) for name in names] == [True, False, True, False, False, True, True]
+    for accuracy, loss, bad in ((0.5, 2.0, 0), (0.4, 2.5, 1), (0.3, 1.9, 0), (0.5, 1.9, 1), (0.6, 3.0, 0), (0.6, 1.9, 1)):
+        stopping.update({"accuracy_glossary": accuracy, "loss_glossary": loss})
+        assert stopping.bad_evaluations == bad
+    stopping.update({"accuracy_glossary": 0.6, "loss_glossary": 1.9})
+    assert stopping.reason() == "early: 2 validations without a new best of accuracy_glossary or loss_glossary"
+
+
+def test_a_run_that_stopped_early_is_made_longer(options, tmp_path):
+    """With the patience of a new run; and a run whose patience ends with its last step is done, not stopped."""
+    run = tmp_path / "run"
+    changes = {"eval-every": 4, "steps": 12, "schedule": "constant"}
+    said = command(*options, *arguments(changes), "--early-stop", 1, "--min-delta", 9, "--out", run)
+    assert said.code == 0 and "stopped early" in said.out and step_of(last_checkpoint(run)) == 8
+    said = command("--resume", run, "--steps", 16)
+    assert said.code == 0 and "stopped early" in said.out and step_of(last_checkpoint(run)) == 12
+    said = command(*options, *arguments(changes), "--early-stop", 2, "--min-delta", 9, "--out", tmp_path / "whole")
+    assert said.code == 0 and "done at step 12" in said.out
 
 
 def test_keep_best(options, tmp_path, monkeypatch):

@@ -47,7 +47,7 @@ def test_layers_from_the_top_down(family):
 
 def records(folder, labels: str):
     folder.mkdir()
-    rows = [{"text": f"{word} value {n}", "label": labels[n % 2]} for n, word in enumerate(["list", "string"] * 20)]
+    rows = [{"text": f"{word} value {n}", "label": labels[n % len(labels)]} for n, word in enumerate(["list", "string"] * 20)]
     path = folder / "records.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -70,8 +70,20 @@ def test_a_new_head_alone_is_trained(options, finished, tmp_path):
     assert load_file(last_checkpoint(run) / "optimizer.safetensors").keys()
     assert all(name.startswith("optimizer.head.") for name in load_file(last_checkpoint(run) / "optimizer.safetensors"))
     said = command(*shared, "--init", run, "--freeze", "all", "--out", tmp_path / "again")
-    assert said.code == 2 and "has the head 'sequence' of this objective already; --freeze body trains it" in said.err
+    assert said.code == 2 and "has the head 'sequence' of this objective already, --freeze body trains it" in said.err
+    shared += ["--steps", 1]
+    said = command(*shared, "--init", run, "--freeze", "all", "--classify.pool", "mean", "--out", tmp_path / "mean")
+    assert said.code == 0 and "a new head that pools 'mean' takes the place of its own" in said.out, said.err
+    said = command(*shared, "--init", finished, "--freeze", "head", "--out", tmp_path / "head")
+    assert said.code == 2 and "--freeze head freezes the new head, whose weights are random" in said.err
+    for frozen in ("body", "embeddings"):  # one group learns, and two of three
+        said = command(*shared, "--init", run, "--freeze", frozen, "--layer-rate", 0.5, "--out", tmp_path / frozen)
+        assert (said.code == 2 and "--layer-rate 0.5 would have no effect" in said.err) == (frozen == "body")
+    three = records(tmp_path / "three", "xyz")
+    said = command(*shared, "--corpus", three, "--init", run, "--out", tmp_path / "labels")
+    assert said.code == 0 and "has a head of 2 labels: a new one of 3 takes its place" in said.out, said.err
     head = load_file(last_checkpoint(run) / "model.safetensors")
+    shared = shared[:-2]
     assert command(*shared, "--init", run, "--freeze", "body", "--out", tmp_path / "body").code == 0
     assert changed(tmp_path / "body", 8, head) == {"score.weight"}
 
@@ -96,7 +108,7 @@ def test_one_layer_more_each_time(optimizer, options, finished, tmp_path):
     said = command(*further(options), *asked, "--out", run)
     assert said.code == 0, said.err
     assert "unfreeze layer 1 from step 0, layer 0 from 8, embeddings from 16" in said.out
-    assert "layers   learn at 1, 0.4, 0.16 times the rate, from the top down" in said.out
+    assert "layers   learn at so many times the rate: layer 1 1, layer 0 0.4, embeddings 0.16" in said.out
     of_group = {
         "layer 1": {name for name in base if "h.1." in name or "ln_f" in name},
         "layer 0": {name for name in base if "h.0." in name},
@@ -122,7 +134,7 @@ def test_an_epoch_a_layer(options, finished, tmp_path):
     steps = int(read_settings(tmp_path / "run").run.unfreeze)
     epochs = float(said.out.split(" epochs in all")[0].split()[-1])
     assert steps > 10 and abs(4 / steps - epochs) < 0.06
-    assert f"layer 1 from step 0; layer 0 to embeddings would learn from {steps} on, and the run ends at 4" in said.out
+    assert f"layer 1 from step 0; layer 0 to embeddings would begin at {steps} and later, and the run ends at 4" in said.out
 
 
 @pytest.mark.slow
@@ -192,7 +204,9 @@ BAD = {  # words of a command line that is refused: what is said
     "--freeze top:3": "--freeze top:3: the network has 2 layers",
     "--freeze body": "leaves nothing to train: head and embedding are one matrix",
     "--freeze atention": "is found in no name of a weight (attention",
-    "--freeze all": "has the head 'lm' of this objective already",
+    "--freeze all": "has the head 'lm' of this objective already, which is its embedding too: --freeze top:1 trains a layer",
+    "--freeze top:0": "leaves nothing to train: head and embedding are one matrix",
+    "--freeze top:-1": "--freeze top:-1: top:K, with the number of layers from the top that are trained",
     "--unfreeze 0": "gradual (one layer an epoch), or steps a layer, 1 at least",
     "--unfreeze slowly": "--unfreeze slowly: gradual",
     "--unfreeze 4 --freeze top:1": "--unfreeze: layer 1 alone is trained",

@@ -29,8 +29,14 @@ class Prepare(DataConfig):
             lambda config: any(path not in BUILT_IN for path in config.all_paths),
             "the corpus comes with Python",
         ),
+        Needs(
+            ("mix",),
+            lambda config: bool(config.weights) or config.mix != "temperature",
+            "with --mix temperature each source is NAME=PATH",
+        ),
         Needs(("mix",), lambda config: bool(config.weights), "it is of a mixture, --corpus NAME=PATH:WEIGHT …"),
         Needs(("mix_temperature",), lambda config: config.mix == "temperature", "it is of --mix temperature"),
+        Needs(("validation",), lambda config: bool(config.validation), "it names nothing: give files, folders or globs"),
         Needs(("val_fraction",), lambda config: not config.validation, "--validation says what is held out"),
     )
 

@@ -141,10 +141,10 @@ class DataConfig:
     def check_sources(self) -> None:
         entries = self.entries
         named = [entry for entry in entries if entry.name]
+        if not named:
+            return
         if self.mix == "temperature":
             self.check_sizes(entries)
-            return
-        if not named:
             return
         if len(named) < len(entries):
             path = next(entry.path for entry in entries if not entry.name)

@@ -71,6 +71,8 @@ def check(config: Any) -> None:
         raise TrainError(f"--layer-rate {optimizer.layer_rate}: above 0 and at most 1, as lower layers hold what is general")
     check_adapter(config)
     check_qat(config)
+    if config.data.mix == "temperature" and not config.data.weights:
+        raise TrainError(f"--mix temperature with --corpus {' '.join(config.data.corpus)}: each source is NAME=PATH")
     check_eval_corpora(config)
     check_anchor(config)
 

@@ -40,6 +40,8 @@ NEEDS = (
     Needs(("steps",), lambda config: config.run.epochs is None, "--epochs says how long"),
     Needs(("extend",), lambda config: False, "it says how a finished run goes on: --resume RUN --steps MORE"),
     Needs(("val_fraction",), lambda config: not config.data.validation, "--validation names what is held out"),
+    Needs(("validation",), lambda config: bool(config.data.validation), "it names nothing: give files, folders or globs"),
+    Needs(("eval_corpus",), lambda config: bool(config.report.eval_corpus), "it names nothing: give NAME=PATH"),
     Needs(("mix",), lambda config: bool(config.data.weights), "it is of a mixture, --corpus NAME=PATH:WEIGHT …"),
     Needs(("mix_temperature",), lambda config: config.data.mix == "temperature", "it is of --mix temperature"),
     Needs(("text_key",), lambda config: may_hold_records(_paths(config)), "the corpus holds no records"),
@@ -53,6 +55,7 @@ NEEDS = (
         lambda config: config.optimizer.schedule != "constant",
         "--schedule constant keeps the rate to the end",
     ),
+    Needs(("early_stop_on",), lambda config: bool(config.report.early_stop_on), "it names nothing: give scores of the validation"),
     Needs(("early_stop_on", "min_delta"), lambda config: config.report.early_stop > 0, "they are of --early-stop N"),
     Needs(("anchor_weight",), lambda config: config.anchor.anchor != "none", "it is λ of --anchor l2-sp, ewc or ewc-empirical"),
     Needs(

@@ -198,6 +198,15 @@ def test_bad_settings(inside, changes, told):
         config(**{"corpus": ("a=a.jsonl", "b=b.jsonl"), "mix": "temperature"} | changes)
 
 
+def test_temperature_without_a_mixture(inside):
+    """Refused in one line, as by --mix documents; in a recipe too."""
+    (inside / "hot.toml").write_text('[data]\ncorpus = ["a.jsonl"]\nmix = "temperature"\n')
+    for options in (["--corpus", "a.jsonl", "--mix", "temperature"], ["--recipe", "hot.toml"]):
+        said = command(*options, "--out", "refused")
+        told = "error: --mix temperature with --corpus a.jsonl: each source is NAME=PATH\n"
+        assert (said.code, said.out, said.err) == (2, "", told)
+
+
 def test_settings_travel(inside):
     """Weights are 1 where sizes decide; a file of a source's name is a path; validation and other corpora are no mixture."""
     mixed = config("a=a.jsonl", "b=stdlib-docs", mix="temperature", mix_temperature=3.0, validation=("b.jsonl",))

@@ -1,17 +1,19 @@
 """The mixture of a run: the share of its rows that each source has (--mix), how often each is read, and what was drawn."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from data.config import DataConfig
 from data.sources.mixture import Mixture, row_shares
 
 GOOD_EPOCHS = 4  # read more often, text is worth less than new text: Muennighoff et al. 2023, arXiv 2305.16264
+FAR = 2  # times a source's share in the held-out text that its share in batches may be, or the reverse
 
 
 class Mixing:
     """Shares of the sources by name, for batches, messages and metrics.jsonl.
 
-        rows        rows of an epoch of each source
+        rows        rows of an epoch of each source; a row is `context` tokens of text (fractions count), or a padded or packed
+                    row of records, of --mlm.nsp a pair of segments
         documents   documents (or records, by `unit`) of each to train on
 
     Without a mixture there are no sources, and `mixture` is None.
@@ -24,8 +26,11 @@ class Mixing:
         self.shares = row_shares(config, rows, documents)
         self.mixture = Mixture(list(self.shares.values()), seed) if self.shares else None
 
-    def describe(self, rows: int) -> str:
-        """Describe share and epochs of each source in a run of so many rows, with a line for each that is read often."""
+    def describe(self, rows: int, held_out: Mapping[str, float], scored: Collection[str] = ()) -> str:
+        """Describe share and epochs of each source in a run of so many rows, with a line for each that is read often.
+
+        held_out: rows of each source that are held out, {} where nobody knows whose they are. scored: sources with a loss_NAME.
+        """
         if not self.shares:
             return ""
         epochs = {name: rows * fraction / self.rows[name] for name, fraction in self.shares.items()}
@@ -33,7 +38,22 @@ class Mixing:
         lines = [f"mixture  {'; '.join(sources)}{self._reason()}"]
         often = f"times: up to {GOOD_EPOCHS} epochs are about as good as new text, more add less and less"
         lines += [f"         {name} is read {count:.1f} {often}" for name, count in epochs.items() if count > GOOD_EPOCHS]
-        return "".join(f"{line}\n" for line in lines)
+        return "".join(f"{line}\n" for line in [*lines, *self._weighed(held_out, scored)])
+
+    def _weighed(self, held_out: Mapping[str, float], scored: Collection[str]) -> list[str]:
+        """Describe what the validation loss weighs sources by, where that is far from their shares."""
+        total = sum(held_out.values())
+        held = {name: held_out.get(name, 0) / total for name in self.shares} if total else {}
+        pairs = [(self.shares[name], fraction) for name, fraction in held.items()]
+        if not any(max(pair) > FAR * min(pair) for pair in pairs):
+            return []
+        parts = ", ".join(f"{name} {fraction:.1%}" for name, fraction in held.items())
+        line = f"         held out are {parts}: so the validation loss weighs them, and the best checkpoint"
+        watched = [name for name in scored if 0 < held.get(name, 0) < 1]  # the loss of all held-out text is no source's
+        if not watched:
+            return [line]
+        lightest = max(watched, key=lambda name: self.shares[name] / held[name])
+        return [f"{line}; --early-stop-on loss_{lightest} watches one"]
 
     def _reason(self) -> str:
         """Describe what the shares come from, where they are not the weights."""

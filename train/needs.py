@@ -55,7 +55,7 @@ NEEDS = (
         lambda config: config.optimizer.schedule != "constant",
         "--schedule constant keeps the rate to the end",
     ),
-    Needs(("early_stop_on",), lambda config: bool(config.report.early_stop_on), "it names nothing: give scores of the validation"),
+    Needs(("early_stop_on",), lambda config: bool(config.report.early_stop_on), "it names nothing: give names of scores"),
     Needs(("early_stop_on", "min_delta"), lambda config: config.report.early_stop > 0, "they are of --early-stop N"),
     Needs(("anchor_weight",), lambda config: config.anchor.anchor != "none", "it is λ of --anchor l2-sp, ewc or ewc-empirical"),
     Needs(

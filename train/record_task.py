@@ -1,6 +1,7 @@
 """Objectives on records with columns: a record gives examples, which are padded or packed into rows."""
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -174,7 +175,10 @@ class RecordTask(Task):
 
     def mixture(self) -> str:
         """Describe the sources of a mixture: the share and the epochs of each."""
-        return self.mixing.describe(self.config.run.steps * self.config.optimizer.batch_size * self.config.optimizer.accumulate)
+        optimizer, mixing = self.config.optimizer, self.mixing
+        counts = Counter(each for each in self.data.validation.sources if each in mixing.rows)
+        held_out = {name: count * mixing.rows[name] / mixing.documents[name] for name, count in counts.items()}
+        return mixing.describe(self.config.run.steps * optimizer.batch_size * optimizer.accumulate, held_out)
 
     def drawn(self, step: int) -> Scores:
         return self.mixing.drawn(step * self.config.optimizer.batch_size * self.config.optimizer.accumulate)

@@ -153,7 +153,9 @@ class TokenTask(Task):
 
     def mixture(self) -> str:
         """Describe the sources of a mixture: the share and the epochs of each."""
-        return self.mixing.describe(self.config.run.steps * self.config.optimizer.batch_size * self.config.optimizer.accumulate)
+        optimizer, held_out = self.config.optimizer, self.shards.validation.tokens_by_source
+        rows = self.config.run.steps * optimizer.batch_size * optimizer.accumulate
+        return self.mixing.describe(rows, held_out, dict.fromkeys(self.validation_sources))
 
     def drawn(self, step: int) -> Scores:
         return self.mixing.drawn(step * self.config.optimizer.batch_size * self.config.optimizer.accumulate)

@@ -52,7 +52,7 @@ REFUSED = {  # a command line, whose first option is idle: why
     "train --eval-corpus": "it names nothing: give NAME=PATH",
     "train --eval-corpus --steps 2": "it names nothing: give NAME=PATH",
     "train --validation": "it names nothing: give files, folders or globs",
-    "train --early-stop-on --early-stop 2": "it names nothing: give scores of the validation",
+    "train --early-stop-on --early-stop 2": "it names nothing: give names of scores",
     "train --mix-temperature 2 --corpus a=a.txt:1 b=b.txt:2": "it is of --mix temperature",
     "train --val-fraction 0.05 --validation x": "--validation names what is held out",
     "train --matrix-lr 0.02 --optimizer adamw": "it is Muon's rate, --optimizer muon",

@@ -274,10 +274,12 @@ class ClassifyTask(RecordTask):
         return losses | multiclass_scores(totals["confusion"][0].long(), self.baseline.accuracy)
 
     def score_line(self, scores: Scores) -> str:
+        right, guess = "accuracy", "training's most frequent class"
+        if self.settings.multi:
+            right, guess = "all labels right", "those of most training texts"
         line = (
             f"loss {scores['loss']:.4f} (ignoring the text {scores['baseline_loss']:.4f}) · "
-            f"{'all labels right' if self.settings.multi else 'accuracy'} {scores['accuracy']:.1%} "
-            f"({'most frequent ones' if self.settings.multi else 'most frequent class'} {scores['baseline_accuracy']:.1%}) · "
+            f"{right} {scores['accuracy']:.1%} ({guess} {scores['baseline_accuracy']:.1%}) · "
         )
         if self.settings.multi:
             return f"{line}micro F1 {scores['micro_f1']:.3f} · macro F1 {scores['f1']:.3f}"

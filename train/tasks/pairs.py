@@ -313,14 +313,14 @@ class NumberTask(PairsTask):
         if scores["spread"] == 0:
             fits = "Pearson and Spearman undefined: all texts have one number"
         return (
-            f"squared error {scores['loss']:.5g} (always the mean {scores['baseline_loss']:.5g}) · {fits} · another second "
-            f"text: {scores['shuffled_loss']:.5g} · words alone: {scores['words_loss']:.5g}, Pearson "
+            f"squared error {scores['loss']:.5g} (always the mean of training {scores['baseline_loss']:.5g}) · {fits} · "
+            f"another second text: {scores['shuffled_loss']:.5g} · words alone: {scores['words_loss']:.5g}, Pearson "
             f"{scores['words_pearson']:.3f} · shared words: {scores['shared_loss']:.5g}, Pearson {scores['shared_pearson']:.3f}"
         )
 
     def verdict(self, scores: Scores) -> str:
         rest = self.score_line(scores).partition(" · ")[2]
-        return f"always the mean {scores['baseline_loss']:.5g}; {rest}, chosen by {self.best}"
+        return f"always the mean of training {scores['baseline_loss']:.5g}; {rest}, chosen by {self.best}"
 
     def sample(self, network: "nn.Module", device: "torch.device") -> tuple[str, str]:
         from data.transforms.labels import number_of

@@ -258,7 +258,7 @@ class TagTask(RecordTask):
     def score_line(self, scores: Scores) -> str:
         line = (
             f"loss {scores['loss']:.4f} (label frequencies {scores['baseline_loss']:.4f}) · accuracy {scores['accuracy']:.1%} "
-            f"(most frequent tag of the word {scores['word_accuracy']:.1%})"
+            f"(most frequent tag of the word in training {scores['word_accuracy']:.1%})"
         )
         if self.entities is None:
             return line

@@ -104,6 +104,9 @@ def test_documents_are_counted(inside, mix, share):
     assert (first < middle).mean() == pytest.approx(share, abs=0.01)
     rows = (task.stream.token_indices(0)[:, 0] < middle).mean()
     assert task.drawn(1) == {"drawn_a": rows, "drawn_b": 1 - rows}
+    held = shards.validation.ranges["a"][1] / shards.validation.tokens
+    line = f"held out are a {held:.1%}, b {1 - held:.1%}: so the validation loss weighs them, and the best checkpoint; "
+    assert (f"         {line}--early-stop-on loss_a watches one\n" in task.mixture()) == (mix == "tokens")
 
 
 class Letters(RecordTask):
@@ -143,9 +146,23 @@ def test_records(tmp_path, changes, share):
 def test_sources_that_are_read_often():
     """More than four epochs of a source are said, with its name and their number."""
     mixing = Mixing(DataConfig(("a=x:1", "b=y:1")), {"a": 10.0, "b": 100.0}, {"a": 1, "b": 1}, seed=0)
-    assert mixing.describe(80).splitlines() == ["mixture  a 50.0%, 4.0 epochs; b 50.0%, 0.4 epochs"]
+    assert mixing.describe(80, {}).splitlines() == ["mixture  a 50.0%, 4.0 epochs; b 50.0%, 0.4 epochs"]
     often = "         a is read 4.1 times: up to 4 epochs are about as good as new text, more add less and less"
-    assert mixing.describe(82).splitlines()[1:] == [often]
+    assert mixing.describe(82, {}).splitlines()[1:] == [often]
+
+
+def test_held_out_text_that_weighs_sources_otherwise():
+    """Said where it differs more than twice from the shares; the lightest source that has a loss is named."""
+    mixing = Mixing(DataConfig(("a=x:1", "b=y:1")), {"a": 100.0, "b": 100.0}, {"a": 1, "b": 1}, seed=0)
+    for held_out in ({}, {"a": 1, "b": 3}, {"a": 3, "b": 1}):
+        assert mixing.describe(8, held_out, ["a", "b"]).count("\n") == 1
+    line = "         held out are a {}, b {}: so the validation loss weighs them, and the best checkpoint"
+    uneven = line.format("9.1%", "90.9%")
+    assert mixing.describe(8, {"a": 1, "b": 10}, ["a", "b"]).splitlines()[1] == f"{uneven}; --early-stop-on loss_a watches one"
+    assert mixing.describe(8, {"a": 1, "b": 10}).splitlines()[1] == uneven, "records have no loss of a source"
+    assert mixing.describe(8, {"b": 10}, ["b"]).splitlines()[1] == line.format("0.0%", "100.0%"), "loss_b is the loss"
+    three = Mixing(DataConfig(("a=x:1", "b=y:1", "c=z:6")), dict.fromkeys("abc", 9.0), dict.fromkeys("abc", 1), seed=0)
+    assert "b 10.0%, c 20.0%: " in (said := three.describe(8, {"a": 7, "b": 1, "c": 2}, ["a", "b", "c"])) and "loss_c " in said
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

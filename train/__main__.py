@@ -75,13 +75,14 @@ def main(arguments: list[str]) -> int:
     except OtherRankError:
         return FAILED
     except KeyboardInterrupt:
-        print("stopped at once, without saving; the checkpoints before are whole", file=sys.stderr)
+        advice = "" if config.report.dry_run else f", without saving; {advice_to_resume(folder or config.run.out)}"
+        print(f"stopped at once{advice}", file=sys.stderr)
         return STOPPED
     return STOPPED if stopped == signal.SIGINT else 0  # a scheduler's SIGTERM is no failure
 
 
 def advice_to_resume(out: Path | None) -> str:
-    """The advice to resume a run whose output was closed."""
+    """The advice to resume a run that ended at once."""
     from train.runs.checkpoint import checkpoints
 
     if out is None:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from data.transforms.causal import IGNORE
 from train.losses.cross_entropy import flatten_rows, linear_cross_entropy
@@ -30,26 +29,6 @@ def penalty_reference(
     """Compute weight/2 Σ_i F_i (θ_i − θ*_i)² over all tensors; without `fishers` F = 1. The plain twin of `Anchor.penalty`."""
     fishers = fishers or [torch.ones_like(start) for start in starts]
     return weight / 2 * sum((f * (p - start).square()).sum() for p, start, f in zip(parameters, starts, fishers, strict=True))
-
-
-class QuadraticPenalty(torch.autograd.Function):
-    """`penalty_reference`, with its gradient λ F (θ − θ*) computed in the forward, by few kernels for all tensors.
-
-    Between forward and backward it holds one tensor of each parameter's size; autograd would hold three.
-    """
-
-    @staticmethod
-    def forward(ctx, weight: float, starts: list[Tensor], fishers: list[Tensor] | None, *parameters: Tensor) -> Tensor:
-        deltas = torch._foreach_sub(parameters, starts)
-        pulls = deltas if fishers is None else torch._foreach_mul(deltas, fishers)
-        products = [(pull * delta).sum() for pull, delta in zip(pulls, deltas, strict=True)]
-        ctx.pulls, ctx.weight = pulls, weight
-        return weight / 2 * torch.stack(products).sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        return None, None, None, *torch._foreach_mul(ctx.pulls, ctx.weight * grad)  # autograd casts to the weights' formats
 
 
 class Anchor:
@@ -119,27 +98,31 @@ def fisher_diagonal(
     rows: this rank's; sums are over all `ranks`. In float32, or wider for wider parameters. A parameter on which no row depends
     has F = 0. Errors (ValueError): no scored label.
     """
-    names, values, ranks, total = list(parameters), list(parameters.values()), ranks or Ranks(), 0
-    sums = [torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.float32)) for value in values]
+    ranks, count = ranks or Ranks(), 0
+    sums = {name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in parameters.items()}
     for row in rows:
-        nats, count = log_likelihood(row)
-        if not int(count):
+        nats, row_count = log_likelihood(row)
+        if not int(row_count):
             continue
-        grads = torch.autograd.grad(nats, values, allow_unused=True)
-        reached = [(total_i, grad.to(total_i.dtype)) for total_i, grad in zip(sums, grads, strict=True) if grad is not None]
-        torch._foreach_addcmul_([sum_i for sum_i, _ in reached], *[[grad for _, grad in reached]] * 2)
-        total += int(count)
-    total = int(ranks.sum(torch.tensor(total)))
-    if not total:
+        grads = torch.autograd.grad(nats, list(parameters.values()), allow_unused=True)
+        for name, grad in zip(sums, grads, strict=True):
+            if grad is not None:
+                sums[name] += grad.to(sums[name].dtype).square()
+        count += int(row_count)
+    count = int(ranks.sum(torch.tensor(count)))
+    if not count:
         raise ValueError("no row has a scored label")
-    return {name: ranks.sum(sum_i).div_(total) for name, sum_i in zip(names, sums, strict=True)}
+    # By labels rather than rows: the loss of a step is a mean over labels too, so λ weighs nats a label against nats a label,
+    # whatever the length of the old text's rows.
+    return {name: ranks.sum(value).div_(count) for name, value in sums.items()}
 
 
 class DrawnLabels:
     """A loss of `train.losses` whose labels are drawn from the model: label t of a row is drawn from softmax(logits_t).
 
     The inputs stay the text's own, so that every label is drawn in a context of the text. The draws are a pure function of
-    (seed, row, index of the scored label) and of the logits: set `row` before each call. `calls` counts the calls.
+    (seed, row, index of the scored label) and of the logits: set `row` before each call. `calls` counts the calls, so that who
+    draws for an objective sees whether it used this loss at all, and once a row: a second call would draw the same numbers.
     """
 
     def __init__(self, seed: int, loss: Callable = linear_cross_entropy):
@@ -175,7 +158,33 @@ def draw_labels(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, uni
     """
     drawn = []
     for hidden_RD, uniform_R in zip(hidden_ND.split(ROWS), uniform_N.split(ROWS), strict=True):
-        cumulative_RV = F.linear(hidden_RD, weight_VD, bias_V).double().softmax(-1).cumsum(-1)
-        threshold_R1 = uniform_R[:, None] * cumulative_RV[:, -1:]  # u is at most 1 - 2⁻⁵³: the product is below the last sum
+        cumulative_RV = nn.functional.linear(hidden_RD, weight_VD, bias_V).double().softmax(-1).cumsum(-1)
+        # The last sum is not exactly 1. u times it is below it, even rounded, as u is at most 1 - 2⁻⁵³: at the sum itself
+        # the search would give V, which is no label. right=True: u = 0 passes over labels of probability 0.
+        threshold_R1 = uniform_R[:, None] * cumulative_RV[:, -1:]
         drawn.append(torch.searchsorted(cumulative_RV, threshold_R1, right=True)[:, 0])
     return torch.cat(drawn)
+
+
+class QuadraticPenalty(torch.autograd.Function):
+    """`penalty_reference`, with its gradient λ F (θ − θ*) computed in the forward, by few kernels for all tensors.
+
+    Between forward and backward it holds one tensor of each parameter's size; autograd would hold three. The backward makes
+    another, the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, weight: float, starts: list[Tensor], fishers: list[Tensor] | None, *parameters: Tensor) -> Tensor:
+        pulls = torch._foreach_sub(parameters, starts)
+        if fishers is None:
+            sums = [delta.square().sum() for delta in pulls]
+        else:
+            sums = [delta.square().mul_(fisher).sum() for delta, fisher in zip(pulls, fishers, strict=True)]
+            torch._foreach_mul_(pulls, fishers)  # in place: F (θ − θ*)
+        ctx.pulls, ctx.weight = pulls, weight
+        return weight / 2 * torch.stack(sums).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        return None, None, None, *torch._foreach_mul(ctx.pulls, ctx.weight * grad)  # autograd casts to the weights' formats

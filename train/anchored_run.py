@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 from data.config import DataError
 from data.messages import format_count
 from model.account import format_bytes
+from model.heads import HEADS
 from model.safetensors_file import WeightFile, save_file
 from train.anchor import Anchor, DrawnLabels, fisher_diagonal
 from train.config import TrainConfig
 from train.engine import Engine
 from train.losses.choose import LOSSES
+from train.parallel.parallelize import unwrapped
 from train.parallel.ranks import Ranks
 from train.registry import load
 from train.reports.log import QUIET_SECONDS, Console
@@ -25,6 +28,7 @@ from train.runs.errors import CheckpointError, TrainError
 from train.task import Task
 
 FILE = "anchor.safetensors"  # of a run: θ* and F; no checkpoint holds them again
+OTHERS = "ewc-empirical takes the text's own labels, l2-sp none"
 
 
 class Anchoring:
@@ -32,25 +36,18 @@ class Anchoring:
     (`load`), whose SHA-256 is in each checkpoint. It is then the engine's, whose steps add its penalty."""
 
     def __init__(self, config: TrainConfig, task: Task, engine: Engine, ranks: Ranks, console: Console, *, resumes: bool):
-        """Open the old text of EWC. resumes: from a checkpoint, where θ* and F exist. Errors (TrainError): EWC with a new
-        head; all that --init brought is frozen."""
+        """Open the old text of EWC. resumes: from a checkpoint, where θ* and F exist. Errors (TrainError): nothing to hold; an
+        objective of which F cannot be estimated."""
         self.config, self.asked, self.engine, self.ranks, self.console = config, config.anchor, engine, ranks, console
         self.new = () if resumes else engine.network.new_weights
         self.old: Task | None = None  # of the old text
         self.sha256: str | None = None
         self.has_fisher = self.asked.anchor != "l2-sp"
-        if self.has_fisher and self.new:
-            raise TrainError(
-                f"--anchor {self.asked.anchor}: the head of --objective {config.run.objective} is new, and cannot score the "
-                "old text: l2-sp needs no score"
-            )
-        if not resumes and not self.held:
-            raise TrainError(
-                f"--anchor {self.asked.anchor}: --freeze {config.run.freeze} leaves none of the weights of --init to hold: all "
-                "that is trained is new"
-            )
+        if not resumes:
+            refuse_network(config, engine.network, self.held)
         if self.has_fisher and not resumes:
             self.old = open_old_text(config, task, ranks, console)
+            refuse_terms(config, list(unwrapped(engine.objective).counts(self.old.source.batches(0)[0])))
 
     @property
     def held(self) -> dict[str, nn.Parameter]:
@@ -62,22 +59,25 @@ class Anchoring:
 
     @property
     def copies(self) -> int:
-        """Copies of the held weights that stay in memory."""
+        """Copies of the held weights that stay in memory: θ*, and F."""
         return 1 + self.has_fisher
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of these copies."""
-        return self.copies * sum(value.numel() * wide(value).itemsize for value in self.held.values())
+    def memory(self) -> tuple[int, int]:
+        """Bytes that stay, and those that a step takes besides at most: F (θ − θ*), kept for the backward, and its gradient,
+        which the backward makes before those of the loss."""
+        copy = sum(value.numel() * wide(value).itemsize for value in self.held.values())
+        return self.copies * copy, 2 * copy
 
     def describe(self) -> str:
         """The line of the introduction."""
         asked, tensors = self.asked, format_count(len(self.held), "tensor")
         rows = f"; F of {format_count(asked.anchor_rows, 'row')} of {' '.join(asked.anchor_corpus)}" if self.has_fisher else ""
         new = f", {format_count(len(self.new), 'new one')} left out" if self.new else ""
+        resident, temporary = map(format_bytes, self.memory)
         return (
             f"anchor   {asked.anchor}, weight {asked.anchor_weight:g}: {tensors} held near those of --init{new}{rows}; "
-            f"{format_bytes(self.nbytes)} more memory\n"
+            f"keeps {resident} in memory, and takes up to {temporary} more within a step\n"
         )
 
     def begin(self, out: Path) -> None:
@@ -91,15 +91,14 @@ class Anchoring:
         self.engine.anchor, self.old = anchor, None
 
     def stand_in(self) -> str:
-        """Make an anchor of the same size for a dry run, which computes no F; return its lines on memory and time."""
-        starts = self._starts()
+        """Make an anchor of the same size for a dry run, which computes no F; return its line on memory and time."""
+        starts, rows = self._starts(), self.asked.anchor_rows
         fishers = {name: torch.ones_like(value) for name, value in starts.items()} if self.has_fisher else None
         self.engine.anchor = Anchor(self.held, starts, fishers, weight=self.asked.anchor_weight)
-        first = f"; F takes {format_count(self.asked.anchor_rows, 'forward')} and backwards of a row" if self.has_fisher else ""
-        return (
-            f"anchor   its {format_count(self.copies, 'copy', 'copies')} of the weights take {format_bytes(self.nbytes)} more, "
-            f"and a step about as much again; before the first step{first}"
-        )
+        resident, temporary = map(format_bytes, self.memory)
+        passes = f"{format_count(rows, 'forward')} and {format_count(rows, 'backward')} of a row"
+        first = f"; before the first step, the run computes F: {passes}" if self.has_fisher else ""
+        return f"anchor   {resident} stay in memory, and a step takes up to {temporary} more, besides what is predicted{first}"
 
     def load(self, out: Path, sha256: str) -> None:
         """Read the anchor of a run that is resumed. Errors (CheckpointError): not the file that the checkpoint names."""
@@ -140,8 +139,11 @@ class Anchoring:
                 drawn.row, drawn.calls = row, 0
             with engine.autocast():
                 terms = objective(batch).terms
-            if len(terms) != 1 or (drawn is not None and drawn.calls != 1):
-                raise TrainError(refused_objective(config, list(terms)))
+            if drawn is not None and drawn.calls != 1:
+                raise TrainError(
+                    f"--anchor ewc: --objective {config.run.objective} does not compute its loss by one call of the loss that "
+                    f"it is given, so that labels cannot be drawn: {OTHERS}"
+                )
             (term,) = terms.values()
             return term.sum, term.count
 
@@ -165,23 +167,37 @@ def open_old_text(config: TrainConfig, task: Task, ranks: Ranks, console: Consol
     """Open the task on --anchor-corpus, one row a step: row r of F is that of step r, a function of (seed, r). Errors
     (DataError): text that cannot be read, or is shorter than a row."""
     kind = load(config.run.objective)
-    data = config.data.of(config.anchor.anchor_corpus)
     rows = replace(config.optimizer, batch_size=1, accumulate=1)
     few = replace(config.report, eval_tokens=min(config.report.eval_tokens, 64 * config.network.context))  # never scored
-    config = replace(config, data=data, optimizer=rows, report=few)
-    console.info(f"the old text of --anchor, {' '.join(data.corpus)}:")
+    console.info(f"the old text of --anchor, {' '.join(config.anchor.anchor_corpus)}:")
     try:
+        config = replace(config, data=config.data.of(config.anchor.anchor_corpus), optimizer=rows, report=few)
         return kind(config, ranks.local_first(lambda: kind.open_data(config, task.tokenizer, console.info)))
     except DataError as error:
         raise DataError(f"--anchor-corpus: {str(error).removeprefix('--corpus ')}") from error
 
 
-def refused_objective(config: TrainConfig, terms: list[str]) -> str:
-    """Say why F cannot be estimated for an objective."""
-    what = f"--anchor {config.anchor.anchor}: --objective {config.run.objective}"
+def refuse_network(config: TrainConfig, network: nn.Module, held: Mapping[str, nn.Parameter]) -> None:
+    """Refuse what the network shows: nothing to hold, and for F a head that is new, or predicts no tokens (TrainError)."""
+    option, objective = f"--anchor {config.anchor.anchor}", f"--objective {config.run.objective}"
+    if config.anchor.anchor != "l2-sp" and network.new_weights:
+        raise TrainError(f"{option}: the head of {objective} is new, and cannot score the old text: l2-sp needs no score")
+    if not held:
+        raise TrainError(
+            f"{option}: --freeze {config.run.freeze} leaves none of the weights of --init to hold: all that is trained is new"
+        )
+    if config.anchor.anchor == "ewc" and not HEADS[network.config.head].is_language_model:
+        raise TrainError(
+            f"{option} is for objectives that predict tokens, which it draws from the model. For what {objective} predicts it "
+            f"is not built: {OTHERS}"
+        )
+
+
+def refuse_terms(config: TrainConfig, terms: list[str]) -> None:
+    """Refuse an objective of several terms (TrainError)."""
     if len(terms) != 1:
-        return f"{what} has the terms {' and '.join(terms)}, and F is of one: l2-sp goes with any"
-    return f"{what} predicts no tokens that can be drawn: ewc-empirical takes the text's own labels, l2-sp none"
+        what = f"--anchor {config.anchor.anchor}: --objective {config.run.objective}"
+        raise TrainError(f"{what} has the terms {' and '.join(terms)}, and F is of one: l2-sp goes with any")
 
 
 def eager(config: TrainConfig) -> AbstractContextManager:

@@ -12,6 +12,7 @@ import train.anchored_run
 from data.packing.blocks import BlockStream
 from data.tokenizer.open import load_tokenizer
 from data.transforms.causal import clm_batch
+from model.account import format_bytes
 from tests.compare import relative
 from tests.fault.test_ranks import CHANGES, losses, torchrun
 from tests.runs import arguments, assert_same_end, command, further, last_checkpoint, stopped_at
@@ -143,7 +144,9 @@ def test_killed_before_the_first_checkpoint_it_starts_again(short, made, tmp_pat
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(train.anchored_run, "fisher_diagonal", stop)
-        assert command(*short("ewc", 1e4), "--out", run).code == 130
+        said = command(*short("ewc", 1e4), "--out", run)
+    assert said.code == 130 and said.err.startswith("stopped at once, without saving; ")
+    assert said.err.endswith(f"--resume {run} goes on from step 0, for it has no checkpoint yet\n")
     assert not (run / FILE).exists() and (run / "config.toml").exists()
     monkeypatch.setattr(train.anchored_run, "QUIET_SECONDS", 0)
     said = command("--resume", run)
@@ -159,12 +162,17 @@ def test_an_old_text_that_is_not_there(short, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_dry_run_has_it_and_writes_nothing(short, tmp_path, monkeypatch):
+def test_the_dry_run_has_it_and_writes_nothing(short, finished, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train.anchored_run, "fisher_diagonal", lambda *_, **__: pytest.fail("F was computed"))
     said = command(*short("ewc"), "--dry-run")
     assert said.code == 0, said.err
-    assert "anchor   ewc, weight 1: 28 tensors held" in said.out and "anchor   its 2 copies of the weights take " in said.out
+    size = 4 * sum(value.numel() for value in model.hub.load(resolve(finished)).parameters())
+    memory = format_bytes(2 * size)  # θ* and F; and of a step, F (θ − θ*) and the gradient
+    assert f"; keeps {memory} in memory, and takes up to {memory} more within a step\n" in said.out
+    assert f"anchor   {memory} stay in memory, and a step takes up to {memory} more, besides what is predicted;" in said.out
+    assert "anchor   ewc, weight 1: 28 tensors held" in said.out
+    assert "; before the first step, the run computes F: 6 forwards" in said.out
     assert not list(tmp_path.iterdir())
 
 
@@ -202,8 +210,21 @@ def test_a_new_head_is_left_out(classify, finished, tmp_path):
     assert said.code == 2 and "--anchor ewc: the head of --objective classify is new, and cannot score the old text" in said.err
     for kind in ("ewc", "ewc-empirical"):  # with a head that --init has; its labels are no tokens
         said = command(*words, "--init", run, "--anchor", kind, "--out", tmp_path / kind)
-        assert (said.code == 0) == (kind == "ewc-empirical"), said.err
-        assert kind != "ewc" or "predicts no tokens that can be drawn: ewc-empirical takes" in said.err
+        assert (said.code == 0) == (kind == "ewc-empirical") == (tmp_path / kind).exists(), said.err
+        assert kind != "ewc" or "--anchor ewc is for objectives that predict tokens" in said.err
+
+
+def test_an_objective_with_a_loss_of_its_own_draws_no_labels(short, tmp_path, monkeypatch):
+    monkeypatch.setattr(load("clm"), "objective", lambda self, networks, loss, held_out=None: Objective(networks))
+    said = command(*short("ewc"), "--out", tmp_path / "run")
+    assert said.code == 2 and "does not compute its loss by one call of the loss that it is given" in said.err
+
+
+def test_an_objective_of_two_terms_has_no_fisher(short, tmp_path, monkeypatch):
+    monkeypatch.setattr(Objective, "counts", staticmethod(lambda batch: {"loss": torch.tensor(1), "nsp": torch.tensor(1)}))
+    said = command(*short("ewc-empirical"), "--out", tmp_path / "run")
+    assert said.code == 2 and "has the terms loss and nsp, and F is of one: l2-sp goes with any" in said.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_step_adds_every_penalty():

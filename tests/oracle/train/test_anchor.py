@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy, one_hot
 
 from tests.compare import absolute, relative
 from tests.conftest import randomized, tiny_config
@@ -126,7 +126,7 @@ def per_example(network, ids_BT, labels_BT) -> dict[str, torch.Tensor]:
     def nats(named, ids_T, labels_T):
         logits_TV = functional_call(network, named, (ids_T[None],)).logits[0]
         kept_T = labels_T != -100
-        return (kept_T * F.cross_entropy(logits_TV, labels_T.clamp_min(0), reduction="none")).sum()
+        return (kept_T * cross_entropy(logits_TV, labels_T.clamp_min(0), reduction="none")).sum()
 
     named = {name: value.detach() for name, value in network.named_parameters()}
     return vmap(grad(nats), in_dims=(None, 0, 0))(named, ids_BT, labels_BT)
@@ -226,7 +226,7 @@ def test_empirical_fisher_of_a_linear_softmax(parity, linear):
     x_TD, weight_VD, bias_V, labels_T = linear
     named = {"weight": weight_VD, "bias": bias_V}
     found = fisher_diagonal(lambda row: linear_cross_entropy(x_TD, weight_VD, labels_T, bias_V), named, [0, 1])
-    residual_TV = (x_TD @ weight_VD.T + bias_V).softmax(-1).detach() - F.one_hot(labels_T, V)
+    residual_TV = (x_TD @ weight_VD.T + bias_V).softmax(-1).detach() - one_hot(labels_T, V)
     exact = {"weight": (residual_TV.T @ x_TD).square() / T, "bias": residual_TV.sum(0).square() / T}
     parity("anchor: empirical F", "closed form", relative(found, exact), 1e-13, "float64")
 

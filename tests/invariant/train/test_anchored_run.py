@@ -17,7 +17,7 @@ from tests.compare import relative
 from tests.fault.test_ranks import CHANGES, losses, torchrun
 from tests.runs import arguments, assert_same_end, command, further, last_checkpoint, stopped_at
 from train.anchor import DrawnLabels, fisher_diagonal
-from train.anchored_run import FILE
+from train.anchored_run import FILE, Anchoring
 from train.config_toml import read_settings
 from train.engine import Engine, stored_tensors
 from train.losses.cross_entropy import linear_cross_entropy
@@ -57,6 +57,10 @@ def made(short, tmp_path_factory):
         return runs[kind, weight]
 
     return run
+
+
+def stop(*_, **__) -> None:
+    raise KeyboardInterrupt
 
 
 def distance(run, start) -> float:
@@ -138,10 +142,6 @@ def test_a_resume_needs_the_file_as_it_was(short, tmp_path):
 
 def test_killed_before_the_first_checkpoint_it_starts_again(short, made, tmp_path, monkeypatch):
     run = tmp_path / "run"
-
-    def stop(*_, **__):
-        raise KeyboardInterrupt
-
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(train.anchored_run, "fisher_diagonal", stop)
         said = command(*short("ewc", 1e4), "--out", run)
@@ -173,6 +173,9 @@ def test_the_dry_run_has_it_and_writes_nothing(short, finished, tmp_path, monkey
     assert f"anchor   {memory} stay in memory, and a step takes up to {memory} more, besides what is predicted;" in said.out
     assert "anchor   ewc, weight 1: 28 tensors held" in said.out
     assert "; before the first step, the run computes F: 6 forwards" in said.out
+    monkeypatch.setattr(Anchoring, "stand_in", stop)
+    said = command(*short("ewc"), "--dry-run")
+    assert said.code == 130 and said.err == "stopped at once\n"  # there is no folder to go on with
     assert not list(tmp_path.iterdir())
 
 

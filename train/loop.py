@@ -122,16 +122,16 @@ class Run:
     def train(self) -> int:
         """Train until the last step, an early stop or a signal; return the signal's number, else 0."""
         began, first_step, first_tokens = time.monotonic(), self.step, self.tokens
-        self.console.info(self.introduction)
-        scored = None
-        if not self.step and (self.config.run.init is not None or self.config.report.early_stop_on):
+        scored, watched = None, self.config.report.early_stop_on
+        if not self.step and watched:
             scored = self._scores()
             self.early_stopping.check(scored[0])  # before a file is written
         self._open_files()
+        self.console.info(self.introduction)
         if self.anchoring is not None and self.engine.anchor is None:
             self.anchoring.begin(self.out)
-        if scored is not None:
-            scores, lines = scored
+        if not self.step and (self.config.run.init is not None or watched):
+            scores, lines = scored or self._scores()
             self.console.info("\n".join([f"before the first step: {lines[0]}", *lines[1:]]))
             self.metrics.write(step=0, split="before", **scores)
         self.console.begin(self.step, self.config.run.steps)

@@ -80,9 +80,9 @@ def layers(run: RunView) -> str:
     if config.optimizer.layer_rate != 1:
         multiples = {n: group["lr_multiple"] for group in run.engine.optimizers.param_groups for n in group["names"]}
         groups = layer_groups(run.engine.network.config, multiples).items()
-        shown = [f"{name} {multiples[names[0]]:.2g}" for name, names in groups if names]
+        shown = [f"{multiples[names[0]]:.2g} ({name})" for name, names in groups if names]
         shown = shown if len(shown) <= MAX_LAYERS else [*shown[:2], "…", shown[-1]]
-        text += f"layers   learn at so many times the rate: {', '.join(shown)}\n"
+        text += f"layers   learn at {', '.join(shown)} times the rate\n"
     return text
 
 

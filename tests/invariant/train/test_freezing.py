@@ -108,7 +108,7 @@ def test_one_layer_more_each_time(optimizer, options, finished, tmp_path):
     said = command(*further(options), *asked, "--out", run)
     assert said.code == 0, said.err
     assert "unfreeze layer 1 from step 0, layer 0 from 8, embeddings from 16" in said.out
-    assert "layers   learn at so many times the rate: layer 1 1, layer 0 0.4, embeddings 0.16" in said.out
+    assert "layers   learn at 1 (layer 1), 0.4 (layer 0), 0.16 (embeddings) times the rate" in said.out
     of_group = {
         "layer 1": {name for name in base if "h.1." in name or "ln_f" in name},
         "layer 0": {name for name in base if "h.0." in name},

@@ -38,6 +38,7 @@ def differing(stored: TrainConfig, asked: TrainConfig) -> list[str]:
             value = getattr(wanted, name)
             open_to_choice = value is None or value == "auto" or name in ("threads", "init", "out", "recipe", "loss", "epochs")
             open_to_choice |= name == "steps" and asked.run.epochs is not None
+            open_to_choice |= name == "unfreeze" and value == "gradual"  # which is stored in steps
             if not open_to_choice and getattr(has, name) != value:
                 found.append(f"{name} = {getattr(has, name)}, not {value}")
     return found

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from tests.runs import assert_same_end, command, further, last_checkpoint, stopp
 from train.config_toml import read_settings
 from train.layer_groups import layer_groups
 from train.optimizers.build import build_optimizer
+from train.overrides import differing
+from train.registry import load
 from train.runs.checkpoint import checkpoints, step_of
 from train.setup import rates_by_layer
 from train.unfreeze import Unfreezing
@@ -67,6 +70,8 @@ def test_a_new_head_alone_is_trained(options, finished, tmp_path):
     said = command(*shared, "--init", finished, "--freeze", "all", "--out", run)
     assert said.code == 0 and "frozen (--freeze all)" in said.out, said.err
     assert changed(run, 8, base) == set()
+    assert (rate := read_settings(run).optimizer.lr) == load("classify").defaults_of(read_settings(run)).lr and rate > 1e-4
+    assert "of pretraining's" not in said.out  # an eighth is for weights that are trained further
     assert load_file(last_checkpoint(run) / "optimizer.safetensors").keys()
     assert all(name.startswith("optimizer.head.") for name in load_file(last_checkpoint(run) / "optimizer.safetensors"))
     said = command(*shared, "--init", run, "--freeze", "all", "--out", tmp_path / "again")
@@ -131,7 +136,11 @@ def test_an_epoch_a_layer(options, finished, tmp_path):
     """`gradual` is recorded as the steps of an epoch; a run that is too short says which layers never learn."""
     said = command(*further(options), "--init", finished, "--unfreeze", "gradual", "--steps", 4, "--out", tmp_path / "run")
     assert said.code == 0, said.err
-    steps = int(read_settings(tmp_path / "run").run.unfreeze)
+    stored = read_settings(tmp_path / "run")
+    steps = int(stored.run.unfreeze)
+    for asked, differs in (("gradual", False), (f"{steps}", False), ("3", True)):  # what a restart by torchrun may say
+        found = differing(stored, replace(stored, run=replace(stored.run, unfreeze=asked)))
+        assert bool(found) == differs, found
     epochs = float(said.out.split(" epochs in all")[0].split()[-1])
     assert steps > 10 and abs(4 / steps - epochs) < 0.06
     assert f"layer 1 from step 0; layer 0 to embeddings would begin at {steps} and later, and the run ends at 4" in said.out
@@ -185,7 +194,7 @@ def test_rates_by_layer(optimizer):
 
 
 def test_dropped_gradients_are_those_of_frozen_groups():
-    """As under DDP: all gradients are computed, and what is frozen at a step loses its own."""
+    """All gradients are computed, as under DDP, and what is frozen at a step loses its own."""
     network = randomized(tiny_config("gpt2"))
     unfreezing = Unfreezing(network, 5, computes_all=True)
     names = {id(parameter): name for name, parameter in network.named_parameters()}

@@ -116,7 +116,7 @@ class Prompt(nn.Module):
 
 
 def test_a_prompt_before_the_text_is_not_pooled():
-    """As in PEFT, a network that pools the first token takes the prompt's first vector; mean and max are of the text alone."""
+    """A network that pools the first token takes the prompt's first vector, as PEFT; mean and max are of the text alone."""
     ids, mask = torch.randint(3, 61, (1, 5)), torch.ones(1, 5)
     network = classifier("bert", "concat")
     network.body.prompt = Prompt()

@@ -7,6 +7,7 @@
     example     one example: ids and labels, before packing
     transforms/ labels for causal, masked and sequence-to-sequence modelling, and for classes; special tokens around texts
     packing/    examples, or blocks of tokens, -> rows of a batch; the batch of a step is a pure function of (seed, step)
+    chat/       conversations: record shapes, chat templates, which tokens are learned
     made/       labelled data sets made from Python's standard library
     commands/   commands of `python -m data`
     prefetch    batches made ahead, in a thread

@@ -22,7 +22,7 @@ from train.objective import Objective
 from train.optimizers.build import build_optimizer
 from train.parallel.mesh import build_mesh
 from train.parallel.parallelize import parallelize
-from train.parallel.ranks import Ranks, own_rows
+from train.parallel.ranks import Ranks, disconnect, own_rows
 from train.step import train_step
 
 NAME = "6 × 384, V 8,192"
@@ -50,7 +50,7 @@ def rank(number: int, folder: Path, name: str, orders: Connection, answers: Conn
     while mesh := orders.recv():
         steps[mesh]()
         answers.send(mesh)
-    dist.destroy_process_group()
+    disconnect()
 
 
 def bench_ranks(rounds: int, name: str = NAME) -> None:

@@ -130,7 +130,21 @@ def connected() -> Iterator[Ranks]:
     ranks = connect()
     yield ranks
     if dist.is_initialized():  # not after an error: the others may never reach this line
-        dist.destroy_process_group()
+        disconnect()
+
+
+_destroyed: list[dist.ProcessGroup] = []
+
+
+def disconnect() -> None:
+    """Destroy the process group, and keep its object until the process ends.
+
+    DDP's reducer refers to the group, and holds Python's lock when it is freed. If it freed the group, it would wait for
+    gloo's threads, and these wait for the lock, to give back the tensors of the last exchange: a deadlock, about once in 100
+    runs on two busy cores.
+    """
+    _destroyed.append(dist.group.WORLD)
+    dist.destroy_process_group()
 
 
 def own_rows(batch: dict[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from tests.conftest import randomized, tiny_config
 from train.config import OptimizerConfig, RunConfig, SpeedConfig, TrainConfig
 from train.engine import Engine
 from train.objective import Objective
-from train.parallel.ranks import Ranks, own_rows
+from train.parallel.ranks import Ranks, disconnect, own_rows
 from train.setup import open_engine
 
 CURVE = Path(__file__).parent / "curve.json"
@@ -180,7 +180,7 @@ def walk(rank: int, folder: Path) -> None:
                 begun[name, way] += 1
         if world == 2:
             dist.barrier()
-            dist.destroy_process_group()
+            disconnect()
     (folder / f"losses-{rank}.json").write_text(json.dumps(losses))
 
 

@@ -10,7 +10,7 @@ from tests.invariant.train.test_step import Recorder, split, uneven_batch
 from train.objective import Objective
 from train.parallel.mesh import Mesh
 from train.parallel.parallelize import average_in_float32, no_grad_sync, parallelize
-from train.parallel.ranks import OtherRankError, Ranks, own_rows
+from train.parallel.ranks import OtherRankError, Ranks, disconnect, own_rows
 from train.step import train_step
 
 CPU = torch.device("cpu")
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 def group():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
-    dist.destroy_process_group()
+    disconnect()
 
 
 def test_replicas_exchange_once_a_step(group):

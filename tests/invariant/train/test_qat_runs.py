@@ -33,7 +33,7 @@ from train.optimizers.build import build_optimizer
 from train.optimizers.precision import autocast
 from train.parallel.mesh import Mesh
 from train.parallel.parallelize import replicated
-from train.parallel.ranks import Ranks, own_rows
+from train.parallel.ranks import Ranks, disconnect, own_rows
 from train.qat import Observers
 from train.registry import load
 from train.setup import open_data, open_network, open_optimizers
@@ -361,7 +361,7 @@ def in_a_rank(rank: int, folder: Path) -> None:
     for observer in ("minmax", "moving"):
         objective = replicated(rounded(observer), Mesh(), torch.device("cpu"))
         torch.save(steps_with(objective, Ranks(rank, 2), observer), folder / f"{observer}-{rank}.pt")
-    dist.destroy_process_group()
+    disconnect()
 
 
 @pytest.mark.slow

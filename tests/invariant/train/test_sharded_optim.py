@@ -28,6 +28,7 @@ from train.optimizers.named_optimizer import Optimizers
 from train.optimizers.rounding import stochastic_round_
 from train.optimizers.scaler import GradScaler
 from train.optimizers.sgd import SGD
+from train.parallel.ranks import disconnect
 from train.parallel.shard import copy_, full_tensor, shard_groups, shard_of
 from train.runs.sharded import is_sharded, local
 
@@ -343,7 +344,7 @@ def one_rank(rank: int, folder: Path) -> None:
         if failed:  # the ranks may stand at different places now: the rest cannot be told
             break
     (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
-    dist.destroy_process_group()
+    disconnect()
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ Where to read first: `config` (the hyperparameters of a network), then bottom up
     init · safetensors_file · finite · matching · hub                    initialization; folders in the Hugging Face layout
     folders · config_json · generation_config · ties                     the files of such a folder, beside the weights
     decoding · sampling · constraints · stopping · generate · beam · streaming   text generation
+    chat_session                                                         replies of a chat, whose cache stays over turns
     fill                                                                 mask filling by a masked-language model
     predict · predict_tags · answer_spans                                class probabilities, numbers, tags, answers
     parameters · flops · training · activations · memory · account       the cost of a network, before it is built

@@ -32,6 +32,10 @@ class LayerCache:
         self.key_BGSK = F.pad(self.key_BGSK, (0, 0, 0, positions))
         self.value_BGSK = F.pad(self.value_BGSK, (0, 0, 0, positions))
 
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` positions."""
+        self.length = length
+
     def reorder(self, row_B: Tensor) -> None:
         """Replace row b by row row_B[b], for a beam that continues another one."""
         self.key_BGSK[:, :, : self.length] = self.key_BGSK[row_B, :, : self.length]
@@ -76,6 +80,30 @@ class Cache:
     def length(self) -> int:
         """The number of cached positions, virtual tokens included."""
         return self.layers[0].length
+
+    @property
+    def text_length(self) -> int:
+        """The number of cached positions of text, without virtual tokens."""
+        return max(self.length - self.num_virtual_tokens, 0)
+
+    @property
+    def capacity(self) -> int:
+        """The number of positions of text that the buffers can hold."""
+        return self.layers[0].key_BGSK.size(2) - self.num_virtual_tokens
+
+    def grow(self, capacity: int) -> None:
+        """Extend the buffers to `capacity` positions of text, if they are smaller."""
+        missing = capacity - self.capacity
+        if missing > 0:
+            for layer in self.layers:
+                layer.grow(missing)
+
+    def truncate(self, text_length: int) -> None:
+        """Forget all positions of text but the first `text_length`; virtual tokens stay. Error: more than it holds."""
+        if not 0 <= text_length <= self.text_length:
+            raise ConfigError(f"truncate({text_length}): the cache holds {self.text_length} positions of text")
+        for layer in self.layers:
+            layer.truncate(min(layer.length, self.num_virtual_tokens + text_length))
 
     def add_virtual_tokens(self, count: int) -> None:
         """Make room for virtual tokens in an empty cache."""

@@ -21,6 +21,8 @@ class Decoding:
     again, and the text continues from there. A row's window slides when it would if the row were alone, but all rows are then
     read again. Relative positions (T5) have no such limit.
 
+    cache: of a decoder's only row, with the first tokens of input_ids or none; it grows with the text, and stays the caller's.
+
     With config.bidirectional_prompt the positions of input_ids, as far as they are in the window, see each other in both
     directions; new tokens are causal.
     """
@@ -33,6 +35,7 @@ class Decoding:
         *,
         max_new_tokens: int,
         use_cache: bool = True,
+        cache: Cache | None = None,
         copies: int = 1,
     ):
         _check(network, input_ids, attention_mask, max_new_tokens)
@@ -56,7 +59,10 @@ class Decoding:
         self.first_B1 = first_B1.clamp(min=self.end - self.limit)  # first column of a row's window; equal for beams of an input
         self.start = int(self.first_B1.min())  # first column of the batch's window
         self.cached_end = self.start  # the cache holds the window up to here
-        self.cache: Cache | None = None
+        self.cache = cache
+        if cache is not None:
+            _check_cache(cache, self)
+            self.cached_end = cache.text_length
 
     def next_logits(self) -> Tensor:
         """Return the logits B V of the next token. Errors: non-finite logits (ConfigError)."""
@@ -66,9 +72,9 @@ class Decoding:
             self.start = self.cached_end = int(self.first_B1.min())
             self.cache = None
         if self.cache is None and self.use_cache:
-            stack = getattr(self.network.body, "decoder", self.network.body)
-            embedded, capacity = stack.embed_tokens(self.ids_BT[:1, :1]), min(self.limit, self.ids_BT.size(1))
-            self.cache = Cache(self.config, self.ids_BT.size(0), capacity, embedded.dtype, embedded.device)
+            self.cache = empty_cache(self.network, self.ids_BT, min(self.limit, self.ids_BT.size(1)))
+        elif self.cache is not None and self.end - self.start > self.cache.capacity:  # a caller's: doubled
+            self.cache.grow(max(self.end - self.start, min(2 * self.cache.capacity, self.limit)))
         unread_BT = self.ids_BT[:, self.cached_end : self.end]
         mask_BT = None
         if self.padded:
@@ -116,6 +122,13 @@ def seen_tokens(text: Decoding, vocab_size: int) -> Tensor:
     return ids_BT.new_zeros(ids_BT.size(0), vocab_size).scatter_add_(1, ids_BT, real_BT) > 0
 
 
+def empty_cache(network: nn.Module, ids_BT: Tensor, capacity: int) -> Cache:
+    """Return an empty key-value cache for rows like ids_BT, in the dtype and on the device of the network's embeddings."""
+    stack = getattr(network.body, "decoder", network.body)
+    embedded = stack.embed_tokens(ids_BT[:1, :1])
+    return Cache(network.config, ids_BT.size(0), capacity, embedded.dtype, embedded.device)
+
+
 @contextmanager
 def eval_mode(network: nn.Module) -> Iterator[None]:
     """Turn off dropout and gradients; the network's mode is restored afterwards."""
@@ -142,3 +155,16 @@ def _check(network: nn.Module, input_ids: Tensor, attention_mask: Tensor | None,
         raise ConfigError(f"attention_mask of shape {tuple(attention_mask.shape)}, input_ids {tuple(input_ids.shape)}")
     if input_ids.ndim != 2 or input_ids.size(1) == 0:
         raise ConfigError(f"input_ids of shape {tuple(input_ids.shape)}: expected (batch, at least one token)")
+
+
+def _check_cache(cache: Cache, text: Decoding) -> None:
+    rows, given = text.ids_BT.size(0), text.prompt_length
+    if text.config.architecture != "decoder" or rows != 1 or text.padded:
+        given = f"{rows} {'padded ' * text.padded}of an {text.config.architecture}"
+        raise ConfigError(f"a caller's cache is for one text of a decoder, not for {given}")
+    if given > text.limit:
+        raise ConfigError(f"{given} tokens do not fit the {text.limit} of the context, as a caller's cache needs")
+    if cache.text_length >= given:
+        raise ConfigError(f"the cache holds {cache.text_length} positions of a text of {given}: one at least must be read")
+    if cache.text_length and text.config.bidirectional_prompt:
+        raise ConfigError("a bidirectional prompt is read at once: its cache must be empty")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.config import DataError
+from data.tokenizer.chat_templates import parse_chat_templates
 
 TOKENIZER_MODEL, TOKENIZER_JSON, VOCAB_TXT = "tokenizer.model", "tokenizer.json", "vocab.txt"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -43,6 +44,7 @@ class Tokenizer(ABC):
         vocab_size      the network's, where given: larger (unused ids) or smaller (`check_ids`) than the tokenizer's
         sha256          hash of everything that decides ids
         files           name -> content of the files that the tokenizer was read from, byte for byte
+        template_files  the same of files beside it that may have chat templates; chat_templates  name -> Jinja text in them
 
     Without a prefix, one id is both bos_id and eos_id: it ends a document and begins the next. It is the tokenizer's eos, or
     another special token (`with_separator`); a bos that the tokenizer never adds is not used.
@@ -62,6 +64,7 @@ class Tokenizer(ABC):
         vocab_size: int | None,
     ):
         self.added_tokens: dict[str, int] = {}
+        self.template_files: dict[str, bytes] = {}
         own, size = len(token_bytes), len(token_bytes) if vocab_size is None else vocab_size
         self.files, self.sha256, self.vocab_size, self.affixes = files, sha256, size, affixes
         self.token_bytes = token_bytes + [b""] * (size - own)
@@ -147,6 +150,11 @@ class Tokenizer(ABC):
     def token_name(self, id: int) -> str:
         """Return the name of a special token, for messages."""
         return next((name for name, own in self.control_tokens.items() if own == id), f"id {id}")
+
+    @cached_property
+    def chat_templates(self) -> dict[str, str]:
+        """Jinja text of the chat templates beside the tokenizer, "default" first; {} without any. Errors: DataError."""
+        return parse_chat_templates(self.files | self.template_files)
 
     @cached_property
     def byte_lengths(self) -> np.ndarray:

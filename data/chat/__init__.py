@@ -1,5 +1,8 @@
 """Conversations: records of several shapes, chat templates, and which tokens of a rendered conversation are learned.
 
+    conversation  messages with their tools, as templates read them; strings without a template
+    turns         turns of a record as messages: roles, contents, tool calls, reasoning, flags
+    shapes        records of Alpaca, ShareGPT, OpenAI, prompt/completion and text, told apart by their columns
     sandbox       Jinja in a sandbox, as transformers renders it
     template      chat templates: our own by name, and the folder's
     templates/    our own, as Jinja

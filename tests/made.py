@@ -6,7 +6,7 @@ from functools import cache
 from data.made.modules import Module, list_definitions, package_of, read_modules
 from data.made.sets import make_set
 
-NAMES = ("tag", "qa", "pairs", "scores")
+NAMES = ("tag", "qa", "pairs", "scores", "conversations")
 PACKAGES = {"json", "email", "http", "logging", "argparse", "os", "posixpath", "collections"}
 
 

@@ -27,10 +27,11 @@ class Task:
 
     tag: module, function, class and constant names in documentation sentences (IOB2). qa: questions about docstrings, a third
     without an answer (SQuAD 2's records). pairs: do two halves of docstrings belong together? scores: how similar are two
-    functions (a number)? Validation records are of modules that training does not see.
+    functions (a number)? conversations: questions about code and docstrings, in several turns, as OpenAI's messages. Validation
+    records are of modules that training does not see.
     """
 
-    name: tyro.conf.Positional[Literal["tag", "qa", "pairs", "scores"]]
+    name: tyro.conf.Positional[Literal["tag", "qa", "pairs", "scores", "conversations"]]
     """The data set."""
 
     out: Path
@@ -45,7 +46,7 @@ def make_task(options: Task) -> None:
     from tqdm import tqdm
 
     from data.made.modules import read_modules
-    from data.made.sets import check_records, make_set, measure
+    from data.made.sets import check_records, make_set, measure, measure_leak
 
     with new_folder(options.out) as folder:
         bar = partial(tqdm, desc="reading", unit=" modules", disable=not sys.stderr.isatty(), leave=False)
@@ -59,6 +60,7 @@ def make_task(options: Task) -> None:
             (folder / f"{split}.jsonl").write_bytes(content)
             files[f"{split}.jsonl"] = {"records": len(records), "sha256": hashlib.sha256(content).hexdigest()}
         used = {split: sorted({record["module"] for record in records}) for split, records in sets.items()}
+        leak = measure_leak(sets) if options.name == "conversations" else None
         index = {
             "name": options.name,
             "seed": options.seed,
@@ -66,10 +68,14 @@ def make_task(options: Task) -> None:
             "files": files,
             "modules": used,
             "shares": {split: table.shares for split, table in measured.items()},
+            "leak": leak,
             "cues": {split: table.cues for split, table in measured.items()},
         }
         (folder / INDEX).write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print_table(options, measured, used)
+    if leak is not None:
+        print(f"leak         {leak[0]:,} of {leak[1]:,} held-out replies are those of a question of the same form in training")
+    print(f"wrote        {options.out / 'train.jsonl'}, {options.out / 'validation.jsonl'}, {options.out / INDEX}")
 
 
 @contextmanager
@@ -107,7 +113,6 @@ def print_table(options: Task, measured: dict, used: dict[str, list[str]]) -> No
     for split in splits:
         for cue in measured[split].found_cues:
             print(f"note: {split}: {cue} is {measured[split].cues[cue][0]:.3f}: more than chance allows", file=sys.stderr)
-    print(f"wrote        {options.out / 'train.jsonl'}, {options.out / 'validation.jsonl'}, {options.out / INDEX}")
 
 
 CHECKED = {
@@ -115,4 +120,5 @@ CHECKED = {
     "qa": "each answer stands in its context at its offset; the label by length or position alone:",
     "pairs": "the label by length alone (half of each text's records are yes):",
     "scores": "the score by length alone:",
+    "conversations": "each reply stands in its context; whether it has the answer by length or turn alone:",
 }

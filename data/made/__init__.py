@@ -1,12 +1,14 @@
 """Labelled data sets made from the sources of Python's standard library; `python -m data task NAME` writes them.
 
-    modules  modules by their syntax trees: definitions with docstrings; which modules are held out; draws
-    names    kinds of names by the syntax trees: module, function, class or constant
-    text     docstrings as plain text, paragraphs and sentences
-    tag      names in documentation sentences, IOB2
-    qa       questions about a docstring; the answer is a span of it, a third have none
-    pairs    do two halves of docstrings belong together
-    scores   how similar are two functions: the Jaccard index of their identifiers
-    sets     training and held-out records of each, measured and checked
-    cues     how well a label could be guessed by a length or position alone
+    modules        modules by their syntax trees: definitions with docstrings; which modules are held out; draws
+    names          kinds of names by the syntax trees: module, function, class or constant
+    text           docstrings as plain text, paragraphs and sentences
+    tag            names in documentation sentences, IOB2
+    qa             questions about a docstring; the answer is a span of it, a third have none
+    pairs          do two halves of docstrings belong together
+    scores         how similar are two functions: the Jaccard index of their identifiers
+    conversations  several turns about a short context, with a system message
+    snippets       their contexts: definitions in a few lines, and the questions that they answer
+    sets           training and held-out records of each, measured and checked
+    cues           how well a label could be guessed by a length or position alone
 """

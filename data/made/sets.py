@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from data.config import DataError
 from data.corpus.dedup import fingerprint
+from data.made.conversations import ABSENT, answers_of, contents, context_of, split_conversations
 from data.made.cues import allowed_accuracy, correlation, histogram, measure_cues
 from data.made.modules import Module, Record
 from data.made.names import Names
@@ -38,6 +39,9 @@ def make_set(name: str, modules: list[Module], seed: int = 0) -> dict[str, list[
 
     No text of the held-out records is one of the others, up to case and white space.
     """
+    if name == "conversations":
+        records = split_conversations(modules, seed)
+        return raise_if_empty(name, records, modules)
     seen, held_out = ([module for module in modules if module.is_held_out == side] for side in (False, True))
     if name == "tag":
         names = Names(modules)
@@ -48,6 +52,10 @@ def make_set(name: str, modules: list[Module], seed: int = 0) -> dict[str, list[
     validation = make(held_out, seed, frozenset(), **size)
     avoid = frozenset(fingerprint(text) for record in validation for text in texts_of(record))
     records = {"train": make(seen, seed, avoid), "validation": validation}
+    return raise_if_empty(name, records, modules)
+
+
+def raise_if_empty(name: str, records: dict[str, list[Record]], modules: list[Module]) -> dict[str, list[Record]]:
     for split, found in records.items():
         if not found:
             raise DataError(f"{name}: no {split} records can be made of {len(modules):,} modules: take more")
@@ -57,6 +65,8 @@ def make_set(name: str, modules: list[Module], seed: int = 0) -> dict[str, list[
 def texts_of(record: Record) -> list[str]:
     if "words" in record:
         return [" ".join(record["words"])]
+    if "messages" in record:
+        return [context_of(record)]
     return [record["context"]] if "context" in record else [record["first"], record["second"]]
 
 
@@ -65,6 +75,10 @@ def measure(records: list[Record]) -> Measured:
     words = sum(len(text.split()) for record in records for text in texts_of(record)) / len(records)
     if "words" in records[0]:
         return Measured(len(records), words, shares(label for record in records for label in record["labels"]))
+    if "messages" in records[0]:
+        words = sum(len(text.split()) for record in records for text in contents(record)) / len(records)
+        kinds = shares(kind for record in records for kind in record["kind"].split())
+        return Measured(len(records), words, kinds, conversation_cues(records))
     if "context" in records[0]:
         return Measured(len(records), words, shares(record["id"].split(":", 1)[1] for record in records), qa_cues(records))
     if "label" in records[0]:
@@ -98,14 +112,43 @@ def qa_cues(records: list[Record]) -> dict[str, tuple[float, float]]:
     return cues
 
 
+def conversation_cues(records: list[Record]) -> dict[str, tuple[float, float]]:
+    """Return the accuracy of guessing by lengths, or by the question's number, whether a context has the answer."""
+    features: dict[str, list[float]] = {"length of the context": [], "length of the question": [], "the question's number": []}
+    has_answer = []
+    for record in records:
+        context = len(context_of(record))
+        for i, (kind, question) in enumerate(zip(record["kind"].split(), contents(record, "user"), strict=True)):
+            if kind != "module":
+                has_answer.append(not kind.endswith(":absent"))
+                length = len(question) - (context + 2 if len(question) > context else 0)
+                for values, value in zip(features.values(), (context, length, i), strict=True):
+                    values.append(float(value))
+    allowed = allowed_accuracy(has_answer)
+    return {f"answered or not, by {name}": (value, allowed) for name, value in measure_cues(features, has_answer).items()}
+
+
+def measure_leak(sets: dict[str, list[Record]]) -> tuple[int, int]:
+    """Return how many held-out replies are replies to a question of the same form in training, and how many there are; of
+    conversations, without the replies that say that the text does not tell."""
+    known = set(answers_of(sets["train"]))
+    held_out = list(answers_of(sets["validation"]))
+    return sum(answer in known for answer in held_out), len(held_out)
+
+
 def check_records(records: list[Record]) -> None:
-    """Raise DataError for tags that are not IOB2, or an answer that is not in its context at its offset."""
+    """Raise DataError for tags that are not IOB2, or an answer that is not in its context (at its offset, where it has one)."""
     for number, record in enumerate(records, 1):
         if "labels" in record:
             if len(record["words"]) != len(record["labels"]):
                 raise DataError(f"record {number}: {len(record['words'])} words and {len(record['labels'])} labels")
             if problem := problem_of_tags(record["labels"]):
                 raise DataError(f"record {number}: {problem}")
+        if "messages" in record:
+            for kind, reply in zip(record["kind"].split(), contents(record, "assistant"), strict=True):
+                told = {"module": record["module"]}.get(kind, context_of(record))
+                if not reply or reply not in (ABSENT if kind.endswith(":absent") else told):
+                    raise DataError(f"record {number}: the reply {reply!r} to a question of kind {kind} is not in its context")
         for text, start in zip(*record.get("answers", {}).values(), strict=True):
             if record["context"][start : start + len(text)] != text:
                 raise DataError(f"record {number}: the answer {text!r} is not in its context at {start}")

@@ -12,11 +12,22 @@ from data.config import DataError
 from data.tokenizer.base import SIDE_FILES, WELL_KNOWN_NAMES, Tokenizer, first_id
 
 CHATML = ("<|im_start|>", "<|im_end|>")
+MISTRAL_TOOLS = ("[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
+DEEPSEEK_TOOLS = tuple(f"{part}▁{end}" for part in ("calls", "call", "outputs", "output") for end in ("begin", "end"))
 CONTROL_TOKENS: dict[str, tuple[str, ...]] = {  # a template of templates/NAME.jinja: its own tokens, without bos and eos
     "chatml": CHATML,
+    "llama-2": (),
     "llama-3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "mistral-v1": (),
+    "mistral-v3": ("[INST]", "[/INST]", *MISTRAL_TOOLS),
+    "mistral-v7": ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]", *MISTRAL_TOOLS, "[TOOL_CONTENT]"),
+    "zephyr": (),
     "gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "phi-3": ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
     "qwen2.5": CHATML,
+    "qwen3": CHATML,
+    "deepseek": ("<｜User｜>", "<｜Assistant｜>", *(f"<｜tool▁{name}｜>" for name in (*DEEPSEEK_TOOLS, "sep"))),
+    "alpaca": (),
 }
 TEMPLATE_NAMES = tuple(CONTROL_TOKENS)
 DEFAULT = "default"  # the name of a folder's template
@@ -88,7 +99,8 @@ class ChatTemplate:
 
     @staticmethod
     def _with_tools() -> str:
-        return f"templates that have one: {', '.join(name for name in TEMPLATE_NAMES if 'tools' in read_named(name))}"
+        able = (name for name in TEMPLATE_NAMES if "tools" in read_variables(read_named(name)))
+        return f"of our own, these have one: {', '.join(able)}"
 
 
 def prepare_message(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,8 @@
     notes       lines on text that was skipped, repaired or not encodable
     shell messages  quoted commands; counts with their nouns and shortened lists, in messages
 
-`python -m data prepare` builds the shards and prints their sizes; `python -m data task NAME` makes a labelled data set.
+`python -m data prepare` builds the shards and prints their sizes; `python -m data task NAME` makes a labelled data set;
+`python -m data preview FILE` shows which tokens of conversations are learned.
 In reading order: sources/find, sources/files, corpus/ingest, corpus/dedup, tokenizer/base, tokenizer/bpe, corpus/prepare,
 sources/shards, packing/blocks, transforms/causal, transforms/masked, transforms/seq2seq.
 """
@@ -23,6 +24,9 @@ sources/shards, packing/blocks, transforms/causal, transforms/masked, transforms
 from importlib import import_module
 
 PUBLIC = {  # file: the names that it offers; `from data import load_tokenizer` is the stable interface
+    "chat.conversation": ("Conversation", "Plain"),
+    "chat.encode": ("ChatEncoder", "encode_chat"),
+    "chat.template": ("ChatTemplate", "open_template"),
     "config": ("DataConfig", "DataError"),
     "corpus.dedup": ("deduplicate", "find_covered", "shingle_overlap"),
     "corpus.prepare": ("prepare",),

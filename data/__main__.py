@@ -1,6 +1,7 @@
-"""`python -m data prepare|task`: build the shards of a corpus and print their sizes; make a labelled data set."""
+"""`python -m data prepare|task|preview`: build the shards of a corpus; make a labelled data set; show conversations."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +11,7 @@ import touchstone
 
 touchstone.refuse_shadowed()  # before a file of the user's is imported in place of ours
 
+from data.commands.preview import Preview, preview
 from data.commands.task import Task, make_task
 from data.config import BUILT_IN, DataConfig, DataError
 from data.messages import format_count
@@ -74,18 +76,25 @@ def main(arguments: list[str]) -> int:
     def act() -> None:
         refuse_unreadable(arguments, DataError)
         config = tyro.extras.subcommand_cli_from_dict(
-            {"prepare": Prepare, "task": Task},
+            {"prepare": Prepare, "task": Task, "preview": Preview},
             args=arguments or ["--help"],
             prog=program("data"),
             description="Text in, batches out.",
         )
         refuse_idle(config, getattr(config, "NEEDS", ()), arguments, DataError)
-        if isinstance(config, Task):
-            make_task(config)
-        else:
-            print_shards(config)
+        ACTIONS[type(config)](config)
 
-    return run_command(act, lambda: (DataError, OSError))
+    return run_command(act, failures)
+
+
+ACTIONS: dict[type, Callable[[object], None]] = {Prepare: print_shards, Task: make_task, Preview: preview}
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """Return the exceptions that are reported in one line."""
+    from train.runs.errors import CheckpointError
+
+    return DataError, CheckpointError, OSError
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+BUILT_IN_RECORDS = ("stdlib-chat",)  # for the objectives that name it; data.made makes it
 BUILT_IN = {"stdlib-docs": "read_docs", "stdlib-code": "read_code"}  # corpus: its function in data.corpus.stdlib
 BadText = Literal["error", "replace", "skip"]
 Mix = Literal["tokens", "documents", "temperature"]
@@ -78,7 +79,7 @@ class DataConfig:
     """Text to train on, and how it is split and tokenized."""
 
     corpus: tuple[str, ...] = ("stdlib-docs",)
-    """stdlib-docs, stdlib-code, or files, folders and globs. Hidden files in a folder are skipped.
+    """stdlib-docs, stdlib-code, or files, folders and globs. Hidden files in a folder are skipped. (Of sft: stdlib-chat.)
     Texts: .txt .md .py; records: .jsonl .json .csv .tsv .parquet; each also .gz.
     NAME=PATH:WEIGHT NAME=PATH:WEIGHT … mixes sources: each gets its weight's share of the rows of batches (see --mix).
     A NAME may be repeated, with another PATH and the same weight."""

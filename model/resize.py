@@ -1,5 +1,7 @@
 """Resizing of the vocabulary: rows of the embedding and of the head are added or removed at the end."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -40,6 +42,26 @@ def resize_vocabulary(network: Network, vocab_size: int) -> Network:
     network.config = config
     network.tie_weights()
     return network
+
+
+@torch.no_grad()
+def add_rows(network: Network, ids: Sequence[int]) -> Network:
+    """Give new ids rows at the mean of all others, in the embedding and a language head; returns the network.
+
+    Rows are added as `resize_vocabulary` does; a row that exists already, unused, is set to the mean too.
+    """
+    old_size = network.config.vocab_size
+    unused = [id for id in ids if id < old_size]
+    if unused:
+        tables = [network.body.embedding.weight]
+        if isinstance(network.head, LanguageHead) and not network.config.tie_embeddings:
+            tables.append(network.head.weight)
+        others = torch.ones(old_size, dtype=torch.bool)
+        others[unused] = False
+        for weight_VD in tables:
+            wide = weight_VD.to(torch.promote_types(weight_VD.dtype, torch.float32))
+            weight_VD[unused] = wide[others.to(weight_VD.device)].mean(0).to(weight_VD.dtype)
+    return resize_vocabulary(network, max(old_size, *(id + 1 for id in ids)))
 
 
 def resize_rows(weight_VD: Tensor, rows: int) -> Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, unquote_to_bytes
 
-from data.config import BUILT_IN, CorpusEntry, parse_entry
+from data.config import BUILT_IN, BUILT_IN_RECORDS, CorpusEntry, parse_entry
 from lora.config import CONFIGS
 from train.config import RunConfig, TrainConfig
 from train.registry import config_type, file_hash, is_file, name_of
@@ -34,7 +34,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         return Path(path).expanduser().absolute()
 
     def found(entry: CorpusEntry) -> str:
-        return str(entry if entry.path in BUILT_IN else entry._replace(path=str(absolute(entry.path))))
+        return str(entry if entry.path in (*BUILT_IN, *BUILT_IN_RECORDS) else entry._replace(path=str(absolute(entry.path))))
 
     corpus = tuple(map(found, config.data.parsed))
     init = None if config.run.init is None else absolute(config.run.init)

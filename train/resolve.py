@@ -55,14 +55,17 @@ def resolve_machine(config: TrainConfig, ranks: Ranks) -> TrainConfig:
         raise TrainError(
             f"--batch-size {config.optimizer.batch_size}: {ranks.world} ranks share its sequences, and each needs one at least"
         )
-    network = replace(config.network, preset=config.network.preset or load(run.objective).defaults_of(config).preset)
+    task, data = load(run.objective), config.data
+    if task.default_corpus is not None and data.corpus == type(data)().corpus:
+        data = replace(data, corpus=(task.default_corpus,))
+    network = replace(config.network, preset=config.network.preset or task.defaults_of(config).preset)
     out = Path(ranks.broadcast(str(run.out or unused(Path("runs") / f"{network.preset}-{time.strftime('%Y%m%d-%H%M%S')}"))))
     threads = torch.get_num_threads()
     run = replace(run, device=device, threads=threads, out=out, mesh=mesh, on_nonfinite=on_nonfinite)
     recorded = replace(config.recorded, objective_sha256=file_hash(run.objective))
     speed = replace(speed, deterministic=deterministic)
     chosen = {"optimizer": resolve_rates(config), "speed": speed, "recorded": recorded}
-    return replace(config, run=run, network=network, **chosen)
+    return replace(config, run=run, data=data, network=network, **chosen)
 
 
 def resolve_steps(config: TrainConfig, task: Task) -> TrainConfig:

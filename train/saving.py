@@ -60,6 +60,7 @@ def write_files(run: SavedRun, folder: Path) -> None:
     run.engine.save(folder)
     if run.ranks.is_main:
         run.tokenizer.save(folder)
+        run.task.save_files(folder, run.engine.network)
         if run.extra_files_from is not None:
             copy_auxiliary_files(run.extra_files_from, folder, only=EXTRAS if run.config.method is not None else None)
         state = {key: getattr(run, key) for key in SAVED} | {"format": STATE_FORMAT, "text": run.task.identity()}

@@ -174,6 +174,7 @@ def initial_network(config: TrainConfig, data: object, checkpoint: Path | None, 
     common = common | {"head": head, "labels": labels, "pool": wanted.pool, "seed": run.seed}
     network = model.hub.load(folder, quantization=four_bit, check_finite=True, **common)
     network.config = task.network(config, network.config.replace(bidirectional_prompt=False), data)
+    network = task.adapt_network(config, network, data)
     if follow_autocast(network) and config.method is None:
         scheme = next(iter(quantized_layers(network).values())).weight.scheme
         advice = "add --adapter lora" if run.qat == "none" else f"--qat {run.qat} begins with those it was made from"

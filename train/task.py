@@ -113,6 +113,7 @@ class Task(ABC):
     best: ClassVar[str] = "loss"  # the score that selects the best checkpoint
     higher_is_better: ClassVar[bool] = False
     can_mix: ClassVar[bool] = False  # takes sources by weight, --corpus NAME=PATH:WEIGHT
+    default_corpus: ClassVar[str | None] = None  # built-in records, in place of the built-in text
     label_names: Sequence[str] = ()  # of class labels, by id; none: labels are tokens
     validation_sources: Sequence[str] = ()  # the source of each batch of `validation`, where there are several
 
@@ -152,6 +153,14 @@ class Task(ABC):
     def network(cls, config: "TrainConfig", base: "ModelConfig", data: Any) -> "ModelConfig":
         """Return the configuration of the network to build or load, with what the data decide (labels)."""
         return base
+
+    @classmethod
+    def adapt_network(cls, config: "TrainConfig", network: "nn.Module", data: Any) -> "nn.Module":
+        """Change the network of --init as the data need it, before an adapter is added."""
+        return network
+
+    def save_files(self, folder: Path, network: "nn.Module") -> None:  # noqa: B027, most tasks have none
+        """Write further files of a checkpoint."""
 
     @abstractmethod
     def identity(self) -> dict:

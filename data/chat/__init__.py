@@ -6,4 +6,8 @@
     sandbox       Jinja in a sandbox, as transformers renders it
     template      chat templates: our own by name, and the folder's
     templates/    our own, as Jinja
+    encode        a rendering as ids, and which of them are learned: `encode_chat`, `ChatEncoder`
+    overlong      conversations that are longer than a row
+    variables     further variables of templates, as options give them
+    preview       the text of an example with its learned tokens marked
 """

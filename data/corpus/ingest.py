@@ -6,7 +6,7 @@ from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
-from data.config import BUILT_IN, DataConfig, DataError
+from data.config import BUILT_IN, BUILT_IN_RECORDS, DataConfig, DataError
 from data.messages import format_count, shorten_list
 from data.sources.files import Document, ReadReport, read_files
 from data.sources.find import expand_home, find_files
@@ -26,6 +26,8 @@ def find_corpus(config: DataConfig, lines: list[str] | None = None, option: str 
             sources.append((entry, list_files() if entry not in seen else []))
             seen.add(entry)
             continue
+        if entry in BUILT_IN_RECORDS and not expand_home(entry).exists():
+            raise DataError(f"{option} {entry}: built-in conversations, for --objective sft, by themselves")
         found = find_files(entry, config.cache)
         if found is None:
             might_name = "=" in entry and not config.weights

@@ -4,6 +4,7 @@
     open            load_tokenizer: the class is chosen by the files of a folder
     sentencepiece   SentencePiece models: our own (lossless on any text) and published ones
     tokenizer_json  tokenizer.json and vocab.txt, run by the library `tokenizers`
+    pieces          the bytes of its pieces
     chat_templates  the Jinja text of chat templates beside a tokenizer, by name
     export          our SentencePiece models as tokenizer.json, for transformers
     training        trains our SentencePiece BPE on a corpus

@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from data.tokenizer.chat_templates import parse_chat_templates
 TOKENIZER_MODEL, TOKENIZER_JSON, VOCAB_TXT = "tokenizer.model", "tokenizer.json", "vocab.txt"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SIDE_FILES = (TOKENIZER_CONFIG, "special_tokens_map.json")  # they give the tokens their roles: bos, eos, mask, pad, …
+ADDED_TOKENS = "added_tokens.json"  # beside a tokenizer.model: {name: id} of control tokens that it lacks, with the next ids
 PROBE = " a  b\t\r\n\n c \u2581\u00e9e\u0301\uff21\U0001f600<s></s>\0"  # a lossy tokenizer changes this text
 
 
@@ -31,6 +32,7 @@ class Tokenizer(ABC):
         encode(text)    ids without special tokens; parse_special=True reads a special token written in the text as that token
         decode(ids)     text; special ids decode to nothing
         encode_with_offsets(text)  ids, and the characters of each
+        encode_parts(parts)        the same for texts and control tokens side by side: what looks like one in a text stays text
         with_special_tokens(ids)   prefix + ids + suffix, the ids of transformers' tokenizer(text)
         affixes         that prefix and suffix
         token_bytes     UTF-8 bytes of each id; b"" for special ids
@@ -42,6 +44,7 @@ class Tokenizer(ABC):
         separator       the name of bos_id where `with_separator` chose it, else None
         is_lossless     decode(encode(text)) == text for any text; encode(a) + encode(b) then decodes to a + b
         vocab_size      the network's, where given: larger (unused ids) or smaller (`check_ids`) than the tokenizer's
+        own_size        the number of its own ids, whatever the network's
         sha256          hash of everything that decides ids
         files           name -> content of the files that the tokenizer was read from, byte for byte
         template_files  the same of files beside it that may have chat templates; chat_templates  name -> Jinja text in them
@@ -66,7 +69,7 @@ class Tokenizer(ABC):
         self.added_tokens: dict[str, int] = {}
         self.template_files: dict[str, bytes] = {}
         own, size = len(token_bytes), len(token_bytes) if vocab_size is None else vocab_size
-        self.files, self.sha256, self.vocab_size, self.affixes = files, sha256, size, affixes
+        self.files, self.sha256, self.own_size, self.vocab_size, self.affixes = files, sha256, own, size, affixes
         self.token_bytes = token_bytes + [b""] * (size - own)
         self.control_tokens = dict(control_tokens)
         self.special_ids = frozenset(i for i in control_ids if i < size) | frozenset(range(own, size))
@@ -98,6 +101,42 @@ class Tokenizer(ABC):
         begin_N = np.concatenate([end_N[:1] * 0, end_N[:-1]])
         character_of_byte = np.repeat(np.arange(len(text)), [len(character.encode()) for character in text])
         return ids, np.stack([character_of_byte[begin_N], character_of_byte[end_N - 1] + 1], axis=1)
+
+    def encode_parts(self, parts: Sequence[str | int]) -> tuple[list[int], np.ndarray]:
+        """Return the ids of texts (str) and control tokens (ids) side by side, and offsets N 2.
+
+        The ids of encode_with_offsets("".join(...)) with each control token by its name, except that a text encodes to no
+        control token. Offsets count characters in that joined text. Errors: those of `encode`.
+        """
+        ids: list[int] = []
+        offsets: list[np.ndarray] = []
+        at = 0
+        for part in parts:
+            if isinstance(part, int):
+                length = len(self.token_name(part))
+                found, offset_N2 = [part], np.array([[0, length]])
+            else:
+                length = len(part)
+                found, offset_N2 = self._encode_part(part)
+            ids += found
+            offsets.append(offset_N2.reshape(-1, 2) + at)
+            at += length
+        return self.check_ids(ids), np.concatenate([np.zeros((0, 2), np.int64), *offsets])
+
+    def _encode_part(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Return ids and offsets of plain text; a lossless tokenizer's tokens spell it byte by byte."""
+        ids = self._encode_text(text, False)
+        end_N = np.cumsum([len(self.token_bytes[id]) for id in ids], dtype=np.int64)
+        begin_N = np.concatenate([end_N[:1] * 0, end_N[:-1]])
+        character_of_byte = np.repeat(np.arange(len(text)), [len(character.encode()) for character in text])
+        return ids, np.stack([character_of_byte[begin_N], character_of_byte[end_N - 1] + 1], axis=1)
+
+    @abstractmethod
+    def with_added_tokens(self, names: Sequence[str]) -> "Tokenizer":
+        """Return a copy with further control tokens, whose ids follow its own; its files hold them.
+
+        The network's rows for them may exist already, unused, or are added (`model.resize.add_rows`).
+        """
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:

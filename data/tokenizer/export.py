@@ -15,6 +15,7 @@ def to_tokenizer_json(
     affixes: Affixes,
     roles: Mapping[str, int | None],
     flags: Mapping[str, object],
+    added: Mapping[str, int],
 ) -> dict[str, bytes]:
     """Return tokenizer.json and tokenizer_config.json of a lossless model, with the same ids, for U+2581 too.
 
@@ -22,7 +23,7 @@ def to_tokenizer_json(
     one piece get consecutive ranks, in the order of scores. Pieces hold the space itself instead of U+2581: that character then
     has no piece and is spelled in bytes, as in our encoder. transformers' tokenizer recognizes special tokens written in the
     text, and adds the same affixes. Returns {} for a model that is no BPE, or has pieces that are matched before merging.
-    roles: ids of bos, eos, unk, mask. flags: settings copied into tokenizer_config.json.
+    roles: ids of bos, eos, unk, mask. flags: settings copied into tokenizer_config.json. added: further control tokens.
     """
     count = len(processor)
     ids, controls = {}, []
@@ -33,6 +34,7 @@ def to_tokenizer_json(
         if not is_ordinary and not processor.is_byte(i):
             controls.append((i, piece))
     control_ids = {i for i, _ in controls}
+    controls += [(i, name) for name, i in added.items()]
     scores = [processor.get_score(i) for i in ids.values() if not (i in control_ids or processor.is_byte(i))]
     if scores != [-rank for rank in range(len(scores))]:  # the scores of SentencePiece's BPE, and of nothing else
         return {}

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 from data.config import DataError
-from data.tokenizer.base import SIDE_FILES, TOKENIZER_JSON, TOKENIZER_MODEL, VOCAB_TXT, Tokenizer
+from data.tokenizer.base import ADDED_TOKENS, SIDE_FILES, TOKENIZER_JSON, TOKENIZER_MODEL, VOCAB_TXT, Tokenizer
 from data.tokenizer.chat_templates import read_template_files
 
 BPE_MODEL = "sentencepiece.bpe.model"
@@ -55,7 +55,8 @@ def read_tokenizer(file: Path, vocab_size: int | None) -> Tokenizer:
         content = file.read_bytes()
         if content.startswith(LFS_POINTER):
             raise DataError("a Git LFS pointer, not the file: fetch it with `git lfs pull`")
-        side_files = {name: (file.parent / name).read_bytes() for name in SIDE_FILES if (file.parent / name).is_file()}
+        beside = (*SIDE_FILES, ADDED_TOKENS) if file.suffix == ".model" else SIDE_FILES
+        side_files = {name: (file.parent / name).read_bytes() for name in beside if (file.parent / name).is_file()}
         if file.suffix not in READERS_OF_SUFFIX:
             raise DataError(f"not a tokenizer's file; readable are {', '.join(READERS)}")
         reader = import_module(f"data.tokenizer.{READERS_OF_SUFFIX[file.suffix]}")

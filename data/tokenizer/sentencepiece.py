@@ -8,7 +8,7 @@ Source: Kudo and Richardson 2018, arXiv 1808.06226.
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -16,7 +16,16 @@ import numpy as np
 import sentencepiece
 
 from data.config import DataError
-from data.tokenizer.base import PROBE, TOKENIZER_CONFIG, TOKENIZER_MODEL, WELL_KNOWN_NAMES, Affixes, Tokenizer, first_id
+from data.tokenizer.base import (
+    ADDED_TOKENS,
+    PROBE,
+    TOKENIZER_CONFIG,
+    TOKENIZER_MODEL,
+    WELL_KNOWN_NAMES,
+    Affixes,
+    Tokenizer,
+    first_id,
+)
 from data.tokenizer.export import to_tokenizer_json
 
 SPACE = "\u2581"
@@ -45,7 +54,8 @@ class SentencePieceTokenizer(Tokenizer):
         except RuntimeError as error:
             raise DataError(f"not a SentencePiece model ({error})") from error
         processor, count = self.processor, self.processor.vocab_size()
-        control_tokens = {processor.id_to_piece(i): i for i in range(count) if processor.is_control(i)}
+        added = read_added_tokens(side_files or {}, [processor.id_to_piece(i) for i in range(count)])
+        control_tokens = {processor.id_to_piece(i): i for i in range(count) if processor.is_control(i)} | added
         unknown = processor.unk_id()
         roles = {role: first_id(control_tokens, names) for role, names in WELL_KNOWN_NAMES.items()} | {"unk": unknown}
         for role, id in (("bos", processor.bos_id()), ("eos", processor.eos_id()), ("pad", processor.pad_id())):
@@ -55,15 +65,15 @@ class SentencePieceTokenizer(Tokenizer):
         flags |= {"bos_token": None} if settings.get("bos_token", "") is None else {}
         super().__init__(
             {name: model_bytes},
-            [self._bytes_of(i) for i in range(count)],  # decoding joins these, so that broken UTF-8 stays visible
+            [*map(self._bytes_of, range(count)), *[b""] * len(added)],  # decoding joins these: broken UTF-8 stays visible
             roles=roles,
             control_tokens=control_tokens,
             control_ids={*control_tokens.values(), unknown},
             affixes=choose_affixes(roles, settings),
-            sha256=hashlib.sha256(model_bytes + (json.dumps(flags).encode() if flags else b"")).hexdigest(),
+            sha256=hashlib.sha256(model_bytes + b"".join(json.dumps(d).encode() for d in (flags, added) if d)).hexdigest(),
             vocab_size=vocab_size,
         )
-        self.model_bytes, self.flags = model_bytes, flags
+        self.model_bytes, self.flags, self.added_tokens = model_bytes, flags, added
         # re.split keeps the control tokens because of the capturing group.
         self.control_text = re.compile("(" + "|".join(map(re.escape, sorted(control_tokens, key=len, reverse=True))) + ")")
         self.space_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
@@ -73,6 +83,18 @@ class SentencePieceTokenizer(Tokenizer):
         self._decode = self._decode_bytes if self.is_lossless else self._decode_by_library
         if not self.is_lossless or flags:
             self.files |= side_files or {}
+        elif added:
+            self.files[ADDED_TOKENS] = side_files[ADDED_TOKENS]
+
+    def with_added_tokens(self, names: Sequence[str]) -> "SentencePieceTokenizer":
+        """Return the same model with further control tokens, with the ids after its own, written to added_tokens.json."""
+        added = self.added_tokens | {name: self.own_size + number for number, name in enumerate(names)}
+        beside = self.files | {ADDED_TOKENS: json.dumps(added, indent=2, ensure_ascii=False).encode()}
+        name = next(name for name, content in self.files.items() if content == self.model_bytes)
+        size = max(self.vocab_size, self.own_size + len(names))
+        other = SentencePieceTokenizer(self.model_bytes, size, name=name, side_files=beside)
+        other.template_files = self.template_files
+        return other
 
     def with_affix_flags(self, flags: Mapping[str, bool]) -> "SentencePieceTokenizer":
         """Return the same model with add_bos_token and add_eos_token of a tokenizer_config.json."""
@@ -115,6 +137,12 @@ class SentencePieceTokenizer(Tokenizer):
             at += len(part)
         return self.check_ids(ids), np.array(offsets, dtype=np.int64).reshape(-1, 2)
 
+    def _encode_part(self, text: str) -> tuple[list[int], np.ndarray]:
+        if self.is_lossless:
+            return super()._encode_part(text)
+        found = self.processor.encode(text, return_type="offset_mapping")
+        return found["ids"], np.array(found["offsets"], dtype=np.int64)
+
     def decode(self, ids: Iterable[int]) -> str:
         return self._decode(ids)
 
@@ -131,7 +159,7 @@ class SentencePieceTokenizer(Tokenizer):
             return {}
         roles = {"bos": self.bos_id, "eos": self.eos_id, "unk": self.unknown_id, "mask": self.mask_id}
         described = {"token_bytes": self.token_bytes, "affixes": self.affixes, "roles": roles, "flags": self.flags}
-        return to_tokenizer_json(self.processor, **described)
+        return to_tokenizer_json(self.processor, added=self.added_tokens, **described)
 
     def _encode_lossless(self, text: str) -> list[int]:
         first, *rest = text.split(SPACE)
@@ -160,6 +188,25 @@ def read_settings(side_files: dict[str, bytes]) -> dict:
     except (KeyError, ValueError):
         return {}
     return settings if isinstance(settings, dict) else {}
+
+
+def read_added_tokens(side_files: dict[str, bytes], pieces: Sequence[str]) -> dict[str, int]:
+    """Return the control tokens of added_tokens.json that the model's pieces lack; they have the next ids. Errors: DataError.
+
+    >>> read_added_tokens({"added_tokens.json": b'{"<|im_end|>": 3, "<|im_start|>": 2, "<s>": 1}'}, ["<unk>", "<s>"])
+    {'<|im_start|>': 2, '<|im_end|>': 3}
+    """
+    if ADDED_TOKENS not in side_files:
+        return {}
+    try:
+        added = dict(sorted(json.loads(side_files[ADDED_TOKENS]).items(), key=lambda item: item[1]))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise DataError(f"{ADDED_TOKENS} beside it is damaged ({error!r})") from error
+    count = len(pieces)
+    new = {name: id for name, id in added.items() if not (0 <= id < count and pieces[id] == name)}
+    if list(new.values()) != list(range(count, count + len(new))):
+        raise DataError(f"{ADDED_TOKENS} beside it has the ids {list(new.values())}, and the model's last one is {count - 1}")
+    return new
 
 
 def choose_affixes(roles: dict[str, int | None], settings: dict) -> Affixes:

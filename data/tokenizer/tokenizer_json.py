@@ -10,7 +10,7 @@ and `add_eos_token`.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from data.config import DataError
 from data.tokenizer.base import PROBE, SIDE_FILES, TOKENIZER_JSON, VOCAB_TXT, WELL_KNOWN_NAMES, Affixes, Tokenizer, first_id
+from data.tokenizer.pieces import choose_piece_decoder
 
 ROLES = {  # keys of tokenizer_config.json; BERT uses the second for its first and last token
     "bos": ("bos_token", "cls_token"),
@@ -78,6 +79,7 @@ class JsonTokenizer(Tokenizer):
             vocab_size=vocab_size,
         )
         self.added_tokens = {token["content"]: token["id"] for token in added}
+        self.hidden = frozenset(hidden)
         self.plain = build_backend(plain)
         self.plain.encode_special_tokens = True
         check_added_ids(added, self.plain, hidden)
@@ -85,6 +87,19 @@ class JsonTokenizer(Tokenizer):
         spells_all = UTF8_BYTES <= set(token_bytes)
         self.is_lossless = spells_all and self._decode_bytes(probed) == PROBE and self.unknown_id not in probed
         self._decode = self._decode_bytes if self.is_lossless else self._decode_by_library
+
+    def with_added_tokens(self, names: Sequence[str]) -> "JsonTokenizer":
+        """Return a copy with further control tokens, with the next ids, written to its tokenizer.json. Errors: DataError for a
+        vocab.txt."""
+        if TOKENIZER_JSON not in self.files:
+            raise DataError(f"a {VOCAB_TXT} takes no further control tokens ({', '.join(names)}): a {TOKENIZER_JSON} does")
+        spec, first = json.loads(self.files[TOKENIZER_JSON]), self.own_size
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+        spec["added_tokens"] += [{"id": first + number, "content": name} | flags for number, name in enumerate(names)]
+        files = self.files | {TOKENIZER_JSON: json.dumps(spec, ensure_ascii=False).encode()}
+        other = JsonTokenizer(files, max(self.vocab_size, first + len(names)))
+        other.template_files = self.template_files
+        return other
 
     @cached_property
     def with_specials(self) -> Any:
@@ -101,6 +116,32 @@ class JsonTokenizer(Tokenizer):
         text.encode()
         found = self.with_offsets.encode(text, add_special_tokens=False)
         return self.check_ids(found.ids), np.array(found.offsets, dtype=np.int64).reshape(-1, 2)
+
+    @cached_property
+    def with_hidden_names(self) -> Any:
+        """The tokenizer that recognizes control tokens by their hidden names, which no text contains."""
+        spec = hide(self.spec, self.hidden)
+        unknown = [token for token in spec["added_tokens"] if token["id"] == self.unknown_id]
+        plain = {piece for piece, id in piece_ids(spec["model"]).items() if id == self.unknown_id}
+        if unknown and plain:  # it keeps its name, and is recognized as a piece of the model is: never in text
+            spec = spec | {"added_tokens": [token for token in spec["added_tokens"] if token not in unknown]}
+        return build_backend(json.dumps(spec, ensure_ascii=False))
+
+    def encode_parts(self, parts: Sequence[str | int]) -> tuple[list[int], np.ndarray]:
+        """Return ids and offsets of the library, which sees the whole text: flags such as rstrip take white space in."""
+        pieces, place, at = [], [], 0  # place: for each character of the hidden text, its offset in the text of names
+        for part in parts:
+            name = self.token_name(part) if isinstance(part, int) else part
+            name.encode()
+            if isinstance(part, int) and name in self.hidden:
+                pieces.append(HIDDEN)
+                place.append(np.array([at]))
+            pieces.append(name)
+            place.append(np.arange(at, at + len(name)))
+            at += len(name)
+        found = self.with_hidden_names.encode("".join(pieces), add_special_tokens=False)
+        place_N = np.concatenate([*place, [at]])
+        return self.check_ids(found.ids), place_N[np.array(found.offsets, dtype=np.int64).reshape(-1, 2)]
 
     def _encode_text(self, text: str, parse_special: bool) -> list[int]:
         text.encode()  # raises for a lone surrogate with its index; the library's message has none
@@ -244,55 +285,6 @@ def hide(spec: dict, controls: set[str]) -> dict:
         model["merges"] = [merge for merge, pair in pairs if controls.isdisjoint([*pair, "".join(pair)])]
     added = [token | {"content": hidden_name(token["content"], controls)} for token in spec["added_tokens"]]
     return spec | {"model": model, "added_tokens": added}
-
-
-def flatten_components(component: dict | None) -> list[dict]:
-    """Return the parts of a pre-tokenizer or decoder: a Sequence has several, nested."""
-    if component is None:
-        return []
-    inner = component.get("pretokenizers") or component.get("decoders")
-    return [part for each in inner for part in flatten_components(each)] if inner else [component]
-
-
-def byte_alphabet() -> dict[str, int]:
-    """Return {character: byte} of byte-level BPE: a printable byte is itself, the others are 256, 257, … in order.
-
-    Source: Radford et al. 2019 (GPT-2), `bytes_to_unicode` in encoder.py.
-
-    >>> byte_alphabet()["\\u0120"], byte_alphabet()["a"]
-    (32, 97)
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-def choose_piece_decoder(spec: dict) -> Callable[[str], bytes]:
-    """Return the function from a piece to its bytes, for the decoder in the file. Exact for the first two.
-
-        ByteLevel              each character is a byte
-        ByteFallback           <0xE2> is a byte; \u2581 is a space
-        Metaspace              \u2581 is a space
-        WordPiece              ##ing is "ing", ing is " ing": a space before each word, even if the text has none
-        end of word (CLIP's)   ing</w> is "ing "
-        none                   the library joins pieces by spaces: " ing"
-    """
-    decoders = {part["type"]: part for part in flatten_components(spec.get("decoder"))}
-    model = spec["model"]
-    if "ByteLevel" in decoders:
-        alphabet = byte_alphabet()
-        return lambda piece: bytes([alphabet[c] for c in piece]) if set(piece) <= alphabet.keys() else piece.encode()
-    if "WordPiece" in decoders or model.get("type") == "WordPiece":
-        prefix = model.get("continuing_subword_prefix") or "##"
-        return lambda piece: piece[len(prefix) :].encode() if piece.startswith(prefix) else b" " + piece.encode()
-    if "BPEDecoder" in decoders:
-        suffix = decoders["BPEDecoder"]["suffix"]
-        return lambda piece: piece.removesuffix(suffix).encode() + b" " * piece.endswith(suffix)
-    if decoders:
-        space = decoders.get("Metaspace", {}).get("replacement", "\u2581")
-        fallback = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)} if model.get("byte_fallback") else {}
-        return lambda piece: fallback.get(piece) or piece.replace(space, " ").encode()
-    return lambda piece: b" " + piece.encode()
 
 
 def build_bert_spec(vocabulary: bytes, settings: dict) -> dict:

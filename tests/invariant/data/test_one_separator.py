@@ -15,7 +15,7 @@ from data.corpus.prepare import prepare
 from data.corpus.split import split_documents
 from data.packing.blocks import BlockStream, MixedBlocks, sequential_blocks
 from data.tokenizer.open import load_tokenizer
-from data.tokenizer.tokenizer_json import byte_alphabet
+from data.tokenizer.pieces import byte_alphabet
 from data.transforms.causal import IGNORE, clm_batch
 from tests.texts import prose
 

@@ -1,0 +1,97 @@
+"""The data of instruction tuning: tokenizer and template, built-in conversations, and what the network needs for them."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from data.chat.conversation import Conversation, Plain
+from data.chat.template import ChatTemplate, open_template
+from data.messages import format_count
+from data.sources.records import RecordData, Rows, hash_rows
+from data.tokenizer.base import Tokenizer
+from lora.inject import match_modules_to_save
+from model.network import Network
+from train.runs.errors import TrainError
+from train.task import Info
+
+if TYPE_CHECKING:
+    from train.config import TrainConfig
+
+USUAL_TEMPLATE = "chatml"
+BOTH_ENDS = {"body.embedding", "head"}  # what must learn for new control tokens
+
+
+def open_chat_tokenizer(name: str | None, tokenizer: Tokenizer, info: Info) -> tuple[Tokenizer, ChatTemplate, tuple[int, ...]]:
+    """Return a tokenizer with the control tokens of a template, the template, and the ids that were added.
+
+    name: of a template; None: the folder's own, else `USUAL_TEMPLATE`.
+    """
+    if name is None and not tokenizer.chat_templates:
+        info(f"this folder has no chat template: {USUAL_TEMPLATE} is used; a template can be named")
+        name = USUAL_TEMPLATE
+    template = open_template(tokenizer, name)
+    missing = [token for token in template.control_tokens if token not in tokenizer.control_tokens]
+    if not missing:
+        return tokenizer, template, ()
+    first = tokenizer.own_size
+    info(f"{format_count(len(missing), 'new control token')}: {', '.join(missing)}, with rows at the mean of the others")
+    tokenizer = tokenizer.with_added_tokens(missing)
+    return tokenizer, open_template(tokenizer, name), tuple(range(first, first + len(missing)))
+
+
+def built_in_records(tokenizer: Tokenizer, name: str, progress: bool) -> RecordData:
+    """Return the built-in conversations, split by modules of the standard library."""
+    import sys
+
+    from tqdm import tqdm
+
+    from data.made.conversations import make_conversations
+
+    def bar(modules):
+        return tqdm(modules, desc="reading", unit=" modules", disable=not progress, leave=False, file=sys.stderr)
+
+    sets = make_conversations(progress=bar)
+    rows = {
+        split: Rows(records, [f"{name}, {split} record {n}" for n in range(1, len(records) + 1)], [""] * len(records))
+        for split, records in sets.items()
+    }
+    return RecordData(tokenizer, rows["train"], rows["validation"], hash_rows(rows["train"], rows["validation"]))
+
+
+def check_trainable(config: "TrainConfig", network: Network, tokenizer: Tokenizer, new_ids: tuple[int, ...]) -> None:
+    """Refuse new control tokens whose rows would not learn: an adapter or --freeze leaves them at the mean."""
+    names = ", ".join(tokenizer.token_name(id) for id in new_ids)
+    if config.method is not None:
+        trained = match_modules_to_save(network, config.method) if hasattr(config.method, "train_whole") else []
+        if not BOTH_ENDS <= set(trained):
+            raise TrainError(
+                f"the template needs new control tokens ({names}), and --adapter {config.run.adapter} trains no rows for them: "
+                f"--{config.run.adapter}.train-whole embedding head trains both matrices; or --sft.template alpaca, zephyr or "
+                "llama-2, which need none; or train all weights, without --adapter"
+            )
+    elif config.run.freeze is not None:
+        raise TrainError(f"the template needs new control tokens ({names}), whose rows --freeze {config.run.freeze} may hold")
+
+
+def set_stop_ids(network: Network, ids: list[int]) -> Network:
+    """Make ids the first that end a text, before the network's own, in config.json and generation_config.json.
+
+    The pad id is none of them there: transformers would take the end of a reply for padding.
+    """
+    config = network.config
+    ends = list(dict.fromkeys([*ids, *(id for id in (config.eos_id, *config.stop_ids) if id is not None)]))
+    pad_id = None if config.pad_id in ends else config.pad_id
+    network.config = config.replace(eos_id=ends[0], stop_ids=tuple(ends[1:]), pad_id=pad_id)
+    if network.generation is not None:
+        network.generation |= {"eos_token_id": ends if len(ends) > 1 else ends[0]}
+        if network.generation.get("pad_token_id") in ends:
+            del network.generation["pad_token_id"]
+    return network
+
+
+def texts_of(record: Conversation | Plain) -> Iterator[str]:
+    """Yield the texts of a record."""
+    if isinstance(record, Plain):
+        yield record.prompt + record.completion
+        return
+    yield from (message["content"] for message in record.messages)
+

@@ -7,9 +7,9 @@
     text                 text
 
 `system` (or `system_prompt`) is the system message of all but strings. A shape fits if the record has its columns, and one of
-them is not empty. Two shapes that fit are an error, but for `text`, which yields: Stanford Alpaca's own file has the rendered
-record there. Other columns are ignored, except those that would change what is learned: media, preferences, labels of good
-and bad completions.
+them is not empty. If several fit, `text` yields, as Stanford Alpaca's own file has the rendered record there; then those with
+an empty column, as a table has the columns of all its records; two that are left are an error. Other columns are ignored,
+except those that would change what is learned: media, labels of good and bad completions.
 
 Sources: Taori et al. 2023, Stanford Alpaca; FastChat's ShareGPT; OpenAI's API reference; TRL's documentation, dataset formats;
 LLaMA-Factory's data/README.md (Alpaca's system and history, function calls).
@@ -84,9 +84,11 @@ def describe_shape(row: Row) -> str:
     ('ShareGPT', 'Alpaca')
     """
     fitting = [name for name, shape in SHAPES.items() if all(row.get(column) is not None for column in shape.columns)]
-    filled = [name for name in fitting if any(not is_empty(row[column]) for column in SHAPES[name].columns)]
-    found = filled or fitting[:1]  # all empty: its reader says so
+    filled = {name: [not is_empty(row[column]) for column in SHAPES[name].columns] for name in fitting}
+    found = [name for name in fitting if any(filled[name])] or fitting[:1]  # all empty: its reader says so
     found = [name for name in found if name != "text"] or found
+    if len(found) > 1:
+        found = [name for name in found if all(filled[name])] or found
     if not found:
         raise DataError(f"{describe_columns(row)}. Accepted: {describe_accepted()}{describe_near_miss(row)}")
     if len(found) > 1:

@@ -94,18 +94,16 @@ def read_turn(turn: Any, place: str) -> tuple[Message, bool]:
             raise DataError(f"{place}: it has {quote_names(given)}: {why}")
     is_learned = read_flags(turn, place) and role == REPLY
     content = read_content(take_one(turn, ("content", "value"), place), place)
-    message: Message = {"role": role, "content": content or ""}
+    calls = read_calls(turn.pop("tool_calls", None), place) + read_calls(turn.pop(CALL, None), place)
     if given_role == CALL:
-        message = {"role": role, "content": "", "tool_calls": read_calls(parse_json(content or "", place), place)}
-    calls = read_calls(turn.pop("tool_calls", None), place)
-    if CALL in turn:
-        calls += read_calls(turn.pop(CALL), place)
+        calls, content = [*read_calls(parse_json(content or "", place), place), *calls], ""
+    message: Message = {"role": role, "content": content or ""}
     if reasoning := take_one(turn, REASONING, place):
         if not isinstance(reasoning, str):
             raise DataError(f"{place}: its reasoning is {kind_of(reasoning)}, not a string")
         message["reasoning_content"] = reasoning
     if calls:
-        message["tool_calls"] = message.get("tool_calls", []) + calls
+        message["tool_calls"] = calls
     if role != REPLY and (found := [key for key in ("tool_calls", "reasoning_content") if key in message]):
         raise DataError(f"{place}: {quote_names(found)} belongs to a reply")
     if role == REPLY and not message["content"].strip() and "tool_calls" not in message:

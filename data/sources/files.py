@@ -15,7 +15,9 @@ from data.sources.record_files import FORMATS, Line, NoRecordsError, Record, Rec
 
 T = TypeVar("T")
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-JSON_KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
+CONVERSATIONS = ". It holds a conversation, which --objective sft trains on"
+JSON_KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a string"}
+JSON_KINDS |= {list: "a list", dict: "an object"}
 
 
 @dataclass(frozen=True)
@@ -68,15 +70,12 @@ def read_rows(
             name = record_name(path, record.place)
             if not isinstance(record.value, dict):
                 raise DataError(f"{name}: a record has named keys, and this is {type(record.value).__name__}")
-            row = {}
-            for key, value in record.value.items():
-                if isinstance(value, str):
-                    value = replace_surrogates(value, name, key, on_bad_text, report)
-                    if value is None:
-                        break
-                row[key] = value
-            else:
-                yield name, row
+            try:
+                yield name, {key: repair(value, name, key, on_bad_text, report) for key, value in record.value.items()}
+            except SkippedError:
+                continue
+            except RecursionError as error:
+                raise DataError(f"{name}: nested too deeply to be read") from error
 
     return read_each(paths, records, report, is_named)
 
@@ -171,10 +170,12 @@ def record_text(record: Record, name: str, text_key: str, what: str) -> str:
         raise DataError(f"{name}: {which} must be an object or a string, this is {JSON_KINDS[type(record.value)]}")
     if text_key not in record.value:
         has = f"no {what} {text_key!r}; its {what}s: {quote_names(record.value)}"
+        if any(map(is_chat, record.value.values())):
+            raise DataError(f"{name}: {has}{CONVERSATIONS}")
         raise DataError(f"{name}: {has}. Name the one with the text by --text-key, or the files to read by a glob")
     text = record.value[text_key]
     if not isinstance(text, str):
-        chat = ". Chat records, which hold a list of messages, cannot be trained on yet" * is_chat(text)
+        chat = CONVERSATIONS * is_chat(text)
         others = [key for key, value in record.value.items() if isinstance(value, str)]
         hint = f"; strings are in {quote_names(others)}: name one by --text-key" if others else ""
         raise DataError(f"{name}: the value of {text_key!r} is {JSON_KINDS[type(text)]}, not a string{hint}{chat}")
@@ -182,8 +183,27 @@ def record_text(record: Record, name: str, text_key: str, what: str) -> str:
 
 
 def is_chat(value: object) -> bool:
-    """Return True for a list of messages, as in chat data."""
-    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) and "content" in each for each in value)
+    """Return True for a list of messages, as in chat data: {"role", "content"}, or ShareGPT's {"from", "value"}."""
+    if not isinstance(value, list) or not value or not all(isinstance(each, dict) for each in value):
+        return False
+    return all("content" in each or {"from", "value"} <= each.keys() for each in value)
+
+
+class SkippedError(Exception):
+    """A record that on_bad_text="skip" skips."""
+
+
+def repair(value: T, name: str, key: str, on_bad_text: BadText, report: ReadReport) -> T:
+    """Replace lone surrogates in all strings of a JSON value. Errors: SkippedError."""
+    if isinstance(value, str):
+        if (text := replace_surrogates(value, name, key, on_bad_text, report)) is None:
+            raise SkippedError
+        return text
+    if isinstance(value, list):
+        return [repair(each, name, key, on_bad_text, report) for each in value]
+    if isinstance(value, dict):
+        return {inner: repair(each, name, key, on_bad_text, report) for inner, each in value.items()}
+    return value
 
 
 def replace_surrogates(text: str, name: str, text_key: str, on_bad_text: BadText, report: ReadReport) -> str | None:
@@ -225,5 +245,7 @@ def handle_bad_text(problem: str, name: str, on_bad_text: BadText, report: ReadR
     if on_bad_text == "error":
         remedy = "--on-bad-text replace puts U+FFFD in its place, --on-bad-text skip leaves the document out"
         raise DataError(f"{problem}. {remedy}")
-    (report.replaced if on_bad_text == "replace" else report.skipped).append(name)
+    names = report.replaced if on_bad_text == "replace" else report.skipped
+    if names[-1:] != [name]:  # a record may hold several bad strings
+        names.append(name)
     return name if on_bad_text == "replace" else None

@@ -99,7 +99,10 @@ def test_text_that_is_no_utf8(tmp_path, kind):
     assert [d.text for d in documents] == ["fine"] and report.skipped == [f"{path}, record 2"]
     assert [row for _, row in rows_of(path, "replace")[0]] == [{"text": "fine"}, {"text": "br\ufffdken"}]
     within = pyarrow.array([[b"br\xffken"]], pyarrow.list_(pyarrow.binary())).cast(pyarrow.list_(pyarrow.large_binary()))
-    assert rows_of(saved(tmp_path / "y.parquet", pyarrow.table({"text": within})))[0][0][1]["text"] == ["br\udcffken"]
+    nested = saved(tmp_path / "y.parquet", pyarrow.table({"text": within}))
+    with pytest.raises(DataError, match=r"record 1: lone surrogate .*the byte 0xff.* in 'text'.*--on-bad-text"):
+        rows_of(nested)
+    assert rows_of(nested, "replace")[0][0][1]["text"] == ["br\ufffdken"] and rows_of(nested, "skip")[0] == []
 
 
 def broken(path, how):

@@ -76,7 +76,7 @@ BAD = {
     "null-record.json": ('["a", null]', r", record 2: a record must be an object or a string, this is null"),
     "chat.json": (
         '[{"text": [{"role": "user", "content": "Hi"}], "title": "a", "n": 1}]',
-        r": the value of 'text' is a list, not a string; strings are in 'title': name one by --text-key\. Chat records",
+        r": the value of 'text' is a list, .*; strings are in 'title': name one by --text-key\. It holds a conversation",
     ),
     "spaced.csv": ("id,text, text\n1,a,b\n", r", header: 'text', ' text': names of columns that differ by white space only"),
     "lines.json": ('{"text": "a"}\n{"text": 3}\n', r":2: the value of 'text' is a number"),

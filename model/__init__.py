@@ -16,7 +16,7 @@ Where to read first: `config` (the hyperparameters of a network), then bottom up
     resize                                                               another vocabulary size
     words                                                                lists of names in messages
 
-and `python -m model` is the command line (`commands/`): generate, fill, predict, info, resize, export.
+and `python -m model` is the command line (`commands/`): chat, generate, fill, predict, info, resize, export.
 
 `from model import load` works for every name in `PUBLIC`. A function with the name of its file is imported from it: `from
 model.generate import generate`, `from model.fill import fill`.

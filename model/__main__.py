@@ -1,4 +1,4 @@
-"""`python -m model generate|fill|predict|info|export|resize`: the command line of model folders and networks."""
+"""`python -m model chat|generate|fill|predict|info|export|resize`: the command line of model folders and networks."""
 
 import sys
 from collections.abc import Callable
@@ -10,6 +10,7 @@ import touchstone
 touchstone.refuse_shadowed()  # before a file of the user's is imported in place of ours
 
 from data.shell import program
+from model.commands.chat import Chat, chat
 from model.commands.export import Export, export
 from model.commands.fill import Fill, fill
 from model.commands.generate import Generate, generate
@@ -21,6 +22,7 @@ from model.config import ConfigError
 from train.command_line import refuse_idle, refuse_unreadable, run_command
 
 COMMANDS: dict[type, Callable[[object], None]] = {
+    Chat: chat,
     Generate: generate,
     Fill: fill,
     Predict: predict,

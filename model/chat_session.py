@@ -16,12 +16,16 @@ from model.sampling import Sampling
 
 
 class Reply(NamedTuple):
-    """A reply. ids: its tokens, with the stop id that ended it; ending: "stop", "length" (max_new_tokens) or "interrupted" (by
-    KeyboardInterrupt); read: the tokens of the prompt that were read, as the cache did not hold them."""
+    """A reply.
+
+    ids: its tokens, with the stop id that ended it. ending: "stop", "length" (max_new_tokens) or "interrupted" (by
+    KeyboardInterrupt). read, kept: the tokens of the prompt that were read, and those before them that the cache held.
+    """
 
     ids: list[int]
     ending: Literal["stop", "length", "interrupted"]
     read: int
+    kept: int
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
@@ -93,13 +97,13 @@ class ChatSession:
             ending = "interrupted"
         finally:
             self._settle([*prompt_ids, *new])
-        return Reply(new, ending, len(prompt_ids) - kept)
+        return Reply(new, ending, len(prompt_ids) - kept, kept)
 
     def _keep(self, prompt_ids: list[int], ids_1T: torch.Tensor) -> int:
         """Truncate the cache to what the prompt begins with, and return that length. One token at least is left to read."""
         kept = min(common_prefix(self.ids, prompt_ids), len(prompt_ids) - 1) if self._is_reusable(prompt_ids) else 0
         if self.cache is None or not kept:
-            self.cache = empty_cache(self.network, ids_1T, max(len(prompt_ids), 1))
+            self.cache = empty_cache(self.network, ids_1T, len(prompt_ids))
             kept = 0
         self.cache.truncate(kept)
         self.ids = self.ids[:kept]

@@ -1,6 +1,7 @@
 """`python -m model generate`: continue or answer a text; generation_config.json has the defaults of the options."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
@@ -8,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import tyro
 
 from model.commands.infill import open_gap
-from model.commands.opening import encode, note_control_tokens, note_unknown, open_network
+from model.commands.opening import (
+    encode,
+    note_control_tokens,
+    note_unknown,
+    open_network,
+    settings_folder,
+    tokenizer_folder,
+)
 from model.commands.sentinels import sentinel_text
 from model.config import ConfigError
 from train.command_line import Needs
@@ -110,8 +118,8 @@ def generate(options: Generate) -> None:
     device = checked_device(options.device)
     folder = resolve(options.run)
     network = open_network(folder, device, options.base)
-    tokenizer = load_tokenizer(folder, network.config.vocab_size)
-    folder_settings = read_generation_config(network.source or folder, network.config)
+    tokenizer = load_tokenizer(tokenizer_folder(folder, network), network.config.vocab_size)
+    folder_settings = read_generation_config(settings_folder(folder, network), network.config)
     if folder_settings.decoder_start_id != network.config.decoder_start_id:
         network.config = network.config.replace(decoder_start_id=folder_settings.decoder_start_id)
     is_answer = network.config.architecture == "encoder-decoder"  # an answer, not a continuation
@@ -132,6 +140,7 @@ def generate(options: Generate) -> None:
     if tokenizer.affixes.suffix and not is_answer and gap is None:
         end = ", ".join(tokenizer.token_name(id) for id in tokenizer.affixes.suffix)
         print(f"note: this folder's tokenizer puts {end} behind each text, and so behind --prompt", file=sys.stderr)
+    note_template(options, tokenizer)
     stop_strings, stop_ids = stops(options.stop, tokenizer)
     settings = generation_settings(options, folder_settings, prompt=1 if is_answer else len(texts[0][1]), is_answer=is_answer)
     max_new_tokens = int(settings.pop("max_new_tokens"))
@@ -169,6 +178,16 @@ def generate(options: Generate) -> None:
         new = write(network, ids_1T, view or tokenizer, opening, stop_strings, options.stream, closing=closing, **sampling)
         print_filled(view, tokenizer, ids, new)
         note_window(longest, 1 if is_answer else len(ids), len(new))
+
+
+def note_template(options: Generate, tokenizer: "Tokenizer") -> None:
+    """Print a note where a folder has a chat template, and the prompt none of its control tokens."""
+    from data.shell import command
+
+    has_control = any(name in options.prompt for name in tokenizer.control_tokens)
+    if options.prompt and "default" in tokenizer.chat_templates and not has_control:
+        talk = command("model", "chat", options.run)
+        print(f"note: the prompt is continued as text; this folder has a chat template: {talk}", file=sys.stderr)
 
 
 def note_length(longest: int | None, length: int, option: str, is_answer: bool) -> None:
@@ -268,14 +287,19 @@ def stops(values: tuple[str, ...], tokenizer: "Tokenizer") -> tuple[tuple[str, .
 
 
 def generation_settings(
-    options: Generate, folder_settings: "GenerationConfig", *, prompt: int, is_answer: bool = False
+    options: object,
+    folder_settings: "GenerationConfig",
+    *,
+    prompt: int,
+    is_answer: bool = False,
+    base: Mapping[str, float] = DEFAULTS,
 ) -> dict[str, float]:
-    """Merge the settings of the options, the folder and `DEFAULTS`. prompt: tokens that max_length counts too; is_answer:
-    greedy where no option asks to sample."""
-    asked = {name: getattr(options, name) for name in (*DEFAULTS, "top_p", "min_p") if getattr(options, name) is not None}
-    defaults, base = dict(folder_settings.defaults), DEFAULTS
+    """Merge the settings of the options, the folder and `base`. prompt: tokens that max_length counts too; is_answer: greedy
+    where no option asks to sample."""
+    named = {name: getattr(options, name, None) for name in (*DEFAULTS, "top_p", "min_p")}
+    asked, defaults = {name: value for name, value in named.items() if value is not None}, dict(folder_settings.defaults)
     if is_answer and folder_settings.raw.get("do_sample") is not True and not asked.keys() & set(SAMPLING):
-        base = DEFAULTS | GREEDY
+        base = {**base, **GREEDY}
         defaults = {name: value for name, value in defaults.items() if name not in ("temperature", *SAMPLING)}
     if (length := defaults.pop("max_length", None)) is not None and "max_new_tokens" not in defaults:
         defaults["max_new_tokens"] = max(1, int(length) - prompt)
@@ -290,6 +314,6 @@ def generation_settings(
     if folder_settings.unsupported:
         names = ", ".join(folder_settings.unsupported)
         print(f"note: the folder's generation_config.json also asks for {names}: not obeyed", file=sys.stderr)
-    settings = base | defaults | asked
+    settings = {**base, **defaults, **asked}
     settings["top_k"] = settings["top_k"] or None
     return settings

@@ -32,6 +32,20 @@ def open_network(folder: Path, device: "torch.device", base: Path | None) -> "Ne
     return load(folder, device=device, check_finite=True)
 
 
+def tokenizer_folder(folder: Path, network: "Network") -> Path:
+    """Return the folder with the network's tokenizer: an adapter's own, or its base's if it has none."""
+    from data.tokenizer.open import READERS
+
+    is_bare = network.source is not None and not any((folder / name).is_file() for name in READERS)
+    return Path(network.source) if is_bare else folder
+
+
+def settings_folder(folder: Path, network: "Network") -> Path:
+    """Return the folder with the settings of generation: an adapter's own, or its base's if it has none."""
+    has_own = network.source is None or (folder / "generation_config.json").is_file()
+    return folder if has_own else Path(network.source)
+
+
 def encode(tokenizer: "Tokenizer", text: str, *, specials: bool = True, option: str = "--prompt") -> list[int]:
     """Encode a text without the tokenizer's special tokens around it. With `specials`, as in transformers, a control token in
     the text is that token; otherwise it is spelled in letters."""

@@ -163,8 +163,8 @@ def test_a_reply_ends_by_a_stop_id_or_its_length():
     told: list[int] = []
     session = ChatSession(network, stop_ids=(60, stop))
     reply = session.reply(text, max_new_tokens=9, sampling=Sampling(temperature=0), on_token=told.append)
-    assert reply == (free[: free.index(stop) + 1], "stop", 5) and told == reply.ids
-    assert ChatSession(network).reply(text, max_new_tokens=9, sampling=Sampling(temperature=0)) == (free, "length", 5)
+    assert reply == (free[: free.index(stop) + 1], "stop", 5, 0) and told == reply.ids
+    assert ChatSession(network).reply(text, max_new_tokens=9, sampling=Sampling(temperature=0)) == (free, "length", 5, 0)
     fills = session.reply(text, max_new_tokens=CONTEXT - 5, sampling=Sampling(temperature=0))
     assert fills.ids == reply.ids  # the context may be filled to its last token
     forbidden = ChatSession(network, constraints=Constraints(suppressed=(free[0],)))

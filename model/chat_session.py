@@ -19,13 +19,13 @@ class Reply(NamedTuple):
     """A reply.
 
     ids: its tokens, with the stop id that ended it. ending: "stop", "length" (max_new_tokens) or "interrupted" (by
-    KeyboardInterrupt). read, kept: the tokens of the prompt that were read, and those before them that the cache held.
+    KeyboardInterrupt). read, cached: the tokens of the prompt that were read, and those before them that the cache held.
     """
 
     ids: list[int]
     ending: Literal["stop", "length", "interrupted"]
     read: int
-    kept: int
+    cached: int
 
 
 def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
@@ -80,7 +80,7 @@ class ChatSession:
             total = f"{len(prompt_ids):,} tokens and {max_new_tokens:,} new ones"
             raise ConfigError(f"{total} do not fit a context of {self.limit:,}")
         ids_1T = torch.tensor([prompt_ids], dtype=torch.long, device=next(self.network.parameters()).device)
-        kept = self._keep(prompt_ids, ids_1T)
+        cached = self._keep(prompt_ids, ids_1T)
         new: list[int] = []
         ending: Literal["stop", "length", "interrupted"]
 
@@ -97,17 +97,17 @@ class ChatSession:
             ending = "interrupted"
         finally:
             self._settle([*prompt_ids, *new])
-        return Reply(new, ending, len(prompt_ids) - kept, kept)
+        return Reply(new, ending, len(prompt_ids) - cached, cached)
 
     def _keep(self, prompt_ids: list[int], ids_1T: torch.Tensor) -> int:
         """Truncate the cache to what the prompt begins with, and return that length. One token at least is left to read."""
-        kept = min(common_prefix(self.ids, prompt_ids), len(prompt_ids) - 1) if self._is_reusable(prompt_ids) else 0
-        if self.cache is None or not kept:
+        cached = min(common_prefix(self.ids, prompt_ids), len(prompt_ids) - 1) if self._is_reusable(prompt_ids) else 0
+        if self.cache is None or not cached:
             self.cache = empty_cache(self.network, ids_1T, len(prompt_ids))
-            kept = 0
-        self.cache.truncate(kept)
-        self.ids = self.ids[:kept]
-        return kept
+            cached = 0
+        self.cache.truncate(cached)
+        self.ids = self.ids[:cached]
+        return cached
 
     def _is_reusable(self, prompt_ids: list[int]) -> bool:
         """Return True where a key depends on its token and earlier ones alone."""

@@ -218,7 +218,7 @@ class TerminalChat:
         if self.last is None:
             raise ConfigError("no reply yet")
         reply, seconds = self.last
-        prompt = f"prompt {reply.read + reply.kept:,} tokens, {reply.kept:,} of them in the cache"
+        prompt = f"prompt {reply.read + reply.cached:,} tokens, {reply.cached:,} of them in the cache"
         note(f"{prompt}; reply {len(reply.ids):,} tokens; {seconds:.2f} s")
 
 

@@ -158,6 +158,16 @@ def test_a_reply_ends_by_the_terminator_and_shows_no_control_token(tuned):
     assert script.options[0]["stop_ids"] == (END, STOP)
 
 
+def test_a_template_may_rewrite_history(plain, tmp_path):
+    """Qwen3's removes the thought of an earlier reply: the cache keeps what stands before it."""
+    folder = with_template(plain, tmp_path / "folder", read_named("qwen3"))
+    script = Script(folder, ("<think>\nHm.\n</think>\n\nYes.<|im_end|>",), ("No.<|im_end|>",))
+    assert replies(talk(folder, "Hi", "Next", script=script))[1:] == ["Yes.", "No."]
+    assert text_of(script, 0).endswith("<|im_start|>assistant\n")
+    following = "Yes.<|im_end|>\n<|im_start|>user\nNext<|im_end|>\n<|im_start|>assistant\n"
+    assert text_of(script, 1) == text_of(script, 0) + following
+
+
 def test_the_folders_own_stop_ids_count_too(tuned, tmp_path):
     folder = tmp_path / "folder"
     shutil.copytree(tuned, folder)

@@ -10,9 +10,9 @@ Differences, each an error there or a surprise:
     strftime_now renders a fixed date: the same record is the same text on every day
     `lipsum` and the filter `random` do not exist: they draw at random
     an object that is no JSON value is an error; transformers shows its type's name to the template
-    strings and lists end at MAX_SIZE items, in the output and in the results of + and *
-The sandbox bounds no time: nested loops over `range` (100,000 items at most) end late, and methods of strings
-(`'x'.ljust(10**9)`) and `~` build what they are asked for.
+    strings and lists end at MAX_SIZE and MAX_ITEMS, in the output and in the results of + and *
+The sandbox bounds no time: nested loops over `range` (100,000 items at most) end late; `~`, `%`, and methods and filters of
+strings (`'x'.ljust(10**9)`) build what they are asked for.
 """
 
 import json
@@ -38,7 +38,8 @@ from data.config import DataError
 
 FROZEN_DATE = date(2024, 7, 26)  # Llama-3.1's own default: "26 Jul 2024"
 DATE_FORMAT = "%d %b %Y"  # of the variable date_string
-MAX_SIZE = 1 << 26  # characters of a string, items of a list
+MAX_SIZE = 1 << 26  # characters of a string
+MAX_ITEMS = 1 << 20  # of a list
 MAX_BITS = 4096  # of an integer
 OLDEST_JINJA = (3, 1, 6)  # older versions have known escapes from the sandbox
 
@@ -95,10 +96,10 @@ class SafeDict:
 
 @dataclass
 class Tracker:
-    """Characters written so far, and (begin, text) of each `generation` block."""
+    """Characters written so far, and (begin, end) of each `generation` block."""
 
     written: int = 0
-    blocks: list[tuple[int, str]] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)
 
 
 TRACKER: ContextVar[Tracker | None] = ContextVar("TRACKER", default=None)
@@ -118,7 +119,7 @@ class GenerationTag(Extension):
     def _write_block(self, caller: Callable[[], str]) -> str:
         text = caller()
         if (tracker := TRACKER.get()) is not None:
-            tracker.blocks.append((tracker.written, text))
+            tracker.spans.append((tracker.written, tracker.written + len(text)))
         return text
 
 
@@ -132,15 +133,23 @@ class TemplateSandbox(ImmutableSandboxedEnvironment):
         raise SecurityError(f"access to attribute {attribute!r} of {type(obj).__name__!r} object is unsafe")
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Compute left + right, left * right or left ** right. Errors: SecurityError above MAX_SIZE or MAX_BITS."""
-        sizes = [len(side) if isinstance(side, str | list | tuple) else side for side in (left, right)]
-        if all(isinstance(size, int) for size in sizes):
-            bits = left.bit_length() * right if operator == "**" else sum(size.bit_length() for size in sizes)
-            is_text = any(isinstance(side, str | list | tuple) for side in (left, right))
-            size = 0 if operator == "**" else sizes[0] + sizes[1] if operator == "+" else sizes[0] * sizes[1]
-            if bits > MAX_BITS or (is_text and size > MAX_SIZE):
-                raise SecurityError(f"the result of {operator} is too large: more than {MAX_SIZE:,} items or {MAX_BITS} bits")
+        """Compute left + right, left * right or left ** right. Errors: SecurityError above the limits."""
+        check_result(operator, left, right)
         return super().call_binop(context, operator, left, right)
+
+
+def check_result(operator: str, left: Any, right: Any) -> None:
+    """Raise SecurityError where left + right, left * right or left ** right exceeds the limit of its type."""
+    if isinstance(left, int) and isinstance(right, int):
+        bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
+        if bits > MAX_BITS:
+            raise SecurityError(f"the result of {operator} is too large: more than {MAX_BITS} bits")
+        return
+    sides = (left, right)
+    sizes = [side if isinstance(side, int) else len(side) if isinstance(side, str | list | tuple) else 0 for side in sides]
+    most = MAX_ITEMS if any(isinstance(side, list | tuple) for side in sides) else MAX_SIZE
+    if (sum(sizes) if operator == "+" else sizes[0] * sizes[1]) > most:
+        raise SecurityError(f"the result of {operator} is too large: more than {most:,} items")
 
 
 def tojson(value: Any, ensure_ascii: bool = False, indent=None, separators=None, sort_keys: bool = False) -> str:
@@ -177,10 +186,8 @@ def compile_template(source: str) -> jinja2.Template:
     """Return the compiled template. Errors (TemplateError): its syntax, with the line."""
     try:
         return build_environment().from_string(source)
-    except jinja2.TemplateError as error:
+    except Exception as error:  # Python's own too: SyntaxError for loops nested too deeply, RecursionError
         raise as_template_error(error) from error
-    except RecursionError as error:
-        raise TemplateError("it is nested too deeply") from error
 
 
 @lru_cache(maxsize=64)
@@ -211,23 +218,38 @@ def render_with_generation_spans(
 ) -> tuple[str, list[tuple[int, int]]]:
     """Return the text, and (begin, end) characters of each `generation` block in it.
 
-    Errors: those of `render_source`; TemplateError for a block whose text is changed or moved after it is written, as in a
-    macro: its characters are unknown (transformers returns wrong ones).
+    Errors: those of `render_source`; TemplateError for a block in a macro, a call, a filter, a `set`, a recursive loop or
+    another such block: its characters are unknown (transformers returns wrong ones).
 
     >>> render_with_generation_spans("<a>{% generation %}Hello{% endgeneration %}</a>", {})
     ('<a>Hello</a>', [(3, 8)])
     """
+    check_generation_blocks(source)
     tracker = Tracker()
     text = _render(source, variables, day, tracker)
-    for begin, block in tracker.blocks:
-        if text[begin : begin + len(block)] != block:
-            raise TemplateError(f"a generation block in a macro, a call or a set block: where {block!r:.60} stands is unknown")
-    return text, [(begin, begin + len(block)) for begin, block in tracker.blocks]
+    return text, tracker.spans
+
+
+@lru_cache(maxsize=64)
+def check_generation_blocks(source: str) -> None:
+    """Raise TemplateError for a `generation` block whose text something else takes before it is written."""
+    compile_template(source)
+    tree = build_environment().parse(source)
+    takers = [*tree.find_all((nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.AssignBlock))]
+    takers += [loop for loop in tree.find_all(nodes.For) if loop.recursive]
+    for taker in takers:
+        for block in taker.find_all(nodes.CallBlock):
+            if block is not taker and isinstance(block.call.node, nodes.ExtensionAttribute):
+                kind = type(taker).__name__.lower()
+                raise TemplateError(f"line {block.lineno}: a generation block in a {kind}: where its text stands is unknown")
 
 
 def _render(source: str, variables: Mapping[str, Any], day: date | None, tracker: Tracker) -> str:
     template = compile_template(source)
-    plain = {name: to_plain(value, name) for name, value in variables.items()}
+    try:
+        plain = {name: to_plain(value, name) for name, value in variables.items()}
+    except RecursionError as error:
+        raise TemplateError("a value is nested too deeply, or holds itself") from error
     plain["strftime_now"] = freeze_clock(plain.get("date_string"), day)
     parts: list[str] = []
     token = TRACKER.set(tracker)

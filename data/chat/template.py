@@ -31,7 +31,6 @@ CONTROL_TOKENS: dict[str, tuple[str, ...]] = {  # a template of templates/NAME.j
 }
 TEMPLATE_NAMES = tuple(CONTROL_TOKENS)
 DEFAULT = "default"  # the name of a folder's template
-ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")  # transformers' names
 REASONING = ("reasoning_content", "thinking", "reasoning")  # keys that different files use for one thing
 FIXED = ("messages", "tools", "documents", "add_generation_prompt")
 
@@ -140,8 +139,8 @@ def open_template(tokenizer: Tokenizer, name: str | None = None) -> ChatTemplate
 def name_special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
     """Return {"bos_token": "<s>", …}: from tokenizer_config.json, then special_tokens_map.json, else by the tokenizer's roles.
 
-    A role that the files set to null is absent. Roles: a bos that begins each text, or a token of a well-known name; the
-    tokenizer's eos, pad and unknown tokens. transformers has none of these where the files are silent.
+    A role that the files set to null is absent; a model's own names (image_token) are there too. Roles: a bos that begins each
+    text, or <s>; the tokenizer's eos, pad and unknown tokens. transformers has none of these where the files are silent.
     """
     settings: dict[str, Any] = {}
     for file in reversed(SIDE_FILES):
@@ -158,10 +157,11 @@ def name_special_tokens(tokenizer: Tokenizer) -> dict[str, str]:
         "unk_token": tokenizer.unknown_id,
     }
     names = {id: name for name, id in controls.items()}
+    by_role = {role: names[id] for role, id in ids.items() if id in names}
+    extra = settings.get("extra_special_tokens")
     tokens = {}
-    for role in ROLES:
-        value = settings.get(role, names.get(ids.get(role)))
+    for role, value in (by_role | settings | (extra if isinstance(extra, dict) else {})).items():
         value = value.get("content") if isinstance(value, dict) else value
-        if isinstance(value, str):
+        if role.endswith("_token") and isinstance(value, str):
             tokens[role] = value
     return tokens

@@ -17,7 +17,7 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from transformers.utils import chat_template_utils
 
 from data.chat.sandbox import FROZEN_DATE, render_source, render_with_generation_spans
-from data.chat.template import ChatTemplate, TemplateError, open_template, prepare_message, read_named
+from data.chat.template import ChatTemplate, TemplateError, name_special_tokens, open_template, prepare_message, read_named
 from data.tokenizer.open import load_tokenizer
 from tests.chats import CHATS, REASONING, SYSTEM, TOOL_USE, TOOLS, reply, system, user
 from tests.compare import count
@@ -81,7 +81,7 @@ def test_every_template_of_the_wheel_renders_as_in_transformers(is_small, parity
         if (file.stat().st_size < SMALL) != is_small:
             continue
         source = file.read_text(encoding="utf-8")
-        has_tag = "generation" in source.replace("add_generation_prompt", "").partition("#}")[2]
+        has_tag = re.search(r"{%-?\s*generation\s*-?%}", source) is not None
         for name, (messages, tools) in CHATS.items():
             for prompt in (False, True):
                 given = {"messages": aliased(messages), "tools": tools, "documents": None, "add_generation_prompt": prompt}
@@ -94,7 +94,7 @@ def test_every_template_of_the_wheel_renders_as_in_transformers(is_small, parity
                 rendered, refused = rendered + (expected is not None), refused + (expected is None)
                 blocks += len(expected[1]) if has_tag and expected else 0
                 wrong += [(file.name, name, prompt)] if found != expected else []
-    assert min(rendered, refused, blocks) > (100 if is_small else 30), "each kind of result occurs"
+    assert min(rendered, refused, blocks) > (100 if is_small else 10), "each kind of result occurs"
     parity(f"chat templates: {rendered + refused} renderings of the wheel", "transformers", count(wrong), 0, EXACT)
 
 
@@ -126,6 +126,82 @@ def test_apply_chat_template_gives_the_text_of_render(tmp_path, parity):
                 elif found != expected:
                     wrong.append((twin, name, prompt))
     parity("chat templates: a folder's, by apply_chat_template", "transformers", count(wrong), 0, EXACT)
+
+
+IDIOMS = [  # what published templates do, each by itself; x is in every conversation's variables
+    "{%- for m in messages %}{%- if loop.first %}{%- continue %}{%- endif %}{{ loop.index }}{%- break %}{%- endfor %}",
+    "  {% if true %}\n    a\n  {% endif %}\nb\n\n",
+    "{{ x | tojson }}{{ x | tojson(indent=2) }}{{ x | tojson(ensure_ascii=true, separators=(',', ':'), sort_keys=true) }}",
+    "{{ x.a is mapping }}{{ x.b is iterable }}{{ x.c is string }}{{ x.d is none }}{{ x.e is defined }}{{ x.e }}",
+    "{{ messages[::-1][0].content }}{{ messages[1:] | length }}{{ x.c.split('>')[-1].strip('.') }}{{ x.c.startswith('<') }}",
+    "{% for key, value in x.items() %}{{ key }}={{ value }};{% endfor %}{{ x.b | join('+') }}{{ x | items | list }}",
+    "{% set n = namespace(a=1, self=2) %}{% for m in messages %}{% set n.a = n.a + 1 %}{% endfor %}{{ n.a }}{{ n.self }}",
+    "{{ dict(a=1, **x.a) }}{{ dict.fromkeys([1, 2], 3) }}{{ x.b + (4,) }}{{ [5] + [4] }}",
+    "{{ 2 ** 5 }}{{ 2 ** -1 }}{{ 'a' * 3 }}{{ 3 * [1] }}{{ 'a' ~ 1 ~ x.d }}{{ 'a' + 'b' }}{{ 1.5 * 2 }}{{ 'a' * -1 }}",
+    "{{ strftime_now('%d %b %Y, %A') }}{{ strftime_now is defined }}{{ raise_exception is defined }}",
+    "{% macro m(a, b='c') %}{{ a }}{{ b }}{{ caller() if caller }}{% endmacro %}{{ m(1) }}{% call m(2) %}{% endcall %}",
+    "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | list | first | trim | upper }}",
+    "{{ tools }}{{ documents }}{{ add_generation_prompt }}{{ messages | map(attribute='nothing') | list | length }}",
+    "{{ bos_token if bos_token is defined }}{{ none }}{{ x.g }}{{ messages[0].nothing }}{{ (1, 2) }}{{ x }}{{ x.f is number }}",
+    "{% set a = cycler('u', 'v') %}{% set b = joiner('|') %}{% for m in messages %}{{ b() }}{{ a.next() }}{% endfor %}",
+    "{% generation %}{% set y = 1 %}a{% endgeneration %}{{ y is defined }}{%- generation -%} b {%- endgeneration -%} c",
+    "{{ raise_exception('no') }}",
+    "{{ x.b.append(1) }}",
+    "{{ messages[9].content }}",
+]
+VALUES = {"a": {"k": "é <b> & 'q'"}, "b": (1, 2.5, True), "c": "<think>.a.", "d": None, "f": 3, "g": [{"h": "\u2028"}]}
+
+
+@pytest.mark.parametrize("source", IDIOMS)
+def test_idioms_of_templates(source, parity):
+    wrong = []
+    for name in ("two turns", "emoji", "spaces"):
+        messages = CHATS[name][0]
+        given = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True, "x": VALUES}
+        try:
+            got = render_source(source, given | TOKENS)
+        except TemplateError:
+            got = None
+        expected = theirs(source, messages, None, True, x=VALUES)
+        wrong += [name] if got != expected else []
+        assert (expected is None) == (source in IDIOMS[-3:])
+    parity("chat templates: idioms of Jinja", "transformers", count(wrong), 0, EXACT)
+
+
+BESIDE = {  # files beside a tokenizer
+    "none": {},
+    "file": {"chat_template.jinja": "a\r\nb"},
+    "text": {"tokenizer_config.json": {"chat_template": "c"}},
+    "list": {"tokenizer_config.json": {"chat_template": [{"name": n, "template": n * 2} for n in ("default", "rag")]}},
+    "file and text": {"chat_template.jinja": "a", "tokenizer_config.json": {"chat_template": "c"}},
+    "further": {"chat_template.jinja": "a", "additional_chat_templates/tool_use.jinja": "f", "tokenizer_config.json": {}},
+    "further alone": {"additional_chat_templates/rag.jinja": "f", "tokenizer_config.json": {"chat_template": "c"}},
+    "null": {"tokenizer_config.json": {"chat_template": None, "bos_token": None, "eos_token": "</s>"}},
+    "tokens": {"tokenizer_config.json": {"bos_token": "<s>", "eos_token": ADDED_TOKEN, "pad_token": "</s>"}},
+    "model's": {"tokenizer_config.json": {"bos_token": "<s>", "image_token": "<s>", "add_bos_token": True}},
+    "model's, in a table": {"tokenizer_config.json": {"extra_special_tokens": {"boi_token": "<s>"}}},
+    "map": {"tokenizer_config.json": {"added_tokens_decoder": ...}, "special_tokens_map.json": {"bos_token": "<s>"}},
+}
+
+
+def test_templates_and_special_tokens_of_a_folder(tmp_path, parity):
+    wrong = []
+    for number, (name, files) in enumerate(BESIDE.items()):
+        folder = tmp_path / str(number)
+        write_tokenizer(folder, byte_level(["<s>", "</s>"], vocab_size=270), ["<s>", "</s>"])
+        for file, content in files.items():
+            (folder / file).parent.mkdir(exist_ok=True)
+            if file == "tokenizer_config.json":
+                content = json.loads((folder / file).read_text()) | content
+                content = {key: value for key, value in content.items() if value is not ...}
+            (folder / file).write_bytes(content.encode() if isinstance(content, str) else json.dumps(content).encode())
+        other, tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder), load_tokenizer(folder)
+        expected = other.chat_template or {}
+        expected = {"default": expected} if isinstance(expected, str) else expected
+        tokens = name_special_tokens(tokenizer)
+        roles = {"bos_token": "<s>", "eos_token": "</s>"} if name != "null" else {}  # of tokens that the files are silent on
+        wrong += [name] if (tokenizer.chat_templates, tokens) != (expected, roles | other.special_tokens_map) else []
+    parity("chat templates: files and special tokens of a folder", "transformers", count(wrong), 0, "the same")
 
 
 def load_template(folder: Path) -> ChatTemplate:

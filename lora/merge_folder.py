@@ -35,6 +35,7 @@ from model.config import ModelConfig
 from model.config_json import write_config
 from model.finite import non_finite, refuse_tensor
 from model.folders import INDEX, SINGLE, atomic_folder, weight_files
+from model.generation_config import with_stop_ids
 from model.hub import read_config
 from model.safetensors_file import WeightFile, WeightFileError, bytes_view
 from model.weights import head_spec, is_same_head, published_copies, published_prefix, to_published
@@ -107,7 +108,8 @@ def merge_to_folder(
             raise AdapterError(str(error)) from None
         if len(plan) > 1:
             write_index(partial, plan)
-        (partial / "config.json").write_text(write_config(written, dtype_name(base, dtype)), encoding="utf-8")
+        text = write_config(with_stop_ids(written, adapter), dtype_name(base, dtype))
+        (partial / "config.json").write_text(text, encoding="utf-8")
         copy_side_files(base, adapter, partial)
     return [out / name for name in plan]
 

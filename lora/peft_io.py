@@ -28,6 +28,7 @@ from lora.peft_names import entries, saved_head
 from lora.peft_read import read_keys
 from lora.task_head import config_with_head, missing_head_weights, refuse_random_head
 from lora.vocabulary import vocabulary_size
+from model.generation_config import with_stop_ids
 from model.network import Network
 from model.resize import resize_vocabulary
 from model.safetensors_file import WeightFile, WeightFileError, save_file
@@ -113,7 +114,7 @@ def open_network(
     own = {"head": config.head, "labels": config.labels} | ({"pool": config.pool} if config.head == "sequence" else {})
     options = {"quantization": note.get("quantization"), **own, **options}
     network = model.hub.load(found, dtype=dtype, device=device, **options)
-    network.config = network.config.replace(extra=config.extra)  # including the names of the adapter's labels
+    network.config = with_stop_ids(network.config.replace(extra=config.extra), folder)  # with the names of the adapter's labels
     try:
         with WeightFile(tensor_file(folder)) as file:
             size, own = vocabulary_size(network, read_keys(network, file, read_json(folder))), network.config.vocab_size

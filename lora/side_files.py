@@ -14,12 +14,14 @@ TOKENIZER_FILES = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
     *("chat_template.jinja", "chat_template.json"),
 )
+GENERATION = "generation_config.json"  # instruction tuning writes it into an adapter's folder: the ids that end a reply
 
 
 def copy_side_files(base: Path, adapter: Path, out: Path) -> None:
-    """Copy the base's files, and the tokenizer's files of the adapter's folder over them: trainers save there the tokenizer of
-    the adapter's ids. If the adapter's folder has a vocabulary, no file of the base's tokenizer is copied."""
-    own = [name for name in (*VOCABULARIES, *TOKENIZER_FILES) if (adapter / name).is_file()]
+    """Copy the base's files, and over them the tokenizer's files and the generation_config.json of the adapter's folder:
+    trainers save there the tokenizer of the adapter's ids. If the adapter's folder has a vocabulary, no file of the base's
+    tokenizer is copied."""
+    own = [name for name in (*VOCABULARIES, *TOKENIZER_FILES, GENERATION) if (adapter / name).is_file()]
     for name in own:
         shutil.copyfile(adapter / name, out / name)
     copied = copy_auxiliary_files(base, out)
@@ -28,5 +30,8 @@ def copy_side_files(base: Path, adapter: Path, out: Path) -> None:
             if name in (*VOCABULARIES, *TOKENIZER_FILES):
                 (out / name).unlink()
     other = [name for name in own if not (base / name).is_file() or not filecmp.cmp(adapter / name, base / name, shallow=False)]
+    if GENERATION in other:
+        other.remove(GENERATION)
+        warnings.warn(f"{GENERATION} is that of {adapter}, not the base's: it has the ids that end a reply", stacklevel=5)
     if other:
         warnings.warn(f"the tokenizer is that of {adapter}, not the base's: {', '.join(other)}", stacklevel=5)

@@ -130,6 +130,14 @@ def parse_generation_config(fields: dict, config: ModelConfig, raw: dict) -> Gen
     )
 
 
+def with_stop_ids(config: ModelConfig, folder: str | Path) -> ModelConfig:
+    """Return the config with the ids that end a text in a folder's generation_config.json; unchanged without that file."""
+    if not (Path(folder) / FILE).is_file():
+        return config
+    ends = read_generation_config(folder, config).stop_ids
+    return config.replace(eos_id=ends[0], stop_ids=ends[1:]) if ends else config
+
+
 def unsupported_settings(fields: dict) -> Iterator[str]:
     """Yield the settings that would change a text and are ignored."""
     yield from (key for key, idle in UNSUPPORTED.items() if key in fields and fields[key] not in idle)

@@ -100,9 +100,9 @@ def open_data(config: TrainConfig, checkpoint: Path | None, info: Info) -> objec
     if config.data.weights and not task.can_mix:
         raise TrainError(f"--objective {config.run.objective} does not mix sources by weight: give --corpus without names")
     if config.run.init is not None:  # a checkpoint has its own tokenizer, and a resume needs that folder no more
-        init = resolve(config.run.init) if checkpoint is None or config.method else None  # but an adapter's resume does
-        folder = checkpoint or init
-        found = model.hub.read_config(init or folder)
+        # But an adapter's resume does: its network is built anew, and with it the rows of control tokens that the task adds.
+        folder = resolve(config.run.init) if checkpoint is None or config.method else checkpoint
+        found = model.hub.read_config(folder)
         if found.architecture not in task.architectures:
             raise TrainError(
                 f"--objective {config.run.objective} trains networks of the architecture {trainable(task)}; "

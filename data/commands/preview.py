@@ -71,7 +71,8 @@ def preview(options: Preview) -> None:
 
     tokenizer, template, _ = open_chat_tokenizer(options.template, load_tokenizer(resolve(options.tokenizer)), note)
     rows = read_corpus_rows(DataConfig(corpus=options.files), [], note)
-    choices = {"learn": options.learn, "per_reply": options.per_reply, "variables": parse_variables(options.variables)}
+    variables = parse_variables(options.variables, template)
+    choices = {"learn": options.learn, "per_reply": options.per_reply, "variables": variables}
     encoder, most = ChatEncoder(tokenizer, template, **choices), options.context or sys.maxsize
     colour = options.colour == "on" or (options.colour == "auto" and sys.stdout.isatty())
     lengths: list[int] = []

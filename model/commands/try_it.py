@@ -10,7 +10,7 @@ PROMPTS = ("The", "the", "A", "a", "1")
 
 
 def example_command(folder: Path) -> str:
-    """Return a command that uses a model folder: generate, fill, predict, else info."""
+    """Return a command that uses a model folder: chat, generate, fill, predict, else info."""
     from data.config import DataError
     from data.shell import command
     from data.tokenizer.open import load_tokenizer
@@ -29,6 +29,8 @@ def example_command(folder: Path) -> str:
                 return command("model", "fill", folder, text)
     if config.head == "sequence":
         return command("model", "predict", folder, "FILE")
+    if config.head == "lm" and config.architecture == "decoder" and "default" in tokenizer.chat_templates:
+        return command("model", "chat", folder)
     if config.head == "lm":
         option = "--source" if config.architecture == "encoder-decoder" else "--prompt"
         for prompt in PROMPTS:

@@ -181,7 +181,8 @@ class SftTask(RecordTask):
 
         self.config, self.tokenizer, self.settings, self.template = config, data.tokenizer, settings_of(config), data.template
         settings = self.settings
-        options = {"learn": settings.learn, "per_reply": settings.per_reply, "variables": parse_variables(settings.variables)}
+        options = {"learn": settings.learn, "per_reply": settings.per_reply}
+        options["variables"] = parse_variables(settings.variables, data.template)
         self.encoder: ChatEncoder = ChatEncoder(data.tokenizer, data.template, **options)
         self.cut: list[str] = []
         self.left_out: list[str] = []

@@ -1,6 +1,7 @@
 """Instruction tuning: conversations, of which the replies are learned (supervised fine-tuning)."""
 
 import math
+import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from train.parallel.ranks import Ranks
 
 BUILT_IN = "stdlib-chat"
+MANY = 2_000  # records from which on encoding shows its progress
 PREVIEWED = 200  # tokens of the first conversation in the introduction
 
 
@@ -199,11 +201,15 @@ class SftTask(RecordTask):
 
     def _encode(self, rows: "Rows", max_tokens: float = math.inf) -> "Rows":
         """Encode records, up to `max_tokens` tokens; one at least."""
+        from tqdm import tqdm
+
         from data.chat.overlong import fit
         from data.sources.records import Rows
 
         talks, indices, total = [], [], 0
-        for index, (name, row) in enumerate(zip(rows.names, rows.values, strict=True)):
+        is_quiet = not (self.config.report.verbose and sys.stderr.isatty()) or len(rows) < MANY
+        bar = tqdm(rows.values, desc="encoding", unit=" records", disable=is_quiet, leave=False)
+        for index, (name, row) in enumerate(zip(rows.names, bar, strict=True)):
             try:
                 record = self.read(self.settings, row)
                 fitted = fit(self.encoder, record, self.config.network.context, self.settings.overlong)

@@ -1,6 +1,7 @@
 """`python -m model chat`: talk with a network, with the cache of keys and values kept from turn to turn."""
 
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from model.sampling import Sampling
 
 RESERVE = 256  # tokens to keep free for a reply without --max-new-tokens; at most a quarter of the context
+DATE_FORMAT = "%d %b %Y"  # of the templates' variable date_string
 CHAT_DEFAULTS = {name: DEFAULTS[name] for name in ("temperature", "top_k", "repetition_penalty")}
 FOLDERS = {*CHAT_DEFAULTS, "top_p", "min_p", "max_new_tokens"}  # settings of a folder that a chat obeys
 
@@ -35,6 +37,8 @@ class Chat:
     """The system message."""
     template: str | None = None
     """A chat template by its name: chatml, llama-3 … , or one of the folder's. Default: the folder's own."""
+    variables: tuple[str, ...] = ()
+    """NAME=JSON …: further variables of the template, as enable_thinking=false. date_string is today without it."""
     max_new_tokens: int | None = None
     """The most tokens of a reply. Default: the folder's, else the rest of the context."""
     temperature: float | None = None
@@ -71,8 +75,9 @@ def chat(options: Chat) -> None:
         raise ConfigError(f"--max-new-tokens {options.max_new_tokens}: must be between 1 and {largest}")
     reserve = options.max_new_tokens or min(RESERVE, session.limit // 4, max_new_tokens or RESERVE)
     generator = torch.Generator(device).manual_seed(options.seed)
+    variables = {"date_string": date.today().strftime(DATE_FORMAT)} | read_variables(options, template)
     lengths = {"max_new_tokens": max_new_tokens, "reserve": reserve}
-    settings = {"sampling": sampling, "generator": generator, "system": options.system}
+    settings = {"variables": variables, "sampling": sampling, "generator": generator, "system": options.system}
     TerminalChat(session, tokenizer, template, **settings, **lengths).run()
 
 
@@ -125,6 +130,17 @@ def choose_template(options: Chat, tokenizer: "Tokenizer") -> "ChatTemplate":
     if not tokenizer.chat_templates:
         note(f"{where} has no chat template of its own: nothing tells whether it was tuned with {template.name}")
     return template
+
+
+def read_variables(options: Chat, template: "ChatTemplate") -> dict[str, object]:
+    """Return the variables of --variables. Error (ConfigError): the template never reads one."""
+    from data.chat.variables import parse_variables
+
+    variables = parse_variables(options.variables)
+    for name in variables:
+        if not template.reads(name):
+            raise ConfigError(f"--variables {name}: would have no effect, as the template {template.name} never reads it")
+    return variables
 
 
 def find_stop_ids(tokenizer: "Tokenizer", template: "ChatTemplate", folder_settings: "GenerationConfig") -> list[int]:

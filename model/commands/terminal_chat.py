@@ -6,7 +6,6 @@ Standard output has the replies alone, each with an empty line after it; all els
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from datetime import date
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from model.chat_session import ChatSession, Reply
     from model.sampling import Sampling
 
-DATE_FORMAT = "%d %b %Y"  # of the templates' variable date_string
 HELP = """\
 /undo              take back your last message and its reply
 /reset             begin anew; the system message stays
@@ -44,6 +42,7 @@ class TerminalChat:
         tokenizer: "Tokenizer",
         template: "ChatTemplate",
         *,
+        variables: Mapping[str, object],
         sampling: "Sampling",
         max_new_tokens: int | None,
         reserve: int,
@@ -52,7 +51,7 @@ class TerminalChat:
     ):
         self.session, self.tokenizer, self.template = session, tokenizer, template
         self.sampling, self.max_new_tokens, self.generator = sampling, max_new_tokens, generator
-        self.variables = {"date_string": date.today().strftime(DATE_FORMAT)}
+        self.variables = variables
         self.last: tuple[Reply, float] | None = None
         self.transcript = Transcript(self.encode, limit=session.limit, reserve=reserve, system=system)
 
@@ -83,7 +82,7 @@ class TerminalChat:
                         return
                     self.command(name)(argument.strip())
                 elif line.strip():
-                    self.say(line[1:] if line.startswith(" /") else line)
+                    self.take_turn(line[1:] if line.startswith(" /") else line)
             except KeyboardInterrupt:
                 note("interrupted")
             except (ConfigError, DataError, OSError) as error:
@@ -99,7 +98,7 @@ class TerminalChat:
 
     # ---- a turn
 
-    def say(self, text: str) -> None:
+    def take_turn(self, text: str) -> None:
         """Ask for a reply to a message, and write it while it is generated."""
         prompt = self.transcript.ask(text)
         if prompt.dropped:

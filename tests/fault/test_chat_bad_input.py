@@ -64,6 +64,8 @@ WRONG = {
     ("--top-p", "2"): ("top_p=2.0 is not in (0, 1]",),
     ("--device", "tpu"): ("--device tpu: not a device",),
     ("--system", "Be nice."): ("chat template default: ", "System role"),
+    ("--variables", "enable_thinking=false"): ("--variables enable_thinking: would have no effect", "never reads it"),
+    ("--variables", "date_string=today"): ("NAME=JSON",),
     ("--adapter", "nowhere"): ("nowhere does not exist",),
     ("--base", "nowhere"): ("--base nowhere: ", "is a network, not an adapter"),
 }

@@ -195,6 +195,9 @@ def test_templates_get_todays_date(plain, tmp_path):
     script = Script(folder, ("x<|im_end|>",))
     talk(folder, "Hi", script=script)
     assert text_of(script).startswith(date.today().strftime("%Y-%m-%d %d %b %Y Hi"))
+    script = Script(folder, ("x<|im_end|>",))
+    talk(folder, "Hi", script=script, options=("--variables", 'date_string="02 Feb 2025"'))
+    assert text_of(script).startswith("2025-02-02 02 Feb 2025 Hi")
 
 
 def test_a_space_that_the_template_writes_is_none_of_the_reply(plain, tmp_path):

@@ -27,7 +27,7 @@ HELP = """\
 /reset             begin anew; the system message stays
 /system TEXT       set the system message; without a text: remove it
 /temperature X     0: always the best token; above: sampled
-/save FILE         append the conversation to FILE, a line of JSON that --objective sft reads
+/save FILE.jsonl   append the conversation to FILE.jsonl, which --objective sft reads
 /stats             the tokens of the last reply, and of its prompt those that were read
 /quit              leave; so does Ctrl-D
 Ctrl-C stops a reply. A line that ends in \\ goes on in the next one. A space in front makes "/" text."""
@@ -209,6 +209,8 @@ class TerminalChat:
         if not argument:
             raise ConfigError("/save needs the name of a file, as /save chat.jsonl")
         path = Path(argument).expanduser()
+        if path.suffix != ".jsonl":
+            raise ConfigError(f"/save {argument}: a file of JSON lines ends in .jsonl; --objective sft reads no other name")
         number = self.transcript.save(path)
         note(f"saved as record {number} of {path}: {count_turns(self.transcript)}")
 

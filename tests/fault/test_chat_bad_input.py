@@ -103,13 +103,13 @@ def test_a_template_without_a_terminator_is_noted(folder, tmp_path):
 
 
 def test_wrong_messages_are_taken_back(folder, tmp_path):
-    lines = (b"caf\xe9", b"x" * 1_000_000, b"/system Be nice.", b"Hi", b"/save " + bytes(tmp_path / "chat"))
+    lines = (b"caf\xe9", b"x" * 1_000_000, b"/system Be nice.", b"Hi", b"/save " + bytes(tmp_path / "chat.jsonl"))
     said = talk(folder, *lines, options=("--max-new-tokens", 4))
     first, second, third = [line for line in said.err.splitlines() if line.startswith("error: ")]
     assert first == "error: the user message is not valid UTF-8"
     assert second.startswith("error: the message has 1,000,0") and "tokens, and the context holds 100" in second
     assert "System role" in third and said.code == 0
-    messages = json.loads((tmp_path / "chat").read_text())["messages"]
+    messages = json.loads((tmp_path / "chat.jsonl").read_text())["messages"]
     assert [message["content"] for message in messages][:1] == ["Hi"] and len(messages) == 2
 
 

@@ -11,6 +11,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+import data.__main__
 import model.__main__
 import model.hub
 from data.chat.encode import encode_rendered
@@ -206,10 +207,10 @@ def test_a_space_that_the_template_writes_is_none_of_the_reply(plain, tmp_path):
     source = "{% for m in messages %}" + each + "{% endfor %}"
     folder = with_template(plain, tmp_path / "folder", source)
     script = Script(folder, (" Hello<|im_end|>",), ("Two <|im_end|>",), ("x<|im_end|>",))
-    said = talk(folder, "Hi", "Next", "Third", "/save " + str(tmp_path / "chat"), script=script)
+    said = talk(folder, "Hi", "Next", "Third", "/save " + str(tmp_path / "chat.jsonl"), script=script)
     assert said.out == " Hello\n\nTwo \n\nx\n\n"
     assert text_of(script) == "[Hi] Hello<|im_end|>[Next] Two <|im_end|>[Third]"
-    contents = [message["content"] for message in json.loads((tmp_path / "chat").read_text())["messages"]]
+    contents = [message["content"] for message in json.loads((tmp_path / "chat.jsonl").read_text())["messages"]]
     assert contents == ["Hi", "Hello", "Next", "Two ", "Third", "x"]
 
 
@@ -267,11 +268,13 @@ def test_commands(tuned, tmp_path):
     assert f"note: saved as record 2 of {file}: 1 turn\n" in said.err
     for record in (first, second):
         assert read_chat_record(record).messages == tuple(record["messages"])
+    shown = command("preview", file, "--tokenizer", tuned, main=data.__main__.main)
+    assert shown.code == 0 and "reply 5" in shown.out, shown.err
     assert "/undo" in talk(tuned, "/help").err
 
 
 def test_wrong_commands_are_said_and_change_nothing(tuned, tmp_path):
-    (tmp_path / "array.json").write_text("[1]\n")
+    (tmp_path / "array.jsonl").write_text("[1]\n")
     wrong = {
         "/undo": "nothing to undo",
         "/foo bar": "there is no /foo; /help lists the commands",
@@ -280,24 +283,26 @@ def test_wrong_commands_are_said_and_change_nothing(tuned, tmp_path):
         "/temperature -1": "temperature=-1.0 must be 0",
         "/temperature nan": "temperature=nan must be 0",
         "/save": "/save needs the name of a file",
-        f"/save {tmp_path / 'chat'}": "nothing to save",
+        f"/save {tmp_path / 'chat.txt'}": "a file of JSON lines ends in .jsonl",
+        f"/save {tmp_path / 'chat.jsonl'}": "nothing to save",
         "/stats": "no reply yet",
         "/system " + "x" * CONTEXT: f"the system message has 185 tokens, and the context holds {CONTEXT}",
     }
     script = Script(tuned, ("yes<|im_end|>",))
-    after = {f"/save {tmp_path / 'array.json'}": "holds no JSON lines", f"/save {tmp_path / 'no' / 'chat'}": "No such file"}
+    missing = f"/save {tmp_path / 'no' / 'chat.jsonl'}"
+    after = {f"/save {tmp_path / 'array.jsonl'}": "holds no JSON lines", missing: "No such file"}
     said = talk(tuned, *wrong, "Hi", *after, script=script)
     assert said.code == 0 and said.out == "yes\n\n"
     for line, words in zip(said.err.splitlines()[1:], [*wrong.values(), *after.values()], strict=True):
         assert line.startswith("error: ") and words in line
     assert script.options[0]["temperature"] == 0.8 and text_of(script).startswith("<|im_start|>user\nHi")
-    assert (tmp_path / "array.json").read_text() == "[1]\n" and not (tmp_path / "chat").exists()
+    assert (tmp_path / "array.jsonl").read_text() == "[1]\n" and not (tmp_path / "chat.jsonl").exists()
 
 
 def test_a_file_without_a_last_newline_is_continued(tuned, tmp_path):
-    (tmp_path / "chat").write_text('{"text": "x"}')
-    talk(tuned, "Hi", f"/save {tmp_path / 'chat'}", script=Script(tuned, ("yes\u2028 ü<|im_end|>",)))
-    kept, added = (tmp_path / "chat").read_text(encoding="utf-8").split("\n")[:2]
+    (tmp_path / "chat.jsonl").write_text('{"text": "x"}')
+    talk(tuned, "Hi", f"/save {tmp_path / 'chat.jsonl'}", script=Script(tuned, ("yes\u2028 ü<|im_end|>",)))
+    kept, added = (tmp_path / "chat.jsonl").read_text(encoding="utf-8").split("\n")[:2]
     assert kept == '{"text": "x"}' and json.loads(added)["messages"][1]["content"] == "yes\u2028 ü" and "ü" in added
 
 
@@ -306,11 +311,11 @@ def test_a_file_without_a_last_newline_is_continued(tuned, tmp_path):
 
 def test_ctrl_c_keeps_the_partial_reply(tuned, tmp_path):
     script = Script(tuned, ("Hello th", None), (None,), ("Fine.<|im_end|>",))
-    said = talk(tuned, "Hi", "lost", "Next", f"/save {tmp_path / 'chat'}", script=script)
+    said = talk(tuned, "Hi", "lost", "Next", f"/save {tmp_path / 'chat.jsonl'}", script=script)
     assert said.code == 0 and said.out == "Hello th [stopped]\n\nFine.\n\n"
     assert "interrupted before its first token: your message was taken back" in said.err
     assert "Hello th<|im_end|>\n<|im_start|>user\nNext" in text_of(script)
-    record = json.loads((tmp_path / "chat").read_text())
+    record = json.loads((tmp_path / "chat.jsonl").read_text())
     assert [message.get("weight") for message in record["messages"]] == [None, 0, None, None]
     assert read_chat_record(record).is_learned == (False, False, False, True)
 

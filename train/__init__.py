@@ -21,7 +21,7 @@ minimised), `engine` (the state that a step advances, and its files), `loop` (th
     number_objective, pair_baseline    two texts and one number: loss; what counting words gives for pairs
     tag_objective, tag_baseline    token classification: loss, scores beside the most frequent tag of each word
     answer_objective, answer_scores, answer_report    question answering: loss, scores beside baselines, text
-    chat_data, chat_objective, chat_replies    instruction tuning: template, tokenizer, stop ids; loss, NEFTune; written replies
+    chat_data, chat_objective, chat_replies, chat_report    instruction tuning: template; loss, NEFTune; replies; text
     evaluate          sums and counts over held-out text; bits per byte, and the n-gram baseline
     mixing            the share of each source of a mixture, and what was drawn
     eval_corpora      further corpora that each validation scores (--eval-corpus); `eval_text`, `eval_records`: of each kind

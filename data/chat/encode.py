@@ -98,6 +98,7 @@ class ChatEncoder:
     ):
         self.tokenizer, self.template, self.learn, self.per_reply = tokenizer, template, learn, per_reply
         self.variables = dict(variables or {})
+        self.adds_thoughts = False  # True once the template has put an empty thought before a reply
         unknown = tokenizer.unknown_id
         self.ids = {name: id for name, id in tokenizer.control_tokens.items() if id != unknown and name}
         names = sorted(self.ids, key=len, reverse=True)
@@ -163,6 +164,7 @@ class ChatEncoder:
             tail = text[end:]
         if lead and EMPTY_THOUGHT.fullmatch(lead) and text.startswith(lead, begin):
             begin += len(lead)
+            self.adds_thoughts = True
         if (match := self.pattern.match(tail.lstrip())) is not None:
             return Reply(text, begin, end + len(tail) - len(tail.lstrip()) + match.end(), None)
         following = render([*messages[: index + 1], {"role": "user", "content": "?"}])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from data.config import DataError
-from data.messages import format_count, shorten_list
+from data.messages import format_count
 from data.shell import command
 from train.command_line import Needs
 from train.record_task import RecordTask
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 BUILT_IN = "stdlib-chat"
 MANY = 2_000  # records from which on encoding shows its progress
-PREVIEWED = 200  # tokens of the first conversation in the introduction
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Settings:
     """The chat template: one of ours by its name (chatml, llama-3, …), or a further one of --init's folder. Default: the
     folder's own, else chatml. Control tokens that the tokenizer lacks are added, with rows at the mean of the others."""
     variables: tuple[str, ...] = ()
-    """NAME=JSON …: further variables of the template (enable_thinking=false)."""
+    """NAME=JSON …: further variables of the template (enable_thinking=false); the run's template has them as defaults."""
     learn: Literal["assistant", "last", "all"] = "assistant"
     """Learn all replies, the last one of each conversation, or every token of it."""
     per_reply: bool = False
@@ -147,6 +146,7 @@ class SftTask(RecordTask):
     @classmethod
     def open_data(cls, config: "TrainConfig", tokenizer: "Tokenizer | None", info: Info, *, progress: bool = False) -> ChatData:
         from data.chat.shapes import describe_shape
+        from data.chat.variables import parse_variables, with_defaults
 
         settings: Settings = settings_of(config)
         if tokenizer is None:
@@ -156,6 +156,7 @@ class SftTask(RecordTask):
         from train.chat_data import built_in_records, open_chat_tokenizer
 
         tokenizer, template, new_ids = open_chat_tokenizer(settings.template, tokenizer, info)
+        template = with_defaults(template, parse_variables(settings.variables, template))
         if config.data.corpus == (BUILT_IN,) and not config.data.validation:
             data = built_in_records(tokenizer, BUILT_IN, progress)
         else:
@@ -178,13 +179,11 @@ class SftTask(RecordTask):
 
     def __init__(self, config: "TrainConfig", data: ChatData):
         from data.chat.encode import ChatEncoder
-        from data.chat.variables import parse_variables
         from data.transforms.seq2seq import unigram_nats
 
         self.config, self.tokenizer, self.settings, self.template = config, data.tokenizer, settings_of(config), data.template
         settings = self.settings
         options = {"learn": settings.learn, "per_reply": settings.per_reply}
-        options["variables"] = parse_variables(settings.variables, data.template)
         self.encoder: ChatEncoder = ChatEncoder(data.tokenizer, data.template, **options)
         self.cut: list[str] = []
         self.left_out: list[str] = []
@@ -253,22 +252,13 @@ class SftTask(RecordTask):
         return super().identity() | {"template_sha256": hashlib.sha256(self.template.source.encode()).hexdigest()}
 
     def introduction(self) -> str:
-        from data.chat.preview import mark_learned
+        from train.chat_report import describe_examples, preview_lines
 
-        rows, first = self.data.train, self.data.train.values[0]
+        rows = self.data.train
         tokens = sum(len(each.ids) for talk in rows.values for each in talk.examples)
-        fraction = f"{self.learned:,} of {tokens:,} tokens are learned ({self.learned / tokens:.1%})"
-        lines = [f"template {self.template.name}; {fraction}"]
-        if self.rewritten:
-            lines.append(f"         it rewrites history: {len(self.rewritten):,} records are one example a reply")
-        if self.left_out:
-            lines.append(f"         longer than a row, left out: {shorten_list(self.left_out)}")
-        if self.cut:
-            turns = f" ({format_count(self.dropped_turns, 'oldest turn')} dropped)" if self.dropped_turns else ""
-            lines.append(f"         longer than a row, cut{turns}: {shorten_list(self.cut)}")
-        shown = mark_learned(self.tokenizer, first.examples[0], most=PREVIEWED)
-        lines += [f"{rows.names[0]}, learned between ⟦ and ⟧ (python -m data preview shows more):", shown.rstrip("\n")]
-        return super().introduction() + "".join(f"{line}\n" for line in lines)
+        found = {"rewritten": self.rewritten, "left_out": self.left_out, "cut": self.cut, "turns": self.dropped_turns}
+        lines = describe_examples(self.encoder, self.learned, tokens, **found)
+        return super().introduction() + lines + preview_lines(rows.names[0], self.tokenizer, rows.values[0].examples[0])
 
     def save_files(self, folder: Path, network: "nn.Module") -> None:
         """Write the template, and the ids that end a reply, beside an adapter too."""

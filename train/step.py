@@ -62,6 +62,7 @@ def train_step(
         raise ValueError("a step needs a micro-batch at least")
     counts = [unwrapped(objective).counts(batch) for batch in micro_batches]
     total = {name: ranks.sum(sum(count[name] for count in counts)) for name in counts[0]}
+    divisors = {name: torch.where(count > 0, count, 1) for name, count in total.items()}  # a count may be a fraction of 1
     loss, metrics, added = 0.0, {}, None
     for number, batch in enumerate(micro_batches, 1):
         with nullcontext() if number == len(micro_batches) else no_grad_sync(objective):
@@ -69,7 +70,7 @@ def train_step(
                 terms, logged = objective(batch)
             if terms.keys() != total.keys():
                 raise ValueError(f"the objective's terms {[*terms]} and counts {[*total]} must have the same names")
-            loss_share = sum(term.weight * term.sum / total[name].clamp_min(1) for name, term in terms.items())
+            loss_share = sum(term.weight * term.sum / divisors[name] for name, term in terms.items())
             minimised = loss_share * ranks.world
             if penalty is not None:  # divided by the micro-batches; the average over ranks then counts it once
                 added = penalty()

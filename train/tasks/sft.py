@@ -243,7 +243,7 @@ class SftTask(RecordTask):
         if self.settings.loss == "token":
             return examples
         count = sum(tokens.learned_count for tokens in row.examples)
-        weights = [np.where(each.labels == IGNORE, 0, 1 / count).astype(np.float32) for each in examples]
+        weights = [np.where(each.labels == IGNORE, 0.0, 1 / count) for each in examples]
         return [each._replace(extra={WEIGHTS: weight}) for each, weight in zip(examples, weights, strict=True)]
 
     def identity(self) -> dict:

@@ -27,6 +27,7 @@ PUBLIC = {  # file: the names that it offers; `from data import load_tokenizer` 
     "chat.conversation": ("Conversation", "Plain"),
     "chat.encode": ("ChatEncoder", "encode_chat"),
     "chat.template": ("ChatTemplate", "open_template"),
+    "chat.shapes": ("read_chat_record",),
     "config": ("DataConfig", "DataError"),
     "corpus.dedup": ("deduplicate", "find_covered", "shingle_overlap"),
     "corpus.prepare": ("prepare",),

@@ -45,3 +45,8 @@ class Plain:
 
     prompt: str
     completion: str
+
+
+def has_dropped_turns(record: Conversation | Plain) -> bool:
+    """Return True if turns before the first user's were dropped."""
+    return isinstance(record, Conversation) and record.dropped > 0

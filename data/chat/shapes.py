@@ -258,7 +258,7 @@ def build_conversation(row: Row, messages: list[Message], is_learned: list[bool]
     if roles[speaking[0]] != "user":
         if leading_reply == "refuse":
             what = f"turn {speaking[0] + 1} is of the role {roles[speaking[0]]}, and a conversation begins with a user's turn"
-            raise DataError(f"{what}. {LEADING_REPLY_OPTION} drops turns before that")
+            raise DataError(f"{what}. {LEADING_REPLY_OPTION} (of data preview: --leading-reply drop) drops turns before that")
         first = roles.index("user") if "user" in roles else len(roles)
         staying = [index for index, role in enumerate(roles) if role == "system" or index >= first]
         dropped = len(roles) - len(staying)

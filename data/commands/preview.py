@@ -56,6 +56,7 @@ class Preview:
 
 
 def preview(options: Preview) -> None:
+    from data.chat.conversation import has_dropped_turns
     from data.chat.encode import ChatEncoder
     from data.chat.overlong import fit
     from data.chat.preview import mark_learned
@@ -77,14 +78,16 @@ def preview(options: Preview) -> None:
     colour = options.colour == "on" or (options.colour == "auto" and sys.stdout.isatty())
     lengths: list[int] = []
     learned, shown = 0, 0
-    dropped, cut, several, shapes = [], [], [], {}
+    leading, dropped, cut, several, shapes = [], [], [], [], {}
     for name, row in zip(rows.names, rows.values, strict=True):
         try:
-            fitted = fit(encoder, read_chat_record(row, leading_reply=options.leading_reply), most, options.overlong)
+            record = read_chat_record(row, leading_reply=options.leading_reply)
+            fitted = fit(encoder, record, most, options.overlong)
         except DataError as error:
             raise DataError(f"{name}: {error}") from None
         shape = describe_shape(row)
         shapes[shape] = shapes.get(shape, 0) + 1
+        leading += [name] * has_dropped_turns(record)
         dropped += [name] * fitted.is_dropped
         cut += [name] * bool(fitted.turns or fitted.tokens)
         several += [name] * (len(fitted.examples) > 1)
@@ -107,6 +110,8 @@ def preview(options: Preview) -> None:
         print(f"learned    {learned:,} of {total:,} tokens ({learned / total:.1%})")
     if several:
         print(f"rewritten  the template rewrites history: {format_count(len(several), 'record')} one example a reply")
+    if leading:
+        print(f"left out   turns before the first user's: {format_count(len(leading), 'record')}, {shorten_list(leading)}")
     if dropped:
         print(f"left out   longer than {most:,} tokens: {format_count(len(dropped), 'record')}, {shorten_list(dropped)}")
     if cut:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from data.config import DataError
-from data.messages import format_count
+from data.messages import format_count, shorten_list
 from data.shell import command
 from train.command_line import Needs
 from train.record_task import RecordTask
@@ -145,6 +145,7 @@ class SftTask(RecordTask):
 
     @classmethod
     def open_data(cls, config: "TrainConfig", tokenizer: "Tokenizer | None", info: Info, *, progress: bool = False) -> ChatData:
+        from data.chat.conversation import has_dropped_turns
         from data.chat.shapes import describe_shape
         from data.chat.variables import parse_variables, with_defaults
 
@@ -163,6 +164,10 @@ class SftTask(RecordTask):
             data = super().open_data(config, tokenizer, info, progress=progress)
         shapes = Counter(describe_shape(row) for rows in (data.train, data.validation) for row in rows.values)
         info("read     " + ", ".join(f"{format_count(count, 'record')} of {name}" for name, count in shapes.most_common()))
+        if settings.leading_reply == "drop":
+            every = [each for rows in (data.train, data.validation) for each in zip(rows.values, rows.names, strict=True)]
+            if names := [name for row, name in every if has_dropped_turns(cls.read(settings, row))]:
+                info(f"turns before the first user's left out: {format_count(len(names), 'record')}, {shorten_list(names)}")
         return ChatData(data.tokenizer, data.train, data.validation, data.sha256, template, new_ids)
 
     @classmethod

@@ -6,6 +6,7 @@
     sandbox       Jinja in a sandbox, as transformers renders it
     template      chat templates: our own by name, and the folder's
     templates/    our own, as Jinja
+    guard         control tokens that are written in contents stay text
     encode        a rendering as ids, and which of them are learned: `encode_chat`, `ChatEncoder`
     overlong      conversations that are longer than a row
     variables     further variables of templates, as options give them

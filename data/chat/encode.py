@@ -1,6 +1,6 @@
 """Render a conversation by its chat template, encode it, and label the tokens of its replies.
 
-    rendering    by the template, in which control tokens are told from the same characters in contents
+    rendering    by the template, in which control tokens are told from the same characters in contents (data.chat.guard)
     spans        the characters of each reply and of the token that ends it
     ids, labels  tokens are learned by their offsets, never by a search for ids
 
@@ -9,22 +9,25 @@ headers, what follows the terminator, and an empty thought that the template add
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from data.chat.conversation import REPLY, Conversation, Message, Plain
+from data.chat.guard import Guard
 from data.chat.sandbox import TemplateError
 from data.chat.template import REASONING, ChatTemplate, open_template
+from data.chat.turns import read_flags
 from data.config import DataError
 from data.example import Example
 from data.tokenizer.base import Tokenizer
 from data.transforms.causal import IGNORE
 
 Learn = Literal["assistant", "last", "all"]
-GUARDS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode noncharacters: in no text that is meant to be read
+OPENED_THOUGHT = re.compile(r"<think>\s*\Z")  # at the end of a prompt
 EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
+QUESTION = {"role": "user", "content": "?"}
 
 
 class Tokens(NamedTuple):
@@ -63,7 +66,8 @@ def encode_chat(
 ) -> Example:
     """Return input ids and labels of one conversation, rendered by a template: the tokenizer's own, or one by its name.
 
-        learn   "assistant": all replies; "last": the last one; "all": every token
+        messages  as the template reads them; a reply with "train": False or "weight": 0 is not learned
+        learn     "assistant": all replies; "last": the last one; "all": every token
 
     labels[t] is the target of position t. Errors (DataError): a template that raises; no learned token; several replies in a
     template that rewrites history (earlier replies look different once later messages follow): `ChatEncoder` then makes an
@@ -71,8 +75,9 @@ def encode_chat(
     """
     template = template if isinstance(template, ChatTemplate) else open_template(tokenizer, template)
     encoder = ChatEncoder(tokenizer, template, learn=learn)
-    conversation = Conversation(tuple(messages), tools, tuple(message["role"] == REPLY for message in messages))
-    found = encoder(conversation)
+    flags = [read_flags(dict(message), f"message {number}") for number, message in enumerate(messages, 1)]
+    is_learned = [flag and message.get("role") == REPLY for flag, message in zip(flags, messages, strict=True)]
+    found = encoder(Conversation(tuple(messages), tools, tuple(is_learned)))
     if len(found) > 1:
         raise DataError(f"the template {template.name} rewrites history: {len(found)} examples, one a reply, by ChatEncoder")
     return found[0].example()
@@ -100,7 +105,7 @@ class ChatEncoder:
         self.variables = dict(variables or {})
         self.adds_thoughts = False  # True once the template has put an empty thought before a reply
         unknown = tokenizer.unknown_id
-        self.ids = {name: id for name, id in tokenizer.control_tokens.items() if id != unknown and name}
+        self.ids = {name: id for name, id in tokenizer.control_tokens.items() if id != unknown and len(name) > 1}
         names = sorted(self.ids, key=len, reverse=True)
         self.pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
         if missing := [name for name in template.control_tokens if name not in self.ids]:
@@ -142,54 +147,87 @@ class ChatEncoder:
         spans = [(each.begin, self.token_end(whole.text, each.end) if each.terminator else each.end) for each in replies]
         return [self.cut(guard, whole.text[: whole.end], spans, whole.terminator)]
 
-    def find_reply(self, render: "Renderer", messages: list[Message], index: int, guard: "Guard") -> "Reply":
+    def find_reply(self, render: "Renderer", messages: list[Message], index: int, guard: Guard) -> "Reply":
         """Return the rendering up to a reply, and its characters there with its terminator.
 
         The reply begins where the template's prompt for it ends. What the template puts after it is known from the same
         conversation with a marker as the reply.
         """
-        prompt = render(messages[:index], add_generation_prompt=True)
-        text = render(messages[: index + 1])
+        if index == 0:
+            raise TemplateError("message 1 is a reply, and no message before it asks for one")
         bare = {key: value for key, value in messages[index].items() if key not in (*REASONING, "tool_calls")}
-        marked = render([*messages[:index], bare | {"content": guard.marker}])
-        if not (text.startswith(prompt) and marked.startswith(prompt) and marked.count(guard.marker) == 1):
-            raise TemplateError(
-                f"message {index + 1}: the template {self.template.name} renders a reply otherwise than it asks for one, so "
-                "that its beginning is not known: the prompt must be the beginning of the conversation with the reply"
-            )
-        lead, tail = marked[len(prompt) :].split(guard.marker)
-        begin, end = len(prompt), len(text) - len(tail)
+        bare |= {"content": guard.marker}
+        prompt, text = render(messages[:index], add_generation_prompt=True), render(messages[: index + 1])
+        before, *after = render([*messages[:index], bare]).split(guard.marker)
+        if len(after) != 1:
+            raise TemplateError(f"message {index + 1}: the template {self.template.name} does not write a reply once, as it is")
+        begin, (tail,) = self.find_beginning(prompt, before, text, index), after
+        end = len(text) - len(tail)
         if not text.endswith(tail) or end < begin:  # tool calls may end in another way
             end = max((match.start() for match in self.pattern.finditer(text, begin)), default=len(text))
             tail = text[end:]
-        if lead and EMPTY_THOUGHT.fullmatch(lead) and text.startswith(lead, begin):
-            begin += len(lead)
-            self.adds_thoughts = True
-        if (match := self.pattern.match(tail.lstrip())) is not None:
-            return Reply(text, begin, end + len(tail) - len(tail.lstrip()) + match.end(), None)
-        following = render([*messages[: index + 1], {"role": "user", "content": "?"}])
-        match = self.pattern.match(following, end + len(tail)) if following.startswith(text) else None
-        if match is None:
+        stop = len(tail) - len(tail.lstrip())
+        if not self.pattern.match(tail, stop):
+            return Reply(text, begin, len(text), self.next_token(render, messages[: index + 1], bare, text, tail))
+        stop = self.token_end(tail, stop)
+        if self.pattern.match(tail, stop):  # several end a reply, unless one ends only the last reply
+            following = render([*messages[:index], bare, QUESTION]).partition(guard.marker)[2]
+            while (match := self.pattern.match(tail, stop)) and following.startswith(tail[: match.end()]):
+                stop = match.end()
+        return Reply(text, begin, end + stop, None)
+
+    def find_beginning(self, prompt: str, before: str, text: str, index: int) -> int:
+        """Return the first character of a reply in `text`, the rendering up to it; `before` stands before a bare reply.
+
+        It is the end of the prompt. An empty thought that the template adds there is no part of the reply, nor is its end,
+        where the prompt opens it.
+        """
+        opened = OPENED_THOUGHT.search(prompt)
+        for header, thought in ((prompt, opened[0] if opened else ""), (OPENED_THOUGHT.sub("", prompt), "")):
+            lead = before[len(header) :] if before.startswith(header) else ""
+            if text.startswith(header + lead) and EMPTY_THOUGHT.fullmatch(thought + lead):
+                self.adds_thoughts = True
+                return len(header + lead)
+            if text.startswith(prompt):
+                return len(prompt)
+        same = next((i for i, (one, other) in enumerate(zip(prompt, text, strict=False)) if one != other), len(text))
+        raise TemplateError(
+            f"message {index + 1}: the template {self.template.name} asks for a reply by {prompt[same:][:40]!r}, and has "
+            f"{text[same:][:40]!r} there where one stands: a network would not be asked as it learned. Another template, or "
+            "other variables of it (enable_thinking=true)"
+        )
+
+    def next_token(self, render: "Renderer", messages: list[Message], bare: Message, text: str, tail: str) -> str:
+        """Return the control token of the role that follows a reply, which ends it: a tool's after calls, else the user's."""
+        if calls := messages[-1].get("tool_calls"):
+            function = calls[-1].get("function", calls[-1])
+            result = {"role": "tool", "name": function["name"], "tool_call_id": calls[-1].get("id", ""), "content": "?"}
+            following = render([*messages, result]).removeprefix(text)
+        else:
+            following = render([*messages[:-1], bare, QUESTION]).partition(bare["content"])[2].removeprefix(tail)
+        if (match := self.pattern.match(following)) is None:
             raise TemplateError(
-                f"message {index + 1}: the template {self.template.name} ends a reply by no control token ({tail[:20]!r} "
-                "follows it): a network could not learn to stop"
+                f"message {len(messages)}: the template {self.template.name} ends a reply by no control token ({tail[:20]!r} "
+                f"follows it, then {following[:20]!r}): a network could not learn to stop"
             )
-        return Reply(text, begin, len(text), match[0])
+        return match[0]
 
     def token_end(self, text: str, at: int) -> int:
         """Return the end of the control token at a place of a text; the place itself at the end of the text."""
         match = self.pattern.match(text, at)
         return at if match is None else match.end()
 
-    def cut(self, guard: "Guard", text: str, spans: list[tuple[int, int]], terminator: str | None) -> Rendered:
+    def cut(self, guard: Guard, text: str, spans: list[tuple[int, int]], terminator: str | None) -> Rendered:
         """Cut a guarded text at its control tokens, and take the guards out of texts and spans."""
+        if guard.escaped in text:
+            raise TemplateError(f"the template {self.template.name} escapes characters in contents, such as {guard.escaped}")
         parts: list[str | int] = []
         at = 0
         for match in self.pattern.finditer(text):
             parts += [guard.show(text[at : match.start()]), self.ids[match[0]]]
             at = match.end()
         parts.append(guard.show(text[at:]))
-        shown = [(len(guard.show(text[:begin])), len(guard.show(text[:end]))) for begin, end in spans]
+        shown = [(begin - text.count(guard.mark, 0, begin), end - text.count(guard.mark, 0, end)) for begin, end in spans]
         return Rendered(guard.show(text), [part for part in parts if part != ""], shown, self.ids.get(terminator))
 
     # ---- encoding
@@ -198,8 +236,10 @@ class ChatEncoder:
         """Return the ids of a rendering; a token is learned if one of its characters is."""
         ids, offset_N2 = self.tokenizer.encode_parts(rendered.parts)
         is_learned = np.zeros(len(ids), dtype=bool)
+        begin_N = offset_N2[:, 0]
+        end_N = np.maximum(offset_N2[:, 1], begin_N + 1)  # a space that only the tokenizer adds belongs to what follows it
         for begin, end in rendered.spans:
-            is_learned |= (offset_N2[:, 0] < end) & (offset_N2[:, 1] > begin)
+            is_learned |= (begin_N < end) & (end_N > begin)
         if rendered.terminator is not None:
             ids, is_learned = [*ids, rendered.terminator], np.append(is_learned, True)
         return Tokens(np.array(ids, dtype=np.int64), is_learned)
@@ -208,7 +248,7 @@ class ChatEncoder:
         """Return the ids of prompt + completion between bos and eos; the completion and eos are learned."""
         tokenizer = self.tokenizer
         ids, offset_N2 = tokenizer.encode_parts([plain.prompt + plain.completion])
-        is_learned = offset_N2[:, 1] > len(plain.prompt)
+        is_learned = np.maximum(offset_N2[:, 1], offset_N2[:, 0] + 1) > len(plain.prompt)
         begin = list(tokenizer.affixes.prefix)
         end = [id for id in (tokenizer.eos_id,) if id is not None]
         flags = [np.zeros(len(begin), bool), is_learned, np.ones(len(end), bool)]
@@ -232,50 +272,6 @@ class Renderer:
 
     def __call__(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         return self.template.render(messages, add_generation_prompt=add_generation_prompt, **self.options)
-
-
-class Guard:
-    """Marks control tokens that are written in contents: a noncharacter after the first character of each keeps them text.
-
-    It is in none of the values, and templates pass it on.
-
-    >>> guard = Guard(re.compile("<s>"), ["a <s> b"])
-    >>> guard.hide({"content": "a <s> b"})["content"].index(guard.mark), guard.show(guard.hide("a <s> b"))
-    (3, 'a <s> b')
-    """
-
-    def __init__(self, pattern: re.Pattern, values: object):
-        used = {character for text in strings(values) if not text.isascii() for character in GUARDS if character in text}
-        free = [character for character in GUARDS if character not in used]
-        if len(free) < 2:
-            raise DataError("it holds all of Unicode's 32 noncharacters U+FDD0 to U+FDEF: no text does")
-        self.mark, self.pattern = free[0], pattern
-        self.marker = f"{free[1]}reply{free[1]}"  # stands for a reply
-
-    def hide(self, value: Any) -> Any:
-        """Return JSON values in which no string has a control token; roles are left as they are."""
-        if isinstance(value, str):
-            return self.pattern.sub(lambda match: match[0][0] + self.mark + match[0][1:], value)
-        if isinstance(value, Mapping):
-            return {self.hide(key): each if key == "role" else self.hide(each) for key, each in value.items()}
-        return [self.hide(each) for each in value] if isinstance(value, list | tuple) else value
-
-    def show(self, text: str) -> str:
-        """Return a text without marks."""
-        return text.replace(self.mark, "")
-
-
-def strings(value: object) -> Iterable[str]:
-    """Yield the strings of a JSON value."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, each in value.items():
-            yield str(key)
-            yield from strings(each)
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from strings(each)
 
 
 def encode_rendered(tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Message], **options: Any) -> list[int]:
@@ -302,9 +298,12 @@ def prompt_and_reply(encoder: ChatEncoder, record: Conversation | Plain) -> tupl
 
 
 def terminators(tokenizer: Tokenizer, template: ChatTemplate) -> list[int]:
-    """Return the ids that end a reply in this template, for generation_config.json."""
+    """Return the ids that end a reply in this template, for generation_config.json: those after text, then after tool calls."""
     encoder = ChatEncoder(tokenizer, template)
-    messages = ({"role": "user", "content": "?"}, {"role": REPLY, "content": "!"})
-    tokens = encoder(Conversation(messages, None, (False, True)))[0]
-    return [int(tokens.ids[tokens.is_learned][-1])]
-
+    call = {"type": "function", "id": "000000000", "function": {"name": "f", "arguments": {}}}
+    replies = [{"role": REPLY, "content": "!"}, {"role": REPLY, "content": "", "tool_calls": [call]}]
+    ends = []
+    for reply in replies[: 2 if "tool_calls" in template.source else 1]:
+        tokens = encoder(Conversation((QUESTION, reply), None, (False, True)))[0]
+        ends.append(int(tokens.ids[tokens.is_learned][-1]))
+    return list(dict.fromkeys(ends))

@@ -6,6 +6,7 @@
     error   DataError
 """
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal, NamedTuple
@@ -34,14 +35,13 @@ def fit(encode: Callable[..., list[Tokens]], record: Conversation | Plain, most:
     record; a cut that leaves no learned token.
     """
     examples = encode(record)
-    longest = max(len(tokens.ids) - 1 for tokens in examples)
-    if longest <= most:
+    if (length := longest(examples)) <= most:
         return Fitted(examples)
     if policy == "drop":
         return Fitted([], is_dropped=True)
     if policy == "error":
         raise DataError(
-            f"it has {longest:,} tokens, and a row holds {most:,}: a larger --context, or --sft.overlong cut (drop its oldest "
+            f"it has {length:,} tokens, and a row holds {most:,}: a larger --context, or --sft.overlong cut (drop its oldest "
             "turns, then cut the end of its reply) or drop (leave such records out)"
         )
     if len(examples) == 1:
@@ -51,24 +51,29 @@ def fit(encode: Callable[..., list[Tokens]], record: Conversation | Plain, most:
 
 
 def cut(encode: Callable[..., list[Tokens]], record: Conversation | Plain, most: int) -> Fitted:
-    """Drop the oldest turns of a record of one example, then cut the end, until a row holds it."""
-    turns = 0
-    while True:
-        (tokens,) = encode(record)
-        over = len(tokens.ids) - 1 - most
-        if over <= 0:
-            return Fitted([tokens], turns)
-        shorter = drop_turn(record) if isinstance(record, Conversation) else None
-        if shorter is None:
-            break
-        record, turns = shorter, turns + 1
-    short = Tokens(tokens.ids[: most + 1], tokens.is_learned[: most + 1])
-    if not short.learned_count:
+    """Drop the oldest turns of a record of one example, as few as needed; if the last turn is still too long, cut its end."""
+    shorter = [record]
+    while isinstance(record, Conversation) and (record := drop_turn(record)) is not None:
+        shorter.append(record)
+    # The fewest turns, by bisection: to encode a conversation of many turns once for each would be slow.
+    most_turns = len(shorter) - 1
+    turns = bisect_left(
+        range(most_turns), True, lo=min(1, most_turns), key=lambda count: longest(encode(shorter[count])) <= most
+    )
+    examples = encode(shorter[turns])
+    short = [Tokens(tokens.ids[: most + 1], tokens.is_learned[: most + 1]) for tokens in examples]
+    if not all(tokens.learned_count for tokens in short):
+        what = "its last turn alone has" if isinstance(shorter[0], Conversation) else "it has"
         raise DataError(
-            f"its last turn alone has {format_count(len(tokens.ids) - 1, 'token')}, a row holds {most:,}, and the cut leaves "
-            "nothing of its reply: a larger --context, or --sft.overlong drop"
+            f"{what} {format_count(longest(examples), 'token')}, a row holds {most:,}, and the cut leaves none of its reply: "
+            "a larger --context, or --sft.overlong drop"
         )
-    return Fitted([short], turns, over)
+    return Fitted(short, turns, sum(len(whole.ids) - len(part.ids) for whole, part in zip(examples, short, strict=True)))
+
+
+def longest(examples: list[Tokens]) -> int:
+    """Return the tokens of the longest example in a row: all but its last, which is only a label."""
+    return max(len(tokens.ids) - 1 for tokens in examples)
 
 
 def drop_turn(record: Conversation) -> Conversation | None:

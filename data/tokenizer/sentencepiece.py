@@ -76,6 +76,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.model_bytes, self.flags, self.added_tokens = model_bytes, flags, added
         # re.split keeps the control tokens because of the capturing group.
         self.control_text = re.compile("(" + "|".join(map(re.escape, sorted(control_tokens, key=len, reverse=True))) + ")")
+        self.adds_space = processor.encode("x", out_type=str)[0].startswith(SPACE)
         self.space_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         ids = self._encode_lossless(PROBE)
         self.is_lossless = unknown not in ids and self._decode_bytes(ids) == PROBE
@@ -138,10 +139,18 @@ class SentencePieceTokenizer(Tokenizer):
         return self.check_ids(ids), np.array(offsets, dtype=np.int64).reshape(-1, 2)
 
     def _encode_part(self, text: str) -> tuple[list[int], np.ndarray]:
+        """Return ids and offsets of plain text beside control tokens.
+
+        A model that puts a space before each text takes a text's own first space for it: published templates write that space
+        ("[INST] Hi") where the publishers' encoders leave it to the model.
+        """
         if self.is_lossless:
             return super()._encode_part(text)
-        found = self.processor.encode(text, return_type="offset_mapping")
-        return found["ids"], np.array(found["offsets"], dtype=np.int64)
+        taken = len(text) - len(text.removeprefix(" ")) if self.adds_space else 0
+        found = self.processor.encode(text[taken:], return_type="offset_mapping")
+        offset_N2 = np.array(found["offsets"], dtype=np.int64).reshape(-1, 2) + taken
+        offset_N2[:1, 0] = 0
+        return found["ids"], offset_N2
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._decode(ids)

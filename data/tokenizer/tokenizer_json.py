@@ -10,7 +10,7 @@ and `add_eos_token`.
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from functools import cached_property
 from typing import Any
 
@@ -28,7 +28,8 @@ ROLES = {  # keys of tokenizer_config.json; BERT uses the second for its first a
 }
 UTF8_BYTES = {bytes([byte]) for byte in range(0xF5) if byte not in (0xC0, 0xC1)}  # the other bytes never occur in UTF-8
 REMOVED = {"post_processor": None, "truncation": None, "padding": None}
-HIDDEN = "\uffff"  # prefix of a hidden token's name: a Unicode noncharacter, never in text
+HIDDEN = "\uffff"  # prefix of a hidden token's name: a Unicode noncharacter, which no text should hold
+MARKS = (HIDDEN, "\ufffe", *(chr(plane << 16 | 0xFFFE) for plane in range(1, 17)))  # in its place, for texts that do hold it
 
 
 class JsonTokenizer(Tokenizer):
@@ -80,6 +81,7 @@ class JsonTokenizer(Tokenizer):
         )
         self.added_tokens = {token["content"]: token["id"] for token in added}
         self.hidden = frozenset(hidden)
+        self.hidden_backends: dict[str, Any] = {}
         self.plain = build_backend(plain)
         self.plain.encode_special_tokens = True
         check_added_ids(added, self.plain, hidden)
@@ -117,29 +119,42 @@ class JsonTokenizer(Tokenizer):
         found = self.with_offsets.encode(text, add_special_tokens=False)
         return self.check_ids(found.ids), np.array(found.offsets, dtype=np.int64).reshape(-1, 2)
 
-    @cached_property
-    def with_hidden_names(self) -> Any:
-        """The tokenizer that recognizes control tokens by their hidden names, which no text contains."""
-        spec = hide(self.spec, self.hidden)
-        unknown = [token for token in spec["added_tokens"] if token["id"] == self.unknown_id]
-        plain = {piece for piece, id in piece_ids(spec["model"]).items() if id == self.unknown_id}
-        if unknown and plain:  # it keeps its name, and is recognized as a piece of the model is: never in text
-            spec = spec | {"added_tokens": [token for token in spec["added_tokens"] if token not in unknown]}
-        return build_backend(json.dumps(spec, ensure_ascii=False))
+    def hidden_backend(self, mark: str) -> Any:
+        """Return the tokenizer that recognizes control tokens by their hidden names alone; each `mark` is built once.
+
+        They are recognized in the text as it is: tokens that are `normalized` behind a normalizer that puts a space before each
+        text, as some of LLaMA's files have them, would not be (nor are they by transformers).
+        """
+        if mark not in self.hidden_backends:
+            flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+            added = {token["id"]: token for token in self.spec["added_tokens"] if token["id"] != self.unknown_id}
+            for name in self.hidden:  # a role may be that of a piece which the file does not add
+                id = self.control_tokens[name]
+                added[id] = flags | added.get(id, {"id": id, "content": name}) | {"special": True, "normalized": False}
+            if self.unknown_id not in piece_ids(self.spec["model"]).values():  # in text, it stays one: it has no other spelling
+                added |= {token["id"]: token for token in self.spec["added_tokens"] if token["id"] == self.unknown_id}
+            spec = self.spec | {"added_tokens": [added[id] for id in sorted(added)]}
+            self.hidden_backends[mark] = build_backend(json.dumps(hide(spec, self.hidden, mark), ensure_ascii=False))
+        return self.hidden_backends[mark]
 
     def encode_parts(self, parts: Sequence[str | int]) -> tuple[list[int], np.ndarray]:
         """Return ids and offsets of the library, which sees the whole text: flags such as rstrip take white space in."""
+        texts = [part for part in parts if isinstance(part, str)]
+        mark = next((mark for mark in MARKS if not any(mark in text for text in texts)), None)
+        if mark is None:
+            raise DataError(f"it holds all of the {len(MARKS)} Unicode noncharacters at the ends of planes: no text does")
         pieces, place, at = [], [], 0  # place: for each character of the hidden text, its offset in the text of names
         for part in parts:
             name = self.token_name(part) if isinstance(part, int) else part
             name.encode()
-            if isinstance(part, int) and name in self.hidden:
-                pieces.append(HIDDEN)
-                place.append(np.array([at]))
-            pieces.append(name)
-            place.append(np.arange(at, at + len(name)))
+            if isinstance(part, int):
+                pieces.append(hidden_name(name, self.hidden, mark))
+                place.append(np.arange(at + len(name) - len(pieces[-1]), at + len(name)).clip(at))
+            else:
+                pieces.append(name)
+                place.append(np.arange(at, at + len(name)))
             at += len(name)
-        found = self.with_hidden_names.encode("".join(pieces), add_special_tokens=False)
+        found = self.hidden_backend(mark).encode("".join(pieces), add_special_tokens=False)
         place_N = np.concatenate([*place, [at]])
         return self.check_ids(found.ids), place_N[np.array(found.offsets, dtype=np.int64).reshape(-1, 2)]
 
@@ -234,8 +249,8 @@ def check_added_ids(added: list[dict], backend: Any, hidden: set[str]) -> None:
             raise DataError(f"it says that {name!r} has id {token['id']}, but the library tokenizers gives it {id}")
 
 
-def hidden_name(piece: str, hidden: set[str]) -> str:
-    return HIDDEN + piece if piece in hidden else piece
+def hidden_name(piece: str, hidden: Set[str], mark: str = HIDDEN) -> str:
+    return mark + piece if piece in hidden else piece
 
 
 def piece_ids(model: dict) -> dict[str, int]:
@@ -269,7 +284,7 @@ def role_id(role: str, settings: dict, ids: dict[str, int]) -> int | None:
     return None if values and not any(names) else first_id(ids, WELL_KNOWN_NAMES[role])
 
 
-def hide(spec: dict, controls: set[str]) -> dict:
+def hide(spec: dict, controls: Set[str], mark: str = HIDDEN) -> dict:
     """Return `spec` with the control tokens renamed to names that occur in no text; ids stay.
 
     >>> hide({"model": {"vocab": {"a": 0, "<s>": 1}, "merges": ["< s>"]}, "added_tokens": []}, {"<s>"})["model"]
@@ -277,13 +292,13 @@ def hide(spec: dict, controls: set[str]) -> dict:
     """
     model = dict(spec["model"])
     if isinstance(model["vocab"], list):
-        model["vocab"] = [[hidden_name(piece, controls), score] for piece, score in model["vocab"]]
+        model["vocab"] = [[hidden_name(piece, controls, mark), score] for piece, score in model["vocab"]]
     else:
-        model["vocab"] = {hidden_name(piece, controls): id for piece, id in model["vocab"].items()}
+        model["vocab"] = {hidden_name(piece, controls, mark): id for piece, id in model["vocab"].items()}
     if "merges" in model:  # converted from SentencePiece, a file may merge `<` and `s>`; a merge is "a b" or ["a", "b"]
         pairs = [(merge, merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
         model["merges"] = [merge for merge, pair in pairs if controls.isdisjoint([*pair, "".join(pair)])]
-    added = [token | {"content": hidden_name(token["content"], controls)} for token in spec["added_tokens"]]
+    added = [token | {"content": hidden_name(token["content"], controls, mark)} for token in spec["added_tokens"]]
     return spec | {"model": model, "added_tokens": added}
 
 

@@ -55,6 +55,14 @@ class Preview:
             raise DataError("name a file of conversations")
 
 
+def tokenizer_folder(path: Path) -> Path:
+    """Return the folder of a tokenizer: the path itself, a file too; else that of a run's checkpoint."""
+    from data.tokenizer.open import READERS
+    from train.runs.open import resolve
+
+    return path if path.is_file() or any((path / name).is_file() for name in READERS) else resolve(path)
+
+
 def preview(options: Preview) -> None:
     from data.chat.conversation import has_dropped_turns
     from data.chat.encode import ChatEncoder
@@ -65,12 +73,11 @@ def preview(options: Preview) -> None:
     from data.sources.records import read_corpus_rows
     from data.tokenizer.open import load_tokenizer
     from train.chat_data import open_chat_tokenizer
-    from train.runs.open import resolve
 
     def note(line: str) -> None:
         print(f"note: {line}", file=sys.stderr)
 
-    tokenizer, template, _ = open_chat_tokenizer(options.template, load_tokenizer(resolve(options.tokenizer)), note)
+    tokenizer, template, _ = open_chat_tokenizer(options.template, load_tokenizer(tokenizer_folder(options.tokenizer)), note)
     rows = read_corpus_rows(DataConfig(corpus=options.files), [], note)
     variables = parse_variables(options.variables, template)
     choices = {"learn": options.learn, "per_reply": options.per_reply, "variables": variables}

@@ -29,11 +29,13 @@ class Reply(NamedTuple):
 
 
 def choose_prompts(encoder: ChatEncoder, records: Iterable[Conversation | Plain], most: int, context: int) -> list[Prompt]:
-    """Return prompts for the last learned reply of the first records in whose context the reference fits."""
+    """Return prompts for the last learned reply of the first records with room for the reference; plain text has none."""
     found: list[Prompt] = []
     for record in records:
         if len(found) == most:
             break
+        if isinstance(record, Plain) and not record.prompt:
+            continue
         prompt = Prompt(*prompt_and_reply(encoder, record))
         if len(prompt.ids) + len(encoder.tokenizer.encode(prompt.reference)) < context:
             found.append(prompt)

@@ -19,10 +19,12 @@ def describe_examples(
     left_out: Sequence[str],
     cut: Sequence[str],
     turns: int,
+    is_mute: bool,
 ) -> str:
     """Describe the template, how many of the tokens are learned, and what was done to records, by their names.
 
     rewritten: records with an example for each reply. turns: oldest turns that were dropped from those in `cut`.
+    is_mute: no held-out record has a prompt whose reply fits.
     """
     template = encoder.template
     lines = [f"template {template.name}; {learned:,} of {tokens:,} tokens are learned ({learned / tokens:.1%})"]
@@ -37,6 +39,8 @@ def describe_examples(
     if cut:
         dropped = f" ({format_count(turns, 'oldest turn')} dropped)" if turns else ""
         lines.append(f"longer than a row, cut{dropped}: {shorten_list(cut)}")
+    if is_mute:
+        lines.append("no held-out record has a prompt that leaves room for its reply: validation generates none")
     return "\n         ".join(lines) + "\n"
 
 

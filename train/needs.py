@@ -33,6 +33,12 @@ def _texts(config: TrainConfig) -> bool:
     return not issubclass(load(config.run.objective), RecordTask)
 
 
+def _is_split(config: TrainConfig) -> bool:
+    """True unless the records are an objective's built-in ones, which come as two splits."""
+    own = load(config.run.objective).default_corpus
+    return own is None or config.data.corpus not in (type(config.data)().corpus, (own,))
+
+
 INIT = "--init brings its own"
 NEEDS = (
     Needs(("preset", "dropout"), _new, INIT),
@@ -40,6 +46,7 @@ NEEDS = (
     Needs(("steps",), lambda config: config.run.epochs is None, "--epochs says how long"),
     Needs(("extend",), lambda config: False, "it says how a finished run goes on: --resume RUN --steps MORE"),
     Needs(("val_fraction",), lambda config: not config.data.validation, "--validation names what is held out"),
+    Needs(("val_fraction",), _is_split, "the built-in conversations are split by modules"),
     Needs(("validation",), lambda config: bool(config.data.validation), "it names nothing: give files, folders or globs"),
     Needs(("eval_corpus",), lambda config: bool(config.report.eval_corpus), "it names nothing: give NAME=PATH"),
     Needs(("mix",), lambda config: bool(config.data.weights), "it is of a mixture, --corpus NAME=PATH:WEIGHT …"),

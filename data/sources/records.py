@@ -126,7 +126,7 @@ def read_corpus_rows(
     if report.no_records:
         info(f"left out, as no list of records: {shorten_list(report.no_records)}")
     if not rows.values:
-        raise DataError(f"{' '.join(config.corpus)}: no record in it")
+        raise DataError(f"{' '.join(config.corpus)}: no record in it. Files of records: {', '.join(FORMATS)}")
     return rows
 
 

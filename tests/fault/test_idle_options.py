@@ -40,6 +40,7 @@ REFUSED = {  # a command line, whose first option is idle: why
     "train --loss chunked --objective pairs --corpus a.csv": "two texts have only as many logits as there are labels",
     "train --loss chunked --objective qa --corpus a.jsonl": "a window has only as many logits as tokens",
     "train --qa.null-threshold 1 --objective qa --corpus a.jsonl --qa.always-answer": "never predicts none",
+    "train --val-fraction 0.1 --objective sft --init x": "the built-in conversations are split by modules",
     "train --sft.max-reply 9 --objective sft --init x --sft.replies 0": "--sft.replies 0 generates none",
     "train --mlm.short 0.1 --objective mlm": "add --mlm.nsp",
     "train --span.density 0.2 --objective span --span.mixture ul2": "--span.mixture has its own",

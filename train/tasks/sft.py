@@ -262,7 +262,8 @@ class SftTask(RecordTask):
         rows = self.data.train
         tokens = sum(len(each.ids) for talk in rows.values for each in talk.examples)
         found = {"rewritten": self.rewritten, "left_out": self.left_out, "cut": self.cut, "turns": self.dropped_turns}
-        lines = describe_examples(self.encoder, self.learned, tokens, **found)
+        is_mute = bool(self.settings.replies) and not self.prompts(1)
+        lines = describe_examples(self.encoder, self.learned, tokens, **found, is_mute=is_mute)
         return super().introduction() + lines + preview_lines(rows.names[0], self.tokenizer, rows.values[0].examples[0])
 
     def save_files(self, folder: Path, network: "nn.Module") -> None:

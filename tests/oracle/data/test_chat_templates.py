@@ -105,9 +105,11 @@ def test_apply_chat_template_gives_the_text_of_render(tmp_path, parity):
     settings = json.loads(file.read_text()) | {"bos_token": "<s>", "eos_token": ADDED_TOKEN}
     file.write_text(json.dumps(settings))
     wrong, some = [], [*SYSTEM, *TOOL_USE, *REASONING]
+    other = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "made")
     for twin in ("qwen3", "llama3_1", "llama3_2", "gemma3"):
         (tmp_path / "made" / "chat_template.jinja").write_bytes((WHEEL / f"{twin}.jinja").read_bytes())
-        other, template = transformers.AutoTokenizer.from_pretrained(tmp_path / "made"), load_template(tmp_path / "made")
+        template = open_template(load_tokenizer(tmp_path / "made"))
+        other.chat_template = template.source
         for name in some:
             messages, tools = CHATS[name]
             messages = [{"name": None, **message} for message in messages]
@@ -204,12 +206,9 @@ def test_templates_and_special_tokens_of_a_folder(tmp_path, parity):
     parity("chat templates: files and special tokens of a folder", "transformers", count(wrong), 0, "the same")
 
 
-def load_template(folder: Path) -> ChatTemplate:
-    return open_template(load_tokenizer(folder))
-
-
 TWINS = {"qwen2.5": "qwen2_5", "qwen3": "qwen3", "llama-3": "llama3", "gemma": "gemma", "phi-3": "phi3"}
-TWINS |= {"deepseek": "deepseekv3"}
+TWINS |= {"deepseek": "deepseekv3", "chatml": "qwen2_5"}
+QWEN = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."  # which chatml does not add
 ROLES_MISSING = "the twin drops tool results in silence, and writes calls as empty replies; ours refuses"
 DIFFERENCES = {  # (template, conversation): who is right; every other conversation is equal, or both refuse it
     **{("llama-3", name): "the twin knows no tools; ours writes Llama 3.1's (compared below)" for name in TOOL_USE},
@@ -230,6 +229,8 @@ def test_named_templates_render_as_their_twins(parity):
                 expected = theirs(source, given, declared, prompt, **eos)
                 if name == "deepseek" and expected:  # R1's prompt; V3's is the header alone, as its replies have it
                     expected = expected.removesuffix("<think>\n")
+                if name == "chatml" and expected and messages[0]["role"] != "system":
+                    expected = expected.replace(f"<|im_start|>system\n{QWEN}<|im_end|>\n", "").replace(f"{QWEN}\n\n", "")
                 got = ours(name, messages, declared, prompt, **eos)
                 rendered += got is not None
                 if got != expected:

@@ -20,7 +20,8 @@ from train.runs.errors import TrainError
 
 PNG = b"\x89PNG\r\n\x1a\n"  # the first bytes of every PNG
 NEVER_EQUAL = {"run.out"}  # settings in which any two runs differ
-SCORES = ("perplexity", "bits_per_byte", "masked_accuracy", "accuracy", "macro_f1", "exact_match")  # shown where all have them
+# Scores that are shown where all runs have them.
+SCORES = ("perplexity", "bits_per_byte", "masked_accuracy", "accuracy", "macro_f1", "exact_match", "ended")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Every command and every Python snippet of the README, docs/ and CONTRIBUTING.md runs, on tiny networks and texts."""
 
 import importlib.util
+import io
 import json
 import re
 import shlex
@@ -83,11 +84,13 @@ def place(tmp_path_factory) -> Place:
     rows = [{"text": f"w{n} is it", "label": "ab"[n % 2], "source": f"w{n}", "target": "ab"[n % 2]} for n in range(60)]
     (folder / "PAIRS.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (folder / "reviews.csv").write_text("text,label\n" + "".join(f'"{r["text"]}",{r["label"]}\n' for r in rows))
+    chats = [{"messages": [{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": "b"}]} for n in range(30)]
+    (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats), encoding="utf-8")
     for name in DATA_SETS:
         write_records(folder / f"{name}.jsonl")
     names = {f"{name}/{split}.jsonl": str(folder / f"{name}.jsonl") for name in DATA_SETS for split in ("train", "validation")}
     names["TAGS.jsonl"] = names["names/train.jsonl"]
-    names |= {name: str(folder / name) for name in ("HYP", "REF", "A", "B", "PAIRS.jsonl", "reviews.csv")}
+    names |= {name: str(folder / name) for name in ("HYP", "REF", "A", "B", "PAIRS.jsonl", "reviews.csv", "chat.jsonl")}
     names |= dict.fromkeys(("PATH", "CORPUS", "notes/", "stdlib-code"), corpus) | {"books/*.txt.gz": f"{corpus}/*.txt"}
     other = write_corpus(folder / "other", seed=1)
     names |= {"web=web/:7": f"web={corpus}:7", "code=src/:3": f"code={other}:3"}
@@ -102,6 +105,8 @@ def place(tmp_path_factory) -> Place:
     names |= dict.fromkeys(("RUN", "FOLDER", "BASE"), plain)
     for kind, file in {"mlm": corpus, "classify": names["reviews.csv"], "seq2seq": names["PAIRS.jsonl"]}.items():
         names[f"RUN of {kind}"] = trained(kind, f"--objective {kind} --corpus {file} {TINY}")
+    longer = trained("longer", f"--corpus {corpus} {TINY.replace('--context 32', '--context 128')}")
+    names["RUN of sft"] = trained("sft", f"--objective sft --init {longer} --corpus {names['chat.jsonl']}")
     names["ENCODER"] = names["RUN of mlm"]
     for kind in ("span", "denoise", "fim"):
         names[f"RUN of {kind}"] = trained(kind, f"--objective {kind} --corpus {corpus} {TINY}")
@@ -143,10 +148,11 @@ def test_a_command_runs(page, line, place, tmp_path, monkeypatch):
         return
     if program == "data" and words[0] == "task":
         monkeypatch.setattr(data.made.modules, "read_modules", lambda progress: modules())
-    elif program == "data":
+    elif program == "data" and words[0] == "prepare":
         words += ["--cache", str(tmp_path / "cache")]
     if (program == "eval" and words[0] == "perplexity") or program == "quant":
         words += ["--cache", str(tmp_path / "cache")] if program == "quant" else []
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))  # of model chat
     said = command(*words, main=importlib.import_module(f"{program}.__main__").main)
     assert said.code == 0, said.err
 
@@ -155,7 +161,7 @@ def kind_of_run(words: list[str]) -> str | None:
     """The objective of the RUN that a command needs."""
     said = " ".join(words)
     kinds = {"generate .*--prefix": "fim", "generate .*--source.*MASK": "denoise", "generate .*--source.*extra_id": "span"}
-    kinds |= {"fill ": "mlm", "predict RUN ": "classify"}
+    kinds |= {"fill ": "mlm", "predict RUN ": "classify", "chat RUN": "sft"}
     return next((kind for pattern, kind in kinds.items() if re.match(pattern, said)), None)
 
 
@@ -170,7 +176,8 @@ def made_small(words: list[str], place: Place, tmp_path: Path) -> list[str]:
             del words[words.index(name) : words.index(name) + 2]
     words += [*shlex.split(SHORT), "--cache", str(place.folder / "cache"), "--out", str(tmp_path / "run")]
     words += [] if "--init" in words else shlex.split(TINY.partition(" --val-fraction")[0] if "--validation" in words else TINY)
-    words += [] if "--corpus" in words else ["--corpus", place.names["PATH"]]
+    corpus = place.names["chat.jsonl" if "sft" in words else "PATH"]
+    words += [] if "--corpus" in words else ["--corpus", corpus]
     return words
 
 
@@ -235,7 +242,7 @@ def test_every_snippet_is_run_here():
     pages = [str(page.relative_to(ROOT)) for page in PAGES if page.name not in WRITTEN]
     assert {page: len(snippets(page)) for page in pages if snippets(page)} == {
         "README.md": 1, "docs/adapters.md": 1, "docs/quantization.md": 2, "docs/metrics.md": 1, "docs/networks.md": 1,
-        "docs/training.md": 1,
+        "docs/training.md": 1, "docs/instructions.md": 1,
     }  # fmt: skip
 
 
@@ -246,6 +253,12 @@ def test_the_example_of_the_readme(capsys):
     q, k, v, y = (names[name] for name in "qkvy")
     assert torch.allclose(y, torch.nn.functional.scaled_dot_product_attention(q, k, v), rtol=0, atol=1e-12)
     assert capsys.readouterr().out.startswith("BLEU = ")
+
+
+def test_a_conversation_is_encoded(place, capsys):
+    (block,) = snippets("docs/instructions.md")
+    exec(block.replace("FOLDER", str(last_checkpoint(Path(place.names["FOLDER"])))), {})
+    assert capsys.readouterr().out.split() == ["Hello"]
 
 
 def test_a_checkpoint_opens_in_transformers(place, monkeypatch):

@@ -34,6 +34,8 @@ def describe_examples(
         lines.append(f"it rewrites history: {format_count(len(rewritten), 'record')} of several replies: one example a reply")
     if encoder.adds_thoughts:
         lines.append("the empty thoughts that it adds are not learned: ask for replies with enable_thinking=false")
+    if encoder.loses_thoughts:
+        lines.append("it has no place for the reasoning of replies, which is left out")
     if left_out:
         lines.append(f"longer than a row, left out: {shorten_list(left_out)}")
     if cut:

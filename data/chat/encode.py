@@ -104,6 +104,8 @@ class ChatEncoder:
         self.tokenizer, self.template, self.learn, self.per_reply = tokenizer, template, learn, per_reply
         self.variables = dict(variables or {})
         self.adds_thoughts = False  # True once the template has put an empty thought before a reply
+        self.loses_thoughts = False  # True once a reply had reasoning that the template never reads
+        self.reads_thoughts = any(name in template.source for name in REASONING)
         unknown = tokenizer.unknown_id
         self.ids = {name: id for name, id in tokenizer.control_tokens.items() if id != unknown and len(name) > 1}
         names = sorted(self.ids, key=len, reverse=True)
@@ -155,6 +157,7 @@ class ChatEncoder:
         """
         if index == 0:
             raise TemplateError("message 1 is a reply, and no message before it asks for one")
+        self.loses_thoughts |= not self.reads_thoughts and any(messages[index].get(name) for name in REASONING)
         bare = {key: value for key, value in messages[index].items() if key not in (*REASONING, "tool_calls")}
         bare |= {"content": guard.marker}
         prompt, text = render(messages[:index], add_generation_prompt=True), render(messages[: index + 1])

@@ -115,6 +115,8 @@ def preview(options: Preview) -> None:
         sizes = f"{min(lengths):,} to {max(lengths):,} tokens, {total / len(lengths):,.0f} on average"
         print(f"examples   {len(lengths):,} of {sizes}")
         print(f"learned    {learned:,} of {total:,} tokens ({learned / total:.1%})")
+    if encoder.loses_thoughts:
+        print("reasoning  left out: the template has no place for it")
     if several:
         print(f"rewritten  the template rewrites history: {format_count(len(several), 'record')} one example a reply")
     if leading:

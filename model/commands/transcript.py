@@ -16,7 +16,7 @@ class Turn:
     """A user's message and its reply. first: the first turn that was read with it; is_partial: the reply was cut."""
 
     user: str
-    first: int = 0
+    first: int
     reply: str | None = None
     is_partial: bool = False
 
@@ -59,7 +59,7 @@ class Transcript:
         Error (ConfigError): with the system message alone, it leaves no token for a reply.
         """
         before = self.first
-        self.turns.append(Turn(text))
+        self.turns.append(Turn(text, before))
         try:
             ids = self.encode(self.messages(self.first))
             length = len(ids)

@@ -23,6 +23,7 @@ from lora.inject import add_adapters
 from lora.peft_io import save_adapter
 from model.chat_session import common_prefix
 from model.commands.transcript import Transcript
+from model.config import ConfigError
 from model.generate import generate
 from tests.conftest import randomized, tiny_config
 from tests.folders import byte_level, write_tokenizer
@@ -172,12 +173,12 @@ def test_a_template_may_rewrite_history(plain, tmp_path):
 def test_the_folders_own_stop_ids_count_too(tuned, tmp_path):
     folder = tmp_path / "folder"
     shutil.copytree(tuned, folder)
-    settings = {"eos_token_id": [299], "do_sample": True, "top_p": 0.5, "max_new_tokens": 7, "num_beams": 4}
+    settings = {"eos_token_id": [299], "do_sample": True, "top_p": 0.5, "max_new_tokens": 7.0, "num_beams": 4}
     (folder / "generation_config.json").write_text(json.dumps(settings))
     script = Script(folder, ("Hello.<|im_end|>",))
     said = talk(folder, "Hi", script=script, options=("--top-k", 9))
     options = script.options[0]
-    assert options["stop_ids"] == (299, STOP) and options["max_new_tokens"] == 7
+    assert options["stop_ids"] == (299, STOP) and options["max_new_tokens"] == 7 and type(options["max_new_tokens"]) is int
     assert (options["top_p"], options["top_k"], options["temperature"]) == (0.5, 9, 0.8)
     assert "top p 0.5" in said.err and "beams 4: not obeyed" in said.err
 
@@ -320,6 +321,21 @@ def test_ctrl_c_keeps_the_partial_reply(tuned, tmp_path):
     assert read_chat_record(record).is_learned == (False, False, False, True)
 
 
+def test_ctrl_c_before_the_network_reads(tuned):
+    script = Script(tuned, ("Yes.<|im_end|>",))
+    ask, calls = Transcript.ask, []
+
+    def interrupted(self, text):
+        calls.append(text)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return ask(self, text)
+
+    with patch.object(Transcript, "ask", interrupted):
+        said = talk(tuned, "one", "two", script=script)
+    assert said.out == "Yes.\n\n" and said.err.endswith("note: interrupted\n") and "one" not in text_of(script)
+
+
 def test_ctrl_c_and_ctrl_d_at_the_prompt(tuned):
     script = Script(tuned, ("Yes.<|im_end|>",))
     said = talk(tuned, None, "Hi\\", None, "Ho", script=script, terminal=True)
@@ -370,6 +386,9 @@ def test_a_reply_may_fill_the_context(tuned):
     room = CONTEXT - len(script.prompts[0])
     assert script.options[0]["max_new_tokens"] == room
     assert f"the reply was cut after {room} tokens: the context of {CONTEXT} tokens is full" in said.err
+    script = Script(tuned, ("a" * 400,), ("b" * 400,))
+    said = talk(tuned, "Hi", script=script, options=("--max-new-tokens", CONTEXT - 1))
+    assert script.options[0]["max_new_tokens"] == room and f"after {room} tokens: the context of" in said.err
     said = talk(tuned, "Hi", script=script, options=("--max-new-tokens", 5))
     assert "the reply was cut after 5 tokens: max_new_tokens is 5" in said.err and said.out.startswith("bbbbb")
 
@@ -401,6 +420,16 @@ def test_a_transcript_is_restored_after_any_failure():
     assert transcript.ask("f g h i j k") == ([0] * 6, range(1, 3), 6)
     transcript.undo()
     assert transcript.first == 1
+    with pytest.raises(ConfigError, match="the message has 10 tokens, and the context holds 10, with one of a reply"):
+        transcript.ask("a b c d e f g h i j")
+    assert transcript.first == 1 and len(transcript.ask("a b c d e f g h i").ids) == 9
+    transcript.undo()
+    with pytest.raises(ConfigError, match="the system message has 10 tokens, and the context holds 10"):
+        transcript.set_system("a b c d e f g h i")
+    transcript.set_system("a b c d e f g h")
+    with pytest.raises(ConfigError, match="with the system message the message has 10 tokens"):
+        transcript.ask("a b")
+    transcript.set_system("")
     fails.add(len(calls) + 1)
     with pytest.raises(KeyboardInterrupt):
         transcript.set_system("x")

@@ -1,5 +1,9 @@
 """Conversations that tests of chat templates render: roles, tools, reasoning, and texts that are easily damaged."""
 
+from datetime import datetime
+
+from data.chat.sandbox import FROZEN_DATE
+
 TOOLS = [
     {
         "type": "function",
@@ -68,3 +72,15 @@ ODD = {
 }
 ALL = PROSE | SYSTEM | REASONING | TOOL_USE | ODD
 CHATS = {name: (chat, TOOLS if name in TOOL_USE else None) for name, chat in ALL.items()}
+
+
+def freeze_clock(monkeypatch) -> None:
+    """Make transformers' strftime_now show the day that ours is frozen to."""
+    from transformers.utils import chat_template_utils
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls):
+            return cls(FROZEN_DATE.year, FROZEN_DATE.month, FROZEN_DATE.day)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Clock)

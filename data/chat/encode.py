@@ -205,7 +205,8 @@ class ChatEncoder:
         if calls := messages[-1].get("tool_calls"):
             function = calls[-1].get("function", calls[-1])
             result = {"role": "tool", "name": function["name"], "tool_call_id": calls[-1].get("id", ""), "content": "?"}
-            following = render([*messages, result]).removeprefix(text)
+            following = render([*messages, result])
+            following = following[len(text) :] if following.startswith(text) else ""
         else:
             following = render([*messages[:-1], bare, QUESTION]).partition(bare["content"])[2].removeprefix(tail)
         if (match := self.pattern.match(following)) is None:

@@ -88,7 +88,12 @@ class SentencePieceTokenizer(Tokenizer):
             self.files[ADDED_TOKENS] = side_files[ADDED_TOKENS]
 
     def with_added_tokens(self, names: Sequence[str]) -> "SentencePieceTokenizer":
-        """Return the same model with further control tokens, with the ids after its own, written to added_tokens.json."""
+        """Return the same model with further control tokens, with the ids after its own, written to added_tokens.json.
+
+        Errors (DataError): it has one already.
+        """
+        if known := [name for name in names if name in self.control_tokens]:
+            raise DataError(f"the tokenizer has the control tokens {', '.join(known)} already")
         added = self.added_tokens | {name: self.own_size + number for number, name in enumerate(names)}
         beside = self.files | {ADDED_TOKENS: json.dumps(added, indent=2, ensure_ascii=False).encode()}
         name = next(name for name, content in self.files.items() if content == self.model_bytes)

@@ -2,7 +2,6 @@
 
 import json
 import re
-from datetime import datetime
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,10 +15,10 @@ from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from transformers.utils import chat_template_utils
 
-from data.chat.sandbox import FROZEN_DATE, render_source, render_with_generation_spans
+from data.chat.sandbox import render_source, render_with_generation_spans
 from data.chat.template import ChatTemplate, TemplateError, name_special_tokens, open_template, prepare_message, read_named
 from data.tokenizer.open import load_tokenizer
-from tests.chats import CHATS, REASONING, SYSTEM, TOOL_USE, TOOLS, reply, system, user
+from tests.chats import CHATS, REASONING, SYSTEM, TOOL_USE, TOOLS, freeze_clock, reply, system, user
 from tests.compare import count
 from tests.folders import byte_level, write_tokenizer
 
@@ -31,14 +30,7 @@ EXACT = "the same characters"
 
 @pytest.fixture(autouse=True)
 def frozen_clock(monkeypatch):
-    """transformers' strftime_now shows the day that ours is frozen to."""
-
-    class Clock(datetime):
-        @classmethod
-        def now(cls):
-            return cls(FROZEN_DATE.year, FROZEN_DATE.month, FROZEN_DATE.day)
-
-    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+    freeze_clock(monkeypatch)
 
 
 def theirs(source: str, messages: list, tools=None, prompt=False, spans=False, **variables):

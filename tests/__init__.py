@@ -10,4 +10,5 @@
     conftest chat_runs chat_tokenizers chats compare damage drawings folders made pairs pairs_of_texts questions ranks records
     runs seq2seq tagged texts wordnet  shared by several
     proofs       `python -m tests.proofs` writes docs/proofs.md: the tests of each public name
+    previews     `python -m tests.previews` writes invariant/data/previews.txt: what chat templates make of conversations
 """

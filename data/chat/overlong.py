@@ -56,10 +56,7 @@ def cut(encode: Callable[..., list[Tokens]], record: Conversation | Plain, most:
     while isinstance(record, Conversation) and (record := drop_turn(record)) is not None:
         shorter.append(record)
     # The fewest turns, by bisection: to encode a conversation of many turns once for each would be slow.
-    most_turns = len(shorter) - 1
-    turns = bisect_left(
-        range(most_turns), True, lo=min(1, most_turns), key=lambda count: longest(encode(shorter[count])) <= most
-    )
+    turns = bisect_left(range(len(shorter) - 1), True, key=lambda count: longest(encode(shorter[count])) <= most)
     examples = encode(shorter[turns])
     short = [Tokens(tokens.ids[: most + 1], tokens.is_learned[: most + 1]) for tokens in examples]
     if not all(tokens.learned_count for tokens in short):

@@ -1,13 +1,17 @@
 """The data of instruction tuning: tokenizer and template, built-in conversations, and what the network needs for them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.chat.conversation import Conversation, Plain
-from data.chat.template import ChatTemplate, open_template
+from data.chat.encode import ChatEncoder, terminators
+from data.chat.template import DEFAULT, TEMPLATE_NAMES, ChatTemplate, open_template
+from data.config import DataError
 from data.messages import format_count
 from data.sources.records import RecordData, Rows, hash_rows
 from data.tokenizer.base import Tokenizer
+from data.tokenizer.chat_templates import TEMPLATE_FILE, TEMPLATE_FOLDER
 from lora.inject import match_modules_to_save
 from model.network import Network
 from train.runs.errors import TrainError
@@ -72,6 +76,25 @@ def check_trainable(config: "TrainConfig", network: Network, tokenizer: Tokenize
         raise TrainError(f"the template needs new control tokens ({names}), whose rows --freeze {config.run.freeze} may hold")
 
 
+def reply_ends(tokenizer: Tokenizer, template: ChatTemplate, records: Iterable[tuple[str, Conversation | Plain]]) -> list[int]:
+    """Return the ids that end a reply: of the shortest conversation, or where the template refuses that, of the first record.
+
+    records: by name. Errors (DataError): the template refuses this one too.
+    """
+    try:
+        return terminators(tokenizer, template)
+    except DataError as error:
+        refusal = error
+    for name, record in records:
+        if isinstance(record, Conversation):
+            try:
+                tokens = ChatEncoder(tokenizer, template)(record)[-1]
+            except DataError as error:
+                raise DataError(f"{name}: {error}") from None
+            return [int(tokens.ids[tokens.is_learned][-1])]
+    raise refusal
+
+
 def set_stop_ids(network: Network, ids: list[int]) -> Network:
     """Make ids the first that end a text, before the network's own, in config.json and generation_config.json.
 
@@ -86,6 +109,14 @@ def set_stop_ids(network: Network, ids: list[int]) -> Network:
         if network.generation.get("pad_token_id") in ends:
             del network.generation["pad_token_id"]
     return network
+
+
+def write_template(template: ChatTemplate, folder: Path) -> None:
+    """Write the template as the folder's default; one of --init's further ones under its name too, by which a resume asks."""
+    (folder / TEMPLATE_FILE).write_text(template.source, encoding="utf-8")
+    if template.name not in (*TEMPLATE_NAMES, DEFAULT):
+        (folder / TEMPLATE_FOLDER).mkdir()
+        (folder / TEMPLATE_FOLDER / f"{template.name}.jinja").write_text(template.source, encoding="utf-8")
 
 
 def texts_of(record: Conversation | Plain) -> Iterator[str]:

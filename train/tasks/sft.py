@@ -173,14 +173,15 @@ class SftTask(RecordTask):
     @classmethod
     def adapt_network(cls, config: "TrainConfig", network: "Network", data: ChatData) -> "Network":
         """Add rows at the mean for new control tokens, and make the terminator the id that ends a text."""
-        from data.chat.encode import terminators
         from model.resize import add_rows
-        from train.chat_data import check_trainable, set_stop_ids
+        from train.chat_data import check_trainable, reply_ends, set_stop_ids
 
         if data.new_ids:
             check_trainable(config, network, data.tokenizer, data.new_ids)
             network = add_rows(network, data.new_ids)
-        return set_stop_ids(network, terminators(data.tokenizer, data.template))
+        rows = data.train
+        records = ((name, cls.read(settings_of(config), row)) for name, row in zip(rows.names, rows.values, strict=True))
+        return set_stop_ids(network, reply_ends(data.tokenizer, data.template, records))
 
     def __init__(self, config: "TrainConfig", data: ChatData):
         from data.chat.encode import ChatEncoder
@@ -268,10 +269,10 @@ class SftTask(RecordTask):
 
     def save_files(self, folder: Path, network: "nn.Module") -> None:
         """Write the template, and the ids that end a reply, beside an adapter too."""
-        from data.tokenizer.chat_templates import TEMPLATE_FILE
         from model.generation_config import FILE, generation_json
+        from train.chat_data import write_template
 
-        (folder / TEMPLATE_FILE).write_text(self.template.source, encoding="utf-8")
+        write_template(self.template, folder)
         (folder / FILE).write_text(generation_json(network.config, network.generation or {}), encoding="utf-8")
 
     # ---- learning

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from unittest.mock import patch
@@ -17,7 +18,7 @@ import lora.peft_io
 import model.__main__
 import model.hub
 from data.chat.encode import ChatEncoder, encode_rendered
-from data.chat.template import open_template
+from data.chat.template import open_template, read_named
 from data.tokenizer.open import load_tokenizer
 from model.generate import generate
 from tests.chat_runs import CHATML, conversations, open_sft, write_base, write_conversations
@@ -213,6 +214,25 @@ def test_killed_and_resumed_it_ends_in_the_same_bytes(way, place, tmp_path):
     assert said.code == 130 and step_of(last_checkpoint(tmp_path / "run")) == 4, said.err
     said = command("--resume", tmp_path / "run")
     assert said.code == 0, said.err
+    assert_same_end(tmp_path / "whole", tmp_path / "run", FEW["steps"])
+
+
+@pytest.mark.slow
+def test_a_further_template_of_the_folder_is_found_again(place, tmp_path):
+    """Named by --sft.template from a list in tokenizer_config.json: the checkpoint has it as its own, and under its name."""
+    write_base(tmp_path / "base", CHATML)
+    templates = [{"name": "default", "template": read_named("zephyr")}, {"name": "mine", "template": read_named("chatml")}]
+    change_json(tmp_path / "base" / "tokenizer_config.json", chat_template=templates)
+    line = [*options(place, **FEW | {"init": tmp_path / "base"}), "--sft.template", "mine"]
+    said = command(*line, "--out", tmp_path / "whole")
+    assert said.code == 0, said.err
+    assert stopped_at(4, *line, "--out", tmp_path / "run").code == 130
+    said = command("--resume", tmp_path / "run")
+    assert said.code == 0, said.err
+    folder = last_checkpoint(tmp_path / "run")
+    shutil.rmtree(last_checkpoint(tmp_path / "whole") / "additional_chat_templates")
+    assert (folder / "additional_chat_templates" / "mine.jinja").read_text() == read_named("chatml")
+    shutil.rmtree(folder / "additional_chat_templates")
     assert_same_end(tmp_path / "whole", tmp_path / "run", FEW["steps"])
 
 

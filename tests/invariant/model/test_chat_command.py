@@ -22,11 +22,12 @@ from lora.config import LoraConfig
 from lora.inject import add_adapters
 from lora.peft_io import save_adapter
 from model.chat_session import common_prefix
+from model.commands.terminal_chat import TerminalChat
 from model.commands.transcript import Transcript
 from model.config import ConfigError
 from model.generate import generate
 from tests.conftest import randomized, tiny_config
-from tests.folders import byte_level, write_tokenizer
+from tests.folders import byte_level, change_json, write_tokenizer
 from tests.runs import Said, command
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -136,6 +137,7 @@ def test_replies_are_those_of_generate(tuned, tmp_path):
     assert start == f"template default · <|endoftext|> or <|im_end|> ends a reply · context {CONTEXT} tokens · /help"
     kept = common_prefix(held, ids)
     assert 30 < kept < len(ids) and f"prompt {len(ids)} tokens, {kept} of them in the cache; reply 12 tokens" in said.err
+    assert 0 < float(said.err.split("; ")[-1].split()[0]) < 60  # seconds
     saved = [json.loads(line) for line in (tmp_path / "chat.jsonl").read_text().splitlines()]
     assert [message["content"] for message in saved[0]["messages"]] == [m["content"] for m in messages[:3]]
 
@@ -204,13 +206,13 @@ def test_templates_get_todays_date(plain, tmp_path):
 
 def test_a_space_that_the_template_writes_is_none_of_the_reply(plain, tmp_path):
     """As in Mistral's, whose prompt ends before the space."""
-    each = "{{ '[' + m.content + ']' if m.role == 'user' else ' ' + m.content + '<|im_end|>' }}"
-    source = "{% for m in messages %}" + each + "{% endfor %}"
+    each = "{{ '[' + m.content + ']' if m.role == 'user' else '> ' + m.content + '<|im_end|>' }}"
+    source = "{% for m in messages %}" + each + "{% endfor %}{{ '>' if add_generation_prompt }}"
     folder = with_template(plain, tmp_path / "folder", source)
     script = Script(folder, (" Hello<|im_end|>",), ("Two <|im_end|>",), ("x<|im_end|>",))
     said = talk(folder, "Hi", "Next", "Third", "/save " + str(tmp_path / "chat.jsonl"), script=script)
     assert said.out == " Hello\n\nTwo \n\nx\n\n"
-    assert text_of(script) == "[Hi] Hello<|im_end|>[Next] Two <|im_end|>[Third]"
+    assert text_of(script) == "[Hi]> Hello<|im_end|>[Next]> Two <|im_end|>[Third]>"
     contents = [message["content"] for message in json.loads((tmp_path / "chat.jsonl").read_text())["messages"]]
     assert contents == ["Hi", "Hello", "Next", "Two ", "Third", "x"]
 
@@ -226,6 +228,14 @@ def test_an_adapter_goes_on_its_base(tuned, plain, tmp_path):
     without, adapted = talk(tuned, "Hi", options=options), talk(tmp_path / "adapter", "Hi", options=options)
     assert adapted.code == 0 and adapted.out != without.out  # tokenizer and template are the base's
     assert talk(tuned, "Hi", options=(*options, "--adapter", tmp_path / "adapter")).out == adapted.out
+    script = Script(tuned, ("x<|im_end|>",), ("x<|im_end|>",))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tuned / name, tmp_path / "adapter")
+    talk(tmp_path / "adapter", "Hi", script=script)  # its own tokenizer, and its base's template
+    assert text_of(script) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    (tmp_path / "adapter" / "chat_template.jinja").write_text("own {{ messages[0].content }}<|im_end|>")
+    talk(tmp_path / "adapter", "Hi", script=script)
+    assert text_of(script) == "own Hi<|im_end|>"
     for folder, wrong, words in (
         (tuned, ("--adapter", plain), "a whole network, not an adapter"),
         (tmp_path / "adapter", ("--adapter", tmp_path / "adapter"), "a whole network, and no --base"),
@@ -368,6 +378,24 @@ def test_oldest_turns_are_dropped(tuned):
     assert notes[0].startswith(f"note: the context of {CONTEXT} tokens is full: turn 1 was dropped (")
     assert abs(int(notes[0].split("(")[1].split()[0]) - len(tokens) - 4) <= 2, (notes, len(tokens))
     assert len(notes) == 3 and notes[1] == notes[2] and "turn 2 was" in notes[1]  # /undo takes back what was dropped
+
+
+def test_the_reserve_of_a_reply(tuned, tmp_path):
+    """Tokens that stay free while turns can be dropped: a quarter of the context, 256 at most; or the longest reply."""
+
+    def reserve(folder: Path, *options: object) -> int:
+        made = []
+        with patch.object(TerminalChat, "run", lambda self: made.append(self.transcript.reserve)):
+            assert talk(folder, options=options).code == 0
+        return made[0]
+
+    shutil.copytree(tuned, tmp_path / "long")
+    change_json(tmp_path / "long" / "config.json", max_position_embeddings=1200)
+    assert reserve(tuned) == CONTEXT // 4 and reserve(tuned, "--max-new-tokens", 99) == 99 and reserve(tmp_path / "long") == 256
+    (tmp_path / "long" / "generation_config.json").write_text('{"max_new_tokens": 30}')
+    assert reserve(tmp_path / "long") == 30
+    (tmp_path / "long" / "generation_config.json").write_text('{"max_new_tokens": 1000}')
+    assert reserve(tmp_path / "long") == 256
 
 
 def test_a_message_that_cannot_fit_is_taken_back(tuned):

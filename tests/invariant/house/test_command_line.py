@@ -38,6 +38,7 @@ from train.evaluate import evaluate
 from train.objective import Objective
 from train.optimizers.schedule import cosine
 from train.options import aliases, option_groups, resolve_aliases
+from train.registry import load
 from train.reports.log import read_metrics
 from train.runs.checkpoint import checkpoints, step_of
 from train.runs.errors import TrainError
@@ -278,7 +279,8 @@ def test_every_recipe_is_a_run_that_could_start(recipe):
     if config.method is not None:  # an adapter's wants weights to stand beside
         config = replace(config, run=replace(config.run, init=Path("folder")))
     config.check()
-    assert config != type(config)() and (config.method is not None or ModelConfig.preset(config.network.preset))
+    preset = config.network.preset or load(config.run.objective).defaults.preset
+    assert config != type(config)() and (config.method is not None or ModelConfig.preset(preset))
 
 
 def test_a_step_gets_its_rate_its_clip_and_its_micro_batches(options, tmp_path):

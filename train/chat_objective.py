@@ -55,7 +55,7 @@ class ChatObjective(MaskedObjective):
         scored = (batch["labels"] != IGNORE).sum()
         if WEIGHTS not in batch:
             return {"loss": scored}
-        return {"tokens": scored, "loss": batch[WEIGHTS].double().sum()}
+        return {"tokens": scored, "loss": batch[WEIGHTS].sum()}
 
 
 @contextmanager

@@ -5,7 +5,7 @@ conversations. A round is `STEPS` steps of each, with the making of batches; the
 and progress bar off. Tokens are those of the records, without padding.
 
     one batch, padded   every step has the same 8 records, padded to one length
-    one batch, packed   every step has the same 32 records: theirs in one row, flattened (bfd), ours in rows of the context
+    one batch, packed   every step has the same 16 records: theirs in one row, flattened (bfd), ours in rows of the context
     as they come        200 records in batches of 8: theirs padded to the longest in each, ours packed by first fit
 """
 
@@ -28,7 +28,7 @@ from train.engine import Engine
 from train.losses.choose import LOSSES, choose_loss
 from train.optimizers.build import build_optimizer
 
-STEPS, CONTEXT, BATCH_SIZE = 8, 512, 8
+STEPS, CONTEXT, BATCH_SIZE = 4, 512, 8
 SHAPES = {
     "4 × 128, V 2,048": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "vocab_size": 2048},
     "6 × 384, V 8,192": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": 8192},
@@ -42,7 +42,7 @@ TAGGED = (  # ChatML, in which TRL finds the replies with their terminators
 )
 WAYS = {  # records, rows of theirs in a batch, how theirs and ours lay them out
     "one batch, padded": (BATCH_SIZE, BATCH_SIZE, False, "pad"),
-    "one batch, packed": (4 * BATCH_SIZE, 4 * BATCH_SIZE, True, "first_fit"),
+    "one batch, packed": (2 * BATCH_SIZE, 2 * BATCH_SIZE, True, "first_fit"),
     "as they come": (200, BATCH_SIZE, False, "first_fit"),
 }
 

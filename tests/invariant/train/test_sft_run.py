@@ -173,6 +173,22 @@ def test_model_chat_answers_with_it(run):
     assert -1 not in places and places == sorted(places), said.out
 
 
+@pytest.mark.parametrize("rows", [332, 340])
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_control_tokens_have_the_mean_of_the_others(rows, tied, place, tmp_path):
+    """In new rows, or in unused ones of a padded vocabulary, which hold noise; at both ends. Other rows stay."""
+    base = write_base(tmp_path / "base", vocab_size=rows, tie_word_embeddings=tied)
+    before = model.hub.load(base, dtype=torch.float64)
+    _, network = open_sft(base, place / "train.jsonl", validation=place / "held_out.jsonl", context=192)
+    assert network.config.vocab_size == max(rows, 334)
+    others = [id for id in range(rows) if id not in (332, 333)]
+    ends = [(each.body.embedding.weight, each.head.weight) for each in (before, network)]
+    for old_VD, new_VD in zip(*ends, strict=True):
+        assert absolute(new_VD[332:334], old_VD[others].mean(0).expand(2, -1)) < 1e-12
+        assert torch.equal(new_VD[others], old_VD[others])
+    assert (network.head.weight is network.body.embedding.weight) == tied
+
+
 def test_a_folder_without_bos_and_one_whose_pad_is_eos(place, tmp_path):
     """No bos: nothing stands before the first control token. pad = eos: it still is learned, as padding is masked by length;
     the folder names no pad then, at which transformers would cut replies."""
@@ -321,3 +337,23 @@ def test_a_mixture_of_sources(place, tmp_path):
     for asked, text in ((2, "no held-out record has a prompt"), (0, "no held-out record has a prompt")):
         said = command(*options(place, corpus=other, validation=other, steps=3, **{"sft.replies": asked}), "--dry-run")
         assert said.code == 0 and (text in said.out) == (asked > 0), said.err
+
+
+def test_without_a_corpus_it_reads_the_built_in_conversations(place, tmp_path):
+    """Split by modules of the standard library, named by their place; a resume finds them unchanged, or says so."""
+    sets = {"train": conversations(12), "validation": conversations(3, seed=2)}
+    line = options(place, **FEW)
+    at = line.index("--corpus")
+    del line[at : at + 4]  # and --validation
+    with patch("data.made.conversations.make_conversations", lambda progress=iter: sets):
+        said = stopped_at(4, *line, "--out", tmp_path / "run")
+        assert said.code == 130 and "records  stdlib-chat: 12 to train on, 3 held out" in said.out, said.err
+        assert "stdlib-chat, train record 1, learned between" in said.out
+        sets["train"][-1]["messages"][-1]["content"] = "another"
+        said = command("--resume", tmp_path / "run")
+        assert said.code == 2 and "the corpus stdlib-chat is no longer the text that" in said.err
+        sets["train"] = conversations(12)
+        assert command("--resume", tmp_path / "run").code == 0
+        sets["validation"][0]["messages"][-1]["content"] = "word " * 200
+        said = command(*line, "--out", tmp_path / "other")
+        assert said.code == 2 and "stdlib-chat, validation record 1: it has" in said.err

@@ -158,8 +158,7 @@ class ChatEncoder:
         if index == 0:
             raise TemplateError("message 1 is a reply, and no message before it asks for one")
         self.loses_thoughts |= not self.reads_thoughts and any(messages[index].get(name) for name in REASONING)
-        bare = {key: value for key, value in messages[index].items() if key not in (*REASONING, "tool_calls")}
-        bare |= {"content": guard.marker}
+        bare = {key: value for key, value in messages[index].items() if key != "tool_calls"} | {"content": guard.marker}
         prompt, text = render(messages[:index], add_generation_prompt=True), render(messages[: index + 1])
         before, *after = render([*messages[:index], bare]).split(guard.marker)
         if len(after) != 1:

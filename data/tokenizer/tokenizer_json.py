@@ -131,7 +131,7 @@ class JsonTokenizer(Tokenizer):
             for name in self.hidden:  # a role may be that of a piece which the file does not add
                 id = self.control_tokens[name]
                 added[id] = flags | added.get(id, {"id": id, "content": name}) | {"special": True, "normalized": False}
-            if self.unknown_id not in piece_ids(self.spec["model"]).values():  # in text, it stays one: it has no other spelling
+            if self.unknown_id not in piece_ids(self.spec["model"]).values():  # without it, others would get other ids
                 added |= {token["id"]: token for token in self.spec["added_tokens"] if token["id"] == self.unknown_id}
             spec = self.spec | {"added_tokens": [added[id] for id in sorted(added)]}
             self.hidden_backends[mark] = build_backend(json.dumps(hide(spec, self.hidden, mark), ensure_ascii=False))

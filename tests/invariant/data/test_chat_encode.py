@@ -1,6 +1,7 @@
 """Which tokens of a conversation are learned, and what happens to conversations that do not fit."""
 
 import io
+import json
 import math
 import re
 import time
@@ -223,15 +224,19 @@ def test_texts_that_are_easily_damaged(every):
             assert learned_texts(every, tokens) == [shown + end]
 
 
+def lossy_model(**rules) -> SentencePieceTokenizer:
+    made = io.BytesIO()
+    rules |= {"model_type": "bpe", "vocab_size": 300, "byte_fallback": True, "remove_extra_whitespaces": False}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXT), model_writer=made, minloglevel=2, **rules)
+    tokenizer = SentencePieceTokenizer(made.getvalue())
+    assert not tokenizer.is_lossless
+    return tokenizer
+
+
 def test_a_space_that_a_model_adds_is_learned():
     """SentencePiece puts it before a text behind a control token, where it has no character of its own: the network writes it.
     A text that begins with a space gets no second one."""
-    made = io.BytesIO()
-    rules = {"model_type": "bpe", "vocab_size": 300, "byte_fallback": True, "normalization_rule_name": "identity"}
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT), model_writer=made, remove_extra_whitespaces=False, minloglevel=2, **rules
-    )
-    tokenizer = SentencePieceTokenizer(made.getvalue())
+    tokenizer = lossy_model(normalization_rule_name="identity")
     source = "{% for m in messages %}{{ '<s>' if m.role == 'user' }}{{ m.content }}{{ '</s>' }}{% endfor %}"
     encoder = ChatEncoder(tokenizer, ChatTemplate("made", source))
     for text in ("\nb", " \nb"):
@@ -241,6 +246,8 @@ def test_a_space_that_a_model_adds_is_learned():
         assert tokens.is_learned.tolist() == [False, True, True, True, True]
     _, offset_N2 = tokenizer.encode_parts([1, " \nb", 2])
     assert offset_N2.tolist() == [[0, 3], [3, 4], [4, 5], [5, 6], [6, 10]]
+    other = lossy_model(add_dummy_prefix=False)
+    assert other.encode_parts([1, " b"])[0] == [1, *other.encode(" b")] and other.encode(" b") != other.encode("b")
 
 
 def test_strings_without_a_template(ours, every):
@@ -446,6 +453,18 @@ def test_the_oldest_turns_are_dropped_after_the_system_message(ours):
     assert learned_texts(ours, tokens) == ["d<|im_end|>"], "a turn is a question with all that follows it"
 
 
+def test_a_turn_that_alone_is_learned_is_not_dropped(ours):
+    """Nor does a reply before the first question stay when that question goes."""
+    encoder, (first, second) = ChatEncoder(ours, open_template(ours, "chatml")), (LONG[1:3], LONG[3:5])
+    record = Conversation((LONG[0], *first, *second), None, (False, False, True, False, False))
+    found = fit(encoder, record, len(encode(ours, "chatml", [LONG[0], *first])[0].ids) - 2, "cut")
+    assert (found.turns, found.tokens) == (0, 1) and learned_texts(ours, found.examples[0]) == ["Answer 0."]
+    record = Conversation((LONG[0], reply("Hi"), *first, *second), None, (False, False, False, True, False, True))
+    (expected,) = encode(ours, "chatml", [LONG[0], *second])
+    found = fit(encoder, record, len(expected.ids) - 1, "cut")
+    assert found.turns == 1 and found.examples[0].ids.tolist() == expected.ids.tolist()
+
+
 def test_then_the_end_of_the_reply_is_cut_without_a_terminator(ours):
     last = [LONG[0], *LONG[-2:]]
     (whole,) = encode(ours, "chatml", last)
@@ -504,6 +523,18 @@ def test_marks_colours_and_long_examples(ours):
 
 
 # ---- tokenizers
+
+
+def test_the_unknown_token_is_no_control_token(tokenizers, tmp_path):
+    """Its name in a text stays text; a file that has it as an added token alone keeps the ids of the others."""
+    tokenizer = tokenizers("llama-2")
+    assert tokenizer.unknown_id == 0 and 0 not in encode(tokenizer, "llama-2", [user("<unk>"), reply("a")])[0].ids
+    spec = json.loads(tokenizers("byte-level").files["tokenizer.json"])
+    spec["model"]["unk_token"] = "<pad>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    other = load_tokenizer(tmp_path)
+    end = other.control_tokens["<|im_end|>"]
+    assert other.token_name(other.unknown_id) == "<pad>" and other.encode_parts(["a", end])[0] == [*other.encode("a"), end]
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "ours", "llama-2"])

@@ -70,15 +70,18 @@ def learned_texts(tokenizer: Tokenizer, tokens: Tokens) -> list[str]:
     return re.findall(f"{OPEN}(.*?){CLOSE}", mark_learned(tokenizer, tokens), flags=re.DOTALL)
 
 
-def renderings(tokenizer: Tokenizer):
+@pytest.fixture(scope="module")
+def accepted(tokenizers):
     """Every conversation that a named template accepts: its name, messages, tools, and examples."""
+    found = []
     for name in TEMPLATE_NAMES:
         for messages, tools in CHATS.values():
             tools = None if name in UNDECLARED else tools
             try:
-                yield name, messages, tools, encode(tokenizer, name, messages, tools)
+                found.append((name, messages, tools, encode(tokenizers("byte-level"), name, messages, tools)))
             except DataError:
                 continue
+    return found
 
 
 # ---- what is learned
@@ -109,10 +112,11 @@ def is_right(tokenizer: Tokenizer, tokens: Tokens, ends: list[int]) -> bool:
     return bool(tokens.is_learned[-1]) and set(ids.tolist()) <= set(ends)
 
 
-def test_a_reply_ends_with_its_terminator_and_nothing_is_learned_after_it(every):
+def test_a_reply_ends_with_its_terminator_and_nothing_is_learned_after_it(every, accepted):
     counts = dict.fromkeys(TEMPLATE_NAMES, 0)
-    for name, _, _, examples in renderings(every):
-        ends = terminators(every, open_template(every, name))
+    ends_of = {name: terminators(every, open_template(every, name)) for name in TEMPLATE_NAMES}
+    for name, _, _, examples in accepted:
+        ends = ends_of[name]
         for tokens in examples:
             counts[name] += 1
             assert is_right(every, tokens, ends)
@@ -148,10 +152,10 @@ def test_which_replies_are_learned(ours):
         encode_chat(ours, [user("a"), reply("b", weight=2)], template="chatml")
 
 
-def test_an_example_a_reply_is_what_inference_reads(every):
+def test_an_example_a_reply_is_what_inference_reads(every, accepted):
     """Before its learned tokens stands the prompt for the reply, and of qwen3 the empty thought of enable_thinking=false."""
     rewritten, compared = set(), 0
-    for name, messages, tools, examples in renderings(every):
+    for name, messages, tools, examples in accepted:
         replies = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         each = encode(every, name, messages, tools, per_reply=True)
         assert len(each) == len(replies) and len(examples) in (1, len(replies))
@@ -417,13 +421,13 @@ def test_the_date_is_frozen(every, monkeypatch):
 def test_a_message_of_a_megabyte_is_encoded_in_seconds(ours):
     """Linear: text, characters that look like control tokens, and many turns."""
     line, seconds = '[[<s>1, <|im_end|> <a href="x">& ', []
-    for size in (1 << 18, 1 << 20):
+    for size in (1 << 17, 1 << 20):
         text = (line * math.ceil(size / len(line)))[:size]
         start = time.perf_counter()
         (tokens,) = encode(ours, "chatml", [user("a"), reply(text)])
         seconds.append(time.perf_counter() - start)
         assert learned_texts(ours, tokens) == [text + "<|im_end|>"]
-    assert seconds[1] < 20 and seconds[1] < 12 * seconds[0]
+    assert seconds[1] < 20 and seconds[1] < 24 * seconds[0]
 
 
 # ---- conversations that are longer than a row

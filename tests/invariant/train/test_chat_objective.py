@@ -216,6 +216,20 @@ def test_weights_of_another_shape_and_no_label():
     assert total == plain == 0 and not torch.autograd.grad(total, hidden)[0].any()
 
 
+def test_ignored_rows_and_few_bits():
+    """NaN where no label is scored stays there; from bfloat16 hidden states the sums are float32."""
+    (hidden, weight, bias), labels = case()
+    weights = torch.rand(labels.shape, dtype=torch.float64)
+    expected = with_gradients(weighted_linear_cross_entropy(hidden, weight, labels, weights, bias)[0], (hidden, weight, bias))
+    few = [each.detach().bfloat16() for each in (hidden, weight, bias)]
+    total, plain = weighted_linear_cross_entropy(few[0], few[1], labels, weights, few[2])
+    assert total.dtype == plain.dtype == torch.float32 and relative(total, expected[0]) < 2e-2
+    with torch.no_grad():
+        hidden[labels == -100] = torch.nan
+    found = with_gradients(weighted_linear_cross_entropy(hidden, weight, labels, weights, bias)[0], (hidden, weight, bias))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_logits_of_all_labels_never_exist():
     rows, words, width = 4 * ROWS, 2048, 8
     hidden, weight = torch.randn(rows, width, requires_grad=True), torch.randn(words, width, requires_grad=True)

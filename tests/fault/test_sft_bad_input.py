@@ -90,8 +90,11 @@ def test_a_record(name, place):
 def test_neighbours_of_these_are_trained_on(place, tmp_path):
     """One short step of good records with most of the options above."""
     options = ["--sft.template", "gemma", "--sft.overlong", "cut", "--sft.leading-reply", "drop", "--sft.replies", 1]
-    said = run(place, chats(talk(REPLY, USER, REPLY | {"content": "x y " * 99})), *options, "--dry-run")
+    long = chats(talk(REPLY, USER, REPLY | {"content": "x y " * 99}))
+    said = run(place, long, *options, "--dry-run")
     assert said.code == 0 and "longer than a row, cut: " in said.out and f"{place / AT.rstrip(': ')}" in said.out, said.err
+    said = run(place, long, *options[:2], *options[4:], "--sft.overlong", "drop", "--dry-run")
+    assert said.code == 0 and f"longer than a row, left out: {place / AT.rstrip(': ')}" in said.out, said.err
 
 
 OPTIONS = {
@@ -135,12 +138,10 @@ def test_a_folders_template(source, place, tmp_path):
 
 
 def test_a_message_of_a_megabyte(place):
-    """Named with its length, soon; dropped or cut where that is asked for."""
+    """Named with its length, soon."""
     huge, before = talk(USER, REPLY | {"content": "word " * 200_000}), time.monotonic()
     assert_one_clear_line(run(place, chats(huge)), AT, "tokens, and a row holds 128")
     assert time.monotonic() - before < 30
-    said = run(place, chats(huge), "--sft.overlong", "drop", "--dry-run")
-    assert said.code == 0 and f"longer than a row, left out: {place}" in said.out, said.err
 
 
 WRONG_FILES = {

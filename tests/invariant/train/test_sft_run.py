@@ -61,7 +61,7 @@ def options(place: Path, base: str = "base", **changes) -> list[str]:
 def overfit(place: Path, out: str) -> tuple[Path, str]:
     """A run of eight conversations that scores these."""
     corpus = place / "train.jsonl"
-    lengths = {"steps": 60, "eval-every": 30, "sft.max-reply": 40, "lr": "1e-2", "sample-every": 60}
+    lengths = {"steps": 45, "eval-every": 45, "sft.max-reply": 40, "lr": "1e-2", "sample-every": 45}
     said = command(*options(place, validation=corpus, **lengths), "--eval-corpus", f"other={place / 'held_out.jsonl'}",
                    "--out", place / out)
     assert said.code == 0, said.err
@@ -306,6 +306,7 @@ def test_an_adapter_with_new_tokens_is_reopened_and_merged(adapted, place, tmp_p
     assert not torch.equal(rows[332], rows[333]), "they began at one mean, and have learned"
 
 
+@pytest.mark.slow
 def test_an_adapter_on_known_tokens(place, tmp_path, parity):
     """Zephyr's template needs none: the folder has the template, the base's tokenizer and the id that ends replies."""
     said = command(*options(place, **FEW), "--adapter", "lora", "--sft.template", "zephyr", "--out", tmp_path / "run")
@@ -318,13 +319,14 @@ def test_an_adapter_on_known_tokens(place, tmp_path, parity):
 
 
 def test_short_records_fill_their_rows(place, tmp_path):
-    corpus = write_rows(tmp_path / "many.jsonl", conversations(400, seed=3))
+    corpus = write_rows(tmp_path / "many.jsonl", conversations(250, seed=3))
     said = command(*options(place, corpus=corpus, steps=1, context=256), "--dry-run")
     assert said.code == 0, said.err
-    (fill,) = re.findall(r"rows of 256 hold 400 examples, ([\d.]+)% full", said.out)
+    (fill,) = re.findall(r"rows of 256 hold 250 examples, ([\d.]+)% full", said.out)
     assert float(fill) >= 98
 
 
+@pytest.mark.slow
 def test_a_mixture_of_sources(place, tmp_path):
     """Two files by weight, one of them with plain text: the share of each is as asked."""
     other = write_rows(tmp_path / "text.jsonl", [{"text": f"The list of names, {n}"} for n in range(9)])

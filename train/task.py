@@ -114,6 +114,7 @@ class Task(ABC):
     higher_is_better: ClassVar[bool] = False
     can_mix: ClassVar[bool] = False  # takes sources by weight, --corpus NAME=PATH:WEIGHT
     default_corpus: ClassVar[str | None] = None  # built-in records, in place of the built-in text
+    needs_init: ClassVar[bool] = False  # goes on from pretrained weights
     label_names: Sequence[str] = ()  # of class labels, by id; none: labels are tokens
     validation_sources: Sequence[str] = ()  # the source of each batch of `validation`, where there are several
 

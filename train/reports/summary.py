@@ -230,7 +230,8 @@ def following(run: RunView, stopped: str) -> Iterator[str]:
         folder = model
     yield run.task.example_command(folder)
     objective = task_options(config)
-    yield command("train", *objective, "--corpus", "PATH") + f"   # your own files: {' '.join(run.task.suffixes)}"
+    init = ("--init", config.run.init) if run.task.needs_init else ()
+    yield command("train", *objective, *init, "--corpus", "PATH") + f"   # your own files: {' '.join(run.task.suffixes)}"
     if config.method is not None and config.method.mergeable and opened is not None:
         yield command("lora", "merge", config.run.init, opened, "--out", model) + "   # one ordinary model folder"
     elif config.method is None and config.run.qat == "none" and not stopped.startswith("on"):

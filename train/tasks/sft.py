@@ -102,7 +102,7 @@ class SftTask(RecordTask):
     needs = (Needs(("sft.max_reply",), lambda config: config.sft.replies, "--sft.replies 0 generates none"),)
     defaults = Defaults("tiny", 8e-3)
     architectures, head, unit = ("decoder",), "lm", "learned tokens"
-    default_corpus = BUILT_IN
+    default_corpus, needs_init = BUILT_IN, True
 
     settings: Settings
 

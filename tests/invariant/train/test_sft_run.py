@@ -117,6 +117,7 @@ def test_what_is_said(run, place):
         "100% end by themselves, 100% exact",
         "a held-out prompt, its reference and the greedy reply",
         f"python -m model chat {folder}",
+        f"python -m train --objective sft --sft.max-reply 40 --init {place / 'base'} --corpus PATH   # your own files",
     ):
         assert text in said, text
     page = (folder / "report.html").read_text()

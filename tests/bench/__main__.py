@@ -20,6 +20,7 @@
     fim       fill in the middle: its left-to-right loss beside clm's; middles with and without suffix (--steps, --base)
     transfer  a package's name from a docstring by 50, 200 and all labels, from pretrained and random weights; eight ways to
               fine-tune beside bag of words; half an hour (--only NAME,…, --steps, --base)
+    sft       instruction tuning on the built-in conversations: before, after, with shuffled replies (--steps, --base)
     sft_speed  instruction tuning with LoRA beside TRL's SFTTrainer: tokens a second, padded, packed, as they come
     metrics   scores of texts beside the libraries that define them; the command's memory and start
     gpu       GPT-2 124M on a card, compiled, beside its own products and transformers
@@ -48,6 +49,7 @@ from tests.bench.qlora import bench_qlora
 from tests.bench.quant import bench_llama, bench_quant
 from tests.bench.ranks import bench_ranks
 from tests.bench.reversal import bench_reversal
+from tests.bench.sft import bench_sft
 from tests.bench.sft_speed import bench_sft_speed
 from tests.bench.train import bench_train
 from tests.bench.transfer import bench_transfer
@@ -72,6 +74,7 @@ BENCHES = {
     "forgetting": bench_forgetting,
     "fim": bench_fim,
     "transfer": bench_transfer,
+    "sft": bench_sft,
     "sft_speed": bench_sft_speed,
     "metrics": bench_metrics,
     "gpu": bench_gpu,
@@ -93,7 +96,7 @@ def main() -> None:
     given = {name: value for name, value in {"steps": options.steps, "base": options.base}.items() if value is not None}
     for name in BENCHES if options.name == "all" else [options.name]:
         named = {"only": options.only} if name in ("objectives", "transfer", "forgetting") and options.only else {}
-        takes_given = name in ("adapters", "qlora", "errors", "qat", "fim", "transfer", "forgetting")
+        takes_given = name in ("adapters", "qlora", "errors", "qat", "fim", "transfer", "forgetting", "sft")
         BENCHES[name](options.rounds, **(given if takes_given else {}), **named)
 
 

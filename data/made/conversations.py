@@ -36,10 +36,11 @@ SYSTEMS = (
 MODULE_TEMPLATES = ("Which module holds {name}?", "In which module is {name} defined?")
 ABSENT_SHARE = 0.2
 WEIGHTS = {"returns": 3, "raises": 8, "base": 2, "default": 4, "summary": 2, "arguments": 0.7}  # of forms, else 1
-TWO = 0.3  # of the contexts have two snippets
-CONTEXT = 760  # characters of a context, at most
-TURNS = (0.35, 0.75, 0.95)  # cumulative shares of conversations with 1, 2, 3 questions; the others have 4
-OF_A_PACKAGE = 160  # conversations, at most
+TWO = 0.25  # of the contexts have two snippets
+CONTEXT = 560  # characters of a context, at most
+TURNS = (0.1, 0.25, 0.5, 0.8, 0.95)  # cumulative shares of conversations with at most 1, 2 … questions, of different forms
+LENGTH, MESSAGE = 960, 20  # characters of a conversation, at most, and what each message adds: below 512 tokens of 1,024 pieces
+OF_A_PACKAGE = 240  # conversations, at most
 RECALL_PLACE = 1500  # characters: a name that stands further behind its module's name is not asked for
 
 
@@ -134,7 +135,7 @@ def make_context(snippet: Snippet, snippets: list[Snippet], seed: int, *key: str
 
 
 def make_turns(context: str, asked: list[Question], others: list[Question], seed: int, *key: str) -> list[Turn]:
-    """Return one to four questions of different forms about a context, with their replies; [] if there is nothing to ask."""
+    """Return up to six questions of different forms about a context, with their replies; [] if there is nothing to ask."""
     by_form: dict[str, list[Question]] = defaultdict(list)
     for question in sorted(asked, key=lambda question: draw(seed, "question", *key, question)):
         is_clear = question.form not in ("line", "sentence") or context.count(question.word) == 1
@@ -184,6 +185,8 @@ def build(module: str, fact: Question | None, context: str, turns: list[Turn], s
         text = MODULE_TEMPLATES[int(draw(seed, "template", context, "module") * len(MODULE_TEMPLATES))]
         turns = [Turn(text.format(name=fact.name), fact.reply, fact.form), *turns]
     messages = [{"role": "system", "content": SYSTEMS[int(draw(seed, "system", context) * len(SYSTEMS))]}]
+    while len(turns) > 1 + (fact is not None) and sum(len(turn.question + turn.reply) + 2 * MESSAGE for turn in turns) > LENGTH:
+        turns = turns[:-1]
     for turn in turns:
         messages += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": turn.reply}]
     return {"messages": messages, "module": module, "kind": " ".join(turn.kind for turn in turns)}

@@ -25,8 +25,8 @@ from data.made.modules import Module
 from data.made.qa import MENTIONS, RAISE, RAISED, RETURN
 from data.made.text import paragraphs, sentences
 
-SNIPPET = 600  # characters, at most
-DOCSTRING = 260  # characters, at most, if the first sentence is not longer
+SNIPPET = 420  # characters, at most
+DOCSTRING = 200  # characters, at most, if the first sentence is not longer
 LINES = 40  # of a body in the source; a longer one is left out
 METHODS = 5  # of a class
 REPLY = 80  # characters, at most

@@ -6,7 +6,7 @@ import pytest
 
 from data.config import DataError
 from data.corpus.dedup import fingerprint
-from data.made.conversations import ABSENT, answers_of, contents, context_of, module_facts
+from data.made.conversations import ABSENT, LENGTH, answers_of, contents, context_of, module_facts
 from data.made.modules import package_of
 from data.made.sets import check_records, measure, measure_leak
 from data.made.snippets import ask, list_snippets
@@ -62,8 +62,9 @@ def test_replies_stand_in_their_contexts():
         for record in records:
             roles = [message["role"] for message in record["messages"]]
             kinds = record["kind"].split()
-            assert roles == ["system", *["user", "assistant"] * len(kinds)] and 1 <= len(kinds) <= 5
-            assert context_of(record) and len(set(kinds)) == len(kinds)
+            assert roles == ["system", *["user", "assistant"] * len(kinds)] and 1 <= len(kinds) <= 7
+            assert context_of(record) and len({kind.partition(":")[0] for kind in kinds}) == len(kinds)
+            assert sum(map(len, contents(record))) < LENGTH
     record = next(r for r in made("conversations")["train"] if r["kind"] == "summary")
     for reply in ("This is said nowhere.", ABSENT, ""):
         wrong = {**record, "messages": [*record["messages"][:-1], {"role": "assistant", "content": reply}]}

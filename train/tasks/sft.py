@@ -211,13 +211,15 @@ class SftTask(RecordTask):
         from data.chat.overlong import fit
         from data.sources.records import Rows
 
-        talks, indices, total = [], [], 0
+        talks, indices, total, policy = [], [], 0, self.settings.overlong
+        if policy == "error" and self.config.data.corpus == (BUILT_IN,):
+            policy = "drop"  # nobody can shorten these
         is_quiet = not (self.config.report.verbose and sys.stderr.isatty()) or len(rows) < MANY
         bar = tqdm(rows.values, desc="encoding", unit=" records", disable=is_quiet, leave=False)
         for index, (name, row) in enumerate(zip(rows.names, bar, strict=True)):
             try:
                 record = self.read(self.settings, row)
-                fitted = fit(self.encoder, record, self.config.network.context, self.settings.overlong)
+                fitted = fit(self.encoder, record, self.config.network.context, policy)
             except DataError as error:
                 raise DataError(f"{name}: {error}") from None
             if fitted.is_dropped:

@@ -188,7 +188,8 @@ def test_of_a_run_in_parts():
     assert answer.code == 2
     all_work(answer, "model export parted --out FOLDER")
     config = read_settings(Path("parted"))
-    task = SimpleNamespace(suffixes=SUFFIXES, example_command=lambda folder: f"python -m model generate {folder} --prompt the")
+    example = "python -m model generate {} --prompt the".format
+    task = SimpleNamespace(suffixes=SUFFIXES, needs_init=False, example_command=example)
     lines = list(following(SimpleNamespace(out=Path("parted"), config=config, task=task), ""))
     shown = "\n".join(lines)
     all_work(shown, "model export parted", "model generate parted-model ", "train --corpus", "train --init parted-model ")

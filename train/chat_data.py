@@ -1,14 +1,15 @@
 """The data of instruction tuning: tokenizer and template, built-in conversations, and what the network needs for them."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.chat.conversation import Conversation, Plain
+from data.chat.conversation import REPLY, Conversation, Plain, has_dropped_turns
 from data.chat.encode import ChatEncoder, terminators
 from data.chat.template import DEFAULT, TEMPLATE_NAMES, ChatTemplate, open_template
+from data.chat.variables import with_defaults
 from data.config import DataError
-from data.messages import format_count
+from data.messages import format_count, shorten_list
 from data.sources.records import RecordData, Rows, hash_rows
 from data.tokenizer.base import Tokenizer
 from data.tokenizer.chat_templates import TEMPLATE_FILE, TEMPLATE_FOLDER
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from train.config import TrainConfig
 
 USUAL_TEMPLATE = "chatml"
+THINKING = "enable_thinking"  # the variable of Qwen3's template and its like
 BOTH_ENDS = {"body.embedding", "head"}  # what must learn for new control tokens
 
 
@@ -40,6 +42,22 @@ def open_chat_tokenizer(name: str | None, tokenizer: Tokenizer, info: Info) -> t
     info(f"{format_count(len(missing), 'new control token')}: {', '.join(missing)}, with rows at the mean of the others")
     tokenizer = tokenizer.with_added_tokens(missing)
     return tokenizer, open_template(tokenizer, name), tuple(range(first, first + len(missing)))
+
+
+def without_thoughts(template: ChatTemplate, records: Iterator[Conversation | Plain], info: Info) -> ChatTemplate:
+    """Return the template with enable_thinking=false where no reply has a thought, so that it asks for replies likewise."""
+    talks = (record for record in records if isinstance(record, Conversation))
+    replies = (message for talk in talks for message in talk.messages if message["role"] == REPLY)
+    if any(message.get("reasoning_content") or "<think>" in message["content"] for message in replies):
+        return template
+    info(f"no reply has a thought: {THINKING}=false for the template (--sft.variables {THINKING}=true: not so)")
+    return with_defaults(template, {THINKING: False})
+
+
+def note_dropped_turns(rows: Iterable[tuple[dict, str]], read: Callable[[dict], Conversation | Plain], info: Info) -> None:
+    """Name the records, of (record, name), whose turns before the first user's were dropped."""
+    if names := [name for row, name in rows if has_dropped_turns(read(row))]:
+        info(f"turns before the first user's left out: {format_count(len(names), 'record')}, {shorten_list(names)}")
 
 
 def built_in_records(tokenizer: Tokenizer, name: str, progress: bool) -> RecordData:

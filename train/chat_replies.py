@@ -55,7 +55,8 @@ def write_replies(
 ) -> list[Reply]:
     """Write the greedy reply to each prompt (ids), in batches of similar length, within the context.
 
-    A reply ends by itself at one of the network's stop ids, which is not part of it.
+    A reply ends by itself at one of the network's stop ids, which is not part of it, within max_new_tokens and the context,
+    whatever the longer prompts of its batch leave room for.
     """
     stop_ids = [id for id in dict.fromkeys((network.config.eos_id, *network.config.stop_ids)) if id is not None]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -65,9 +66,11 @@ def write_replies(
         pads = [width - len(prompts[i]) for i in batch]
         ids_BT = torch.tensor([[pad_id] * pad + prompts[i] for pad, i in zip(pads, batch, strict=True)], device=device)
         mask_BT = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads], device=device)
-        options = {"max_new_tokens": min(max_new_tokens, context - width), "stop_ids": stop_ids, "temperature": 0.0}
+        rooms = [min(max_new_tokens, context - len(prompts[i])) for i in batch]
+        options = {"max_new_tokens": max(rooms), "stop_ids": stop_ids, "temperature": 0.0}
         new_BN = generate(network, ids_BT, attention_mask=mask_BT, **options).tolist()
-        for i, ids in zip(batch, new_BN, strict=True):
+        for i, room, new in zip(batch, rooms, new_BN, strict=True):
+            ids = new[:room]  # beyond its room a row's window slides
             end = next((index for index, id in enumerate(ids) if id in stop_ids), None)
             replies[i] = Reply(tokenizer.decode(ids[:end]).strip(), end is not None)
     return [replies[i] for i in range(len(prompts))]

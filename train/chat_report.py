@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from data.chat.encode import ChatEncoder, Tokens
-from data.chat.preview import mark_learned
+from data.chat.preview import describe_renderings, mark_learned
 from data.messages import format_count, shorten_list
 from data.tokenizer.base import Tokenizer
 
@@ -32,10 +32,7 @@ def describe_examples(
         lines.append(f"{format_count(len(rewritten), 'record')} of several replies: one example a reply")
     elif rewritten:
         lines.append(f"it rewrites history: {format_count(len(rewritten), 'record')} of several replies: one example a reply")
-    if encoder.adds_thoughts:
-        lines.append("the empty thoughts that it adds are not learned: ask for replies with enable_thinking=false")
-    if encoder.loses_thoughts:
-        lines.append("it has no place for the reasoning of replies, which is left out")
+    lines += describe_renderings(encoder)
     if left_out:
         lines.append(f"longer than a row, left out: {shorten_list(left_out)}")
     if cut:

@@ -10,7 +10,7 @@ headers, what follows the terminator, and an empty thought that the template add
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -101,9 +101,13 @@ class ChatEncoder:
         per_reply: bool | None = None,
         variables: Mapping[str, object] | None = None,
     ):
+        if learn not in get_args(Learn):
+            raise DataError(f"learn={learn!r}: one of {', '.join(get_args(Learn))}")
         self.tokenizer, self.template, self.learn, self.per_reply = tokenizer, template, learn, per_reply
         self.variables = dict(variables or {})
         self.adds_thoughts = False  # True once the template has put an empty thought before a reply
+        self.has_rendered_text = False  # True once a string without a template held the name of a control token
+        self.alters_replies = False  # True once a template wrote a reply's content otherwise than by white space
         self.loses_thoughts = False  # True once a reply had reasoning that the template never reads
         self.reads_thoughts = any(name in template.source for name in REASONING)
         unknown = tokenizer.unknown_id
@@ -133,7 +137,9 @@ class ChatEncoder:
         if tools and not self.template.reads("tools"):
             raise DataError(f"it has tools, and the template {self.template.name} has no place for them")
         learned = [i for i, is_learned in enumerate(conversation.is_learned) if is_learned]
-        learned = learned[-1:] if self.learn == "last" else learned
+        if self.learn == "last":
+            last = max((i for i, message in enumerate(messages) if message["role"] == REPLY), default=None)
+            learned = [i for i in learned if i == last]
         render = Renderer(self.template, tools, self.variables)
         if self.learn == "all":
             text = render(messages)
@@ -164,10 +170,17 @@ class ChatEncoder:
         if len(after) != 1:
             raise TemplateError(f"message {index + 1}: the template {self.template.name} does not write a reply once, as it is")
         begin, (tail,) = self.find_beginning(prompt, before, text, index), after
+        lead = before[len(prompt) :].strip() if begin == len(prompt) else ""
+        if lead and prompt == render(messages[:index]):
+            raise TemplateError(
+                f"message {index + 1}: the template {self.template.name} writes {lead[:40]!r} before a reply, but not where "
+                "it is asked for one (add_generation_prompt): that header would be learned as part of the reply"
+            )
         end = len(text) - len(tail)
         if not text.endswith(tail) or end < begin:  # tool calls may end in another way
             end = max((match.start() for match in self.pattern.finditer(text, begin)), default=len(text))
             tail = text[end:]
+        self.alters_replies |= squeeze(messages[index].get("content")) not in squeeze(text[begin:end])
         stop = len(tail) - len(tail.lstrip())
         if not self.pattern.match(tail, stop):
             return Reply(text, begin, len(text), self.next_token(render, messages[: index + 1], bare, text, tail))
@@ -252,6 +265,8 @@ class ChatEncoder:
         tokenizer = self.tokenizer
         ids, offset_N2 = tokenizer.encode_parts([plain.prompt + plain.completion])
         is_learned = np.maximum(offset_N2[:, 1], offset_N2[:, 0] + 1) > len(plain.prompt)
+        is_learned |= self.learn == "all"
+        self.has_rendered_text |= self.pattern.search(plain.prompt + plain.completion) is not None
         begin = list(tokenizer.affixes.prefix)
         end = [id for id in (tokenizer.eos_id,) if id is not None]
         flags = [np.zeros(len(begin), bool), is_learned, np.ones(len(end), bool)]
@@ -277,6 +292,11 @@ class Renderer:
         return self.template.render(messages, add_generation_prompt=add_generation_prompt, **self.options)
 
 
+def squeeze(text: str | None) -> str:
+    """Return a text without white space."""
+    return "".join((text or "").split())
+
+
 def encode_rendered(tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Message], **options: Any) -> list[int]:
     """Return the ids of a conversation with the prompt for the next reply, as generation reads it.
 
@@ -297,7 +317,12 @@ def prompt_and_reply(encoder: ChatEncoder, record: Conversation | Plain) -> tupl
     index = max(i for i, is_learned in enumerate(record.is_learned) if is_learned)
     options = {"tools": record.tools, "variables": encoder.variables}
     ids = encode_rendered(tokenizer, encoder.template, record.messages[:index], **options)
-    return ids, record.messages[index]["content"].strip()
+    reply = record.messages[index]
+    if encoder.learn != "all" and (reply.get("tool_calls") or any(reply.get(name) for name in REASONING)):
+        flags = (False,) * index + (True,)
+        (tokens,) = encoder(Conversation(tuple(record.messages[: index + 1]), record.tools, flags))
+        return ids, tokenizer.decode(tokens.ids[tokens.is_learned].tolist()).strip()  # its terminator decodes to nothing
+    return ids, reply["content"].strip()
 
 
 def terminators(tokenizer: Tokenizer, template: ChatTemplate) -> list[int]:

@@ -95,7 +95,19 @@ def describe_shape(row: Row) -> str:
         raise DataError(f"columns of {len(found)} shapes, {' and '.join(found)}; {describe_columns(row)}. Leave one")
     if media := [column for column in MEDIA if not is_empty(row.get(column))]:
         raise DataError(f"it has {quote_names(media)}, and only text is read; {describe_columns(row)}")
+    refuse_other_meanings(row, found[0])
     return found[0]
+
+
+def refuse_other_meanings(row: Row, shape: str) -> None:
+    """Refuse columns beside those of a shape that change what its replies are worth (DataError)."""
+    if not is_empty(row.get("chosen")) and not is_empty(row.get("rejected")):
+        raise DataError(f"'chosen' and 'rejected' beside the columns of {shape}: {PREFERENCES}")
+    if labels := [column for column in ("label", "kto_tag") if is_label(row.get(column))]:
+        if shape != "prompt/completion" and shape != "text":
+            raise DataError(f"{labels[0]!r} says whether a reply is good, as KTO reads it: leave it out to learn all replies")
+    if not is_empty(row.get("functions")) and is_empty(row.get("tools")):
+        raise DataError("'functions' is OpenAI's old name: rename the column to tools")
 
 
 def is_empty(value: Any) -> bool:

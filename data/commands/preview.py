@@ -67,7 +67,7 @@ def preview(options: Preview) -> None:
     from data.chat.conversation import has_dropped_turns
     from data.chat.encode import ChatEncoder
     from data.chat.overlong import fit
-    from data.chat.preview import mark_learned
+    from data.chat.preview import describe_renderings, mark_learned
     from data.chat.shapes import describe_shape, read_chat_record
     from data.chat.variables import parse_variables
     from data.sources.records import read_corpus_rows
@@ -115,8 +115,8 @@ def preview(options: Preview) -> None:
         sizes = f"{min(lengths):,} to {max(lengths):,} tokens, {total / len(lengths):,.0f} on average"
         print(f"examples   {len(lengths):,} of {sizes}")
         print(f"learned    {learned:,} of {total:,} tokens ({learned / total:.1%})")
-    if encoder.loses_thoughts:
-        print("reasoning  left out: the template has no place for it")
+    for line in describe_renderings(encoder):
+        print(f"template   {line}")
     if several:
         print(f"rewritten  the template rewrites history: {format_count(len(several), 'record')} one example a reply")
     if leading:

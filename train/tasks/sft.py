@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from data.config import DataError
-from data.messages import format_count, shorten_list
+from data.messages import format_count
 from data.shell import command
 from train.command_line import Needs
 from train.record_task import RecordTask
@@ -145,7 +145,6 @@ class SftTask(RecordTask):
 
     @classmethod
     def open_data(cls, config: "TrainConfig", tokenizer: "Tokenizer | None", info: Info, *, progress: bool = False) -> ChatData:
-        from data.chat.conversation import has_dropped_turns
         from data.chat.shapes import describe_shape
         from data.chat.variables import parse_variables, with_defaults
 
@@ -154,7 +153,7 @@ class SftTask(RecordTask):
             raise TrainError(
                 "--objective sft goes on from a pretrained network: --init FOLDER (train --recipe chat-base makes one)"
             )
-        from train.chat_data import built_in_records, open_chat_tokenizer
+        from train.chat_data import THINKING, built_in_records, note_dropped_turns, open_chat_tokenizer, without_thoughts
 
         tokenizer, template, new_ids = open_chat_tokenizer(settings.template, tokenizer, info)
         template = with_defaults(template, parse_variables(settings.variables, template))
@@ -162,12 +161,13 @@ class SftTask(RecordTask):
             data = built_in_records(tokenizer, BUILT_IN, progress)
         else:
             data = super().open_data(config, tokenizer, info, progress=progress)
+        if THINKING in template.source and not {THINKING} & parse_variables(settings.variables).keys():
+            template = without_thoughts(template, (cls.read(settings, row) for row in data.train.values), info)
         shapes = Counter(describe_shape(row) for rows in (data.train, data.validation) for row in rows.values)
         info("read     " + ", ".join(f"{format_count(count, 'record')} of {name}" for name, count in shapes.most_common()))
         if settings.leading_reply == "drop":
-            every = [each for rows in (data.train, data.validation) for each in zip(rows.values, rows.names, strict=True)]
-            if names := [name for row, name in every if has_dropped_turns(cls.read(settings, row))]:
-                info(f"turns before the first user's left out: {format_count(len(names), 'record')}, {shorten_list(names)}")
+            every = (each for rows in (data.train, data.validation) for each in zip(rows.values, rows.names, strict=True))
+            note_dropped_turns(every, lambda row: cls.read(settings, row), info)
         return ChatData(data.tokenizer, data.train, data.validation, data.sha256, template, new_ids)
 
     @classmethod

@@ -3,8 +3,8 @@
 import io
 import json
 import math
-import re
 import time
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from data.chat.conversation import Conversation, Plain
 from data.chat.encode import ChatEncoder, Tokens, encode_chat, encode_rendered, prompt_and_reply, terminators
 from data.chat.guard import GUARDS, Guard
 from data.chat.overlong import Fitted, fit
-from data.chat.preview import CLOSE, LEARNED, OPEN, PLAIN, decode_named, mark_learned
+from data.chat.preview import CLOSE, LEARNED, OPEN, PLAIN, decode_named, describe_renderings, mark_learned
 from data.chat.shapes import read_chat_record
 from data.chat.template import TEMPLATE_NAMES, ChatTemplate, TemplateError, open_template
 from data.config import DataError
@@ -67,7 +67,9 @@ def encode(tokenizer: Tokenizer, name: str, messages: list, tools: list | None =
 
 def learned_texts(tokenizer: Tokenizer, tokens: Tokens) -> list[str]:
     """The learned runs of an example."""
-    return re.findall(f"{OPEN}(.*?){CLOSE}", mark_learned(tokenizer, tokens), flags=re.DOTALL)
+    names = {id: name for name, id in tokenizer.control_tokens.items()}
+    runs = groupby(zip(tokens.ids[1:].tolist(), tokens.is_learned[1:].tolist(), strict=True), key=lambda pair: pair[1])
+    return [decode_named(tokenizer, names, [id for id, _ in run]) for is_learned, run in runs if is_learned]
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +260,11 @@ def test_strings_without_a_template(ours, every):
     encoder = ChatEncoder(ours, open_template(ours, "chatml"))
     (tokens,) = encoder(Plain("Return</s>", " the list"))
     assert tokens.ids.tolist() == [1, *ours.encode("Return</s> the list"), 2]
-    assert mark_learned(ours, tokens) == "<s>Return</s>⟦ the list</s>⟧"
+    assert mark_learned(ours, tokens) == "<s>Return<\\/s>⟦ the list</s>⟧"  # the first is text
+    (line,) = describe_renderings(encoder)
+    assert line.startswith("strings without a template hold names of control tokens")
+    (tokens,) = ChatEncoder(ours, open_template(ours, "chatml"), learn="all")(Plain("Return", " the list"))
+    assert mark_learned(ours, tokens) == "<s>⟦Return the list</s>⟧"
     (tokens,) = encoder(Plain("", "user"))
     assert mark_learned(ours, tokens) == "<s>⟦user</s>⟧"
     assert prompt_and_reply(encoder, Plain("Return", " the list ")) == ([1, *ours.encode("Return")], "the list")
@@ -338,8 +344,10 @@ def test_replies_whose_place_is_not_known_are_refused(ours):
     silent = turn.replace("m.content", "m.content[:1]")
     assert "message 2: the template made does not write a reply once, as it is" in refusal(ours, silent, talk)
     assert "does not write a reply once" in refusal(ours, turn.replace("m.content", "m.content * 2"), talk)
-    endless = refusal(ours, BARE, talk)
-    assert "message 2: the template made ends a reply by no control token ('|' follows it, then 'user: ?|')" in endless
+    header = refusal(ours, BARE, talk)
+    assert "message 2: the template made writes 'assistant:' before a reply, but not where it is asked for one" in header
+    endless = refusal(ours, "{% for m in messages %}{{ m.content + '|' }}{% endfor %}", talk)
+    assert "message 2: the template made ends a reply by no control token ('|' follows it, then '?|')" in endless
     other = turn + "{% if add_generation_prompt %}<think>{% endif %}"
     assert "asks for a reply by 'think>', and has '|im_start|>Hello<|im_end|>' there" in refusal(ours, other, talk)
     with pytest.raises(DataError, match="the template gemma needs control tokens that this tokenizer lacks: <start_of"):
@@ -402,6 +410,7 @@ def test_a_conversation_without_learned_tokens_is_an_error(ours):
 def test_the_date_is_frozen(every, monkeypatch):
     """Two days render alike; transformers' strftime_now asks the clock."""
     source = "{% for m in messages %}{{ strftime_now('%d %b %Y') }}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    source += "{% if add_generation_prompt %}{{ strftime_now('%d %b %Y') }}<|im_start|>{% endif %}"
     template, shown = ChatTemplate("made", source), []
     for day in (1, 2):
 
@@ -575,3 +584,19 @@ def test_parts_are_the_text_with_control_tokens_read(tokenizers):
 def test_the_module_names_what_it_offers():
     assert data.ChatEncoder is ChatEncoder and data.encode_chat is encode_chat and data.ChatTemplate is ChatTemplate
     assert data.open_template is open_template and (data.Plain, data.Conversation) == (Plain, Conversation)
+
+
+def test_what_a_first_reader_met(ours):
+    """Long previews name what they leave out; learn is one of three; the last reply alone; replies that a template changes."""
+    template = open_template(ours, "chatml")
+    (tokens,) = ChatEncoder(ours, template)(Conversation((user("a " * 40), reply("b"))))
+    shown = mark_learned(ours, tokens, most=20)
+    assert f"[…{len(tokens.ids) - 20} tokens…]" in shown and shown.endswith("⟦b<|im_end|>⟧")
+    with pytest.raises(DataError, match="learn='nonsense': one of assistant, last, all"):
+        ChatEncoder(ours, template, learn="nonsense")
+    with pytest.raises(DataError, match="no token of it is learned"):
+        ChatEncoder(ours, template, learn="last")(Conversation(tuple(TALK), None, (False, True, False, False)))
+    shortens = "{% for m in messages %}{{ m.content.split('</think>')[-1] + '<|im_end|>' }}{% endfor %}"
+    encoder = ChatEncoder(ours, ChatTemplate("made", shortens))
+    encoder(Conversation((user("a"), reply("<think>x</think>b"))))
+    assert encoder.alters_replies and "leaves out or changes a part" in describe_renderings(encoder)[0]

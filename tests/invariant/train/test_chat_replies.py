@@ -53,6 +53,11 @@ def test_batches_write_what_single_prompts_write(task):
         end = row.index(frequent) if frequent in row else None
         assert reply.text == task.tokenizer.decode(row[:end]).strip()
     longest = max(prompts, key=len)
+    tight = options | {"context": len(longest) + 3}  # each has its own room, whatever its batch has
+    network.config = network.config.replace(stop_ids=())
+    alone = [write_replies(network, task.tokenizer, [ids], **tight)[0] for ids in prompts]
+    assert write_replies(network, task.tokenizer, prompts, batch_size=len(prompts), **tight) == alone
+    network.config = network.config.replace(stop_ids=(frequent,))
     (short,) = write_replies(network, task.tokenizer, [longest], context=len(longest) + 2, max_new_tokens=30)
     assert short.text == task.tokenizer.decode(tokens[prompts.index(longest)][:2]).strip() or short.has_ended
 

@@ -40,7 +40,7 @@ BAD_VALUES = {
     "--preset zzz": ("unknown preset 'zzz'; all: bart-base, ",),
     "--context 100000": ("training split", "fewer than one block of context=100000", "use a context of at most"),
     "--vocab-size 5000": ("--vocab-size 5000 is more than this text can fill", "--vocab-size"),
-    "--recipe nothing": ("--recipe nothing: there is no", "recipes: gpt2-124m"),
+    "--recipe nothing": ("--recipe nothing: there is no", "recipes: chat-base, gpt2-124m"),
 }
 
 

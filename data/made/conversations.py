@@ -39,7 +39,7 @@ WEIGHTS = {"returns": 3, "raises": 8, "base": 2, "default": 4, "summary": 2, "ar
 TWO = 0.25  # of the contexts have two snippets
 CONTEXT = 560  # characters of a context, at most
 TURNS = (0.1, 0.25, 0.5, 0.8, 0.95)  # cumulative shares of conversations with at most 1, 2 … questions, of different forms
-LENGTH, MESSAGE = 960, 20  # characters of a conversation, at most, and what each message adds: below 512 tokens of 1,024 pieces
+LENGTH, MESSAGE = 890, 20  # characters of a conversation, at most, and what each message adds: below 512 tokens of 1,024 pieces
 OF_A_PACKAGE = 240  # conversations, at most
 RECALL_PLACE = 1500  # characters: a name that stands further behind its module's name is not asked for
 

@@ -171,7 +171,7 @@ class ChatEncoder:
             raise TemplateError(f"message {index + 1}: the template {self.template.name} does not write a reply once, as it is")
         begin, (tail,) = self.find_beginning(prompt, before, text, index), after
         lead = before[len(prompt) :].strip() if begin == len(prompt) else ""
-        if lead and prompt == render(messages[:index]):
+        if lead and not self.template.reads("add_generation_prompt"):
             raise TemplateError(
                 f"message {index + 1}: the template {self.template.name} writes {lead[:40]!r} before a reply, but not where "
                 "it is asked for one (add_generation_prompt): that header would be learned as part of the reply"

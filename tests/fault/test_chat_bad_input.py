@@ -98,6 +98,7 @@ def test_a_template_that_fails_says_so(template, folder, tmp_path):
 
 def test_a_template_without_a_terminator_is_noted(folder, tmp_path):
     plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    plain += "{% if add_generation_prompt %}assistant: {% endif %}"
     said = talk(changed(folder, tmp_path / "plain", plain), b"Hi", options=("--max-new-tokens", 4))
     assert said.code == 0 and "; <|endoftext|> ends one\n" in said.err and "ends a reply by no control token" in said.err
 

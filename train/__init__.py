@@ -29,7 +29,7 @@ minimised), `engine` (the state that a step advances, and its files), `loop` (th
     adapters, qat     runs that train an adapter; quantization-aware training
     anchor, anchored_run    penalties that hold weights near those of --init; F of the old text, and the run's file
     recompute, allocator       activation checkpointing; freed memory that is kept for the next step
-    losses/           cross-entropy, with Triton's kernel
+    losses/           cross-entropy, with Triton's kernel; preference losses
     optimizers/       AdamW, Muon, SGD; schedules, clipping, precision, averaged weights
     parallel/         ranks, DDP, FSDP2, sharded tensors
     runs/             run folders: checkpoint, sharded state, export, lock
@@ -51,6 +51,13 @@ PUBLIC = {  # file: the names that it offers; `from train import AdamW` is the s
     "evaluate": ("bits_per_byte",),
     "losses.chunked": ("chunked_linear_cross_entropy",),
     "losses.cross_entropy": ("cross_entropy_reference", "linear_cross_entropy"),
+    "losses.divergence": ("f_divergence", "transform_log_ratios"),
+    "losses.mixture": ("parse_losses",),
+    "losses.pair_weights": ("ld_token_weights", "wpo_weights"),
+    "losses.preference": ("PREFERENCE_DETAILS", "PREFERENCE_LOSSES"),
+    "losses.preference_registry": ("LossDetails",),
+    "losses.preference_replies": ("kto_unpaired", "kto_z"),
+    "losses.preference_sorted": ("aot_pairs",),
     "objective": ("MaskedObjective", "Metric", "Objective", "Result", "Term"),
     "optimizers.adamw": ("AdamW", "adamw_update"),
     "optimizers.adamw8bit": ("AdamW8bit",),

@@ -12,7 +12,7 @@ TITLES = "name", "loss of a pair", "convention", "source", "β", "step 0", "∂ 
 
 
 def step_0(name: str, **changes: float) -> tuple[float, float, float]:
-    """(loss, its gradients by the two log-probabilities of the policy) where policy and reference are one, with the defaults."""
+    """(loss, its gradients by the policy's two log-probabilities) where policy and reference are one, with the defaults."""
     details = PREFERENCE_DETAILS[name]
     policy = [torch.tensor([TOKENS * NATS], dtype=torch.float64, requires_grad=True) for _ in range(2)]
     reference = [each.detach() for each in policy] if details.needs_reference else [None, None]

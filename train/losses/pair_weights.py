@@ -20,13 +20,15 @@ def wpo_weights(policy_chosen_mean: Tensor, policy_rejected_mean: Tensor) -> Ten
     return (policy_chosen_mean + policy_rejected_mean).detach().exp()
 
 
-def ld_token_weights(is_chosen_BT: Tensor, is_rejected_BT: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def ld_token_weights(
+    is_chosen_BT: Tensor, is_rejected_BT: Tensor, alpha: float, *, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Return LD-DPO's weights of tokens, of the chosen and of the rejected rows: those past the shorter reply weigh alpha.
 
         weight_t = 1 for the first min(n_c, n_r) tokens of a reply, alpha for its others, 0 outside of it
 
     Σ_t weight_t log p_t takes the place of the log-probability of a reply, of policy and reference. is_*_BT: booleans, True
-    where the label is a token of the reply (the two may have different T). Weights are in float32, in the masks' shapes.
+    where the label is a token of the reply (the two may have different T). Weights have the masks' shapes.
     Errors (ValueError): alpha outside [0, 1]; masks with different numbers of rows.
     Source: Liu et al. 2024, arXiv 2409.06411. TRL does the same (`ld_alpha`).
 
@@ -39,6 +41,6 @@ def ld_token_weights(is_chosen_BT: Tensor, is_rejected_BT: Tensor, alpha: float)
         raise ValueError(f"ld_dpo: {len(is_rejected_BT)} rows of rejected replies beside {len(is_chosen_BT)} of chosen ones")
     masks = is_chosen_BT.bool(), is_rejected_BT.bool()
     shorter_B1 = torch.minimum(*(mask_BT.sum(-1, keepdim=True) for mask_BT in masks))
-    weights = (torch.where(mask_BT.cumsum(-1) <= shorter_B1, 1.0, alpha) * mask_BT for mask_BT in masks)
-    chosen_BT, rejected_BT = weights
+    inside = [mask_BT & (mask_BT.cumsum(-1) <= shorter_B1) for mask_BT in masks]
+    chosen_BT, rejected_BT = (torch.where(near, 1.0, alpha * mask.to(dtype)) for near, mask in zip(inside, masks, strict=True))
     return chosen_BT, rejected_BT

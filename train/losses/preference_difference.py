@@ -133,12 +133,13 @@ def exo_pair(c_B: Tensor, r_B: Tensor, *, beta: float, label_smoothing: float = 
 @preference_loss(
     "(1 − m)(−log σ(βΔ)) + m exp(−βΔ), m = σ(βΔ/τ)",
     "Lu et al. 2024, arXiv 2406.08414, equation 5",
-    "sums; τ = tau",
+    "sums; τ = tau; where Δ is near 0 its gradient points away from the chosen reply",
     takes_divergence=True,
 )
 def discopop(c_B: Tensor, r_B: Tensor, *, beta: float, tau: float = 0.05) -> Tensor:
     """Return DiscoPOP's log-ratio modulated loss: (1 − m)(−log σ(x)) + m exp(−x) with x = βΔ and m = σ(x/τ).
 
+    The loss is not monotonic: with tau 0.05 it rises from x = −0.12 to 0.07, so that at step 0 gradient descent lowers Δ.
     m exp(−x) is computed as exp(log m − x): the factors alone give 0 · inf far below 0.
     Errors (ValueError): tau that is not positive.
     """

@@ -73,7 +73,8 @@ def kto_unpaired(
     if isinstance(z, Tensor):
         z = z.detach()
     advantage_B = torch.where(is_desirable_B, log_ratio_B - z, z - log_ratio_B)
-    return torch.where(is_desirable_B, desirable_weight, undesirable_weight) * (-beta * advantage_B).sigmoid()
+    loss_B = (-beta * advantage_B).sigmoid()
+    return torch.where(is_desirable_B, desirable_weight * loss_B, undesirable_weight * loss_B)
 
 
 def kto_z(mismatched_log_ratios_B: Tensor) -> Tensor:

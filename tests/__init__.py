@@ -10,5 +10,6 @@
     conftest chat_runs chat_tokenizers chats compare damage drawings folders made pairs pairs_of_texts questions ranks records
     runs seq2seq tagged texts wordnet  shared by several
     proofs       `python -m tests.proofs` writes docs/proofs.md: the tests of each public name
+    preference_table    `python -m tests.preference_table` prints the table of preference losses, with numbers computed
     previews     `python -m tests.previews` writes invariant/data/previews.txt: what chat templates make of conversations
 """

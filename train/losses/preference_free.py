@@ -45,10 +45,8 @@ def simpo(c_B: Tensor, r_B: Tensor, *, beta: float, gamma: float = 1.0) -> Tenso
 def log_one_minus_exp(x_B: Tensor) -> Tensor:
     """Return log(1 − eˣ) of x < 0, without cancellation on either side of −log 2; x is at most −1e-7 in float32."""
     x_B = x_B.clamp(max=-torch.finfo(x_B.dtype).eps)  # a reply of probability 1 has infinite odds
-    near = x_B > -math.log(2)
-    # Each branch gets numbers that it can take: an infinite gradient of the branch not taken would be NaN times 0.
-    near_B, far_B = x_B.where(near, -1.0), x_B.where(~near, -1.0)
-    return torch.where(near, (-near_B.expm1()).log(), (-far_B.exp()).log1p())
+    far_B = x_B.clamp(max=-math.log(2))  # the branch not taken needs a finite gradient too: 0 · inf is NaN
+    return torch.where(x_B > -math.log(2), (-x_B.expm1()).log(), (-far_B.exp()).log1p())
 
 
 @preference_loss(

@@ -13,6 +13,7 @@ from tests.preference_table import NATS, TOKENS, step_0, variant_table
 from train import (
     PREFERENCE_DETAILS,
     PREFERENCE_LOSSES,
+    LossDetails,
     aot_pairs,
     f_divergence,
     kto_unpaired,
@@ -187,7 +188,7 @@ def test_the_table_has_each_loss():
 def test_details_and_signatures(name):
     details, loss = PREFERENCE_DETAILS[name], PREFERENCE_LOSSES[name]
     parameters = inspect.signature(loss).parameters
-    assert list(parameters)[:7] == [
+    assert isinstance(details, LossDetails) and list(parameters)[:7] == [
         *("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected"),
         *("beta", "chosen_length", "rejected_length"),
     ]

@@ -7,7 +7,7 @@
     example     one example: ids and labels, before packing
     transforms/ labels for causal, masked and sequence-to-sequence modelling, and for classes; special tokens around texts
     packing/    examples, or blocks of tokens, -> rows of a batch; the batch of a step is a pure function of (seed, step)
-    chat/       conversations: record shapes, chat templates, which tokens are learned
+    chat/       conversations and preferences: record shapes, chat templates, which tokens are learned
     made/       labelled data sets made from Python's standard library
     commands/   commands of `python -m data`
     prefetch    batches made ahead, in a thread
@@ -16,7 +16,8 @@
     shell messages  quoted commands; counts with their nouns and shortened lists, in messages
 
 `python -m data prepare` builds the shards and prints their sizes; `python -m data task NAME` makes a labelled data set;
-`python -m data preview FILE` shows which tokens of conversations are learned.
+`python -m data preview FILE` shows which tokens of conversations are learned; `python -m data pairs FILE` makes pairs of
+replies.
 In reading order: sources/find, sources/files, corpus/ingest, corpus/dedup, tokenizer/base, tokenizer/bpe, corpus/prepare,
 sources/shards, packing/blocks, transforms/causal, transforms/masked, transforms/seq2seq.
 """
@@ -26,6 +27,8 @@ from importlib import import_module
 PUBLIC = {  # file: the names that it offers; `from data import load_tokenizer` is the stable interface
     "chat.conversation": ("Conversation", "Plain"),
     "chat.encode": ("ChatEncoder", "encode_chat"),
+    "chat.encode_preference": ("EncodedReplies", "encode_replies", "pair_examples"),
+    "chat.preferences": ("Preference", "Rated", "read_preference", "read_rated", "read_rated_all"),
     "chat.template": ("ChatTemplate", "open_template"),
     "chat.shapes": ("read_chat_record",),
     "config": ("DataConfig", "DataError"),

@@ -1,4 +1,5 @@
-"""`python -m data prepare|task|preview`: build the shards of a corpus; make a labelled data set; show conversations."""
+"""`python -m data prepare|task|preview|pairs`: build the shards of a corpus; make a labelled data set; show conversations; make
+preference pairs."""
 
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import touchstone
 
 touchstone.refuse_shadowed()  # before a file of the user's is imported in place of ours
 
+from data.commands.pairs import Pairs, write_pairs
 from data.commands.preview import Preview, preview
 from data.commands.task import Task, make_task
 from data.config import BUILT_IN, DataConfig, DataError
@@ -76,7 +78,7 @@ def main(arguments: list[str]) -> int:
     def act() -> None:
         refuse_unreadable(arguments, DataError)
         config = tyro.extras.subcommand_cli_from_dict(
-            {"prepare": Prepare, "task": Task, "preview": Preview},
+            {"prepare": Prepare, "task": Task, "preview": Preview, "pairs": Pairs},
             args=arguments or ["--help"],
             prog=program("data"),
             description="Text in, batches out.",
@@ -87,7 +89,12 @@ def main(arguments: list[str]) -> int:
     return run_command(act, failures)
 
 
-ACTIONS: dict[type, Callable[[object], None]] = {Prepare: print_shards, Task: make_task, Preview: preview}
+ACTIONS: dict[type, Callable[[object], None]] = {
+    Prepare: print_shards,
+    Task: make_task,
+    Preview: preview,
+    Pairs: write_pairs,
+}
 
 
 def failures() -> tuple[type[Exception], ...]:

@@ -11,4 +11,8 @@
     overlong      conversations that are longer than a row
     variables     further variables of templates, as options give them
     preview       the text of an example with its learned tokens marked
+
+    preferences        records of pairs (prompt, chosen, rejected) and of rated replies: `read_preference`, `read_rated`
+    encode_preference  replies to one prompt as ids, behind the same ids of the prompt, and what does not fit: `encode_replies`
+    rankings           pairs of replies from scores, rankings and votes
 """

@@ -1,7 +1,7 @@
 """Encode the replies to one prompt: the same ids of the prompt for all, and the ids of each reply with its terminator.
 
-    messages   each reply is rendered behind the prompt by the encoder's template. The prompt's ids are those before the first
-               learned token
+    messages   each reply is rendered behind the prompt by the encoder's template. The prompt's ids are those of its own
+               rendering, or where a token spans its end those before the first learned token, if they are the same for all
     strings    the prompt's ids are those that `python -m model generate --prompt` continues: the tokenizer's prefix and the
                text's. A reply's ids are the rest of the whole text's, if these begin with the prompt's. Otherwise a token would
                hold the end of the prompt and the beginning of the reply: the reply is encoded apart, without the space that
@@ -136,20 +136,24 @@ def encode_messages(
     """Return the whole ids of each reply behind a prompt of messages, however long."""
     guard = Guard(encoder.pattern, (prompt, replies, tools))
     render = RememberingRenderer(encoder.template, guard.hide(tools), encoder.variables)
-    asked, texts, prompts, found = guard.hide(list(prompt)), [], [], []
+    asked, texts, begins, wholes = guard.hide(list(prompt)), [], [], []
     for (reply,) in replies:
         written = encoder.find_reply(render, [*asked, guard.hide(reply)], len(asked), guard)
         span = (written.begin, written.end)
         tokens = encoder.encode(encoder.cut(guard, written.text[: written.end], [span], written.terminator))
         if not tokens.is_learned.any():
             raise DataError("no token of a reply is learned: the template leaves it out")
-        begin = int(tokens.is_learned.argmax())
         texts.append(written.text[: written.begin])
-        prompts.append(tokens.ids[:begin])
-        found.append(tokens.ids[begin:])
-    if any(not np.array_equal(each, prompts[0]) for each in prompts[1:]):
-        return EncodedReplies(prompts[0], (), reason=MERGED if len(set(texts)) == 1 else REWRITTEN)
-    return EncodedReplies(prompts[0], tuple(found))
+        begins.append(int(tokens.is_learned.argmax()))
+        wholes.append(tokens.ids)
+    alone = np.array(encoder.tokenizer.encode_parts(encoder.cut(guard, texts[0], [], None).parts)[0], dtype=np.int64)
+    if len(set(texts)) > 1:
+        return EncodedReplies(alone, (), reason=REWRITTEN)
+    # A control token that takes in a reply's white space, as Phi-3's do, is the prompt's and not the reply's.
+    begins = [len(alone) if np.array_equal(ids[: len(alone)], alone) else at for ids, at in zip(wholes, begins, strict=True)]
+    if any(not np.array_equal(ids[:at], wholes[0][: begins[0]]) for ids, at in zip(wholes, begins, strict=True)):
+        return EncodedReplies(alone, (), reason=MERGED)
+    return EncodedReplies(wholes[0][: begins[0]], tuple(ids[at:] for ids, at in zip(wholes, begins, strict=True)))
 
 
 class RememberingRenderer(Renderer):

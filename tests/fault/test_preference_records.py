@@ -44,7 +44,7 @@ PAIRS = {  # a record: parts of what is said
         ["strings without 'prompt': where the prompt ends", "a column prompt, and the replies alone"],
     ),
     "mixed": (strings(chosen=[REPLY]), ["'chosen' is a list, 'rejected' is a string: both must be strings, or both turns"]),
-    "turns and strings": (pair(chosen="a", rejected="b"), ["'prompt' is a list, and 'chosen' and 'rejected' are strings: write"]),
+    "turns and strings": (pair(chosen="a", rejected="b"), ["'prompt' is a list, and 'chosen' and 'rejected' are strings:"]),
     "no user": (pair(prompt=[{"role": "system", "content": "S"}]), ["no turn of the user before the replies"]),
     "a reply first": (pair(prompt=[REPLY, USER]), ["the prompt begins with a turn of the role assistant"]),
     "a reply last": (pair(prompt=[USER, REPLY]), ["the prompt ends with a reply"]),
@@ -134,7 +134,7 @@ def test_an_equal_pair_is_no_two_rated_replies():
 SCORED = {"prompt": "a", "responses": ["x", "y"], "scores": [1, 2]}
 FILES = {  # records: parts of what is said
     "no prompt": ([{"question": "a", "responses": ["x"]}], ["in.jsonl:1: no 'prompt'", "'question'", "--prompt"]),
-    "shape": ([SCORED, {"prompt": "a", "chosen": "b"}], ["in.jsonl:2: its columns: 'prompt', 'chosen'. Accepted: prompt, resp"]),
+    "shape": ([SCORED, {"prompt": "a", "chosen": "b"}], ["in.jsonl:2: its columns: 'prompt', 'chosen'. Accepted: prompt"]),
     "no scores": ([{"prompt": "a", "responses": ["x"]}], ["no 'scores'"]),
     "two kinds": ([SCORED | {"ranking": [1, 2]}], ["it has scores and a ranking: --from scores or"]),
     "lengths": ([SCORED | {"scores": [1]}], ["2 responses and 1 in 'scores'"]),

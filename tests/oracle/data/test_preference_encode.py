@@ -1,7 +1,6 @@
 """Ids of preference pairs beside transformers' apply_chat_template and the tokenization of TRL's DPOTrainer."""
 
 from functools import cache
-from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +10,7 @@ import transformers
 import trl
 
 from data.chat.encode import ChatEncoder
-from data.chat.encode_preference import EncodedReplies, encode_replies, pair_examples
+from data.chat.encode_preference import REWRITTEN, EncodedReplies, encode_replies, pair_examples
 from data.chat.preferences import read_preference
 from data.chat.template import open_template
 from data.config import DataError
@@ -67,13 +66,15 @@ def test_prompt_and_reply_are_the_rendered_conversation(kind, name, tokenizers, 
     """Prompt + reply are the conversation's ids up to the terminator, and the prompt's those of the prompt alone."""
     ours, other = tokenizers(kind)
     template = open_template(ours, name)
-    encoder, wrong, compared = ChatEncoder(ours, template), [], 0
+    encoder, wrong, left_out, compared = ChatEncoder(ours, template), [], [], 0
     for chat, row in pairs_of_chats():
         try:
             found = encode(encoder, row)
         except DataError:  # what the template refuses
             continue
-        assert found.reason is None
+        if found.reason is not None:
+            left_out.append((chat, found.reason))
+            continue
         asked = by_transformers(other, template.source, row["prompt"], row["tools"], add_generation_prompt=True)["input_ids"]
         thought = ours.encode(THOUGHT, parse_special=True) if name == "qwen3" else []
         for side, ids in zip(("chosen", "rejected"), found.replies, strict=True):
@@ -84,6 +85,7 @@ def test_prompt_and_reply_are_the_rendered_conversation(kind, name, tokenizers, 
             wrong += [] if is_right else [(chat, side)]
             compared += 1
     assert compared >= 8
+    assert left_out == ([(chat, REWRITTEN) for chat in ("reasoning", "thoughts")] if name == "qwen3" else [])
     parity(f"preferences: ids of {compared} replies, {kind}", "transformers apply_chat_template", count(wrong), 0, EXACT)
 
 
@@ -128,7 +130,8 @@ def test_conversations_beside_trl(kind, name, tokenizers, parity):
     template = open_template(ours, name)
     other.chat_template = template.source
     encoder, wrong = ChatEncoder(ours, template), []
-    for row, theirs in ((row, each) for row in TALKS for each in by_trl(other, [row])):
+    for row in TALKS:
+        (theirs,) = by_trl(other, [row])
         found = encode(encoder, row)
         wrong += [] if found.prompt.tolist() == theirs["prompt_ids"] else [row]
         for ids, side in zip(found.replies, SIDES, strict=True):
@@ -186,13 +189,13 @@ def test_rows_beside_trls_collator(tokenizers, parity):
     parity("preferences: rows and labels", "trl DataCollatorForPreference", count(wrong), 0, EXACT)
 
 
-@pytest.mark.parametrize(("most", "policy"), product((12, 20), ("cut",)))
-def test_a_cut_beside_trls(most, policy, tokenizers, parity):
+@pytest.mark.parametrize("most", [7, 10])
+def test_a_cut_beside_trls(most, tokenizers, parity):
     """The collator's keep_start on strings: of the same length, as a row here holds `most` tokens beside the last label."""
     ours, other = tokenizers("gemma")
     encoder = ChatEncoder(ours, open_template(ours, "zephyr"))
     row = {"prompt": "to be", "chosen": " the quick brown fox jumps over", "rejected": " hello world, how are you?"}
-    found = encode(encoder, row, most, policy)
+    found = encode(encoder, row, most, "cut")
     collate = trl.trainer.dpo_trainer.DataCollatorForPreference(pad_token_id=ours.pad_id, max_length=most + 1)
     whole = collate(by_trl(other, [row]))["input_ids"]
     wrong = sum([*found.prompt, *ids] != theirs.tolist() for ids, theirs in zip(found.replies, whole, strict=True))

@@ -45,7 +45,7 @@ class Ranked:
 
 @dataclass
 class PairCounts:
-    """What became of prompts and replies: `lost` has prompts without a pair by the reason."""
+    """Counts of prompts, pairs, and what was left out; `lost`: prompts without a pair, by the reason."""
 
     prompts: int = 0
     pairs: int = 0

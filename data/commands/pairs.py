@@ -85,8 +85,8 @@ def write_pairs(options: Pairs) -> None:
     print(f"read         {format_count(len(rows), 'record')}, {format_count(counts.prompts, 'prompt')}")
     if options.labels is None:
         margins = [record["margin"] for record in made]
-        spread = f"margins {min(margins):g} to {max(margins):g}, {sum(margins) / len(made):.3g} on average"
-        print(f"pairs        {len(made):,}; {spread}")
+        text = f"margins {min(margins):g} to {max(margins):g}, {sum(margins) / len(made):.3g} on average"
+        print(f"pairs        {len(made):,}; {text}")
     else:
         good = sum(record["label"] for record in made)
         print(f"replies      {len(made):,}, of which {good:,} are good and {len(made) - good:,} bad")

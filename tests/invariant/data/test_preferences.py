@@ -279,6 +279,15 @@ def test_a_template_that_writes_another_prompt_before_another_reply(tokenizers):
     assert encode(encoder, (HI,), (reply("4"),), (reply("5"),)).reason is None
 
 
+def test_a_control_token_takes_in_the_white_space_of_a_reply(tokenizers):
+    """As Phi-3's do: the token is the prompt's for both replies, and neither learns it."""
+    tokenizer = tokenizers("phi-3")
+    encoder = ChatEncoder(tokenizer, open_template(tokenizer, "phi-3"))
+    found = encode(encoder, (HI,), (reply("\n the"),), (reply("no"),))
+    assert found.reason is None and found.prompt.tolist() == encode_rendered(tokenizer, encoder.template, [HI])
+    assert [tokenizer.decode(ids.tolist()).strip() for ids in found.replies] == ["the", "no"]
+
+
 def test_replies_with_the_same_tokens(tokenizers):
     """Llama 3's template trims contents."""
     tokenizer = tokenizers("byte-level")

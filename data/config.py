@@ -8,7 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-BUILT_IN_RECORDS = ("stdlib-chat",)  # for the objectives that name it; data.made makes it
+BUILT_IN_RECORDS = {  # corpus: its objectives; data.made makes it
+    "stdlib-chat": "--objective sft",
+    "stdlib-styles": "--objective sft",
+    "stdlib-preferences": "--objective dpo, kto and reward",
+}
 BUILT_IN = {"stdlib-docs": "read_docs", "stdlib-code": "read_code"}  # corpus: its function in data.corpus.stdlib
 BadText = Literal["error", "replace", "skip"]
 Mix = Literal["tokens", "documents", "temperature"]

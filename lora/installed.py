@@ -4,6 +4,7 @@ Such a network has two more attributes: `adapters`, name → config, and `adapte
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -69,6 +70,27 @@ def active_adapters(network: nn.Module) -> dict[str, float]:
 
 def is_merged(network: nn.Module) -> bool:
     return any(getattr(holder, "is_merged", False) for holder in holders(network).values())
+
+
+@contextmanager
+def without_adapters(network: nn.Module) -> Iterator[None]:
+    """A block in which the network computes as it did before its adapters, biases included; they stay trainable.
+
+    No graph may be open that the block's end is backpropagated through: trained biases are swapped in place.
+    """
+    state, before = state_of(network), {holder: holder.active for holder in holders(network).values()}
+    biases = None if state is None or state.biases is None or not state.biases.are_adapters else state.biases
+    for holder in before:
+        holder.active = ()
+    if biases is not None:
+        biases.use_adapters(False)
+    try:
+        yield
+    finally:
+        for holder, active in before.items():
+            holder.active = active
+        if biases is not None:
+            biases.use_adapters(True)
 
 
 def modules_without_adapters(network: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -1,6 +1,8 @@
 """The data of instruction tuning: tokenizer and template, built-in conversations, and what the network needs for them."""
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,7 @@ from data.sources.records import RecordData, Rows, hash_rows
 from data.tokenizer.base import Tokenizer
 from data.tokenizer.chat_templates import TEMPLATE_FILE, TEMPLATE_FOLDER
 from lora.inject import match_modules_to_save
+from model.generation_config import FILE, generation_json
 from model.network import Network
 from train.runs.errors import TrainError
 from train.task import Info
@@ -21,7 +24,24 @@ from train.task import Info
 if TYPE_CHECKING:
     from train.config import TrainConfig
 
+@dataclass(frozen=True)
+class ChatData:
+    """`RecordData`, with the chat template, and the ids of control tokens that were added for it."""
+
+    tokenizer: Tokenizer
+    train: Rows
+    validation: Rows
+    sha256: str
+    template: ChatTemplate
+    new_ids: tuple[int, ...] = ()
+
+
 USUAL_TEMPLATE = "chatml"
+BUILT_IN = {  # corpus: the file of data.made and its function
+    "stdlib-chat": ("conversations", "make_conversations"),
+    "stdlib-styles": ("preferences", "make_styled_conversations"),
+    "stdlib-preferences": ("preferences", "make_preferences"),
+}
 THINKING = "enable_thinking"  # the variable of Qwen3's template and its like
 BOTH_ENDS = {"body.embedding", "head"}  # what must learn for new control tokens
 
@@ -61,22 +81,31 @@ def note_dropped_turns(rows: Iterable[tuple[dict, str]], read: Callable[[dict], 
 
 
 def built_in_records(tokenizer: Tokenizer, name: str, progress: bool) -> RecordData:
-    """Return the built-in conversations, split by modules of the standard library."""
+    """Return built-in records by the name of their corpus, a key of BUILT_IN, split by modules of the standard library."""
     import sys
 
     from tqdm import tqdm
 
-    from data.made.conversations import make_conversations
-
     def bar(modules):
         return tqdm(modules, desc="reading", unit=" modules", disable=not progress, leave=False, file=sys.stderr)
 
-    sets = make_conversations(progress=bar)
+    file, function = BUILT_IN[name]
+    sets = getattr(import_module(f"data.made.{file}"), function)(progress=bar)
     rows = {
         split: Rows(records, [f"{name}, {split} record {n}" for n in range(1, len(records) + 1)], [""] * len(records))
         for split, records in sets.items()
     }
     return RecordData(tokenizer, rows["train"], rows["validation"], hash_rows(rows["train"], rows["validation"]))
+
+
+def add_new_rows(config: "TrainConfig", network: Network, tokenizer: Tokenizer, new_ids: tuple[int, ...]) -> Network:
+    """Return the network with rows at the mean of the others for new control tokens. Errors: see `check_trainable`."""
+    from model.resize import add_rows
+
+    if not new_ids:
+        return network
+    check_trainable(config, network, tokenizer, new_ids)
+    return add_rows(network, new_ids)
 
 
 def check_trainable(config: "TrainConfig", network: Network, tokenizer: Tokenizer, new_ids: tuple[int, ...]) -> None:
@@ -135,6 +164,12 @@ def write_template(template: ChatTemplate, folder: Path) -> None:
     if template.name not in (*TEMPLATE_NAMES, DEFAULT):
         (folder / TEMPLATE_FOLDER).mkdir()
         (folder / TEMPLATE_FOLDER / f"{template.name}.jinja").write_text(template.source, encoding="utf-8")
+
+
+def save_chat_files(template: ChatTemplate, folder: Path, network: Network) -> None:
+    """Write the template and the ids that end a reply, beside an adapter too."""
+    write_template(template, folder)
+    (folder / FILE).write_text(generation_json(network.config, network.generation or {}), encoding="utf-8")
 
 
 def texts_of(record: Conversation | Plain) -> Iterator[str]:

@@ -47,6 +47,7 @@ def dry_run(config: TrainConfig, arguments: Sequence[str]) -> int:
         observed = replace(config.report, memory_report=True, profile=False)
         run = Run(replace(config, report=observed), ranks, resume=False, defaulted=defaulted)
         run.console.info(run.introduction)
+        run.task.begin_trial(run)
         free = shutil.disk_usage(next(folder for folder in config.run.out.resolve().parents if folder.is_dir())).free
         size, count = checkpoint_bytes(run), config.report.keep + 1
         if ranks.is_main:

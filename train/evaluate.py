@@ -52,7 +52,11 @@ def evaluate(
     was_training = objective.training
     objective.eval()
     sums, counts = defaultdict(float), defaultdict(int)
+    ranks = ranks or Ranks()
     try:
+        if objective.sees_step:
+            batches = list(batches)
+            objective.begin_step(objective, batches, ranks, autocast)
         for index, batch in enumerate(batches):
             with autocast():
                 terms, metrics = objective(batch)
@@ -62,7 +66,6 @@ def evaluate(
                 counts[name] += term.count
     finally:
         objective.train(was_training)
-    ranks = ranks or Ranks()
     return {name: (number(ranks.sum(sums[name])), int(ranks.sum(torch.as_tensor(counts[name])))) for name in sums}
 
 

@@ -123,6 +123,7 @@ class Run:
         """Train until the last step, an early stop or a signal; return the signal's number, else 0."""
         began, first_step, first_tokens = time.monotonic(), self.step, self.tokens
         scored, watched = None, self.config.report.early_stop_on
+        self.task.begin(self)
         if not self.step and watched:
             scored = self._scores()
             self.early_stopping.check(scored[0])  # before a file is written

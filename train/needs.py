@@ -2,7 +2,7 @@
 
 import os
 
-from data.config import BUILT_IN
+from data.config import BUILT_IN, BUILT_IN_RECORDS
 from data.sources.find import may_hold_records
 from lora.config import CONFIGS
 from quant.config import QatConfig
@@ -36,7 +36,7 @@ def _texts(config: TrainConfig) -> bool:
 def _is_split(config: TrainConfig) -> bool:
     """True unless the records are an objective's built-in ones, which come as two splits."""
     own = load(config.run.objective).default_corpus
-    return own is None or config.data.corpus not in (type(config.data)().corpus, (own,))
+    return own is None or config.data.corpus not in (type(config.data)().corpus, *((name,) for name in BUILT_IN_RECORDS))
 
 
 INIT = "--init brings its own"
@@ -46,7 +46,7 @@ NEEDS = (
     Needs(("steps",), lambda config: config.run.epochs is None, "--epochs says how long"),
     Needs(("extend",), lambda config: False, "it says how a finished run goes on: --resume RUN --steps MORE"),
     Needs(("val_fraction",), lambda config: not config.data.validation, "--validation names what is held out"),
-    Needs(("val_fraction",), _is_split, "the built-in conversations are split by modules"),
+    Needs(("val_fraction",), _is_split, "the built-in records are split by modules"),
     Needs(("validation",), lambda config: bool(config.data.validation), "it names nothing: give files, folders or globs"),
     Needs(("eval_corpus",), lambda config: bool(config.report.eval_corpus), "it names nothing: give NAME=PATH"),
     Needs(("mix",), lambda config: bool(config.data.weights), "it is of a mixture, --corpus NAME=PATH:WEIGHT …"),

@@ -1,7 +1,8 @@
 """Networks and a loss as one module, so that compile, DDP and FSDP wrap all of it."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from data.transforms.causal import IGNORE
 from train.losses.cross_entropy import linear_cross_entropy
+from train.parallel.ranks import Ranks
 
 ROWS = 1024  # of logits that exist at a time, for the accuracy
 BOOKKEEPING = ("group",)  # keys of a batch for its distribution over ranks, and for objectives that compare rows
@@ -55,6 +57,7 @@ class Objective(nn.Module):
     """
 
     uses: tuple[str, ...] = ("labels",)  # keys that `forward` reads itself
+    sees_step = False  # a loss compares rows of different micro-batches: `begin_step` collects them
 
     def __init__(
         self,
@@ -74,6 +77,18 @@ class Objective(nn.Module):
         super().train(mode)
         self.frozen.eval()  # with dropout a reference would differ at each step
         return self
+
+    def begin_step(
+        self,
+        objective: nn.Module,
+        micro_batches: Sequence[Mapping[str, Tensor]],
+        ranks: Ranks,
+        autocast: Callable[[], AbstractContextManager],
+    ) -> None:
+        """Compute what a loss needs to know of the whole step, or of all held-out batches, before the first forward.
+
+        objective: this one, wrapped for its ranks. Most losses need nothing.
+        """
 
     def loss(self, hidden: Tensor, weight_VD: Tensor, labels: Tensor, bias_V: Tensor | None) -> tuple[Tensor, Tensor]:
         return self.losses[self.training](hidden, weight_VD, labels, bias_V)

@@ -60,6 +60,7 @@ def train_step(
     ranks, scaler = ranks or Ranks(), scaler or GradScaler(enabled=False)
     if not micro_batches:
         raise ValueError("a step needs a micro-batch at least")
+    unwrapped(objective).begin_step(objective, micro_batches, ranks, autocast)
     counts = [unwrapped(objective).counts(batch) for batch in micro_batches]
     total = {name: ranks.sum(sum(count[name] for count in counts)) for name in counts[0]}
     divisors = {name: torch.where(count > 0, count, 1) for name, count in total.items()}  # a count may be a fraction of 1

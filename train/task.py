@@ -160,6 +160,12 @@ class Task(ABC):
         """Change the network of --init as the data need it, before an adapter is added."""
         return network
 
+    def begin(self, run: Any) -> None:  # noqa: B027, most tasks have nothing to do
+        """Compute what the run (`train.loop.Run`) needs before its first step or validation, also after a resume."""
+
+    def begin_trial(self, run: Any) -> None:  # noqa: B027
+        """Do in place of `begin` what a dry run needs, which writes nothing."""
+
     def save_files(self, folder: Path, network: "nn.Module") -> None:  # noqa: B027, most tasks have none
         """Write further files of a checkpoint."""
 

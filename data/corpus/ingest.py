@@ -27,7 +27,8 @@ def find_corpus(config: DataConfig, lines: list[str] | None = None, option: str 
             seen.add(entry)
             continue
         if entry in BUILT_IN_RECORDS and not expand_home(entry).exists():
-            raise DataError(f"{option} {entry}: built-in conversations, for --objective sft without --validation and mixtures")
+            whom = BUILT_IN_RECORDS[entry]
+            raise DataError(f"{option} {entry}: built-in records, for {whom} without --validation and mixtures")
         found = find_files(entry, config.cache)
         if found is None:
             might_name = "=" in entry and not config.weights

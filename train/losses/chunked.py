@@ -80,7 +80,8 @@ def chunked_linear_cross_entropy(
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         total = ChunkedCrossEntropy.apply(*inputs, options)
     else:
-        total, _ = loss_and_gradients(*inputs, needs_grad=(False, False, False), **options)
+        loss_N, _ = loss_and_gradients(*inputs, needs_grad=(False, False, False), **options)
+        total = loss_N.sum()
     return total, (labels_N != IGNORE).sum()
 
 
@@ -111,8 +112,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         needs_grad = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
         ctx.save_for_backward(hidden_ND, weight_VD, labels_N, bias_V)
         ctx.options = options | {"needs_grad": needs_grad}
-        total, ctx.gradients = loss_and_gradients(hidden_ND, weight_VD, labels_N, bias_V, **ctx.options)
-        return total
+        loss_N, ctx.gradients = loss_and_gradients(hidden_ND, weight_VD, labels_N, bias_V, **ctx.options)
+        return loss_N.sum()
 
     @staticmethod
     def backward(ctx, upstream):
@@ -142,8 +143,10 @@ def loss_and_gradients(
     row_loss_: Callable[..., Tensor],
     smoothing: float,
     z_loss: float,
+    upstream_N: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """Return (sum of losses, its gradients by hidden states, matrix and bias), float32 or wider; None where not needed."""
+    """Return the loss of each scored row, and the gradients of Σ upstream · loss by hidden states, matrix and bias, float32 or
+    wider; None where not needed. upstream_N: a factor of each row, scored or not; None: 1."""
     wide = torch.promote_types(dtype, torch.float32)
     inputs = hidden_ND, weight_VD, bias_V
     gradients = [torch.zeros_like(x, dtype=wide) if need else None for x, need in zip(inputs, needs_grad, strict=True)]
@@ -160,15 +163,20 @@ def loss_and_gradients(
             loss_R.copy_(row_loss_(logits_RV, labels_R, smoothing=smoothing, z_loss=z_loss, scale=scale))
             if dhidden_ND is not None:
                 dhidden_ND[rows_R] = wide_matmul(logits_RV, weight_VD) / scale
+            if upstream_N is not None:  # on R × D numbers, of which there are fewer than logits
+                upstream_R1 = upstream_N[rows_R, None]
+                chunk_RD = (chunk_RD * upstream_R1).to(dtype)
+                if dhidden_ND is not None:
+                    dhidden_ND[rows_R] *= upstream_R1
             if dweight_VD is not None:
                 add_matmul_(dweight_VD, logits_RV, chunk_RD)
             if dbias_V is not None:
-                dbias_V += logits_RV.sum(0, dtype=wide)
+                dbias_V += logits_RV.sum(0, dtype=wide) if upstream_N is None else upstream_N[rows_R] @ logits_RV.to(wide)
     if scale not in (None, 1.0):
         for gradient in (dweight_VD, dbias_V):
             if gradient is not None:
                 gradient /= scale
-    return loss_N.sum(), (dhidden_ND, dweight_VD, dbias_V)
+    return loss_N, (dhidden_ND, dweight_VD, dbias_V)
 
 
 def linear_into(x_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, out: Tensor) -> Tensor:

@@ -50,6 +50,18 @@ class Ranks:
             dist.all_reduce(value)
         return value
 
+    def gather(self, values: Tensor) -> tuple[Tensor, int]:
+        """Join the values of all ranks along the last axis, in the order of ranks; return them and the place of this rank's."""
+        if self.world == 1:
+            return values, 0
+        counts = torch.zeros(self.world, dtype=torch.int64, device=values.device)
+        counts[self.rank] = values.size(-1)
+        ends = self.sum(counts).cumsum(0).tolist()
+        end = ends[self.rank]
+        joined = values.new_zeros(*values.shape[:-1], ends[-1])
+        joined[..., end - values.size(-1) : end] = values
+        return self.sum(joined), end - values.size(-1)
+
     def max(self, value: int) -> int:
         """The maximum over ranks, on every rank."""
         if self.world == 1:

@@ -23,17 +23,18 @@ if TYPE_CHECKING:
 
     from data.chat.conversation import Conversation, Plain
     from data.chat.encode import Tokens
-    from data.chat.template import ChatTemplate
     from data.example import Example
     from data.sources.records import Row, Rows
     from data.tokenizer.base import Tokenizer
     from model.network import Network
+    from train.chat_data import ChatData
     from train.chat_replies import Prompt, Reply
     from train.config import TrainConfig
     from train.objective import Objective
     from train.parallel.ranks import Ranks
 
 BUILT_IN = "stdlib-chat"
+OWN = (BUILT_IN, "stdlib-styles")  # built-in conversations; the second ones begin the built-in preferences
 MANY = 2_000  # records from which on encoding shows its progress
 
 
@@ -70,18 +71,6 @@ class Settings:
         for name, least in (("neftune", 0), ("replies", 0), ("max_reply", 1)):
             if not getattr(self, name) >= least:
                 raise TrainError(f"--sft.{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
-
-
-@dataclass(frozen=True)
-class ChatData:
-    """`RecordData`, with the chat template, and the ids of control tokens that were added for it."""
-
-    tokenizer: "Tokenizer"
-    train: "Rows"
-    validation: "Rows"
-    sha256: str
-    template: "ChatTemplate"
-    new_ids: tuple[int, ...] = ()
 
 
 class Talk(NamedTuple):
@@ -144,7 +133,9 @@ class SftTask(RecordTask):
         return None
 
     @classmethod
-    def open_data(cls, config: "TrainConfig", tokenizer: "Tokenizer | None", info: Info, *, progress: bool = False) -> ChatData:
+    def open_data(
+        cls, config: "TrainConfig", tokenizer: "Tokenizer | None", info: Info, *, progress: bool = False
+    ) -> "ChatData":
         from data.chat.shapes import describe_shape
         from data.chat.variables import parse_variables, with_defaults
 
@@ -153,12 +144,19 @@ class SftTask(RecordTask):
             raise TrainError(
                 "--objective sft goes on from a pretrained network: --init FOLDER (train --recipe chat-base makes one)"
             )
-        from train.chat_data import THINKING, built_in_records, note_dropped_turns, open_chat_tokenizer, without_thoughts
+        from train.chat_data import (
+            THINKING,
+            ChatData,
+            built_in_records,
+            note_dropped_turns,
+            open_chat_tokenizer,
+            without_thoughts,
+        )
 
         tokenizer, template, new_ids = open_chat_tokenizer(settings.template, tokenizer, info)
         template = with_defaults(template, parse_variables(settings.variables, template))
-        if config.data.corpus == (BUILT_IN,) and not config.data.validation:
-            data = built_in_records(tokenizer, BUILT_IN, progress)
+        if is_built_in(config):
+            data = built_in_records(tokenizer, config.data.corpus[0], progress)
         else:
             data = super().open_data(config, tokenizer, info, progress=progress)
         if THINKING in template.source and not {THINKING} & parse_variables(settings.variables).keys():
@@ -171,19 +169,16 @@ class SftTask(RecordTask):
         return ChatData(data.tokenizer, data.train, data.validation, data.sha256, template, new_ids)
 
     @classmethod
-    def adapt_network(cls, config: "TrainConfig", network: "Network", data: ChatData) -> "Network":
+    def adapt_network(cls, config: "TrainConfig", network: "Network", data: "ChatData") -> "Network":
         """Add rows at the mean for new control tokens, and make the terminator the id that ends a text."""
-        from model.resize import add_rows
-        from train.chat_data import check_trainable, reply_ends, set_stop_ids
+        from train.chat_data import add_new_rows, reply_ends, set_stop_ids
 
-        if data.new_ids:
-            check_trainable(config, network, data.tokenizer, data.new_ids)
-            network = add_rows(network, data.new_ids)
+        network = add_new_rows(config, network, data.tokenizer, data.new_ids)
         rows = data.train
         records = ((name, cls.read(settings_of(config), row)) for name, row in zip(rows.names, rows.values, strict=True))
         return set_stop_ids(network, reply_ends(data.tokenizer, data.template, records))
 
-    def __init__(self, config: "TrainConfig", data: ChatData):
+    def __init__(self, config: "TrainConfig", data: "ChatData"):
         from data.chat.encode import ChatEncoder
         from data.transforms.seq2seq import unigram_nats
 
@@ -212,7 +207,7 @@ class SftTask(RecordTask):
         from data.sources.records import Rows
 
         talks, indices, total, policy = [], [], 0, self.settings.overlong
-        if policy == "error" and self.config.data.corpus == (BUILT_IN,):
+        if policy == "error" and is_built_in(self.config):
             policy = "drop"  # nobody can shorten these
         is_quiet = not (self.config.report.verbose and sys.stderr.isatty()) or len(rows) < MANY
         bar = tqdm(rows.values, desc="encoding", unit=" records", disable=is_quiet, leave=False)
@@ -271,11 +266,9 @@ class SftTask(RecordTask):
 
     def save_files(self, folder: Path, network: "nn.Module") -> None:
         """Write the template, and the ids that end a reply, beside an adapter too."""
-        from model.generation_config import FILE, generation_json
-        from train.chat_data import write_template
+        from train.chat_data import save_chat_files
 
-        write_template(self.template, folder)
-        (folder / FILE).write_text(generation_json(network.config, network.generation or {}), encoding="utf-8")
+        save_chat_files(self.template, folder, network)
 
     # ---- learning
 
@@ -345,6 +338,11 @@ class SftTask(RecordTask):
 
     def example_command(self, folder: Path) -> str:
         return command("model", "chat", folder)
+
+
+def is_built_in(config: "TrainConfig") -> bool:
+    """Return True if the conversations are built-in ones, which come as two splits."""
+    return config.data.corpus in [(name,) for name in OWN] and not config.data.validation
 
 
 TASK = SftTask

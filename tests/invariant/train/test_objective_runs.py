@@ -91,8 +91,8 @@ def run(request, data, tmp_path_factory) -> Run:
 
 
 def test_every_objective_has_a_case():
-    """sft begins with --init: tests/invariant/train/test_sft_run.py asks the same of it."""
-    assert {name.partition(",")[0] for name in CASES} | {"sft"} == set(names())
+    """Some begin with --init: test_sft_run.py and test_preference_runs.py ask the same of them."""
+    assert {name.partition(",")[0] for name in CASES} | {"sft", "dpo", "kto", "reward"} == set(names())
 
 
 def test_a_run_learns_and_reports(run, request):

@@ -9,6 +9,9 @@
     scores         how similar are two functions: the Jaccard index of their identifiers
     conversations  several turns about a short context, with a system message
     snippets       their contexts: definitions in a few lines, and the questions that they answer
+    preferences    pairs of replies that keep and break a rule; conversations in both styles
+    rule           the rule: short, no hedge, names the module; whether a reply is well formed
+    styles         surface forms of replies that keep or break it
     sets           training and held-out records of each, measured and checked
     cues           how well a label could be guessed by a length or position alone
 """

@@ -272,6 +272,35 @@ def test_strings_without_a_template(ours, every):
     assert prompt_and_reply(encoder, talk) == (encode_rendered(ours, encoder.template, TALK[:1]), "Hello")
 
 
+@pytest.mark.parametrize("name", ["qwen3", "llama-3", "mistral-v3"])
+def test_a_prompt_and_its_rendered_reply(name, every):
+    """A call or a thought is compared as the template writes it; the prompt ends where the learned tokens begin."""
+    messages, tools = CHATS["one call"]
+    thought = [user("2"), reply("4", reasoning_content="Two and two."), user("3"), reply("6", reasoning="Three.")]
+    encoder = ChatEncoder(every, open_template(every, name))
+    records = {"call": Conversation(tuple(messages[:3]), tools), "text": Conversation(tuple(messages[:5]), tools)}
+    records |= {"thought": Conversation(tuple(thought))} if name == "qwen3" else {}
+    found = {}
+    for kind, record in records.items():
+        prompt, found[kind] = prompt_and_reply(encoder, record)
+        flags = (False,) * (len(record.messages) - 1) + (True,)
+        (tokens,) = encoder(Conversation(record.messages, record.tools, flags))
+        before, (learned,) = int(tokens.is_learned.argmax()), learned_texts(every, tokens)
+        assert tokens.ids[: len(prompt)].tolist() == prompt
+        between = every.decode(tokens.ids[len(prompt) : before].tolist())  # qwen3's empty thought, in a reply without one
+        assert between.split() == (["<think>", "</think>"] if name == "qwen3" and kind != "thought" else [])
+        assert learned.endswith(("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "</s>"))
+        shown = encoder.pattern.sub("", learned)  # control tokens decode to nothing: [TOOL_CALLS], the terminator
+        assert found[kind] == shown.strip() != ""
+    assert found["text"] == "3 °C" and "Köln" in found["call"] and "weather" in found["call"]
+    if name == "qwen3":
+        assert found["thought"] == "<think>\nThree.\n</think>\n\n6", "of the last reply"
+        first = Conversation(tuple(thought), None, (False, True, False, False))
+        assert prompt_and_reply(encoder, first)[1] == "<think>\nTwo and two.\n</think>\n\n4", "as it stands without later turns"
+    whole = ChatEncoder(every, encoder.template, learn="all")
+    assert [prompt_and_reply(whole, each)[1] for each in records.values()] == ["", "3 °C", "6"][: len(records)], "contents"
+
+
 # ---- contents that imitate control tokens
 
 

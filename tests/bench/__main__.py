@@ -22,6 +22,7 @@
               fine-tune beside bag of words; half an hour (--only NAME,…, --steps, --base)
     sft       instruction tuning on the built-in conversations: before, after, with shuffled replies (--steps, --base)
     sft_speed  instruction tuning with LoRA beside TRL's SFTTrainer: tokens a second, padded, packed, as they come
+    dpo_speed  preference pairs beside TRL's DPOTrainer: tokens a second and memory, reference live and precomputed, LoRA or not
     metrics   scores of texts beside the libraries that define them; the command's memory and start
     gpu       GPT-2 124M on a card, compiled, beside its own products and transformers
 """
@@ -32,6 +33,7 @@ import platform
 import torch
 
 from tests.bench.adapters import bench_adapters
+from tests.bench.dpo_speed import bench_dpo_speed
 from tests.bench.engine import bench_engine
 from tests.bench.errors import bench_errors
 from tests.bench.fim import bench_fim
@@ -76,6 +78,7 @@ BENCHES = {
     "transfer": bench_transfer,
     "sft": bench_sft,
     "sft_speed": bench_sft_speed,
+    "dpo_speed": bench_dpo_speed,
     "metrics": bench_metrics,
     "gpu": bench_gpu,
 }

@@ -93,7 +93,8 @@ def test_without_gradient_none_is_computed(monkeypatch, parity):
     monkeypatch.setattr("train.losses.chunked.wide_matmul", None)
     with torch.no_grad():
         ours_B = sequence_log_probs(*inputs[:2], labels_BT, inputs[2], token_weights_BT=weights_BT, chunk_rows=3)
-        assert absolute(sequence_log_probs(*inputs[:2], labels_BT), sequence_log_probs_reference(*inputs[:2], labels_BT)) < 1e-12
+        plain_B = sequence_log_probs(*inputs[:2], labels_BT)
+        assert absolute(plain_B, sequence_log_probs_reference(*inputs[:2], labels_BT)) < 1e-12
     assert not ours_B.requires_grad
     error = absolute(ours_B, expected_B)
     parity("log-probabilities of sequences: without gradient", f"{TORCH} log_softmax", error, 1e-12, ROUNDING)
@@ -119,7 +120,7 @@ def test_backward_twice_and_not_twice_differentiable(way):
 @pytest.mark.parametrize("frozen", ["", "matrix and bias"])
 @pytest.mark.parametrize("name", ["fp32", *HALVES])
 def test_fewer_bits(name, frozen, way, parity):
-    """Products in the number format, sums and results in float32; factors far from 1 (fp16's loss scale, a mean of many rows)."""
+    """Products in the number format, sums and results in float32; factors far from 1 (fp16's loss scale, many rows)."""
     dtype, tolerance, reason = ({"fp32": (torch.float32, 2e-6, "24 bits of mantissa")} | HALVES)[name]
     inputs, labels_BT, _, upstream_B = case(torch.float32 if way == "autocast" else dtype)
     for index in FROZEN[frozen]:
@@ -148,7 +149,7 @@ def test_autocast_leaves_float64_alone_and_mixes_formats():
 
 def test_shapes_that_do_not_match():
     inputs, labels_BT, *_ = case()
-    with pytest.raises(ValueError, match="shape|labels"):
+    with pytest.raises(ValueError, match=r"shape|labels"):
         sequence_log_probs(*inputs[:2], labels_BT[:, 1:])
     with pytest.raises(ValueError, match="int64"):
         sequence_log_probs(*inputs[:2], labels_BT.int())
@@ -190,4 +191,5 @@ def test_memory_is_an_eighth(words, way, parity):
         extra[name] = highest - sum(each.nbytes for each in learned)
     assert extra["plain"] >= 4 * rows * words
     share = Error(extra["chunked"] / extra["plain"], "share of the memory")
-    parity(f"log-probabilities of sequences: memory of {words:,} words, {way}", "the plain twin", share, 1 / 8, "32 rows of 512")
+    name = f"log-probabilities of sequences: memory of {words:,} words, {way}"
+    parity(name, "the plain twin", share, 1 / 8, "32 rows of 512")

@@ -93,6 +93,7 @@ class Stack(nn.Module):
     ):
         super().__init__()
         self.config, self.layers, self.causal = config, layers, causal
+        self.dropout, self.output_dropout = config.dropout, config.output_dropout
         self.embedding = embedding if embedding is not None else nn.Embedding(config.vocab_size, config.width)
         self.position = POSITIONS[config.position](config)
         self.token_type = nn.Embedding(config.token_types, config.width) if config.token_types else None
@@ -141,7 +142,7 @@ class Stack(nn.Module):
             x_BTD = block(x_BTD, *inputs)
             if hidden_states:
                 states.append(x_BTD)
-        x_BTD = F.dropout(self.norm(x_BTD), self.config.output_dropout, self.training)
+        x_BTD = F.dropout(self.norm(x_BTD), self.output_dropout, self.training)
         output = Output(None, x_BTD, (*states[:-1], x_BTD) if hidden_states else None)
         return output if keep_prompt else split_prompt(output, virtual.prompt_length)
 
@@ -167,7 +168,7 @@ class Stack(nn.Module):
             x_BTD = x_BTD + self.token_type(F.pad(types_BT, (x_BTD.size(1) - types_BT.size(1), 0)))
         elif token_type_ids is not None:
             raise ConfigError(f"{self.config.family} of this config has no token types; token_type_ids were given")
-        return F.dropout(self.embedding_norm(x_BTD), self.config.dropout, self.training)
+        return F.dropout(self.embedding_norm(x_BTD), self.dropout, self.training)
 
     def block_inputs(
         self,

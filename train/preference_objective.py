@@ -13,7 +13,7 @@ from train.losses.divergence import transform_log_ratios
 from train.losses.pair_weights import ld_token_weights, wpo_weights
 from train.losses.preference import PREFERENCE_DETAILS, PREFERENCE_LOSSES
 from train.losses.preference_sorted import aot_pairs
-from train.losses.sequence import sequence_log_probs
+from train.losses.sequence import sequence_log_probs, token_log_probs
 from train.objective import Metric, Objective, Result, Term
 from train.parallel.ranks import Ranks
 from train.reference import ROW_IDS, Reference, remove_dropout
@@ -66,7 +66,10 @@ class PairLoss:
 
 
 class Pairs(NamedTuple):
-    """Log-probabilities of pairs of replies, each B, summed over the reply's tokens, and the numbers of tokens."""
+    """Log-probabilities of pairs of replies, each B, summed over the reply's tokens, and the numbers of tokens.
+
+    LD-DPO weighs the tokens of the first four. The whole sums are the policy's, with the weight 1 of each token.
+    """
 
     policy_chosen: Tensor
     policy_rejected: Tensor
@@ -74,6 +77,8 @@ class Pairs(NamedTuple):
     reference_rejected: Tensor
     chosen_length: Tensor
     rejected_length: Tensor
+    whole_chosen: Tensor
+    whole_rejected: Tensor
 
 
 class PairObjective(Objective):
@@ -106,13 +111,13 @@ class PairObjective(Objective):
             return Result({})
         loss_P = sum(weight * self.one_loss(name, pairs) for name, weight in loss.weights.items() if name != "sft")
         if loss.is_weighted:
-            means = (pairs.policy_chosen / pairs.chosen_length, pairs.policy_rejected / pairs.rejected_length)
+            means = (pairs.whole_chosen / pairs.chosen_length, pairs.whole_rejected / pairs.rejected_length)
             loss_P = loss_P * wpo_weights(*means)
         self.first += len(pairs.policy_chosen)
         counts = self.counts(batch)
         terms = {"loss": Term(torch.as_tensor(loss_P).sum(), counts["loss"])}
         for name, weight in loss.nll_weights.items():
-            nats = -pairs.policy_chosen.sum() if name == REPLY_NLL else self.text_nats(features_BTD, batch)
+            nats = -pairs.whole_chosen.sum() if name == REPLY_NLL else self.text_nats(features_BTD, batch)
             terms[name] = Term(nats, counts[name], weight)
         return Result(terms, self.metrics(pairs, counts["loss"]))
 
@@ -126,10 +131,12 @@ class PairObjective(Objective):
             reference_B = self.reference(self.network, self.frozen, batch, inputs, labels_BT, weights_BT)
         head = self.network.head
         features_BTD = head.features(self.network.body(**inputs).hidden)
-        policy_B = sequence_log_probs(features_BTD, head.weight, labels_BT, head.bias, token_weights_BT=weights_BT)
+        log_p_BT = token_log_probs(features_BTD, head.weight, labels_BT, head.bias)
+        whole_B = log_p_BT.sum(-1)
+        policy_B = whole_B if weights_BT is None else (log_p_BT * weights_BT.to(log_p_BT.dtype)).sum(-1)
         reference_B = torch.zeros_like(policy_B) if reference_B is None else reference_B.to(policy_B.dtype)
         length_B = (labels_BT != IGNORE).sum(-1).to(policy_B.dtype)
-        columns = (in_pairs(values)[scored_P].unbind(-1) for values in (policy_B, reference_B, length_B))
+        columns = (in_pairs(values)[scored_P].unbind(-1) for values in (policy_B, reference_B, length_B, whole_B))
         return Pairs(*(column for both in columns for column in both)), features_BTD
 
     def token_weights(self, labels_BT: Tensor) -> Tensor | None:
@@ -157,7 +164,7 @@ class PairObjective(Objective):
 
     def metrics(self, pairs: Pairs, count: Tensor) -> dict[str, Metric]:
         """Return the values of a step that are logged."""
-        policy_c, policy_r, reference_c, reference_r, length_c, length_r = (values.detach() for values in pairs)
+        policy_c, policy_r, reference_c, reference_r, length_c, length_r, whole_c, whole_r = (each.detach() for each in pairs)
         chosen, rejected = (self.loss_of_pairs.beta * r for r in (policy_c - reference_c, policy_r - reference_r))
         margin = chosen - rejected
         named = {
@@ -165,8 +172,8 @@ class PairObjective(Objective):
             "reward_rejected": rejected,
             "margin": margin,
             "accuracy": (margin > 0).to(margin.dtype),
-            "log_prob_chosen": policy_c,
-            "log_prob_rejected": policy_r,
+            "log_prob_chosen": whole_c,
+            "log_prob_rejected": whole_r,
             "length_chosen": length_c,
             "length_rejected": length_r,
         }

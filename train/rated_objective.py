@@ -66,6 +66,10 @@ class RatedObjective(Objective):
         metrics = self.metrics(policy_B.detach(), ratio_B.detach(), is_good_B, length_B, z)
         return Result({"loss": Term(loss_B.sum(), scored_B.sum())}, metrics)
 
+    @staticmethod
+    def token_weights(labels_BT: Tensor) -> None:
+        """Return the weights of tokens: None, as each weighs 1."""
+
     def log_probs(self, batch: Mapping[str, Tensor], kind: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return log-probabilities of policy and reference, and which rows are scored, each B / 2. kind: 0, the rated replies;
         1, the mismatched ones."""

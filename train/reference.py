@@ -17,7 +17,7 @@ from train.runs.errors import CheckpointError
 
 COPY = "reference"  # name of the frozen network
 ROW_IDS = "row_ids"  # key of a batch: the number of each row among all rows of the data, for a table
-DROPOUTS = ("dropout",)  # attributes of modules
+DROPOUTS = ("dropout", "output_dropout")  # attributes of modules
 
 
 def reply_log_probs(

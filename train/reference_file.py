@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from train.preference_task import PreferenceTask
 
 NOTE, TABLE = "reference.json", "reference.safetensors"
+IS_NEW = "is_new"  # key of a batch here
 
 
 def check_reference(run: "Run") -> str:
@@ -65,17 +66,17 @@ def open_table(run: "Run", task: "PreferenceTask", path: Path | None, sha256: st
     path = run.out / TABLE if path is None else path
     settings = table_settings(run, sha256)
     batches = list(all_batches(task))
-    keys_N = row_keys(batches, task.row_count)
+    keys_N = row_keys(run, batches, task.row_count)
     if run.ranks.from_main(path.is_file):
-        table_N = read_table(path, settings, keys_N)
+        table_N = read_table(path, settings, keys_N, task.option)
         run.console.info(f"reference {path}: {format_count(len(table_N), 'log-probability', 'log-probabilities')} read")
     else:
         if run.engine.mesh.shard > 1:
             raise TrainError(
-                f"--dpo.reference precomputed: {path} is not there, and sharded weights cannot make it: make it by a run "
-                "of one step without --mesh shard, or --dpo.reference copy"
+                f"{task.option}.reference precomputed: {path} is not there, and sharded weights cannot make it: make it by a "
+                f"run of one step without --mesh shard, or {task.option}.reference copy"
             )
-        table_N = compute_table(run, task, batches)
+        table_N = same_for_same(keys_N, compute_table(run, task, batches))
         if run.ranks.is_main:
             write_table(path, settings, keys_N, table_N)
         run.console.info(f"reference {format_count(len(table_N), 'log-probability', 'log-probabilities')} computed: {path}")
@@ -103,18 +104,26 @@ def all_batches(task: "PreferenceTask") -> Iterator[dict[str, Tensor]]:
     yield from task.validation
 
 
-def row_keys(batches: list[dict[str, Tensor]], count: int) -> Tensor:
-    """Return a hash of the ids and labels of each row, N in int64."""
-    keys_N = torch.zeros(count, dtype=torch.int64)
+def row_keys(run: "Run", batches: list[dict[str, Tensor]], count: int) -> Tensor:
+    """Return a hash of the ids, labels and weights of each row, N in int64: LD-DPO's weights depend on the other reply."""
+    keys_N, objective = torch.zeros(count, dtype=torch.int64), unwrapped(run.engine.objective)
     for batch in batches:
-        for row, ids_T, mask_T, labels_T in zip(
-            batch[ROW_IDS].tolist(), batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True
+        columns = [batch[name] for name in ("input_ids", "labels")]
+        if (weights_BT := objective.token_weights(batch["labels"])) is not None:
+            columns.append(weights_BT.double().view(torch.int64))
+        for row, length, values_CT in zip(
+            batch[ROW_IDS].tolist(), batch["attention_mask"].sum(-1).tolist(), torch.stack(columns, dim=1), strict=True
         ):
-            length = int(mask_T.sum())
-            if (labels_T != IGNORE).any():  # rows without labels fill a batch up
-                content = torch.stack((ids_T[:length], labels_T[:length])).numpy().tobytes()
+            if (values_CT[1] != IGNORE).any():  # rows without labels fill a batch up
+                content = values_CT[:, :length].contiguous().numpy().tobytes()
                 keys_N[row] = int.from_bytes(hashlib.sha256(content).digest()[:8], "little", signed=True)
     return keys_N
+
+
+def same_for_same(keys_N: Tensor, table_N: Tensor) -> Tensor:
+    """Return the table with one value for equal rows, as a file of it is read: rounding differs between batches."""
+    place = {key: index for index, key in enumerate(keys_N.tolist())}
+    return table_N[[place[key] for key in keys_N.tolist()]]
 
 
 @torch.no_grad()
@@ -132,7 +141,9 @@ def compute_table(run: "Run", task: "PreferenceTask", batches: list[dict[str, Te
     table_N, seen_N = torch.zeros(task.row_count, dtype=dtype), torch.zeros(task.row_count, dtype=torch.bool)
     is_quiet = not (run.config.report.verbose and run.ranks.is_main and sys.stderr.isatty())
     for batch in tqdm(batches, desc="reference", unit=" batches", disable=is_quiet, leave=False):
-        own = run._to_device(own_rows(batch, run.ranks))
+        is_new_B = first_scored(batch, seen_N)  # of all ranks' rows: the last batch goes on with the second epoch's first ones
+        own = run._to_device(own_rows(batch | {IS_NEW: is_new_B}, run.ranks))
+        is_new_B = own.pop(IS_NEW).cpu()
         inputs, labels_BT = objective.inputs_of(own), own["labels"]
         weights_BT = objective.token_weights(labels_BT)
         with run.engine.autocast():
@@ -140,11 +151,18 @@ def compute_table(run: "Run", task: "PreferenceTask", batches: list[dict[str, Te
                 found_B = compute(policy, frozen, own, inputs, labels_BT, weights_BT)
             else:
                 found_B = reply_log_probs(network, inputs, labels_BT, weights_BT)
-        rows_B, scored_B = own[ROW_IDS].cpu(), (labels_BT != IGNORE).any(-1).cpu()
-        new_B = scored_B & ~seen_N[rows_B]  # the last batch goes on with the second epoch's first rows, in other company
-        table_N[rows_B[new_B]], seen_N[rows_B[new_B]] = found_B.cpu().to(dtype)[new_B], True
+        table_N[own[ROW_IDS].cpu()[is_new_B]] = found_B.cpu().to(dtype)[is_new_B]
     policy.train(was_training)
     return run.ranks.sum(table_N)
+
+
+def first_scored(batch: dict[str, Tensor], seen_N: Tensor) -> Tensor:
+    """Return which rows of a batch have labels and come for the first time, B; note them in `seen_N`."""
+    is_new = []
+    for row, is_scored in zip(batch[ROW_IDS].tolist(), (batch["labels"] != IGNORE).any(-1).tolist(), strict=True):
+        is_new.append(is_scored and not seen_N[row])
+        seen_N[row] |= is_scored
+    return torch.tensor(is_new)
 
 
 def write_table(path: Path, settings: dict[str, Any], keys_N: Tensor, table_N: Tensor) -> None:
@@ -155,7 +173,7 @@ def write_table(path: Path, settings: dict[str, Any], keys_N: Tensor, table_N: T
     partial.replace(path)
 
 
-def read_table(path: Path, settings: dict[str, Any], keys_N: Tensor) -> Tensor:
+def read_table(path: Path, settings: dict[str, Any], keys_N: Tensor, option: str) -> Tensor:
     """Return the log-probabilities of the rows, N, from a file that may have them in another order, and more."""
     try:
         with WeightFile(path) as file:
@@ -168,12 +186,12 @@ def read_table(path: Path, settings: dict[str, Any], keys_N: Tensor) -> Tensor:
         raise TrainError(f"{path} is no file of a reference's log-probabilities: {error}") from error
     if differ := [name for name in settings if before.get(name) != settings[name]]:
         said = "; ".join(f"{name} {before.get(name)!r} there, {settings[name]!r} here" for name in differ)
-        raise TrainError(f"{path} is of another reference ({said}): name another --dpo.reference-file, or remove it")
+        raise TrainError(f"{path} is of another reference ({said}): name another {option}.reference-file, or remove it")
     place = {key: index for index, key in enumerate(keys.tolist())}
     missing = [key for key in keys_N.tolist() if key not in place]
     if missing:
         raise TrainError(
             f"{path} lacks {len(missing):,} of the {len(keys_N):,} rows of this run: other records, template, --context or "
-            "--dpo.overlong; name another --dpo.reference-file, or remove it"
+            f"{option}.overlong; name another {option}.reference-file, or remove it"
         )
     return log_probs[torch.tensor([place[key] for key in keys_N.tolist()])]

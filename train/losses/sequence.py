@@ -50,14 +50,28 @@ def sequence_log_probs(
 
     Errors (ValueError): shapes that do not match, labels not in int64; (TypeError): dtypes that differ without autocast.
     """
+    options = {"chunk_rows": chunk_rows, "row_loss_": row_loss_}
+    log_p_BT = token_log_probs(hidden_BTD, weight_VD, labels_BT, bias_V, **options)
+    return (log_p_BT if token_weights_BT is None else log_p_BT * token_weights_BT.to(log_p_BT.dtype)).sum(-1)
+
+
+def token_log_probs(
+    hidden_BTD: Tensor,
+    weight_VD: Tensor,
+    labels_BT: Tensor,
+    bias_V: Tensor | None = None,
+    *,
+    chunk_rows: int | None = None,
+    row_loss_=row_loss_,
+) -> Tensor:
+    """Return log p of each label, B T, 0 where it is -100: the terms of `sequence_log_probs`, with its arguments and errors."""
     hidden_ND, labels_N = flatten_rows(hidden_BTD, labels_BT)
     if chunk_rows is None:
         chunk_rows = max(CHUNK_ROWS.get(hidden_BTD.device.type, 1024), CHUNK_BYTES // (4 * weight_VD.size(0)))
     dtype = matmul_dtype(hidden_BTD, weight_VD)
     options = {"smoothing": 0.0, "z_loss": 0.0, "chunk_rows": chunk_rows, "row_loss_": row_loss_, "dtype": dtype}
     log_p_N = ChunkedLogProbs.apply(hidden_ND, weight_VD, labels_N, bias_V, options)
-    log_p_BT = log_p_N.view(labels_BT.shape)
-    return (log_p_BT if token_weights_BT is None else log_p_BT * token_weights_BT.to(log_p_BT.dtype)).sum(-1)
+    return log_p_N.view(labels_BT.shape)
 
 
 class ChunkedLogProbs(torch.autograd.Function):

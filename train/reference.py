@@ -6,6 +6,7 @@
 """
 
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from model.folders import HubError
 from train.losses.sequence import sequence_log_probs
 from train.runs.errors import CheckpointError
 
+T = TypeVar("T")
 COPY = "reference"  # name of the frozen network
 ROW_IDS = "row_ids"  # key of a batch: the number of each row among all rows of the data, for a table
 DROPOUTS = ("dropout", "output_dropout")  # attributes of modules
@@ -38,15 +40,24 @@ def remove_dropout(network: nn.Module) -> nn.Module:
     return network
 
 
+def read_reference(read: Callable[[], T]) -> T:
+    """Return read(), of what --init names. Errors (CheckpointError): it cannot be read, as in a resumed run whose --init is
+    gone."""
+    try:
+        return read()
+    except (OSError, HubError, CheckpointError) as error:
+        raise CheckpointError(
+            f"the reference, which --init names, cannot be read: {error}. Bring it back, or begin a new run from this run's "
+            "weights, --init RUN"
+        ) from error
+
+
 def frozen_copy(network: nn.Module, initial: Callable[[], nn.Module]) -> nn.Module:
     """Return the network of step 0, on the device and in the attention of `network`, in eval mode.
 
-    Errors (CheckpointError): a resumed run whose --init is no longer there.
+    Errors (CheckpointError): those of `read_reference`.
     """
-    try:
-        copy = initial()
-    except (OSError, HubError) as error:
-        raise CheckpointError(f"the reference, which --init names, cannot be read: {error}") from error
+    copy = read_reference(initial)
     return copy.to(next(network.parameters()).device).requires_grad_(False).eval()
 
 

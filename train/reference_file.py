@@ -25,7 +25,7 @@ from lora.base import digest
 from model.safetensors_file import WeightFile, WeightFileError, save_file
 from train.parallel.parallelize import unwrapped
 from train.parallel.ranks import own_rows
-from train.reference import ROW_IDS, AdapterOffReference, StoredReference, frozen_copy, reply_log_probs
+from train.reference import ROW_IDS, AdapterOffReference, StoredReference, frozen_copy, read_reference, reply_log_probs
 from train.runs.errors import CheckpointError, TrainError
 from train.runs.open import resolve
 
@@ -38,12 +38,12 @@ IS_NEW = "is_new"  # key of a batch here
 
 
 def check_reference(run: "Run") -> str:
-    """Return the SHA-256 of --init's weights; write it beside a new run, and compare it in a resumed one.
+    """Return the SHA-256 of --init's weights; in a resumed run compare it with that of `note_reference`.
 
-    Errors (CheckpointError): the weights are others than those that the run began with.
+    Errors (CheckpointError): the weights cannot be read, or are others than those that the run began with.
     """
     init, note = run.config.run.init, run.out / NOTE
-    sha256 = run.ranks.from_main(lambda: digest(resolve(init)))
+    sha256 = run.ranks.from_main(lambda: read_reference(lambda: digest(resolve(init))))
     if run.step and note.is_file():
         before = json.loads(note.read_text(encoding="utf-8"))
         if before["sha256"] != sha256:
@@ -51,10 +51,15 @@ def check_reference(run: "Run") -> str:
                 f"the reference {init} has other weights than when {run.out} began: bring them back (their hash began with "
                 f"{before['sha256'][:12]}), or begin a new run from them, --init {quote(run.out)}"
             )
-    elif run.ranks.is_main:
-        run.out.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps({"init": str(init), "sha256": sha256}, indent=2) + "\n", encoding="utf-8")
     return sha256
+
+
+def note_reference(run: "Run", sha256: str) -> None:
+    """Write the hash of --init's weights beside a new run."""
+    note = run.out / NOTE
+    if run.ranks.is_main and not (run.step and note.is_file()):
+        run.out.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps({"init": str(run.config.run.init), "sha256": sha256}, indent=2) + "\n", encoding="utf-8")
 
 
 def open_table(run: "Run", task: "PreferenceTask", path: Path | None, sha256: str) -> None:

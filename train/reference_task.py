@@ -97,13 +97,14 @@ class ReferenceTask(PreferenceTask):
         return None if kind is None else REFERENCES[kind]()
 
     def begin(self, run: "Run") -> None:
-        """Note the reference's weights, or compare them; compute its log-probabilities where they are kept in a file."""
-        from train.reference_file import check_reference, open_table
+        """Compare the reference's weights with the run's note of them; compute its log-probabilities, where a file has them."""
+        from train.reference_file import check_reference, note_reference, open_table
 
         if (kind := self.reference_kind) is not None:
             sha256 = check_reference(run)
             if kind == "precomputed":
                 open_table(run, self, self.settings.reference_file, sha256)
+            note_reference(run, sha256)
 
     def begin_trial(self, run: "Run") -> None:
         """Put zeros in the place of log-probabilities that a run computes first."""

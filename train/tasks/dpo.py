@@ -180,6 +180,15 @@ class DpoTask(ReferenceTask):
 
     # ---- evaluation
 
+    def scores(self, totals: dict) -> Scores:
+        """Return the means; the loss is the one that training minimises, and "pair_loss" its part without cross-entropies."""
+        found, weights = super().scores(totals), self.pair_loss.nll_weights
+        for name in [name for name in found if weights and (name == "loss" or name.startswith("loss_"))]:
+            source = name.removeprefix("loss")
+            found["pair_loss" + source] = found[name]
+            found[name] += sum(weight * found.get(term + source, 0.0) for term, weight in weights.items())
+        return found
+
     def score_line(self, scores: Scores) -> str:
         kl = f" · KL {scores['kl']:.3f} nats a token" if "kl" in scores else ""
         ended = f" · {scores['ended']:.0%} of its replies end by themselves" if "ended" in scores else ""

@@ -116,8 +116,8 @@ def check_trainable(config: "TrainConfig", network: Network, tokenizer: Tokenize
         if not BOTH_ENDS <= set(trained):
             raise TrainError(
                 f"the template needs new control tokens ({names}), and --adapter {config.run.adapter} trains no rows for them: "
-                f"--{config.run.adapter}.train-whole embedding head trains both matrices; or --sft.template alpaca, zephyr or "
-                "llama-2, which need none; or train all weights, without --adapter"
+                f"--{config.run.adapter}.train-whole embedding head trains both matrices; or --{config.run.objective}.template "
+                "alpaca, zephyr or llama-2, which need none; or train all weights, without --adapter"
             )
     elif config.run.freeze is not None:
         raise TrainError(f"the template needs new control tokens ({names}), whose rows --freeze {config.run.freeze} may hold")

@@ -1,5 +1,6 @@
 """Objectives on preferences whose loss compares the policy with a reference: dpo and kto."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +41,8 @@ class ReferenceSettings(PreferenceSettings):
         for name, least in (("replies", 0), ("max_reply", 1)):
             if not getattr(self, name) >= least:
                 raise TrainError(f"--{objective}.{name.replace('_', '-')} {getattr(self, name)}: must be at least {least}")
-        if self.beta is not None and not self.beta > 0:
-            raise TrainError(f"--{objective}.beta {self.beta}: must be above 0")
+        if self.beta is not None and not 0 < self.beta < math.inf:
+            raise TrainError(f"--{objective}.beta {self.beta}: must be finite and above 0")
 
 
 class ReferenceTask(PreferenceTask):
@@ -61,7 +62,10 @@ class ReferenceTask(PreferenceTask):
             return None
         kind = self.settings.reference
         if kind == "adapter-off" and self.config.method is None:
-            raise TrainError(f"{self.option}.reference adapter-off: there is no adapter to switch off, without --adapter")
+            raise TrainError(
+                f"{self.option}.reference adapter-off: there is no adapter to switch off: add --adapter lora, or leave the "
+                "option out, for a frozen copy"
+            )
         usual = "copy" if self.config.method is None else "adapter-off"
         return usual if kind == "auto" else kind
 

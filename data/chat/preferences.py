@@ -57,6 +57,8 @@ NEAR_MISSES = (  # columns, what to do about them
     (("prompt", "response_0", "response_1"), "name the better one chosen, the other one rejected"),
     (("prompt", "response", "label"), "rename response to completion"),
     (("chosen",), "a chosen reply needs a rejected one"),
+    (("messages",), "conversations alone say nothing about preference: they are for instruction tuning, --objective sft"),
+    (("prompt", "completion"), "replies alone say nothing about preference: they are for instruction tuning, --objective sft"),
 )
 
 

@@ -1,10 +1,12 @@
 """Observe a few steps: --profile, --memory-report."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
 from torch import Tensor
 
+from data.packing.collate import GROUP
 from data.transforms.causal import IGNORE
 from model.training import Training
 from quant.linear import packed_tensors
@@ -63,4 +65,10 @@ def described_step(run: RunView, micro_batches: list[dict[str, Tensor]]) -> Trai
     packed, frozen = bool(packed_tensors(engine.network)), frozen_names(engine.network, run.config.run)
     training = training_settings(run.config, run.ranks, scored, packed=packed, frozen=frozen)
     longest = max(ids.size(1) for batch in micro_batches for ids in ids_of(batch))
-    return replace(training, context=longest)  # rows of records are as long as these
+    rows = training.batch_size * max(rows_of_unit(batch) for batch in micro_batches)
+    return replace(training, context=longest, batch_size=math.ceil(rows))  # rows of records are as long as these
+
+
+def rows_of_unit(batch: dict[str, Tensor]) -> float:
+    """Return the mean number of rows that stay together, which --batch-size counts as one: two of a pair."""
+    return len(batch[GROUP]) / len(batch[GROUP].unique()) if len(batch.get(GROUP, ())) else 1.0

@@ -1,5 +1,6 @@
 """Direct preference optimisation: of two replies to a prompt the chosen one becomes likelier than the rejected one."""
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -11,7 +12,7 @@ from train.runs.errors import TrainError
 from train.task import Defaults, Scores
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     import numpy as np
 
@@ -59,8 +60,10 @@ class Settings(ReferenceSettings):
         if not [name for name in self.weights if name != SFT]:
             raise TrainError("--dpo.loss sft: it goes beside a loss of pairs; alone it is --objective sft on chosen replies")
         self.check("dpo")
-        if not self.nll_weight >= 0:
-            raise TrainError(f"--dpo.nll-weight {self.nll_weight}: must be at least 0")
+        if not 0 <= self.nll_weight < math.inf:
+            raise TrainError(f"--dpo.nll-weight {self.nll_weight}: must be finite and at least 0")
+        if not math.isfinite(self.divergence_alpha):
+            raise TrainError(f"--dpo.divergence-alpha {self.divergence_alpha}: must be finite")
         if not 0 <= self.ld_alpha <= 1:
             raise TrainError(f"--dpo.ld-alpha {self.ld_alpha}: must be between 0 and 1")
 
@@ -91,6 +94,21 @@ def has_reference(config: "TrainConfig") -> bool:
     from train.losses.preference import PREFERENCE_DETAILS
 
     return any(PREFERENCE_DETAILS[name].needs_reference for name in config.dpo.weights if name != SFT)
+
+
+def check_settings(loss: str, settings: "Mapping[str, float]") -> None:
+    """Raise TrainError with the option that a loss refuses, which it does when it is called."""
+    import torch
+
+    from train.losses.preference import PREFERENCE_LOSSES
+
+    pair = [torch.zeros(1)] * 4
+    for name, value in settings.items():
+        try:
+            PREFERENCE_LOSSES[loss](*pair, beta=1.0, chosen_length=pair[0] + 1, rejected_length=pair[0] + 1, **{name: value})
+        except ValueError as error:
+            expected = str(error).partition("expected ")[2]
+            raise TrainError(f"--dpo.{name.replace('_', '-')} {value}: --dpo.loss {loss} takes {expected}") from None
 
 
 class DpoTask(ReferenceTask):
@@ -149,12 +167,18 @@ class DpoTask(ReferenceTask):
         names = [name for name in asked.weights if name != SFT]
         given = {name: getattr(asked, name) for name in LOSS_SETTINGS if getattr(asked, name) is not None}
         settings = {name: {k: v for k, v in given.items() if k in PREFERENCE_DETAILS[name].settings} for name in names}
+        for name, options in settings.items():
+            check_settings(name, options)
         betas = {PREFERENCE_DETAILS[name].beta for name in names}
         if asked.beta is None and len(betas) > 1:
             raise TrainError(f"--dpo.loss {asked.loss}: these have different β by default ({sorted(betas)}): give --dpo.beta")
         refused = [name for name in names if not PREFERENCE_DETAILS[name].takes_divergence]
         if asked.divergence != "reverse_kl" and refused:
-            raise TrainError(f"--dpo.divergence {asked.divergence}: --dpo.loss {refused[0]} is no function of c - r alone")
+            takes = ", ".join(name for name, detail in PREFERENCE_DETAILS.items() if detail.takes_divergence)
+            raise TrainError(
+                f"--dpo.divergence {asked.divergence} goes with losses of the difference of two log-ratios ({takes}), not with "
+                f"--dpo.loss {refused[0]}"
+            )
         rows = self.config.optimizer.batch_size * self.config.optimizer.accumulate
         if rows < 2 and any(PREFERENCE_DETAILS[name].sees_batch for name in names):
             raise TrainError(f"--dpo.loss {asked.loss} compares the pairs of a step, and needs two of them: --batch-size 2")

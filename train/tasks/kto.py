@@ -1,5 +1,6 @@
 """KTO: replies that are good or bad, each by itself, without the other reply of a pair."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -48,8 +49,8 @@ class Settings(ReferenceSettings):
     def __post_init__(self) -> None:
         self.check("kto")
         for name in ("desirable_weight", "undesirable_weight"):
-            if not getattr(self, name) > 0:
-                raise TrainError(f"--kto.{name.replace('_', '-')} {getattr(self, name)}: must be above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise TrainError(f"--kto.{name.replace('_', '-')} {getattr(self, name)}: must be finite and above 0")
 
 
 class KtoTask(ReferenceTask):

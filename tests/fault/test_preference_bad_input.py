@@ -162,7 +162,7 @@ OPTIONS = {  # a line: what is said
     "dpo --dpo.loss discopop --dpo.tau 0": ("--dpo.tau 0.0: --dpo.loss discopop takes a finite number above 0",),
     "dpo --dpo.loss dpop --dpo.dpop-lambda -1": ("--dpo.dpop-lambda -1.0: --dpo.loss dpop takes a finite number, 0 or more",),
     "dpo --dpo.loss sigmoid=1,simpo=1": ("sigmoid=1,simpo=1: these have different β by default ([0.1, 2.0]): give --dpo.beta",),
-    "dpo --dpo.loss bco_pair --dpo.divergence js": ("--dpo.divergence js goes with losses of the diff", "sigmoid, ", "bco_pair"),
+    "dpo --dpo.loss bco_pair --dpo.divergence js": ("--dpo.divergence js goes with losses of the", "sigmoid, ", "bco_pair"),
     "dpo --dpo.divergence-alpha 0.3": ("--dpo.divergence-alpha would have no effect: it is of --dpo.divergence alpha",),
     "dpo --dpo.label-smoothing 0.1": ("--dpo.label-smoothing would have no effect: the losses of --dpo.loss have no",),
     "dpo --dpo.nll-weight 2": ("--dpo.nll-weight would have no effect: it is of --dpo.loss cpo and orpo",),

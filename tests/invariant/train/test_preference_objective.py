@@ -539,6 +539,16 @@ def test_mismatched_replies(place):
     assert (batch["is_good"][::2] == batch["is_good"][1::2]).all()
 
 
+def test_mismatched_replies_are_of_another_prompt(place):
+    """Pairs as rated replies: two neighbours have one prompt, and neither gets the other's reply."""
+    files = {"validation": place / "held_out.jsonl", "batch_size": PAIRS}
+    task, _ = open_preference("kto", place / "base", place / "pairs.jsonl", **files)
+    ratings = [*task.data.train.values, *task.data.validation.values]
+    prompts = {rating.own.replies[0].tobytes(): rating.own.prompt.tobytes() for rating in ratings}
+    assert len(ratings) == 2 * (PAIRS + HELD_OUT)
+    assert all(prompts[rating.other.tobytes()] != rating.own.prompt.tobytes() for rating in ratings)
+
+
 def test_rows_of_a_pair_stay_together(place):
     made = opened(place)
     for world in (2, 3, 5):

@@ -23,6 +23,7 @@ from train.parallel.mesh import build_mesh
 from train.parallel.parallelize import parallelize, unwrapped
 from train.parallel.ranks import Ranks, own_rows
 from train.parallel.shard import full_tensor, local_grad
+from train.reference_file import same_for_same
 from train.runs.checkpoint import step_of
 from train.step import train_step
 
@@ -242,6 +243,7 @@ def test_a_file_of_a_reference_is_shared_and_checked(place, tmp_path):
 
 def test_rows_of_equal_ids_have_one_log_probability(place, tmp_path):
     """A prompt and chosen reply twice, beside shorter and longer rejected ones: a resume reads what was computed."""
+    assert same_for_same(torch.tensor([5, 7, 5]), torch.tensor([1.0, 2.0, 3.0])).tolist() == [3, 2, 3]
     row, others = pairs(1)[0], pairs(4, seed=5, longest=12)
     rows = [row | {"rejected": other["rejected"]} for other in others] + pairs(4, seed=6)
     corpus = write_rows(tmp_path / "twice.jsonl", rows)

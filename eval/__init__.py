@@ -24,6 +24,7 @@
     entities          entity F1 of IOB2, IOBES and BILOU tags
     correlation       Pearson's and Spearman's correlation of two series of numbers
     calibration       calibration error, Brier score
+    pair_rewards      accuracy, margin and calibration of a reward model on pairs; correlation of rewards with length
     perplexity        perplexity of a language model per token, byte, character and word
     targets           targets of a language model: rows, batches and log-probabilities
     baseline          n-gram baseline: bits of a text under unigrams and bigrams

@@ -10,13 +10,16 @@ touchstone.refuse_shadowed()  # before a file of the user's is imported in place
 
 from data.shell import program
 from eval.commands.options import SUBCOMMANDS, Perplexity, Scored
+from eval.commands.reward_options import Reward
 from eval.commands.score_model import score_model
+from eval.commands.score_replies import score_replies
 from eval.commands.score_texts import score_texts
 from eval.commands.texts import EvalError
 from train.command_line import refuse_idle, refuse_unreadable, run_command
 
 MIN_SAMPLES = 40
-MINIMA = {"samples": 0, "seed": 0, "differ": 0, "threads": 0, "batch_size": 1, "tokens": 1}
+MINIMA = {"samples": 0, "seed": 0, "differ": 0, "threads": 0, "batch_size": 1, "tokens": 1, "show": 0, "limit": 1}
+COMMANDS = {Perplexity: score_model, Reward: score_replies}  # the other ones score texts
 
 
 def main(arguments: list[str]) -> int:
@@ -27,14 +30,14 @@ def main(arguments: list[str]) -> int:
         options = tyro.extras.subcommand_cli_from_dict(SUBCOMMANDS, args=arguments or ["--help"], prog=program("eval"))
         check_values(options)
         refuse_idle(options, options.NEEDS, arguments, EvalError)
-        (score_model if isinstance(options, Perplexity) else score_texts)(options)
+        COMMANDS.get(type(options), score_texts)(options)
 
     return run_command(act, expected_errors)
 
 
 def expected_errors() -> tuple[type[Exception], ...]:
     """Return the errors reported in one line; those of model folders only if one was opened, to save their imports."""
-    if "model.hub" not in sys.modules:
+    if "train.runs.open" not in sys.modules:
         return EvalError, ValueError, OSError
     from safetensors import SafetensorError
 
@@ -43,7 +46,7 @@ def expected_errors() -> tuple[type[Exception], ...]:
     return EvalError, ValueError, OSError, SafetensorError, CheckpointError
 
 
-def check_values(options: Scored | Perplexity) -> None:
+def check_values(options: Scored | Perplexity | Reward) -> None:
     for name, least in MINIMA.items():
         value = getattr(options, name, None)
         if value is not None and value < least:

@@ -14,6 +14,7 @@ TOKENIZER_FILES = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
     *("chat_template.jinja", "chat_template.json"),
 )
+REWARD = "reward.json"  # mean score of a reward model
 GENERATION = "generation_config.json"  # instruction tuning writes it into an adapter's folder: the ids that end a reply
 
 
@@ -24,6 +25,8 @@ def copy_side_files(base: Path, adapter: Path, out: Path) -> None:
     own = [name for name in (*VOCABULARIES, *TOKENIZER_FILES, GENERATION) if (adapter / name).is_file()]
     for name in own:
         shutil.copyfile(adapter / name, out / name)
+    if (adapter / REWARD).is_file():
+        shutil.copyfile(adapter / REWARD, out / REWARD)
     copied = copy_auxiliary_files(base, out)
     if any(name in VOCABULARIES for name in own):
         for name in copied:

@@ -12,6 +12,7 @@ Where to read first: `config` (the hyperparameters of a network), then bottom up
     chat_session                                                         replies of a chat, whose cache stays over turns
     fill                                                                 mask filling by a masked-language model
     predict · predict_tags · answer_spans                                class probabilities, numbers, tags, answers
+    reward                                                               rewards of replies by a reward model
     parameters · flops · training · activations · memory · account       the cost of a network, before it is built
     resize                                                               another vocabulary size
     words                                                                lists of names in messages

@@ -13,6 +13,7 @@ from tests.folders import TEXT
 from tests.records import write_rows
 from train.adapters import add_adapter
 from train.config import NetworkConfig, OptimizerConfig, RunConfig
+from train.evaluate import evaluate
 from train.objective import Objective
 from train.preference_task import PreferenceTask
 from train.registry import config_type, load
@@ -79,7 +80,7 @@ def open_preference(
 def open_network(task: PreferenceTask, folder: Path, dtype: torch.dtype = torch.float64) -> Network:
     """The network of a task as step 0 has it."""
     wanted = task.network(task.config, model.hub.read_config(folder).replace(head=task.head), task.data)
-    network = model.hub.load(folder, dtype=dtype, head=task.head, labels=wanted.labels)
+    network = model.hub.load(folder, dtype=dtype, head=task.head, labels=wanted.labels, pool=wanted.pool)
     network.config = type(task).network(task.config, network.config, task.data)
     network = task.adapt_network(task.config, network, task.data)
     if task.config.method is not None:
@@ -101,3 +102,14 @@ def perturb(network: Network, scale: float = 0.05, seed: int = 0) -> Network:
             if parameter.requires_grad:
                 parameter += scale * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
     return network
+
+
+def write_reward_model(folder: Path, base: Path, corpus: Path, **options: object) -> tuple[PreferenceTask, Network]:
+    """Save a reward model with random weights as a checkpoint is saved, with the mean score of the corpus."""
+    task, network = open_preference("reward", base, corpus, validation=corpus, **options)
+    perturb(network, 0.1)
+    task.scores(evaluate(build_objective(task, network, base), task.validation))
+    model.hub.save(network, folder)
+    task.tokenizer.save(folder)
+    task.save_files(folder, network)
+    return task, network

@@ -125,14 +125,25 @@ class PreferenceTask(RecordTask):
     @classmethod
     def adapt_network(cls, config: "TrainConfig", network: "Network", data: "ChatData") -> "Network":
         """Add rows at the mean for new control tokens, and make the terminator the id that ends a text."""
-        from data.chat.conversation import Conversation
-        from train.chat_data import add_new_rows, reply_ends, set_stop_ids
+        from train.chat_data import add_new_rows, set_stop_ids
 
-        network = add_new_rows(config, network, data.tokenizer, data.new_ids)
+        return set_stop_ids(add_new_rows(config, network, data.tokenizer, data.new_ids), cls.find_reply_ends(data))
+
+    @classmethod
+    def find_reply_ends(cls, data: "ChatData") -> list[int]:
+        """Return the ids that end a reply of messages."""
+        from data.chat.conversation import Conversation
+        from train.chat_data import reply_ends
+
         rows = zip(data.train.names, data.train.values, strict=True)
-        found = ((name, record) for name, row in rows for record in cls.read_or_none(row))
+        found = ((name, record) for name, row in rows for record in cls.records_of(row))
         talks = ((n, Conversation((*r.prompt, *reply_of(r)), r.tools)) for n, r in found if not isinstance(r.prompt, str))
-        return set_stop_ids(network, reply_ends(data.tokenizer, data.template, talks))
+        return reply_ends(data.tokenizer, data.template, talks)
+
+    @classmethod
+    def records_of(cls, value: "Row | Compared") -> "list[Preference | Rated]":
+        """Return the records of a row, or of a value that a task has encoded."""
+        return [value.record] if isinstance(value, Compared) else cls.read_or_none(value)
 
     @classmethod
     def read_or_none(cls, row: "Row") -> "list[Preference | Rated]":

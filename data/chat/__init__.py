@@ -13,6 +13,7 @@
     preview       the text of an example with its learned tokens marked
 
     preferences        records of pairs (prompt, chosen, rejected) and of rated replies: `read_preference`, `read_rated`
+    replies            records of one reply or several to a prompt, to be scored: `read_prompt_replies`
     encode_preference  replies to one prompt as ids, behind the same ids of the prompt, and what does not fit: `encode_replies`
     rankings           pairs of replies from scores, rankings and votes
 """

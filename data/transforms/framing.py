@@ -166,11 +166,15 @@ class Framer:
         return ids[len(ids) - length :] if self.truncates_left else ids[:length]
 
 
-def choose_pad_id(tokenizer: Tokenizer, last: int | None, known: Iterable[int | None] = ()) -> int:
+def choose_pad_id(
+    tokenizer: Tokenizer, last: int | None, known: Iterable[int | None] = (), ends: Iterable[int | None] = ()
+) -> int:
     """Return an id for padding that is in the network's vocabulary and differs from `last`, the last token of a text.
 
-    (transformers' classifiers read the last token that is no padding.) known: ids to try first.
+    (transformers' classifiers read the last token that is no padding.) known: ids to try first. ends: further ids that end
+    texts.
     """
+    lasts = {last, *ends}
     wanted = (*known, tokenizer.pad_id, tokenizer.eos_id, tokenizer.unknown_id)
-    found = (id for id in wanted if id is not None and id != last and id < tokenizer.vocab_size)
-    return next(found, 0 if last != 0 else 1)
+    found = (id for id in wanted if id is not None and id not in lasts and id < tokenizer.vocab_size)
+    return next(found, next(id for id in range(len(lasts) + 1) if id not in lasts))

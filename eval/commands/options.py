@@ -13,6 +13,7 @@ from data.config import BUILT_IN
 from data.sources.find import may_hold_records
 from data.sources.record_files import FORMATS, file_suffix
 from eval.choices import ALIGNMENTS, CORPUS_SCORES, SMOOTH_VALUES, SQUAD_VERSIONS, TESTS
+from eval.commands.reward_options import DIR, FILE, Reward
 from eval.commands.scorer import Scorer, single_metric
 from eval.commands.texts import EvalError
 from eval.tokenize import TOKENIZERS
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
     from eval.notes import Notes
 
-FILE = tyro.conf.arg(metavar="FILE")
-DIR = tyro.conf.arg(metavar="DIR")
 NO_RECORDS = "a text is a line of its file, and no record"
 Tokenizer = Literal[tuple(TOKENIZERS)]
 
@@ -322,4 +321,5 @@ SUBCOMMANDS: dict[str, type] = {
     "wer": Wer,
     "cer": Cer,
     "perplexity": Perplexity,
+    "reward": Reward,
 }

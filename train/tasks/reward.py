@@ -1,6 +1,5 @@
 """A reward model: one score for a prompt and reply, higher for replies that are preferred."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,12 +18,13 @@ if TYPE_CHECKING:
     from data.sources.records import Row, Rows
     from model.config import ModelConfig
     from model.network import Network
+    from model.reward import MeanScore
     from train.chat_data import ChatData
     from train.config import TrainConfig
     from train.loop import Run
     from train.objective import Objective
 
-NOTE = "reward.json"  # in a checkpoint: the mean score of preferred replies
+HEAD = "head.out.weight"
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Settings(PreferenceSettings):
     """Weight of (score of chosen + score of rejected)², which holds the mean of all scores near 0; 0: off."""
 
     def __post_init__(self) -> None:
-        if not self.centering >= 0:
-            raise TrainError(f"--reward.centering {self.centering}: must be at least 0")
+        if not 0 <= self.centering < float("inf"):
+            raise TrainError(f"--reward.centering {self.centering}: must be finite and at least 0")
 
 
 class Prompt(NamedTuple):
@@ -71,39 +71,45 @@ class RewardTask(PreferenceTask):
         return [read_preference(row)]
 
     @classmethod
+    def records_of(cls, value: "Row | Prompt") -> "list[Preference]":
+        return [pair.record for pair in value.pairs] if isinstance(value, Prompt) else cls.read_or_none(value)
+
+    @classmethod
     def network(cls, config: "TrainConfig", base: "ModelConfig", data: "ChatData") -> "ModelConfig":
-        """Give the network one label, as transformers' sequence classifiers have it, and a pad that ends no text."""
-        from data.chat.encode import terminators
-        from data.transforms.framing import choose_pad_id
+        """Give the network one label, as transformers' sequence classifiers have it, read at the last token."""
         from train.label_config import with_labels
 
-        ends = terminators(data.tokenizer, data.template)
-        pad_id = choose_pad_id(data.tokenizer, ends[0], known=[base.pad_id])
-        return with_labels(base.replace(pad_id=pad_id), ("reward",), "regression")
+        return with_labels(base.replace(pool="last"), ("reward",), "regression")
 
     @classmethod
     def adapt_network(cls, config: "TrainConfig", network: "Network", data: "ChatData") -> "Network":
-        """Initialize a new head by N(0, 1 / (D + 1)), so that scores begin near 0 with variance 1 at most."""
+        """Initialize a new head by N(0, 1 / (D + 1)), so that scores begin near 0; choose a pad that ends no text.
+
+        Source: Ziegler et al. 2019, arXiv 1909.08593, section 2.1.
+        """
         import torch
 
-        import model.hub
+        from data.transforms.framing import choose_pad_id
         from model.init import parameter_generator
-        from train.runs.open import resolve
 
-        pad_id = network.config.pad_id
+        own_pad, is_new_head = network.config.pad_id, HEAD in network.new_weights
         network = super().adapt_network(config, network, data)
+        first, *ends = cls.find_reply_ends(data)
+        if any(isinstance(record.prompt, str) for row in data.train.values for record in cls.records_of(row)):
+            ends.append(data.tokenizer.eos_id)  # ends strings
+        pad_id = choose_pad_id(data.tokenizer, first, known=[own_pad], ends=ends)
         network.config = network.config.replace(pad_id=pad_id)
-        found = model.hub.read_config(resolve(config.run.init))
-        if (found.head, found.labels) != ("sequence", 1):
+        if is_new_head:
             weight = network.head.out.weight
-            generator = parameter_generator(config.run.seed, "head.out.weight")
+            generator = parameter_generator(config.run.seed, HEAD)
             drawn = torch.randn(weight.shape, generator=generator) / (network.config.width + 1) ** 0.5
             with torch.no_grad():
                 weight.copy_(drawn)
         return network
 
     def __init__(self, config: "TrainConfig", data: "ChatData"):
-        self.mean_score: float | None = None
+        self.mean_score: MeanScore | None = None  # of the last validation
+        self.run: Run | None = None
         super().__init__(config, data)
 
     def _encode(self, rows: "Rows") -> "Rows":
@@ -122,13 +128,6 @@ class RewardTask(PreferenceTask):
             if missing:
                 raise TrainError(f"--reward.margins: {missing[0]} has no margin, and no score_chosen and score_rejected")
         return Rows(list(prompts.values()), [", ".join(each) for each in names.values()], [key[0] for key in prompts])
-
-    @property
-    def pad_id(self) -> int:
-        from data.chat.encode import terminators
-        from data.transforms.framing import choose_pad_id
-
-        return choose_pad_id(self.tokenizer, terminators(self.tokenizer, self.template)[0])
 
     def transform(self, prompt: Prompt, random: "np.random.Generator") -> "list[Example]":
         """Return the rows of all pairs of a prompt: chosen, rejected, chosen …"""
@@ -168,26 +167,32 @@ class RewardTask(PreferenceTask):
 
     def begin(self, run: "Run") -> None:
         """Read the mean score of the checkpoint that a run goes on from."""
-        if run.step and (note := run.out / "checkpoints" / f"step-{run.step}" / NOTE).is_file():
-            self.mean_score = json.loads(note.read_text(encoding="utf-8"))["mean_score"]
+        from model.reward import read_mean_score
+
+        self.run = run
+        if run.step:
+            self.mean_score = read_mean_score(run.out / "checkpoints" / f"step-{run.step}")
 
     def save_files(self, folder: Path, network: "Network") -> None:
         """Write also the mean score of preferred replies in the last validation: rewards are scores minus it.
 
         Source: Huang et al. 2024, arXiv 2403.17031, detail 12, and Ziegler et al. 2019, arXiv 1909.08593.
         """
+        from model.reward import write_mean_score
+
         super().save_files(folder, network)
         if self.mean_score is not None:
-            (folder / NOTE).write_text(json.dumps({"mean_score": self.mean_score}) + "\n", encoding="utf-8")
+            write_mean_score(folder, self.mean_score)
 
     # ---- evaluation
 
     def scores(self, totals: Totals) -> Scores:
+        from model.reward import MeanScore
         from train.reward_objective import CALIBRATION
 
         sums_K = totals.pop("calibration")[0]
         scores = super().scores(totals) | {"ece": CALIBRATION.score(sums_K[None].round().long()).parts["ece"]}
-        self.mean_score = scores["score_chosen"]
+        self.mean_score = MeanScore(scores["score_chosen"], None if self.run is None else self.run.step)
         return scores
 
     def score_line(self, scores: Scores) -> str:

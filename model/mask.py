@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+SHARED = -1  # document id of keys that every document of the row sees
+
 
 class AttentionInputs(NamedTuple):
     """Mask and bias of scaled-dot-product attention, in the order in which the functions in `model.attention` take them.
@@ -27,7 +29,8 @@ class Mask:
 
         causal         s <= t
         window         t - s < window
-        document_ids   B S: same document. Packed documents do not see each other.
+        document_ids   B S: same document. Packed documents do not see each other. A key of document -1 (SHARED) belongs to
+                       all documents of its row: a prompt before several replies.
         query_ids      B T: with document_ids, those of the queries, where the keys are another sequence (cross-attention)
         attention_mask B S: 1 for a real key, 0 for a pad. A query without any allowed key (a pad) yields 0.
         prefix         the first `prefix` keys (virtual tokens) belong to every document and to every window
@@ -62,7 +65,7 @@ class Mask:
         if self.document_ids is not None:
             ids_BS = self.document_ids
             ids_BT = ids_BS[:, -queries:] if self.query_ids is None else self.query_ids
-            same = ids_BT[:, None, :, None] == ids_BS[:, None, None, :]
+            same = (ids_BT[:, None, :, None] == ids_BS[:, None, None, :]) | (ids_BS == SHARED)[:, None, None, :]
             allowed = allowed & (same | (key_1S < self.prefix))
         if self.attention_mask is not None:
             allowed = allowed & self.attention_mask.bool()[:, None, None, :]

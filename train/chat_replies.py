@@ -52,8 +52,10 @@ def write_replies(
     context: int,
     max_new_tokens: int,
     pad_id: int = 0,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
 ) -> list[Reply]:
-    """Write the greedy reply to each prompt (ids), in batches of similar length, within the context.
+    """Write a reply to each prompt (ids), in batches of similar length, within the context; temperature 0: the greedy one.
 
     A reply ends by itself at one of the network's stop ids, which is not part of it, within max_new_tokens and the context,
     whatever the longer prompts of its batch leave room for.
@@ -67,8 +69,8 @@ def write_replies(
         ids_BT = torch.tensor([[pad_id] * pad + prompts[i] for pad, i in zip(pads, batch, strict=True)], device=device)
         mask_BT = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads], device=device)
         rooms = [min(max_new_tokens, context - len(prompts[i])) for i in batch]
-        options = {"max_new_tokens": max(rooms), "stop_ids": stop_ids, "temperature": 0.0}
-        new_BN = generate(network, ids_BT, attention_mask=mask_BT, **options).tolist()
+        options = {"max_new_tokens": max(rooms), "stop_ids": stop_ids, "temperature": temperature}
+        new_BN = generate(network, ids_BT, attention_mask=mask_BT, generator=generator, **options).tolist()
         for i, room, new in zip(batch, rooms, new_BN, strict=True):
             ids = new[:room]  # beyond its room a row's window slides
             end = next((index for index, id in enumerate(ids) if id in stop_ids), None)

@@ -17,6 +17,7 @@ from train.losses.sequence import sequence_log_probs, token_log_probs
 from train.objective import Metric, Objective, Result, Term
 from train.parallel.ranks import Ranks
 from train.reference import ROW_IDS, Reference, remove_dropout
+from train.shared_prompt import choose_read
 
 TEXT_NLL, REPLY_NLL = "text_nll", "nll"  # terms beside the loss of pairs
 
@@ -98,6 +99,9 @@ class PairObjective(Objective):
         super().__init__(networks)
         remove_dropout(self.network)
         self.loss_of_pairs, self.reference = loss, reference
+        self.read = choose_read(self.network.config)
+        if reference is not None:
+            reference.read = self.read
         self.sees_step = loss.sees_step
         self.step_values: Tensor | None = None  # of all pairs of the step, 4 P: the first four of `Pairs`
         self.first = 0  # index of the next micro-batch's first pair in it
@@ -123,14 +127,14 @@ class PairObjective(Objective):
 
     def pairs(self, batch: Mapping[str, Tensor], scored_P: Tensor) -> tuple[Pairs, Tensor]:
         """Return the log-probabilities of the scored pairs, by one forward of policy and one of reference, and the policy's
-        features."""
+        features. The two replies of a pair read their prompt once (`train.shared_prompt`)."""
         labels_BT, inputs = batch["labels"], self.inputs_of(batch)
         weights_BT = self.token_weights(labels_BT)
         reference_B = None
         if self.reference is not None:  # first: an adapter is switched off for it, before the policy's graph exists
             reference_B = self.reference(self.network, self.frozen, batch, inputs, labels_BT, weights_BT)
         head = self.network.head
-        features_BTD = head.features(self.network.body(**inputs).hidden)
+        features_BTD = head.features(self.read(self.network, inputs, labels_BT))
         log_p_BT = token_log_probs(features_BTD, head.weight, labels_BT, head.bias)
         whole_B = log_p_BT.sum(-1)
         policy_B = whole_B if weights_BT is None else (log_p_BT * weights_BT.to(log_p_BT.dtype)).sum(-1)

@@ -11,6 +11,7 @@ from train.losses.preference_replies import kto_unpaired, kto_z
 from train.objective import Metric, Objective, Result, Term
 from train.parallel.ranks import Ranks
 from train.reference import ROW_IDS, Reference, remove_dropout, reply_log_probs
+from train.shared_prompt import Read, read_rows
 
 IS_GOOD = "is_good"  # key of a batch
 
@@ -29,6 +30,7 @@ class RatedObjective(Objective):
 
     uses = ("labels", ROW_IDS, IS_GOOD)
     sees_step = True
+    read: Read = staticmethod(read_rows)
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ from lora.installed import without_adapters
 from model.folders import HubError
 from train.losses.sequence import sequence_log_probs
 from train.runs.errors import CheckpointError
+from train.shared_prompt import Read, read_rows
 
 T = TypeVar("T")
 COPY = "reference"  # name of the frozen network
@@ -23,11 +24,15 @@ DROPOUTS = ("dropout", "output_dropout")  # attributes of modules
 
 
 def reply_log_probs(
-    network: nn.Module, inputs: Mapping[str, Tensor], labels_BT: Tensor, token_weights_BT: Tensor | None = None
+    network: nn.Module,
+    inputs: Mapping[str, Tensor],
+    labels_BT: Tensor,
+    token_weights_BT: Tensor | None = None,
+    read: Read = read_rows,
 ) -> Tensor:
     """Return Σ_t log π(label_t) over the labelled tokens of each row, B, in float32 or wider."""
-    output, head = network.body(**inputs), network.head
-    features = head.features(output.hidden)
+    head = network.head
+    features = head.features(read(network, inputs, labels_BT))
     return sequence_log_probs(features, head.weight, labels_BT, head.bias, token_weights_BT=token_weights_BT)
 
 
@@ -64,6 +69,8 @@ def frozen_copy(network: nn.Module, initial: Callable[[], nn.Module]) -> nn.Modu
 class Reference(nn.Module):
     """forward(policy, batch, inputs, labels B T, token weights) -> log-probabilities B of the reference, without gradient."""
 
+    read: Read = staticmethod(read_rows)  # as the policy's rows are read
+
     def forward(self, policy, frozen, batch, inputs, labels_BT, token_weights_BT=None) -> Tensor:
         raise NotImplementedError
 
@@ -73,7 +80,7 @@ class CopyReference(Reference):
 
     @torch.no_grad()
     def forward(self, policy, frozen, batch, inputs, labels_BT, token_weights_BT=None) -> Tensor:
-        return reply_log_probs(frozen[COPY], inputs, labels_BT, token_weights_BT)
+        return reply_log_probs(frozen[COPY], inputs, labels_BT, token_weights_BT, self.read)
 
 
 class AdapterOffReference(Reference):
@@ -82,7 +89,7 @@ class AdapterOffReference(Reference):
     @torch.no_grad()
     def forward(self, policy, frozen, batch, inputs, labels_BT, token_weights_BT=None) -> Tensor:
         with without_adapters(policy):
-            return reply_log_probs(policy, inputs, labels_BT, token_weights_BT)
+            return reply_log_probs(policy, inputs, labels_BT, token_weights_BT, self.read)
 
 
 class StoredReference(Reference):

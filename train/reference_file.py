@@ -137,6 +137,7 @@ def compute_table(run: "Run", task: "PreferenceTask", batches: list[dict[str, Te
     objective = unwrapped(run.engine.objective)
     policy, frozen = objective.network, objective.frozen
     compute = AdapterOffReference()
+    compute.read = objective.read
     network = None
     if run.config.method is None:  # before the first step the policy is its own reference
         network = policy if not run.step else frozen_copy(policy, task.initial)
@@ -155,7 +156,7 @@ def compute_table(run: "Run", task: "PreferenceTask", batches: list[dict[str, Te
             if network is None:
                 found_B = compute(policy, frozen, own, inputs, labels_BT, weights_BT)
             else:
-                found_B = reply_log_probs(network, inputs, labels_BT, weights_BT)
+                found_B = reply_log_probs(network, inputs, labels_BT, weights_BT, objective.read)
         table_N[own[ROW_IDS].cpu()[is_new_B]] = found_B.cpu().to(dtype)[is_new_B]
     policy.train(was_training)
     return run.ranks.sum(table_N)

@@ -48,17 +48,15 @@ PAIRS += "messages, chosen, rejected; instruction, chosen, rejected"
 RATED = "prompt, completion, label; messages or conversations, label; instruction, output, label"
 MAKE_PAIRS = "python -m data pairs makes pairs of rankings and scores"
 NEAR_MISSES = (  # columns, what to do about them
-    (("prompt", "responses"), MAKE_PAIRS),
     (("prompt", "completions"), f"rename completions to responses; {MAKE_PAIRS}"),
     (("instruction", "completions"), f"write prompt, responses and scores; {MAKE_PAIRS}"),
-    (("prompt", "response", "score"), MAKE_PAIRS),
+    (("prompt", "response", "score"), MAKE_PAIRS), (("prompt", "responses"), MAKE_PAIRS),
     (("prompt", "completion", "label"), "one reply, rated good or bad: for KTO"),
     (("question", "chosen", "rejected"), "rename question to instruction"),
     (("prompt", "response_0", "response_1"), "name the better one chosen, the other one rejected"),
     (("prompt", "response", "label"), "rename response to completion"),
     (("chosen",), "a chosen reply needs a rejected one"),
-    (("messages",), "conversations alone say nothing about preference: they are for instruction tuning, --objective sft"),
-    (("prompt", "completion"), "replies alone say nothing about preference: they are for instruction tuning, --objective sft"),
+    (("messages",), "conversations without a preference are for instruction tuning, --objective sft"),
 )
 
 
@@ -158,7 +156,7 @@ def read_sides(row: Row) -> tuple[Side, Side, Side, list[dict[str, Any]] | None]
     names = ("chosen", "rejected")
     if column := next((column for column in BEFORE if not is_empty(row.get(column))), None):
         before, _ = read_turns(row[column], column, is_only=False)
-        return join_sides(row, before, *(read_reply(each, name) for each, name in zip((chosen, rejected), names, strict=True)))
+        return join_sides(row, before, read_reply(chosen, "chosen"), read_reply(rejected, "rejected"))
     if not is_empty(row.get("instruction")) and is_empty(row.get("prompt")):
         return join_sides(row, read_instruction(row), *(as_reply(read_string(row, name), name) for name in names))
     (given,) = parse_turns(row.get("prompt"))

@@ -23,6 +23,7 @@
     sft       instruction tuning on the built-in conversations: before, after, with shuffled replies (--steps, --base)
     sft_speed  instruction tuning with LoRA beside TRL's SFTTrainer: tokens a second, padded, packed, as they come
     dpo_speed  preference pairs beside TRL's DPOTrainer: tokens a second and memory, reference live and precomputed, LoRA or not
+    preference  a reward model, and every preference loss on built-in pairs: the rule kept, KL, cost; an hour (--only, --base)
     metrics   scores of texts beside the libraries that define them; the command's memory and start
     gpu       GPT-2 124M on a card, compiled, beside its own products and transformers
 """
@@ -46,6 +47,7 @@ from tests.bench.loading import bench_loading
 from tests.bench.loss import bench_loss
 from tests.bench.metrics import bench_metrics
 from tests.bench.objectives import bench_objectives
+from tests.bench.preference import bench_preference
 from tests.bench.qat import bench_qat
 from tests.bench.qlora import bench_qlora
 from tests.bench.quant import bench_llama, bench_quant
@@ -79,9 +81,11 @@ BENCHES = {
     "sft": bench_sft,
     "sft_speed": bench_sft_speed,
     "dpo_speed": bench_dpo_speed,
+    "preference": bench_preference,
     "metrics": bench_metrics,
     "gpu": bench_gpu,
 }
+TAKES_ONLY = ("objectives", "transfer", "forgetting", "preference")
 
 
 def main() -> None:
@@ -91,15 +95,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--steps", type=int, help="steps of adapters, qlora (400), qat (200), fim (700), transfer (2000)")
     parser.add_argument("--base", help="adapters, qlora, qat: weights to start from; errors, fim: measured; others: folder")
-    parser.add_argument("--only", help="objectives, transfer, forgetting: these rows alone, and those that they start from")
+    parser.add_argument("--only", help="objectives, transfer, forgetting, preference: these rows alone, and their starts")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     print(f"torch {torch.__version__}, {where}, {options.threads} threads, Python {platform.python_version()}\n")
     given = {name: value for name, value in {"steps": options.steps, "base": options.base}.items() if value is not None}
     for name in BENCHES if options.name == "all" else [options.name]:
-        named = {"only": options.only} if name in ("objectives", "transfer", "forgetting") and options.only else {}
-        takes_given = name in ("adapters", "qlora", "errors", "qat", "fim", "transfer", "forgetting", "sft")
+        named = {"only": options.only} if name in TAKES_ONLY and options.only else {}
+        takes_given = name in ("adapters", "qlora", "errors", "qat", "fim", "transfer", "forgetting", "sft", "preference")
         BENCHES[name](options.rounds, **(given if takes_given else {}), **named)
 
 

@@ -134,7 +134,7 @@ RECORDS = {  # objective, records, options, what is said
         "dpo",
         [{"prompt": "Hi", "completion": "Lo"}],
         [],
-        ("its columns: 'prompt', 'completion'", "Accepted: ", "--objective sft"),
+        ("its columns: 'prompt', 'completion'", "Accepted: "),
     ),
     "rated replies": ("dpo", ratings(), [], ("rows.jsonl:1: ", "one reply, rated good or bad: for KTO")),
     "columns of no shape": ("dpo", [{"question": "a", "good": "b"}], [], ("its columns: 'question', 'good'. Accepted: ",)),

@@ -162,7 +162,7 @@ def test_a_file_of_the_wrong_kind(name, place):
 
 
 def test_what_it_goes_on_from(place, tmp_path):
-    """A decoder with a tokenizer; the built-in conversations stand alone."""
+    """A decoder with a tokenizer; the built-in records stand alone."""
     said = command("--objective", "sft", *SIZES, "--out", tmp_path / "run")
     assert_one_clear_line(said, "--init FOLDER", "--recipe chat-base")
     model.hub.save(randomized(tiny_config("bert", vocab_size=332)), tmp_path / "bert")
@@ -172,7 +172,7 @@ def test_what_it_goes_on_from(place, tmp_path):
     assert_one_clear_line(run(tmp_path, chats(), base="bert"), "networks of the architecture 'decoder'", "'encoder'")
     options = ["--objective", "sft", "--init", place / "base", *SIZES, "--out", tmp_path / "run"]
     said = command(*options, "--validation", place / "chat.jsonl")
-    assert_one_clear_line(said, "--corpus stdlib-chat: built-in conversations", "without --validation")
+    assert_one_clear_line(said, "--corpus stdlib-chat: built-in records", "without --validation")
     assert_one_clear_line(run(tmp_path, chats(), base="none"), "none")
 
 

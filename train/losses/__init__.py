@@ -14,6 +14,7 @@ preference_free         those without a reference: CPO, SimPO, ORPO
 preference_replies      those of each reply by itself: KTO, APO, SPPO, NCA, BCO
 preference_sorted       those of a sorted batch: AOT
 divergence              f-divergences in the place of the reverse KL
+sequence                log-probabilities of whole replies from hidden states and the head's matrix, a chunk at a time
 pair_weights            weights of pairs (WPO) and of tokens (LD-DPO)
 mixture                 "sigmoid=1,sft=0.2": the losses of a run, and their weights
 """

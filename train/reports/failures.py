@@ -75,6 +75,8 @@ def out_of_memory(run: RunView, error: Exception) -> str:
     what = f"out of memory at step {run.step + 1} ({str(error).splitlines()[0]}). {untouched}"
     if run.engine.mesh.shard > 1:
         return what + "Less is needed with a smaller --batch-size (and more --accumulate), --recompute blocks, --loss chunked."
+    if not run.task.has_memory_estimate:
+        return what + "Less is needed with a smaller --batch-size (and more --accumulate), --recompute blocks, --adapter lora."
     packed = bool(quantized_layers(run.engine.network))
     frozen = frozen_names(run.engine.network, run.config.run)
     training = training_settings(run.config, run.ranks, run.label_fraction or 1.0, packed=packed, frozen=frozen)

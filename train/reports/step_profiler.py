@@ -55,10 +55,10 @@ class StepProfiler:
 
 
 def described_step(run: RunView, micro_batches: list[dict[str, Tensor]]) -> Training | None:
-    """Describe a step on such micro-batches for `model.memory`; None where it cannot be estimated (`has_memory_estimate`, or
-    sharded weights: the estimate is for one device)."""
+    """Describe a step on such micro-batches for `model.memory`; None where it cannot be estimated (`has_memory_estimate`,
+    a task with further networks, or sharded weights: the estimate is for one device)."""
     engine = run.engine
-    if engine.mesh.shard > 1 or not has_memory_estimate(run.config):
+    if engine.mesh.shard > 1 or not (has_memory_estimate(run.config) and run.task.has_memory_estimate):
         return None
     scored = sum(int((batch["labels"] != IGNORE).sum()) for batch in micro_batches)
     scored /= sum(batch["labels"].numel() for batch in micro_batches)

@@ -67,6 +67,19 @@ def write_records(path: Path) -> None:
             file.write(json.dumps(record | {"answers": answers}) + "\n")
 
 
+def preferences() -> dict[str, list[dict]]:
+    """Records of docs/preferences.md: pairs, rated replies, scored replies, votes."""
+    asked = [[{"role": "user", "content": f"{n}"}] for n in range(30)]
+    replies = [[{"role": "assistant", "content": word}] for word in ("b", "c")]
+    rated = [{"prompt": prompt, "completion": replies[n % 2], "label": n % 2 == 0} for n, prompt in enumerate(asked)]
+    return {
+        "pairs.jsonl": [{"prompt": prompt, "chosen": replies[0], "rejected": replies[1]} for prompt in asked],
+        "rated.jsonl": rated,
+        "scored.jsonl": [{"prompt": f"{n}", "responses": ["b", "c"], "scores": [n, 2]} for n in range(6)],
+        "votes.jsonl": [{"prompt": f"{n}", "a": "b", "b": "c", "choice": "a"} for n in range(6)],
+    }
+
+
 class Place(NamedTuple):
     """Files and runs that stand for the capitals in commands."""
 
@@ -86,11 +99,14 @@ def place(tmp_path_factory) -> Place:
     (folder / "reviews.csv").write_text("text,label\n" + "".join(f'"{r["text"]}",{r["label"]}\n' for r in rows))
     chats = [{"messages": [{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": "b"}]} for n in range(30)]
     (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats), encoding="utf-8")
+    for name, rows in preferences().items():
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     for name in DATA_SETS:
         write_records(folder / f"{name}.jsonl")
     names = {f"{name}/{split}.jsonl": str(folder / f"{name}.jsonl") for name in DATA_SETS for split in ("train", "validation")}
     names["TAGS.jsonl"] = names["names/train.jsonl"]
     names |= {name: str(folder / name) for name in ("HYP", "REF", "A", "B", "PAIRS.jsonl", "reviews.csv", "chat.jsonl")}
+    names |= {name: str(folder / name) for name in preferences()}
     names |= dict.fromkeys(("PATH", "CORPUS", "notes/", "stdlib-code"), corpus) | {"books/*.txt.gz": f"{corpus}/*.txt"}
     other = write_corpus(folder / "other", seed=1)
     names |= {"web=web/:7": f"web={corpus}:7", "code=src/:3": f"code={other}:3"}
@@ -107,6 +123,8 @@ def place(tmp_path_factory) -> Place:
         names[f"RUN of {kind}"] = trained(kind, f"--objective {kind} --corpus {file} {TINY}")
     longer = trained("longer", f"--corpus {corpus} {TINY.replace('--context 32', '--context 128')}")
     names["RUN of sft"] = trained("sft", f"--objective sft --init {longer} --corpus {names['chat.jsonl']}")
+    names |= {"SFT": names["RUN of sft"], "LONGER": longer}
+    names["REWARD"] = trained("reward", f"--objective reward --init {names['SFT']} --corpus {names['pairs.jsonl']}")
     names["ENCODER"] = names["RUN of mlm"]
     for kind in ("span", "denoise", "fim"):
         names[f"RUN of {kind}"] = trained(kind, f"--objective {kind} --corpus {corpus} {TINY}")
@@ -176,7 +194,10 @@ def made_small(words: list[str], place: Place, tmp_path: Path) -> list[str]:
             del words[words.index(name) : words.index(name) + 2]
     words += [*shlex.split(SHORT), "--cache", str(place.folder / "cache"), "--out", str(tmp_path / "run")]
     words += [] if "--init" in words else shlex.split(TINY.partition(" --val-fraction")[0] if "--validation" in words else TINY)
-    corpus = place.names["chat.jsonl" if "sft" in words else "PATH"]
+    kinds = {"chat.jsonl": ("sft", "pairs-sft"), "pairs.jsonl": ("dpo", "reward", "pairs-dpo"), "rated.jsonl": ("kto",)}
+    corpus = place.names[next((file for file, said in kinds.items() if {*said} & {*words}), "PATH")]
+    if "pairs-sft" in words:  # whose template's tokens need more context than BASE has
+        words[words.index("--init") + 1] = place.names["LONGER"]
     words += [] if "--corpus" in words else ["--corpus", corpus]
     return words
 

@@ -1,0 +1,121 @@
+"""Both replies of a pair behind one prompt in one row: the hidden states, losses and gradients of two rows."""
+
+import pytest
+import torch
+
+from data.packing.collate import PADDING_DOCUMENT
+from model.mask import SHARED, Mask
+from tests.chat_runs import CHATML, write_base
+from tests.compare import absolute, relative
+from tests.preference_runs import build_objective, open_preference, perturb, write_pairs
+from train import shared_prompt
+from train.shared_prompt import choose_read, read_pairs, read_rows
+
+KINDS = ("Llama", "Qwen2")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("pairs")
+    for kind in KINDS:
+        write_base(place / kind, CHATML, kind=kind)
+    write_pairs(place / "pairs.jsonl", 8, longest=20)
+    write_pairs(place / "held_out.jsonl", 2, seed=1)
+    return place
+
+
+def opened(place, kind: str = "Llama", **settings):
+    files = {"validation": place / "held_out.jsonl", "context": 256}
+    return open_preference("dpo", place / kind, place / "pairs.jsonl", **files, **settings)
+
+
+def gradients(objective, batch) -> list[torch.Tensor]:
+    objective.zero_grad()
+    result = objective(batch)
+    sum(term.weight * term.sum for term in result.terms.values()).backward()
+    found = [parameter.grad.clone() for parameter in objective.network.parameters() if parameter.grad is not None]
+    return [result.terms["loss"].sum.detach(), *found]
+
+
+@pytest.fixture
+def always(monkeypatch):
+    monkeypatch.setattr(shared_prompt, "WORTH", 2.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hidden_states_of_real_positions(place, kind, always, parity):
+    task, network = opened(place, kind)
+    batch = task.source.batches(0)[0]
+    inputs, is_real_BT = {name: batch[name] for name in ("input_ids", "attention_mask")}, batch["attention_mask"].bool()
+    rows, pairs = (read(network, inputs, batch["labels"])[is_real_BT] for read in (read_rows, read_pairs))
+    parity(f"replies behind one prompt: hidden states, {kind}", "two rows", absolute(pairs, rows), 1e-12, "float64")
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "orpo", "sigmoid=1,sft=0.5"])
+def test_losses_and_gradients(place, loss, always, parity):
+    task, network = opened(place, loss=loss)
+    objective, batch = build_objective(task, network, place / "Llama"), task.source.batches(0)[0]
+    perturb(network)
+    found = {}
+    for read in (read_rows, read_pairs):
+        objective.read = read
+        if objective.reference is not None:
+            objective.reference.read = read
+        found[read] = gradients(objective.train(), batch)
+    error = max(relative(one, other) for one, other in zip(found[read_pairs], found[read_rows], strict=True))
+    parity(f"replies behind one prompt: loss and gradients, {loss}", "two rows", error, 1e-9, "float64, relative")
+
+
+def test_one_row_holds_the_prompt_once(place, always, monkeypatch):
+    task, network = opened(place)
+    batch, seen = task.source.batches(0)[0], {}
+    forward = network.body.forward
+    monkeypatch.setattr(network.body, "forward", lambda **inputs: seen.update(inputs) or forward(**inputs))
+    read_pairs(network, {name: batch[name] for name in ("input_ids", "attention_mask")}, batch["labels"])
+    records = {each.row_id: each for each in task.data.train.values}
+    for row, ids_U, document_U, place_U in zip(
+        batch["row_ids"][::2].tolist(), seen["input_ids"], seen["document_ids"], seen["position_ids"], strict=True
+    ):
+        prompt, (chosen, rejected) = records[row].prompt.tolist(), (reply[:-1].tolist() for reply in records[row].replies)
+        length = len(prompt) + len(chosen) + len(rejected)
+        assert ids_U[:length].tolist() == prompt + chosen + rejected
+        assert document_U[:length].tolist() == [SHARED] * len(prompt) + [0] * len(chosen) + [1] * len(rejected)
+        behind = [len(prompt) + i for reply in (chosen, rejected) for i in range(len(reply))]
+        assert place_U[:length].tolist() == [*range(len(prompt)), *behind]
+        assert set(document_U[length:].tolist()) <= {PADDING_DOCUMENT}
+
+
+def test_replies_do_not_see_each_other(place, always):
+    """Another chosen reply changes nothing of the rejected one."""
+    task, network = opened(place)
+    batch = task.source.batches(0)[0]
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    before = read_pairs(network, inputs, batch["labels"])[1::2]
+    labelled_BT = batch["labels"] != -100
+    other = {**inputs, "input_ids": batch["input_ids"].clone()}
+    other["input_ids"][::2][:, 1:][labelled_BT[::2][:, :-1]] = 5  # inputs behind the first label: the chosen replies' tokens
+    after = read_pairs(network, other, batch["labels"])[1::2]
+    real_BT = batch["attention_mask"][1::2].bool()
+    assert torch.equal(before[real_BT], after[real_BT])
+    assert not torch.equal(inputs["input_ids"], other["input_ids"])
+
+
+def test_the_mask_shares_keys_of_its_document():
+    allowed_TS = Mask(document_ids=torch.tensor([[-1, 0, 1, -2]])).allowed(4, 4)[0, 0].int().tolist()
+    assert allowed_TS == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1]]
+
+
+def test_where_places_in_the_row_count_rows_are_read_as_they_are(place):
+    _, network = opened(place)
+    assert choose_read(network.config) is read_pairs
+    assert choose_read(network.config.replace(windows=(16,))) is read_rows
+    assert choose_read(network.config.replace(bidirectional_prompt=True)) is read_rows
+
+
+def test_a_prompt_that_saves_little_is_read_twice(place, monkeypatch):
+    task, network = opened(place)
+    batch = task.source.batches(0)[0]
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    monkeypatch.setattr(shared_prompt, "WORTH", 0.0)
+    assert torch.equal(read_pairs(network, inputs, batch["labels"]), read_rows(network, inputs, batch["labels"]))
+    assert read_pairs(network, {name: value[:0] for name, value in inputs.items()}, batch["labels"][:0]).shape[0] == 0

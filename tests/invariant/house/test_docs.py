@@ -25,6 +25,7 @@ from tests.compare import mixed
 from tests.conftest import randomized, tiny_config
 from tests.made import modules
 from tests.pairs import word_pairs
+from tests.preference_table import variant_table
 from tests.runs import ROOT, command, last_checkpoint, write_corpus
 from train.options import read_options, resolve_aliases
 
@@ -263,7 +264,7 @@ def test_every_snippet_is_run_here():
     pages = [str(page.relative_to(ROOT)) for page in PAGES if page.name not in WRITTEN]
     assert {page: len(snippets(page)) for page in pages if snippets(page)} == {
         "README.md": 1, "docs/adapters.md": 1, "docs/quantization.md": 2, "docs/metrics.md": 1, "docs/networks.md": 1,
-        "docs/training.md": 1, "docs/instructions.md": 1,
+        "docs/training.md": 1, "docs/instructions.md": 1, "docs/preferences.md": 1,
     }  # fmt: skip
 
 
@@ -280,6 +281,19 @@ def test_a_conversation_is_encoded(place, capsys):
     (block,) = snippets("docs/instructions.md")
     exec(block.replace("FOLDER", str(last_checkpoint(Path(place.names["FOLDER"])))), {})
     assert capsys.readouterr().out.split() == ["Hello"]
+
+
+def test_the_table_of_preference_losses_is_computed():
+    """python -m tests.preference_table prints it."""
+    assert variant_table().strip() in (ROOT / "docs/preferences.md").read_text(encoding="utf-8")
+
+
+def test_losses_of_pairs(capsys):
+    (block,) = snippets("docs/preferences.md")
+    exec(block, {})
+    said = capsys.readouterr().out.splitlines()
+    shown = block.partition("a pair: ")[2].splitlines()[0]
+    assert said[0] == shown and said[1].startswith("tensor(") and said[2] == "False"
 
 
 def test_a_checkpoint_opens_in_transformers(place, monkeypatch):

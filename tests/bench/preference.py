@@ -177,7 +177,7 @@ def best_of(place: Place, run: Path) -> tuple[int, Scores]:
 
 def open_policy(place: Place, folder: Path) -> Network:
     if (folder / "adapter_config.json").is_file():
-        return open_network(folder)[0].eval()
+        return open_network(folder)
     return model.hub.load(folder).eval()
 
 

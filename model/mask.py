@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SHARED = -1  # document id of keys that every document of the row sees
+SHARED = -3  # document id of keys that every document of the row sees; -1 are virtual tokens, -2 padding
 
 
 class AttentionInputs(NamedTuple):
@@ -29,7 +29,7 @@ class Mask:
 
         causal         s <= t
         window         t - s < window
-        document_ids   B S: same document. Packed documents do not see each other. A key of document -1 (SHARED) belongs to
+        document_ids   B S: same document. Packed documents do not see each other. A key of document SHARED belongs to
                        all documents of its row: a prompt before several replies.
         query_ids      B T: with document_ids, those of the queries, where the keys are another sequence (cross-attention)
         attention_mask B S: 1 for a real key, 0 for a pad. A query without any allowed key (a pad) yields 0.

@@ -56,6 +56,11 @@ class PairLoss:
         return any(PREFERENCE_DETAILS[name].sees_batch for name in self.names)
 
     @property
+    def averages(self) -> bool:
+        """True where every loss divides log-probabilities by the number of tokens."""
+        return all(PREFERENCE_DETAILS[name].averages for name in self.names)
+
+    @property
     def nll_weights(self) -> dict[str, float]:
         """Return the weights of the chosen reply's cross-entropy: over its tokens, and over those of prompt and reply."""
         found = {REPLY_NLL: self.weights.get("sft", 0.0), TEXT_NLL: 0.0}
@@ -87,10 +92,13 @@ class PairObjective(Objective):
 
     labels B T: the tokens of each reply with its terminator; a pair without labels only fills a batch up. Terms: "loss", a mean
     over the pairs of the step, and where asked "nll" (sft, cpo) or "text_nll" (orpo), token means of the chosen replies.
-    Metrics: rewards β (log π - log π_ref) of both, their margin, accuracy (margin above 0), log-probabilities, lengths, and
-    "kl": the mean over tokens of log π_ref - log π, an estimate of KL(π_ref ‖ π) where the replies are the reference's.
+    Metrics: rewards β (log π - log π_ref) of both, over the number of tokens where all losses average; their margin, accuracy
+    (margin above 0), log-probabilities, lengths, and "kl": the mean over tokens of log π_ref - log π, an estimate of
+    KL(π_ref ‖ π) where the replies are the reference's.
 
-    Losses that compare pairs (aot) do so over all pairs of the optimizer step, of all micro-batches and ranks: `begin_step`.
+    Losses that compare pairs (aot) do so over all pairs of the optimizer step, of all micro-batches and ranks: `begin_step`
+    collects their values. A row's loss then has its partners as constants, and each is differentiated in its own row's.
+    P: pairs, half of the B rows. labels[t] is the target of position t: the first is at the prompt's last token.
     """
 
     uses = ("labels", ROW_IDS)
@@ -169,7 +177,10 @@ class PairObjective(Objective):
     def metrics(self, pairs: Pairs, count: Tensor) -> dict[str, Metric]:
         """Return the values of a step that are logged."""
         policy_c, policy_r, reference_c, reference_r, length_c, length_r, whole_c, whole_r = (each.detach() for each in pairs)
-        chosen, rejected = (self.loss_of_pairs.beta * r for r in (policy_c - reference_c, policy_r - reference_r))
+        beta = self.loss_of_pairs.beta
+        chosen, rejected = beta * (policy_c - reference_c), beta * (policy_r - reference_r)
+        if self.loss_of_pairs.averages:
+            chosen, rejected = chosen / length_c, rejected / length_r
         margin = chosen - rejected
         named = {
             "reward_chosen": chosen,

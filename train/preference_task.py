@@ -208,6 +208,15 @@ class PreferenceTask(RecordTask):
 
     def introduction(self) -> str:
         lines = [f"template {self.template.name}"]
+        strings = sum(isinstance(each.prompt, str) for each in self.all_records())
+        if strings:
+            lines.append(
+                f"strings  {format_count(strings, 'record')} without a template; `model chat` asks by one: lists of turns are "
+                "rendered by it"
+            )
+        against = sum((getattr(each, "margin", None) or 0) < 0 for each in self.all_records())
+        if against:
+            lines.append(f"margins  {format_count(against, 'pair')}: the rejected reply has the higher score")
         for reason, names in self.left_out.items():
             lines.append(f"left out {format_count(len(names), 'record')}, {reason}: {shorten_list(names)}")
         if self.cut:
@@ -218,6 +227,10 @@ class PreferenceTask(RecordTask):
         lines.append(f"{self.data.train.names[0]}: {'… ' * (len(prompt) > SHOWN)}{prompt[-SHOWN:]}")
         lines += self.describe_replies(first)
         return super().introduction() + "\n".join(lines) + "\n"
+
+    def all_records(self) -> "list[Preference | Rated]":
+        """Return the records of training."""
+        return [record for value in self.data.train.values for record in self.records_of(value)]
 
     @property
     def first_record(self) -> Compared:

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from model.config import ModelConfig
+    from train.chat_data import ChatData
     from train.chat_replies import Prompt, Reply
+    from train.config import TrainConfig
     from train.loop import Run
     from train.parallel.ranks import Ranks
     from train.reference import Reference
@@ -49,6 +52,17 @@ class ReferenceTask(PreferenceTask):
     """A task with a policy and, unless no loss needs it, a reference; and with replies in validation."""
 
     settings: ReferenceSettings
+
+    @classmethod
+    def network(cls, config: "TrainConfig", base: "ModelConfig", data: "ChatData") -> "ModelConfig":
+        """Refuse a network that writes no text, such as a reward model (TrainError)."""
+        import model.hub
+        from train.runs.open import resolve
+
+        found = model.hub.read_config(resolve(config.run.init), any_head=True).head
+        if found != "lm":
+            raise TrainError(f"--init {config.run.init} has the head {found!r} and writes no replies: name one that answers")
+        return base
 
     @property
     def needs_reference(self) -> bool:

@@ -1,9 +1,10 @@
 """Read the prompt of a pair once: both replies stand behind it in one row, and do not see each other.
 
     two rows    prompt chosen           one row    prompt chosen rejected
-                prompt rejected         document   -1…-1  0…0    1…1
+                prompt rejected         document   shared 0…0    1…1
                                         position   0…p-1  p…     p…
 
+Keys of document SHARED (`model.mask`) are seen by every document of their row; U counts the positions of the joint row.
 The hidden states are those of two rows, but for rounding. A forward reads p + n_c + n_r tokens in place of 2 p + n_c + n_r.
 """
 

@@ -41,7 +41,10 @@ from data.messages import quote_names
 Side = tuple[Message, ...] | str  # messages, or a string without a template
 BEFORE = ("conversations", "messages")  # columns of the turns before a reply
 LABELS = ("label", "kto_tag")
+SIDES = ("chosen", "rejected")
 NEEDS_TURNS = "a system message or tools need a template, and so lists of turns"
+UNSPLIT = "strings without 'prompt': where the prompt ends in them is not known, as two replies may begin alike. Split them: "
+UNSPLIT += "a column prompt, and the replies alone; or give lists of turns"
 AS_TURNS = 'write replies as lists of turns, [{"role": "assistant", "content": …}]'
 PAIRS = "prompt, chosen, rejected (strings, or lists of turns); chosen, rejected (whole conversations); conversations or "
 PAIRS += "messages, chosen, rejected; instruction, chosen, rejected"
@@ -54,8 +57,7 @@ NEAR_MISSES = (  # columns, what to do about them
     (("prompt", "completion", "label"), "one reply, rated good or bad: for KTO"),
     (("question", "chosen", "rejected"), "rename question to instruction"),
     (("prompt", "response_0", "response_1"), "name the better one chosen, the other one rejected"),
-    (("prompt", "response", "label"), "rename response to completion"),
-    (("chosen",), "a chosen reply needs a rejected one"),
+    (("prompt", "response", "label"), "rename response to completion"), (("chosen",), "a chosen reply needs a rejected one"),
     (("messages",), "conversations without a preference are for instruction tuning, --objective sft"),
 )
 
@@ -152,25 +154,23 @@ def read_pair(row: Row) -> Preference:
 
 def read_sides(row: Row) -> tuple[Side, Side, Side, list[dict[str, Any]] | None]:
     """Return the prompt, the chosen and the rejected reply, and the tools."""
-    chosen, rejected = parse_turns(row["chosen"], row["rejected"])
-    names = ("chosen", "rejected")
-    if column := next((column for column in BEFORE if not is_empty(row.get(column))), None):
+    chosen, rejected = parse_turns(*(row[name] for name in SIDES))
+    column = next((column for column in BEFORE if not is_empty(row.get(column))), None)
+    if column is not None and parse_turns(row[column]) != [chosen]:  # UltraFeedback's `messages` are the chosen side once more
         before, _ = read_turns(row[column], column, is_only=False)
         return join_sides(row, before, read_reply(chosen, "chosen"), read_reply(rejected, "rejected"))
     if not is_empty(row.get("instruction")) and is_empty(row.get("prompt")):
-        return join_sides(row, read_instruction(row), *(as_reply(read_string(row, name), name) for name in names))
+        return join_sides(row, read_instruction(row), *(as_reply(read_string(row, name), name) for name in SIDES))
     (given,) = parse_turns(row.get("prompt"))
     if isinstance(chosen, str) and isinstance(rejected, str):
         if is_empty(given):
-            why = "strings without 'prompt': where the prompt ends in them is not known, as two replies may begin alike"
-            raise DataError(f"{why}. Split them: a column prompt, and the replies alone; or give lists of turns")
+            raise DataError(UNSPLIT) if is_empty(row.get("question")) else refuse_columns(row, PAIRS)
         if not isinstance(given, str):
             raise DataError(f"'prompt' is {kind_of(given)}, and 'chosen' and 'rejected' are strings: {AS_TURNS}")
         return read_strings(row, given, chosen, rejected)
     if isinstance(chosen, str) or isinstance(rejected, str):
-        kinds = f"'chosen' is {kind_of(chosen)}, 'rejected' is {kind_of(rejected)}"
-        raise DataError(f"{kinds}: both must be strings, or both turns")
-    sides = [read_side(each, name) for each, name in zip((chosen, rejected), names, strict=True)]
+        raise DataError(f"'chosen' is {kind_of(chosen)}, 'rejected' is {kind_of(rejected)}: both must be strings or turns")
+    sides = [read_side(each, name) for each, name in zip((chosen, rejected), SIDES, strict=True)]
     if is_empty(given):
         return join_sides(row, *split_prompt(*sides))
     if isinstance(given, str):
@@ -185,7 +185,7 @@ def read_strings(row: Row, prompt: str, *replies: str) -> tuple[Any, ...]:
     """Return a prompt and its replies, which are strings, and no tools."""
     if not prompt.strip():
         raise DataError("'prompt' is empty")
-    for name, reply in zip(("chosen", "rejected") if len(replies) == 2 else ("completion",), replies, strict=True):
+    for name, reply in zip(SIDES if len(replies) == 2 else ("completion",), replies, strict=True):
         if not reply.strip():
             raise DataError(f"{name!r} is empty: the reply is empty")
     if read_system(row) is not None or read_tools(row.get("tools")) is not None:
@@ -260,7 +260,7 @@ def join_sides(row: Row, before: list[Message], *replies: list[Message]) -> tupl
 
     Errors (DataError): a reply of several turns or of another role; a prompt that no user's turn begins, or that a reply ends.
     """
-    for name, reply in zip(("chosen", "rejected") if len(replies) == 2 else ("the reply",), replies, strict=True):
+    for name, reply in zip(SIDES if len(replies) == 2 else ("the reply",), replies, strict=True):
         if len(reply) != 1:
             raise DataError(f"{name} has {len(reply)} turns after the prompt, and a reply is one: leave out what follows it")
         if reply[0]["role"] != REPLY:

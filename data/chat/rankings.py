@@ -92,6 +92,8 @@ def read_list(name: str, row: Row, prompt: Any, kind: Kind | None) -> Ranked:
     replies, values = (read_json_list(row[each], each) for each in (REPLIES, column))
     if len(replies) != len(values):
         raise DataError(f"{len(replies)} responses and {len(values)} in {column!r}: one for each")
+    if column == "ranking" and any(read_number(value, column) < 0 for value in values):
+        raise DataError(f"'ranking' has ranks below 0, {values}: 1 is the best reply")
     sign = 1 if column == "scores" else -1
     (asked,) = parse_turns(prompt)
     return Ranked(name, asked, replies, [sign * read_number(value, column) for value in values])

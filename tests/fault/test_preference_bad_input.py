@@ -172,6 +172,7 @@ OPTIONS = {  # a line: what is said
     "dpo --dpo.reference-file x": ("--dpo.reference-file would have no effect: it is of --dpo.reference precomputed",),
     "dpo --dpo.loss aot --batch-size 1": ("aot compares the pairs of a step, and needs two of them: --batch-size 2",),
     "kto --batch-size 1": ("compares the replies of a step with their mean, and needs two: --batch-size 2",),
+    "dpo --dpo.loss simpo --dpo.ld-alpha 0.5": ("--dpo.ld-alpha 0.5: --dpo.loss simpo divides by the number of tokens",),
     "dpo --loss chunked": ("--loss would have no effect: --dpo.loss chooses the loss of pairs",),
     "kto --label-smoothing 0.1": ("--label-smoothing would have no effect: the loss is KTO's",),
     "dpo --dpo.template chatgpt": ("there is no chat template 'chatgpt'", "chatml, llama-2"),
@@ -230,6 +231,25 @@ def test_what_it_goes_on_from(place):
     expected = ("--lora.train-whole embedding head", "--dpo.template alpaca, zephyr")
     assert_one_clear_line(said, "new control tokens (<|im_start|>, <|im_end|>)", *expected)
     assert "reference " in accept(place, "dpo", pairs(), "--adapter", "lora", "--dpo.template", "zephyr", base="without")
+
+
+def test_a_classifier_is_no_network_to_go_on_from(place):
+    """Such as a reward model: it writes no text."""
+    shutil.copytree(place / "base", place / "scores")
+    network = model.hub.load(place / "base", head="sequence", labels=1)
+    model.hub.save(network, place / "scores")
+    for objective, rows in (("dpo", pairs()), ("kto", ratings())):
+        said = run(place, objective, rows, base="scores")
+        assert_one_clear_line(said, f"--init {place / 'scores'} has the head 'sequence' and writes no replies: name one")
+
+
+def test_what_looks_odd_is_said(place):
+    """Strings on a network that chats, and pairs whose scores say the opposite."""
+    strings = {"prompt": "Hi there", "chosen": " Lo", "rejected": " No", "score_chosen": 1, "score_rejected": 9}
+    said = accept(place, "dpo", pairs(strings))
+    assert "strings  1 record without a template; `model chat` asks by one" in said
+    assert "margins  1 pair: the rejected reply has the higher score" in said
+    assert "strings " not in accept(place, "dpo", pairs())
 
 
 def test_an_adapter_is_no_network_to_go_on_from(place, tmp_path):

@@ -106,6 +106,8 @@ def diagnose(rows: list[dict]) -> Diagnosis:
         )
     earlier = max((row for row in held_out if row["step"] <= 0.8 * last["step"]), key=lambda row: row["step"], default=None)
     if earlier is not None and last["loss"] < earlier["loss"] * (1 - UNDERFITTING_FALL):
+        if "kl" in last:  # of preferences
+            return Diagnosis("healthy", "validation loss still falls, as it does when replies already break: read samples")
         fall = 100 * (1 - last["loss"] / earlier["loss"])
         return Diagnosis(
             "underfitting",

@@ -34,7 +34,8 @@ class Settings(ReferenceSettings):
     """The loss of a pair: sigmoid (DPO), conservative, robust, hinge, ipo, simpo, orpo … (docs/preferences.md lists them with
     formulas), or several by weight: sigmoid=1,sft=0.2, where sft is the cross-entropy of the chosen reply."""
     beta: float | None = None
-    """β, the strength of the pull to the reference. Default: the loss's own (0.1; simpo 2)."""
+    """β, the strength of the pull to the reference. Default: the loss's own (0.1; simpo 2,
+    sigmoid_norm 5)."""
     label_smoothing: float | None = None
     """ε of conservative, robust, exo_pair, aot and aot_unpaired: the share of pairs that are labelled wrongly."""
     gamma: float | None = None
@@ -128,7 +129,7 @@ class DpoTask(ReferenceTask):
         Needs(("dpo.max_reply",), lambda config: config.dpo.replies, "--dpo.replies 0 generates none"),
         Needs(("loss", "label_smoothing", "z_loss"), lambda config: False, "--dpo.loss chooses the loss of pairs"),
     )
-    defaults = Defaults("tiny", 8e-4)
+    defaults = Defaults("tiny", 4e-4, {"lora": 3e-4}, matrix_lr=4e-3)  # 45 steps: docs/LOG.md
 
     settings: Settings
 
@@ -179,6 +180,9 @@ class DpoTask(ReferenceTask):
                 f"--dpo.divergence {asked.divergence} goes with losses of the difference of two log-ratios ({takes}), not with "
                 f"--dpo.loss {refused[0]}"
             )
+        averaging = [name for name in names if PREFERENCE_DETAILS[name].averages]
+        if asked.ld_alpha != 1 and averaging:
+            raise TrainError(f"--dpo.ld-alpha {asked.ld_alpha}: --dpo.loss {averaging[0]} divides by the number of tokens")
         rows = self.config.optimizer.batch_size * self.config.optimizer.accumulate
         if rows < 2 and any(PREFERENCE_DETAILS[name].sees_batch for name in names):
             raise TrainError(f"--dpo.loss {asked.loss} compares the pairs of a step, and needs two of them: --batch-size 2")

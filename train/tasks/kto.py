@@ -67,7 +67,7 @@ class KtoTask(ReferenceTask):
         Needs(("kto.max_reply",), lambda config: config.kto.replies, "--kto.replies 0 generates none"),
         Needs(("loss", "label_smoothing", "z_loss"), lambda config: False, "the loss is KTO's"),
     )
-    defaults = Defaults("tiny", 8e-4)
+    defaults = Defaults("tiny", 4e-4, {"lora": 3e-4}, matrix_lr=4e-3)  # 45 steps: docs/LOG.md
 
     settings: Settings
 
@@ -98,6 +98,10 @@ class KtoTask(ReferenceTask):
             other = mismatched(ranked, place) or mismatched([*self.others, values[index]], len(self.others))
             ratings[index] = Rating(values[index], other.replies[0])
         return replace(found, values=[ratings[index] for index in range(len(values))])
+
+    @classmethod
+    def records_of(cls, value: "Row | Compared | Rating") -> "list[Rated]":
+        return [value.own.record] if isinstance(value, Rating) else super().records_of(value)
 
     def transform(self, rating: Rating, random: "np.random.Generator") -> "list[Example]":
         """Return two rows: the rated reply, and its prompt with the reply to another prompt."""

@@ -125,6 +125,9 @@ class RewardTask(PreferenceTask):
             names.setdefault(key, []).append(name)
         if self.settings.margins:
             missing = [n for each, n in zip(found.values, found.names, strict=True) if each.record.margin is None]
+            against = [n for each, n in zip(found.values, found.names, strict=True) if (each.record.margin or 0) < 0]
+            if against:
+                raise TrainError(f"--reward.margins: {against[0]} has one below 0: its rejected reply has the higher score")
             if missing:
                 raise TrainError(f"--reward.margins: {missing[0]} has no margin, and no score_chosen and score_rejected")
         return Rows(list(prompts.values()), [", ".join(each) for each in names.values()], [key[0] for key in prompts])

@@ -514,3 +514,12 @@ def test_the_command_writes_rated_replies_and_counts_votes(tmp_path):
     given = write_rows(tmp_path / "votes.jsonl", [*votes("a", "a"), *votes("tie", prompt="q")])
     said = command("pairs", "--ratings", given, "--out", tmp_path / "voted.jsonl", main=data.__main__.main)
     assert said.code == 0 and "pairs        1; margins 1 to 1" in said.out and "1 prompt: a tie" in said.out
+
+
+def test_ultrafeedback_as_it_is_published():
+    """Its `messages` are the chosen conversation once more, not the turns before the replies."""
+    asked = {"role": "user", "content": "2 + 2"}
+    chosen, rejected = ([asked, {"role": "assistant", "content": text}] for text in ("4", "5"))
+    row = {"prompt": "2 + 2", "prompt_id": "0a", "chosen": chosen, "rejected": rejected, "messages": chosen}
+    found = read_preference(row | {"score_chosen": 8.0, "score_rejected": 2.0})
+    assert (found.prompt, found.chosen, found.rejected, found.margin) == ((asked,), (chosen[1],), (rejected[1],), 6.0)

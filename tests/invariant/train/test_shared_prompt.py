@@ -101,7 +101,7 @@ def test_replies_do_not_see_each_other(place, always):
 
 
 def test_the_mask_shares_keys_of_its_document():
-    allowed_TS = Mask(document_ids=torch.tensor([[-1, 0, 1, -2]])).allowed(4, 4)[0, 0].int().tolist()
+    allowed_TS = Mask(document_ids=torch.tensor([[SHARED, 0, 1, -2]])).allowed(4, 4)[0, 0].int().tolist()
     assert allowed_TS == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1]]
 
 
@@ -119,3 +119,18 @@ def test_a_prompt_that_saves_little_is_read_twice(place, monkeypatch):
     monkeypatch.setattr(shared_prompt, "WORTH", 0.0)
     assert torch.equal(read_pairs(network, inputs, batch["labels"]), read_rows(network, inputs, batch["labels"]))
     assert read_pairs(network, {name: value[:0] for name, value in inputs.items()}, batch["labels"][:0]).shape[0] == 0
+
+
+def test_rewards_of_averaging_losses_are_per_token(place):
+    """Accuracy and margin are those of the loss: simpo's of means, sigmoid's of sums."""
+    for loss in ("simpo", "sigmoid"):
+        task, network = opened(place, loss=loss)
+        objective, batch = build_objective(task, network, place / "Llama"), task.source.batches(0)[0]
+        perturb(network)
+        pairs, _ = objective.pairs(batch, torch.ones(8, dtype=torch.bool))
+        chosen, rejected = pairs.policy_chosen - pairs.reference_chosen, pairs.policy_rejected - pairs.reference_rejected
+        if loss == "simpo":
+            chosen, rejected = chosen / pairs.chosen_length, rejected / pairs.rejected_length
+        margin = task.pair_loss.beta * (chosen - rejected)
+        found = objective(batch).metrics
+        assert absolute(found["margin"].sum, margin.sum()) < 1e-12 and float(found["accuracy"].sum) == int((margin > 0).sum())

@@ -64,6 +64,9 @@ def chat(options: Chat) -> None:
 
     device = checked_device(options.device)
     folder, network = open_both(options, device)
+    if (head := network.config.head) != "lm" and network.config.architecture == "decoder":
+        scores = ": a reward model scores replies, python -m eval reward" * (head == "sequence" and network.config.labels == 1)
+        raise ConfigError(f"{options.run} has the head {head!r} and writes no replies{scores}")
     tokenizer = load_chat_tokenizer(folder, network)
     template = choose_template(options, tokenizer)
     folder_settings = read_generation_config(settings_folder(folder, network), network.config)

@@ -46,6 +46,15 @@ def talk(folder: Path, *lines: bytes, options: tuple = ()) -> Said:
         return command("chat", folder, "--temperature", 0, *options, main=model.__main__.main)
 
 
+def test_a_network_that_writes_nothing(folder, tmp_path):
+    """One line before the first turn, not one a turn."""
+    scores = tmp_path / "scores"
+    shutil.copytree(folder, scores)
+    model.hub.save(model.hub.load(folder, head="sequence", labels=1), scores)
+    said = talk(scores, b"Hi\n", b"Hello\n")
+    assert_one_clear_line(said, f"{scores} has the head 'sequence' and writes no replies: a reward model", "eval reward")
+
+
 def test_a_folder_without_a_template(folder, tmp_path):
     bare = changed(folder, tmp_path / "bare")
     said = talk(bare, b"Hi")

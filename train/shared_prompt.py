@@ -42,8 +42,8 @@ def read_pairs(network: nn.Module, inputs: Mapping[str, Tensor], labels_BT: Tens
     prompt_P, chosen_P, rejected_P = torch.minimum(prompt_B[::2], prompt_B[1::2]), length_B[::2], length_B[1::2]
     longest = int((chosen_P + rejected_P - prompt_P).max())  # waits for a GPU, once a batch
     room = -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
-    context, is_learned = network.config.context, network.config.position == "learned"
-    if room > WORTH * ids_BT.size(1) * 2 or (is_learned and room > context):
+    space = network.config.context - network.body.num_virtual_tokens
+    if room > WORTH * ids_BT.size(1) * 2 or (network.config.position == "learned" and room > space):
         return read_rows(network, inputs, labels_BT)
     place_PT = torch.arange(ids_BT.size(1), device=ids_BT.device)[None, :].expand(len(prompt_P), -1)
     # Where each position of a row stands in the shared one; a pad at its end, which nothing reads.

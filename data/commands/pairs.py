@@ -30,7 +30,7 @@ class Pairs:
     ratings: tuple[str, ...] = ()
     """Files of votes, in place of FILES: the majority of a pair's raters decides."""
     source: Annotated[Literal["scores", "ranking"] | None, tyro.conf.arg(name="from")] = None
-    """What says which reply is better. Default: what the records have."""
+    """The column that says which reply is better. Default: the one that the records have."""
     prompt: str = "prompt"
     """The column of the prompt."""
     take: Literal["best-worst", "all", "adjacent"] = "best-worst"

@@ -1,12 +1,17 @@
 """Both replies of a pair behind one prompt in one row: the hidden states, losses and gradients of two rows."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
 from data.packing.collate import PADDING_DOCUMENT
+from lora.config import PromptConfig
+from lora.inject import add_adapters
 from model.mask import SHARED, Mask
 from tests.chat_runs import CHATML, write_base
 from tests.compare import absolute, relative
+from tests.conftest import randomized, tiny_config
 from tests.preference_runs import build_objective, open_preference, perturb, write_pairs
 from train import shared_prompt
 from train.shared_prompt import choose_read, read_pairs, read_rows
@@ -119,6 +124,24 @@ def test_a_prompt_that_saves_little_is_read_twice(place, monkeypatch):
     monkeypatch.setattr(shared_prompt, "WORTH", 0.0)
     assert torch.equal(read_pairs(network, inputs, batch["labels"]), read_rows(network, inputs, batch["labels"]))
     assert read_pairs(network, {name: value[:0] for name, value in inputs.items()}, batch["labels"][:0]).shape[0] == 0
+
+
+def test_learned_positions_hold_both_replies_or_are_read_twice(always):
+    """A row of both replies may be longer than the table of positions, from which virtual tokens take some too."""
+    ids_BT, prompt = torch.randint(3, 40, (2, 10)), 4
+    ids_BT[1, :prompt] = ids_BT[0, :prompt]
+    inputs = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
+    labels_BT = torch.full_like(ids_BT, -100)
+    labels_BT[:, prompt - 1 :] = 7
+    for context, is_shared in ((16, True), (15, False)):  # 4 + 6 + 6 places
+        network = randomized(tiny_config("gpt2", vocab_size=40, context=context)).double()
+        with patch.object(network.body, "forward", wraps=network.body.forward) as forward:
+            pairs = read_pairs(network, inputs, labels_BT)
+        assert forward.call_args.kwargs["input_ids"].size(1) == (16 if is_shared else 10)
+        assert absolute(pairs, read_rows(network, inputs, labels_BT)) < 1e-12
+    virtual = randomized(tiny_config("gpt2", vocab_size=40, context=16)).double()
+    add_adapters(virtual, PromptConfig(tokens=2))
+    assert absolute(read_pairs(virtual, inputs, labels_BT), read_rows(virtual, inputs, labels_BT)) < 1e-12
 
 
 def test_rewards_of_averaging_losses_are_per_token(place):

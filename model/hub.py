@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from model.config import ModelConfig
+from model.config import ModelConfig, load_family
 from model.config_json import read_config, write_config
 from model.finite import non_finite, refuse_tensor
 from model.folders import INDEX, SINGLE, HubError, remove_stale_weights, weight_files
@@ -134,6 +134,7 @@ def load(
     head: str | None = None,
     labels: int | None = None,
     pool: str | None = None,
+    dropout: float | None = None,
     seed: int = 0,
     quantization: "FourBit | Int8 | None" = None,
     inputs: "Mapping[str, StaticInput] | None" = None,
@@ -150,6 +151,7 @@ def load(
 
     head: another head than the folder's (`model.heads.HEADS`), with `labels` classes; weights that the folder lacks in this
     shape are initialized from `seed`. pool: of the head "sequence", another pooling than the folder's; the head is then new.
+    dropout: another rate than the folder's, in each place where the family has dropout.
 
     quantization: quantize the linear layers while they are read (`quant.config`). A folder with a `quantization_config` is read
     as it is; `dtype` is then that of the other weights. inputs: for int8-static, the observations of `quant.calibrate`.
@@ -159,7 +161,7 @@ def load(
     """
     folder = Path(folder)
     own = read_config(folder, any_head=head is not None)
-    changes = {"head": head, "labels": labels, "pool": pool}
+    changes = {"head": head, "labels": labels, "pool": pool, **dict.fromkeys(load_family(own.family).DROPOUTS, dropout)}
     config = own.replace(**{name: value for name, value in changes.items() if value is not None})
     config = config.replace(pool=other_pool(config))  # a network without it has its family's own
     is_new_head = not is_same_head(config, own)

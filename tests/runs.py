@@ -70,7 +70,7 @@ def arguments(settings: dict) -> list[str]:
     return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
 
 
-NEW_NETWORKS = ("--preset", "--dropout", "--vocab-size")  # options that --init has no use for
+NEW_NETWORKS = ("--preset", "--dropout", "--vocab-size")  # options of a new network; --init brings its own
 
 
 def further(options: list) -> list:

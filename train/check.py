@@ -43,7 +43,7 @@ def check(config: Any) -> None:
             raise TrainError(f"--{name} {value}: a fraction, from 0 to 1")
     rates = [
         ("momentum", optimizer.momentum),
-        ("dropout", config.network.dropout),
+        ("dropout", config.network.dropout or 0.0),
         ("label-smoothing", optimizer.label_smoothing),
         ("ema", optimizer.ema),
     ]

@@ -114,8 +114,8 @@ class NetworkConfig:
     """Number of attention heads (key/value heads follow). Also --num-heads."""
     mlp_width: int | None = field(default=None, metadata=also("--intermediate-size"))
     """F, the width of the feed-forward layer. Also --intermediate-size."""
-    dropout: float = 0.0
-    """Dropout of embedding, sublayers (in families that have it) and attention weights."""
+    dropout: float | None = None
+    """Dropout of embedding, sublayers (in families that have it) and attention weights. Default: 0; with --init its own."""
 
 
 @dataclass(frozen=True)

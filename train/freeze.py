@@ -11,7 +11,7 @@
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -90,13 +90,22 @@ def match(config: ModelConfig, aliases: Mapping[str, list[str]], pattern: str) -
     spoken = {name: [form for each in forms for form in (each, published.get(each, each))] for name, forms in aliases.items()}
     selected = [name for name, forms in spoken.items() if any(map(search, forms))]
     if not selected:
-        kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name) for name in aliases))
-        parts = {part: kind for kind in kinds for part in (kind, *kind.split("."))}
-        near = difflib.get_close_matches(pattern, (*parts, *PARTS), 3, 0.6)
+        kinds = kinds_of(aliases)
+        forms = kinds_of(form for each in spoken.values() for form in each)
+        parts = {part for kind in forms for part in (kind, *kind.split("."))}
+        near = difflib.get_close_matches(pattern, sorted(parts | {*PARTS}), 3, 0.6)
         meant = f" ({' or '.join(near)}?)" if near else ""
         known = f"{', '.join(kinds)}; or the published names"
         raise TrainError(f"--freeze {pattern} is found in no name of a weight{meant}: {known}")
     return selected
+
+
+def kinds_of(names: Iterable[str]) -> list[str]:
+    """
+    >>> kinds_of(["h.0.mlp.weight", "h.1.mlp.weight", "wpe.weight"])
+    ['h.N.mlp.weight', 'wpe.weight']
+    """
+    return list(dict.fromkeys(re.sub(r"\.\d+\.", ".N.", name) for name in names))
 
 
 def frozen_names(network: nn.Module, run: RunConfig) -> frozenset[str]:

@@ -24,7 +24,7 @@ class Mixing:
     ):
         self.config, self.rows, self.documents, self.unit = config, dict(rows), dict(documents), unit
         self.shares = row_shares(config, rows, documents)
-        self.mixture = Mixture(list(self.shares.values()), seed) if self.shares else None
+        self.mixture = Mixture(list(self.shares.values()), seed, list(self.shares)) if self.shares else None
 
     def describe(self, rows: int, held_out: Mapping[str, float], scored: Collection[str] = ()) -> str:
         """Describe share and epochs of each source in a run of so many rows, with a line for each that is read often.

@@ -29,6 +29,10 @@ def _new(config: TrainConfig) -> bool:
     return config.run.init is None
 
 
+def _drops(config: TrainConfig) -> bool:
+    return load(config.run.objective).has_dropout
+
+
 def _texts(config: TrainConfig) -> bool:
     return not issubclass(load(config.run.objective), RecordTask)
 
@@ -41,7 +45,9 @@ def _is_split(config: TrainConfig) -> bool:
 
 INIT = "--init brings its own"
 NEEDS = (
-    Needs(("preset", "dropout"), _new, INIT),
+    Needs(("preset",), _new, INIT),
+    Needs(("dropout",), lambda config: config.method is None, "--adapter leaves the network of --init as it is"),
+    Needs(("dropout",), _drops, "this objective trains without: its loss compares log probabilities, which noise would change"),
     Needs(("vocab_size",), _new, f"{INIT} tokenizer"),
     Needs(("steps",), lambda config: config.run.epochs is None, "--epochs says how long"),
     Needs(("extend",), lambda config: False, "it says how a finished run goes on: --resume RUN --steps MORE"),

@@ -59,6 +59,7 @@ class PreferenceTask(RecordTask):
 
     architectures, head, unit = ("decoder",), "lm", "pairs"
     default_corpus, needs_init, has_memory_estimate = BUILT_IN, True, False
+    has_dropout = False
     room: ClassVar[int] = 1  # tokens that a row need not hold: the last one, which is only a label
 
     settings: PreferenceSettings

@@ -125,6 +125,8 @@ def resolve_network(config: TrainConfig, ranks: Ranks, network: nn.Module) -> Tr
         what = f"{before} positions before the text exceed {has.context}"
         raise TrainError(f"--context {context} and {what}: --context {room} fits")
     asked = replace(config.network, context=context, width=has.width, depth=has.depth, heads=has.heads, mlp_width=has.mlp_width)
+    if config.run.init is None:
+        asked = replace(asked, dropout=asked.dropout or 0.0)
     precision = speed.precision
     if precision == "auto":
         precision = ranks.broadcast(choose_precision(torch.device(config.run.device), has.width))

@@ -76,7 +76,7 @@ def network_config(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
         changes["kv_heads"] = asked.heads
     if asked.depth is not None and base.decoder_depth is not None:
         changes["decoder_depth"] = asked.depth
-    changes |= dict.fromkeys(load_family(base.family).DROPOUTS, asked.dropout)
+    changes |= dict.fromkeys(load_family(base.family).DROPOUTS, asked.dropout or 0.0)
     pad_id = tokenizer.pad_id
     if base.architecture != "decoder":
         pad_id = tokenizer.unknown_id if pad_id is None else pad_id  # such a family's config.json has one always
@@ -172,7 +172,10 @@ def initial_network(config: TrainConfig, data: object, checkpoint: Path | None, 
     check_freeze(config, found, wanted, bool(new_head))
     four_bit = None if run.quantize == "none" else FourBit(scheme=run.quantize)
     common = common | {"head": head, "labels": labels, "pool": wanted.pool, "seed": run.seed}
-    network = model.hub.load(folder, quantization=four_bit, check_finite=True, **common)
+    dropout = config.network.dropout if config.method is None else None  # an older version stored one that an adapter ignored
+    if dropout is not None:
+        info(describe_dropout(found, dropout))
+    network = model.hub.load(folder, quantization=four_bit, check_finite=True, dropout=dropout, **common)
     network.config = task.network(config, network.config.replace(bidirectional_prompt=False), data)
     network = task.adapt_network(config, network, data)
     if follow_autocast(network) and config.method is None:
@@ -193,6 +196,16 @@ def initial_network(config: TrainConfig, data: object, checkpoint: Path | None, 
     else:
         add_stop_id(network, data.tokenizer.eos_id)
     return network if run.qat == "none" else qat.prepare_network(config, network)
+
+
+def describe_dropout(found: ModelConfig, asked: float) -> str:
+    """Describe the rates of --init that --dropout takes the place of.
+
+    >>> describe_dropout(ModelConfig.preset("gpt2"), 0.2)
+    'dropout 0.2 takes the place of dropout 0.1 and attention_dropout 0.1 of --init'
+    """
+    own = " and ".join(f"{name} {getattr(found, name):g}" for name in load_family(found.family).DROPOUTS)
+    return f"dropout {asked:g} takes the place of {own} of --init"
 
 
 def check_freeze(config: TrainConfig, found: ModelConfig, wanted: ModelConfig, is_new_head: bool) -> None:

@@ -115,6 +115,7 @@ class Task(ABC):
     can_mix: ClassVar[bool] = False  # takes sources by weight, --corpus NAME=PATH:WEIGHT
     default_corpus: ClassVar[str | None] = None  # built-in records, in place of the built-in text
     needs_init: ClassVar[bool] = False  # goes on from pretrained weights
+    has_dropout: ClassVar[bool] = True  # False: its objective removes dropout
     has_memory_estimate: ClassVar[bool] = True  # `model.memory` describes its step: one network, whose rows are the batch's
     label_names: Sequence[str] = ()  # of class labels, by id; none: labels are tokens
     validation_sources: Sequence[str] = ()  # the source of each batch of `validation`, where there are several

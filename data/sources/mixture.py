@@ -39,14 +39,15 @@ class Mixture:
     """Each period of PERIOD rows has w_k · PERIOD rows of source k (largest remainders), in an order drawn from (seed, period).
 
     Any row costs the same. Shares are exact, not random: after n rows source k is less than PERIOD rows off w_k · n.
-    weights: positive, not necessarily normalized. Errors: DataError for others, and for a share below 1 / PERIOD.
+    weights: positive, not necessarily normalized. names: of the sources, for errors. Errors: DataError for other weights, and
+    for a share below 1 / PERIOD.
 
     >>> source, index = Mixture((0.75, 0.25), seed=0).rows(0, 1024)
     >>> (source == 0).sum(), sorted(index[source == 1])[-1]
     (np.int64(768), np.int64(255))
     """
 
-    def __init__(self, weights: Sequence[float], seed: int):
+    def __init__(self, weights: Sequence[float], seed: int, names: Sequence[str] = ()):
         share_K = np.asarray(weights, dtype=np.float64)
         if not (len(share_K) and np.isfinite(share_K).all() and (share_K > 0).all()):
             raise DataError(f"weights of sources must be above 0 and finite: {', '.join(f'{w:g}' for w in weights)}")
@@ -57,7 +58,9 @@ class Mixture:
         count_K[order[: PERIOD - count_K.sum()]] += 1
         if not count_K.all():
             shown = ", ".join(f"{weight:g}" for weight in weights)
-            raise DataError(f"a source with a share below 1/{PERIOD} would never be read: {shown}")
+            never = ", ".join(name for name, count in zip(names, count_K, strict=False) if not count)
+            few = f"a share below 1/{PERIOD} of the rows would never be read"
+            raise DataError(f"{few}: give {never or 'such a source'} more, or leave it out (shares {shown})")
         self.count_K, self.seed = count_K, seed
         self._last: tuple[int, np.ndarray, np.ndarray] | None = None
 

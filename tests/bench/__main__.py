@@ -19,7 +19,7 @@
     forgetting  continued pretraining on code: replay, rates, LoRA, EWC, L2 to the start; both domains
     fim       fill in the middle: its left-to-right loss beside clm's; middles with and without suffix (--steps, --base)
     transfer  a package's name from a docstring by 50, 200 and all labels, from pretrained and random weights; eight ways to
-              fine-tune beside bag of words; half an hour (--only NAME,…, --steps, --base)
+              fine-tune beside bag of words; half an hour (--only NAME;…, --steps, --base)
     sft       instruction tuning on the built-in conversations: before, after, with shuffled replies (--steps, --base)
     sft_speed  instruction tuning with LoRA beside TRL's SFTTrainer: tokens a second, padded, packed, as they come
     dpo_speed  preference pairs beside TRL's DPOTrainer: tokens a second and memory, reference live and precomputed, LoRA or not

@@ -9,8 +9,8 @@ words has three penalties, chosen likewise. Accuracy and macro F1 on the test, m
 labels: three seeds); the intervals are percentile bootstraps over the test's texts at 95 %.
 
 The bar: at 200 labels all weights trained from pretrained ones are at least 3 points better than from random ones.
-`--only NAME,NAME` selects rows, `--steps` the steps of pretraining; `--base FOLDER` keeps weights and results, and a second run
-goes on with those that it holds.
+`--only NAME;NAME` selects rows, and alone those with dropout (TRIED); `--steps`: of pretraining; `--base FOLDER` keeps weights
+and results, and a second run goes on with those that it holds.
 """
 
 import json
@@ -62,6 +62,11 @@ ROWS = {
     "LoRA": Row("pretrained", "--adapter lora"),
     "prefix": Row("pretrained", "--adapter prefix"),
     "language model first, all": Row("tuned"),
+}
+TRIED = {  # by --only alone
+    **{f"all with dropout {rate}": Row("pretrained", f"--dropout {rate}") for rate in (0.1, 0.2)},
+    **{f"random weights with dropout {rate}": Row("random", f"--dropout {rate}") for rate in (0.1, 0.2)},
+    **{f"LoRA with dropout {rate}": Row("pretrained", f"--adapter lora --lora.dropout {rate}") for rate in (0.1, 0.2)},
 }
 
 
@@ -134,12 +139,13 @@ class Bench:
 
     def found(self, name: str, size: int | None) -> Found:
         """Return a row's result: from the folder, where it was written after the same settings, else trained now."""
-        results, settings = self.home / "results.jsonl", str((name, size, SIZES[size], ROWS.get(name), TUNING, self.steps))
+        row = (ROWS | TRIED).get(name)
+        results, settings = self.home / "results.jsonl", str((name, size, SIZES[size], row, TUNING, self.steps))
         if results.is_file():
             for line in map(json.loads, results.read_text(encoding="utf-8").splitlines()):
                 if line["settings"] == settings:
                     return Found(*line["found"])
-        found = self.words(size) if name == WORDS else self.row(ROWS[name], size)
+        found = self.words(size) if name == WORDS else self.row(row, size)
         with results.open("a", encoding="utf-8") as file:
             print(json.dumps({"settings": settings, "found": found}), file=file)
         return found
@@ -221,6 +227,9 @@ def describe(data: TransferData) -> None:
 
 def bench_transfer(rounds: int, only: str = "", steps: int = 2000, base: str = "") -> None:
     """`rounds` is not used."""
+    names = only.split(";") if only else [WORDS, *ROWS]
+    if unknown := set(names) - {WORDS, *ROWS, *TRIED}:
+        sys.exit(f"--only: no row {', '.join(sorted(unknown))}: of {'; '.join((WORDS, *ROWS, *TRIED))}")
     describe(data := make_data())
     bench = Bench(Path(base or tempfile.mkdtemp(prefix="transfer-")), data, steps)
     true, lines, right = labels_of(data.texts["test"]), [], {}
@@ -230,7 +239,7 @@ def bench_transfer(rounds: int, only: str = "", steps: int = 2000, base: str = "
     print(f"pretrained: {last['bits_per_byte']:.3f} bits per byte (bigrams {last['bigram_bits_per_byte']:.3f}), ", end="")
     print(f"{time.process_time() - began:.0f} s of the processor")
     for size in SIZES:
-        for name in [name for name in (WORDS, *ROWS) if not only or name in only.split(",")]:
+        for name in names:
             found = bench.found(name, size)
             right[name, size] = is_right(found, true)
             lines.append(shown(name, size, found, true))

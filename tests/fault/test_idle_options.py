@@ -25,7 +25,8 @@ MAIN = {"train": train.__main__, "model": model.__main__, "data": data.__main__,
 MAIN |= {"quant": quant.__main__, "eval": eval.__main__}
 REFUSED = {  # a command line, whose first option is idle: why
     "train --preset tiny --init x": "--init brings its own",
-    "train --dropout 0.0 --init x": "--init brings its own",
+    "train --dropout 0.0 --init x --adapter lora": "--adapter leaves the network of --init as it is",
+    "train --dropout 0.1 --objective dpo --init x": "this objective trains without",
     "train --vocab-size 2048 --init x": "--init brings its own tokenizer",
     "train --steps 700 --epochs 2": "--epochs says how long",
     "train --extend hold": "it says how a finished run goes on",

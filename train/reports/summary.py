@@ -21,6 +21,7 @@ from train.early_stop import is_better
 from train.freeze import frozen_names
 from train.layer_groups import layer_groups
 from train.optimizers.precision import PRECISIONS
+from train.optimizers.schedule import ENDLESS
 from train.registry import name_of, settings_of
 from train.reports.curves import plot
 from train.reports.log import METRICS, format_duration, read_metrics
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from model.config import ModelConfig
 
 MAX_LAYERS = 8  # more layer groups are abbreviated
+LITTLE = 0.1  # of the peak rate above its last value: an early stop has lost little
 MAX_EPOCHS = 100  # more of them are a mistake in most cases, and are warned of
 
 
@@ -185,7 +187,7 @@ def conclude(run: RunView, stopped: str, session: Session) -> None:
     result += f"\n{speed(run, session)}\n"
     if run.best:
         result += f"best     step {run.best['step']}: validation loss {run.best['loss']:.4f}, {run.task.verdict(run.best)}\n"
-        result += worse_than_before(run)
+        result += worse_than_before(run) + undecayed(run, stopped)
     if run.engine.unfreezing is not None:
         never = [name for name, start in run.engine.unfreezing.starts().items() if start >= run.step]
         result += f"frozen   {listed(never)} never learned: the run ended at step {run.step}\n" if never else ""
@@ -216,6 +218,15 @@ def worse_than_before(run: RunView) -> str:
     if before is None or is_better(run.best[key], before[key], higher=higher):
         return ""
     return f"         no better than before the first step ({key} {before[key]:.4f}): a lower --lr, or other text\n"
+
+
+def undecayed(run: RunView, stopped: str) -> str:
+    """A line where an early stop came while a schedule had much of its rate to lower; else "". Losses are lowest at its end."""
+    asked = run.config.optimizer
+    if not stopped.startswith("early") or asked.schedule in ENDLESS or run.engine.lr_factor <= asked.final_lr + LITTLE:
+        return ""
+    at = f"--schedule {asked.schedule} still had {run.engine.lr_factor:.0%} of its rate"
+    return f"         {at}: a new run of --steps {run.step} lets it fall to the end, which may be better\n"
 
 
 def following(run: RunView, stopped: str) -> Iterator[str]:

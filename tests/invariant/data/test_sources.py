@@ -113,8 +113,9 @@ def test_rows_are_mixed_within_a_period():
 def test_weights_that_cannot_be(weights):
     with pytest.raises(DataError, match="above 0 and finite"):
         Mixture(weights, seed=0)
-    with pytest.raises(DataError, match="a share below 1/1024 would never be read: 5000, 1"):
-        Mixture((5000, 1), seed=0)
+    for names, told in (((), "such a source"), (("web", "mine"), "mine")):
+        with pytest.raises(DataError, match=f"a share below 1/1024 of the rows would never be read: give {told} more.*5000, 1"):
+            Mixture((5000, 1), 0, names)
 
 
 # --- blocks of several sources ----------------------------------------------------------------------------------------

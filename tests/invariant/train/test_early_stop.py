@@ -12,6 +12,7 @@ from train.early_stop import EarlyStopping
 from train.engine import stored_tensors
 from train.reports.log import read_metrics
 from train.runs.checkpoint import step_of
+from train.runs.errors import TrainError
 from train.runs.open import resolve
 
 
@@ -30,13 +31,16 @@ def test_early_stop(options, tmp_path):
 
 def test_early_stop_on_several_scores(options, tmp_path):
     """One that still improves keeps the run going; a gain below --min-delta is none; a score that is not there is refused."""
-    shared = [*options, *arguments({"eval-every": 10, "steps": 80, "lr": 3e-4, "matrix-lr": 1e-3}), "--early-stop", 2]
+    changes = {"eval-every": 10, "steps": 80, "lr": 3e-4, "matrix-lr": 1e-3, "schedule": "linear", "warmup": 0}
+    shared = [*options, *arguments(changes), "--early-stop", 2]
     for watched, delta, reached in ((["loss"], 9, 30), (["loss", "perplexity", "loss"], 0.01, 80)):
         run = tmp_path / f"{len(watched)}"
         said = command(*shared, "--early-stop-on", *watched, "--min-delta", delta, "--out", run)
         assert said.code == 0, said.err
         assert step_of(last_checkpoint(run)) == reached
         assert ("stopped early: 2 validations without a new best" in said.out) == (reached == 30)
+        told = "--schedule linear still had 62% of its rate: a new run of --steps 30 lets it fall to the end"
+        assert (told in said.out) == (reached == 30)
     for name in ("acuracy", "baseline_loss"):  # no score, and one that no step improves
         said = command(*shared, "--early-stop-on", name, "--out", tmp_path / "none")
         known = "what training improves in this run is loss, perplexity, bits_per_byte\n"
@@ -50,6 +54,10 @@ def test_directions_of_scores():
     stopping = EarlyStopping(2, ["accuracy_glossary", "loss_glossary"], 0.0, task, ["glossary", "my_loss"])
     names = ("accuracy_glossary", "loss_glossary", "accuracy_my_loss", "bits_per_byte", "pseudo_perplexity", "f1", "rouge")
     assert [stopping.higher_is_better(name) for name in names] == [True, False, True, False, False, True, True]
+    scores = {"loss": 1.0, "f1": 0.5, "words_loss": 2.0, "shared_pearson": 0.1, "baseline_loss": 2.0, "spread": 1.0}
+    for constant in ("words_loss", "shared_pearson", "baseline_loss"):  # of --objective pairs: no step changes them
+        with pytest.raises(TrainError, match=f"{constant}: what training improves in this run is loss, f1, spread"):
+            EarlyStopping(2, [constant], 0.0, task).check(scores)
     for accuracy, loss, bad in ((0.5, 2.0, 0), (0.4, 2.5, 1), (0.3, 1.9, 0), (0.5, 1.9, 1), (0.6, 3.0, 0), (0.6, 1.9, 1)):
         stopping.update({"accuracy_glossary": accuracy, "loss_glossary": loss})
         assert stopping.bad_evaluations == bad
@@ -63,6 +71,7 @@ def test_a_run_that_stopped_early_is_made_longer(options, tmp_path):
     changes = {"eval-every": 4, "steps": 12, "schedule": "constant"}
     said = command(*options, *arguments(changes), "--early-stop", 1, "--min-delta", 9, "--out", run)
     assert said.code == 0 and "stopped early" in said.out and step_of(last_checkpoint(run)) == 8
+    assert "of its rate: a new run" not in said.out, "a constant rate has no end that is missed"
     said = command("--resume", run, "--steps", 16)
     assert said.code == 0 and "stopped early" in said.out and step_of(last_checkpoint(run)) == 12
     said = command(*options, *arguments(changes), "--early-stop", 2, "--min-delta", 9, "--out", tmp_path / "whole")

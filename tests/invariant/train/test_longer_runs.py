@@ -118,7 +118,12 @@ def test_frozen_weights_stay_bit_for_bit(optimizer, options, finished, tmp_path)
 
 @pytest.mark.parametrize(
     ("pattern", "words"),
-    [("nothing", "is found in no name"), (".", "leaves nothing to train"), ("(", "not a regular expression")],
+    [
+        ("nothing", "is found in no name"),
+        ("c_atn", "is found in no name of a weight (c_attn"),  # near a published name
+        (".", "leaves nothing to train"),
+        ("(", "not a regular expression"),
+    ],
 )
 def test_patterns_that_freeze_nothing_or_all(pattern, words, options, tmp_path):
     said = command(*options, "--freeze", pattern, "--out", tmp_path / "run")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import model.hub
 from tests.runs import STEPS, assert_same_end, command, further, last_checkpoint, metrics, stopped_at
 from train.config_toml import read_settings
 from train.optimizers.schedule import SCHEDULES
@@ -109,6 +110,13 @@ def test_frozen_weights_stay_bit_for_bit(optimizer, options, finished, tmp_path)
     moments = load_file(last_checkpoint(run) / "optimizer.safetensors")
     assert not any("blocks.0." in name or "position" in name for name in moments)
     assert any("blocks.1." in name for name in moments)
+    assert any(value.dtype == torch.uint8 for value in moments.values()) == (optimizer == "adamw8bit")
+    raw, averages = (load_file(last_checkpoint(run) / f"{name}.safetensors") for name in ("raw", "averages"))
+    assert not any("blocks.0." in name or "position" in name for name in averages)
+    assert any("blocks.1." in name for name in averages)
+    began, of = dict(model.hub.load(last_checkpoint(finished)).named_parameters()), "weights."
+    same = {name: torch.equal(value, began[name.removeprefix(of)]) for name, value in raw.items()}
+    assert same == {name: "blocks.0." in name or "position" in name for name in raw} and len(raw) == len(began)
     asked += ["--steps", 50, "--ema", 0.5, "--log-every", 1, "--out", tmp_path / "parted"]
     assert stopped_at(10, *kept, *asked).code == 130
     assert command("--resume", tmp_path / "parted").code == 0

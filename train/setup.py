@@ -172,7 +172,10 @@ def initial_network(config: TrainConfig, data: object, checkpoint: Path | None, 
     check_freeze(config, found, wanted, bool(new_head))
     four_bit = None if run.quantize == "none" else FourBit(scheme=run.quantize)
     common = common | {"head": head, "labels": labels, "pool": wanted.pool, "seed": run.seed}
-    dropout = config.network.dropout if config.method is None else None  # an older version stored one that an adapter ignored
+    dropout = config.network.dropout if config.method is None else None  # an older version stored 0 beside an adapter
+    if config.network.dropout and (config.method is not None or not task.has_dropout):  # of a recipe: it is no option given
+        why = f"--adapter {run.adapter}" if config.method is not None else f"--objective {run.objective}"
+        raise TrainError(f"--dropout {config.network.dropout} would have no effect with {why}")
     if dropout is not None:
         info(describe_dropout(found, dropout))
     network = model.hub.load(folder, quantization=four_bit, check_finite=True, dropout=dropout, **common)

@@ -48,3 +48,11 @@ def test_dropout_of_a_run_with_init(options, finished, tmp_path):
     assert stopped_at(5, *shared, "--dropout", 0.5, "--out", tmp_path / "parted").code == 130
     assert command("--resume", tmp_path / "parted").code == 0
     assert_same_end(tmp_path / "run---dropout-0.5", tmp_path / "parted", steps=8)
+
+
+def test_a_recipe_whose_dropout_would_have_no_effect(options, finished, tmp_path):
+    (tmp_path / "recipe.toml").write_text("[network]\ndropout = 0.2\n")
+    shared = [*further(options), "--recipe", tmp_path / "recipe.toml", "--init", last_checkpoint(finished), "--steps", 1]
+    said = command(*shared, "--adapter", "lora", "--out", tmp_path / "run")
+    assert said.code == 2 and "error: --dropout 0.2 would have no effect with --adapter lora\n" in said.err, said.err
+    assert command(*shared, "--out", tmp_path / "run").code == 0

@@ -64,7 +64,7 @@ ROWS = {
     "language model first, all": Row("tuned"),
 }
 TRIED = {  # by --only alone
-    **{f"all with dropout {rate}": Row("pretrained", f"--dropout {rate}") for rate in (0.1, 0.2)},
+    **{f"all with dropout {rate}": Row("pretrained", f"--dropout {rate}") for rate in (0.1, 0.2, 0.3)},
     **{f"random weights with dropout {rate}": Row("random", f"--dropout {rate}") for rate in (0.1, 0.2)},
     **{f"LoRA with dropout {rate}": Row("pretrained", f"--adapter lora --lora.dropout {rate}") for rate in (0.1, 0.2)},
 }

@@ -187,31 +187,36 @@ class TokenTask(Task):
         return prompt[: next(begins_word, tokens + 1)]
 
 
-def write_continuation(task: TokenTask, network: "nn.Module", device: "torch.device") -> str:
-    """Return the beginning of a held-out document, […], and what a decoder writes behind it, sampled by the run's seed."""
-    import torch
+class ContinuationTask(TokenTask):
+    """A task whose network continues a text: its sample and the command after a run do so."""
 
-    from model.generate import generate
+    sample_prompt_title = "the beginning of a held-out document"
 
-    prompt, tokenizer = task.sample_prompt(), task.tokenizer
-    new = generate(
-        network,
-        torch.tensor([prompt], device=device),
-        max_new_tokens=SAMPLE_TOKENS,
-        temperature=0.7,
-        top_k=50,
-        eos_id=tokenizer.eos_id,
-        generator=torch.Generator(device).manual_seed(task.config.run.seed),
-    )
-    return f"{tokenizer.decode(prompt)}[…]{tokenizer.decode(new[0].tolist())}".strip("\n")
+    def sample(self, network: "nn.Module", device: "torch.device") -> tuple[str, str]:
+        """Return the beginning of a held-out document, […], and what a decoder writes behind it, sampled by the run's seed."""
+        import torch
 
+        from model.generate import generate
 
-def continue_command(task: TokenTask, folder: Path) -> str:
-    """Return the command by which the network in a folder continues a text: of another corpus, its first held-out words."""
-    prompt = "Return the"
-    if not is_built_in_corpus(task.config):
-        prompt = " ".join(task.tokenizer.decode(task.sample_prompt()).split()[:3])
-    return command("model", "generate", folder, "--prompt", prompt)
+        prompt, tokenizer = self.sample_prompt(), self.tokenizer
+        new = generate(
+            network,
+            torch.tensor([prompt], device=device),
+            max_new_tokens=SAMPLE_TOKENS,
+            temperature=0.7,
+            top_k=50,
+            eos_id=tokenizer.eos_id,
+            generator=torch.Generator(device).manual_seed(self.config.run.seed),
+        )
+        title = f"{self.sample_prompt_title}, and from […] on what the network generates"
+        return title, f"{tokenizer.decode(prompt)}[…]{tokenizer.decode(new[0].tolist())}".strip("\n")
+
+    def example_command(self, folder: Path) -> str:
+        """Return the command by which the network continues a text: of another corpus, its first held-out words."""
+        prompt = "Return the"
+        if not is_built_in_corpus(self.config):
+            prompt = " ".join(self.tokenizer.decode(self.sample_prompt()).split()[:3])
+        return command("model", "generate", folder, "--prompt", prompt)
 
 
 def separator_line(tokenizer: "Tokenizer") -> str:

@@ -1,22 +1,20 @@
 """Causal language modelling: each token is predicted from the tokens before it in its document."""
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.task import Batch, Defaults, Scores, Totals
-from train.token_task import TokenTask, continue_command, write_continuation
+from train.token_task import ContinuationTask
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from data.sources.shards import Shards
     from train.config import TrainConfig
     from train.objective import Objective
 
 
-class CausalTask(TokenTask):
+class CausalTask(ContinuationTask):
     """Causal language modelling, scored in bits per byte beside unigram and bigram baselines on the same text."""
 
     defaults = Defaults("tiny", 8e-3)
@@ -73,13 +71,6 @@ class CausalTask(TokenTask):
         gap = 100 * (1 - bits / bigram)
         side = "below" if gap >= 0 else "above"
         return f"{bits:.3f} bits per byte, {abs(gap):.1f} % {side} the bigram baseline ({bigram:.3f})"
-
-    def sample(self, network: "nn.Module", device: "torch.device") -> tuple[str, str]:
-        title = "the beginning of a held-out document, and from […] on what the network generates"
-        return title, write_continuation(self, network, device)
-
-    def example_command(self, folder: Path) -> str:
-        return continue_command(self, folder)
 
 
 TASK = CausalTask

@@ -1,16 +1,14 @@
 """Prefix language modelling: the beginning of a text is read in both directions, the rest is predicted from it."""
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.runs.errors import TrainError
 from train.task import Batch, Defaults, Scores, Totals
-from train.token_task import TokenTask, continue_command, write_continuation
+from train.token_task import ContinuationTask
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from data.sources.shards import Shards
     from model.config import ModelConfig
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
     from train.objective import Objective
 
 
-class PrefixTask(TokenTask):
+class PrefixTask(ContinuationTask):
     """Prefix language modelling, scored on fixed splits of held-out text, beside the unigram baseline and the loss with the
     prefix of another row (shuffled_loss).
 
@@ -27,6 +25,7 @@ class PrefixTask(TokenTask):
 
     defaults = Defaults("tiny", 8e-3)
     architectures, head, unit = ("decoder",), "lm", "tokens after a prefix"
+    sample_prompt_title = "the beginning of a held-out document, read in both directions"
 
     @classmethod
     def network(cls, config: "TrainConfig", base: "ModelConfig", data: "Shards") -> "ModelConfig":
@@ -86,13 +85,6 @@ class PrefixTask(TokenTask):
         side = "below" if gap >= 0 else "above"
         wrong = f"{scores['shuffled_loss']:.4f} with another row's prefix"
         return f"{abs(gap):.1f} % {side} the unigram baseline ({scores['baseline_loss']:.4f}); {wrong}"
-
-    def sample(self, network: "nn.Module", device: "torch.device") -> tuple[str, str]:
-        title = "the beginning of a held-out document, read in both directions, and from […] on what the network generates"
-        return title, write_continuation(self, network, device)
-
-    def example_command(self, folder: Path) -> str:
-        return continue_command(self, folder)
 
 
 TASK = PrefixTask

@@ -7,7 +7,7 @@ TOML is UTF-8, and a file's name need not be: Python holds its other bytes as lo
 import tomllib
 import types
 import typing
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, unquote_to_bytes
@@ -82,8 +82,17 @@ def from_plain(kind: type, table: dict, where: str) -> Any:
     for name, value in table.items():
         hint = hints[name]
         place = f"{where}: {name}"
-        values[name] = from_plain(hint, value, place) if is_dataclass(hint) else _typed(hint, value, place)
+        values[name] = _from_section(kind, name, value, place) if is_dataclass(hint) else _typed(hint, value, place)
     return kind(**values)
+
+
+def _from_section(kind: type, name: str, table: dict, where: str) -> Any:
+    """Read a table into a field of `kind`; a key that it omits has the field's own default, an objective's batch size say."""
+    hint, (section,) = typing.get_type_hints(kind)[name], [f for f in fields(kind) if f.name == name]
+    read = from_plain(hint, table, where)
+    if section.default_factory in (MISSING, hint):
+        return read
+    return replace(section.default_factory(), **{key: getattr(read, key) for key in table})
 
 
 def _typed(hint: Any, value: Any, place: str) -> Any:

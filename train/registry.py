@@ -13,7 +13,7 @@ from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.config import TrainConfig
+from train.config import OptimizerConfig, TrainConfig
 from train.runs.errors import TrainError
 
 if TYPE_CHECKING:
@@ -82,16 +82,19 @@ def _load_file(path: str, digest: str) -> "type[Task]":
 
 
 def config_type(objective: str) -> type[TrainConfig]:
-    """TrainConfig with a field for the settings of the task, under its name."""
-    settings = load(objective).Settings
-    return TrainConfig if settings is None else _with_settings(name_of(objective), settings)
+    """TrainConfig with the objective's own batch size, and a field for the settings of the task, under its name."""
+    task = load(objective)
+    if task.Settings is None and task.defaults.batch_size is None:
+        return TrainConfig
+    return _with_settings(name_of(objective), task.Settings, task.defaults.batch_size)
 
 
 @functools.cache
-def _with_settings(name: str, settings: type) -> type[TrainConfig]:
-    kind = make_dataclass(
-        "TrainConfig", [(name, settings, field(default_factory=settings))], bases=(TrainConfig,), frozen=True
-    )
+def _with_settings(name: str, settings: type | None, batch_size: int | None) -> type[TrainConfig]:
+    own = [] if settings is None else [(name, settings, field(default_factory=settings))]
+    if batch_size is not None:
+        own.append(("optimizer", OptimizerConfig, field(default_factory=lambda: OptimizerConfig(batch_size=batch_size))))
+    kind = make_dataclass("TrainConfig", own, bases=(TrainConfig,), frozen=True)
     kind.__doc__ = TrainConfig.__doc__
     return kind
 

@@ -42,6 +42,7 @@ class Defaults:
     adapter_lr: Mapping[str, float] | None = None  # by adapter method; else `learning_rate` of its config in lora/config.py
     matrix_lr: float | None = None  # Muon's; None: that of all objectives
     vocab_size: int | None = None  # of a new tokenizer of plain text; None: that of all objectives
+    batch_size: int | None = None  # None: that of all objectives
 
 
 class BatchSource(Protocol):

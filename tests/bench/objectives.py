@@ -52,7 +52,7 @@ CASES = {
     "mlm, whole words": Case("--objective mlm --mlm.whole-words"),
     "mlm, next sentence": Case("--objective mlm --mlm.nsp"),
     "span": Case("--objective span"),
-    "span, code": Case("--objective span --corpus stdlib-code --vocab-size 2048 --batch-size 32"),
+    "span, code": Case("--objective span --corpus stdlib-code --vocab-size 2048 --batch-size 32 --matrix-lr 2e-2"),
     "denoise": Case("--objective denoise"),
     "fim": Case("--objective fim"),
     "prefix": Case("--objective prefix"),

@@ -15,6 +15,7 @@ from tests.conftest import randomized, tiny_config
 from tests.runs import torch_as_it_was, write_corpus
 from train.config import OptimizerConfig, RunConfig, SpeedConfig, TrainConfig
 from train.objective import Objective
+from train.options import read_options
 from train.parallel.mesh import Mesh
 from train.parallel.parallelize import parallelize
 from train.parallel.ranks import Ranks
@@ -207,3 +208,15 @@ def test_each_task_s_defaults_fit_it():
         config = replace(config_type(name)(), run=RunConfig(objective=name))
         assert resolve_rates(config).lr == task.defaults.lr
         assert resolve_rates(replace(config, optimizer=OptimizerConfig(lr=0.5))).lr == 0.5
+
+
+def test_an_objective_s_batch_size(tmp_path):
+    """It is the default of the option and of a recipe's section; what either says comes first."""
+    sizes = {name: config_type(name)().optimizer.batch_size for name in names()}
+    assert {name for name, size in sizes.items() if size != 16} == {"span"} and sizes["span"] == 48
+    given = {(): 48, ("--batch-size", "4"): 4}
+    assert {more: read_options(["--objective", "span", *more]).optimizer.batch_size for more in given} == given
+    for said, size in (("lr = 0.1", 48), ("lr = 0.1\nbatch_size = 5", 5)):
+        (tmp_path / "own.toml").write_text(f'[run]\nobjective = "span"\n[optimizer]\n{said}\n')
+        read = read_options(["--recipe", str(tmp_path / "own.toml")]).optimizer
+        assert read == OptimizerConfig(batch_size=size, lr=0.1)

@@ -8,7 +8,7 @@
     transforms/ labels for causal, masked and sequence-to-sequence modelling, and for classes; special tokens around texts
     packing/    examples, or blocks of tokens, -> rows of a batch; the batch of a step is a pure function of (seed, step)
     chat/       conversations and preferences: record shapes, chat templates, which tokens are learned
-    made/       labelled data sets made from Python's standard library
+    made/       labelled data sets made from Python's standard library, and tasks with computed answers
     commands/   commands of `python -m data`
     prefetch    batches made ahead, in a thread
     sizes       bytes of the text behind a range of tokens
@@ -29,6 +29,7 @@ PUBLIC = {  # file: the names that it offers; `from data import load_tokenizer` 
     "chat.encode": ("ChatEncoder", "encode_chat"),
     "chat.encode_preference": ("EncodedReplies", "encode_replies", "pair_examples"),
     "chat.preferences": ("Preference", "Rated", "read_preference", "read_rated", "read_rated_all"),
+    "chat.prompts": ("PromptRecord", "read_prompt"),
     "chat.template": ("ChatTemplate", "open_template"),
     "chat.shapes": ("read_chat_record",),
     "config": ("DataConfig", "DataError"),

@@ -14,6 +14,7 @@
 
     preferences        records of pairs (prompt, chosen, rejected) and of rated replies: `read_preference`, `read_rated`
     replies            records of one reply or several to a prompt, to be scored: `read_prompt_replies`
+    prompts            prompts for reinforcement, and the columns for rewards: `read_prompt`
     encode_preference  replies to one prompt as ids, behind the same ids of the prompt, and what does not fit: `encode_replies`
     rankings           pairs of replies from scores, rankings and votes
 """

@@ -279,11 +279,18 @@ def build_conversation(row: Row, messages: list[Message], is_learned: list[bool]
             raise DataError(f"no reply in it after the {dropped} that {LEADING_REPLY_OPTION} drops")
     if not any(is_learned):
         raise DataError("no reply to learn: each says train: false or weight: 0, or was dropped")
-    system = read_system(row)
-    if system is not None:
-        own = [message["content"] for message in messages if message["role"] == "system"]
-        if own and own[0] != system:
-            raise DataError(f"two system messages: the column {system!r:.60}, and in its turns {own[0]!r:.60}. Leave one")
-        if not own:
-            messages, is_learned = [{"role": "system", "content": system}, *messages], [False, *is_learned]
+    given = len(messages)
+    messages = add_system(row, messages)
+    is_learned = [False] * (len(messages) - given) + is_learned
     return Conversation(tuple(messages), read_tools(row.get("tools")), tuple(is_learned), dropped)
+
+
+def add_system(row: Row, messages: list[Message]) -> list[Message]:
+    """Return messages with the record's system message first. Errors (DataError): they have another one."""
+    system = read_system(row)
+    own = [message["content"] for message in messages if message["role"] == "system"]
+    if system is None or system in own[:1]:
+        return messages
+    if own:
+        raise DataError(f"two system messages: the column {system!r:.60}, and in its turns {own[0]!r:.60}. Leave one")
+    return [{"role": "system", "content": system}, *messages]

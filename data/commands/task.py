@@ -1,4 +1,4 @@
-"""`python -m data task NAME`: labelled data sets made from the standard library, as files."""
+"""`python -m data task NAME`: labelled data sets made from the standard library, and tasks with computed answers, as files."""
 
 import hashlib
 import json
@@ -11,71 +11,87 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import tyro
 
 from data.config import DataError
-from data.messages import format_count
+from train.command_line import Needs
+
+if TYPE_CHECKING:
+    from data.made.written import WrittenSet
 
 INDEX = "data.json"
+OfLibrary = Literal["tag", "qa", "pairs", "scores", "conversations"]
+WithAnswers = Literal["sort", "count", "sums", "reverse", "brackets"]
 
 
 @dataclass(frozen=True)
 class Task:
-    """Make a labelled data set from the sources of Python's standard library: DIR/train.jsonl and DIR/validation.jsonl.
+    """Make a data set: DIR/train.jsonl and DIR/validation.jsonl.
 
-    tag: module, function, class and constant names in documentation sentences (IOB2). qa: questions about docstrings, a third
-    without an answer (SQuAD 2's records). pairs: do two halves of docstrings belong together? scores: how similar are two
-    functions (a number)? conversations: questions about code and docstrings, in several turns, as OpenAI's messages. Validation
-    records are of modules that training does not see.
+    Of the sources of Python's standard library: tag: module, function, class and constant names in documentation sentences
+    (IOB2). qa: questions about docstrings, a third without an answer (SQuAD 2's records). pairs: do two halves of docstrings
+    belong together? scores: how similar are two functions (a number)? conversations: questions about code and docstrings, in
+    several turns, as OpenAI's messages. Validation records are of modules that training does not see.
+
+    With a computed answer, for --objective sft and for reinforcement: sort: digits. count: a letter in a word. sums: of numbers
+    of two digits. reverse: a word. brackets: close them. No validation record asks what a training record asks.
     """
 
-    name: tyro.conf.Positional[Literal["tag", "qa", "pairs", "scores", "conversations"]]
+    name: tyro.conf.Positional[OfLibrary | WithAnswers]
     """The data set."""
 
     out: Path
     """Folder for the files. It must be empty or absent."""
 
+    level: str = "medium"
+    """easy, medium, hard, or the largest size as a number: of sort the digits, of count and reverse the letters of a word, of
+    sums the numbers, of brackets the brackets."""
+
     seed: int = 0
     """Seed of the draws. The held-out modules are the same for every seed."""
+
+    NEEDS: ClassVar = (
+        Needs(
+            ("level",),
+            lambda options: options.name in get_args(WithAnswers),
+            f"it is of {', '.join(get_args(WithAnswers))}",
+        ),
+    )
 
 
 def make_task(options: Task) -> None:
     """Write the files and print what is in them."""
-    from tqdm import tqdm
-
-    from data.made.modules import read_modules
-    from data.made.sets import check_records, make_set, measure, measure_leak
-
     with new_folder(options.out) as folder:
-        bar = partial(tqdm, desc="reading", unit=" modules", disable=not sys.stderr.isatty(), leave=False)
-        modules = read_modules(progress=bar)
-        sets = make_set(options.name, modules, options.seed)
-        measured, files = {}, {}
-        for split, records in sets.items():
-            check_records(records)
-            measured[split] = measure(records)
+        made = make(options)
+        files = {}
+        for split, records in made.sets.items():
             content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
             (folder / f"{split}.jsonl").write_bytes(content)
             files[f"{split}.jsonl"] = {"records": len(records), "sha256": hashlib.sha256(content).hexdigest()}
-        used = {split: sorted({record["module"] for record in records}) for split, records in sets.items()}
-        leak = measure_leak(sets) if options.name == "conversations" else None
-        index = {
-            "name": options.name,
-            "seed": options.seed,
-            "python": platform.python_version(),
-            "files": files,
-            "modules": used,
-            "shares": {split: table.shares for split, table in measured.items()},
-            "leak": leak,
-            "cues": {split: table.cues for split, table in measured.items()},
-        }
-        (folder / INDEX).write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print_table(options, measured, used)
-    if leak is not None:
-        print(f"leak         {leak[0]:,} of {leak[1]:,} held-out replies are those of a question of the same form in training")
+        made_by = {"name": options.name, "seed": options.seed, "python": platform.python_version(), "files": files}
+        (folder / INDEX).write_text(json.dumps(made_by | made.index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for title, values in [("", list(made.sets)), *made.table]:
+        print(f"{title:46}" + "".join(f"{value:>14}" for value in values) if values else title)
+    for note in made.notes:
+        print(f"note: {note}", file=sys.stderr)
     print(f"wrote        {options.out / 'train.jsonl'}, {options.out / 'validation.jsonl'}, {options.out / INDEX}")
+
+
+def make(options: Task) -> "WrittenSet":
+    """Return the records of the options, with what is said about them."""
+    if options.name in get_args(WithAnswers):
+        from data.made.verifiable import write_verifiable
+
+        return write_verifiable(options.name, options.level, options.seed)
+    from tqdm import tqdm
+
+    from data.made.modules import read_modules
+    from data.made.sets import write_set
+
+    bar = partial(tqdm, desc="reading", unit=" modules", disable=not sys.stderr.isatty(), leave=False)
+    return write_set(options.name, read_modules(progress=bar), options.seed)
 
 
 @contextmanager
@@ -92,33 +108,3 @@ def new_folder(out: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(making)
         raise
-
-
-def print_table(options: Task, measured: dict, used: dict[str, list[str]]) -> None:
-    splits = list(measured)
-
-    def row(title: str, values: list[str]) -> None:
-        print(f"{title:46}" + "".join(f"{value:>14}" for value in values))
-
-    row("", splits)
-    row("records", [f"{measured[split].records:,}" for split in splits])
-    row("modules", [f"{len(used[split]):,}" for split in splits])
-    row("words a record", [f"{measured[split].words:.1f}" for split in splits])
-    for label in dict.fromkeys(label for split in splits for label in measured[split].shares):
-        row(f"  {label}", [f"{measured[split].shares.get(label, 0):.1%}" for split in splits])
-    shared = set(used["train"]) & set(used["validation"])
-    print(f"checked      {format_count(len(shared), 'module')} on both sides; {CHECKED[options.name]}")
-    for cue in measured["train"].cues:
-        row(f"  {cue}", [f"{measured[split].cues[cue][0]:.3f} ≤ {measured[split].cues[cue][1]:.3f}" for split in splits])
-    for split in splits:
-        for cue in measured[split].found_cues:
-            print(f"note: {split}: {cue} is {measured[split].cues[cue][0]:.3f}: more than chance allows", file=sys.stderr)
-
-
-CHECKED = {
-    "tag": "IOB2 is valid, as many labels as words",
-    "qa": "each answer stands in its context at its offset; the label by length or position alone:",
-    "pairs": "the label by length alone (half of each text's records are yes):",
-    "scores": "the score by length alone:",
-    "conversations": "each reply stands in its context; whether it has the answer by length or turn alone:",
-}

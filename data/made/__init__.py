@@ -1,4 +1,6 @@
-"""Labelled data sets made from the sources of Python's standard library; `python -m data task NAME` writes them.
+"""Labelled data sets made from the sources of Python's standard library, and tasks with computed answers.
+
+`python -m data task NAME` writes them.
 
     modules        modules by their syntax trees: definitions with docstrings; which modules are held out; draws
     names          kinds of names by the syntax trees: module, function, class or constant
@@ -12,6 +14,8 @@
     preferences    pairs of replies that keep and break a rule; conversations in both styles
     rule           the rule: short, no hedge, names the module; whether a reply is well formed
     styles         surface forms of replies that keep or break it
-    sets           training and held-out records of each, measured and checked
+    verifiable     sort digits, count a letter, add numbers, reverse a word, close brackets: no sources are read
+    sets           training and held-out records of each set from the library, measured and checked
+    written        a set as the command writes it: records, and what is printed about them
     cues           how well a label could be guessed by a length or position alone
 """

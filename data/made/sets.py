@@ -14,10 +14,19 @@ from data.made.pairs import length_features, make_pairs
 from data.made.qa import make_qa
 from data.made.scores import SIZE, make_scores
 from data.made.tag import make_tag, problem_of_tags
+from data.made.written import WrittenSet
+from data.messages import format_count
 
 BINS = 10
 MOST_CORRELATION = 0.2  # of a score with a length, and three standard errors 1 / sqrt(N): 0.04 of the variance
 MOST_POSITION = 0.2  # share of the answers in a tenth of their contexts
+CHECKED = {
+    "tag": "IOB2 is valid, as many labels as words",
+    "qa": "each answer stands in its context at its offset; the label by length or position alone:",
+    "pairs": "the label by length alone (half of each text's records are yes):",
+    "scores": "the score by length alone:",
+    "conversations": "each reply stands in its context; whether it has the answer by length or turn alone:",
+}
 
 
 @dataclass
@@ -53,6 +62,43 @@ def make_set(name: str, modules: list[Module], seed: int = 0) -> dict[str, list[
     avoid = frozenset(fingerprint(text) for record in validation for text in texts_of(record))
     records = {"train": make(seen, seed, avoid), "validation": validation}
     return raise_if_empty(name, records, modules)
+
+
+def write_set(name: str, modules: list[Module], seed: int = 0) -> WrittenSet:
+    """Return the records of a data set, checked, with their measurements as a table."""
+    sets = make_set(name, modules, seed)
+    for records in sets.values():
+        check_records(records)
+    measured = {split: measure(records) for split, records in sets.items()}
+    used = {split: sorted({record["module"] for record in records}) for split, records in sets.items()}
+    leak = measure_leak(sets) if name == "conversations" else None
+    index = {
+        "modules": used,
+        "shares": {split: table.shares for split, table in measured.items()},
+        "leak": leak,
+        "cues": {split: table.cues for split, table in measured.items()},
+    }
+    tables = list(measured.values())
+    lines = [
+        ("records", [f"{table.records:,}" for table in tables]),
+        ("modules", [f"{len(names):,}" for names in used.values()]),
+        ("words a record", [f"{table.words:.1f}" for table in tables]),
+    ]
+    labels = dict.fromkeys(label for table in tables for label in table.shares)
+    lines += [(f"  {label}", [f"{table.shares.get(label, 0):.1%}" for table in tables]) for label in labels]
+    shared = set(used["train"]) & set(used["validation"])
+    lines.append((f"checked      {format_count(len(shared), 'module')} on both sides; {CHECKED[name]}", []))
+    for cue in measured["train"].cues:
+        lines.append((f"  {cue}", [f"{table.cues[cue][0]:.3f} ≤ {table.cues[cue][1]:.3f}" for table in tables]))
+    if leak is not None:
+        same = f"{leak[0]:,} of {leak[1]:,} held-out replies are those of a question of the same form in training"
+        lines.append((f"leak         {same}", []))
+    notes = [
+        f"{split}: {cue} is {table.cues[cue][0]:.3f}: more than chance allows"
+        for split, table in measured.items()
+        for cue in table.found_cues
+    ]
+    return WrittenSet(sets, index, lines, notes)
 
 
 def raise_if_empty(name: str, records: dict[str, list[Record]], modules: list[Module]) -> dict[str, list[Record]]:

@@ -9,6 +9,7 @@ Where to read first: `config` (the hyperparameters of a network), then bottom up
     init · safetensors_file · finite · matching · hub                    initialization; folders in the Hugging Face layout
     folders · config_json · generation_config · ties                     the files of such a folder, beside the weights
     decoding · sampling · constraints · stopping · generate · beam · streaming   text generation
+    rollouts                                                             sampled replies with their log-probabilities
     chat_session                                                         replies of a chat, whose cache stays over turns
     fill                                                                 mask filling by a masked-language model
     predict · predict_tags · answer_spans                                class probabilities, numbers, tags, answers
@@ -56,6 +57,7 @@ PUBLIC = {  # file: the names that it offers; `from model import load` is the st
     "stopping": ("Stop",),
     "beam": ("Beams", "beam_search"),
     "streaming": ("TextStream",),
+    "rollouts": ("SampledReply", "sample_replies"),
     "answer_spans": ("find_answers", "rank_spans"),
     "resize": ("resize_vocabulary",),
     "parameters": ("CacheBytes", "adapter_parameters", "cache_bytes", "parameters_by_part"),

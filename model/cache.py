@@ -41,6 +41,27 @@ class LayerCache:
         self.key_BGSK[:, :, : self.length] = self.key_BGSK[row_B, :, : self.length]
         self.value_BGSK[:, :, : self.length] = self.value_BGSK[row_B, :, : self.length]
 
+    def select(self, row_B: Tensor, moved_M: Tensor, first: int, skip: int) -> None:
+        """Make row row_B[b] row b, and forget the `skip` positions behind the `first` ones; moved_M: where row_B[b] is not b.
+
+        Rows that stay in place are not copied: fewer rows are a view of the same buffers.
+        """
+        self.key_BGSK = self._selected(self.key_BGSK, row_B, moved_M, first, skip)
+        self.value_BGSK = self._selected(self.value_BGSK, row_B, moved_M, first, skip)
+        self.length -= skip
+
+    def _selected(self, x_BGSK: Tensor, row_B: Tensor, moved_M: Tensor, first: int, skip: int) -> Tensor:
+        count, length = len(row_B), self.length
+        if count > len(x_BGSK):
+            more_BGSK = x_BGSK.new_zeros(count, *x_BGSK.shape[1:])
+            more_BGSK[:, :, :length] = x_BGSK[row_B, :, :length]
+            x_BGSK = more_BGSK
+        elif len(moved_M):
+            x_BGSK[moved_M, :, :length] = x_BGSK[row_B[moved_M], :, :length]
+        if skip and first:
+            x_BGSK[:, :, skip : skip + first] = x_BGSK[:, :, :first].clone()  # the two may overlap
+        return x_BGSK[:count, :, skip:]
+
 
 class CrossCache:
     """The cross-attention keys and values of one layer, computed at the first call."""
@@ -116,3 +137,9 @@ class Cache:
         """Replace row b by row row_B[b] in every layer's self-attention cache."""
         for layer in self.layers:
             layer.reorder(row_B)
+
+    def select(self, row_B: Tensor, skip: int = 0) -> None:
+        """Make row row_B[b] row b, and forget the first `skip` positions of text, in every self-attention cache."""
+        moved_M = (row_B != torch.arange(len(row_B), device=row_B.device)).nonzero()[:, 0]
+        for layer in self.layers:
+            layer.select(row_B, moved_M, self.num_virtual_tokens, skip)

@@ -11,7 +11,7 @@ from model.config import ConfigError
 
 
 class Decoding:
-    """The texts so far, with their key-value cache: `next_logits`, `append`, `reorder`.
+    """The texts so far, with their key-value cache: `next_logits`, `append`, `reorder`, `select`.
 
     input_ids B S, attention_mask B S: 1 real, 0 pad (a decoder's prompt is left-padded). A decoder continues them; an
     encoder-decoder encodes them once, and its text begins with config.decoder_start_id. Each row is repeated `copies` times,
@@ -109,6 +109,19 @@ class Decoding:
         self.ids_BT = self.ids_BT[row_B]
         if self.cache is not None:
             self.cache.reorder(row_B)
+
+    def select(self, row_B: Tensor) -> None:
+        """Make row row_B[b] row b of as many rows as row_B has: rows can be dropped, moved and repeated.
+
+        For a decoder. Columns before the first token of all rows leave the window: it is as long as its longest row. Rows that
+        stay in place are not copied: to drop a row, move the last one into its place.
+        """
+        self.ids_BT, self.mask_BT, self.first_B1 = self.ids_BT[row_B], self.mask_BT[row_B], self.first_B1[row_B]
+        start = min(int(self.first_B1.min()), self.cached_end)
+        if self.cache is not None:
+            self.cache.select(row_B, skip=start - self.start)
+        self.start = start
+        self.padded = bool((self.mask_BT[:, start : self.end] == 0).any())
 
     @property
     def new_BT(self) -> Tensor:

@@ -7,9 +7,10 @@
     gpu/         what only a card can show; skips itself without one
     mutants/     `python -m tests.mutants` changes the source in one place at a time, and lists the changes that no test notices
 
-    conftest chat_runs chat_tokenizers chats compare damage drawings folders made pairs pairs_of_texts preference_runs questions
-    ranks records runs seq2seq tagged texts wordnet  shared by several
+    conftest chat_runs chat_tokenizers chats compare damage drawings folders made pairs pairs_of_texts policy_runs
+    preference_runs questions ranks records runs seq2seq tagged texts wordnet  shared by several
     proofs       `python -m tests.proofs` writes docs/proofs.md: the tests of each public name
+    policy_table        `python -m tests.policy_table` prints the table of policy losses, with numbers computed
     preference_table    `python -m tests.preference_table` prints the table of preference losses, with numbers computed
     previews     `python -m tests.previews` writes invariant/data/previews.txt: what chat templates make of conversations
 """

@@ -25,6 +25,9 @@ minimised), `engine` (the state that a step advances, and its files), `loop` (th
     preference_task    shared by objectives on preferences; `reference_task`: by those with a `reference` (`reference_file`)
     shared_prompt     the two replies of a pair in one row, behind one prompt
     preference_objective, rated_objective, reward_objective    losses of pairs (dpo), rated replies (kto), scores (reward)
+    policy_task       shared by grpo and rloo; `policy_settings`: their options; `prompt_task`: records of prompts alone
+    rollout, rollout_source    sampled replies as arrays and steps; where they come from: generation, rewards, advantages
+    policy_objective  the policy loss of replies, and what is logged of it
     evaluate          sums and counts over held-out text; bits per byte, and the n-gram baseline
     mixing            the share of each source of a mixture, and what was drawn
     eval_corpora      further corpora that each validation scores (--eval-corpus); `eval_text`, `eval_records`: of each kind
@@ -32,11 +35,12 @@ minimised), `engine` (the state that a step advances, and its files), `loop` (th
     adapters, qat     runs that train an adapter; quantization-aware training
     anchor, anchored_run    penalties that hold weights near those of --init; F of the old text, and the run's file
     recompute, allocator       activation checkpointing; freed memory that is kept for the next step
-    losses/           cross-entropy, with Triton's kernel; preference losses
+    losses/           cross-entropy, with Triton's kernel; preference and policy losses, advantages
     optimizers/       AdamW, Muon, SGD; schedules, clipping, precision, averaged weights
     parallel/         ranks, DDP, FSDP2, sharded tensors
     runs/             run folders: checkpoint, sharded state, export, lock
     reports/          progress, metrics.jsonl, curves.png, time and memory
+    rewards/          functions that judge sampled replies: named ones and a user's own
     recipes/          settings in TOML, for `--recipe`
 
 `schedule` forwards to `optimizers/schedule`. `optim`, `precision`, `clip` and `loss/` forward the names that moved, for one
@@ -52,15 +56,22 @@ PUBLIC = {  # file: the names that it offers; `from train import AdamW` is the s
     "config": ("TrainConfig",),
     "engine": ("Engine",),
     "evaluate": ("bits_per_byte",),
+    "losses.advantages": ("combine_rewards", "group_advantages"),
     "losses.chunked": ("chunked_linear_cross_entropy",),
     "losses.cross_entropy": ("cross_entropy_reference", "linear_cross_entropy"),
     "losses.divergence": ("f_divergence", "transform_log_ratios"),
+    "losses.entropy": ("token_log_probs_and_entropy",),
+    "losses.kl": ("kl_estimate",),
     "losses.mixture": ("parse_losses",),
+    "losses.overlong": ("soft_overlong_penalty",),
     "losses.pair_weights": ("ld_token_weights", "wpo_weights"),
+    "losses.policy": ("POLICY_DETAILS", "POLICY_LOSSES"),
+    "losses.policy_registry": ("PolicyDetails", "policy_count"),
     "losses.preference": ("PREFERENCE_DETAILS", "PREFERENCE_LOSSES"),
     "losses.preference_registry": ("LossDetails",),
     "losses.preference_replies": ("kto_unpaired", "kto_z"),
     "losses.preference_sorted": ("aot_pairs",),
+    "losses.sampler": ("sampler_weights",),
     "objective": ("MaskedObjective", "Metric", "Objective", "Result", "Term"),
     "optimizers.adamw": ("AdamW", "adamw_update"),
     "optimizers.adamw8bit": ("AdamW8bit",),
@@ -74,6 +85,8 @@ PUBLIC = {  # file: the names that it offers; `from train import AdamW` is the s
     "optimizers.scaler": ("GradScaler",),
     "optimizers.schedule": ("SCHEDULES",),
     "optimizers.sgd": ("SGD", "sgd_update"),
+    "rewards.open": ("Rewards", "open_rewards"),
+    "rewards.sample": ("Sample",),
     "runs.errors": ("CheckpointError", "TrainError"),
     "step": ("StepResult", "train_step"),
     "task": ("Defaults", "Task"),

@@ -20,7 +20,7 @@ def check(config: Any) -> None:
         "threads": (run.threads, 0),
         "batch-size": (optimizer.batch_size, 1),
         "accumulate": (optimizer.accumulate, 1),
-        "log-every": (report.log_every, 1),
+        "log-every": (1 if report.log_every is None else report.log_every, 1),
         "eval-every": (1 if report.eval_every is None else report.eval_every, 1),
         "eval-tokens": (report.eval_tokens, 2),
         "sample-every": (report.sample_every, 0),
@@ -75,6 +75,7 @@ def check(config: Any) -> None:
         raise TrainError(f"--mix temperature with --corpus {' '.join(config.data.corpus)}: each source is NAME=PATH")
     check_eval_corpora(config)
     check_anchor(config)
+    check_rewards(config)
 
 
 def check_adapter(config: Any) -> None:
@@ -131,3 +132,26 @@ def check_anchor(config: Any) -> None:
         raise TrainError(f"{option} does not go with --mesh {run.mesh}: replicate does")
     if asked.anchor != "l2-sp" and not asked.anchor_corpus:
         raise TrainError(f"{option} needs the text that is not to be forgotten: --anchor-corpus PATH")
+
+
+def check_rewards(config: Any) -> None:
+    asked = config.rewards
+    if not asked.reward:
+        return
+    from train.rewards.named import open_named
+    from train.rewards.names import is_function, parse_function
+
+    for text in asked.reward:
+        parse_function(text) if is_function(text) else open_named(text)
+    if repeated := [text for text in asked.reward if asked.reward.count(text) > 1]:
+        raise TrainError(f"--reward {repeated[0]} is given twice: --reward-weights gives it more weight")
+    weights = asked.reward_weights
+    if weights and len(weights) != len(asked.reward):
+        raise TrainError(f"--reward-weights has {len(weights)} values for {len(asked.reward)} rewards: one each is expected")
+    if not all(map(math.isfinite, weights)) or (weights and not any(weights)):
+        shown = " ".join(f"{weight:g}" for weight in weights)
+        raise TrainError(f"--reward-weights {shown}: finite numbers are expected, one of them at least not 0")
+    if not 0 <= asked.reward_workers <= 256:
+        raise TrainError(f"--reward-workers {asked.reward_workers}: from 0 to 256")
+    if not 0 < asked.reward_timeout <= 1e6:
+        raise TrainError(f"--reward-timeout {asked.reward_timeout}: above 0, and at most 1,000,000 seconds")

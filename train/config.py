@@ -89,6 +89,8 @@ class RecordedConfig:
 
     objective_sha256: str | None = None
     """SHA-256 of the user's file in --objective PATH.py."""
+    reward_sha256: tuple[str, ...] | None = None
+    """SHA-256 of each user file in --reward PATH.py:FUNCTION, in their order."""
     epochs: float | None = None
     """The value of --epochs, which --steps holds in steps."""
     scheduled_steps: int | None = None
@@ -177,6 +179,27 @@ class AnchorConfig:
 
 
 @dataclass(frozen=True)
+class RewardConfig:
+    """Reward functions, for objectives that learn from rewards."""
+
+    reward: tuple[str, ...] = ()
+    """What judges a reply, one or several. By name: exact, answer, number, format, arithmetic, length:N, length_target:N,
+    regex:PATTERN; or PATH.py:FUNCTION, a function of your own (its code is run), called as f(prompts, completions, **columns)
+    and returning a number or None for each reply."""
+    reward_weights: tuple[float, ...] = ()
+    """The factor of each reward. Default: 1 each."""
+    reward_workers: int = 1
+    """Processes that run the functions of your own files; 0: the training's own, without a timeout."""
+    reward_timeout: float = 30.0
+    """Seconds that a function of your own has for the replies to one prompt; then the run stops."""
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The factor of each reward, defaults included."""
+        return self.reward_weights or (1.0,) * len(self.reward)
+
+
+@dataclass(frozen=True)
 class SpeedConfig:
     """Speed and memory: precision, loss, recomputation, compilation."""
 
@@ -204,8 +227,8 @@ class SpeedConfig:
 class ReportConfig:
     """Reports and checkpoints."""
 
-    log_every: int = field(default=10, metadata=also("--logging-steps"))
-    """Steps between lines of metrics.jsonl. Also --logging-steps."""
+    log_every: int | None = field(default=None, metadata=also("--logging-steps"))
+    """Steps between lines of metrics.jsonl. Default: 10; 1 where each step samples its own replies. Also --logging-steps."""
     log: Literal["tensorboard"] | None = None
     """Write the numbers of metrics.jsonl for TensorBoard too, in RUN/tensorboard (pip install tensorboard)."""
     eval_every: int | None = field(default=None, metadata=also("--eval-steps"))
@@ -255,6 +278,7 @@ class CommonConfig:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     anchor: AnchorConfig = field(default_factory=AnchorConfig)
+    rewards: RewardConfig = field(default_factory=RewardConfig)
     speed: SpeedConfig = field(default_factory=SpeedConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     qat: QatConfig = field(default_factory=QatConfig)

@@ -58,6 +58,8 @@ def dry_run(config: TrainConfig, arguments: Sequence[str]) -> int:
                 timings = trial.time()
         except torch.OutOfMemoryError as error:
             raise TrainError(out_of_memory(run, error)) from error
+        finally:
+            run.task.close()
         if ranks.is_main:
             print(estimates(run, trial, timings), flush=True)
         with ranks.together():

@@ -145,6 +145,7 @@ class Run:
                     if self.config.report.sample_every:
                         self._show_sample(best)
         finally:
+            self.task.close()
             self.console.end()
             self.metrics.close()
         steps, tokens = self.step - first_step, self.tokens - first_tokens
@@ -204,7 +205,8 @@ class Run:
 
     def _rollout(self, step: int) -> list[dict]:
         with self._inference():
-            return self.source.batches(step, self.engine.network)
+            batches = self.source.batches(step, self.engine.network)
+        return self.task.complete(self, step, batches)
 
     def prepare(self, micro_batches: list[dict]) -> tuple[list[dict], int]:
         """This rank's rows of the micro-batches, on its device; and the count of scored labels over all ranks."""
@@ -219,7 +221,11 @@ class Run:
             ids = ids_of(batch)  # an encoder-decoder reads source and target: count their mean
             self.positions += sum(each.numel() for each in ids) / len(ids)
             self.rows += len(ids[0])
-        return [self._to_device(own_rows(batch, self.ranks)) for batch in micro_batches], sum(counts)
+        return [self.own_part(batch) for batch in micro_batches], sum(counts)
+
+    def own_part(self, batch: dict) -> dict:
+        """This rank's rows of a batch, on its device."""
+        return self._to_device(own_rows(batch, self.ranks))
 
     def _to_device(self, batch: dict) -> dict:
         return {name: value.to(self.device, non_blocking=True) for name, value in batch.items()}
@@ -240,6 +246,7 @@ class Run:
             **result.metrics,
             **({} if result.penalty is None else {"penalty": float(result.penalty)}),
             **self.task.drawn(self.step),
+            **self.task.logged(self, self.step),
             tokens_per_s=round(tokens_per_s, 1),
             **scale,
         )

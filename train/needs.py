@@ -10,6 +10,7 @@ from train.command_line import Needs
 from train.config import TrainConfig, optimizer_of
 from train.record_task import RecordTask
 from train.registry import load
+from train.rewards.names import is_function
 
 
 def _uses(*names: str):
@@ -75,6 +76,26 @@ NEEDS = (
         ("anchor_corpus", "anchor_rows"),
         lambda config: config.anchor.anchor.startswith("ewc"),
         "they are what F of --anchor ewc and ewc-empirical is estimated from",
+    ),
+    Needs(
+        ("reward", "reward_weights", "reward_workers", "reward_timeout"),
+        lambda config: load(config.run.objective).needs_rewards,
+        "this objective does not learn from rewards",
+    ),
+    Needs(
+        ("reward", "reward_weights", "reward_workers", "reward_timeout"),
+        lambda config: bool(config.rewards.reward),
+        "no reward is named: --reward NAME or PATH.py:FUNCTION",
+    ),
+    Needs(
+        ("reward_workers", "reward_timeout"),
+        lambda config: any(map(is_function, config.rewards.reward)),
+        "they are of functions of your own, --reward PATH.py:FUNCTION; named rewards are computed in the training's process",
+    ),
+    Needs(
+        ("reward_timeout",),
+        lambda config: config.rewards.reward_workers > 0,
+        "--reward-workers 0 runs your functions in the training's process, without a timeout",
     ),
     Needs(("recompute_every",), lambda config: config.speed.recompute != "none", "it is of --recompute blocks or selective"),
     Needs(("reshard",), lambda config: "shard" in (config.run.mesh or ""), "it is of --mesh shard"),

@@ -15,6 +15,7 @@ from train.command_line import spelled
 from train.config import RunConfig, TrainConfig
 from train.config_toml import from_plain, objective_in
 from train.registry import config_type, name_of, summaries
+from train.rewards.given import refuse_functions
 from train.runs.errors import TrainError
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -112,7 +113,9 @@ def read_recipe(name: str, objective: str | None = None) -> TrainConfig:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TrainError(f"{path} is not TOML: {error}") from None
-    return from_plain(config_type(objective or objective_in(table)), table, str(path))
+    config = from_plain(config_type(objective or objective_in(table)), table, str(path))
+    refuse_functions(config.rewards.reward, str(path))
+    return config
 
 
 def value_of(option: str, arguments: Sequence[str]) -> str | None:

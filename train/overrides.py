@@ -5,10 +5,11 @@ from dataclasses import fields, replace
 
 from train.config import TrainConfig
 
-# None of these changes the weights, except by rounding and by skipping a non-finite batch. (--init and --objective: the new
-# place of an adapter's base and of a task's file, which must be the same.)
+# None of these changes the weights, except by rounding and by skipping a non-finite batch. (--init, --objective, --reward: the
+# new place of an adapter's base, of a task's file and of reward functions, which must be the same.)
 OVERRIDES = {
     "run": ("device", "threads", "mesh", "on_nonfinite", "init", "objective", "steps", "extend"),
+    "rewards": ("reward", "reward_workers", "reward_timeout"),
     "report": ("verbose", "profile", "memory_report"),
 }
 

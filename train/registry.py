@@ -82,18 +82,19 @@ def _load_file(path: str, digest: str) -> "type[Task]":
 
 
 def config_type(objective: str) -> type[TrainConfig]:
-    """TrainConfig with the objective's own batch size, and a field for the settings of the task, under its name."""
+    """TrainConfig with the objective's own defaults of the optimizer, and a field for the settings of the task, under its
+    name."""
     task = load(objective)
-    if task.Settings is None and task.defaults.batch_size is None:
+    if task.Settings is None and not task.defaults.optimizer:
         return TrainConfig
-    return _with_settings(name_of(objective), task.Settings, task.defaults.batch_size)
+    return _with_settings(name_of(objective), task.Settings, task.defaults.optimizer)
 
 
 @functools.cache
-def _with_settings(name: str, settings: type | None, batch_size: int | None) -> type[TrainConfig]:
+def _with_settings(name: str, settings: type | None, optimizer: tuple[tuple[str, Any], ...]) -> type[TrainConfig]:
     own = [] if settings is None else [(name, settings, field(default_factory=settings))]
-    if batch_size is not None:
-        own.append(("optimizer", OptimizerConfig, field(default_factory=lambda: OptimizerConfig(batch_size=batch_size))))
+    if optimizer:
+        own.append(("optimizer", OptimizerConfig, field(default_factory=lambda: OptimizerConfig(**dict(optimizer)))))
     kind = make_dataclass("TrainConfig", own, bases=(TrainConfig,), frozen=True)
     kind.__doc__ = TrainConfig.__doc__
     return kind

@@ -27,6 +27,7 @@ from train.optimizers.precision import PRECISIONS, choose_precision
 from train.parallel.mesh_sizes import mesh_sizes
 from train.parallel.ranks import Ranks
 from train.registry import file_hash, load
+from train.rewards.given import reward_hashes
 from train.runs.errors import TrainError
 from train.runs.lock import unused
 from train.runs.open import checked_device, resolve
@@ -56,13 +57,16 @@ def resolve_machine(config: TrainConfig, ranks: Ranks) -> TrainConfig:
             f"--batch-size {config.optimizer.batch_size}: {ranks.world} ranks share its sequences, and each needs one at least"
         )
     task, data = load(run.objective), config.data
+    if task.needs_rewards and not config.rewards.reward:
+        raise TrainError(f"--objective {run.objective} needs a judge: --reward NAME or PATH.py:FUNCTION, one or several")
     if task.default_corpus is not None and data.corpus == type(data)().corpus:
         data = replace(data, corpus=(task.default_corpus,))
     network = replace(config.network, preset=config.network.preset or task.defaults_of(config).preset)
     out = Path(ranks.broadcast(str(run.out or unused(Path("runs") / f"{network.preset}-{time.strftime('%Y%m%d-%H%M%S')}"))))
     threads = torch.get_num_threads()
     run = replace(run, device=device, threads=threads, out=out, mesh=mesh, on_nonfinite=on_nonfinite)
-    recorded = replace(config.recorded, objective_sha256=file_hash(run.objective))
+    hashes = reward_hashes(config.rewards.reward)
+    recorded = replace(config.recorded, objective_sha256=file_hash(run.objective), reward_sha256=hashes)
     speed = replace(speed, deterministic=deterministic)
     chosen = {"optimizer": resolve_rates(config), "speed": speed, "recorded": recorded}
     return replace(config, run=run, data=data, network=network, **chosen)
@@ -77,7 +81,8 @@ def resolve_steps(config: TrainConfig, task: Task) -> TrainConfig:
     if run.unfreeze == "gradual":
         run = replace(run, unfreeze=str(max(1, math.ceil(1 / task.epochs(1) - 1e-9))))
     eval_every = report.eval_every or max(1, min(100, run.steps // 6))
-    report = replace(report, eval_every=eval_every, save_every=report.save_every or eval_every)
+    log_every = report.log_every or task.log_every
+    report = replace(report, log_every=log_every, eval_every=eval_every, save_every=report.save_every or eval_every)
     return replace(config, run=run, report=report, recorded=recorded)
 
 

@@ -15,6 +15,7 @@ from train.overrides import differing, override
 from train.parallel.ranks import Ranks, connected
 from train.reports.tensorboard import writer_type
 from train.resolve import resolve_machine
+from train.rewards.given import check_given_again
 from train.runs.checkpoint import write_settings
 from train.runs.errors import CheckpointError, TrainError
 from train.runs.lock import locked, refuse_taken
@@ -31,7 +32,7 @@ def start(config: TrainConfig) -> int:
     if restarts and (config.run.out / "config.toml").is_file():
         if others := differing(read_settings(config.run.out, to_train=True), with_absolute_paths(config)):
             raise TrainError(f"{config.run.out} already holds another run ({'; '.join(others)}): choose another --out")
-        return resume(config.run.out)
+        return resume(config.run.out, {"rewards": {"reward": config.rewards.reward}} if config.rewards.reward else None)
     with connected() as ranks:
         config, defaulted = resolve_new(config, ranks)
         with held(config.run.out, ranks):
@@ -68,6 +69,7 @@ def resume(folder: Path, given: dict[str, dict] | None = None) -> int:
     given = given or {}
     asked = given.get("run", {})
     stored = read_settings(folder, to_train=True, objective=asked.get("objective"))
+    check_given_again(stored, given.get("rewards", {}).get("reward"), folder)
     longer = extended(stored, asked.pop("steps", None), asked.pop("extend", None))
     config = override(longer, given)
     config.check()

@@ -42,7 +42,7 @@ class Defaults:
     adapter_lr: Mapping[str, float] | None = None  # by adapter method; else `learning_rate` of its config in lora/config.py
     matrix_lr: float | None = None  # Muon's; None: that of all objectives
     vocab_size: int | None = None  # of a new tokenizer of plain text; None: that of all objectives
-    batch_size: int | None = None  # None: that of all objectives
+    optimizer: tuple[tuple[str, Any], ...] = ()  # further fields of OptimizerConfig, ("batch_size", 48), in place of its own
 
 
 class BatchSource(Protocol):
@@ -116,6 +116,8 @@ class Task(ABC):
     can_mix: ClassVar[bool] = False  # takes sources by weight, --corpus NAME=PATH:WEIGHT
     default_corpus: ClassVar[str | None] = None  # built-in records, in place of the built-in text
     needs_init: ClassVar[bool] = False  # goes on from pretrained weights
+    log_every: ClassVar[int] = 10  # steps between lines of metrics.jsonl
+    needs_rewards: ClassVar[bool] = False  # learns from --reward functions
     has_dropout: ClassVar[bool] = True  # False: its objective removes dropout
     has_memory_estimate: ClassVar[bool] = True  # `model.memory` describes its step: one network, whose rows are the batch's
     label_names: Sequence[str] = ()  # of class labels, by id; none: labels are tokens
@@ -192,6 +194,22 @@ class Task(ABC):
     def drawn(self, step: int) -> Scores:
         """Return the shares of a mixture's sources in the rows up to a step, by names of metrics.jsonl: drawn_NAME."""
         return {}
+
+    def close(self) -> None:  # noqa: B027
+        """Free what the task holds besides memory, such as processes, at the end of a run or of a dry run."""
+
+    def complete(self, run: Any, step: int, batches: list[Batch]) -> list[Batch]:
+        """Return the batches of an on-policy step with what is computed by the network as it trains (log-probabilities), which
+        generation, without torch.compile, would give other last bits."""
+        return batches
+
+    def logged(self, run: Any, step: int) -> Scores:
+        """Return further values of a step's line in metrics.jsonl."""
+        return {}
+
+    def conclusion(self, run: Any) -> list[str]:
+        """Return further lines for the end of a run, such as the names of pictures that are drawn."""
+        return []
 
     def for_drawing(self, batch: Batch) -> Batch:
         """Return the batch as it is drawn: with labels B T, or one a text."""

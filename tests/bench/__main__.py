@@ -2,6 +2,7 @@
 
     train     our training step beside a Hugging Face GPT2LMHeadModel loop of the same size, batch and dtype
     generate  tokens a second of our cached generation beside transformers' generate, the same network
+    rollout_speed  sampled replies that end at different lengths: tokens a second beside transformers' generate
     loading   peak memory of model.hub.load beside transformers' from_pretrained, in fresh processes, over the weights' bytes
     engine    a training step on the CPU, eager, compiled, recomputed: operations a second beside the machine's products
     formats   a training step in bf16 beside fp32, at six widths: where --precision auto begins to choose bf16
@@ -24,6 +25,9 @@
     sft_speed  instruction tuning with LoRA beside TRL's SFTTrainer: tokens a second, padded, packed, as they come
     dpo_speed  preference pairs beside TRL's DPOTrainer: tokens a second and memory, reference live and precomputed, LoRA or not
     preference  a reward model, and every preference loss on built-in pairs: the rule kept, KL, cost; an hour (--only, --base)
+    grpo_speed  steps of GRPO beside TRL's GRPOTrainer: reply tokens a second, generation included
+    reinforcement  exact match on verifiable tasks before and after GRPO, RLOO, Dr. GRPO, with wrong rewards and a KL term;
+              half an hour on two cores (--only TASK:ROW,…, --base)
     metrics   scores of texts beside the libraries that define them; the command's memory and start
     gpu       GPT-2 124M on a card, compiled, beside its own products and transformers
 """
@@ -42,6 +46,7 @@ from tests.bench.forgetting import bench_forgetting
 from tests.bench.formats import bench_formats
 from tests.bench.generate import bench_generate
 from tests.bench.gpu import bench_gpu
+from tests.bench.grpo_speed import bench_grpo_speed
 from tests.bench.int8 import bench_int8
 from tests.bench.loading import bench_loading
 from tests.bench.loss import bench_loss
@@ -52,7 +57,9 @@ from tests.bench.qat import bench_qat
 from tests.bench.qlora import bench_qlora
 from tests.bench.quant import bench_llama, bench_quant
 from tests.bench.ranks import bench_ranks
+from tests.bench.reinforcement import bench_reinforcement
 from tests.bench.reversal import bench_reversal
+from tests.bench.rollout_speed import bench_rollout_speed
 from tests.bench.sft import bench_sft
 from tests.bench.sft_speed import bench_sft_speed
 from tests.bench.train import bench_train
@@ -61,6 +68,7 @@ from tests.bench.transfer import bench_transfer
 BENCHES = {
     "train": bench_train,
     "generate": bench_generate,
+    "rollout_speed": bench_rollout_speed,
     "loading": bench_loading,
     "engine": bench_engine,
     "formats": bench_formats,
@@ -82,10 +90,15 @@ BENCHES = {
     "sft_speed": bench_sft_speed,
     "dpo_speed": bench_dpo_speed,
     "preference": bench_preference,
+    "grpo_speed": bench_grpo_speed,
+    "reinforcement": bench_reinforcement,
     "metrics": bench_metrics,
     "gpu": bench_gpu,
 }
-TAKES_ONLY = ("objectives", "transfer", "forgetting", "preference")
+TAKES_GIVEN = (
+    *("adapters", "qlora", "errors", "qat", "fim", "transfer", "forgetting", "sft", "preference", "reinforcement"),
+)
+TAKES_ONLY = ("objectives", "transfer", "forgetting", "preference", "reinforcement")
 
 
 def main() -> None:
@@ -95,7 +108,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--steps", type=int, help="steps of adapters, qlora (400), qat (200), fim (700), transfer (2000)")
     parser.add_argument("--base", help="adapters, qlora, qat: weights to start from; errors, fim: measured; others: folder")
-    parser.add_argument("--only", help="objectives, transfer, forgetting, preference: these rows alone, and their starts")
+    parser.add_argument(
+        "--only", help="objectives, transfer, forgetting, preference, reinforcement: these rows alone, and their starts"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
@@ -103,7 +118,7 @@ def main() -> None:
     given = {name: value for name, value in {"steps": options.steps, "base": options.base}.items() if value is not None}
     for name in BENCHES if options.name == "all" else [options.name]:
         named = {"only": options.only} if name in TAKES_ONLY and options.only else {}
-        takes_given = name in ("adapters", "qlora", "errors", "qat", "fim", "transfer", "forgetting", "sft", "preference")
+        takes_given = name in TAKES_GIVEN
         BENCHES[name](options.rounds, **(given if takes_given else {}), **named)
 
 

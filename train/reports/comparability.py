@@ -13,6 +13,10 @@ Settings = dict[str, object]  # of a run's config.toml: "optimizer.lr" → value
 TOKENIZER = "tokenizer_sha256"
 # Settings of an objective that leave the validation loss as it is.
 HARMLESS = {"best", "bleu", "generated", "packing"}
+# Of objectives whose score is the reward of held-out prompts these settings alone decide on it.
+OF_REPLIES = frozenset({"max_reply", "overlong", "temperature", "template", "validation_prompts", "variables"})
+DECIDING = {"grpo": OF_REPLIES, "rloo": OF_REPLIES}
+REWARDS = ("rewards.reward", "rewards.reward_weights", "recorded.reward_sha256")
 
 
 def not_comparable(runs: Sequence[Path], settings: Sequence[Settings]) -> str:
@@ -53,8 +57,15 @@ def objectives(settings: Sequence[Settings]) -> str:
     if is_file(str(settings[0].get("run.objective", ""))) and differ(settings, "recorded.objective_sha256"):
         return f"the objectives differ ({found[0]}: the files have different contents)"
     keys = dict.fromkeys(key for each in settings for key in each if key.startswith(f"{found[0]}."))
-    names = [key for key in keys if key.partition(".")[2] not in HARMLESS and differ(settings, key)]
+    names = [key for key in keys if is_deciding(found[0], key.partition(".")[2]) and differ(settings, key)]
+    if found[0] in DECIDING and any(differ(settings, key) for key in REWARDS):
+        return "the rewards differ"
     return f"the objective's settings differ ({', '.join(names)})" if names else ""
+
+
+def is_deciding(objective: str, setting: str) -> bool:
+    """Return True for a setting of an objective that changes the validation loss."""
+    return setting in DECIDING[objective] if objective in DECIDING else setting not in HARMLESS
 
 
 def held_out(settings: Sequence[Settings], texts: Sequence[dict]) -> str:

@@ -65,6 +65,8 @@ def diagnose(rows: list[dict]) -> Diagnosis:
         return Diagnosis("too short to tell", f"validations: {len(held_out)}; a trend needs three")
     best, last = min(held_out, key=lambda row: row["loss"]), held_out[-1]
     before = next((row["loss"] for row in rows if row["split"] == "before"), math.inf)
+    if "reward" in last:
+        return diagnose_reward(rows)
     if best["loss"] >= before:
         return Diagnosis(
             "no gain",
@@ -114,6 +116,26 @@ def diagnose(rows: list[dict]) -> Diagnosis:
             f"validation loss still fell {fall:.1f} % since step {earlier['step']}: more steps would help",
         )
     return Diagnosis("healthy", f"validation loss {last['loss']:.3f} is within 1 % of its best and hardly falls any more")
+
+
+def diagnose_reward(rows: list[dict]) -> Diagnosis:
+    """Diagnose a run of reinforcement from its held-out rewards: "no gain", "unstable" (the last is less than halfway from the
+    first to the best), or "healthy"."""
+    scored = [row for row in rows if row["split"] in ("before", "validation")]
+    first, last, best = scored[0], scored[-1], max(scored, key=lambda row: row["reward"])
+    if best["reward"] <= first["reward"]:
+        return Diagnosis(
+            "no gain",
+            f"no held-out reward is above the first, {first['reward']:.3f}: another --lr, more replies to a prompt, or a start "
+            "that is right more often",
+        )
+    if last["reward"] < (first["reward"] + best["reward"]) / 2:
+        return Diagnosis(
+            "unstable",
+            f"held-out reward was best at step {best['step']} ({best['reward']:.3f}) and is now {last['reward']:.3f}: a lower "
+            "--lr",
+        )
+    return Diagnosis("healthy", f"held-out reward {first['reward']:.3f} → {last['reward']:.3f}, best {best['reward']:.3f}")
 
 
 def plot(rows: list[dict], path: Path, title: str = "", *, training: str = "training") -> Diagnosis:

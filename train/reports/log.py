@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
@@ -130,6 +130,11 @@ class Metrics:
 
     def write_sample(self, step: int, title: str, text: str) -> None:
         self._append(self._samples, {"step": step, "title": title, "text": text})
+
+    def write_rows(self, step: int, title: str, rows: Iterable[dict[str, object]]) -> None:
+        """Write rows of columns into samples.jsonl, such as the replies of a rollout with their rewards."""
+        for row in rows:
+            self._append(self._samples, {"step": step, "title": title, **row})
 
     def _append(self, file: TextIO, values: dict[str, object]) -> None:
         file.write(json.dumps(values | {"time": round(time.time(), 3)}) + "\n")

@@ -105,7 +105,7 @@ def write_page(run: Path, config: TrainConfig, summary: str, phases: dict[str, f
         validations=validations[-MOST:],
         count=len(validations),
         most=MOST,
-        samples=read_metrics(run / SAMPLES)[: -MOST - 1 : -1],
+        samples=[row for row in read_metrics(run / SAMPLES) if "text" in row][: -MOST - 1 : -1],
         phases=phases | {"the rest": rest},
         seconds=max(seconds, 1e-9),
         steps=steps,

@@ -200,6 +200,7 @@ def conclude(run: RunView, stopped: str, session: Session) -> None:
         result += "curves   not drawn: matplotlib is not installed (pip install matplotlib)"
     except OSError as error:
         result += f"curves   not drawn: {error}"
+    result = "\n".join([result, *run.task.conclusion(run)])
     info(f"\n{result}")
     try:
         summary = f"{run.introduction}\n\n{result}"
@@ -240,7 +241,7 @@ def following(run: RunView, stopped: str) -> Iterator[str]:
         yield command("model", "export", out, "--out", model)
         folder = model
     yield run.task.example_command(folder)
-    objective = task_options(config)
+    objective = (*task_options(config), *reward_options(config))
     init = ("--init", config.run.init) if run.task.needs_init else ()
     yield command("train", *objective, *init, "--corpus", "PATH") + f"   # your own files: {' '.join(run.task.suffixes)}"
     if config.method is not None and config.method.mergeable and opened is not None:
@@ -265,6 +266,13 @@ def task_options(config: TrainConfig) -> tuple[str, ...]:
         else:
             words += [f"--{name}.{option}", *map(str, value if isinstance(value, tuple) else (value,))]
     return tuple(words)
+
+
+def reward_options(config: TrainConfig) -> tuple[str, ...]:
+    """The options of the command line that name the same reward functions."""
+    asked = config.rewards
+    weights = ("--reward-weights", *(f"{weight:g}" for weight in asked.reward_weights)) if asked.reward_weights else ()
+    return ("--reward", *asked.reward, *weights) if asked.reward else ()
 
 
 def text_options(data: DataConfig) -> list[str | Path]:

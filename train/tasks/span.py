@@ -87,7 +87,7 @@ class SpanTask(SourceTask):
     """
 
     Settings: ClassVar[type] = Settings
-    defaults = Defaults("tiny-t5", 2e-3, matrix_lr=5e-3, vocab_size=1024, batch_size=48)
+    defaults = Defaults("tiny-t5", 2e-3, matrix_lr=5e-3, vocab_size=1024, optimizer=(("batch_size", 48),))
     affix_flags: ClassVar = {"add_bos_token": False, "add_eos_token": True}  # as T5's
     has_prefix = False
     needs = (

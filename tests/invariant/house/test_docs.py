@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import data.made.modules
+import data.made.verifiable
 import model.hub
 import quant.__main__
 from eval.bleu import corpus_bleu
@@ -25,6 +26,7 @@ from tests.compare import mixed
 from tests.conftest import randomized, tiny_config
 from tests.made import modules
 from tests.pairs import word_pairs
+from tests.policy_table import variant_table as policy_table
 from tests.preference_table import variant_table
 from tests.runs import ROOT, command, last_checkpoint, write_corpus
 from train.options import read_options, resolve_aliases
@@ -108,6 +110,9 @@ def place(tmp_path_factory) -> Place:
     names["TAGS.jsonl"] = names["names/train.jsonl"]
     names |= {name: str(folder / name) for name in ("HYP", "REF", "A", "B", "PAIRS.jsonl", "reviews.csv", "chat.jsonl")}
     names |= {name: str(folder / name) for name in preferences()}
+    tasks = data.made.verifiable.make_verifiable("sort", "easy")["train"][:40]
+    (folder / "sort.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tasks), encoding="utf-8")
+    names |= dict.fromkeys(("sort/train.jsonl", "sort/validation.jsonl"), str(folder / "sort.jsonl"))
     names |= dict.fromkeys(("PATH", "CORPUS", "notes/", "stdlib-code"), corpus) | {"books/*.txt.gz": f"{corpus}/*.txt"}
     other = write_corpus(folder / "other", seed=1)
     names |= {"web=web/:7": f"web={corpus}:7", "code=src/:3": f"code={other}:3"}
@@ -161,7 +166,7 @@ def test_a_command_runs(page, line, place, tmp_path, monkeypatch):
     new = [str(tmp_path / f"new{Path(word).suffix}") if last == "--out" else None for last, word in pairwise(["", *words])]
     words = [name or filled(word, place) for name, word in zip(new, words, strict=True)]
     if program == "train" and words[:1] != ["compare"]:
-        words = made_small(words, place, tmp_path)
+        words = made_small(words, line, place, tmp_path)
     if ranks:  # read alone: launching processes is tested elsewhere
         assert read_options(resolve_aliases(words)).run.steps == 1
         return
@@ -184,7 +189,7 @@ def kind_of_run(words: list[str]) -> str | None:
     return next((kind for pattern, kind in kinds.items() if re.match(pattern, said)), None)
 
 
-def made_small(words: list[str], place: Place, tmp_path: Path) -> list[str]:
+def made_small(words: list[str], line: str, place: Place, tmp_path: Path) -> list[str]:
     """A training command on a tiny network, for one step."""
     if "--resume" in words:
         run = tmp_path / "resumed"
@@ -197,7 +202,9 @@ def made_small(words: list[str], place: Place, tmp_path: Path) -> list[str]:
     words += [] if "--init" in words else shlex.split(TINY.partition(" --val-fraction")[0] if "--validation" in words else TINY)
     kinds = {"chat.jsonl": ("sft", "pairs-sft"), "pairs.jsonl": ("dpo", "reward", "pairs-dpo"), "rated.jsonl": ("kto",)}
     corpus = place.names[next((file for file, said in kinds.items() if {*said} & {*words}), "PATH")]
-    if "pairs-sft" in words:  # whose template's tokens need more context than BASE has
+    if objective := next((name for name in ("grpo", "rloo") if name in words), None):
+        words += [f"--{objective}.group", "2"]
+    if "pairs-sft" in words or ("sft" in words and "BASE" in line):  # chatml's tokens need more context than BASE has
         words[words.index("--init") + 1] = place.names["LONGER"]
     words += [] if "--corpus" in words else ["--corpus", corpus]
     return words
@@ -264,7 +271,7 @@ def test_every_snippet_is_run_here():
     pages = [str(page.relative_to(ROOT)) for page in PAGES if page.name not in WRITTEN]
     assert {page: len(snippets(page)) for page in pages if snippets(page)} == {
         "README.md": 1, "docs/adapters.md": 1, "docs/quantization.md": 2, "docs/metrics.md": 1, "docs/networks.md": 1,
-        "docs/training.md": 1, "docs/instructions.md": 1, "docs/preferences.md": 1,
+        "docs/training.md": 1, "docs/instructions.md": 1, "docs/preferences.md": 1, "docs/reinforcement.md": 1,
     }  # fmt: skip
 
 
@@ -286,6 +293,17 @@ def test_a_conversation_is_encoded(place, capsys):
 def test_the_table_of_preference_losses_is_computed():
     """python -m tests.preference_table prints it."""
     assert variant_table().strip() in (ROOT / "docs/preferences.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_policy_losses_is_computed():
+    """python -m tests.policy_table prints it."""
+    assert policy_table().strip() in (ROOT / "docs/reinforcement.md").read_text(encoding="utf-8")
+
+
+def test_a_reward_of_one_s_own():
+    (block,) = snippets("docs/reinforcement.md")
+    exec(block, names := {})
+    assert names["score"](["p"] * 3, ["a b", "c", ""], ["b", "b", "b"], task=["t"] * 3) == [1.0, 0.0, None]
 
 
 def test_losses_of_pairs(capsys):

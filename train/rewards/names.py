@@ -1,0 +1,79 @@
+"""Entries of --reward as text: NAME, NAME:VALUE or PATH.py:FUNCTION. Standard library only."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from train.runs.errors import TrainError
+
+MARK = ".py:"
+
+
+class FunctionName(NamedTuple):
+    """A function of a user's file."""
+
+    path: Path
+    function: str
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.function}"
+
+
+def is_function(text: str) -> bool:
+    """Return True for PATH.py:FUNCTION. A text that begins as NAME: is a named reward.
+
+    >>> [is_function(text) for text in ("exact", "regex:a.py:b", "mine.py:score", "./regex:a.py:b")]
+    [False, False, True, True]
+    """
+    return MARK in text and not text.partition(":")[0].isidentifier()
+
+
+def parse_function(text: str) -> FunctionName:
+    """Read PATH.py:FUNCTION. Errors (TrainError): no function's name behind the path.
+
+    >>> parse_function("my rewards/mine.py:score").function
+    'score'
+    """
+    path, _, function = text.rpartition(MARK)
+    if not function.isidentifier():
+        raise TrainError(f"--reward {text}: {function!r} is no function's name; a user's function is PATH.py:FUNCTION")
+    return FunctionName(Path(f"{path}.py"), function)
+
+
+def parse_named(text: str) -> tuple[str, str | None]:
+    """Read NAME or NAME:VALUE. Errors (TrainError): a file without a function; an empty text.
+
+    >>> parse_named("exact"), parse_named("regex:a:b")
+    (('exact', None), ('regex', 'a:b'))
+    """
+    name, colon, value = text.partition(":")
+    if text.endswith(".py"):
+        raise TrainError(f"--reward {text}: which function of the file? Write {text}:FUNCTION")
+    if not name:
+        raise TrainError(f"--reward {text!r}: an empty name; give NAME, NAME:VALUE or PATH.py:FUNCTION")
+    return name, value if colon else None
+
+
+def absolute_functions(texts: Sequence[str]) -> tuple[str, ...]:
+    """Return the entries with absolute paths."""
+    return tuple(str(_absolute(parse_function(text))) if is_function(text) else text for text in texts)
+
+
+def _absolute(name: FunctionName) -> FunctionName:
+    return name._replace(path=name.path.expanduser().absolute())
+
+
+def metric_names(texts: Sequence[str]) -> list[str]:
+    """Return a name for each entry, for metrics: the second of a name is NAME_2.
+
+    >>> metric_names(["exact", "regex:a", "regex:b", "mine.py:exact"])
+    ['exact', 'regex', 'regex_2', 'exact_2']
+    """
+    plain = [parse_function(text).function if is_function(text) else parse_named(text)[0] for text in texts]
+    found: list[str] = []
+    for name in plain:
+        count, unique = 1, name
+        while unique in found:
+            count, unique = count + 1, f"{name}_{count + 1}"
+        found.append(unique)
+    return found

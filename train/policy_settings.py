@@ -18,7 +18,7 @@ class RolloutSettings:
     temperature: float = 1.0
     """Temperature of sampling, and of the log-probabilities in the loss."""
     minibatches: int = 1
-    """Optimizer steps that a rollout is split into."""
+    """Optimizer steps that a rollout serves: it has so many times the replies of a step."""
     rollout_epochs: int = 1
     """Passes over each rollout; from the second on its replies are in another order."""
     beta: float = 0.0

@@ -11,9 +11,10 @@ from data.messages import format_count, shorten_list
 from data.shell import command
 from train.policy_settings import RolloutSettings
 from train.prompt_task import PromptIds, PromptTask
+from train.record_task import FEW
 from train.registry import settings_of
 from train.runs.errors import TrainError
-from train.task import Scores, Totals
+from train.task import EvalCorpus, Info, Scores, Totals
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +51,7 @@ class PolicyTask(PromptTask):
 
     def __init__(self, config: "TrainConfig", data: "ChatData"):
         from train.rewards.open import open_rewards
+        from train.rewards.sample import Sample
         from train.rollout import RolloutSizes
         from train.rollout_source import RolloutSource
 
@@ -63,6 +65,10 @@ class PolicyTask(PromptTask):
         self.source = RolloutSource(self, self.sizes)
         self.validation = []  # generated: `generation_totals`
         self.rewards = open_rewards(config.rewards)
+        if not any(self.rewards.weights):
+            raise TrainError("--reward-weights: all are 0, and nothing is learned: one above 0 at least")
+        every = (*train.values, *held_out.values)
+        self.rewards.check([Sample(each.text, "", each.record.columns, True, 1, each.name) for each in every])
         self.policy_loss = self.build_loss()
         self.is_warned = False
 
@@ -88,23 +94,38 @@ class PolicyTask(PromptTask):
         return format_count(self.sizes.rows, "reply", "replies")
 
     def introduction(self) -> str:
+        from train.rollout import describe_sizes
+
         corpus = " ".join(self.config.data.corpus)
         first = self.data.train.values[0]
         lines = [
-            f"prompts  {corpus}: {len(self.data.train):,} to train on, {len(self.data.validation):,} held out",
+            f"prompts  {corpus}: {len(self.data.train):,} to train on, {len(self.data.validation):,} held out"
+            f"{self.scored_share()}",
             f"template {self.template.name}",
             f"rewards  {self.rewards.describe()}",
-            f"rollouts {self.source.describe()}",
+            f"rollouts {describe_sizes(self.sizes)}",
             f"loss     {self.describe_loss()}",
         ]
         if self.left_out:
             lines.append(
                 f"left out {format_count(len(self.left_out), 'prompt')} without room for a reply: {shorten_list(self.left_out)}"
             )
+        context, most = self.config.network.context, self.settings.max_reply
+        if short_of_room := sum(context - len(each.ids) < most for each in self.data.train.values):
+            lines.append(
+                f"room     {format_count(short_of_room, 'prompt')} leave fewer than the {most} tokens of max-reply in the "
+                f"context, {context}"
+            )
         if self.settings.group == 1:
             lines.append(f"warning  {self.option}.group 1: one reply has no others to compare with, and every advantage is 0")
         lines.append(f"{first.name}: {'… ' * (len(first.text) > SHOWN)}{first.text[-SHOWN:]}")
         return "\n".join(lines) + "\n"
+
+    def scored_share(self) -> str:
+        """Say how many of the held-out prompts a validation scores, and that few are rough."""
+        every, scored = len(self.data.validation), len(self.scored_prompts())
+        some = f", of which {scored:,} are scored" if scored < every else ""
+        return some + (f", each {100 / scored:.0f} % of every score" if 0 < scored < FEW else "")
 
     @abstractmethod
     def describe_loss(self) -> str:
@@ -185,6 +206,8 @@ class PolicyTask(PromptTask):
 
     def logged(self, run: "Run", step: int) -> Scores:
         """Return the rollout's values and the step's extremes; write its replies into samples.jsonl."""
+        import torch
+
         from train.parallel.parallelize import unwrapped
 
         every = self.settings.samples_every
@@ -192,9 +215,10 @@ class PolicyTask(PromptTask):
             run.metrics.write_rows(step, "rollout", self.source.samples())
         found = self.source.logged(step)
         extremes = unwrapped(run.engine.objective).extremes
-        if extremes is None:
+        own = [math.inf, -math.inf, 0.0] if extremes is None else extremes.tolist()  # a rank may have nothing to learn
+        least, most, gap = run.ranks.gather(torch.tensor(own, dtype=torch.float64)[:, None])[0].unbind(0)
+        if math.isinf(least.min()):
             return found
-        least, most, gap = run.ranks.gather(extremes[:, None])[0].unbind(0)
         return found | {"ratio_min": float(least.min()), "ratio_max": float(most.max()), "sampler_gap_max": float(gap.max())}
 
     def stop_ids(self, network: "nn.Module") -> list[int]:
@@ -214,12 +238,18 @@ class PolicyTask(PromptTask):
 
     # ---- evaluation
 
+    def open_eval_corpus(self, data: "ChatData", name: str, paths: tuple[str, ...], info: Info) -> EvalCorpus:
+        """Open prompts of --eval-corpus, judged by this task's functions: one set of worker processes serves all."""
+        corpus = super().open_eval_corpus(data, name, paths, info)
+        corpus.scored.rewards = self.rewards
+        return corpus
+
     def generation_totals(self, network: "nn.Module", device: "torch.device", ranks: "Ranks") -> Totals:
         """Score a sampled and a greedy reply to held-out prompts: the same prompts and the same noise each time. Every rank
         writes all of them: a sharded network must be called alike on all ranks."""
         import math as m
 
-        prompts = self.data.validation.values[: self.settings.validation_prompts]
+        prompts = self.scored_prompts()
         totals: Totals = {}
         for suffix, temperature in (("", self.settings.temperature), ("_greedy", 0.0)):
             replies = self.write_replies(network, device, prompts, temperature)
@@ -236,6 +266,15 @@ class PolicyTask(PromptTask):
                 totals["ended"] = (float(sum(reply.has_ended for reply in replies)), len(replies))
                 totals["reply_length"] = (float(sum(len(reply.ids) for reply in replies)), len(replies))
         return totals
+
+    def scored_prompts(self) -> list[PromptIds]:
+        """Return the held-out prompts that are scored: a draw that is always the same, where there are more than asked for."""
+        import numpy as np
+
+        every, most = self.data.validation.values, self.settings.validation_prompts
+        if len(every) <= most:
+            return list(every)
+        return [every[index] for index in sorted(np.random.default_rng(0).permutation(len(every))[:most])]
 
     def write_replies(self, network, device, prompts, temperature: float) -> "list[SampledReply]":
         """Write a reply to each prompt; the noise of a prompt is a function of its number, the same in all runs."""
@@ -302,5 +341,5 @@ VALIDATION = 1 << 32  # stands for the number of a rollout in the noise of valid
 
 def weighted(rewards: list[float], weights: list[float]) -> float:
     """Return Σ weight · reward over the rewards that are there; NaN where none is."""
-    values = [weight * value for weight, value in zip(weights, rewards, strict=True) if not math.isnan(value)]
+    values = [weight * value for weight, value in zip(weights, rewards, strict=True) if weight and not math.isnan(value)]
     return sum(values) if values else math.nan

@@ -1,5 +1,6 @@
 """Objectives on prompts alone: records that ask for a reply, as ids, with the columns that rewards read."""
 
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from data.config import DataError
@@ -121,12 +122,21 @@ class PromptTask(RecordTask):
                     )
                 self.left_out.append(name)
                 continue
-            found.append(PromptIds(ids, text_of_prompt(record), record, name))
+            opened = "\n<think>" * (not isinstance(record.prompt, str) and self.opens_thought)  # by the template: of the prompt
+            found.append(PromptIds(ids, text_of_prompt(record) + opened, record, name))
             names.append(name)
             sources.append(source)
         if not found:
             raise DataError(f"no prompt of {len(rows):,} fits a context of {self.config.network.context:,} tokens")
         return Rows(found, names, sources)
+
+    @cached_property
+    def opens_thought(self) -> bool:
+        """True where the template's prompt for a reply ends with <think>, as DeepSeek-R1's does."""
+        from data.chat.encode import OPENED_THOUGHT, QUESTION, Renderer
+
+        render = Renderer(self.template, None, {})
+        return OPENED_THOUGHT.search(render([QUESTION], add_generation_prompt=True)) is not None
 
     def prompt_ids(self, record: "PromptRecord") -> list[int]:
         """Return the ids that ask for a reply."""

@@ -9,7 +9,7 @@ batches, ranks nor the other replies. A checkpoint inside a rollout has all of i
 """
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
@@ -155,10 +155,15 @@ def choose_prompts(seed: int, rollout: int, count: int, available: int) -> list[
     return [int(orders[place // available][place % available]) for place in places]
 
 
-def choose_more(seed: int, rollout: int, attempt: int, count: int, available: int) -> list[int]:
-    """Return prompts in place of groups that agreed: drawn apart from the epochs, without repetition where there are enough."""
+def choose_more(
+    seed: int, rollout: int, attempt: int, count: int, available: int, taken: Collection[int] = ()
+) -> list[int]:
+    """Return prompts in place of groups that agreed: drawn apart from the epochs, others than the rollout's own and none twice
+    where there are enough."""
     random = np.random.default_rng((STREAM, seed, rollout, attempt))
-    return random.choice(available, count, replace=count > available).tolist()
+    others = np.setdiff1d(np.arange(available), np.array(sorted(taken), dtype=np.int64))
+    pool = others if len(others) >= count else np.arange(available)
+    return random.choice(pool, count, replace=count > len(pool)).tolist()
 
 
 def draw_uniforms(seed: int, rollout: int, attempt: int, places: Sequence[int], group: int, count: int) -> torch.Tensor:
@@ -207,15 +212,17 @@ def has_agreed(group: Sequence[Reply], weights: Sequence[float], normalize: str 
     (True, False)
     """
     rewards_GK = np.array([reply.rewards for reply in group])
-    columns = [column_G[~np.isnan(column_G)] for column_G in rewards_GK.T]
+    columns = [column_G[~np.isnan(column_G)] for column_G, weight in zip(rewards_GK.T, weights, strict=True) if weight]
     columns = columns if normalize == "each" else [sum_rewards(rewards_GK, weights)]
     return all(not len(values) or bool((values == values[0]).all()) for values in columns)
 
 
 def sum_rewards(rewards_NK: Array, weights: Sequence[float]) -> Array:
-    """Return Σ weight · reward of the replies that have a reward."""
-    total_N = np.nansum(rewards_NK * np.array(weights), axis=-1)
-    return total_N[~np.isnan(rewards_NK).all(-1)]
+    """Return Σ weight · reward of the replies that have a reward of a weight other than 0."""
+    weights_K = np.array(weights)
+    used_NK = rewards_NK[:, weights_K != 0]
+    total_N = np.nansum(used_NK * weights_K[weights_K != 0], axis=-1)
+    return total_N[~np.isnan(used_NK).all(-1)]
 
 
 def reply_metrics(rollout: Rollout, names: Sequence[str], weights: Sequence[float]) -> dict[str, float]:

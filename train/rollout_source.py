@@ -24,7 +24,6 @@ from train.rollout import (
     RolloutSizes,
     choose_more,
     choose_prompts,
-    describe_sizes,
     draw_uniforms,
     gather_replies,
     has_agreed,
@@ -88,6 +87,11 @@ class RolloutSource:
     def prompts(self) -> "list[PromptIds]":
         return self.task.data.train.values
 
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """Tokens of the prompt of each group of the present rollout, P."""
+        return np.array([len(self.prompts[index].ids) for index in self.rollout.prompt_P])
+
     # ---- batches
 
     def batches(self, step: int, policy: nn.Module | None = None) -> list[dict[str, Tensor]]:
@@ -101,8 +105,7 @@ class RolloutSource:
 
     def step_batches(self, step: int) -> list[dict[str, Tensor]]:
         """Return the micro-batches of a step of the present rollout."""
-        lengths = np.array([len(self.prompts[index].ids) for index in self.rollout.prompt_P])
-        rows = micro_batches(self.task.config.run.seed, self.sizes, self.rollout, step % self.sizes.steps, lengths)
+        rows = micro_batches(self.task.config.run.seed, self.sizes, self.rollout, step % self.sizes.steps, self.prompt_lengths)
         return [self.batch(each) for each in rows]
 
     def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
@@ -136,8 +139,8 @@ class RolloutSource:
         """Name the prompts of a step."""
         if self.rollout is None:
             return []
-        lengths = np.array([len(self.prompts[index].ids) for index in self.rollout.prompt_P])
-        batches = micro_batches(self.task.config.run.seed, self.sizes, self.rollout, step % self.sizes.steps, lengths)
+        seed, place = self.task.config.run.seed, step % self.sizes.steps
+        batches = micro_batches(seed, self.sizes, self.rollout, place, self.prompt_lengths)
         groups = sorted({int(group) for rows in batches for group in self.rollout.group_N[rows]})
         names = [self.task.data.train.names[self.rollout.prompt_P[group]] for group in groups]
         return [f"{name} (rollout {self.rollout.number})" for name in dict.fromkeys(names)]
@@ -154,7 +157,8 @@ class RolloutSource:
             if attempt == 0:
                 asked = choose_prompts(seed, number, wanted, available)
             else:
-                asked = choose_more(seed, number, attempt, missing, available)
+                taken = {*prompts, *other_prompts}
+                asked = choose_more(seed, number, attempt, missing, available, taken)
             began = time.perf_counter()
             with self.run.phases("rollout"):
                 sampled = self.sample(policy, number, attempt, asked)
@@ -236,19 +240,18 @@ class RolloutSource:
     def collect(self, objective, *, old: bool, reference: bool) -> None:
         """Fill the rollout's log-probabilities of policy and reference."""
         rollout, run, task, slices = self.rollout, self.run, self.task, self.rollout.slices()
-        found = [np.zeros(len(rollout.ids_M)) for _ in range(old + reference)]
-        lengths = np.array([len(self.prompts[index].ids) for index in rollout.prompt_P])
+        found, lengths_P = [np.zeros(len(rollout.ids_M)) for _ in range(old + reference)], self.prompt_lengths
         was_training = run.engine.objective.training
         run.engine.objective.train()
         for place in range(self.sizes.minibatches):
-            for rows in micro_batches(task.config.run.seed, self.sizes, rollout, place, lengths):
+            for rows in micro_batches(task.config.run.seed, self.sizes, rollout, place, lengths_P):
                 batch = run.own_part(self.batch(rows))
                 options = {"old": old, "reference": reference}
                 values_CBT = objective.collect(run.engine.objective, batch, run.engine.autocast, **options)
                 values_CTB, _ = run.ranks.gather(values_CBT.mT.contiguous())
                 values_CBT = values_CTB.mT.double().cpu().numpy()
                 for i, n in enumerate(rows):
-                    first = lengths[rollout.group_N[n]] - 1
+                    first = lengths_P[rollout.group_N[n]] - 1
                     for value_M, value_BT in zip(found, values_CBT, strict=True):
                         value_M[slices[n]] = value_BT[i, first : first + rollout.length_N[n]]
         run.engine.objective.train(was_training)
@@ -262,11 +265,12 @@ class RolloutSource:
         rewards_NK = torch.from_numpy(rollout.rewards_NK)
         is_cut_N = ~torch.from_numpy(rollout.has_ended_N)
         weights_K = torch.tensor(task.rewards.weights, dtype=torch.float64)
-        reward_N = combine_rewards(rewards_NK, weights_K, groups_N, normalize=settings.normalize)
+        counts_K = weights_K != 0  # the others are only logged: None of these leaves a reply out
+        reward_N = combine_rewards(rewards_NK[:, counts_K], weights_K[counts_K], groups_N, normalize=settings.normalize)
         if settings.truncated == "punish":
-            reward_N = reward_N + soft_overlong_penalty(
-                torch.from_numpy(rollout.length_N), settings.max_reply, settings.punish_margin
-            )
+            room_N = self.task.config.network.context - self.prompt_lengths[rollout.group_N]  # the context may cut first
+            lengths_N = torch.from_numpy(rollout.length_N + np.maximum(settings.max_reply - room_N, 0))
+            reward_N = reward_N + soft_overlong_penalty(lengths_N, settings.max_reply, settings.punish_margin)
         if task.kl_in_reward:
             difference_M = rollout.old_M - rollout.reference_M
             kl_N = torch.tensor([difference_M[each].sum() for each in rollout.slices()], dtype=torch.float64)
@@ -334,9 +338,6 @@ class RolloutSource:
 
     def load_state_dict(self, state: dict) -> None:
         self.rollout = None if state["rollout"] is None else Rollout.from_state_dict(state["rollout"])
-
-    def describe(self) -> str:
-        return describe_sizes(self.sizes)
 
 
 @contextmanager

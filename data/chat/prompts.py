@@ -60,6 +60,8 @@ def read_any(row: Row) -> PromptRecord:
         raise DataError(f"{quote_names(given)} are columns of {len(given)} shapes: leave one")
     if not given:
         raise refuse_columns(row)
+    if given != ["instruction"] and (lost := [name for name in ("input", "history") if not is_empty(row.get(name))]):
+        raise DataError(f"{quote_names(lost)} beside {given[0]!r} is no part of the prompt: write it into it, or rename it")
     if given == ["prompt"]:
         (prompt,) = parse_turns(row["prompt"])
         answer = last_reply(row.get("completion"))

@@ -3,6 +3,7 @@
 log            the bar, lines, metrics.jsonl
 tensorboard    the same numbers for TensorBoard
 curves         curves.png and its diagnosis
+rollouts       rollouts.png: the curves of reinforcement
 compare        several runs: a table of what differs, one picture
 comparability  whether the losses of runs may be compared
 drawing        an example: its tokens over their labels

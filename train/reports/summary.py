@@ -269,10 +269,19 @@ def task_options(config: TrainConfig) -> tuple[str, ...]:
 
 
 def reward_options(config: TrainConfig) -> tuple[str, ...]:
-    """The options of the command line that name the same reward functions."""
-    asked = config.rewards
-    weights = ("--reward-weights", *(f"{weight:g}" for weight in asked.reward_weights)) if asked.reward_weights else ()
-    return ("--reward", *asked.reward, *weights) if asked.reward else ()
+    """The options of the command line that select the same rewards, and as many replies in a step, which groups fill."""
+    if not config.rewards.reward:
+        return ()
+    words: list[str] = []
+    rewards, sizes, usual = config.rewards, config.optimizer, type(config)()
+    for name in ("reward", "reward_weights", "reward_workers", "reward_timeout"):
+        value = getattr(rewards, name)
+        if value != getattr(usual.rewards, name):
+            words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
+    for name in ("batch_size", "accumulate"):
+        if getattr(sizes, name) != getattr(usual.optimizer, name):
+            words += [f"--{name.replace('_', '-')}", str(getattr(sizes, name))]
+    return tuple(words)
 
 
 def text_options(data: DataConfig) -> list[str | Path]:

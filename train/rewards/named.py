@@ -64,6 +64,8 @@ def answer_of(record: Columns) -> str:
     value = column(record, "answer")
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise TrainError(f"the record's column 'answer' holds a {type(value).__name__}; a text or a number is expected")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # as tables store a column of integers with a gap
     return str(value).strip()
 
 
@@ -78,6 +80,9 @@ def read_count(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text[:9])):
         raise TrainError(f"{text!r} is no number of tokens, an integer of at least 1")
     return int(text)
+
+
+JOINED = patterns.compile(r"\d\s*[/^*]\s*\d")  # 3/4, 10^3
 
 
 @named("exact")
@@ -111,7 +116,10 @@ def number(prompt: str, reply: str, record: Columns) -> float:
     >>> number("", "6 × 3 = 18.0", {"answer": "3 times 6 #### 18"}), number("", "18 or 19", {"answer": 18})
     (1.0, 0.0)
     """
-    wanted = last_number(answer_of(record))
+    text = answer_of(record)
+    if "####" not in text and JOINED.search(text):
+        raise TrainError(f"the record's column 'answer', {text!r:.60}, is an expression: write its value")
+    wanted = last_number(text)
     if wanted is None:
         raise TrainError(f"the record's column 'answer', {record['answer']!r:.60}, has no number")
     return float(last_number(reply) == wanted)

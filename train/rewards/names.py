@@ -64,7 +64,7 @@ def _absolute(name: FunctionName) -> FunctionName:
 
 
 def metric_names(texts: Sequence[str]) -> list[str]:
-    """Return a name for each entry, for metrics: the second of a name is NAME_2.
+    """Return a name for each entry, for metrics: the second of a name is NAME_2, as is one that metrics have already.
 
     >>> metric_names(["exact", "regex:a", "regex:b", "mine.py:exact"])
     ['exact', 'regex', 'regex_2', 'exact_2']
@@ -73,7 +73,7 @@ def metric_names(texts: Sequence[str]) -> list[str]:
     found: list[str] = []
     for name in plain:
         count, unique = 1, name
-        while unique in found:
+        while unique in (*found, "std") or unique.endswith("greedy"):  # reward_std, reward_greedy
             count, unique = count + 1, f"{name}_{count + 1}"
         found.append(unique)
     return found

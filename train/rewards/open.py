@@ -60,6 +60,12 @@ class Rewards:
             row += len(group)
         return values_NK
 
+    def check(self, samples: Sequence[Sample]) -> None:
+        """Call the named functions with samples of all records. Errors (TrainError): a record lacks what one needs."""
+        for k, function in self.named.items():
+            for sample in samples:
+                self._value(k, function, sample)
+
     def _value(self, k: int, function: Callable[[Sample], float], sample: Sample) -> float:
         try:
             return function(sample)

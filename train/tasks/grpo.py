@@ -112,8 +112,8 @@ class GrpoTask(PolicyTask):
         scaled = {"group": "a group's standard deviation", "batch": "the rollout's standard deviation", "none": "nothing"}
         kl = f"; KL term {asked.kl}, β {asked.beta:g}, to {REFERENCES[self.reference_kind]}" if asked.beta else "; no KL term"
         over = scaled[self.scale]
-        if asked.normalize == "each" and over != scaled["none"]:
-            over = f"{scaled['batch']}, each reward by {scaled['group']} before"
+        if asked.normalize == "each":
+            over = f"{over if self.scale == 'none' else scaled['batch']}, each reward by {scaled['group']} before"
         return f"{asked.loss}; advantages divided by {over}{kl}"
 
 

@@ -100,3 +100,12 @@ def test_the_prompt_is_that_of_instruction_tuning():
         found = read_prompt(row)
         assert found.prompt == talk.messages[:-1] and found.columns["answer"] == talk.messages[-1]["content"]
     assert read_instruction({"instruction": "Hi"}) == [HI]
+
+
+@pytest.mark.parametrize("name", ["input", "history"])
+def test_columns_of_another_shape_are_not_lost(name):
+    value = {"input": "3 4", "history": [["a", "b"]]}[name]
+    for row in ({"prompt": "Add the numbers."}, {"messages": [{"role": "user", "content": "Add."}]}):
+        with pytest.raises(DataError, match=f"'{name}' beside"):
+            read_prompt(row | {name: value})
+        assert read_prompt(row | {name: ""}).columns == {}

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
+import data.__main__
 import data.made.modules
-import data.made.verifiable
 import model.hub
 import quant.__main__
 from eval.bleu import corpus_bleu
@@ -35,6 +35,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 WRITTEN = {"LOG.md", "parity.md"}  # a diary, and a table that is generated
 COMMAND = re.compile(r"python -m (train|model|data|lora|quant|eval)\b.*|touchstone (?:train|generate)\b.*|torchrun .*")
 TINY = "--width 32 --depth 1 --heads 2 --context 32 --vocab-size 290 --val-fraction 0.2"
+ROLLOUT = "--batch-size 4 --NAME.group 4 --NAME.max-reply 8 --NAME.validation-prompts 2"
 SHORT = "--steps 1 --batch-size 2 --accumulate 1 --threads 1 --sample-every 0 --device cpu --compile off"
 
 
@@ -106,15 +107,19 @@ def place(tmp_path_factory) -> Place:
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     for name in DATA_SETS:
         write_records(folder / f"{name}.jsonl")
+    assert command("task", "sort", "--out", folder / "sort", main=data.__main__.main).code == 0
+    for split in ("train", "validation"):  # of its records a few
+        path = folder / "sort" / f"{split}.jsonl"
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:40]))
+    (folder / "mine.py").write_text("def score(prompts, completions):\n    return [len(text) for text in completions]\n")
     names = {f"{name}/{split}.jsonl": str(folder / f"{name}.jsonl") for name in DATA_SETS for split in ("train", "validation")}
     names["TAGS.jsonl"] = names["names/train.jsonl"]
     names |= {name: str(folder / name) for name in ("HYP", "REF", "A", "B", "PAIRS.jsonl", "reviews.csv", "chat.jsonl")}
     names |= {name: str(folder / name) for name in preferences()}
-    tasks = data.made.verifiable.make_verifiable("sort", "easy")["train"][:40]
-    (folder / "sort.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tasks), encoding="utf-8")
-    names |= dict.fromkeys(("sort/train.jsonl", "sort/validation.jsonl"), str(folder / "sort.jsonl"))
     names |= dict.fromkeys(("PATH", "CORPUS", "notes/", "stdlib-code"), corpus) | {"books/*.txt.gz": f"{corpus}/*.txt"}
     other = write_corpus(folder / "other", seed=1)
+    names |= {f"sort/{split}.jsonl": str(folder / "sort" / f"{split}.jsonl") for split in ("train", "validation")}
+    names |= {"sort.txt": corpus, "mine.py:score": f"{folder / 'mine.py'}:score"}
     names |= {"web=web/:7": f"web={corpus}:7", "code=src/:3": f"code={other}:3"}
 
     def trained(name: str, line: str) -> str:
@@ -166,7 +171,7 @@ def test_a_command_runs(page, line, place, tmp_path, monkeypatch):
     new = [str(tmp_path / f"new{Path(word).suffix}") if last == "--out" else None for last, word in pairwise(["", *words])]
     words = [name or filled(word, place) for name, word in zip(new, words, strict=True)]
     if program == "train" and words[:1] != ["compare"]:
-        words = made_small(words, line, place, tmp_path)
+        words = made_small(words, place, tmp_path)
     if ranks:  # read alone: launching processes is tested elsewhere
         assert read_options(resolve_aliases(words)).run.steps == 1
         return
@@ -189,22 +194,21 @@ def kind_of_run(words: list[str]) -> str | None:
     return next((kind for pattern, kind in kinds.items() if re.match(pattern, said)), None)
 
 
-def made_small(words: list[str], line: str, place: Place, tmp_path: Path) -> list[str]:
+def made_small(words: list[str], place: Place, tmp_path: Path) -> list[str]:
     """A training command on a tiny network, for one step."""
     if "--resume" in words:
         run = tmp_path / "resumed"
         shutil.copytree(words[-1], run)
         return [*words[:-1], str(run)]
-    for name in ("--steps", "--epochs"):
+    for name in ("--steps", "--epochs", "--width", "--depth", "--heads", "--vocab-size", "--batch-size"):
         if name in words:
             del words[words.index(name) : words.index(name) + 2]
     words += [*shlex.split(SHORT), "--cache", str(place.folder / "cache"), "--out", str(tmp_path / "run")]
+    words += ROLLOUT.replace("NAME", words[words.index("--objective") + 1]).split() if "--reward" in words else []
     words += [] if "--init" in words else shlex.split(TINY.partition(" --val-fraction")[0] if "--validation" in words else TINY)
     kinds = {"chat.jsonl": ("sft", "pairs-sft"), "pairs.jsonl": ("dpo", "reward", "pairs-dpo"), "rated.jsonl": ("kto",)}
     corpus = place.names[next((file for file, said in kinds.items() if {*said} & {*words}), "PATH")]
-    if objective := next((name for name in ("grpo", "rloo") if name in words), None):
-        words += [f"--{objective}.group", "2"]
-    if "pairs-sft" in words or ("sft" in words and "BASE" in line):  # chatml's tokens need more context than BASE has
+    if {"pairs-sft", "--sft.template"} & {*words}:  # whose template's tokens need more context than BASE has
         words[words.index("--init") + 1] = place.names["LONGER"]
     words += [] if "--corpus" in words else ["--corpus", corpus]
     return words
@@ -271,7 +275,7 @@ def test_every_snippet_is_run_here():
     pages = [str(page.relative_to(ROOT)) for page in PAGES if page.name not in WRITTEN]
     assert {page: len(snippets(page)) for page in pages if snippets(page)} == {
         "README.md": 1, "docs/adapters.md": 1, "docs/quantization.md": 2, "docs/metrics.md": 1, "docs/networks.md": 1,
-        "docs/training.md": 1, "docs/instructions.md": 1, "docs/preferences.md": 1, "docs/reinforcement.md": 1,
+        "docs/training.md": 1, "docs/instructions.md": 1, "docs/preferences.md": 1, "docs/reinforcement.md": 2,
     }  # fmt: skip
 
 
@@ -300,10 +304,16 @@ def test_the_table_of_policy_losses_is_computed():
     assert policy_table().strip() in (ROOT / "docs/reinforcement.md").read_text(encoding="utf-8")
 
 
-def test_a_reward_of_one_s_own():
-    (block,) = snippets("docs/reinforcement.md")
-    exec(block, names := {})
-    assert names["score"](["p"] * 3, ["a b", "c", ""], ["b", "b", "b"], task=["t"] * 3) == [1.0, 0.0, None]
+def test_losses_of_replies(place, tmp_path, monkeypatch, capsys):
+    text, losses = snippets("docs/reinforcement.md")
+    shutil.copytree(place.folder / "sort", tmp_path / "sort")
+    monkeypatch.chdir(tmp_path)
+    exec(text, {})
+    first, _, rest = (tmp_path / "sort.txt").read_text().partition("\n\n")
+    prompt, _, answer = first.removeprefix("Sort: ").partition(" = ")
+    assert answer == "".join(sorted(prompt)) and rest.count("Sort: ") == 39
+    exec(losses, {})
+    assert capsys.readouterr().out == "[0.5, -0.5, -0.5, 0.5] 6 0.0\n"
 
 
 def test_losses_of_pairs(capsys):

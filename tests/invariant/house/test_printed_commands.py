@@ -4,11 +4,13 @@ Where a command is to be completed, with PATH, FOLDER or DIR, there is a thing o
 would take minutes is stopped after its second step: that far it has understood all that was asked.
 """
 
+import io
 import json
 import re
 import shlex
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from contextlib import chdir, suppress
 from pathlib import Path
@@ -28,6 +30,7 @@ from tests.conftest import randomized, tiny_config
 from tests.fault import test_nonfinite
 from tests.folders import byte_level, llama, write_tokenizer
 from tests.invariant.model.test_export import shard
+from tests.policy_runs import write_place
 from tests.runs import SETTINGS, Said, arguments, at_step, command, last_checkpoint, stopped_at, write_corpus
 from train.config_toml import read_settings
 from train.reports.summary import following
@@ -162,6 +165,26 @@ def test_of_a_classifier(family):
         answer = command("int8-dynamic", folder, "--out", f"int8 {folder}", "--no-perplexity", main=quant.__main__.main)
         assert answer.code == 0, answer.err
         all_work(answer, "model info ")
+
+
+@pytest.mark.parametrize("objective", ["grpo", "rloo"])
+def test_after_reinforcement(objective, tmp_path, monkeypatch):
+    """The same judges, a function of a file too; and replies that fill groups."""
+    monkeypatch.chdir(write_place(tmp_path, count=24))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\n"))
+    Path("PATH").mkdir()
+    shutil.copy("train.jsonl", "PATH")
+    Path("mine.py").write_text("def score(prompts, completions):\n    return [len(text) for text in completions]\n")
+    judged = "--reward exact mine.py:score --reward-weights 1 0.1 --reward-workers 0"
+    sizes = "--batch-size 24 --OBJ.group 24 --OBJ.max-reply 4 --OBJ.validation-prompts 2 --OBJ.samples-every 0 --sample-every 0"
+    files = "--init base --corpus train.jsonl --validation held_out.jsonl --device cpu --threads 1 --steps 1 --out run"
+    said = command(*f"--objective {objective} {judged} {sizes.replace('OBJ', objective)} {files}".split())
+    assert said.code == 0, said.err
+    train = f"train --objective {objective} --{objective}.group 24 "
+    _, other, further = all_work(said, "model chat run", train, train)
+    for answer in (other, further):
+        rewards = next(line for line in answer.out.splitlines() if line.startswith("rewards "))
+        assert rewards.startswith("rewards  1 × exact + 0.1 × ") and "mine.py" in rewards and "in this process" in rewards
 
 
 def test_of_a_tokenizer_with_more_ids():

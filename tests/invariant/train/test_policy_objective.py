@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 import model.hub
 import train.rollout_source
+from data.chat.template import ChatTemplate
 from data.transforms.causal import IGNORE
 from quant.config import FourBit
 from quant.linear import quantized_layers
@@ -37,7 +38,7 @@ from train.parallel.ranks import Ranks, own_rows
 from train.policy_objective import ADVANTAGES, OLD, REFERENCE, SAMPLER, PolicyObjective
 from train.reports.phases import Phases
 from train.rewards.open import open_rewards
-from train.rollout import Reply, Rollout, RolloutSizes, choose_more, choose_prompts, draw_uniforms, has_agreed
+from train.rollout import Reply, Rollout, RolloutSizes, choose_more, choose_prompts, draw_uniforms, has_agreed, sum_rewards
 from train.rollout_source import RolloutSource
 from train.runs.errors import TrainError
 from train.step import train_step
@@ -464,10 +465,40 @@ def test_dynamic_sampling(place, monkeypatch):
         assert rollout.ids_M.tolist() == [id for _, group in kept for reply in group for id in reply.ids]
         assert rollout.metrics["sampled_groups"] == len(seen) and rollout.metrics["agreed"] == len(agreed) / len(seen)
         asked, missing = choose_prompts(0, number, 2, 12), 2 - sum(has_spread[:2])
-        asked += choose_more(0, number, 1, missing, 12) if missing else []  # in the place of those that agreed
+        asked += choose_more(0, number, 1, missing, 12, taken=asked) if missing else []  # in the place of those that agreed
         assert [prompt for prompt, _ in seen] == asked
         rounds.add((len(spread), len(asked)))
     assert {(2, 2), (2, 3), (1, 3)} <= rounds, "filled at once, in the second round, and with a group that agrees"
+
+
+def test_others_are_drawn_than_the_rollout_has():
+    assert all(not {*choose_more(0, n, 1, 3, 8, taken=(1, 2, 5, 7))} & {1, 2, 5, 7} for n in range(20))
+    assert len(choose_more(0, 0, 1, 3, 4, taken=(1, 2))) == 3  # too few are left
+
+
+def test_a_rank_without_a_token_gathers_too(place):
+    """Its extremes are none: the others would wait for it."""
+    found = opened(place)
+    gathered = []
+
+    class Watched(Ranks):
+        def gather(self, values):
+            gathered.append(values.flatten().tolist())
+            return super().gather(values)
+
+    objective = SimpleNamespace(extremes=None)
+    run = SimpleNamespace(engine=SimpleNamespace(objective=objective), ranks=Watched(), metrics=None)
+    assert "ratio_min" not in type(found.task).logged(found.task, run, 3) and len(gathered) == 1
+    objective.extremes = torch.tensor([0.5, 2.0, 0.1])
+    assert found.task.logged(run, 3)["ratio_max"] == 2.0
+
+
+def test_a_reward_of_weight_0_is_only_logged():
+    """It neither keeps a reply in the statistics, nor makes a group useful."""
+    nan = math.nan
+    group = [Reply([1], [-1.0], True, rewards) for rewards in ([1.0, 5.0], [1.0, 6.0], [nan, 7.0])]
+    assert has_agreed(group, [1.0, 0.0]) and has_agreed(group, [1.0, 0.0], "each") and not has_agreed(group, [1.0, 1.0])
+    assert sum_rewards(np.array([each.rewards for each in group]), [2.0, 0.0]).tolist() == [2.0, 2.0]
 
 
 def test_groups_that_agree():
@@ -526,3 +557,27 @@ def test_a_rollout_through_json_is_the_same_bits(place):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     bare = Rollout.from_groups(0, [], [])
     assert deepcopy(bare).old_M is None and Rollout.from_state_dict(bare.state_dict()).reference_M is None
+
+
+def test_held_out_prompts_are_drawn(place):
+    """Not the first of the file; the same draw in each validation; all of them where there are no more."""
+    task, _ = open_policy(place, validation_prompts=2)
+    every = task.data.validation.values
+    assert len(every) == 4 and len(task.scored_prompts()) == 2 and task.scored_prompts() == task.scored_prompts()
+    assert "4 held out, of which 2 are scored, each 50 % of every score" in task.introduction()
+    assert open_policy(place, validation_prompts=9)[0].scored_prompts() == open_policy(place)[0].data.validation.values
+
+
+def test_a_thought_that_the_template_opens_is_of_the_prompt(place):
+    task, _ = open_policy(place)
+    assert not task.opens_thought and not task.data.train.values[0].text.endswith("<think>")
+    template = ChatTemplate("r1", task.template.source + "{% if add_generation_prompt %}<think>\n{% endif %}")
+    vars(task).pop("opens_thought")
+    task.template = template
+    assert task.opens_thought
+
+
+def test_records_are_checked_before_the_first_step(place):
+    """A reward that a record cannot have is an error at the start."""
+    with pytest.raises(TrainError, match="has no number"):
+        open_policy(place, reward=("number",))

@@ -17,7 +17,8 @@ from train import Rewards, Sample, open_rewards
 from train.config import RewardConfig
 from train.options import read_options
 from train.rewards.extract import evaluate, is_solution, last_boxed, last_number, last_tagged
-from train.rewards.named import REWARDS
+from train.rewards.named import REWARDS, exact, number
+from train.rewards.names import metric_names
 from train.runs.errors import TrainError
 
 OWN = """
@@ -263,3 +264,16 @@ def test_options_are_read_as_they_are_written():
     asked = read_options(line.split()).rewards
     assert asked == RewardConfig(("exact", "regex:^a.py:b$", "my.py:f"), (1.0, -0.5, 2.0), 3, 5.0)
     assert asked.weights == (1, -0.5, 2) and RewardConfig(("a", "b")).weights == (1, 1)
+
+
+def test_answers_of_tables_and_expressions():
+    """A column of integers with a gap is one of floats; an expression is no number."""
+    assert exact("", "18", {"answer": 18.0}) == 1 and exact("", "18.5", {"answer": 18.5}) == 1
+    assert number("", "18", {"answer": "5 and 13 #### 18"}) == 1 and number("", "3", {"answer": "2 and 3"}) == 1
+    for answer in ("3/4", "10^3", "2 * 3"):
+        with pytest.raises(TrainError, match="is an expression: write its value"):
+            number("", "4", {"answer": answer})
+
+
+def test_names_of_other_metrics_are_not_taken():
+    assert metric_names(["exact", "mine.py:std", "mine.py:greedy"]) == ["exact", "std_2", "greedy_2"]

@@ -183,9 +183,9 @@ class RewardConfig:
     """Reward functions, for objectives that learn from rewards."""
 
     reward: tuple[str, ...] = ()
-    """What judges a reply, one or several. By name: exact, answer, number, format, arithmetic, length:N, length_target:N,
-    regex:PATTERN; or PATH.py:FUNCTION, a function of your own (its code is run), called as f(prompts, completions, **columns)
-    and returning a number or None for each reply."""
+    """Functions that judge a reply, one or several. By name: exact, answer, number, format, arithmetic, length:N,
+    length_target:N, regex:PATTERN; or PATH.py:FUNCTION, a function of your own (its code is run), called as
+    f(prompts, completions, **columns) and returning a number or None for each reply."""
     reward_weights: tuple[float, ...] = ()
     """The factor of each reward. Default: 1 each."""
     reward_workers: int = 1

@@ -1,4 +1,4 @@
-"""What can go wrong with `--objective grpo` and `rloo`: one clear line, code 2, and what was saved stays whole."""
+"""Faults of `--objective grpo` and `rloo`: one clear line, code 2, and what was saved stays whole."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""What can go wrong with reward functions: one error that names the function, the record, the reply; and no process stays."""
+"""Faults of reward functions: one error that names the function, the record, the reply; and no process stays."""
 
 import os
 import py_compile
@@ -251,7 +251,7 @@ def is_alive(pid: int) -> bool:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_worker_outlives_its_run(place):
-    """Whether the run ends by itself, by Ctrl-C in the terminal (to all processes), or by kill -9 with one of them at work."""
+    """No process stays: a run ends by itself, by Ctrl-C in the terminal (to all processes), by kill -9 with one at work."""
     (place / "run.py").write_text("if __name__ == '__main__':" + RUN.rstrip().replace("\n", "\n    "))
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     kills = {"ends": None, "interrupted": signal.SIGINT, "killed": signal.SIGKILL}

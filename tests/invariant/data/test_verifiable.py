@@ -29,7 +29,7 @@ def made(name: str, level: str = "medium", seed: int = 0) -> dict[str, list[dict
 
 
 def asked(record: dict) -> str:
-    """What stands behind the prompt's colon."""
+    """The text behind the prompt's colon."""
     return record["messages"][0]["content"].split(": ")[1]
 
 

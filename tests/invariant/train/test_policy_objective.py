@@ -362,7 +362,7 @@ def some(sample) -> float:
 
 @pytest.mark.parametrize("name", POLICY_LOSSES)
 def test_a_reply_without_a_reward_is_left_out(name, place):
-    """Of statistics, loss and denominators: the step is that of the others alone."""
+    """It is in no statistic, loss or denominator: the step is that of the others alone."""
     objective, settings = CASES[name]
     each = rolled(place, objective, rewards=Given(some), moved=1e-4 if name == "gspo" else 0.01, **settings)
     rollout = each.rollout

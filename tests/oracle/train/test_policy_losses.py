@@ -71,7 +71,7 @@ class Batch:
         }
 
     def network(self, **inputs):
-        """What TRL calls: it returns these log-probabilities."""
+        """TRL calls it: it returns these log-probabilities."""
         padded = torch.cat([torch.zeros(len(self.mask), PROMPT), self.logps], dim=1)
         return SimpleNamespace(log_probs=padded, entropy=padded.detach())
 
@@ -215,7 +215,7 @@ def test_a_network_at_a_temperature(grpo_trainer, rloo_trainer, monkeypatch, par
 
 
 def test_trl_divides_bnpo_by_local_tokens(grpo):
-    """Where we differ: the same replies in two micro-batches have TRL's loss only if their tokens are counted apart."""
+    """A difference: the same replies in two micro-batches have TRL's loss only if their tokens are counted apart."""
     whole = Batch()
     together = grpo(whole, "bnpo").detach()
     apart = []

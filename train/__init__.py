@@ -23,10 +23,11 @@ minimised), `engine` (the state that a step advances, and its files), `loop` (th
     answer_objective, answer_scores, answer_report    question answering: loss, scores beside baselines, text
     chat_data, chat_objective, chat_replies, chat_report    instruction tuning: template; loss, NEFTune; replies; text
     preference_task    shared by objectives on preferences; `reference_task`: by those with a `reference` (`reference_file`)
-    shared_prompt     the two replies of a pair in one row, behind one prompt
+    shared_prompt     several replies in one row, behind one prompt
     preference_objective, rated_objective, reward_objective    losses of pairs (dpo), rated replies (kto), scores (reward)
     policy_task       shared by grpo and rloo; `policy_settings`: their options; `prompt_task`: records of prompts alone
-    rollout, rollout_source    sampled replies as arrays and steps; where they come from: generation, rewards, advantages
+    rollout, rollout_source    sampled replies as arrays and steps; where they come from
+    rollout_advantages         their advantages, of their rewards
     policy_objective  the policy loss of replies, and what is logged of it
     evaluate          sums and counts over held-out text; bits per byte, and the n-gram baseline
     mixing            the share of each source of a mixture, and what was drawn

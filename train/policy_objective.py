@@ -15,8 +15,10 @@ from train.losses.sampler import sampler_weights
 from train.objective import Metric, Objective, Result, Term
 from train.parallel.ranks import Ranks
 from train.reference import COPY, remove_dropout
+from train.shared_prompt import can_share, read_groups, read_rows
 
 OLD, REFERENCE, SAMPLER, ADVANTAGES = "old_log_probs", "reference_log_probs", "sampler_log_probs", "advantages"
+GROUPS, PROMPTS = "groups", "prompt_lengths"  # of each row: rows of one group begin with the same prompt
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,15 @@ class PolicyObjective(Objective):
 
     labels B T: the tokens of each reply that are learned, with the one that ends it. advantages B. sampler_log_probs B T: by
     the sampler. old_log_probs B T: by the policy before the rollout's first step; without it the policy's own, detached, and
-    the ratio is 1. reference_log_probs B T: for the KL term.
+    the ratio is 1. reference_log_probs B T: for the KL term. groups, prompt_lengths B: rows of a group share their prompt,
+    which is then read once (`train.shared_prompt`), where the network allows it.
 
     Metrics: "kl" (to the reference, by the chosen estimator), "old_kl" (k3 to the rollout's policy), "entropy", "clipped_low"
     and "clipped_high" (shares of tokens, or of replies, whose gradient is clipped away), "ratio", "sampler_gap" (mean
     |log π_old - log π_sampler|); `extremes` has the ratio's least and greatest value in the step, and the gap's greatest.
     """
 
-    uses = ("labels", ADVANTAGES, SAMPLER, OLD, REFERENCE)
+    uses = ("labels", ADVANTAGES, SAMPLER, OLD, REFERENCE, GROUPS, PROMPTS)
 
     def __init__(self, networks: nn.Module | Mapping[str, nn.Module], loss: PolicyLoss, reference: Callable | None = None):
         super().__init__(networks)
@@ -62,17 +65,17 @@ class PolicyObjective(Objective):
         self.policy_loss, self.reference = loss, reference
         self.details = POLICY_DETAILS[loss.name]
         self.is_capped = "cap" in self.details.settings  # whatever the advantage's sign
+        self.shares_prompts = can_share(self.network.config)
         self.extremes: Tensor | None = None  # ratio's least and greatest, the gap's greatest; None before the first forward
         self.collected: list[Tensor] | None = None  # by `collect`
         self.collects = (False, False)
 
     def forward(self, batch: dict[str, Tensor]) -> Result:
-        labels_BT, inputs = batch["labels"], self.inputs_of(batch)
         if self.collected is not None:
-            self.collected.append(self.log_probs_of_rows(inputs, labels_BT))
+            self.collected.append(self.log_probs_of_rows(batch))
             return Result({})
-        loss, mask_BT = self.policy_loss, labels_BT != IGNORE
-        log_p_BT, entropy_BT = self.log_probs(self.network, inputs, labels_BT)
+        loss, mask_BT = self.policy_loss, batch["labels"] != IGNORE
+        log_p_BT, entropy_BT = self.log_probs(self.network, batch)
         dtype = log_p_BT.dtype
         old_BT = batch[OLD].to(dtype) if OLD in batch else log_p_BT.detach()
         sampler_BT, advantages_B = batch[SAMPLER].to(dtype), batch[ADVANTAGES].to(dtype)
@@ -91,19 +94,23 @@ class PolicyObjective(Objective):
             values = {"log_p": log_p_BT, "old": old_BT, "sampler": sampler_BT, "entropy": entropy_BT, "kl": kl_BT}
             return Result(terms, self.metrics(mask_BT, advantages_B, values))
 
-    def log_probs(self, network: nn.Module, inputs: Mapping[str, Tensor], labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def log_probs(self, network: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return log π(label) and the entropy of each token, B T, at the sampling temperature; 0 where unlabelled."""
-        head = network.head
-        features_BTD = head.features(network.body(**inputs).hidden)
-        temperature = self.policy_loss.temperature
+        inputs, head = self.inputs_of(batch), network.head
+        if self.shares_prompts and GROUPS in batch:
+            hidden_BTD = read_groups(network, inputs, batch[GROUPS], batch[PROMPTS])
+        else:
+            hidden_BTD = read_rows(network, inputs)
+        temperature, labels_BT = self.policy_loss.temperature, batch["labels"]
+        features_BTD = head.features(hidden_BTD)
         return token_log_probs_and_entropy(features_BTD, head.weight, labels_BT, head.bias, temperature=temperature)
 
-    def log_probs_of_rows(self, inputs: Mapping[str, Tensor], labels_BT: Tensor) -> Tensor:
+    def log_probs_of_rows(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the values that `collect` asks for, of policy and reference, stacked."""
         wants_old, wants_reference = self.collects
-        found = [self.log_probs(self.network, inputs, labels_BT)[0]] if wants_old else []
+        found = [self.log_probs(self.network, batch)[0]] if wants_old else []
         if wants_reference:
-            found.append(self.reference(self, inputs, labels_BT).to(found[0].dtype if found else torch.float64))
+            found.append(self.reference(self, batch).to(found[0].dtype if found else torch.float64))
         return torch.stack(found)
 
     @torch.no_grad()
@@ -182,18 +189,18 @@ class PolicyObjective(Objective):
 
 
 @torch.no_grad()
-def copy_log_probs(objective: PolicyObjective, inputs: Mapping[str, Tensor], labels_BT: Tensor) -> Tensor:
+def copy_log_probs(objective: PolicyObjective, batch: Mapping[str, Tensor]) -> Tensor:
     """Return the log-probabilities of the frozen copy, B T."""
-    return objective.log_probs(objective.frozen[COPY], inputs, labels_BT)[0]
+    return objective.log_probs(objective.frozen[COPY], batch)[0]
 
 
 @torch.no_grad()
-def adapter_off_log_probs(objective: PolicyObjective, inputs: Mapping[str, Tensor], labels_BT: Tensor) -> Tensor:
+def adapter_off_log_probs(objective: PolicyObjective, batch: Mapping[str, Tensor]) -> Tensor:
     """Return the log-probabilities of the policy without its adapter, B T."""
     from lora.installed import without_adapters
 
     with without_adapters(objective.network):
-        return objective.log_probs(objective.network, inputs, labels_BT)[0]
+        return objective.log_probs(objective.network, batch)[0]
 
 
 REFERENCE_LOG_PROBS = {"copy": copy_log_probs, "adapter-off": adapter_off_log_probs}

@@ -187,12 +187,16 @@ def order_replies(seed: int, rollout: Rollout, epoch: int) -> Array:
     return np.random.default_rng((STREAM, seed, rollout.number, 0, 0, 0, epoch)).permutation(count)
 
 
-def micro_batches(seed: int, sizes: RolloutSizes, rollout: Rollout, place: int, prompt_lengths: Array) -> list[Array]:
-    """Return the replies of each micro-batch of a step, the `place`-th of a rollout: similar lengths together."""
+def micro_batches(
+    seed: int, sizes: RolloutSizes, rollout: Rollout, place: int, prompt_lengths: Array, *, by_group: bool = False
+) -> list[Array]:
+    """Return the replies of each micro-batch of a step, the `place`-th of a rollout: similar lengths together; by_group:
+    those to one prompt, which is then read once."""
     epoch, minibatch = divmod(place, sizes.minibatches)
     rows = order_replies(seed, rollout, epoch)[minibatch * sizes.rows : (minibatch + 1) * sizes.rows]
-    length = prompt_lengths[rollout.group_N[rows]] + rollout.length_N[rows]
-    rows = rows[np.argsort(length, kind="stable")]
+    group = rollout.group_N[rows]
+    length = prompt_lengths[group] + rollout.length_N[rows]
+    rows = rows[np.lexsort((length, group) if by_group else (length,))]
     return [rows[first : first + sizes.batch_size] for first in range(0, len(rows), sizes.batch_size)]
 
 

@@ -13,11 +13,9 @@ from tqdm import tqdm
 
 from data.transforms.causal import IGNORE
 from model.rollouts import SampledReply, sample_replies
-from train.losses.advantages import combine_rewards, group_advantages
-from train.losses.overlong import soft_overlong_penalty
 from train.parallel.parallelize import unwrapped
 from train.parallel.ranks import own_rows
-from train.policy_objective import ADVANTAGES, OLD, REFERENCE, SAMPLER
+from train.policy_objective import ADVANTAGES, GROUPS, OLD, PROMPTS, REFERENCE, SAMPLER
 from train.rollout import (
     Reply,
     Rollout,
@@ -30,31 +28,23 @@ from train.rollout import (
     micro_batches,
     reply_metrics,
 )
-from train.runs.errors import CheckpointError, TrainError
+from train.rollout_advantages import AdvantageTask, fill_advantages
+from train.runs.errors import CheckpointError
+from train.shared_prompt import can_share
 
 if TYPE_CHECKING:
     from train.chat_data import ChatData
-    from train.config import TrainConfig
     from train.loop import Run
-    from train.policy_settings import RolloutSettings
     from train.prompt_task import PromptIds
-    from train.rewards.open import Rewards
     from train.rewards.sample import Sample
 
 LOGGED_REPLIES = 64  # at most, of a rollout in samples.jsonl
 
 
-class RewardedTask(Protocol):
+class RewardedTask(AdvantageTask, Protocol):
     """The parts of a task that its rollouts need."""
 
-    config: "TrainConfig"
     data: "ChatData"  # of PromptIds
-    settings: "RolloutSettings"
-    rewards: "Rewards"
-    option: str  # the prefix of its options, for messages
-    scale: str
-    baseline: str
-    kl_in_reward: bool
     pad_id: int
 
     def stop_ids(self, network: nn.Module) -> list[int]: ...
@@ -105,8 +95,13 @@ class RolloutSource:
 
     def step_batches(self, step: int) -> list[dict[str, Tensor]]:
         """Return the micro-batches of a step of the present rollout."""
-        rows = micro_batches(self.task.config.run.seed, self.sizes, self.rollout, step % self.sizes.steps, self.prompt_lengths)
-        return [self.batch(each) for each in rows]
+        return [self.batch(rows) for rows in self.micro_batches(step % self.sizes.steps)]
+
+    def micro_batches(self, place: int) -> list[np.ndarray]:
+        """Return the replies of each micro-batch of a step of the present rollout."""
+        by_group = can_share(self.run.engine.network.config)
+        seed, lengths_P = self.task.config.run.seed, self.prompt_lengths
+        return micro_batches(seed, self.sizes, self.rollout, place, lengths_P, by_group=by_group)
 
     def batch(self, rows: np.ndarray) -> dict[str, Tensor]:
         """Return replies as rows of a batch: prompt and reply, padded on the right.
@@ -133,14 +128,14 @@ class RolloutSource:
                 value_BT[i, first:end] = per_token[name][slices[n]]
         advantage_N = np.zeros(len(rollout.length_N)) if rollout.advantage_N is None else rollout.advantage_N
         batch = {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT, **values}
+        batch |= {GROUPS: rollout.group_N[rows], PROMPTS: np.array([len(prompt) for prompt in prompts])}
         return {name: torch.from_numpy(value) for name, value in (batch | {ADVANTAGES: advantage_N[rows]}).items()}
 
     def origin(self, step: int) -> list[str]:
         """Name the prompts of a step."""
         if self.rollout is None:
             return []
-        seed, place = self.task.config.run.seed, step % self.sizes.steps
-        batches = micro_batches(seed, self.sizes, self.rollout, place, self.prompt_lengths)
+        batches = self.micro_batches(step % self.sizes.steps)
         groups = sorted({int(group) for rows in batches for group in self.rollout.group_N[rows]})
         names = [self.task.data.train.names[self.rollout.prompt_P[group]] for group in groups]
         return [f"{name} (rollout {self.rollout.number})" for name in dict.fromkeys(names)]
@@ -233,18 +228,18 @@ class RolloutSource:
             if wants_old or wants_reference:
                 with run.phases("log-probs"):
                     self.collect(objective, old=wants_old, reference=wants_reference)
-            self.advantages()
+            fill_advantages(rollout, task, self.prompt_lengths)
         self.step_began = time.perf_counter()
         return self.step_batches(step)
 
     def collect(self, objective, *, old: bool, reference: bool) -> None:
         """Fill the rollout's log-probabilities of policy and reference."""
-        rollout, run, task, slices = self.rollout, self.run, self.task, self.rollout.slices()
+        rollout, run, slices = self.rollout, self.run, self.rollout.slices()
         found, lengths_P = [np.zeros(len(rollout.ids_M)) for _ in range(old + reference)], self.prompt_lengths
         was_training = run.engine.objective.training
         run.engine.objective.train()
         for place in range(self.sizes.minibatches):
-            for rows in micro_batches(task.config.run.seed, self.sizes, rollout, place, lengths_P):
+            for rows in self.micro_batches(place):
                 batch = run.own_part(self.batch(rows))
                 options = {"old": old, "reference": reference}
                 values_CBT = objective.collect(run.engine.objective, batch, run.engine.autocast, **options)
@@ -257,49 +252,6 @@ class RolloutSource:
         run.engine.objective.train(was_training)
         rollout.old_M = found[0] if old else None
         rollout.reference_M = found[-1] if reference else None
-
-    def advantages(self) -> None:
-        """Compute rewards, advantages, and which replies are learned from."""
-        rollout, task, settings = self.rollout, self.task, self.task.settings
-        groups_N = torch.from_numpy(rollout.group_N)
-        rewards_NK = torch.from_numpy(rollout.rewards_NK)
-        is_cut_N = ~torch.from_numpy(rollout.has_ended_N)
-        weights_K = torch.tensor(task.rewards.weights, dtype=torch.float64)
-        counts_K = weights_K != 0  # the others are only logged: None of these leaves a reply out
-        reward_N = combine_rewards(rewards_NK[:, counts_K], weights_K[counts_K], groups_N, normalize=settings.normalize)
-        if settings.truncated == "punish":
-            room_N = self.task.config.network.context - self.prompt_lengths[rollout.group_N]  # the context may cut first
-            lengths_N = torch.from_numpy(rollout.length_N + np.maximum(settings.max_reply - room_N, 0))
-            reward_N = reward_N + soft_overlong_penalty(lengths_N, settings.max_reply, settings.punish_margin)
-        if task.kl_in_reward:
-            difference_M = rollout.old_M - rollout.reference_M
-            kl_N = torch.tensor([difference_M[each].sum() for each in rollout.slices()], dtype=torch.float64)
-            reward_N = reward_N - settings.beta * kl_N
-        is_left_out_N = reward_N.isnan()
-        is_grouped = settings.normalize == "sum" or task.baseline == "others"
-        compared_N = groups_N if is_grouped else torch.zeros_like(groups_N)  # GDPO: over the rollout
-        advantage_N = group_advantages(reward_N, compared_N, scale=task.scale, baseline=task.baseline)
-        is_learned_N = ~is_left_out_N & ~(is_cut_N if settings.truncated == "mask" else torch.zeros_like(is_cut_N))
-        rollout.reward_N, rollout.advantage_N = reward_N.numpy(), advantage_N.numpy()
-        rollout.is_learned_N = is_learned_N.numpy()
-        if not is_learned_N.any():
-            raise TrainError(self.nothing_learned())
-        rollout.metrics |= {"advantage_std": float(advantage_N[is_learned_N].std(unbiased=False))}
-        if bool(is_left_out_N.any()):
-            rollout.metrics["left_out"] = float(is_left_out_N.double().mean())
-
-    def nothing_learned(self) -> str:
-        """Say why no reply of a rollout is learned from."""
-        rollout, option = self.rollout, self.task.option
-        given = int((~np.isnan(rollout.reward_N)).sum())
-        if not given:
-            return f"rollout {rollout.number}: the reward functions left out every reply (they returned None)"
-        which = "replies" if given == len(rollout.reward_N) else "replies with a reward"
-        return (
-            f"rollout {rollout.number}: all {given} {which} were cut at {self.task.settings.max_reply} tokens, and "
-            f"{option}.truncated mask learns from none of them: raise {option}.max-reply, or teach stopping first "
-            "(--objective sft)"
-        )
 
     # ---- reports and state
 

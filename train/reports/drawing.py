@@ -27,7 +27,7 @@ def draw_example(batch: Mapping[str, Tensor], tokenizer: Tokenizer, row: int = 0
     size = _length(batch, row, has_source)
     lines = [] if source_S is None else list(_lines({"source": _tokens(source_S[: _source_length(batch, row)], tokenizer)}))
     columns, rest = {"input": _tokens(ids_T[:size], tokenizer)}, []
-    hidden = {"input_ids", "decoder_input_ids", "attention_mask", "position_ids", "decoder_position_ids", "group"}
+    hidden = {"input_ids", "decoder_input_ids", "attention_mask", "position_ids", "decoder_position_ids", "group", "groups"}
     for key, value in batch.items():
         if key in hidden or (has_source and value.shape[1:] == batch["input_ids"].shape[1:] and key == "document_ids"):
             continue

@@ -235,7 +235,7 @@ def assert_log_probabilities(place, **settings):
     assert rollout.old_M.min() < -1 and absolute(rollout.sampler_M, rollout.old_M) < 1e-10
     for batch in each.batches:
         is_learned_BT = batch["labels"] != IGNORE
-        log_p_BT, _ = each.objective.log_probs(each.network, each.objective.inputs_of(batch), batch["labels"])
+        log_p_BT, _ = each.objective.log_probs(each.network, batch)
         assert log_p_BT.requires_grad and torch.equal(log_p_BT[is_learned_BT], batch[OLD][is_learned_BT])
     step_of(each)
     assert each.objective.extremes[:2].tolist() == [1, 1] and each.objective.extremes[2] < 1e-10

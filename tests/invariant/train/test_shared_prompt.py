@@ -1,4 +1,4 @@
-"""Both replies of a pair behind one prompt in one row: the hidden states, losses and gradients of two rows."""
+"""Replies behind one prompt in one row: the hidden states, losses and gradients of separate rows."""
 
 from unittest.mock import patch
 
@@ -14,7 +14,7 @@ from tests.compare import absolute, relative
 from tests.conftest import randomized, tiny_config
 from tests.preference_runs import build_objective, open_preference, perturb, write_pairs
 from train import shared_prompt
-from train.shared_prompt import choose_read, read_pairs, read_rows
+from train.shared_prompt import choose_joint_rows, choose_read, join_rows, read_groups, read_pairs, read_rows
 
 KINDS = ("Llama", "Qwen2")
 
@@ -157,3 +157,65 @@ def test_rewards_of_averaging_losses_are_per_token(place):
         margin = task.pair_loss.beta * (chosen - rejected)
         found = objective(batch).metrics
         assert absolute(found["margin"].sum, margin.sum()) < 1e-12 and float(found["accuracy"].sum) == int((margin > 0).sum())
+
+
+# ---- more than two replies
+
+
+def grouped(sizes: list[int], *, longest: int = 9) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    """Rows of groups of these sizes in a drawn order, with prompts of 3 to 8 tokens and replies of 1 to `longest`."""
+    draw = torch.Generator().manual_seed(5)
+    rows = []
+    for group, size in enumerate(sizes):
+        prompt = torch.randint(3, 40, (3 + 5 * group % 6,), generator=draw).tolist()
+        for _ in range(size):
+            length = int(torch.randint(1, longest + 1, (1,), generator=draw))
+            rows.append((group, prompt, torch.randint(3, 40, (length,), generator=draw).tolist()))
+    rows = [rows[index] for index in torch.randperm(len(rows), generator=draw).tolist()]
+    width = max(len(prompt) + len(reply) for _, prompt, reply in rows)
+    ids = [prompt + reply for _, prompt, reply in rows]
+    ids_BT = torch.tensor([each + [0] * (width - len(each)) for each in ids])
+    mask_BT = torch.tensor([[1] * len(each) + [0] * (width - len(each)) for each in ids])
+    group_B, prompt_B = torch.tensor([[group, len(prompt)] for group, prompt, _ in rows]).T
+    return {"input_ids": ids_BT, "attention_mask": mask_BT}, group_B, prompt_B
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_groups_of_any_size_in_any_order(family, always, parity):
+    network = randomized(tiny_config(family, vocab_size=40, context=64)).double()
+    inputs, group_B, prompt_B = grouped([5, 1, 8, 2])
+    real_BT = inputs["attention_mask"].bool()
+    weight_BTD = torch.randn(*real_BT.shape, network.config.width, generator=torch.Generator().manual_seed(1)).double()
+    found = {}
+    with patch.object(network.body, "forward", wraps=network.body.forward) as forward:
+        for name, read in (("rows", read_rows), ("groups", lambda *given: read_groups(*given, group_B, prompt_B))):
+            network.zero_grad()
+            hidden_BTD = read(network, inputs)
+            (hidden_BTD * weight_BTD)[real_BT].sum().backward()
+            found[name] = [hidden_BTD[real_BT].detach(), *(p.grad.clone() for p in network.body.parameters())]
+    assert forward.call_args.kwargs["input_ids"].numel() < 0.8 * real_BT.numel()
+    error = max(relative(one, other) for one, other in zip(found["groups"], found["rows"], strict=True))
+    name = f"replies of groups behind one prompt: hidden states and gradients, {family}"
+    parity(name, "separate rows", error, 1e-12, "float64, relative")
+
+
+def test_a_reply_of_a_group_sees_no_other(always):
+    network = randomized(tiny_config("llama", vocab_size=40, context=64)).double()
+    inputs, group_B, prompt_B = grouped([4, 4])
+    before = read_groups(network, inputs, group_B, prompt_B)
+    other = inputs["input_ids"].clone()
+    other[0, prompt_B[0] :] = 5
+    after = read_groups(network, {**inputs, "input_ids": other}, group_B, prompt_B)
+    real_BT = inputs["attention_mask"].bool()
+    assert torch.equal(before[1:][real_BT[1:]], after[1:][real_BT[1:]]) and not torch.equal(before[0], after[0])
+
+
+def test_joint_rows_are_chosen_by_their_cost():
+    """Long prompts are read once for all; beside wide attention and short prompts rows stay apart; a limit splits them."""
+    config = tiny_config("llama").replace(width=512, heads=8)
+    lengths, groups = [164] * 16, [0] * 8 + [1] * 8
+    joint = choose_joint_rows(config, 164, 1 << 62, lengths, [100] * 16, groups)
+    assert joint.count == 2 and joint.width == 100 + 8 * 64
+    assert choose_joint_rows(config, 164, 400, lengths, [100] * 16, groups) == join_rows(lengths, [100] * 16, groups, 4)
+    assert choose_joint_rows(config.replace(width=16, heads=2), 164, 1 << 62, lengths, [10] * 16, groups) is None
+    assert choose_joint_rows(config, 164, 1 << 62, lengths, [100] * 16, list(range(16))) is None

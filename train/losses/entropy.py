@@ -1,7 +1,7 @@
 """Log-probabilities and entropies of tokens from hidden states and the head's matrix, at a temperature.
 
 The logits of all rows are never in memory at once where they are large. The forward pass works on chunks of rows; the backward
-pass computes each chunk's logits again, or finds them kept where one chunk has all of them.
+pass computes each chunk's logits again, or finds them kept where all of them are small.
 """
 
 import math
@@ -15,6 +15,8 @@ from train.losses.chunked import CHUNK_BYTES, FP16_SCALE, add_matmul_, matmul_dt
 from train.losses.cross_entropy import flatten_rows
 from train.losses.sequence import CHUNK_ROWS
 from train.runs.errors import TrainError
+
+KEPT_BYTES = 128 << 20  # of all rows' log-probabilities that stay for the backward pass: its products are a third less then
 
 
 def token_log_probs_and_entropy_reference(
@@ -59,6 +61,7 @@ def token_log_probs_and_entropy(
     if chunk_rows < 1:
         raise ValueError(f"chunk_rows={chunk_rows} must be at least 1")
     options = {"temperature": temperature, "chunk_rows": chunk_rows, "dtype": matmul_dtype(hidden_BTD, weight_VD)}
+    options["is_learned"] = torch.is_grad_enabled()  # inside a Function it never is
     log_p_N, entropy_N = ChunkedEntropy.apply(hidden_ND, weight_VD, labels_N, bias_V, options)
     return log_p_N.view(labels_BT.shape), entropy_N.view(labels_BT.shape)
 
@@ -76,19 +79,21 @@ class ChunkedEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, labels_N, bias_V, options):
         ctx.set_materialize_grads(False)
-        ctx.options, ctx.kept_RV = options, None
+        ctx.options, ctx.kept = options, []  # of each chunk R V
         dtype, temperature, chunk_rows = options["dtype"], options["temperature"], options["chunk_rows"]
         matrix_VD, shift_V = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)  # once, not chunk by chunk
         rows_N = (labels_N != IGNORE).nonzero()[:, 0]
         log_p_N = hidden_ND.new_zeros(len(labels_N), dtype=torch.promote_types(dtype, torch.float32))
         entropy_N = torch.zeros_like(log_p_N)
+        size = len(rows_N) * len(weight_VD) * log_p_N.element_size()
+        keeps = options["is_learned"] and any(ctx.needs_input_grad) and (len(rows_N) <= chunk_rows or size <= KEPT_BYTES)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             for rows_R in rows_N.split(chunk_rows):
                 log_p_RV = log_softmax_rows(hidden_ND[rows_R].to(dtype), matrix_VD, shift_V, temperature)
                 log_p_N[rows_R] = log_p_RV.gather(-1, labels_N[rows_R, None])[:, 0]
                 entropy_N[rows_R] = -log_p_RV.exp().mul_(log_p_RV).sum(-1)
-        if any(ctx.needs_input_grad) and len(rows_N) <= chunk_rows:
-            ctx.kept_RV = log_p_RV
+                if keeps:
+                    ctx.kept.append(log_p_RV)
         ctx.save_for_backward(hidden_ND, weight_VD, labels_N, bias_V, rows_N, entropy_N)
         return log_p_N, entropy_N
 
@@ -107,12 +112,14 @@ class ChunkedEntropy(torch.autograd.Function):
         unit = torch.cat([*factors, entropy_N.new_full((1,), torch.finfo(wide).tiny)]).amax()  # 16 bits hold factors up to 1
         unit = unit / FP16_SCALE if dtype == torch.float16 else unit
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            for rows_R in rows_N.split(chunk_rows):
+            for number, rows_R in enumerate(rows_N.split(chunk_rows)):
                 chunk_RD = hidden_ND[rows_R].to(dtype)
-                if ctx.kept_RV is None:
+                if not ctx.kept:
                     log_p_RV = log_softmax_rows(chunk_RD, matrix_VD, shift_V, temperature)
+                elif dentropy_N is not None:  # is written into, and a second backward pass reads it again
+                    log_p_RV = ctx.kept[number].clone()
                 else:
-                    log_p_RV = ctx.kept_RV.clone()  # for a second backward pass
+                    log_p_RV = ctx.kept[number]
                 upstream = (None if each_N is None else each_N[rows_R, None] / unit for each_N in (dlog_p_N, dentropy_N))
                 dlogits_RV = logits_gradient_(log_p_RV, labels_N[rows_R], entropy_N[rows_R, None], *upstream).to(dtype)
                 if dhidden_ND is not None:
@@ -131,7 +138,8 @@ class ChunkedEntropy(torch.autograd.Function):
 def logits_gradient_(
     log_p_RV: Tensor, labels_R: Tensor, entropy_R1: Tensor, of_log_p_R1: Tensor | None, of_entropy_R1: Tensor | None
 ) -> Tensor:
-    """Return the gradient by logits / temperature, R V, in place of `log_p_RV`, from those by log p of the label and by H.
+    """Return the gradient by logits / temperature, R V, from those by log p of the label and by H; with the latter in place of
+    `log_p_RV`.
 
         ∂ log p_y / ∂ x_v = [v = y] − p_v          ∂H / ∂ x_v = −p_v (log p_v + H)
     """

@@ -10,6 +10,7 @@ from tests.bench.loss import peak_bytes
 from tests.compare import Error, absolute, relative
 from tests.oracle.train.test_losses import HALVES, TORCH
 from tests.oracle.train.test_sequence import FROZEN, LENGTH, ROUNDING, ROWS, case
+from train.losses import entropy
 from train.losses.entropy import token_log_probs_and_entropy, token_log_probs_and_entropy_reference
 from train.losses.sequence import token_log_probs
 
@@ -176,8 +177,9 @@ def test_bad_input():
 
 
 @pytest.mark.parametrize("way", ["trained", "frozen matrix", "without gradient"])
-def test_memory_is_an_eighth(way, parity):
+def test_memory_is_an_eighth(way, parity, monkeypatch):
     """Above the gradients, which both must give. Nothing is as large as the logits."""
+    monkeypatch.setattr(entropy, "KEPT_BYTES", 0)
     rows, width, words = 512, 64, 4096
     hidden = torch.randn(8, rows // 8, width, requires_grad=True)
     weight = torch.randn(words, width, requires_grad=way == "trained")
@@ -198,3 +200,20 @@ def test_memory_is_an_eighth(way, parity):
     assert extra["plain"] >= 4 * rows * words > piece
     share = Error(extra["chunked"] / extra["plain"], "share of the memory")
     parity(f"log-probabilities and entropies: memory, {way}", "the plain twin", share, 1 / 8, "32 rows of 512 at a time")
+
+
+@pytest.mark.parametrize("terms", [(1, 1), (1, 0), (0, 1)])
+def test_kept_chunks_and_computed_ones_are_the_same_bits(terms, monkeypatch):
+    """Also in a second backward pass, and with a chunk that is not full."""
+    inputs, labels_BT, *_ = case()
+    inputs = tuple(each.detach().requires_grad_() for each in inputs)
+    found = []
+    for size in (0, 1 << 30):
+        monkeypatch.setattr(entropy, "KEPT_BYTES", size)
+        outputs = token_log_probs_and_entropy(*inputs[:2], labels_BT, chunk_rows=5)
+        weighted = [(each * torch.arange(each.numel()).view(each.shape)).sum() for each in outputs]
+        total = sum(factor * each for factor, each in zip(terms, weighted, strict=True) if factor)
+        first, second = (torch.autograd.grad(total, inputs[:2], retain_graph=True) for _ in range(2))
+        found.append([*outputs, *first])
+        assert all(map(torch.equal, first, second))
+    assert int((labels_BT != -100).sum()) % 5 and all(map(torch.equal, *found))

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 import model.hub
-import train.rollout_source
+import train.rollout_advantages
 from data.chat.template import ChatTemplate
 from data.transforms.causal import IGNORE
 from quant.config import FourBit
@@ -338,9 +338,9 @@ def test_advantages(place):
 
 
 def test_statistics_over_half_a_group_are_seen(place, monkeypatch):
-    honest, halves_N = train.rollout_source.group_advantages, torch.arange(8) // 2
+    honest, halves_N = train.rollout_advantages.group_advantages, torch.arange(8) // 2
     halved = lambda rewards_N, groups_N, **more: honest(rewards_N, halves_N, **more)  # noqa: E731
-    monkeypatch.setattr(train.rollout_source, "group_advantages", halved)
+    monkeypatch.setattr(train.rollout_advantages, "group_advantages", halved)
     rollout = rolled(place).rollout
     with pytest.raises(AssertionError):
         assert_advantages(rollout)

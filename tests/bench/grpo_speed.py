@@ -158,7 +158,7 @@ def bench_grpo_speed(rounds: int) -> None:
                 prompt = len(ours.run.task.data.train.values[0].ids)
                 lengths = ours.run.source.rollout.length_N
                 tokens = PROMPTS * GROUP * REPLY
-                assert lengths.sum() >= 0.97 * tokens, lengths  # a stop id by chance
+                assert lengths.sum() >= 0.9 * tokens, lengths  # a stop id by chance
                 spent = ours.run.phases.seconds()
                 rollout = spent["rollout"] / sum(spent[name] for name in spent)
                 shown.append(

@@ -27,7 +27,7 @@ Read = Callable[[nn.Module, Mapping[str, Tensor], Tensor], Tensor]  # (network, 
 
 
 class JointRows(NamedTuple):
-    """Where each of B rows stands in joint rows. start_B: the position of its first token behind the prompt."""
+    """Places of B rows in joint rows. start_B: the position of a row's first token behind the prompt."""
 
     row_B: list[int]
     start_B: list[int]

@@ -79,7 +79,7 @@ class ChunkedEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, labels_N, bias_V, options):
         ctx.set_materialize_grads(False)
-        ctx.options, ctx.kept = options, []  # of each chunk R V
+        ctx.options, ctx.log_p_chunks = options, []  # R V each, where they stay
         dtype, temperature, chunk_rows = options["dtype"], options["temperature"], options["chunk_rows"]
         matrix_VD, shift_V = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)  # once, not chunk by chunk
         rows_N = (labels_N != IGNORE).nonzero()[:, 0]
@@ -93,7 +93,7 @@ class ChunkedEntropy(torch.autograd.Function):
                 log_p_N[rows_R] = log_p_RV.gather(-1, labels_N[rows_R, None])[:, 0]
                 entropy_N[rows_R] = -log_p_RV.exp().mul_(log_p_RV).sum(-1)
                 if keeps:
-                    ctx.kept.append(log_p_RV)
+                    ctx.log_p_chunks.append(log_p_RV)
         ctx.save_for_backward(hidden_ND, weight_VD, labels_N, bias_V, rows_N, entropy_N)
         return log_p_N, entropy_N
 
@@ -114,12 +114,12 @@ class ChunkedEntropy(torch.autograd.Function):
         with torch.autocast(hidden_ND.device.type, enabled=False):
             for number, rows_R in enumerate(rows_N.split(chunk_rows)):
                 chunk_RD = hidden_ND[rows_R].to(dtype)
-                if not ctx.kept:
+                if not ctx.log_p_chunks:
                     log_p_RV = log_softmax_rows(chunk_RD, matrix_VD, shift_V, temperature)
                 elif dentropy_N is not None:  # is written into, and a second backward pass reads it again
-                    log_p_RV = ctx.kept[number].clone()
+                    log_p_RV = ctx.log_p_chunks[number].clone()
                 else:
-                    log_p_RV = ctx.kept[number]
+                    log_p_RV = ctx.log_p_chunks[number]
                 upstream = (None if each_N is None else each_N[rows_R, None] / unit for each_N in (dlog_p_N, dentropy_N))
                 dlogits_RV = logits_gradient_(log_p_RV, labels_N[rows_R], entropy_N[rows_R, None], *upstream).to(dtype)
                 if dhidden_ND is not None:

@@ -138,11 +138,13 @@ def check_rewards(config: Any) -> None:
     asked = config.rewards
     if not asked.reward:
         return
+    from train.rewards.code import require_permission
     from train.rewards.named import open_named
     from train.rewards.names import is_function, parse_function
 
     for text in asked.reward:
         parse_function(text) if is_function(text) else open_named(text)
+    require_permission(asked)
     if repeated := [text for text in asked.reward if asked.reward.count(text) > 1]:
         raise TrainError(f"--reward {repeated[0]} is given twice: --reward-weights gives it more weight")
     weights = asked.reward_weights
@@ -153,5 +155,5 @@ def check_rewards(config: Any) -> None:
         raise TrainError(f"--reward-weights {shown}: finite numbers are expected, one of them at least not 0")
     if not 0 <= asked.reward_workers <= 256:
         raise TrainError(f"--reward-workers {asked.reward_workers}: from 0 to 256")
-    if not 0 < asked.reward_timeout <= 1e6:
+    if asked.reward_timeout is not None and not 0 < asked.reward_timeout <= 1e6:
         raise TrainError(f"--reward-timeout {asked.reward_timeout}: above 0, and at most 1,000,000 seconds")

@@ -184,19 +184,33 @@ class RewardConfig:
 
     reward: tuple[str, ...] = ()
     """Functions that judge a reply, one or several. By name: exact, answer, number, format, arithmetic, length:N,
-    length_target:N, regex:PATTERN; or PATH.py:FUNCTION, a function of your own (its code is run), called as
-    f(prompts, completions, **columns) and returning a number or None for each reply."""
+    length_target:N, regex:PATTERN, tests or tests:share (the reply's code is run); or PATH.py:FUNCTION, a function of your own
+    (its code is run), called as f(prompts, completions, **columns) and returning a number or None for each reply."""
     reward_weights: tuple[float, ...] = ()
     """The factor of each reward. Default: 1 each."""
     reward_workers: int = 1
-    """Processes that run the functions of your own files; 0: the training's own, without a timeout."""
-    reward_timeout: float = 30.0
-    """Seconds that a function of your own has for the replies to one prompt; then the run stops."""
+    """Processes that run the functions of your own files (0: the training's own, without a timeout), and sandboxes of --reward
+    tests at a time."""
+    reward_timeout: float | None = None
+    """Seconds that a function of your own has for the replies to one prompt; then the run stops. Default: 30. Seconds that the
+    code of a reply has in --reward tests; then it has failed. Default: 5."""
+    allow_code_rewards: bool = False
+    """Let --reward tests run the code that the network writes, in bubblewrap. --resume needs it again; no recipe has it."""
 
     @property
     def weights(self) -> tuple[float, ...]:
         """The factor of each reward, defaults included."""
         return self.reward_weights or (1.0,) * len(self.reward)
+
+    @property
+    def function_seconds(self) -> float:
+        """Seconds of a user's function, default included."""
+        return 30.0 if self.reward_timeout is None else self.reward_timeout
+
+    @property
+    def test_seconds(self) -> float:
+        """Seconds of a reply's code, default included."""
+        return 5.0 if self.reward_timeout is None else self.reward_timeout
 
 
 @dataclass(frozen=True)

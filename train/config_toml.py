@@ -20,12 +20,16 @@ from train.rewards.names import absolute_functions
 from train.runs.errors import TrainError
 
 URI = "file:"
+GRANT = "allow_code_rewards"  # of a command line alone
 
 
 def to_plain(config: TrainConfig) -> dict:
-    """The settings as TOML tables. TOML has no null, so fields that are None are omitted; so are adapters that are not used."""
+    """The settings as TOML tables. TOML has no null, so fields that are None are omitted; so are adapters that are not used and
+    the permission to run replies' code."""
     unused = CONFIGS.keys() - {config.run.adapter}
-    return {k: _plain(v) for k, v in asdict(config).items() if v is not None and k not in unused and _plain(v) != {}}
+    plain = {k: _plain(v) for k, v in asdict(config).items() if v is not None and k not in unused and _plain(v) != {}}
+    plain.get("rewards", {}).pop(GRANT, None)
+    return plain
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -141,12 +145,19 @@ def read_settings(folder: Path, *, to_train: bool = False, objective: str | None
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TrainError(f"{path} is not TOML: {error}") from None
+    refuse_grant(table, str(path))
     stored = objective_in(table)
     if is_file(stored) and not to_train:
         return from_plain(TrainConfig, {k: v for k, v in table.items() if k != name_of(stored)}, str(path))
     if objective is not None or is_file(stored):
         table["run"] = table["run"] | {"objective": same_file(objective or stored, table, path)}
     return from_plain(config_type(objective_in(table)), table, str(path))
+
+
+def refuse_grant(table: dict, where: str) -> None:
+    """Refuse a file that permits replies' code to be run (TrainError): only a command line does."""
+    if isinstance(rewards := table.get("rewards"), dict) and GRANT in rewards:
+        raise TrainError(f"{where}: {GRANT} is no setting of a file: remove it, and give the command --allow-code-rewards")
 
 
 def same_file(objective: str, table: dict, path: Path) -> str:

@@ -10,7 +10,7 @@ from train.command_line import Needs
 from train.config import TrainConfig, optimizer_of
 from train.record_task import RecordTask
 from train.registry import load
-from train.rewards.names import is_function
+from train.rewards.names import is_function, runs_code
 
 
 def _uses(*names: str):
@@ -78,20 +78,22 @@ NEEDS = (
         "they are what F of --anchor ewc and ewc-empirical is estimated from",
     ),
     Needs(
-        ("reward", "reward_weights", "reward_workers", "reward_timeout"),
+        ("reward", "reward_weights", "reward_workers", "reward_timeout", "allow_code_rewards"),
         lambda config: load(config.run.objective).needs_rewards,
         "this objective does not learn from rewards",
     ),
     Needs(
-        ("reward", "reward_weights", "reward_workers", "reward_timeout"),
+        ("reward", "reward_weights", "reward_workers", "reward_timeout", "allow_code_rewards"),
         lambda config: bool(config.rewards.reward),
         "no reward is named: --reward NAME or PATH.py:FUNCTION",
     ),
     Needs(
         ("reward_workers", "reward_timeout"),
-        lambda config: any(map(is_function, config.rewards.reward)),
-        "they are of functions of your own, --reward PATH.py:FUNCTION; named rewards are computed in the training's process",
+        lambda config: any(is_function(text) or runs_code(text) for text in config.rewards.reward),
+        "they are of functions of your own, --reward PATH.py:FUNCTION, and of --reward tests; other named rewards are computed "
+        "in the training's process",
     ),
+    Needs(("allow_code_rewards",), lambda config: any(map(runs_code, config.rewards.reward)), "it is of --reward tests"),
     Needs(
         ("reward_timeout",),
         lambda config: config.rewards.reward_workers > 0,

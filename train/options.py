@@ -13,7 +13,7 @@ from data.shell import program
 from lora.config import CONFIGS
 from train.command_line import spelled
 from train.config import RunConfig, TrainConfig
-from train.config_toml import from_plain, objective_in
+from train.config_toml import from_plain, objective_in, refuse_grant
 from train.registry import config_type, name_of, summaries
 from train.rewards.given import refuse_functions
 from train.runs.errors import TrainError
@@ -113,6 +113,7 @@ def read_recipe(name: str, objective: str | None = None) -> TrainConfig:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise TrainError(f"{path} is not TOML: {error}") from None
+    refuse_grant(table, str(path))
     config = from_plain(config_type(objective or objective_in(table)), table, str(path))
     refuse_functions(config.rewards.reward, str(path))
     return config

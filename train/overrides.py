@@ -9,9 +9,12 @@ from train.config import TrainConfig
 # new place of an adapter's base, of a task's file and of reward functions, which must be the same.)
 OVERRIDES = {
     "run": ("device", "threads", "mesh", "on_nonfinite", "init", "objective", "steps", "extend"),
-    "rewards": ("reward", "reward_workers", "reward_timeout"),
+    "rewards": ("reward", "reward_workers", "reward_timeout", "allow_code_rewards"),
     "report": ("verbose", "profile", "memory_report"),
 }
+
+
+FREE = ("threads", "init", "out", "recipe", "loss", "epochs", "allow_code_rewards")  # in which two runs may differ
 
 
 def overrides(asked: TrainConfig, given: Collection[str]) -> dict[str, dict]:
@@ -37,7 +40,7 @@ def differing(stored: TrainConfig, asked: TrainConfig) -> list[str]:
         has, wanted = getattr(stored, group.name), getattr(asked, group.name)
         for name in vars(wanted):
             value = getattr(wanted, name)
-            open_to_choice = value is None or value == "auto" or name in ("threads", "init", "out", "recipe", "loss", "epochs")
+            open_to_choice = value is None or value == "auto" or name in FREE
             open_to_choice |= name == "steps" and asked.run.epochs is not None
             open_to_choice |= name == "unfreeze" and value == "gradual"  # which is stored in steps
             if not open_to_choice and getattr(has, name) != value:

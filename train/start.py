@@ -32,7 +32,8 @@ def start(config: TrainConfig) -> int:
     if restarts and (config.run.out / "config.toml").is_file():
         if others := differing(read_settings(config.run.out, to_train=True), with_absolute_paths(config)):
             raise TrainError(f"{config.run.out} already holds another run ({'; '.join(others)}): choose another --out")
-        return resume(config.run.out, {"rewards": {"reward": config.rewards.reward}} if config.rewards.reward else None)
+        again = {"reward": config.rewards.reward, "allow_code_rewards": config.rewards.allow_code_rewards}
+        return resume(config.run.out, {"rewards": again} if config.rewards.reward else None)
     with connected() as ranks:
         config, defaulted = resolve_new(config, ranks)
         with held(config.run.out, ranks):
@@ -69,7 +70,8 @@ def resume(folder: Path, given: dict[str, dict] | None = None) -> int:
     given = given or {}
     asked = given.get("run", {})
     stored = read_settings(folder, to_train=True, objective=asked.get("objective"))
-    check_given_again(stored, given.get("rewards", {}).get("reward"), folder)
+    rewards = given.get("rewards", {})
+    check_given_again(stored, rewards.get("reward"), folder, allow_code=rewards.get("allow_code_rewards", False))
     longer = extended(stored, asked.pop("steps", None), asked.pop("extend", None))
     config = override(longer, given)
     config.check()

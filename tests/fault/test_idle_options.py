@@ -93,6 +93,8 @@ REFUSED = {  # a command line, whose first option is idle: why
     "train --anchor-corpus y --init x --anchor l2-sp": "they are what F of --anchor ewc and ewc-empirical is estimated from",
     "train --reward exact": "this objective does not learn from rewards",
     "train --reward-weights 1": "this objective does not learn from rewards",
+    "train --allow-code-rewards": "this objective does not learn from rewards",
+    "train --allow-code-rewards --objective grpo --init x --reward exact": "it is of --reward tests",
     "train --reward-workers 2": "this objective does not learn from rewards",
     "train --reward-timeout 3": "this objective does not learn from rewards",
     "train --momentum 0.9 --optimizer adamw": "Muon and SGD have one",

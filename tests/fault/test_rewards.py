@@ -391,7 +391,7 @@ def test_a_resume_without_code_needs_no_more(place):
     altered = replace(began_with("mine.py:short"), recorded=TrainConfig().recorded)  # a config.toml without the hash
     with pytest.raises(TrainError, match="is not the file"):
         check_given_again(altered, ("mine.py:short",), Path("run"))
-    assert set(OVERRIDES["rewards"]) == {"reward", "reward_workers", "reward_timeout"}, "not the weights"
+    assert set(OVERRIDES["rewards"]) == {"reward", "reward_workers", "reward_timeout", "allow_code_rewards"}, "not the weights"
 
 
 def test_reading_runs_nothing(place):

@@ -278,6 +278,7 @@ def reward_options(config: TrainConfig) -> tuple[str, ...]:
         value = getattr(rewards, name)
         if value != getattr(usual.rewards, name):
             words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
+    words += ["--allow-code-rewards"] if rewards.allow_code_rewards else []
     for name in ("batch_size", "accumulate"):
         if getattr(sizes, name) != getattr(usual.optimizer, name):
             words += [f"--{name.replace('_', '-')}", str(getattr(sizes, name))]

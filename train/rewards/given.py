@@ -5,7 +5,7 @@ from pathlib import Path
 
 from data.shell import command
 from train.config import TrainConfig
-from train.rewards.names import is_function, parse_function
+from train.rewards.names import is_function, parse_function, runs_code
 from train.rewards.user import read_user_reward
 from train.runs.errors import TrainError
 
@@ -16,20 +16,24 @@ def reward_hashes(texts: Sequence[str]) -> tuple[str, ...] | None:
     return tuple(read_user_reward(text).sha256 for text in texts if is_function(text)) or None
 
 
-def check_given_again(stored: TrainConfig, given: Sequence[str] | None, folder: Path) -> None:
-    """Refuse a resume whose --reward is not that of the run (TrainError).
+def check_given_again(stored: TrainConfig, given: Sequence[str] | None, folder: Path, *, allow_code: bool = False) -> None:
+    """Refuse a resume whose --reward is not that of the run, or that does not allow again what it runs (TrainError).
 
     A path in config.toml is never run: functions of files must be given on the command line, in the same order, with files of
     the same hash, wherever they are now. given: the value of --reward; None without it.
     """
     began = stored.rewards.reward
+    if (code := [text for text in began if runs_code(text)]) and not allow_code:
+        raise TrainError(
+            f"--resume {folder}: --reward {code[0]} runs the code that the network writes, which is to be allowed again: "
+            f"{again_command(stored, folder)}"
+        )
     if not any(map(is_function, began)) and given is None:
         return
     if given is None:
-        again = command("train", "--resume", folder, "--reward", *began)
         raise TrainError(
             f"--resume {folder}: the run's rewards are functions of files, which are run only if the command line names them: "
-            f"{again}"
+            f"{again_command(stored, folder)}"
         )
     if len(given) != len(began) or any(_nameless(new) != _nameless(old) for new, old in zip(given, began, strict=True)):
         raise TrainError(f"--reward {' '.join(given)}: the run in {folder} has --reward {' '.join(began)}, in this order")
@@ -40,6 +44,13 @@ def check_given_again(stored: TrainConfig, given: Sequence[str] | None, folder: 
                 f"--reward {text} is not the file that {folder} began with (SHA-256 {recorded}): a resume would learn "
                 "something else. Name that file, or begin a new run with --init"
             )
+
+
+def again_command(stored: TrainConfig, folder: Path) -> str:
+    """Return the command that resumes a run, with what it must be given again to run code."""
+    began = stored.rewards.reward
+    functions = ("--reward", *began) if any(map(is_function, began)) else ()
+    return command("train", "--resume", folder, *functions, *(["--allow-code-rewards"] if any(map(runs_code, began)) else []))
 
 
 def _nameless(text: str) -> tuple[bool, str]:

@@ -30,6 +30,7 @@ class NamedReward:
     function: Callable[..., float | None]
     setting: str | None = None
     read: Callable[[str], object] | None = None
+    has_default: bool = False  # NAME alone will do
 
     @property
     def reads_tokens(self) -> bool:
@@ -37,15 +38,22 @@ class NamedReward:
         return "token_count" in inspect.signature(self.function).parameters
 
     @property
+    def runs_code(self) -> bool:
+        """True if it takes which of the record's assertions the reply's code passes, `passed`."""
+        return "passed" in inspect.signature(self.function).parameters
+
+    @property
     def summary(self) -> str:
         return inspect.getdoc(self.function).split("\n")[0]
 
 
-def named(name: str, setting: str | None = None, read: Callable[[str], object] | None = None):
+def named(
+    name: str, setting: str | None = None, read: Callable[[str], object] | None = None, *, has_default: bool = False
+):
     """Register a reward; the decorator of every function below."""
 
     def register(function: Callable[..., float | None]) -> Callable[..., float | None]:
-        REWARDS[name] = NamedReward(function, setting, read)
+        REWARDS[name] = NamedReward(function, setting, read, has_default)
         return function
 
     return register
@@ -80,6 +88,12 @@ def read_count(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text[:9])):
         raise TrainError(f"{text!r} is no number of tokens, an integer of at least 1")
     return int(text)
+
+
+def read_score(text: str) -> str:
+    if text not in ("all", "share"):
+        raise TrainError(f"{text!r} is not known: all (1 if all pass, the default) or share")
+    return text
 
 
 JOINED = patterns.compile(r"\d\s*[/^*]\s*\d")  # 3/4, 10^3
@@ -203,26 +217,46 @@ def arithmetic(prompt: str, reply: str, record: Columns) -> float:
     return float(is_solution(reply if found is None else found, numbers, target))
 
 
-def open_named(text: str) -> Callable[[Sample], float | None]:
-    """Return the function of a sample for NAME or NAME:VALUE. Errors (TrainError): no such name; a value that is missing, too
-    many, or wrong."""
+@named("tests", "score", read_score, has_default=True)
+def passed_tests(prompt: str, reply: str, record: Columns, *, passed: list[bool], score: str = "all") -> float:
+    """Return 1 if the code of the reply passes all `tests` of the record, run in a sandbox; `tests:share`: their share.
+
+    passed: a result for each assertion, of `train.rewards.code`.
+
+    >>> [passed_tests("", "", {}, passed=[True, False], score=score) for score in ("all", "share")]
+    [0.0, 0.5]
+    """
+    return float(all(passed)) if score == "all" else sum(passed) / len(passed)
+
+
+def open_named(text: str) -> Callable[..., float]:
+    """Return the function of a sample for NAME or NAME:VALUE; one that runs code takes `passed` too.
+
+    Errors (TrainError): no such name; a value that is missing, too many, or wrong.
+    """
     name, value = parse_named(text)
     if name not in REWARDS:
-        known = ", ".join(f"{each}:{kind.setting.upper()}" if kind.setting else each for each, kind in REWARDS.items())
+        known = ", ".join(_form(each) for each in REWARDS)
         raise TrainError(f"--reward {text}: {name!r} is not known; one of {known}, or PATH.py:FUNCTION, a function of your own")
     kind = REWARDS[name]
     if kind.setting is None and value is not None:
         raise TrainError(f"--reward {text}: {name} takes no value")
-    if kind.setting is not None and not value:
+    if kind.setting is not None and not value and not (kind.has_default and value is None):
         raise TrainError(f"--reward {text}: {name} needs a value, {name}:{kind.setting.upper()}")
     try:
-        settings = {} if kind.setting is None else {kind.setting: kind.read(value)}
+        settings = {} if value is None else {kind.setting: kind.read(value)}
     except TrainError as error:
         raise TrainError(f"--reward {text}: {error}") from None
     return partial(_call, kind, settings)
 
 
-def _call(kind: NamedReward, settings: dict, sample: Sample) -> float:
-    more = {"token_count": sample.token_count} if kind.reads_tokens else {}
+def _form(name: str) -> str:
+    kind = REWARDS[name]
+    value = f":{kind.setting.upper()}" if kind.setting else ""
+    return f"{name}[{value}]" if kind.has_default else f"{name}{value}"
+
+
+def _call(kind: NamedReward, settings: dict, sample: Sample, **more: object) -> float:
+    more |= {"token_count": sample.token_count} if kind.reads_tokens else {}
     value = kind.function(sample.prompt, sample.reply, sample.record, **settings, **more)
     return math.nan if value is None else value

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from train.runs.errors import TrainError
 
 MARK = ".py:"
+CODE = "tests"  # the named reward that runs the code of replies
 
 
 class FunctionName(NamedTuple):
@@ -26,6 +27,15 @@ def is_function(text: str) -> bool:
     [False, False, True, True]
     """
     return MARK in text and not text.partition(":")[0].isidentifier()
+
+
+def runs_code(text: str) -> bool:
+    """Return True for a named reward that runs the code of replies.
+
+    >>> [runs_code(text) for text in ("tests", "tests:share", "tests.py:f", "exact")]
+    [True, True, False, False]
+    """
+    return not is_function(text) and text.partition(":")[0] == CODE
 
 
 def parse_function(text: str) -> FunctionName:

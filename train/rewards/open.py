@@ -8,8 +8,9 @@ from torch import Tensor
 
 from data.messages import format_count
 from train.config import RewardConfig
+from train.rewards.code import CodeRunner, read_tests
 from train.rewards.named import open_named
-from train.rewards.names import is_function, metric_names
+from train.rewards.names import is_function, metric_names, runs_code
 from train.rewards.sample import Sample, describe_sample, split_groups
 from train.rewards.user import UserReward, call, load_functions, read_user_reward
 from train.rewards.workers import Workers
@@ -20,7 +21,8 @@ class Rewards:
     """K reward functions: samples -> values N K in float64, NaN where a function gave None (the reply is left out).
 
     names: K unique names for metrics. weights: K factors of --reward-weights. Named rewards are computed in this process;
-    functions of a user's file in worker processes, which begin with `start` or the first call and end with `close`.
+    functions of a user's file in worker processes, which begin with `start` or the first call and end with `close`; the code of
+    replies in sandboxes, which end with the call.
     """
 
     def __init__(self, config: RewardConfig):
@@ -29,10 +31,16 @@ class Rewards:
         self.named = {k: open_named(text) for k, text in enumerate(self.texts) if not is_function(text)}
         self.user = {k: read_user_reward(text) for k, text in enumerate(self.texts) if is_function(text)}
         self.functions: list[Callable] = []
-        self.workers = Workers(list(self.user.values()), config.reward_workers, config.reward_timeout)
+        self.workers = Workers(list(self.user.values()), config.reward_workers, config.function_seconds)
+        self.code = CodeRunner(config) if any(map(runs_code, self.texts)) else None
 
     def start(self) -> None:
-        """Import the user's files, in the worker processes if there are any. Errors (TrainError): one does not import."""
+        """Import the user's files, in the worker processes if there are any; try a sandbox.
+
+        Errors (TrainError): a file does not import; those of `CodeRunner.start`.
+        """
+        if self.code is not None:
+            self.code.start()
         if self.user and self.config.reward_workers:
             self.workers.start()
         elif not self.functions:
@@ -42,13 +50,15 @@ class Rewards:
         """Return values N K. A user's function is called with the consecutive replies to one prompt at a time.
 
         Errors (TrainError), each with the function, the record and the reply: those of the functions, of `user.call` and of
-        `Workers`.
+        `Workers`; those of `CodeRunner`.
         """
         self.start()
         samples = list(samples)
         values_NK = torch.full((len(samples), len(self.texts)), math.nan, dtype=torch.float64)
+        passed = None if self.code is None else self.code(samples)
         for k, function in self.named.items():
-            values = [self._value(k, function, sample) for sample in samples]
+            more = [{"passed": each} for each in passed] if runs_code(self.texts[k]) else [{}] * len(samples)
+            values = [self._value(k, function, *each) for each in zip(samples, more, strict=True)]
             values_NK[:, k] = torch.tensor(values, dtype=torch.float64)
         groups = split_groups(samples)
         tasks = [(index, group) for group in groups for index in range(len(self.user))]
@@ -61,14 +71,19 @@ class Rewards:
         return values_NK
 
     def check(self, samples: Sequence[Sample]) -> None:
-        """Call the named functions with samples of all records. Errors (TrainError): a record lacks what one needs."""
+        """Call the named functions with samples of all records; for those that run code, read the records and try a sandbox.
+
+        Errors (TrainError): a record lacks what a function needs; those of `CodeRunner.start`.
+        """
         for k, function in self.named.items():
             for sample in samples:
-                self._value(k, function, sample)
+                self._value(k, _read_only if runs_code(self.texts[k]) else function, sample, {})
+        if self.code is not None:
+            self.code.start()
 
-    def _value(self, k: int, function: Callable[[Sample], float], sample: Sample) -> float:
+    def _value(self, k: int, function: Callable[..., float], sample: Sample, more: dict) -> float:
         try:
-            return function(sample)
+            return function(sample, **more)
         except TrainError as error:
             raise TrainError(f"--reward {self.texts[k]}: {error}; {describe_sample(sample)}") from None
 
@@ -86,9 +101,11 @@ class Rewards:
             lines.append(f"the code in {path} is run (SHA-256 {sha256})")
         if self.user and self.config.reward_workers:
             count = format_count(self.config.reward_workers, "worker process", "worker processes")
-            lines.append(f"in {count}, at most {self.config.reward_timeout:g} s for the replies to a prompt")
+            lines.append(f"in {count}, at most {self.config.function_seconds:g} s for the replies to a prompt")
         elif self.user:
             lines.append("in this process, without a timeout (--reward-workers 0)")
+        if self.code is not None:
+            lines.append(self.code.describe())
         return "; ".join(lines)
 
     def close(self) -> None:
@@ -102,10 +119,14 @@ class Rewards:
         self.close()
 
 
+def _read_only(sample: Sample) -> None:
+    read_tests(sample.record)
+
+
 def open_rewards(config: RewardConfig) -> Rewards:
     """Open the functions of --reward; a user's file is read, and run only by `Rewards.start` or the first call.
 
-    Errors (TrainError): none is named; a name, value, file or function that does not exist.
+    Errors (TrainError): none is named; a name, value, file or function that does not exist; code without permission.
     """
     if not config.reward:
         raise TrainError("no reward is named: --reward NAME or PATH.py:FUNCTION, one or several")

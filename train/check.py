@@ -138,9 +138,8 @@ def check_rewards(config: Any) -> None:
     asked = config.rewards
     if not asked.reward:
         return
-    from train.rewards.code import require_permission
     from train.rewards.named import open_named
-    from train.rewards.names import is_function, parse_function
+    from train.rewards.names import is_function, parse_function, require_permission
 
     for text in asked.reward:
         parse_function(text) if is_function(text) else open_named(text)

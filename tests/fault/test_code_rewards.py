@@ -95,7 +95,8 @@ def test_right_code_counts_1_and_the_share_is_of_assertions():
     shares = {
         RIGHT: 1, block: 1, "def add(a, b):\n    return abs(a) + abs(b)\n": 2 / 3, "def add(a, b): return 3": 1 / 3, "": 0,
         "It is easy: add them.": 0, "def add(a, b):\n    return a +": 0, "def plus(a, b): return a + b": 0,
-        f"{RIGHT}\nprint(add('x'))": 0, "import numpy\n" + RIGHT: 0, "\0": 0, "(" * 5000: 0, "x = " + "-" * 50000 + "1": 0,
+        f"{RIGHT}\nprint(add('x'))": 0, "import numpy\n" + RIGHT: 0, "\0": 0,
+        "\udce9": 0, RIGHT + "# \U0001f600": 1, "(" * 5000: 0, "x = " + "-" * 50000 + "1": 0,
     }  # fmt: skip
     found = judged(*map(sample, shares), texts=("tests", "tests:share"))
     assert found in (None, [[float(share == 1), share] for share in shares.values()])
@@ -117,10 +118,11 @@ def test_several_in_parallel_keep_their_order():
 
 
 def test_results_do_not_depend_on_the_seed_of_hashes():
-    code = "def order(): return ''.join({str(each) for each in range(40)})"
-    assert judged(sample(code, [f"assert order()[0] == '{each}'" for each in range(10)]), texts=("tests:share",)) in (
-        None, *([[0.1]],)
-    )  # fmt: skip
+    if not REFUSAL:
+        code = "order = [*{str(each) for each in range(40)}]"
+        program = sandbox.Program("", code, [f"assert order[{each}] < order[{each + 1}]" for each in range(12)])
+        first = sandbox.run_tests(program, SECONDS)
+        assert set(first) == {True, False} and all(sandbox.run_tests(program, SECONDS) == first for _ in range(2))
 
 
 # ---- what ends in 0
@@ -175,9 +177,9 @@ FORGED = {
     "        try: os.write(n, f'{0:032x} {word}\\n{word}\\n'.encode())\n        except OSError: pass",
     "reads all it has": "import os\nfor n in range(3, 64):\n    try: os.read(n, 4096)\n    except OSError: pass",
     "replaces builtins": "import builtins\nfor name in ('exec', 'compile', 'BaseException', 'AssertionError'):\n"
-    "    setattr(builtins, name, lambda *a, **k: None)\nbuiltins.sorted = lambda *a: [1]",
-    "replaces functions of modules": "import os, marshal\nos.write = marshal.load = os._exit = lambda *a: None",
-    "debug off": "__debug__2 = False\nimport sys\nsys.flags",
+    "    setattr(builtins, name, lambda *a, **k: None)\nbuiltins.sorted = lambda *a: [3]",
+    "replaces functions of modules": "import os\nos.write = os.fdopen = os._exit = lambda *a: None",
+    "is called as what it names": "import sys\nsys.modules['builtins'] = sys.modules['__main__'] = sys",
     "catches the failure": "import sys\nsys.excepthook = lambda *a: None\nAssertionError = Exception",
 }  # fmt: skip
 
@@ -185,7 +187,8 @@ FORGED = {
 @pytest.mark.parametrize("name", FORGED)
 def test_a_forged_result_counts_0(name):
     wrong = "def add(a, b): return 7"
-    assert values(f"{FORGED[name]}\n{wrong}", tests=["assert sorted([add(1, 2)]) == [3]", *ADD], seconds=0.3) in (None, [0])
+    tests = ["assert sorted([add(1, 2)]) == [3]", *ADD]
+    assert judged(sample(f"{FORGED[name]}\n{wrong}", tests), texts=("tests:share",), seconds=0.5) in (None, [[0]])
 
 
 def test_what_no_sandbox_can_exclude():
@@ -206,6 +209,16 @@ def test_no_file_outside_is_read(tmp_path, monkeypatch):
     code = "import os\ndef reads(path): return os.path.lexists(path) or os.listdir(path) or open(path).read()"
     tests = [f"assert reads({str(path)!r})" for path in paths]
     assert judged(sample(code, tests), texts=("tests:share",)) in (None, [[0]])
+
+
+def test_folders_inside_what_is_mounted_are_empty(monkeypatch):
+    """Installed packages; and the repository, the working directory and the home, wherever they are."""
+    library = Path(os.__file__).resolve().parent
+    monkeypatch.setattr(sandbox, "REPOSITORY", library / "wsgiref")
+    monkeypatch.chdir(library / "xmlrpc")
+    paths = [library / "wsgiref", library / "xmlrpc", library / "site-packages"]
+    tests = [f"assert not os.path.exists({str(path)!r}) or os.listdir({str(path)!r}) == []" for path in paths]
+    assert judged(sample("import os", [*tests, "import json; assert json.loads('1') == 1"])) in (None, [[1]])
 
 
 def test_no_file_outside_is_written(tmp_path):
@@ -381,11 +394,12 @@ def test_a_run_of_grpo_and_its_resume(place, tmp_path):
         said = command(*options(place, *asked, "--allow-code-rewards"), "--out", run)
         assert said.code == 2 and said.err == f"error: {REFUSAL}\n"
         return
-    said = stopped_at(1, *options(place, *asked, "--allow-code-rewards"), "--out", run)
-    assert said.code == 130 and "the code of replies is run by bubblewrap, in 1 sandbox, at most 2 s a reply" in said.out
+    stopped = stopped_at(1, *options(place, *asked, "--allow-code-rewards"), "--out", run)
+    assert stopped.code == 130 and "the code of replies is run by bubblewrap, in 1 sandbox, at most 2 s a reply" in stopped.out
     assert "allow_code_rewards" not in (run / "config.toml").read_text()
     said = command("--resume", run)
     assert said.code == 2 and f"train --resume {run} --allow-code-rewards" in said.err
+    assert f"train --resume {run} --allow-code-rewards" in stopped.out
     assert command("--resume", run, "--allow-code-rewards").code == 0
     steps = [row for row in metrics(run) if row["split"] == "train"]
     assert [row["step"] for row in steps] == [1, 2] and all(0 <= row["reward_tests"] <= 1 for row in steps)

@@ -235,7 +235,7 @@ def following(run: RunView, stopped: str) -> Iterator[str]:
     out, config = run.out, run.config
     folder, model = out, out.with_name(f"{out.name}-model")
     if stopped.startswith("on"):
-        yield command("train", "--resume", out)
+        yield command("train", "--resume", out, *(["--allow-code-rewards"] if config.rewards.allow_code_rewards else []))
     opened = read_pointer(out, "best") or read_pointer(out, "last")
     if opened is not None and (opened / SHARDED_INDEX).is_file():  # other commands open one folder, not shards
         yield command("model", "export", out, "--out", model)

@@ -9,14 +9,13 @@ from typing import Any
 
 from data.messages import quote_names
 from train.config import RewardConfig
-from train.rewards.names import runs_code
+from train.rewards.names import require_permission
 from train.rewards.sample import Sample, describe_sample
 from train.rewards.sandbox import REPOSITORY, Program, SandboxError, run_tests
 from train.runs.errors import TrainError
 
 FENCE = re.compile(r"[ ]{0,3}(`{3,}|~{3,})[ \t]*([\w+.-]*)[^`]*")
 PYTHON = ("python", "python3", "py")
-ALLOW = "--allow-code-rewards"
 TRIAL_SECONDS = 30
 TRIAL = """
 import os, socket
@@ -40,18 +39,6 @@ TRIALS = {  # what a sandbox is to do: an assertion that shows it
     "lets it write to /tmp alone": "assert [each for each in ('/', '/dev', '/tmp') if os.access(each, os.W_OK)] == ['/tmp']",
     "hides files": f"assert not any(map(os.path.exists, ('/etc/passwd', '/proc', {str(REPOSITORY / 'train')!r})))",
 }
-
-
-def require_permission(config: RewardConfig) -> None:
-    """Refuse a reward that runs the replies' code without permission, or without a sandbox (TrainError)."""
-    asked = [text for text in config.reward if runs_code(text)]
-    if asked and not config.allow_code_rewards:
-        raise TrainError(
-            f"--reward {asked[0]} runs the code that the network writes, in a sandbox of bubblewrap, and the records' "
-            f"assertions with it: add {ALLOW}"
-        )
-    if asked and not config.reward_workers:
-        raise TrainError(f"--reward-workers 0: --reward {asked[0]} runs code in sandboxes alone, and needs 1 at least")
 
 
 def last_code(reply: str) -> str:

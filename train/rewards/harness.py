@@ -1,22 +1,21 @@
 """The program inside a sandbox: limits itself, runs the code of a reply, then the assertions, and reports each.
 
-Standard library only: `sandbox` hands its text to the sandbox's interpreter, and nothing imports it. Messages come from
-standard input as marshal writes them; lines go to the pipe whose number is the argument, each behind the token of the message
-before it: a reply that prints, or writes to all files it has, does not know it. Modules and functions that are needed after the
-reply's code has run are locals, out of its reach unless it walks the frames.
+Standard library only: `sandbox` hands its text to the sandbox's interpreter, and nothing imports it. Messages, lists of texts,
+come from standard input: a line of their lengths in bytes, then the bytes. Lines go to the pipe whose number is the argument,
+each behind the token of the message before it: a reply that prints, or writes to all files it has, does not know it. What is
+needed after the reply's code has run is written in C and held by locals, out of its reach unless it walks the frames.
 """
 
 import builtins
-import marshal
 import os
 import resource
 import sys
 import types
 
 
-def limit(switch_to: int | None, seconds: int, memory: int, file_size: int, files: int) -> None:
-    """Leave root, where the sandbox began as it; set limits that nothing inside can raise. No process or thread can follow."""
-    if switch_to is not None:
+def limit(switch_to: int, seconds: int, memory: int, file_size: int, files: int) -> None:
+    """Become user `switch_to`, unless it is 0; set limits that nothing inside can raise. No process or thread can follow."""
+    if switch_to:
         os.setgroups([])
         os.setresgid(switch_to, switch_to, switch_to)
         os.setresuid(switch_to, switch_to, switch_to)
@@ -28,7 +27,7 @@ def limit(switch_to: int | None, seconds: int, memory: int, file_size: int, file
 
 
 def main() -> None:
-    os_write, os_exit, load, run, build = os.write, os._exit, marshal.load, exec, compile
+    os_write, os_exit, run, build, integer = os.write, os._exit, exec, compile, int
     names, original = vars(builtins), dict(vars(builtins))
     failures, form, number = BaseException, "{} {}\n".format, int(sys.argv[1])
 
@@ -38,8 +37,11 @@ def main() -> None:
     os.set_inheritable(number, False)
     sys.argv[:], sys.orig_argv[:] = [""], []
 
-    token, setup, code, limits = load(requests)
-    limit(*limits)
+    def receive() -> list[str]:
+        return [requests.read(integer(length)).decode("utf-8", "surrogatepass") for length in requests.readline().split()]
+
+    token, setup, code, limits = receive()
+    limit(*map(int, limits.split()))
     module = types.ModuleType("solution")
     sys.modules["solution"] = module
     space = vars(module)
@@ -54,7 +56,7 @@ def main() -> None:
     except failures:
         os_exit(1)
     os_write(number, form(token, "ready").encode())
-    token, tests = load(requests)
+    token, *tests = receive()
     for test in tests:
         names.update(original)  # a reply may have replaced them
         try:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from train.runs.errors import TrainError
 
@@ -36,6 +36,18 @@ def runs_code(text: str) -> bool:
     [True, True, False, False]
     """
     return not is_function(text) and text.partition(":")[0] == CODE
+
+
+def require_permission(config: Any) -> None:
+    """Refuse a reward that runs the replies' code without permission, or without a sandbox (TrainError)."""
+    asked = [text for text in config.reward if runs_code(text)]
+    if asked and not config.allow_code_rewards:
+        raise TrainError(
+            f"--reward {asked[0]} runs the code that the network writes, in a sandbox of bubblewrap, and the records' "
+            "assertions with it: add --allow-code-rewards"
+        )
+    if asked and not config.reward_workers:
+        raise TrainError(f"--reward-workers 0: --reward {asked[0]} runs code in sandboxes alone, and needs 1 at least")
 
 
 def parse_function(text: str) -> FunctionName:

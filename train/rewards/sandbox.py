@@ -4,7 +4,6 @@ bwrap makes the namespaces and mounts; the program inside, `harness`, sets the l
 or where the machine forbids user namespaces, nothing is run.
 """
 
-import marshal
 import math
 import os
 import secrets
@@ -16,7 +15,6 @@ import sysconfig
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,7 +67,6 @@ def switches_user() -> bool:
     return any(first <= NOBODY < first + count for first, _, count in lines)
 
 
-@cache
 def mounts() -> tuple[str, ...]:
     """Return bwrap's options for the files inside: libraries and the interpreter with the standard library, read-only; /tmp;
     four devices. Not there: /proc, /etc, /home, programs, installed packages, the working directory, this repository."""
@@ -177,14 +174,14 @@ class Sandbox:
         self.close()
 
     def close(self) -> None:
-        """Kill bwrap, and with it all in its namespace; return when the last of them, its first process, has ended."""
+        """Kill bwrap, and with it all in its namespace; return when all have ended: the first of them, and the program."""
         self.process.kill()
         self.process.wait()
         until = time.monotonic() + END_SECONDS
-        while time.monotonic() < until and self._has(self.life, select.POLLIN, until) and os.read(self.life, 65536):
-            pass
-        os.close(self.results)
-        os.close(self.life)
+        for pipe in (self.life, self.results):
+            while time.monotonic() < until and self._has(pipe, select.POLLIN, until) and os.read(pipe, 65536):
+                pass
+            os.close(pipe)
         for each in (self.process.stdin, self.process.stderr):
             with suppress(OSError):
                 each.close()
@@ -202,9 +199,10 @@ class Sandbox:
         poll.register(file, event)
         return bool(poll.poll(max(0.0, until - time.monotonic()) * 1000))
 
-    def send(self, message: object, until: float) -> None:
-        """Write a message; a program that does not read it before `until` never gets its end."""
-        left = memoryview(marshal.dumps(message))
+    def send(self, texts: Sequence[str], until: float) -> None:
+        """Write a message, as `harness` reads it; a program that does not read it before `until` never gets its end."""
+        parts = [text.encode("utf-8", "surrogatepass") for text in texts]
+        left = memoryview(" ".join(str(len(part)) for part in parts).encode() + b"\n" + b"".join(parts))
         with suppress(BrokenPipeError):
             while left and self._has(self.process.stdin.fileno(), select.POLLOUT, until):
                 left = left[os.write(self.process.stdin.fileno(), left[:65536]) :]
@@ -238,8 +236,8 @@ def run_tests(program: Program, seconds: float) -> list[bool]:
     passed: list[bool] = []
     with Sandbox() as sandbox:
         until = time.monotonic() + START_SECONDS
-        limits = (NOBODY if switches_user() else None, math.ceil(seconds) + START_SECONDS, MEMORY, FILES, OPEN_FILES)
-        sandbox.send((first, program.setup, program.code, limits), until)
+        limits = (NOBODY if switches_user() else 0, math.ceil(seconds) + START_SECONDS, MEMORY, FILES, OPEN_FILES)
+        sandbox.send([first, program.setup, program.code, " ".join(map(str, limits))], until)
         said = sandbox.receive(first, until)
         if said is None and program.setup:
             raise SetupError(f"the record's setup does not come to its end within {START_SECONDS} s and {MEMORY >> 20} MiB")
@@ -249,7 +247,7 @@ def run_tests(program: Program, seconds: float) -> list[bool]:
             raise SetupError(f"the record's setup raises {said.removeprefix('setup ')}; it has the standard library alone")
         until = time.monotonic() + seconds
         if sandbox.receive(first, until) == "ready":
-            sandbox.send((second, list(program.tests)), until)
+            sandbox.send([second, *program.tests], until)
             while len(passed) < len(program.tests) and (said := sandbox.receive(second, until)) is not None:
                 passed.append(said == "passed")
     return passed + [False] * (len(program.tests) - len(passed))

@@ -127,7 +127,8 @@ def test_named_rewards(text, reply, record, value):
 
 
 def test_every_named_reward_is_tried_and_told():
-    assert {text.partition(":")[0] for text, *_ in VALUES} | {"tests"} == set(REWARDS)  # which tests/fault/test_code_rewards.py tries
+    elsewhere = {"tests"}  # tests/fault/test_code_rewards.py
+    assert {text.partition(":")[0] for text, *_ in VALUES} | elsewhere == set(REWARDS)
     options = RewardConfig.__dataclass_fields__
     told = (ROOT / "train" / "config.py").read_text(encoding="utf-8")
     names = [f"{name}:" if kind.setting else f"{name}," for name, kind in REWARDS.items()]

@@ -17,7 +17,7 @@
 
 `python -m data prepare` builds the shards and prints their sizes; `python -m data task NAME` makes a labelled data set;
 `python -m data preview FILE` shows which tokens of conversations are learned; `python -m data pairs FILE` makes pairs of
-replies.
+replies; `self-instruct` and `replies` let a network write instructions, or the best of several replies (train/synthetic).
 In reading order: sources/find, sources/files, corpus/ingest, corpus/dedup, tokenizer/base, tokenizer/bpe, corpus/prepare,
 sources/shards, packing/blocks, transforms/causal, transforms/masked, transforms/seq2seq.
 """

@@ -1,5 +1,5 @@
-"""`python -m data prepare|task|preview|pairs`: build the shards of a corpus; make a labelled data set; show conversations; make
-preference pairs."""
+"""`python -m data prepare|task|preview|pairs|self-instruct|replies`: build the shards of a corpus; make a labelled data set;
+show conversations; make preference pairs; let a network write instructions, or the best of several replies."""
 
 import sys
 from collections.abc import Callable
@@ -12,8 +12,10 @@ import touchstone
 
 touchstone.refuse_shadowed()  # before a file of the user's is imported in place of ours
 
+from data.commands.best_replies import Replies, write_best_replies
 from data.commands.pairs import Pairs, write_pairs
 from data.commands.preview import Preview, preview
+from data.commands.self_instruct import SelfInstruct, self_instruct
 from data.commands.task import Task, make_task
 from data.config import BUILT_IN, DataConfig, DataError
 from data.messages import format_count
@@ -78,7 +80,7 @@ def main(arguments: list[str]) -> int:
     def act() -> None:
         refuse_unreadable(arguments, DataError)
         config = tyro.extras.subcommand_cli_from_dict(
-            {"prepare": Prepare, "task": Task, "preview": Preview, "pairs": Pairs},
+            COMMANDS,
             args=arguments or ["--help"],
             prog=program("data"),
             description="Text in, batches out.",
@@ -89,19 +91,30 @@ def main(arguments: list[str]) -> int:
     return run_command(act, failures)
 
 
+COMMANDS: dict[str, type] = {
+    "prepare": Prepare,
+    "task": Task,
+    "preview": Preview,
+    "pairs": Pairs,
+    "self-instruct": SelfInstruct,
+    "replies": Replies,
+}
 ACTIONS: dict[type, Callable[[object], None]] = {
     Prepare: print_shards,
     Task: make_task,
     Preview: preview,
     Pairs: write_pairs,
+    SelfInstruct: self_instruct,
+    Replies: write_best_replies,
 }
 
 
 def failures() -> tuple[type[Exception], ...]:
     """Return the exceptions that are reported in one line."""
-    from train.runs.errors import CheckpointError
+    from model.config import ConfigError
+    from train.runs.errors import CheckpointError, TrainError
 
-    return DataError, CheckpointError, OSError
+    return DataError, ConfigError, CheckpointError, TrainError, OSError
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ minimised), `engine` (the state that a step advances, and its files), `loop` (th
     runs/             run folders: checkpoint, sharded state, export, lock
     reports/          progress, metrics.jsonl, curves.png, time and memory
     rewards/          functions that judge sampled replies: named ones and a user's own
+    synthetic/        data that a network writes itself: instructions, and the best of its replies
     recipes/          settings in TOML, for `--recipe`
 
 `schedule` forwards to `optimizers/schedule`. `optim`, `precision`, `clip` and `loss/` forward the names that moved, for one
@@ -90,6 +91,8 @@ PUBLIC = {  # file: the names that it offers; `from train import AdamW` is the s
     "rewards.sample": ("Sample",),
     "runs.errors": ("CheckpointError", "TrainError"),
     "step": ("StepResult", "train_step"),
+    "synthetic.best_of": ("best_of_n_distribution", "best_of_n_kl_bound", "choose_best", "kl_divergence"),
+    "synthetic.novelty": ("NoveltyFilter", "rouge_l_bound"),
     "task": ("Defaults", "Task"),
 }
 _FILE_OF = {name: file for file, names in PUBLIC.items() for name in names}

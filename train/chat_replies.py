@@ -1,6 +1,6 @@
 """Replies that a network writes to held-out prompts, for validation."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -53,14 +53,17 @@ def write_replies(
     max_new_tokens: int,
     pad_id: int = 0,
     temperature: float = 0.0,
+    top_p: float | None = None,
+    stop_ids: Sequence[int] | None = None,
     generator: torch.Generator | None = None,
 ) -> list[Reply]:
     """Write a reply to each prompt (ids), in batches of similar length, within the context; temperature 0: the greedy one.
 
-    A reply ends by itself at one of the network's stop ids, which is not part of it, within max_new_tokens and the context,
-    whatever the longer prompts of its batch leave room for.
+    A reply ends by itself at one of stop_ids (None: the network's), which is not part of it, within max_new_tokens and the
+    context, whatever the longer prompts of its batch leave room for.
     """
-    stop_ids = [id for id in dict.fromkeys((network.config.eos_id, *network.config.stop_ids)) if id is not None]
+    if stop_ids is None:
+        stop_ids = [id for id in dict.fromkeys((network.config.eos_id, *network.config.stop_ids)) if id is not None]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     replies: dict[int, Reply] = {}
     for batch in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
@@ -69,7 +72,7 @@ def write_replies(
         ids_BT = torch.tensor([[pad_id] * pad + prompts[i] for pad, i in zip(pads, batch, strict=True)], device=device)
         mask_BT = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads], device=device)
         rooms = [min(max_new_tokens, context - len(prompts[i])) for i in batch]
-        options = {"max_new_tokens": max(rooms), "stop_ids": stop_ids, "temperature": temperature}
+        options = {"max_new_tokens": max(rooms), "stop_ids": stop_ids, "temperature": temperature, "top_p": top_p}
         new_BN = generate(network, ids_BT, attention_mask=mask_BT, generator=generator, **options).tolist()
         for i, room, new in zip(batch, rooms, new_BN, strict=True):
             ids = new[:room]  # beyond its room a row's window slides

@@ -166,5 +166,6 @@ def report(options: Replies, found: "BestReplies") -> list[str]:
     lines += [f"{'':13}{count:,} {why}: {found.first_dropped[why]}" for why, count in found.dropped.most_common()]
     if found.cut:
         lines.append(f"cut          {format_count(found.cut, 'reply', 'replies')} at --max-reply {options.max_reply}")
-    lines.append(f"KL           at most {best_of_n_kl_bound(n):.4f} nats from the policy by the choice, ln n - (n - 1) / n")
+    further = " (before --at-least and cut replies, which choose further)" if dropped or found.cut else ""
+    lines.append(f"KL           at most {best_of_n_kl_bound(n):.4f} nats from the policy, ln n - (n - 1) / n{further}")
     return [*lines, f"wrote        {options.out}"]

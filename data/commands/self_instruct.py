@@ -93,7 +93,7 @@ def self_instruct(options: SelfInstruct) -> None:
     for line in describe(made, records):
         print(line)
     if len(records) < options.count:
-        raise DataError(explain_stop(made, options.count, options.patience))
+        raise DataError(explain_stop(made, options.count, options.patience, options.out))
     print(f"wrote        {options.out / CONVERSATIONS}")
 
 

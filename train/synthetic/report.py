@@ -12,15 +12,15 @@ from train.synthetic.self_instruct import Made
 CONVERSATIONS, REJECTED, SUMMARY = "conversations.jsonl", "rejected.jsonl", "summary.json"
 COPIES = "the network repeats what it knows: give more and more diverse seeds, raise --temperature or --top-p"
 ADVICE = {
-    NO_TEXT: "the network answers nothing: is MODEL tuned to conversations, and with this template (--template, --ask)?",
-    NO_LIST: "the network writes no numbered lists: is it large enough, and tuned to conversations (--ask text, --ask chat)?",
-    CUT_LIST: "lists are cut before their first instruction ends: raise --list-tokens",
+    NO_TEXT: "the network answers nothing: it may not be tuned to conversations, or with another template (--template, --ask)",
+    NO_LIST: "the network writes no numbered lists: it may be too small, or not tuned to conversations (--ask)",
+    CUT_LIST: "every list is cut inside its first instruction: raise --list-tokens",
     EQUAL: COPIES,
     SIMILAR: f"{COPIES}, or raise --overlap",
-    EMPTY_REPLY: "the network answers its own instructions with nothing: is it tuned with this template (--template)?",
-    CUT_REPLY: "replies do not end: raise --reply-tokens, or is MODEL tuned with this template (--template)?",
+    EMPTY_REPLY: "the network answers its own instructions with nothing: it may be tuned with another template (--template)",
+    CUT_REPLY: "replies do not end: raise --reply-tokens; or it is not tuned to stop, or with another template (--template)",
 }
-USUAL = "the network writes no instruction that passes: a larger one, or one that is tuned to instructions, may"
+USUAL = "no instruction passes the filters: name a larger network, or one that is tuned to instructions"
 
 
 def write_files(folder: Path, made: Made, count: int) -> list[dict]:
@@ -62,7 +62,8 @@ def summarize(made: Made, count: int) -> dict:
 
 def describe(made: Made, records: Sequence[dict]) -> list[str]:
     """Return lines for the terminal."""
-    lines = [f"requests     {made.requests:,}, written instructions {len(made.records) + len(made.rejected):,}"]
+    listed = len(made.records) + sum(each["reason"] not in (NO_LIST, NO_TEXT) for each in made.rejected)
+    lines = [f"requests     {made.requests:,}, {format_count(listed, 'instruction')} in their lists"]
     if made.shortened:
         lines.append(f"shortened    {format_count(made.shortened, 'request')} with fewer examples, to fit the context")
     lines += [f"rejected     {number:,}: {reason}" for reason, number in made.reasons.most_common()]
@@ -77,13 +78,15 @@ def describe(made: Made, records: Sequence[dict]) -> list[str]:
     return lines
 
 
-def explain_stop(made: Made, count: int, patience: int) -> str:
+def explain_stop(made: Made, count: int, patience: int, folder: Path) -> str:
     """Return the message where `patience` requests in a row gave nothing, with what to do by the most frequent reason."""
     recent = [each["reason"] for each in made.rejected if each["request"] >= made.requests - made.barren]
-    reasons = sorted(set(recent), key=lambda reason: (-recent.count(reason), reason))
+    # the last item of a list is cut wherever a network does not end: the other reasons say more
+    reasons = sorted(set(recent), key=lambda reason: (reason == CUT_LIST, -recent.count(reason), reason))
     named = ", ".join(f"{recent.count(reason):,} {reason}" for reason in reasons)
     what = ADVICE.get(reasons[0], USUAL) if reasons else USUAL
     return (
         f"{made.barren:,} requests in a row gave nothing (--patience {patience}), and {min(len(made.records), count):,} of "
-        f"{count:,} conversations are made. Rejected in these requests: {named}. {what[0].upper()}{what[1:]}"
+        f"{count:,} conversations are made. Rejected in these requests: {named} ({folder / REJECTED}). "
+        f"{what[0].upper()}{what[1:]}. A larger --patience goes on"
     )

@@ -169,13 +169,15 @@ class ReplySampler:
 def build_record(record: PromptRecord, reply: str) -> dict:
     """Return a record for --objective sft: a prompt that is a string with its completion, or the turns with the reply.
 
+    A reply in turns has no white space around it: templates add their own, as Mistral's the space before it.
+
     >>> build_record(PromptRecord("1 + 1 ="), " 2")
     {'prompt': '1 + 1 =', 'completion': ' 2'}
     """
     if isinstance(record.prompt, str):
         return {"prompt": record.prompt, "completion": reply}
     tools = {} if record.tools is None else {"tools": record.tools}
-    return {"messages": [*record.prompt, {"role": REPLY, "content": reply}]} | tools
+    return {"messages": [*record.prompt, {"role": REPLY, "content": reply.strip()}]} | tools
 
 
 def advice(reasons: Iterable[str]) -> str:

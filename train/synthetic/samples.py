@@ -27,7 +27,7 @@ NO_ROOM = "no room for a reply in the context"
 
 
 class Sampling(NamedTuple):
-    """How replies are sampled and chosen. may_be_cut: a reply that has not ended may win."""
+    """Settings of sampling and of the choice. may_be_cut: a reply that has not ended may win."""
 
     best_of: int
     seed: int

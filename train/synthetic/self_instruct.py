@@ -32,10 +32,10 @@ class Written(NamedTuple):
 
 
 class ListWriter(Protocol):
-    """What writes: a network (`writer`)."""
+    """The interface of a writer: a network (`writer`), or a script in tests."""
 
     def write_lists(self, requests: Sequence[Sequence[str]], round: int) -> list[Written]:
-        """Return a completion to each request, with the number of its first item where the completion lacks that."""
+        """Return a completion to each request, which begins with the number of its first item."""
 
     def write_replies(self, instructions: Sequence[str], round: int) -> list[Written]:
         """Return a reply to each instruction."""
@@ -43,7 +43,7 @@ class ListWriter(Protocol):
 
 @dataclass
 class Made:
-    """What rounds have made. barren: requests at the end, in a row, without a record."""
+    """Results of rounds. barren: requests at the end, in a row, without a record."""
 
     records: list[dict] = field(default_factory=list)
     rejected: list[dict] = field(default_factory=list)

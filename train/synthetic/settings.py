@@ -8,7 +8,7 @@ from data.config import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class SelfInstructSettings:
-    """What decides which instructions are written; a folder goes on with equal ones alone."""
+    """Settings that decide which instructions are written; a folder goes on with equal ones alone."""
 
     seed: int = 0
     """Seed of the examples and of sampling: the same seed writes the same files."""

@@ -163,6 +163,7 @@ def test_records_are_whole_and_every_item_is_accounted_for(tmp_path):
     assert {"fewer than 4 words", "cut by --list-tokens", "reply cut by --reply-tokens"} <= set(made.reasons)
     assert all("7" not in record["instruction"] for record in made.records)
     assert [len(request) for request in writer.requests] == [8] * made.requests
+    assert len({tuple(request) for request in writer.requests}) == made.requests  # each has a draw of its own
     own = {record["instruction"] for record in made.records}
     assert not own & {text for request in writer.requests[:3] for text in request}  # the first round has seeds alone
     assert all(len(own & set(request)) == 2 for request in writer.requests[6:])

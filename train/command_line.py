@@ -40,7 +40,7 @@ def refuse_idle(options: object, rules: Iterable[Needs], arguments: Sequence[str
 
 # Options that take a file or a folder. (pathlib reads an empty name as the current folder.)
 PATHS = {"out", "resume", "init", "recipe", "cache", "corpus", "anchor_corpus", "calibrate", "base"}
-PATHS |= {"per_example", "baseline", "model", "wordnet"}
+PATHS |= {"per_example", "baseline", "model", "wordnet", "seeds"}
 
 
 def refuse_unreadable(arguments: Sequence[str], error: type[Exception] = ValueError) -> None:

@@ -70,7 +70,8 @@ def self_instruct(options: SelfInstruct) -> None:
     settings = SelfInstructSettings(**{each.name: getattr(options, each.name) for each in fields(SelfInstructSettings)})
     identity = {"command": "self-instruct", **asdict(settings), "ask": "chat" if is_chat else "text"}
     identity |= {"template_sha256": hash_text(opened.template.source), "seeds_sha256": hash_text("\0".join(seeds))}
-    identity["model_sha256"] = hash_folder(opened.folder)
+    base = opened.folder if opened.network.source is None else Path(opened.network.source)  # of an adapter: another folder
+    identity["model_sha256"] = [hash_folder(each) for each in dict.fromkeys((opened.folder.resolve(), base.resolve()))]
     claim_folder(options.out, identity)
     print(f"seeds        {format_count(len(seeds), 'instruction')}")
     print(f"asks         {'in messages' if is_chat else 'as text'}; replies by the template {opened.template.name}")

@@ -56,8 +56,8 @@ def test_equal_scores_change_nothing():
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_drawn_winners_have_the_distribution(n):
-    """20,000 prompts by the command's noise and its sampler's draw: Pearson's χ² below the 99.9 % quantile of 4 degrees."""
-    count = 20_000
+    """8,000 prompts by the command's noise and its sampler's draw: Pearson's χ² below the 99.9 % quantile of 4 degrees."""
+    count = 8_000
     noise = draw_uniforms(0, BEST_OF, 0, range(count), n, 1)[:, 0]
     logits = PROBS.log().expand(len(noise), -1)
     token, _ = choose_tokens(logits, noise, 1.0)
@@ -68,7 +68,7 @@ def test_drawn_winners_have_the_distribution(n):
     expected = exact[:5] * count
     assert float(((seen[:5] - expected) ** 2 / expected).sum()) < 18.467
     policy = PROBS[:5] * count  # the test can fail: these winners are no draws of the policy
-    assert float(((seen[:5] - policy) ** 2 / policy).sum()) > 1000
+    assert float(((seen[:5] - policy) ** 2 / policy).sum()) > 500
 
 
 def test_ties_are_stable_and_reasons_are_named():

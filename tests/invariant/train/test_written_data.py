@@ -108,7 +108,7 @@ def test_an_interrupted_command_goes_on(place, tmp_path):
 
 def test_a_process_that_is_killed_goes_on(place, tmp_path):
     """With the random network itself, which makes little and is rejected; SIGKILL at any time."""
-    options = ("--patience", 60, "--count", 999, "--ask", "text")
+    options = ("--patience", 40, "--count", 999, "--ask", "text")
     line = [*instruct(place, tmp_path / "killed", *options)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     rounds = tmp_path / "killed" / "rounds.jsonl"
@@ -121,7 +121,7 @@ def test_a_process_that_is_killed_goes_on(place, tmp_path):
         running.send_signal(signal.SIGKILL)
     killed = rounds.read_bytes().count(b"\n")
     said = run(*line)
-    assert said.code == 2 and "requests in a row gave nothing (--patience 60)" in said.err, said.err
+    assert said.code == 2 and "requests in a row gave nothing (--patience 40)" in said.err, said.err
     again = run(*instruct(place, tmp_path / "whole", *options))
     assert 0 < killed < rounds.read_bytes().count(b"\n") and again.code == 2
     assert files(tmp_path / "killed") == files(tmp_path / "whole")

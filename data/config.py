@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, get_args
 BUILT_IN_RECORDS = {  # corpus: its objectives; data.made makes it
     "stdlib-chat": "--objective sft",
     "stdlib-styles": "--objective sft",
-    "stdlib-preferences": "--objective dpo, kto and reward",
+    "stdlib-preferences": "--objective dpo, kto, reward, ppo, grpo and rloo",
 }
 BUILT_IN = {"stdlib-docs": "read_docs", "stdlib-code": "read_code"}  # corpus: its function in data.corpus.stdlib
 BadText = Literal["error", "replace", "skip"]

@@ -176,8 +176,8 @@ def assert_same_end(run: Path, other: Path, steps: int = STEPS) -> None:
     """Both runs ended in the same bytes: every file of the last checkpoint, the pointers, the metrics."""
     mine, theirs = last_checkpoint(run), last_checkpoint(other)
     assert step_of(mine) == step_of(theirs) == steps
-    names = {path.name for path in mine.iterdir()}
-    assert names == {path.name for path in theirs.iterdir()} and len(names) >= 7
+    names, others = ({path.relative_to(end) for path in end.rglob("*") if path.is_file()} for end in (mine, theirs))
+    assert names == others and len(names) >= 7
     for name in names:
         assert (mine / name).read_bytes() == (theirs / name).read_bytes(), name
     assert metrics(run) == metrics(other)

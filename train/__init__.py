@@ -25,10 +25,12 @@ minimised), `engine` (the state that a step advances, and its files), `loop` (th
     preference_task    shared by objectives on preferences; `reference_task`: by those with a `reference` (`reference_file`)
     shared_prompt     several replies in one row, behind one prompt
     preference_objective, rated_objective, reward_objective    losses of pairs (dpo), rated replies (kto), scores (reward)
-    policy_task       shared by grpo and rloo; `policy_settings`: their options; `prompt_task`: records of prompts alone
+    policy_task       shared by ppo, grpo and rloo; `policy_settings`: their options; `policy_report`: what they print
+    prompt_task       records of prompts alone
     rollout, rollout_source    sampled replies as arrays and steps; where they come from
     rollout_advantages         their advantages, of their rewards
     policy_objective  the policy loss of replies, and what is logged of it
+    critic, value_objective, ppo_source    PPO: the network of values, its loss, and the advantages of tokens
     evaluate          sums and counts over held-out text; bits per byte, and the n-gram baseline
     mixing            the share of each source of a mixture, and what was drawn
     eval_corpora      further corpora that each validation scores (--eval-corpus); `eval_text`, `eval_records`: of each kind
@@ -63,7 +65,9 @@ PUBLIC = {  # file: the names that it offers; `from train import AdamW` is the s
     "losses.cross_entropy": ("cross_entropy_reference", "linear_cross_entropy"),
     "losses.divergence": ("f_divergence", "transform_log_ratios"),
     "losses.entropy": ("token_log_probs_and_entropy",),
+    "losses.gae": ("gae", "token_rewards", "whiten"),
     "losses.kl": ("kl_estimate",),
+    "losses.kl_control": ("AdaptiveKL", "FixedKL"),
     "losses.mixture": ("parse_losses",),
     "losses.overlong": ("soft_overlong_penalty",),
     "losses.pair_weights": ("ld_token_weights", "wpo_weights"),
@@ -74,6 +78,7 @@ PUBLIC = {  # file: the names that it offers; `from train import AdamW` is the s
     "losses.preference_replies": ("kto_unpaired", "kto_z"),
     "losses.preference_sorted": ("aot_pairs",),
     "losses.sampler": ("sampler_weights",),
+    "losses.value": ("ppo_value_loss",),
     "objective": ("MaskedObjective", "Metric", "Objective", "Result", "Term"),
     "optimizers.adamw": ("AdamW", "adamw_update"),
     "optimizers.adamw8bit": ("AdamW8bit",),

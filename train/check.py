@@ -139,10 +139,13 @@ def check_rewards(config: Any) -> None:
     if not asked.reward:
         return
     from train.rewards.named import open_named
-    from train.rewards.names import is_function, parse_function, require_permission
+    from train.rewards.names import is_function, is_model, parse_function, require_permission
 
     for text in asked.reward:
-        parse_function(text) if is_function(text) else open_named(text)
+        if is_function(text):
+            parse_function(text)
+        elif not is_model(text):
+            open_named(text)
     require_permission(asked)
     if repeated := [text for text in asked.reward if asked.reward.count(text) > 1]:
         raise TrainError(f"--reward {repeated[0]} is given twice: --reward-weights gives it more weight")

@@ -16,7 +16,7 @@ from data.config import BUILT_IN, BUILT_IN_RECORDS, CorpusEntry, parse_entry
 from lora.config import CONFIGS
 from train.config import RunConfig, TrainConfig
 from train.registry import config_type, file_hash, is_file, name_of
-from train.rewards.names import absolute_functions
+from train.rewards.names import with_absolute_paths as with_absolute_rewards
 from train.runs.errors import TrainError
 
 URI = "file:"
@@ -49,7 +49,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     scored = [(name, path) for name, paths in config.report.eval_corpora.items() for path in paths]
     report = replace(config.report, eval_corpus=tuple(f"{name}={found(CorpusEntry(path))}" for name, path in scored))
     objective = str(absolute(config.run.objective)) if is_file(config.run.objective) else config.run.objective
-    rewards = replace(config.rewards, reward=absolute_functions(config.rewards.reward))
+    rewards = replace(config.rewards, reward=with_absolute_rewards(config.rewards.reward))
     changed = {"data": data, "report": report, "anchor": anchor, "rewards": rewards}
     return replace(config, **changed, run=replace(config.run, init=init, objective=objective))
 

@@ -166,6 +166,7 @@ class Run:
                 with self.phases("data"):
                     own, count = self.prepare(next(batches))
                 result = profiler.step(own, self.phases)
+                self.task.train_others(self, own)
                 self.tokens, tokens = self.tokens + count, tokens + count
                 if result.is_updated:
                     self.skipped_in_a_row = 0

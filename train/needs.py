@@ -41,7 +41,9 @@ def _texts(config: TrainConfig) -> bool:
 def _is_split(config: TrainConfig) -> bool:
     """True unless the records are an objective's built-in ones, which come as two splits."""
     own = load(config.run.objective).default_corpus
-    return own is None or config.data.corpus not in (type(config.data)().corpus, *((name,) for name in BUILT_IN_RECORDS))
+    if config.data.corpus in ((name,) for name in BUILT_IN_RECORDS):
+        return False
+    return own is None or config.data.corpus != type(config.data)().corpus
 
 
 INIT = "--init brings its own"

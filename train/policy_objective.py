@@ -19,6 +19,7 @@ from train.shared_prompt import can_share, read_groups, read_rows
 
 OLD, REFERENCE, SAMPLER, ADVANTAGES = "old_log_probs", "reference_log_probs", "sampler_log_probs", "advantages"
 GROUPS, PROMPTS = "groups", "prompt_lengths"  # of each row: rows of one group begin with the same prompt
+VALUES, RETURNS = "old_values", "returns"  # of a critic (`train.value_objective`), which reads the same batches
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,17 @@ class PolicyObjective(Objective):
 
         ratio_t = π(y_t) / π_old(y_t)      loss = Σ over replies of the policy loss / count - entropy · mean H
 
-    labels B T: the tokens of each reply that are learned, with the one that ends it. advantages B. sampler_log_probs B T: by
-    the sampler. old_log_probs B T: by the policy before the rollout's first step; without it the policy's own, detached, and
-    the ratio is 1. reference_log_probs B T: for the KL term. groups, prompt_lengths B: rows of a group share their prompt,
-    which is then read once (`train.shared_prompt`), where the network allows it.
+    labels B T: the tokens of each reply that are learned, with the one that ends it. advantages B, or B T. sampler_log_probs
+    B T: by the sampler. old_log_probs B T: by the policy before the rollout's first step; without it the policy's own,
+    detached, and the ratio is 1. reference_log_probs B T: for the KL term. groups, prompt_lengths B: rows of a group share
+    their prompt, which is then read once (`train.shared_prompt`), where the network allows it.
 
     Metrics: "kl" (to the reference, by the chosen estimator), "old_kl" (k3 to the rollout's policy), "entropy", "clipped_low"
     and "clipped_high" (shares of tokens, or of replies, whose gradient is clipped away), "ratio", "sampler_gap" (mean
     |log π_old - log π_sampler|); `extremes` has the ratio's least and greatest value in the step, and the gap's greatest.
     """
 
-    uses = ("labels", ADVANTAGES, SAMPLER, OLD, REFERENCE, GROUPS, PROMPTS)
+    uses = ("labels", ADVANTAGES, SAMPLER, OLD, REFERENCE, GROUPS, PROMPTS, VALUES, RETURNS)
 
     def __init__(self, networks: nn.Module | Mapping[str, nn.Module], loss: PolicyLoss, reference: Callable | None = None):
         super().__init__(networks)
@@ -78,7 +79,7 @@ class PolicyObjective(Objective):
         log_p_BT, entropy_BT = self.log_probs(self.network, batch)
         dtype = log_p_BT.dtype
         old_BT = batch[OLD].to(dtype) if OLD in batch else log_p_BT.detach()
-        sampler_BT, advantages_B = batch[SAMPLER].to(dtype), batch[ADVANTAGES].to(dtype)
+        sampler_BT, advantages = batch[SAMPLER].to(dtype), batch[ADVANTAGES].to(dtype)
         options = dict(loss.settings)
         kl_BT = None
         if REFERENCE in batch:
@@ -87,12 +88,12 @@ class PolicyObjective(Objective):
         if loss.correction != "none":
             kind, cap = loss.correction, loss.correction_cap
             options["weights_BT"] = sampler_weights(old_BT, sampler_BT, mask_BT, kind=kind, cap=cap)
-        terms = {"loss": Term(*POLICY_LOSSES[loss.name](log_p_BT, old_BT, advantages_B, mask_BT, **options))}
+        terms = {"loss": Term(*POLICY_LOSSES[loss.name](log_p_BT, old_BT, advantages, mask_BT, **options))}
         if loss.entropy:
             terms["entropy_bonus"] = Term(-entropy_BT.sum(), mask_BT.sum(), loss.entropy)
         with torch.no_grad():
             values = {"log_p": log_p_BT, "old": old_BT, "sampler": sampler_BT, "entropy": entropy_BT, "kl": kl_BT}
-            return Result(terms, self.metrics(mask_BT, advantages_B, values))
+            return Result(terms, self.metrics(mask_BT, advantages, values))
 
     def log_probs(self, network: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return log π(label) and the entropy of each token, B T, at the sampling temperature; 0 where unlabelled."""
@@ -135,7 +136,7 @@ class PolicyObjective(Objective):
         finally:
             self.collected = None
 
-    def metrics(self, mask_BT: Tensor, advantages_B: Tensor, values: Mapping[str, Tensor | None]) -> dict[str, Metric]:
+    def metrics(self, mask_BT: Tensor, advantages: Tensor, values: Mapping[str, Tensor | None]) -> dict[str, Metric]:
         """Return the values of a step that are logged, and note its extremes."""
         log_ratio_BT = (values["log_p"] - values["old"]).masked_fill(~mask_BT, 0)
         gap_BT = (values["old"] - values["sampler"]).abs().masked_fill(~mask_BT, 0)
@@ -154,9 +155,10 @@ class PolicyObjective(Objective):
         if values["kl"] is not None:
             found["kl"] = Metric(values["kl"].masked_fill(~mask_BT, 0).sum(), tokens)
         low, high = self.details.clip_range(self.policy_loss.settings)
+        advantages = advantages if advantages.dim() == 2 else advantages[:, None]
         for name, is_out_BT in (
-            ("clipped_low", (ratio_BT < low) & (advantages_B[:, None] < 0)),
-            ("clipped_high", (ratio_BT > high) & ((advantages_B[:, None] > 0) | self.is_capped)),
+            ("clipped_low", (ratio_BT < low) & (advantages < 0)),
+            ("clipped_high", (ratio_BT > high) & ((advantages > 0) | self.is_capped)),
         ):
             found[name] = Metric((is_out_BT & clipped_mask).sum(), clipped_mask.sum())
         return found

@@ -7,11 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from data.messages import format_count, shorten_list
+from data.messages import format_count
 from data.shell import command
 from train.policy_settings import RolloutSettings
 from train.prompt_task import PromptIds, PromptTask
-from train.record_task import FEW
 from train.registry import settings_of
 from train.runs.errors import TrainError
 from train.task import EvalCorpus, Info, Scores, Totals
@@ -29,11 +28,11 @@ if TYPE_CHECKING:
     from train.policy_objective import PolicyLoss
     from train.rewards.open import Rewards
     from train.rewards.sample import Sample
+    from train.rollout_source import RolloutSource
 
 # Where rewards agree gradients are noise, and small: Muon would make an update of full size of them.
 ADAMW = (("optimizer", "adamw"), ("weight_decay", 0.0), ("betas", (0.9, 0.99)))
 OPTIMIZER = (*ADAMW, ("batch_size", 64), ("schedule", "constant"))
-SHOWN = 400  # characters of a prompt in the introduction
 
 
 class PolicyTask(PromptTask):
@@ -44,16 +43,17 @@ class PolicyTask(PromptTask):
     best, higher_is_better, log_every, has_dropout = "reward", True, 1, False
     baseline: ClassVar[str] = "mean"  # of a group's advantages
     kl_in_reward: ClassVar[bool] = False  # the KL term is a part of the reward, else of the loss
+    compares_group: ClassVar[bool] = True  # replies to one prompt with each other
 
     settings: RolloutSettings
     data: "ChatData"
     rewards: "Rewards"
 
     def __init__(self, config: "TrainConfig", data: "ChatData"):
+        from data.chat.encode import terminators
         from train.rewards.open import open_rewards
         from train.rewards.sample import Sample
         from train.rollout import RolloutSizes
-        from train.rollout_source import RolloutSource
 
         self.config, self.tokenizer, self.settings, self.template = config, data.tokenizer, settings_of(config), data.template
         self.left_out: list[str] = []
@@ -62,15 +62,23 @@ class PolicyTask(PromptTask):
         optimizer, asked = config.optimizer, self.settings
         sizes = (optimizer.batch_size, optimizer.accumulate, asked.group, asked.minibatches, asked.rollout_epochs)
         self.sizes = RolloutSizes(*sizes)
-        self.source = RolloutSource(self, self.sizes)
+        self.source = self.open_source()
         self.validation = []  # generated: `generation_totals`
-        self.rewards = open_rewards(config.rewards)
+        self.rewards = open_rewards(config.rewards, config.run.device)
         if not any(self.rewards.weights):
             raise TrainError("--reward-weights: all are 0, and nothing is learned: one above 0 at least")
         every = (*train.values, *held_out.values)
         self.rewards.check([Sample(each.text, "", each.record.columns, True, 1, each.name) for each in every])
+        ends = terminators(self.tokenizer, self.template)
+        self.rewards.check_models(every[:CHECKED], ends, config.network.context, self.tokenizer.vocab_size)
         self.policy_loss = self.build_loss()
         self.is_warned = False
+
+    def open_source(self) -> "RolloutSource":
+        """Return the source of batches."""
+        from train.rollout_source import RolloutSource
+
+        return RolloutSource(self, self.sizes)
 
     @property
     def max_lengths(self) -> tuple[int, ...]:
@@ -94,38 +102,9 @@ class PolicyTask(PromptTask):
         return format_count(self.sizes.rows, "reply", "replies")
 
     def introduction(self) -> str:
-        from train.rollout import describe_sizes
+        from train.policy_report import introduce
 
-        corpus = " ".join(self.config.data.corpus)
-        first = self.data.train.values[0]
-        lines = [
-            f"prompts  {corpus}: {len(self.data.train):,} to train on, {len(self.data.validation):,} held out"
-            f"{self.scored_share()}",
-            f"template {self.template.name}",
-            f"rewards  {self.rewards.describe()}",
-            f"rollouts {describe_sizes(self.sizes)}",
-            f"loss     {self.describe_loss()}",
-        ]
-        if self.left_out:
-            lines.append(
-                f"left out {format_count(len(self.left_out), 'prompt')} without room for a reply: {shorten_list(self.left_out)}"
-            )
-        context, most = self.config.network.context, self.settings.max_reply
-        if short_of_room := sum(context - len(each.ids) < most for each in self.data.train.values):
-            lines.append(
-                f"room     {format_count(short_of_room, 'prompt')} leave fewer than the {most} tokens of max-reply in the "
-                f"context, {context}"
-            )
-        if self.settings.group == 1:
-            lines.append(f"warning  {self.option}.group 1: one reply has no others to compare with, and every advantage is 0")
-        lines.append(f"{first.name}: {'… ' * (len(first.text) > SHOWN)}{first.text[-SHOWN:]}")
-        return "\n".join(lines) + "\n"
-
-    def scored_share(self) -> str:
-        """Say how many of the held-out prompts a validation scores, and that few are rough."""
-        every, scored = len(self.data.validation), len(self.scored_prompts())
-        some = f", of which {scored:,} are scored" if scored < every else ""
-        return some + (f", each {100 / scored:.0f} % of every score" if 0 < scored < FEW else "")
+        return introduce(self)
 
     @abstractmethod
     def describe_loss(self) -> str:
@@ -234,7 +213,8 @@ class PolicyTask(PromptTask):
         from train.rewards.sample import Sample
 
         text = self.text_of(list(reply.ids), reply.has_ended)
-        return Sample(prompt.text, text, prompt.record.columns, reply.has_ended, len(reply.ids), prompt.name)
+        ids, columns = (*prompt.ids, *reply.ids), prompt.record.columns
+        return Sample(prompt.text, text, columns, reply.has_ended, len(reply.ids), prompt.name, ids)
 
     # ---- evaluation
 
@@ -313,14 +293,10 @@ class PolicyTask(PromptTask):
 
     def conclusion(self, run: "Run") -> list[str]:
         """Return the shares of time, and the name of the picture of all curves."""
+        from train.policy_report import describe_phases
         from train.reports.rollouts import plot_rollouts
 
-        seconds = run.phases.seconds()
-        parts = {"rollout": ("rollout",), "scoring": ("scoring",), "update": ("log-probs", "forward", "backward", "optimizer")}
-        spent = {name: sum(seconds.get(phase, 0.0) for phase in phases) for name, phases in parts.items()}
-        whole = max(sum(spent.values()), 1e-9)
-        shares = ", ".join(f"{name} {100 * value / whole:.0f} %" for name, value in spent.items())
-        return [f"phases   {shares}", plot_rollouts(run.out)]
+        return [describe_phases(run.phases.seconds()), plot_rollouts(run.out)]
 
     def sample(self, network: "nn.Module", device: "torch.device") -> tuple[str, str] | None:
         prompt = self.data.validation.values[0]
@@ -336,6 +312,7 @@ class PolicyTask(PromptTask):
         return command("model", "chat", folder)
 
 
+CHECKED = 100  # prompts that reward models must encode as the policy does
 VALIDATION = 1 << 32  # stands for the number of a rollout in the noise of validation
 
 

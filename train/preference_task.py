@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from data.config import DataError
 from data.messages import format_count, shorten_list
-from train.record_task import RecordTask
+from train.record_task import BUILT_IN, RecordTask, is_built_in
 from train.registry import settings_of
 from train.runs.errors import TrainError
 from train.task import Info, Scores
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from train.chat_data import ChatData
     from train.config import TrainConfig
 
-BUILT_IN = "stdlib-preferences"
 EQUAL = "chosen and rejected are equal"
 SHOWN = 400  # characters of a prompt in the introduction
 
@@ -265,11 +264,6 @@ class PreferenceTask(RecordTask):
 
 
 OVERLONG = " (--{}.overlong)"
-
-
-def is_built_in(config: "TrainConfig") -> bool:
-    """Return True if the records are the built-in ones, which come as two splits."""
-    return config.data.corpus == (BUILT_IN,) and not config.data.validation
 
 
 def replies_of(record: "Preference | Rated") -> list:

@@ -4,7 +4,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from data.config import DataError
-from train.record_task import RecordTask
+from train.record_task import BUILT_IN, RecordTask, is_built_in
 from train.registry import settings_of
 from train.runs.errors import TrainError
 from train.task import Info
@@ -69,7 +69,7 @@ class PromptTask(RecordTask):
         cls, config: "TrainConfig", tokenizer: "Tokenizer | None", info: Info, *, progress: bool = False
     ) -> "ChatData":
         from data.chat.variables import parse_variables, with_defaults
-        from train.chat_data import ChatData, open_chat_tokenizer
+        from train.chat_data import ChatData, built_in_records, open_chat_tokenizer
 
         settings: RolloutSettings = settings_of(config)
         if tokenizer is None:
@@ -83,7 +83,10 @@ class PromptTask(RecordTask):
             )
         tokenizer, template, new_ids = open_chat_tokenizer(settings.template, tokenizer, info)
         template = with_defaults(template, parse_variables(settings.variables, template))
-        data = super().open_data(config, tokenizer, info, progress=progress)
+        if is_built_in(config):
+            data = built_in_records(tokenizer, BUILT_IN, progress)
+        else:
+            data = super().open_data(config, tokenizer, info, progress=progress)
         return ChatData(data.tokenizer, data.train, data.validation, data.sha256, template, new_ids)
 
     @classmethod
@@ -140,17 +143,21 @@ class PromptTask(RecordTask):
 
     def prompt_ids(self, record: "PromptRecord") -> list[int]:
         """Return the ids that ask for a reply."""
-        from data.chat.encode import encode_rendered
-
-        if isinstance(record.prompt, str):
-            return [*self.tokenizer.affixes.prefix, *self.tokenizer.encode(record.prompt)]
-        ids = encode_rendered(self.tokenizer, self.template, record.prompt, tools=record.tools)
-        return [int(id) for id in ids]
+        return encode_prompt(self.tokenizer, self.template, record)
 
     @property
     def option(self) -> str:
         """The prefix of the objective's options."""
         return f"--{self.config.run.objective}"
+
+
+def encode_prompt(tokenizer: "Tokenizer", template: "ChatTemplate", record: "PromptRecord") -> list[int]:
+    """Return the ids of a prompt, up to where a reply begins."""
+    from data.chat.encode import encode_rendered
+
+    if isinstance(record.prompt, str):
+        return [*tokenizer.affixes.prefix, *tokenizer.encode(record.prompt)]
+    return [int(id) for id in encode_rendered(tokenizer, template, record.prompt, tools=record.tools)]
 
 
 def text_of_prompt(record: "PromptRecord") -> str:

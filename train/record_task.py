@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from data.tokenizer.base import Tokenizer
     from train.config import TrainConfig
 
+BUILT_IN = "stdlib-preferences"  # records of preferences, and of prompts
 FEW = 50  # held-out records below which a score is said to be rough
 
 
@@ -190,3 +191,8 @@ def check_max_length(config: "TrainConfig") -> None:
     if length is not None and length > context:
         option = f"--{config.run.objective}.max-length {length}"
         raise TrainError(f"{option}: the rows of this run have at most {context} tokens (--context)")
+
+
+def is_built_in(config: "TrainConfig") -> bool:
+    """Return True if the records are the built-in preferences, which come as two splits."""
+    return config.data.corpus == (BUILT_IN,) and not config.data.validation

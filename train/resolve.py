@@ -58,7 +58,8 @@ def resolve_machine(config: TrainConfig, ranks: Ranks) -> TrainConfig:
         )
     task, data = load(run.objective), config.data
     if task.needs_rewards and not config.rewards.reward:
-        raise TrainError(f"--objective {run.objective} needs a judge: --reward NAME or PATH.py:FUNCTION, one or several")
+        forms = "--reward NAME, PATH.py:FUNCTION or a reward model's folder"
+        raise TrainError(f"--objective {run.objective} needs a judge: {forms}")
     if task.default_corpus is not None and data.corpus == type(data)().corpus:
         data = replace(data, corpus=(task.default_corpus,))
     network = replace(config.network, preset=config.network.preset or task.defaults_of(config).preset)

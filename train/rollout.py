@@ -87,6 +87,9 @@ class Rollout:
     rewards_NK: Array
     old_M: Array | None = None  # by the policy before the first step; None: the first step is the only one
     reference_M: Array | None = None
+    values_M: Array | None = None  # by a critic, of the state before each token; with its returns and advantages: of PPO
+    returns_M: Array | None = None
+    advantage_M: Array | None = None
     reward_N: Array | None = None  # the sum that advantages are made of
     advantage_N: Array | None = None
     is_learned_N: Array | None = None

@@ -15,7 +15,7 @@ from data.transforms.causal import IGNORE
 from model.rollouts import SampledReply, sample_replies
 from train.parallel.parallelize import unwrapped
 from train.parallel.ranks import own_rows
-from train.policy_objective import ADVANTAGES, GROUPS, OLD, PROMPTS, REFERENCE, SAMPLER
+from train.policy_objective import ADVANTAGES, GROUPS, OLD, PROMPTS, REFERENCE, RETURNS, SAMPLER, VALUES, PolicyObjective
 from train.rollout import (
     Reply,
     Rollout,
@@ -46,6 +46,7 @@ class RewardedTask(AdvantageTask, Protocol):
 
     data: "ChatData"  # of PromptIds
     pad_id: int
+    compares_group: bool
 
     def stop_ids(self, network: nn.Module) -> list[int]: ...
 
@@ -117,6 +118,7 @@ class RolloutSource:
         ids_BT, mask_BT = np.full(shape, self.task.pad_id), np.zeros(shape, dtype=np.int64)
         labels_BT = np.full(shape, IGNORE)
         per_token = {SAMPLER: rollout.sampler_M, OLD: rollout.old_M, REFERENCE: rollout.reference_M}
+        per_token |= {VALUES: rollout.values_M, RETURNS: rollout.returns_M, ADVANTAGES: rollout.advantage_M}
         values = {name: np.zeros(shape) for name, value_M in per_token.items() if value_M is not None}
         for i, (n, prompt, reply) in enumerate(zip(rows, prompts, replies, strict=True)):
             first, end = len(prompt) - 1, len(prompt) + len(reply) - 1
@@ -127,9 +129,9 @@ class RolloutSource:
             for name, value_BT in values.items():
                 value_BT[i, first:end] = per_token[name][slices[n]]
         advantage_N = np.zeros(len(rollout.length_N)) if rollout.advantage_N is None else rollout.advantage_N
-        batch = {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT, **values}
+        batch = {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": labels_BT, ADVANTAGES: advantage_N[rows], **values}
         batch |= {GROUPS: rollout.group_N[rows], PROMPTS: np.array([len(prompt) for prompt in prompts])}
-        return {name: torch.from_numpy(value) for name, value in (batch | {ADVANTAGES: advantage_N[rows]}).items()}
+        return {name: torch.from_numpy(value) for name, value in batch.items()}
 
     def origin(self, step: int) -> list[str]:
         """Name the prompts of a step."""
@@ -175,7 +177,9 @@ class RolloutSource:
         rollout = Rollout.from_groups(number, prompts, groups)
         self.tokens_per_s = written / max(seconds, 1e-9)
         rewards = self.task.rewards
-        rollout.metrics |= reply_metrics(rollout, rewards.names, rewards.weights) | {"agreed": agreed / seen}
+        rollout.metrics |= reply_metrics(rollout, rewards.names, rewards.weights)
+        if self.task.compares_group:
+            rollout.metrics["agreed"] = agreed / seen
         if self.task.settings.resample:
             rollout.metrics["sampled_groups"] = seen
         return rollout
@@ -220,38 +224,50 @@ class RolloutSource:
         Old log-probabilities are computed by the training forward in the micro-batches of the first epoch: in these the ratio
         is then exactly 1 before the first update.
         """
-        rollout, run, task = self.rollout, self.run, self.task
-        if rollout.advantage_N is None:
-            objective = unwrapped(run.engine.objective)
-            wants_old = self.sizes.steps > 1 or task.kl_in_reward
-            wants_reference = objective.reference is not None
-            if wants_old or wants_reference:
-                with run.phases("log-probs"):
-                    self.collect(objective, old=wants_old, reference=wants_reference)
-            fill_advantages(rollout, task, self.prompt_lengths)
+        if self.rollout.advantage_N is None:
+            self.finish()
         self.step_began = time.perf_counter()
         return self.step_batches(step)
 
-    def collect(self, objective, *, old: bool, reference: bool) -> None:
+    def finish(self) -> None:
+        """Compute log-probabilities and advantages of a new rollout."""
+        objective = unwrapped(self.run.engine.objective)
+        old, reference = self.sizes.steps > 1 or self.task.kl_in_reward, objective.reference is not None
+        if old or reference:
+            self.collect_log_probs(objective, old=old, reference=reference)
+        fill_advantages(self.rollout, self.task, self.prompt_lengths)
+
+    def collect_log_probs(self, objective: PolicyObjective, *, old: bool, reference: bool) -> None:
         """Fill the rollout's log-probabilities of policy and reference."""
+        engine = self.run.engine
+        options = {"old": old, "reference": reference}
+        with self.run.phases("log-probs"):
+            found = self.collect(
+                engine.objective,
+                lambda batch: objective.collect(engine.objective, batch, engine.autocast, **options),
+                old + reference,
+            )
+        self.rollout.old_M = found[0] if old else None
+        self.rollout.reference_M = found[-1] if reference else None
+
+    def collect(self, objective: nn.Module, compute: Callable[[dict], Tensor], count: int) -> list[np.ndarray]:
+        """Return values of all tokens, `count` arrays M: compute(this rank's rows) is count B T, in the micro-batches of the
+        first epoch. objective: wrapped for its ranks; it is in training mode meanwhile."""
         rollout, run, slices = self.rollout, self.run, self.rollout.slices()
-        found, lengths_P = [np.zeros(len(rollout.ids_M)) for _ in range(old + reference)], self.prompt_lengths
-        was_training = run.engine.objective.training
-        run.engine.objective.train()
+        found, lengths_P = [np.zeros(len(rollout.ids_M)) for _ in range(count)], self.prompt_lengths
+        was_training = objective.training
+        objective.train()
         for place in range(self.sizes.minibatches):
             for rows in self.micro_batches(place):
-                batch = run.own_part(self.batch(rows))
-                options = {"old": old, "reference": reference}
-                values_CBT = objective.collect(run.engine.objective, batch, run.engine.autocast, **options)
+                values_CBT = compute(run.own_part(self.batch(rows)))
                 values_CTB, _ = run.ranks.gather(values_CBT.mT.contiguous())
                 values_CBT = values_CTB.mT.double().cpu().numpy()
                 for i, n in enumerate(rows):
                     first = lengths_P[rollout.group_N[n]] - 1
                     for value_M, value_BT in zip(found, values_CBT, strict=True):
                         value_M[slices[n]] = value_BT[i, first : first + rollout.length_N[n]]
-        run.engine.objective.train(was_training)
-        rollout.old_M = found[0] if old else None
-        rollout.reference_M = found[-1] if reference else None
+        objective.train(was_training)
+        return found
 
     # ---- reports and state
 

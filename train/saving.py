@@ -58,6 +58,7 @@ def save_checkpoint(run: SavedRun, improved: bool) -> None:
 def write_files(run: SavedRun, folder: Path) -> None:
     """Write the files of a checkpoint into its folder."""
     run.engine.save(folder)
+    run.task.save_state(folder)
     if run.ranks.is_main:
         run.tokenizer.save(folder)
         run.task.save_files(folder, run.engine.network)

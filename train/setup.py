@@ -15,6 +15,8 @@ from lora.adalora import RankAllocator
 from lora.base import check_base
 from model.block import Block
 from model.config import ModelConfig, load_family, presets
+from model.generation_config import FILE as GENERATION
+from model.generation_config import read_generation_config
 from model.heads import CLASSIFIERS, is_tied
 from model.init import build_network, empty_network
 from model.parameters import parameters
@@ -135,11 +137,14 @@ def open_network(
 
 def resumed_network(config: TrainConfig, checkpoint: Path, common: dict) -> nn.Module:
     """The network of a checkpoint; with zero weights where `Engine.load` reads them (sharded, or --qat)."""
-    if (checkpoint / SHARDED_INDEX).is_file():
-        return empty_network(model.hub.read_config(checkpoint), **common)
-    if config.run.qat == "none":
+    is_sharded = (checkpoint / SHARDED_INDEX).is_file()
+    if config.run.qat == "none" and not is_sharded:
         return model.hub.load(checkpoint, **common)
     network = empty_network(model.hub.read_config(checkpoint), **common)
+    if (checkpoint / GENERATION).is_file():  # what --init's file said beside the ids goes on into the next checkpoint
+        network.generation = dict(read_generation_config(checkpoint, network.config).raw)
+    if is_sharded:
+        return network
     for parameter in network.parameters():
         parameter.data.zero_()
     return qat.prepare_network(config, network)

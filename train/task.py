@@ -203,6 +203,12 @@ class Task(ABC):
         generation, without torch.compile, would give other last bits."""
         return batches
 
+    def train_others(self, run: Any, own: list[Batch]) -> None:  # noqa: B027
+        """Take a step of further networks, such as a critic, on this rank's micro-batches, after the policy's step."""
+
+    def save_state(self, folder: Path) -> None:  # noqa: B027
+        """Write the state of further networks into a checkpoint; called on all ranks."""
+
     def logged(self, run: Any, step: int) -> Scores:
         """Return further values of a step's line in metrics.jsonl."""
         return {}

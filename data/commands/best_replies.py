@@ -35,13 +35,16 @@ class Replies:
     """N, replies to each prompt."""
     score: tuple[str, ...]
     """Rewards, one or several, as of --reward in `python -m train`: exact, answer, number, format, arithmetic, length:N,
-    length_target:N, regex:PATTERN; or PATH.py:FUNCTION, a function of your own (its code is run)."""
+    length_target:N, regex:PATTERN, tests; PATH.py:FUNCTION, a function of your own (its code is run); or a reward model's
+    folder."""
     score_weights: tuple[float, ...] = ()
     """The factor of each reward. Default: 1 each."""
     score_workers: int = 1
     """Processes that run the functions of your own files; 0: this one, without a timeout."""
-    score_timeout: float = 30.0
-    """Seconds that a function of your own has for the replies to one prompt."""
+    score_timeout: float | None = None
+    """Seconds that a function of your own has for the replies to one prompt (default 30), or a reply's code (5)."""
+    allow_code_rewards: bool = False
+    """Let --score tests run the code that the network writes, in bubblewrap."""
     at_least: float | None = None
     """Leave out a prompt whose best reply has a lower score."""
     truncated: Literal["drop", "keep"] = "drop"
@@ -64,8 +67,13 @@ class Replies:
     NEEDS: ClassVar = (
         Needs(
             ("score_workers", "score_timeout"),
-            lambda options: any(".py:" in each for each in options.score),
-            "it is of functions of your own",
+            lambda options: any(".py:" in each or each.partition(":")[0] == "tests" for each in options.score),
+            "it is of functions of your own, and of tests",
+        ),
+        Needs(
+            ("allow_code_rewards",),
+            lambda options: any(each.partition(":")[0] == "tests" for each in options.score),
+            "it is of --score tests",
         ),
     )
 
@@ -77,7 +85,7 @@ class Replies:
             raise DataError(f"--temperature {self.temperature}: must be finite and above 0, or all N replies are equal")
         if self.at_least is not None and not math.isfinite(self.at_least):
             raise DataError(f"--at-least {self.at_least}: must be a finite number")
-        if not self.score_timeout > 0:
+        if self.score_timeout is not None and not self.score_timeout > 0:
             raise DataError(f"--score-timeout {self.score_timeout}: must be above 0")
         if self.score_weights and len(self.score_weights) != len(self.score):
             raise DataError(f"--score-weights: {len(self.score_weights)} for {format_count(len(self.score), 'reward')}")
@@ -103,13 +111,14 @@ def write_best_replies(options: Replies) -> None:
     prompts = read_prompts(options.files)
     rewards = {"reward": options.score, "reward_weights": options.score_weights}
     rewards |= {"reward_workers": options.score_workers, "reward_timeout": options.score_timeout}
+    rewards |= {"allow_code_rewards": options.allow_code_rewards}
     sampling = Sampling(
         best_of=options.best_of, seed=options.seed, temperature=options.temperature, max_reply=options.max_reply,
         at_least=options.at_least, may_be_cut=options.truncated == "keep", prompts_at_once=options.batch_size,
     )  # fmt: skip
     found = BestReplies()
     try:
-        with open_rewards(RewardConfig(**rewards)) as judge:
+        with open_rewards(RewardConfig(**rewards), options.device) as judge:
             opened = open_writing(options.model, base=options.base, template=options.template, device=options.device)
             network = (opened.network, opened.tokenizer, opened.template)
             sampler = ReplySampler(*network, judge, sampling, stop_ids=opened.stop_ids)

@@ -28,6 +28,8 @@
     grpo_speed  steps of GRPO beside TRL's GRPOTrainer: reply tokens a second, generation included
     reinforcement  exact match on verifiable tasks before and after GRPO, RLOO, Dr. GRPO, with wrong rewards and a KL term;
               half an hour on two cores (--only TASK:ROW,…, --base)
+    rlhf      PPO on a reward model at three KL weights, beside DPO and GRPO: reward, the true rule, KL; half an hour (--only
+              ROW;…, --base)
     metrics   scores of texts beside the libraries that define them; the command's memory and start
     gpu       GPT-2 124M on a card, compiled, beside its own products and transformers
 """
@@ -59,6 +61,7 @@ from tests.bench.quant import bench_llama, bench_quant
 from tests.bench.ranks import bench_ranks
 from tests.bench.reinforcement import bench_reinforcement
 from tests.bench.reversal import bench_reversal
+from tests.bench.rlhf import bench_rlhf
 from tests.bench.rollout_speed import bench_rollout_speed
 from tests.bench.sft import bench_sft
 from tests.bench.sft_speed import bench_sft_speed
@@ -92,13 +95,14 @@ BENCHES = {
     "preference": bench_preference,
     "grpo_speed": bench_grpo_speed,
     "reinforcement": bench_reinforcement,
+    "rlhf": bench_rlhf,
     "metrics": bench_metrics,
     "gpu": bench_gpu,
 }
 TAKES_GIVEN = (
-    *("adapters", "qlora", "errors", "qat", "fim", "transfer", "forgetting", "sft", "preference", "reinforcement"),
+    *("adapters", "qlora", "errors", "qat", "fim", "transfer", "forgetting", "sft", "preference", "reinforcement", "rlhf"),
 )
-TAKES_ONLY = ("objectives", "transfer", "forgetting", "preference", "reinforcement")
+TAKES_ONLY = ("objectives", "transfer", "forgetting", "preference", "reinforcement", "rlhf")
 
 
 def main() -> None:
@@ -109,7 +113,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="steps of adapters, qlora (400), qat (200), fim (700), transfer (2000)")
     parser.add_argument("--base", help="adapters, qlora, qat: weights to start from; errors, fim: measured; others: folder")
     parser.add_argument(
-        "--only", help="objectives, transfer, forgetting, preference, reinforcement: these rows alone, and their starts"
+        "--only", help="objectives, transfer, forgetting, preference, reinforcement, rlhf: these rows alone, and their starts"
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

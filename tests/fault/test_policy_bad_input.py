@@ -91,7 +91,8 @@ def accept(place: Path, *more: object, **changes: object) -> str:
 def test_no_reward(place):
     for objective in ("grpo", "rloo"):
         said = refuse(place, objective=objective, reward=None)
-        assert_one_clear_line(said, f"--objective {objective} needs a judge: --reward NAME or PATH.py:FUNCTION")
+        forms = "--reward NAME, PATH.py:FUNCTION or a reward model's folder"
+        assert_one_clear_line(said, f"--objective {objective} needs a judge: {forms}")
 
 
 def test_what_it_goes_on_from(place):

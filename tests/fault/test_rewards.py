@@ -336,7 +336,8 @@ def test_options_are_refused_before_anything_is_read(line, tmp_path, monkeypatch
 def test_an_objective_with_rewards_needs_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(CausalTask, "needs_rewards", True)
-    assert "--objective clm needs a judge: --reward NAME or PATH.py:FUNCTION" in command("--device", "cpu").err
+    said = command("--device", "cpu").err
+    assert "--objective clm needs a judge: --reward NAME, PATH.py:FUNCTION or a reward model's folder" in said
     with pytest.raises(TrainError, match="no reward is named"):
         open_rewards(RewardConfig())
     assert {name for rule in NEEDS for name in rule.options} >= set(RewardConfig.__dataclass_fields__)

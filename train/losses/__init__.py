@@ -22,6 +22,7 @@ policy                  losses of sampled replies by name: POLICY_LOSSES (GRPO, 
 policy_registry         what registers them: their details, ratio, aggregation and checks
 advantages              rewards of several functions as one; a reply's reward beside those of its group
 kl                      estimates of the KL divergence from a reference at each token: k1, k2, k3
+gae, value, kl_control  PPO: rewards, returns and advantages of tokens; the critic's loss; the weight of the KL penalty
 entropy                 log-probabilities and entropies of tokens at a temperature, a chunk at a time
 sampler                 weights for a sampler whose probabilities differ from the trainer's
 overlong                a soft penalty near the limit of a reply's length

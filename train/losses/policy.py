@@ -36,7 +36,7 @@ __all__ = ["POLICY_DETAILS", "POLICY_LOSSES", "PolicyDetails", "policy_count"]
 
 def clipped(x: Replies, clip_low: float, clip_high: float) -> Tensor:
     """Return PPO's clipped loss, −min(ρA, clip(ρ, 1 − clip_low, 1 + clip_high) A)."""
-    return -torch.minimum(x.ratio * x.advantages_B1, x.ratio.clamp(1 - clip_low, 1 + clip_high) * x.advantages_B1)
+    return -torch.minimum(x.ratio * x.advantages, x.ratio.clamp(1 - clip_low, 1 + clip_high) * x.advantages)
 
 
 @policy_loss(
@@ -132,7 +132,7 @@ def cispo(x: Replies, *, cap: float = 5.0) -> Tensor:
 
     No token loses its gradient. The value is not that of the other losses: at ratio 1 it is −mean A log π.
     """
-    return -x.ratio.clamp(max=cap).detach() * x.advantages_B1 * x.logps_BT
+    return -x.ratio.clamp(max=cap).detach() * x.advantages * x.logps_BT
 
 
 @policy_loss(
@@ -151,3 +151,25 @@ def rloo(x: Replies, *, clip_low: float = 0.2, clip_high: float = 0.2) -> Tensor
     tokens are averaged and a KL term, if not in the reward, is summed over the reply.
     """
     return clipped(x, clip_low, clip_high) / x.lengths_B1
+
+
+@policy_loss(
+    "−1/N Σ_replies Σ_t min(ρ_t A_t, …)",
+    "Schulman et al. 2017, arXiv 1707.06347, equation 7; dual clip: Ye et al. 2020, arXiv 1912.09729, equation 5",
+    "each token has its own advantage (`gae`, `whiten`); dual_clip c: the loss of a token with A < 0 is at most −c A",
+    unit="tokens",
+    aggregate=sum_over_tokens,
+)
+def ppo(
+    x: Replies, *, clip_low: float = 0.2, clip_high: float = 0.2, dual_clip: float | None = None
+) -> Tensor:
+    """Return PPO's clipped loss, averaged over all tokens of the step.
+
+        −1/N Σ_replies Σ_t min(ρ_t A_t, clip(ρ_t, 1 − clip_low, 1 + clip_high) A_t)
+
+    dual_clip: where A_t < 0 the loss is at most −dual_clip · A_t, and a token whose ratio is larger has no gradient.
+    """
+    loss_BT = clipped(x, clip_low, clip_high)
+    if dual_clip is None:
+        return loss_BT
+    return torch.where(x.advantages < 0, torch.minimum(loss_BT, -dual_clip * x.advantages), loss_BT)

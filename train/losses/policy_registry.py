@@ -18,11 +18,11 @@ POLICY_DETAILS: dict[str, "PolicyDetails"] = {}
 
 
 class Replies(NamedTuple):
-    """The variables of a written loss: the ratio of each token (B T) or reply (B 1), advantages and lengths in tokens (B 1),
-    log-probabilities under the policy (B T)."""
+    """The variables of a written loss: the ratio of each token (B T) or reply (B 1), the advantage of each reply (B 1) or token
+    (B T), log-probabilities under the policy (B T), lengths in tokens (B 1)."""
 
     ratio: Tensor
-    advantages_B1: Tensor
+    advantages: Tensor
     logps_BT: Tensor
     lengths_B1: Tensor
 
@@ -83,15 +83,16 @@ def policy_loss(formula: str, source: str, convention: str, **details):
     Such a function is written as the papers write it, `loss(x: Replies, **settings)`, and returns the loss of each token (B T)
     or what is that of each of a reply's tokens (B 1). What replaces it, and stands in `POLICY_LOSSES`, is
 
-        loss(logps_BT, old_logps_BT, advantages_B, mask_BT, *, kl_BT=None, beta=0.0, weights_BT=None, **settings)
+        loss(logps_BT, old_logps_BT, advantages, mask_BT, *, kl_BT=None, beta=0.0, weights_BT=None, **settings)
             -> (sum, count)
 
         loss of a step = Σ over its micro-batches, of all ranks, of sum / Σ of count
         each token:    weights_t · loss_t + beta · kl_t, then the aggregation of the loss
 
-    logps, old_logps B T in nats, at the sampling temperature; advantages B; mask B T: 1 at the tokens of a reply that are
-    learned; a truncated reply whose row is 0 is in neither sum nor count. kl B T: `kl_estimate`; weights B T or B 1:
-    `sampler_weights`. sum: a scalar in float32 or wider; count: int64. What stands where the mask is 0 is not read.
+    logps, old_logps B T in nats, at the sampling temperature; advantages B, or B T where the ratio is that of tokens; mask
+    B T: 1 at the tokens of a reply that are learned; a truncated reply whose row is 0 is in neither sum nor count. kl B T:
+    `kl_estimate`; weights B T or B 1: `sampler_weights`. sum: a scalar in float32 or wider; count: int64. What stands where
+    the mask is 0 is not read.
     Nothing is clamped but by the loss itself: a huge ratio gives a huge loss where the loss does not clip it. A ratio that is
     not finite gives NaN, though clipping would hide it in the value and give a gradient of NaN.
     Errors (ValueError): a clip or cap out of range; a negative beta, or one without kl; shapes that differ.
@@ -107,7 +108,7 @@ def policy_loss(formula: str, source: str, convention: str, **details):
         def loss(
             logps_BT: Tensor,
             old_logps_BT: Tensor,
-            advantages_B: Tensor,
+            advantages: Tensor,
             mask_BT: Tensor,
             *,
             kl_BT: Tensor | None = None,
@@ -116,7 +117,7 @@ def policy_loss(formula: str, source: str, convention: str, **details):
             **settings: float,
         ) -> tuple[Tensor, Tensor]:
             require_settings(name, known.settings, settings, kl_BT, beta)
-            require_batch(name, mask_BT, logps_BT, old_logps_BT, advantages_B, kl_BT, weights_BT)
+            require_batch(name, mask_BT, logps_BT, old_logps_BT, advantages, kl_BT, weights_BT)
             mask_BT, wide = mask_BT.bool(), torch.promote_types(logps_BT.dtype, torch.float32)
 
             def inside(values_BT: Tensor) -> Tensor:
@@ -127,7 +128,8 @@ def policy_loss(formula: str, source: str, convention: str, **details):
             if known.sequence_log_ratio is not None:
                 log_ratio = known.sequence_log_ratio(log_ratio, mask_BT)
             ratio, lengths_B1 = log_ratio.exp(), mask_BT.sum(-1, keepdim=True).clamp(min=1)
-            x = Replies(ratio, advantages_B.detach().to(wide)[:, None], logps_BT, lengths_B1)
+            advantages = advantages.detach().to(wide)
+            x = Replies(ratio, inside(advantages) if advantages.dim() == 2 else advantages[:, None], logps_BT, lengths_B1)
             loss_BT = written(x, **{key: value for key, value in settings.items() if key in {each.name for each in own}})
             loss_BT = loss_BT + (ratio - ratio + log_ratio - log_ratio).detach()  # 0, or NaN
             if weights_BT is not None:
@@ -169,6 +171,8 @@ def require_settings(loss: str, known: Mapping, settings: Mapping, kl_BT: Tensor
             raise TrainError(f"{loss}: clip_low={value}: expected 0 to 1: ratios below 1 − clip_low are clipped")
         if name == "clip_high" and not value >= 0:
             raise TrainError(f"{loss}: clip_high={value}: expected 0 or more: ratios above 1 + clip_high are clipped")
+        if name == "dual_clip" and value is not None and not value > 1:
+            raise TrainError(f"{loss}: dual_clip={value}: expected a number above 1, or None: the largest ratio where A < 0")
         if name == "cap" and not value > 0:
             raise TrainError(f"{loss}: cap={value}: expected a number above 0: the largest weight of a token")
     if not 0 <= beta < math.inf:
@@ -182,7 +186,7 @@ def require_batch(
     mask_BT: Tensor,
     logps_BT: Tensor,
     old_logps_BT: Tensor,
-    advantages_B: Tensor,
+    advantages: Tensor,
     kl_BT: Tensor | None,
     weights_BT: Tensor | None,
 ) -> None:
@@ -193,7 +197,7 @@ def require_batch(
     expected = {
         "logps": (logps_BT, [shape]),
         "old_logps": (old_logps_BT, [shape]),
-        "advantages": (advantages_B, [shape[:1]]),
+        "advantages": (advantages, [shape[:1], shape] if POLICY_DETAILS[loss].level == "token" else [shape[:1]]),
         "kl": (kl_BT, [shape]),
         "weights": (weights_BT, [shape, (shape[0], 1)]),
     }

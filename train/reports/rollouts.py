@@ -36,6 +36,10 @@ PANELS = (
     Panel("length of a reply", "tokens", (("reply_length", "mean"), ("reply_length_max", "longest"))),
     Panel("replies and groups", "share", (("ended", "replies that ended"), ("agreed", "groups of equal rewards"))),
     Panel("advantages", "standard deviation", (("advantage_std", "of the rollout"), ("reward_std", "rewards"))),
+    Panel("critic: explained variance of returns", "share", (("explained_variance", "of the rollout"),)),
+    Panel("critic: value and return", "mean of a token", (("value", "value"), ("return", "return"))),
+    Panel("KL divergence of a reply", "nats", (("kl_reply", "to the reference"),)),
+    Panel("weight of the KL divergence", "κ", (("kl_coefficient", "of the rollout"),)),
     Panel("speed", "tokens/s", (("rollout_tokens_per_s", "rollout"), ("update_tokens_per_s", "update")), (), "log"),
 )
 OTHERS = ("reward_std", "reward_greedy")  # not parts of the reward

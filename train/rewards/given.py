@@ -5,15 +5,31 @@ from pathlib import Path
 
 from data.shell import command
 from train.config import TrainConfig
-from train.rewards.names import is_function, parse_function, runs_code
+from train.rewards.names import is_function, is_model, parse_function, runs_code
 from train.rewards.user import read_user_reward
 from train.runs.errors import TrainError
 
 
 def reward_hashes(texts: Sequence[str]) -> tuple[str, ...] | None:
-    """Return the SHA-256 of each user file in --reward, in its order; None if there is none. Errors: those of
-    `read_user_reward`, so that a file without the function is refused before a run begins."""
-    return tuple(read_user_reward(text).sha256 for text in texts if is_function(text)) or None
+    """Return the SHA-256 of each user file and of each reward model's weights in --reward, in its order; None if there is none.
+    Errors: those of `read_user_reward`, so that a file without the function is refused before a run begins."""
+    return tuple(hash_of(text) for text in texts if is_function(text) or is_model(text)) or None
+
+
+def hash_of(text: str) -> str:
+    """Return the SHA-256 of an entry's file, or of its folder's weights. Errors (TrainError): neither is there."""
+    if is_function(text):
+        return read_user_reward(text).sha256
+    from lora.base import digest
+    from model.folders import HubError
+    from model.safetensors_file import WeightFileError
+    from train.runs.errors import CheckpointError
+    from train.runs.open import resolve
+
+    try:
+        return digest(resolve(Path(text).expanduser()))
+    except (OSError, CheckpointError, HubError, WeightFileError) as error:
+        raise TrainError(f"--reward {text}: {error}") from None
 
 
 def check_given_again(stored: TrainConfig, given: Sequence[str] | None, folder: Path, *, allow_code: bool = False) -> None:
@@ -29,7 +45,7 @@ def check_given_again(stored: TrainConfig, given: Sequence[str] | None, folder: 
             f"{again_command(stored, folder)}"
         )
     if not any(map(is_function, began)) and given is None:
-        return
+        given = began  # named rewards and reward models are no code
     if given is None:
         raise TrainError(
             f"--resume {folder}: the run's rewards are functions of files, which are run only if the command line names them: "
@@ -38,12 +54,14 @@ def check_given_again(stored: TrainConfig, given: Sequence[str] | None, folder: 
     if len(given) != len(began) or any(_nameless(new) != _nameless(old) for new, old in zip(given, began, strict=True)):
         raise TrainError(f"--reward {' '.join(given)}: the run in {folder} has --reward {' '.join(began)}, in this order")
     hashes = iter(stored.recorded.reward_sha256 or ())
-    for text in filter(is_function, given):
-        if read_user_reward(text).sha256 != (recorded := next(hashes, None)):
-            raise TrainError(
-                f"--reward {text} is not the file that {folder} began with (SHA-256 {recorded}): a resume would learn "
-                "something else. Name that file, or begin a new run with --init"
-            )
+    for text in given:
+        if is_function(text) or is_model(text):
+            what = "file" if is_function(text) else "reward model"
+            if hash_of(text) != (recorded := next(hashes, None)):
+                raise TrainError(
+                    f"--reward {text} is not the {what} that {folder} began with (SHA-256 {recorded}): a resume would learn "
+                    f"something else. Name that {what}, or begin a new run with --init"
+                )
 
 
 def again_command(stored: TrainConfig, folder: Path) -> str:
@@ -54,8 +72,10 @@ def again_command(stored: TrainConfig, folder: Path) -> str:
 
 
 def _nameless(text: str) -> tuple[bool, str]:
-    """Return an entry without the path of its file, which may have moved."""
-    return (True, parse_function(text).function) if is_function(text) else (False, text)
+    """Return an entry without the path of its file or folder, which may have moved."""
+    if is_function(text):
+        return True, parse_function(text).function
+    return False, "" if is_model(text) else text
 
 
 def refuse_functions(texts: Sequence[str], where: str) -> None:

@@ -1,4 +1,4 @@
-"""Entries of --reward as text: NAME, NAME:VALUE or PATH.py:FUNCTION. Standard library only."""
+"""Entries of --reward as text: NAME, NAME:VALUE, PATH.py:FUNCTION or a reward model's folder. Standard library only."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,13 +29,25 @@ def is_function(text: str) -> bool:
     return MARK in text and not text.partition(":")[0].isidentifier()
 
 
+def is_model(text: str) -> bool:
+    """Return True for a folder: a text with a slash, or the name of a folder that holds a network or a run.
+
+    >>> [is_model(text) for text in ("runs/reward", "./reward", "exact", "regex:a/b", "./mine.py:score")]
+    [True, True, False, False, False]
+    """
+    if is_function(text):
+        return False
+    path = Path(text).expanduser()
+    return "/" in text.partition(":")[0] or any((path / name).exists() for name in ("config.json", "checkpoints"))
+
+
 def runs_code(text: str) -> bool:
     """Return True for a named reward that runs the code of replies.
 
     >>> [runs_code(text) for text in ("tests", "tests:share", "tests.py:f", "exact")]
     [True, True, False, False]
     """
-    return not is_function(text) and text.partition(":")[0] == CODE
+    return not (is_function(text) or is_model(text)) and text.partition(":")[0] == CODE
 
 
 def require_permission(config: Any) -> None:
@@ -76,22 +88,25 @@ def parse_named(text: str) -> tuple[str, str | None]:
     return name, value if colon else None
 
 
-def absolute_functions(texts: Sequence[str]) -> tuple[str, ...]:
-    """Return the entries with absolute paths."""
-    return tuple(str(_absolute(parse_function(text))) if is_function(text) else text for text in texts)
+def with_absolute_paths(texts: Sequence[str]) -> tuple[str, ...]:
+    """Return the entries with absolute paths of files and folders."""
+    return tuple(map(_absolute, texts))
 
 
-def _absolute(name: FunctionName) -> FunctionName:
-    return name._replace(path=name.path.expanduser().absolute())
+def _absolute(text: str) -> str:
+    if is_function(text):
+        name = parse_function(text)
+        return str(name._replace(path=name.path.expanduser().absolute()))
+    return str(Path(text).expanduser().absolute()) if is_model(text) else text
 
 
 def metric_names(texts: Sequence[str]) -> list[str]:
     """Return a name for each entry, for metrics: the second of a name is NAME_2, as is one that metrics have already.
 
-    >>> metric_names(["exact", "regex:a", "regex:b", "mine.py:exact"])
-    ['exact', 'regex', 'regex_2', 'exact_2']
+    >>> metric_names(["exact", "regex:a", "regex:b", "mine.py:exact", "runs/reward"])
+    ['exact', 'regex', 'regex_2', 'exact_2', 'model']
     """
-    plain = [parse_function(text).function if is_function(text) else parse_named(text)[0] for text in texts]
+    plain = [_plain_name(text) for text in texts]
     found: list[str] = []
     for name in plain:
         count, unique = 1, name
@@ -99,3 +114,9 @@ def metric_names(texts: Sequence[str]) -> list[str]:
             count, unique = count + 1, f"{name}_{count + 1}"
         found.append(unique)
     return found
+
+
+def _plain_name(text: str) -> str:
+    if is_function(text):
+        return parse_function(text).function
+    return "model" if is_model(text) else parse_named(text)[0]

@@ -12,6 +12,7 @@ class Sample(NamedTuple):
 
     prompt, reply: text; the reply without its stop token. record: the columns of the prompt's record. has_ended: the reply
     stopped by itself. token_count: tokens of the reply, with the stop token. name: file and line of the record, for messages.
+    ids: of prompt and reply, with the stop token, for a reward model.
     """
 
     prompt: str
@@ -20,6 +21,7 @@ class Sample(NamedTuple):
     has_ended: bool
     token_count: int
     name: str
+    ids: tuple[int, ...] = ()
 
 
 def describe_sample(sample: Sample) -> str:

@@ -14,7 +14,7 @@ from data.config import DataError
 from data.tokenizer.base import Tokenizer
 from model.network import Network
 from model.rollouts import SampledReply, sample_replies
-from train.policy_task import weighted
+from train.policy_task import CHECKED, weighted
 from train.prompt_task import PromptIds, text_of_prompt
 from train.rewards.open import Rewards
 from train.rewards.sample import Sample
@@ -101,6 +101,9 @@ class ReplySampler:
         for _, prompt in (each for each in placed if len(each[1].ids) >= self.context):
             found.drop(prompt.name, NO_ROOM)
         fitting = [(place, prompt) for place, prompt in placed if len(prompt.ids) < self.context]
+        longest = min(self.context, max((len(prompt.ids) for _, prompt in fitting), default=0) + self.sampling.max_reply)
+        some = [prompt for _, prompt in fitting[:CHECKED]]
+        self.rewards.check_models(some, self.stop_ids, longest, self.tokenizer.vocab_size)
         if on_prompts is not None:
             on_prompts(len(placed) - len(fitting))
         most = self.sampling.prompts_at_once
@@ -137,7 +140,8 @@ class ReplySampler:
     def sample_of(self, prompt: PromptIds, reply: SampledReply) -> Sample:
         """Return the sample that rewards judge."""
         text = self.text_of(reply)
-        return Sample(prompt.text, text, prompt.record.columns, reply.has_ended, len(reply.ids), prompt.name)
+        ids, columns = (*prompt.ids, *reply.ids), prompt.record.columns
+        return Sample(prompt.text, text, columns, reply.has_ended, len(reply.ids), prompt.name, ids)
 
     def text_of(self, reply: SampledReply) -> str:
         """Return the text of a reply, without its stop token."""

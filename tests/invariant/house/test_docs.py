@@ -204,9 +204,12 @@ def made_small(words: list[str], place: Place, tmp_path: Path) -> list[str]:
         if name in words:
             del words[words.index(name) : words.index(name) + 2]
     words += [*shlex.split(SHORT), "--cache", str(place.folder / "cache"), "--out", str(tmp_path / "run")]
-    words += ROLLOUT.replace("NAME", words[words.index("--objective") + 1]).split() if "--reward" in words else []
+    if "--reward" in words:
+        rollout = ROLLOUT.replace("NAME", words[words.index("--objective") + 1] if "--objective" in words else "ppo")
+        words += rollout.split()
     words += [] if "--init" in words else shlex.split(TINY.partition(" --val-fraction")[0] if "--validation" in words else TINY)
-    kinds = {"chat.jsonl": ("sft", "pairs-sft"), "pairs.jsonl": ("dpo", "reward", "pairs-dpo"), "rated.jsonl": ("kto",)}
+    kinds = {"chat.jsonl": ("sft", "pairs-sft"), "rated.jsonl": ("kto",)}
+    kinds["pairs.jsonl"] = ("dpo", "reward", "pairs-dpo", "pairs-reward", "pairs-ppo")
     corpus = place.names[next((file for file, said in kinds.items() if {*said} & {*words}), "PATH")]
     if {"pairs-sft", "--sft.template"} & {*words}:  # whose template's tokens need more context than BASE has
         words[words.index("--init") + 1] = place.names["LONGER"]
@@ -276,6 +279,7 @@ def test_every_snippet_is_run_here():
     assert {page: len(snippets(page)) for page in pages if snippets(page)} == {
         "README.md": 1, "docs/adapters.md": 1, "docs/quantization.md": 2, "docs/metrics.md": 1, "docs/networks.md": 1,
         "docs/training.md": 1, "docs/instructions.md": 1, "docs/preferences.md": 1, "docs/reinforcement.md": 2,
+        "docs/rlhf.md": 1,
     }  # fmt: skip
 
 
@@ -314,6 +318,12 @@ def test_losses_of_replies(place, tmp_path, monkeypatch, capsys):
     assert answer == "".join(sorted(prompt)) and rest.count("Sort: ") == 39
     exec(losses, {})
     assert capsys.readouterr().out == "[0.5, -0.5, -0.5, 0.5] 6 0.0\n"
+
+
+def test_losses_of_tokens(capsys):
+    (block,) = snippets("docs/rlhf.md")
+    exec(block, {})
+    assert capsys.readouterr().out.startswith("(tensor(2.5731), tensor(6)) ")
 
 
 def test_losses_of_pairs(capsys):

@@ -167,7 +167,7 @@ def test_of_a_classifier(family):
         all_work(answer, "model info ")
 
 
-@pytest.mark.parametrize("objective", ["grpo", "rloo"])
+@pytest.mark.parametrize("objective", ["grpo", "rloo", "ppo"])
 def test_after_reinforcement(objective, tmp_path, monkeypatch):
     """The same judges, a function of a file too; and replies that fill groups."""
     monkeypatch.chdir(write_place(tmp_path, count=24))

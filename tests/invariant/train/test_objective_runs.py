@@ -92,7 +92,7 @@ def run(request, data, tmp_path_factory) -> Run:
 
 def test_every_objective_has_a_case():
     """Some begin with --init: test_sft_run.py and test_preference_runs.py ask the same of them."""
-    assert {name.partition(",")[0] for name in CASES} | {"sft", "dpo", "kto", "reward", "grpo", "rloo"} == set(names())
+    assert {name.partition(",")[0] for name in CASES} | {"sft", "dpo", "kto", "reward", "grpo", "rloo", "ppo"} == set(names())
 
 
 def test_a_run_learns_and_reports(run, request):

@@ -23,7 +23,7 @@ from train import (
 from train.losses.sampler import SAMPLER_KINDS
 from train.runs.errors import TrainError
 
-NAMES = "grpo bnpo dapo dr_grpo gspo cispo rloo".split()
+NAMES = "grpo bnpo dapo dr_grpo gspo cispo rloo ppo".split()
 LENGTHS = (1, 9, 4, 6, 2, 7, 3, 8)
 LIMIT = 16
 
@@ -58,7 +58,7 @@ def of_step(name, rows, inputs, *, count=None, **batch_values):
 # ---- values that are known
 
 
-TABLE = {"grpo": 0.0, "bnpo": 0.4, "dapo": 0.4, "dr_grpo": 4 / 32, "gspo": 0.0, "rloo": 0.0, "cispo": -0.8}
+TABLE = {"grpo": 0.0, "bnpo": 0.4, "dapo": 0.4, "dr_grpo": 4 / 32, "gspo": 0.0, "rloo": 0.0, "cispo": -0.8, "ppo": 0.4}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -341,10 +341,10 @@ def test_the_table():
     for name, details in POLICY_DETAILS.items():
         assert isinstance(details, PolicyDetails) and details.formula and details.source and details.convention
         parameters = inspect.signature(POLICY_LOSSES[name]).parameters
-        shared = ["logps_BT", "old_logps_BT", "advantages_B", "mask_BT", "kl_BT", "beta", "weights_BT"]
+        shared = ["logps_BT", "old_logps_BT", "advantages", "mask_BT", "kl_BT", "beta", "weights_BT"]
         assert list(parameters) == shared + list(details.settings)
         assert {key: parameters[key].default for key in details.settings} == dict(details.settings)
-        assert details.unit == ("tokens" if name in ("bnpo", "dapo", "cispo") else "replies")
+        assert details.unit == ("tokens" if name in ("bnpo", "dapo", "cispo", "ppo") else "replies")
         assert details.level == ("sequence" if name in ("gspo", "rloo") else "token")
         if name != "cispo":
             assert (details.settings["clip_low"], details.settings["clip_high"]) == clips.get(name, (0.2, 0.2))
@@ -359,7 +359,7 @@ def test_the_printed_table():
     assert len(variant_table().splitlines()) == 2 + len(NAMES)
     assert {line.count("|") for line in variant_table().splitlines()} == {11}
     tokens, replies = (-0.05, 0.05), (-0.25, 0.25 / 9)
-    gradients = dict.fromkeys(("bnpo", "dapo", "cispo"), tokens) | dict.fromkeys(("grpo", "gspo"), replies)
+    gradients = dict.fromkeys(("bnpo", "dapo", "cispo", "ppo"), tokens) | dict.fromkeys(("grpo", "gspo"), replies)
     gradients |= {"dr_grpo": (-1 / 64, 1 / 64), "rloo": (-0.25, 0.25)}
     for name in NAMES:
         assert step_0(name) == pytest.approx((TABLE[name], *gradients[name]), rel=1e-12, abs=1e-15)
@@ -390,8 +390,8 @@ def test_bad_batches():
     logps, old, advantages, mask = batch()
     with pytest.raises(ValueError, match=r"old_logps \(8, 8\) beside a mask \(8, 9\)"):
         POLICY_LOSSES["grpo"](logps, old[:, 1:], advantages, mask)
-    with pytest.raises(ValueError, match=r"advantages \(8, 9\) beside a mask"):
-        POLICY_LOSSES["grpo"](logps, old, logps.detach(), mask)
+    with pytest.raises(ValueError, match=r"advantages \(8, 8\) beside a mask"):
+        POLICY_LOSSES["grpo"](logps, old, logps.detach()[:, 1:], mask)
     with pytest.raises(ValueError, match=r"mask \(9,\): expected \(B, T\)"):
         POLICY_LOSSES["grpo"](logps[0], old[0], advantages[:1], mask[0])
     with pytest.raises(TypeError, match="grpo: unknown setting 'cap': it has clip_low, clip_high"):

@@ -213,7 +213,7 @@ def test_each_task_s_defaults_fit_it():
 def test_an_objective_s_batch_size(tmp_path):
     """It is the default of the option and of a recipe's section; what either says comes first."""
     sizes = {name: config_type(name)().optimizer.batch_size for name in names()}
-    assert {name: size for name, size in sizes.items() if size != 16} == {"span": 48, "grpo": 64, "rloo": 64}
+    assert {name: size for name, size in sizes.items() if size != 16} == {"span": 48, "grpo": 64, "rloo": 64, "ppo": 64}
     given = {(): 48, ("--batch-size", "4"): 4}
     assert {more: read_options(["--objective", "span", *more]).optimizer.batch_size for more in given} == given
     for said, size in (("lr = 0.1", 48), ("lr = 0.1\nbatch_size = 5", 5)):
